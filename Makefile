@@ -1,0 +1,84 @@
+# Every target works on a fresh clone: what it needs goes into a virtual environment in this folder.
+#
+# Variables (make TARGET NAME=value):
+#   PYTHON       the Python to make the environment with, 3.10 or newer             [python3]
+#   VENV         where the environment goes                                         [.venv]
+#   TORCH_INDEX  a package index to take PyTorch from, such as its CPU-only builds  [pip's own]
+#   JOBS         how many processes run the tests                                   [2]
+#   PYTEST_ARGS  more arguments for pytest, such as "-k schedule"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+SHELL := /bin/bash
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One thread for each test process: small tensors gain nothing from more, and processes then don't fight for cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow lint format types check constraints clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
+
+quickstart: $(VENV)/.quickstart ## fine-tune a real model on real documents, in about two minutes
+	$(BIN)/rankwise train recipes/quickstart.yaml
+
+test: $(VENV)/.test ## run the tests, doctests and the documentation's examples
+	$(PYTEST)
+
+test-slow: $(VENV)/.test $(VENV)/.quickstart ## run the tests that take minutes
+	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: there is no such test
+
+lint: $(VENV)/.test ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test ## put the code into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.test ## check the types
+	$(BIN)/mypy
+
+check: lint types test ## all that a change must pass
+
+constraints: $(VENV)/.test ## bring constraints.txt up to date with pyproject.toml
+	$(PIP) install --quiet uv
+	@{ echo "# Exact versions of all that the tests and the quickstart install, for every supported Python."; \
+	   echo "# Written by \`make constraints\`."; \
+	   echo "torch==2.13.0" | $(BIN)/uv pip compile pyproject.toml --constraint - --quiet --upgrade \
+	     --universal --python-version 3.10 --extra quickstart --extra test --no-annotate --no-header; \
+	} > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean: ## remove the environment and everything that was made by these targets
+	rm -rf $(VENV) quickstart build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps: an environment is made once, and brought up to date when what it is made from changes.
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "rankwise needs Python 3.10 or newer; \`$(PYTHON)\` is not. Try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "This Python can't make virtual environments. On Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	@command -v nvidia-smi >/dev/null || [ "$$(uname -s)" != Linux ] || [ -n "$(TORCH_INDEX)" ] || \
+	  echo "No NVIDIA GPU found. PyTorch's CPU build is a much smaller download than the one for GPUs: README.md, \"Installation\"."
+ifdef TORCH_INDEX
+	$(PIP) install --no-deps --index-url $(TORCH_INDEX) "$$(grep -o '^torch==[0-9.]*' constraints.txt)"
+endif
+	$(PIP) install --constraint constraints.txt torch
+	@touch $@
+
+$(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
+	@echo "Installing what \"$*\" needs into $(VENV); this happens once."
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,29 @@
+"""Adaptive-rank fine-tuning: LoRA whose ranks are found, not guessed.
+
+Names and file formats are those of Hugging Face PEFT; see the README.
+"""
+
+from __future__ import annotations
+
+from rankwise.config import AdaLoraConfig, LoraConfig
+from rankwise.controller import AllocationState
+from rankwise.history import RankHistory, RankRecord
+from rankwise.model import PeftModel, get_peft_model
+from rankwise.schedule import BudgetSchedule, Phase
+from rankwise.summary import LayerRank, RankSummary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaLoraConfig",
+    "AllocationState",
+    "BudgetSchedule",
+    "LayerRank",
+    "LoraConfig",
+    "PeftModel",
+    "Phase",
+    "RankHistory",
+    "RankRecord",
+    "RankSummary",
+    "get_peft_model",
+]

@@ -1,0 +1,8 @@
+"""``python -m rankwise`` is ``rankwise``."""
+
+from __future__ import annotations
+
+from rankwise.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Adapters, one file for each kind of base layer: a base layer's input in, its output out."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rankwise.adapters.conv import Conv2dAdapters
+from rankwise.adapters.embedding import EmbeddingAdapters
+from rankwise.adapters.layer import AdapterLayer
+from rankwise.adapters.linear import Conv1DAdapters, LinearAdapters
+from rankwise.inplace import add_methods, remove_methods
+
+__all__ = ["AdapterLayer", "adapters_for", "prepare_layer", "restore_layer"]
+
+
+def adapters_for(layer: nn.Module) -> type[AdapterLayer] | None:
+    """The mixin that adapts this kind of layer, or None if there is none."""
+    if isinstance(layer, nn.Linear):
+        return LinearAdapters
+    if isinstance(layer, nn.Conv2d):
+        return Conv2dAdapters
+    if isinstance(layer, nn.Embedding):
+        return EmbeddingAdapters
+    if type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils":
+        return Conv1DAdapters
+    return None
+
+
+def prepare_layer(layer: nn.Module) -> AdapterLayer:
+    """Turn ``layer`` into an `AdapterLayer` in place, with no adapters yet."""
+    if not isinstance(layer, AdapterLayer):
+        mixin = adapters_for(layer)
+        if mixin is None:
+            raise ValueError(f"A {type(layer).__name__} can't be adapted.")
+        mixin.prepare(layer)  # type: ignore[arg-type]
+        add_methods(layer, mixin)
+    return layer  # type: ignore[return-value]
+
+
+def restore_layer(layer: AdapterLayer) -> None:
+    """Give the layer its class back and forget its adapters."""
+    remove_methods(layer)
+    AdapterLayer.clean(layer)

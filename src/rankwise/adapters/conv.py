@@ -1,0 +1,66 @@
+"""Adapters for ``nn.Conv2d``, with any stride, padding, dilation and number of groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankwise.adapters.layer import AdapterLayer
+
+
+class Conv2dAdapters(AdapterLayer):
+    """For ``nn.Conv2d``: weight (d_out, in_channels / groups, kernel height, kernel width).
+
+    AdaLoRA's update has exactly the weight's shape: A is (r, in_channels / groups * height * width). Plain LoRA
+    follows PEFT's layout, which for ``groups`` > 1 is not a change of the weight: A is a dense convolution over
+    all input channels, B a grouped one with (d_out, r / groups); such an adapter can't be merged.
+    """
+
+    def adapter_widths(self, lora_groups: bool) -> tuple[int, int]:
+        channels: int = self.in_channels if lora_groups else self.in_channels // self.groups  # type: ignore
+        height, width = self.kernel_size  # type: ignore[misc]
+        return channels * height * width, self.out_channels  # type: ignore[return-value]
+
+    def adapter_columns_of_B(self, rank: int, lora_groups: bool) -> int:
+        groups: int = self.groups  # type: ignore[assignment]
+        if not lora_groups:
+            return rank
+        if rank % groups:
+            raise ValueError(
+                f"A Conv2d with groups={groups} takes a LoRA rank divisible by its groups, but r={rank}. "
+                "Set another rank for it in `rank_pattern`, or leave it out with `exclude_modules`."
+            )
+        return rank // groups
+
+    def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
+        """``output`` plus the adapter's output for ``x`` (batch, in_channels, height, width)."""
+        x = self._adapter_input(x, name)
+        groups: int = self.groups  # type: ignore[assignment]
+        if groups > 1 and name in self.lora_E:
+            added = self._convolve(x, self.delta_weight(name), groups)
+        else:
+            A, B = self.factors(name)
+            hidden = self._convolve(x, A.view(A.shape[0], -1, *self.kernel_size), 1)  # type: ignore[misc]
+            added = F.conv2d(hidden, B[:, :, None, None], groups=groups) * self.scaling[name]
+        return output + added.to(output.dtype)
+
+    def shape_like_weight(self, delta: Tensor) -> Tensor:
+        return delta.reshape(self.base_weight().shape)
+
+    def delta_weight(self, name: str) -> Tensor:
+        if self.groups > 1 and name not in self.lora_E:  # type: ignore[operator]
+            raise ValueError(
+                f"A plain LoRA adapter of a Conv2d with groups={self.groups} is not a change of its weight, "
+                "so it can't be merged. Keep it unmerged, or leave the layer out with `exclude_modules`."
+            )
+        return super().delta_weight(name)
+
+    def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        layer: Any = self
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+        convolved: Tensor = F.conv2d(x, weight, None, layer.stride, padding, layer.dilation, groups)
+        return convolved

@@ -1,0 +1,177 @@
+"""What every adapted layer has: the factors of its adapters, and which of them act.
+
+An adapted layer is the base layer itself, given a subclass in place: its weights keep their names, and
+``isinstance(layer, nn.Linear)`` still holds. For each adapter name it holds
+
+    lora_A: (r, d_in), lora_B: (d_out, r), and for AdaLoRA lora_E: (r, 1),
+
+and its output is that of the base layer plus ``scaling * B diag(E) A`` applied to the input. For a convolution
+d_in is ``in_channels * kernel height * kernel width``, for an embedding the number of entries.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.inplace import InPlace
+
+
+class AdapterLayer(InPlace, nn.Module):
+    """Base of the mixins, one for each kind of base layer. `attach` prepares the attributes; see the module."""
+
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    lora_E: nn.ParameterDict
+    scaling: dict[str, float]
+    dropout_rate: dict[str, float]
+    kept: dict[str, Tensor]  # adapter -> indices of the triplets that stay, once some are gone for good
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    adapters_enabled: bool
+
+    _own_attributes: ClassVar[tuple[str, ...]] = (
+        *("lora_A", "lora_B", "lora_E", "scaling", "dropout_rate", "kept"),
+        *("active_adapters", "merged_adapters", "adapters_enabled"),
+    )
+
+    def prepare(self) -> None:
+        """Make the attributes, empty; the first adapter is added after it."""
+        for name in ("lora_A", "lora_B", "lora_E"):
+            setattr(self, name, nn.ParameterDict())
+        self.scaling, self.dropout_rate, self.kept = {}, {}, {}
+        self.active_adapters, self.merged_adapters = [], []
+        self.adapters_enabled = True
+
+    def clean(self) -> None:
+        """Remove what `prepare` made."""
+        for name in self._own_attributes:
+            delattr(self, name)
+
+    # What a kind of base layer says of itself.
+
+    def adapter_widths(self, lora_groups: bool) -> tuple[int, int]:
+        """(d_in, d_out) of the factors; ``lora_groups``: as plain LoRA lays out a grouped convolution."""
+        raise NotImplementedError
+
+    def adapter_columns_of_B(self, rank: int, lora_groups: bool) -> int:
+        """Columns of B for ``rank`` rows of A: the same, but for grouped convolutions in plain LoRA."""
+        return rank
+
+    def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
+        """``output`` plus adapter ``name``'s output for the input ``x``."""
+        raise NotImplementedError
+
+    def shape_like_weight(self, delta: Tensor) -> Tensor:
+        """A (d_out, d_in) matrix in the shape of the base weight."""
+        return delta
+
+    def reset_factors(self, A: Tensor, B: Tensor, gaussian: bool) -> None:
+        """Plain LoRA's start: B = 0 and A Kaiming-uniform, or normal with deviation 1/r if ``gaussian``."""
+        if gaussian:
+            nn.init.normal_(A, std=1 / max(A.shape[0], 1))
+        elif A.numel():
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        nn.init.zeros_(B)
+
+    # Adapters.
+
+    def add_adapter(
+        self, name: str, A: Tensor, B: Tensor, E: Tensor | None, scaling: float, dropout_rate: float
+    ) -> None:
+        """Hold a new adapter's factors: A (r, d_in), B (d_out, r) and, for AdaLoRA, E (r, 1)."""
+        self.lora_A[name] = nn.Parameter(A, requires_grad=False)
+        self.lora_B[name] = nn.Parameter(B, requires_grad=False)
+        if E is not None:
+            self.lora_E[name] = nn.Parameter(E, requires_grad=False)
+        self.scaling[name], self.dropout_rate[name] = scaling, dropout_rate
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget adapter ``name``; it must not be merged."""
+        for held in (self.lora_A, self.lora_B, self.lora_E, self.scaling, self.dropout_rate, self.kept):
+            held.pop(name) if name in held else None
+        if name in self.active_adapters:
+            self.active_adapters.remove(name)
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """``{"lora_A": A, "lora_E": E, "lora_B": B}`` of adapter ``name``; without "lora_E" for plain LoRA."""
+        held = {"lora_A": self.lora_A, "lora_E": self.lora_E, "lora_B": self.lora_B}
+        return {key: factors[name] for key, factors in held.items() if name in factors}
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A with E folded in, (k, d_in), and B, (d_out, k), of the k triplets that act."""
+        A, B = self.lora_A[name], self.lora_B[name]
+        E = self.lora_E[name] if name in self.lora_E else None
+        if name in self.kept:
+            kept = self.kept[name] = self.kept[name].to(A.device)
+            A, B = A[kept], B[:, kept]
+            E = None if E is None else E[kept]
+        return (A if E is None else A * E), B
+
+    def acts(self, name: str) -> bool:
+        """Whether adapter ``name`` has any triplet here: a layer at rank 0 is its base layer."""
+        if name not in self.lora_A or not self.lora_A[name].numel():
+            return False
+        return name not in self.kept or self.kept[name].numel() > 0
+
+    def delta_weight(self, name: str) -> Tensor:
+        """``scaling * B diag(E) A`` in the shape of the base weight, in the factors' dtype."""
+        A, B = self.factors(name)
+        return self.shape_like_weight((B @ A) * self.scaling[name])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().forward(x, *args, **kwargs)
+        if self.adapters_enabled and not self.merged_adapters:
+            for name in self.active_adapters:
+                if self.acts(name):
+                    output = self.add_adapter_output(output, x, name)
+        return output
+
+    def _adapter_input(self, x: Tensor, name: str) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_A[name].dtype)
+        return nn.functional.dropout(x, self.dropout_rate[name], self.training)
+
+    # Merging.
+
+    @torch.no_grad()
+    def merge(self, names: list[str], safe_merge: bool = False) -> None:
+        """Add the adapters' updates to the base weight.
+
+        Raises:
+            ValueError: ``safe_merge`` and the result would not be finite; the weight is then as before.
+        """
+        todo = [name for name in names if self.acts(name) and name not in self.merged_adapters]
+        if todo:
+            merged = self.base_weight().float()
+            for name in todo:
+                merged = merged + self.delta_weight(name).float()
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(
+                    f"Merging {todo} would put NaN or infinite values into a {type(self).__name__} weight. "
+                    "The adapter is broken: load an earlier checkpoint."
+                )
+            self.set_base_weight(merged)
+        self.merged_adapters += [name for name in names if name not in self.merged_adapters]
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtract what `merge` added."""
+        acting = [name for name in self.merged_adapters if self.acts(name)]
+        if acting:
+            weight = self.base_weight().float()
+            for name in acting:
+                weight = weight - self.delta_weight(name).float()
+            self.set_base_weight(weight)
+        self.merged_adapters = []
+
+    def base_weight(self) -> Tensor:
+        """The base weight as a dense tensor."""
+        return self.weight  # type: ignore[return-value]
+
+    def set_base_weight(self, weight: Tensor) -> None:
+        """Put a dense tensor in the base weight's place."""
+        self.weight.data.copy_(weight)  # type: ignore[operator]

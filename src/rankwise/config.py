@@ -1,0 +1,757 @@
+"""Configurations: what to adapt, with how many ranks, on which schedule; their checks and their JSON.
+
+Field names, meanings and defaults are those of Hugging Face PEFT, so a script or an ``adapter_config.json``
+moves over as it is. What PEFT accepts and then ignores, or fails on in the middle of a run, is refused here,
+when the configuration is made or changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import numbers
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from rankwise.schedule import BudgetSchedule, check_length
+
+CONFIG_NAME = "adapter_config.json"
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+_BIASES = ("none", "all", "lora_only")
+_PEFT_DEFAULT_R = 8
+
+# Slips that spelling alone does not mend, as they reach here: lower case, without underscores.
+_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "alpha": ("lora_alpha",),
+    "deltar": ("deltaT",),
+    "dropout": ("lora_dropout",),
+    "initialrank": ("init_r", "r"),
+    "initrank": ("init_r", "r"),
+    "interval": ("deltaT",),
+    "lorarank": ("init_r", "r"),
+    "lorar": ("init_r", "r"),
+    "maxsteps": ("total_step",),
+    "modules": ("target_modules",),
+    "numtrainingsteps": ("total_step",),
+    "p": ("lora_dropout",),
+    "rank": ("init_r", "r"),
+    "rslora": ("use_rslora",),
+    "targetrank": ("target_r", "r"),
+    "warmupsteps": ("tinit",),
+}
+
+# PEFT's fields that this library does not have and that never change what a saved adapter computes.
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "corda_config",
+        "eva_config",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "runtime_config",
+        "velora_config",
+    }
+)
+
+# PEFT's other fields that this library does not have: unless neutral, they change what an adapter computes.
+_REFUSED = frozenset(
+    {
+        "alora_invocation_tokens",
+        "arrow_config",
+        "ensure_weight_tying",
+        "kasa_config",
+        "layer_replication",
+        "lora_bias",
+        "megatron_config",
+        "monteclora_config",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+    }
+)
+
+# Starts that only matter before training. Any other has changed the base weights, which are not in the file.
+_STARTS_OF_NO_CONSEQUENCE = ("eva", "mica", "orthogonal")
+
+_Config = TypeVar("_Config", bound="LoraConfig")
+
+
+class _DefaultRank(int):
+    """PEFT's default for `r`, which can be told from the same number given by a user."""
+
+
+class _CheckedKeywords:
+    """Refuses unknown keywords with the nearest real name; the dataclass keeps its typed ``__init__``."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            raise TypeError(
+                f"{cls.__name__} takes keyword arguments only: {cls.__name__}(target_modules=...)."
+            )
+        names = _field_names(cls)
+        for name in kwargs:
+            if name not in names:
+                raise TypeError(_unknown_keyword(cls, name, names))
+        return super().__new__(cls)
+
+
+@dataclass(kw_only=True)
+class LoraConfig(_CheckedKeywords):
+    """A plain LoRA adapter: ``W x + scale * B A x``, of one rank everywhere or as ``rank_pattern`` says.
+
+    A configuration is valid at all times: it is checked when it is made, when a file is read, and when a
+    field is set. To change several fields that only fit together, use ``dataclasses.replace``. Where a list
+    is asked for, a tuple or a set does as well.
+
+    Args:
+        r: rank, at least 1.
+        target_modules: which layers to adapt: a list of names (the whole path, or its last parts), a regular
+            expression for whole paths, ``"all-linear"``, or None for the known defaults of an architecture.
+        exclude_modules: names, or a regular expression, of layers to leave alone.
+        lora_alpha: the update is scaled by ``lora_alpha / r``; greater than 0.
+        lora_dropout: chance in [0, 1) to drop an element of the adapter's input in training.
+        fan_in_fan_out: kept for compatibility; the kind of layer decides.
+        bias: which biases train: "none", "all", or "lora_only" (those of adapted layers).
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
+        modules_to_save: names of whole modules to train and save, such as a new classification head.
+        init_lora_weights: True (the update starts at 0), "gaussian" (also, A normal) or False (for tests).
+        layers_to_transform: adapt only these layers, by index from 0. Needs a list in ``target_modules``.
+        layers_pattern: the module list that ``layers_to_transform`` counts in, such as "layers" or "h".
+        rank_pattern: ranks, at least 1, of layers that differ, by regular expression for the end of a path.
+        alpha_pattern: the same for ``lora_alpha``.
+        task_type: one of ``TASK_TYPES``, or None. For classification and question answering the head trains.
+        inference_mode: the adapter is for inference, and not to be trained.
+        base_model_name_or_path: where the base model came from.
+        revision: the base model's revision.
+        extra: fields of a PEFT file that have no meaning here, kept to be written again.
+
+    Raises:
+        TypeError: an unknown field, or a value of a wrong type.
+        ValueError: a value out of range, or two that contradict each other.
+
+    Example:
+        >>> config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+        >>> config.peft_type, config.r
+        ('LORA', 16)
+        >>> LoraConfig(rank=16)
+        Traceback (most recent call last):
+        ...
+        TypeError: LoraConfig has no field `rank`. Did you mean `r`?
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+
+    r: int = _PEFT_DEFAULT_R
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | Literal["gaussian"] = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    task_type: str | None = None
+    inference_mode: bool = False
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+        self.__dict__["_made"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _field_names(type(self)):
+            raise AttributeError(_unknown_keyword(type(self), name, _field_names(type(self))))
+        if "_made" not in self.__dict__:
+            self.__dict__[name] = value
+            return
+        before = dict(self.__dict__)
+        self.__dict__[name] = value
+        try:
+            self._check()
+        except Exception:
+            self.__dict__.update(before)
+            raise
+
+    # -- checks: each puts the checked value in its plain form (lists, dicts, int, float, str)
+
+    def _check(self) -> None:
+        values = self.__dict__
+        self._check_rank()
+        self._check_modules()
+        self._check_layers()
+        values["lora_alpha"] = _positive("lora_alpha", self.lora_alpha)
+        values["lora_dropout"] = _number("lora_dropout", self.lora_dropout)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` must be in [0, 1), but is {self.lora_dropout}.")
+        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
+            values[name] = _flag(name, values[name])
+        values["bias"] = _one_of("bias", self.bias, _BIASES)
+        if self.task_type is not None:
+            values["task_type"] = _one_of("task_type", self.task_type, TASK_TYPES)
+        values["init_lora_weights"] = _start(self.init_lora_weights)
+        values["alpha_pattern"] = _pattern("alpha_pattern", self.alpha_pattern, _positive)
+        values["base_model_name_or_path"] = _text("base_model_name_or_path", self.base_model_name_or_path)
+        values["revision"] = _text("revision", self.revision)
+        values["extra"] = _checked_extra(self.extra)
+
+    def _check_rank(self) -> None:
+        self.__dict__["r"] = _whole("r", self.r, least=1)
+        self.__dict__["rank_pattern"] = _pattern("rank_pattern", self.rank_pattern, _rank)
+
+    def _check_modules(self) -> None:
+        targets = _names_or_pattern("target_modules", self.target_modules)
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            targets = "all-linear"
+        if targets is not None and not targets:
+            raise ValueError("`target_modules` is empty: name a module, or leave it out for the defaults.")
+        self.__dict__["target_modules"] = targets
+        self.__dict__["exclude_modules"] = _names_or_pattern("exclude_modules", self.exclude_modules) or None
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"`modules_to_save` must be a list of names; write [{self.modules_to_save!r}].")
+        self.__dict__["modules_to_save"] = _names("modules_to_save", self.modules_to_save) or None
+
+    def _check_layers(self) -> None:
+        values = self.__dict__
+        values["layers_to_transform"] = indices = _layer_indices(self.layers_to_transform)
+        values["layers_pattern"] = pattern = _names_or_pattern("layers_pattern", self.layers_pattern) or None
+        for each in [pattern] if isinstance(pattern, str) else pattern or ():
+            _check_regular_expression("layers_pattern", each)
+        if isinstance(self.target_modules, str) and indices is not None:
+            raise ValueError(
+                "`layers_to_transform` needs `target_modules` to be a list of names: "
+                f"say which layers in the expression {self.target_modules!r} itself."
+            )
+        if pattern is not None and indices is None:
+            raise ValueError(
+                f"`layers_pattern`={pattern!r} needs `layers_to_transform`, which says what to count."
+            )
+
+    # -- files
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration under PEFT's names, ready for JSON.
+
+        Example:
+            >>> LoraConfig(target_modules={"v", "q"}).to_dict()["target_modules"]
+            ['q', 'v']
+        """
+        values = {each.name: self.__dict__[each.name] for each in dataclasses.fields(self)}
+        extra = dict(values.pop("extra"))
+        start = extra.pop("init_lora_weights", None)
+        data = {**values, **extra, "peft_type": self.peft_type}
+        if start is not None and self.init_lora_weights is True:
+            data["init_lora_weights"] = start
+        return {name: _plain(value) for name, value in data.items()}
+
+    @classmethod
+    def from_dict(cls: type[_Config], data: Mapping[str, Any], source: str = CONFIG_NAME) -> _Config:
+        """Read what ``to_dict`` or PEFT wrote; ``peft_type`` decides the class.
+
+        Unknown fields are kept in ``extra`` where they change nothing. For an adapter in ``inference_mode``
+        the schedule is not checked, as nothing will be trained.
+
+        Args:
+            data: the fields.
+            source: what to call the file in messages.
+
+        Raises:
+            TypeError, ValueError: as the class, and for another kind of adapter. Each begins with ``source``.
+
+        Example:
+            >>> config = LoraConfig.from_dict({"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "r": 8})
+            >>> type(config).__name__, config.init_r
+            ('AdaLoraConfig', 4)
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"{source}: must hold a JSON object, but holds {_short(data)}.")
+        kind = _kind_of_adapter(data.get("peft_type"), source)
+        if not issubclass(kind, cls):
+            raise ValueError(f"{source}: holds a {kind.peft_type} adapter, to be read with {kind.__name__}.")
+        try:
+            values, extra = _split_fields(kind, data)
+            kind._from_file(values, extra)
+            return kind(**values, extra=extra)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{source}: {error}") from None
+
+    @classmethod
+    def _from_file(cls, values: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Change, in place, what PEFT writes and a user should not: here, the start of training."""
+        start = values.get("init_lora_weights")
+        if not isinstance(start, str) or start == "gaussian":
+            return
+        if start not in _STARTS_OF_NO_CONSEQUENCE:
+            raise ValueError(
+                f"`init_lora_weights` is {start!r}: such an adapter belongs to base weights that its start "
+                "has changed, and they are not in the file. Convert it to a plain LoRA adapter with PEFT."
+            )
+        if start != "orthogonal":  # PEFT reads that only where all ranks are even
+            extra["init_lora_weights"] = start
+        values["init_lora_weights"] = True
+
+    @classmethod
+    def from_pretrained(cls: type[_Config], folder: str | os.PathLike[str]) -> _Config:
+        """Read ``adapter_config.json`` in a folder.
+
+        Raises:
+            FileNotFoundError: the folder has no such file.
+            TypeError, ValueError: the file is broken; see ``from_dict``.
+        """
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{os.fspath(folder)!r} is not the folder of an adapter: no {CONFIG_NAME}."
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_object)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not valid JSON ({error}).") from None
+        return cls.from_dict(data, source=str(path))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``adapter_config.json`` into a folder, made if need be, and return the file's path.
+
+        The file is written aside and then renamed, so it is the old one or the new one at any moment.
+        """
+        path = Path(folder) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            aside.write_text(text, encoding="utf-8")
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        return path
+
+
+@dataclass(kw_only=True)
+class AdaLoraConfig(LoraConfig):
+    """An AdaLoRA adapter: ranks start at ``init_r`` and end at ``target_r`` on average, where they help.
+
+    Args:
+        init_r: rank of every layer at the start, at least 1.
+        target_r: average rank in the end, from 1 to ``init_r``. Equal ranks mean that nothing is pruned.
+        tinit: warm-up, in steps (int) or as a fraction of the run (float in [0, 1)).
+        tfinal: last phase, in steps or as a fraction, in which no rank changes.
+        deltaT: steps between two allocations, at least 1.
+        beta1: decay of the running sensitivity, in (0, 1).
+        beta2: decay of the running uncertainty, in (0, 1).
+        orth_reg_weight: weight of the orthogonality penalty, at least 0.
+        total_step: optimizer steps of the whole run. None: a trainer that knows it fills it in.
+        lora_alpha: the update is scaled by ``lora_alpha / init_r``, however many ranks are pruned.
+        rank_pattern: the result of a run: for each ``"<module path>.lora_E"`` a list of ``init_r`` booleans,
+            True for the ranks that stay.
+        r: no field of AdaLoRA, taken with a warning for compatibility.
+
+    Raises:
+        TypeError, ValueError: as LoraConfig; also a schedule without a step for pruning.
+
+    Example:
+        >>> config = AdaLoraConfig(init_r=12, target_r=8, tinit=0.1, tfinal=0.3, target_modules=["q_proj"])
+        >>> config.with_total_step(3000).resolved_schedule()
+        BudgetSchedule(tinit=300, tfinal=900, total_step=3000, deltaT=1)
+        >>> AdaLoraConfig(delta_t=10)
+        Traceback (most recent call last):
+        ...
+        TypeError: AdaLoraConfig has no field `delta_t`. Did you mean `deltaT`?
+    """
+
+    peft_type: ClassVar[str] = "ADALORA"
+
+    r: int = field(default=_DefaultRank(_PEFT_DEFAULT_R), repr=False)
+    init_r: int = 12
+    target_r: int = 8
+    tinit: int | float = 0
+    tfinal: int | float = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
+
+    def resolved_schedule(self) -> BudgetSchedule:
+        """The schedule in whole steps.
+
+        Raises:
+            ValueError: ``total_step`` is not known yet, or the phases overlap.
+        """
+        if self.total_step is None:
+            raise ValueError(
+                "The schedule needs the number of optimizer steps: pass `total_step` to AdaLoraConfig, or "
+                "call `model.set_total_step(n)` before training."
+            )
+        return BudgetSchedule.resolve(self.tinit, self.tfinal, self.total_step, self.deltaT)
+
+    def with_total_step(self, total_step: int) -> AdaLoraConfig:
+        """A checked copy for a run of ``total_step`` optimizer steps; fractions stay fractions."""
+        return dataclasses.replace(self, total_step=total_step)
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_schedule()
+        for name in ("beta1", "beta2"):
+            value = self.__dict__[name] = _number(name, self.__dict__[name])
+            if not 0 < value < 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, both excluded, but is {value}.")
+        weight = self.__dict__["orth_reg_weight"] = _number("orth_reg_weight", self.orth_reg_weight)
+        if weight < 0:
+            raise ValueError(f"`orth_reg_weight` must be at least 0, but is {weight}.")
+        if self.use_rslora:
+            raise ValueError(
+                "`use_rslora` belongs to LoraConfig: AdaLoRA's scale is lora_alpha / init_r. "
+                "For a greater one, increase `lora_alpha`."
+            )
+        if self.alpha_pattern:
+            raise ValueError("`alpha_pattern` belongs to LoraConfig: AdaLoRA has one `lora_alpha` for all.")
+
+    def _check_rank(self) -> None:
+        values = self.__dict__
+        values["init_r"] = _whole("init_r", self.init_r, least=1)
+        values["target_r"] = _whole("target_r", self.target_r, least=1)
+        if self.target_r > self.init_r and not self.inference_mode:
+            raise ValueError(
+                f"`target_r`={self.target_r} is greater than `init_r`={self.init_r}, but ranks only fall: "
+                f"set init_r to at least {self.target_r} (1.5 times target_r is usual)."
+            )
+        values["rank_pattern"] = _kept_ranks(self.rank_pattern, self.init_r)
+        if not isinstance(self.r, _DefaultRank):
+            r = _whole("r", self.r, least=1)
+            values["r"] = _DefaultRank(_PEFT_DEFAULT_R)
+            warnings.warn(
+                f"`r={r}` has no effect in AdaLoraConfig, where ranks start at init_r={self.init_r} and end "
+                f"at target_r={self.target_r} on average. For an average rank of {r}, set target_r={r} and "
+                f"init_r={math.ceil(1.5 * r)}, and leave `r` out.",
+                UserWarning,
+                stacklevel=6,
+            )
+
+    def _check_schedule(self) -> None:
+        values = self.__dict__
+        for name in ("tinit", "tfinal"):
+            values[name] = _number(name, values[name])
+        values["deltaT"] = _whole("deltaT", self.deltaT, least=None if self.inference_mode else 1)
+        if self.total_step is not None:
+            values["total_step"] = _whole("total_step", self.total_step, least=None)
+        if self.inference_mode:
+            return
+        for name in ("tinit", "tfinal"):
+            check_length(name, values[name])
+        if self.total_step is not None:
+            self.resolved_schedule()
+        elif self._in_fractions() and self.tinit + self.tfinal >= 1:
+            raise ValueError(
+                f"The schedule leaves no step for pruning: tinit={self.tinit} and tfinal={self.tfinal} are "
+                "fractions of the run, and must be less than 1 together."
+            )
+
+    def _in_fractions(self) -> bool:
+        return isinstance(self.tinit, float) and isinstance(self.tfinal, float)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration under PEFT's names, ready for JSON; fractions become steps once they are known.
+
+        PEFT reads it if ``total_step`` is set: it knows no other AdaLoRA adapter.
+        """
+        data = super().to_dict()
+        data["r"] = _PEFT_DEFAULT_R
+        if self.total_step is not None:
+            with contextlib.suppress(ValueError):  # in inference mode the schedule may be anything
+                schedule = self.resolved_schedule()
+                data.update(tinit=schedule.tinit, tfinal=schedule.tfinal)
+        return data
+
+    @classmethod
+    def _from_file(cls, values: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Take what PEFT's AdaLoRA ignores: the kind of start, `r`, `use_rslora` and `alpha_pattern`."""
+        start = values.get("init_lora_weights")
+        if isinstance(start, str) and start != "gaussian":
+            extra["init_lora_weights"] = start
+            values["init_lora_weights"] = True
+        if values.get("r", _PEFT_DEFAULT_R) == _PEFT_DEFAULT_R:
+            values.pop("r", None)
+        for name in ("use_rslora", "alpha_pattern"):
+            if values.get(name):
+                warnings.warn(
+                    f"`{name}` in the file has no effect on an AdaLoRA adapter, in PEFT as here: left out.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+                del values[name]
+
+
+# -- checks of one value: each returns it in plain form, and names it in its errors
+
+
+def _whole(name: str, value: Any, least: int | None) -> int:
+    if isinstance(value, _DefaultRank):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be a whole number, but is {_short(value)}.")
+    if least is not None and value < least:
+        raise ValueError(f"`{name}` must be at least {least}, but is {value}.")
+    return _bounded(name, int(value))
+
+
+def _rank(name: str, value: Any) -> int:
+    return _whole(name, value, least=1)
+
+
+def _number(name: str, value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number, but is {_short(value)}.")
+    if isinstance(value, numbers.Integral):
+        return _bounded(name, int(value))
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be finite, but is {value}.")
+    return float(value)
+
+
+def _bounded(name: str, value: int) -> int:
+    """Python's integers may have any size, which nothing that they are used for can hold."""
+    if abs(value) >= 2**53:
+        raise ValueError(f"`{name}` is absurdly large.")
+    return value
+
+
+def _positive(name: str, value: Any) -> int | float:
+    number = _number(name, value)
+    if number <= 0:
+        raise ValueError(f"`{name}` must be greater than 0, but is {value}.")
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, but is {_short(value)}.")
+    return value
+
+
+def _text(name: str, value: Any) -> str | None:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"`{name}` must be text or None, but is {_short(value)}.")
+    return value
+
+
+def _one_of(name: str, value: Any, choices: Sequence[str]) -> str:
+    value = getattr(value, "value", value)  # a member of an enumeration
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be one of {', '.join(choices)}, but is {_short(value)}.")
+    if value not in choices:
+        near = _nearest(value, choices)
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r}.{hint}")
+    return str(value)
+
+
+def _start(value: Any) -> bool | str:
+    if isinstance(value, bool):
+        return value
+    if value == "gaussian":
+        return "gaussian"
+    if not isinstance(value, str):
+        raise TypeError(f"`init_lora_weights` must be True, False or 'gaussian', but is {_short(value)}.")
+    raise ValueError(
+        f"`init_lora_weights`={value!r} is not offered: use True (the update starts at 0), 'gaussian' (the "
+        "same, with a normal A) or False (A and B random)."
+    )
+
+
+def _names(name: str, value: Any) -> list[str] | None:
+    """A list of names without doubles, in the order given; a set's are sorted."""
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, AbstractSet)):
+        raise TypeError(f"`{name}` must be a list of names, but is {_short(value)}.")
+    for each in value:
+        if not isinstance(each, str):
+            raise TypeError(f"`{name}` must be a list of names, but holds {_short(each)}.")
+        if not each:
+            raise ValueError(f"`{name}` holds an empty name.")
+    return list(dict.fromkeys(sorted(value) if isinstance(value, AbstractSet) else value))
+
+
+def _names_or_pattern(name: str, value: Any) -> list[str] | str | None:
+    if not isinstance(value, str):
+        return _names(name, value)
+    _check_regular_expression(name, value)
+    return value
+
+
+def _check_regular_expression(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"`{name}` holds {value!r}, which is not a regular expression: {error}.") from None
+
+
+def _pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
+    """A dictionary from the end of a path, or a regular expression, to values that pass ``check``."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{name}` must be a dictionary, but is {_short(value)}.")
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f"`{name}` must have names for keys, but has {_short(key)}.")
+        _check_regular_expression(name, key)
+    return {key: check(f"{name}[{key!r}]", each) for key, each in value.items()}
+
+
+def _kept_ranks(value: Any, init_r: int) -> dict[str, list[bool]] | None:
+    """AdaLoRA's rank_pattern; a trailing adapter name, which older files have, is taken off its keys."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`rank_pattern` must be a dictionary, but is {_short(value)}.")
+    kept: dict[str, list[bool]] = {}
+    for key, mask in value.items():
+        match = re.fullmatch(r"(.+\.lora_E)(\.[^.]+)?", key) if isinstance(key, str) else None
+        if match is None:
+            raise ValueError(
+                f"`rank_pattern` must have keys such as 'layer.0.lora_E', but has {_short(key)}."
+            )
+        if isinstance(mask, (str, bytes)) or not isinstance(mask, Sequence):
+            raise TypeError(f"`rank_pattern[{key!r}]` must be a list of booleans, but is {_short(mask)}.")
+        if not all(isinstance(each, bool) for each in mask):
+            raise TypeError(f"`rank_pattern[{key!r}]` must be a list of booleans, but is {_short(mask)}.")
+        if len(mask) != init_r:
+            raise ValueError(f"`rank_pattern[{key!r}]` must have init_r={init_r} booleans, not {len(mask)}.")
+        if match[1] in kept:
+            raise ValueError(f"`rank_pattern` has {match[1]!r} twice, once with an adapter's name.")
+        kept[match[1]] = list(mask)
+    return kept or None
+
+
+def _layer_indices(value: Any) -> list[int] | int | None:
+    if value is None:
+        return None
+    if isinstance(value, numbers.Integral):
+        return _whole("layers_to_transform", value, least=0)
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, AbstractSet)):
+        raise TypeError(f"`layers_to_transform` must be an index or a list of them, but is {_short(value)}.")
+    indices = [_whole("layers_to_transform", each, least=0) for each in value]
+    return list(dict.fromkeys(indices)) or None
+
+
+def _checked_extra(extra: Any) -> dict[str, Any]:
+    if not isinstance(extra, Mapping):
+        raise TypeError(f"`extra` must be a dictionary, but is {_short(extra)}.")
+    for name, value in extra.items():
+        if name == "init_lora_weights" or name in _HARMLESS or value in (None, False, {}, []):
+            continue
+        if name in _REFUSED:
+            raise ValueError(
+                f"`{name}`={_short(value)} changes what the adapter computes, and is not supported."
+            )
+        raise ValueError(
+            f"`{name}`={_short(value)} is not known, and may change what the adapter computes. "
+            "If you know that it does not, take it out of the file."
+        )
+    return dict(extra)
+
+
+# -- files and messages
+
+
+def _kind_of_adapter(peft_type: Any, source: str) -> type[Any]:
+    name = getattr(peft_type, "value", peft_type)
+    kinds = {kind.peft_type: kind for kind in (LoraConfig, AdaLoraConfig)}
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: `peft_type` must be one of {', '.join(kinds)}, but is {_short(name)}.")
+    if name not in kinds:
+        raise ValueError(f"{source}: `peft_type` is {name!r}; rankwise reads {' and '.join(kinds)}.")
+    return kinds[name]
+
+
+def _split_fields(kind: type[Any], data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = _field_names(kind) - {"extra"}
+    values = {name: value for name, value in data.items() if name in names}
+    extra = {name: value for name, value in data.items() if name not in names and name != "peft_type"}
+    return values, extra
+
+
+def _field_names(cls: type[Any]) -> frozenset[str]:
+    return frozenset(each.name for each in dataclasses.fields(cls))
+
+
+def _unknown_keyword(cls: type[Any], name: str, names: AbstractSet[str]) -> str:
+    message = f"{cls.__name__} has no field `{name}`."
+    if name == "peft_type":
+        return f"{message} The class says it: {cls.__dict__.get('peft_type')}."
+    if name in _field_names(AdaLoraConfig):
+        return f"{message} It is one of AdaLoraConfig's."
+    if name in _HARMLESS | _REFUSED:
+        return f"{message} It is one of PEFT's that rankwise does not offer: leave it out."
+    folded = _folded(name)
+    choices = {_folded(each): each for each in sorted(names - {"extra"})}
+    alias = next((each for each in _ALIASES.get(folded, ()) if each in names), None)
+    near = _nearest(folded, list(choices))
+    guess = alias or (choices[near] if near else None)
+    if guess is None:
+        return f"{message} Its fields are {', '.join(choices.values())}."
+    return f"{message} Did you mean `{guess}`?"
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+def _nearest(name: str, choices: Sequence[str]) -> str | None:
+    upper = {each.upper(): each for each in choices}
+    found = difflib.get_close_matches(name.upper(), list(upper), n=1)
+    return upper[found[0]] if found else None
+
+
+def _plain(value: Any) -> Any:
+    """A copy that JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, AbstractSet):
+        return sorted((_plain(each) for each in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {double!r} appears twice")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,278 @@
+"""The history of a run's ranks: the budget and every layer's rank, one record for each allocation.
+
+Recording happens inside the training loop, so it costs next to nothing: ranks that arrive as a tensor stay on
+their device until somebody reads the history, and all that have gathered by then cross over in one copy.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LAYOUT = 1  # of the packed tensor: [_LAYOUT, layers, records, then step, budget and ranks of every record]
+
+
+@dataclass
+class RankRecord:
+    """The ranks after one allocation: ``ranks[i]`` triplets stay in the layer that ``layers[i]`` names."""
+
+    step: int
+    budget: int
+    ranks: list[int]
+
+
+class RankHistory:
+    """The budget and every layer's rank over the steps of a run.
+
+    Args:
+        layers: module paths of the adapted layers, in the order in which ranks are recorded.
+
+    Raises:
+        ValueError: a layer is named twice.
+
+    Example:
+        >>> history = RankHistory(["encoder.query", "encoder.value"])
+        >>> history.record(0, 24, [12, 12])
+        >>> history.record(100, 16, torch.tensor([11, 5]))
+        >>> history.records[-1]
+        RankRecord(step=100, budget=16, ranks=[11, 5])
+    """
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        self.layers = list(layers)
+        if len(set(self.layers)) != len(self.layers):
+            twice = next(name for name in self.layers if self.layers.count(name) > 1)
+            raise ValueError(f"A rank history names each layer once, but {twice!r} appears more than once.")
+        self._records: list[RankRecord] = []
+        self._pending: list[tuple[int, int, torch.Tensor]] = []  # later than all of _records
+
+    def record(self, step: int, budget: int, ranks: Sequence[int] | torch.Tensor) -> None:
+        """Add the ranks after an allocation.
+
+        A step that was recorded before is replaced, and what was recorded after it is dropped: that part of
+        the history did not happen, because the run has gone back to an earlier checkpoint.
+
+        Args:
+            step: optimizer step, at least 0 (0 is the start).
+            budget: how many triplets may stay in all layers together.
+            ranks: how many stay in each layer: numbers, or an integer tensor of shape (layers,) on any
+                device, which is copied there and not waited for.
+
+        Raises:
+            TypeError: the ranks are not whole numbers.
+            ValueError: there is not one rank for each layer, or a number is negative.
+        """
+        shape = tuple(ranks.shape) if isinstance(ranks, torch.Tensor) else (len(ranks),)
+        if shape != (len(self.layers),):
+            raise ValueError(
+                f"Expected ranks of shape ({len(self.layers)},), one for each layer, but got {shape}."
+            )
+        if step < 0 or budget < 0:
+            raise ValueError(f"`step` and `budget` must be at least 0, but are {step} and {budget}.")
+        if isinstance(ranks, torch.Tensor):
+            if ranks.is_floating_point() or ranks.is_complex() or ranks.dtype is torch.bool:
+                raise TypeError(f"Ranks must be whole numbers, but the tensor is of {ranks.dtype}.")
+            self._forget_from(step)
+            self._pending.append((int(step), int(budget), ranks.detach().to(torch.int32, copy=True)))
+            return
+        whole = [operator.index(rank) for rank in ranks]
+        if any(rank < 0 for rank in whole):
+            raise ValueError(f"Ranks must be at least 0, but step {step} has {min(whole)}.")
+        self._forget_from(step)
+        if self._pending:
+            self._pending.append((int(step), int(budget), torch.tensor(whole, dtype=torch.int32)))
+        else:
+            self._records.append(RankRecord(int(step), int(budget), whole))
+
+    @property
+    def records(self) -> list[RankRecord]:
+        """All records, by rising step. Reading them waits for the device if there are new ones."""
+        self._settle()
+        return list(self._records)
+
+    def to_json(self) -> str:
+        """The history as JSON text, one record a line, so that people and version control can compare it.
+
+        Its form: ``{"layers": [...], "records": [{"step": 0, "budget": 24, "ranks": [...]}, ...]}``.
+        """
+        records = (
+            json.dumps({"step": record.step, "budget": record.budget, "ranks": record.ranks})
+            for record in self.records
+        )
+        lines = ",\n".join(records)
+        return f'{{"layers": {json.dumps(self.layers)},\n"records": [\n{lines}\n]}}\n'
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> RankHistory:
+        """Read what :meth:`to_json` wrote.
+
+        Args:
+            text: the JSON text.
+            source: where it is from, for messages.
+
+        Raises:
+            ValueError: the text is not a rank history; the message names ``source`` and what is wrong.
+
+        Example:
+            >>> text = '{"layers": ["fc"], "records": [{"step": 0, "budget": 12, "ranks": [12]}]}'
+            >>> RankHistory.from_json(text, "rank_history.json").records
+            [RankRecord(step=0, budget=12, ranks=[12])]
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{source} is not a rank history: it is no valid JSON ({error}).") from error
+        if not isinstance(data, dict) or not {"layers", "records"} <= data.keys():
+            raise ValueError(
+                f'{source} is not a rank history: it must be an object with "layers" and "records".'
+            )
+        layers, records = data["layers"], data["records"]
+        if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+            raise ValueError(f'{source} is not a rank history: "layers" must be a list of module paths.')
+        if not isinstance(records, list):
+            raise ValueError(f'{source} is not a rank history: "records" must be a list.')
+        try:
+            history = cls(layers)
+            history._records = [_checked_record(record, len(layers)) for record in records]
+        except ValueError as error:
+            raise ValueError(f"{source} is not a rank history: {error}") from error
+        history._check_order(source)
+        return history
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the history as JSON; a process killed meanwhile leaves the old file or the new one."""
+        path = Path(path)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RankHistory:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not a rank history.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a rank history: it is no UTF-8 text ({error}).") from error
+        return cls.from_json(text, str(path))
+
+    def to_tensor(self) -> torch.Tensor:
+        """The records, without the layers' names, as one int64 tensor on the CPU for a state dictionary.
+
+        Returns:
+            Shape ``(3 + records * (2 + layers),)``: the layout's number, how many layers and records there
+            are, and for each record its step, its budget and its ranks.
+        """
+        flat = [_LAYOUT, len(self.layers), len(self.records)]
+        for record in self._records:
+            flat += [record.step, record.budget, *record.ranks]
+        return torch.tensor(flat, dtype=torch.int64)
+
+    @classmethod
+    def from_tensor(cls, layers: Sequence[str], tensor: torch.Tensor) -> RankHistory:
+        """Unpack what :meth:`to_tensor` packed.
+
+        Raises:
+            ValueError: the tensor is not a packed history, or one of a different number of layers.
+
+        Example:
+            >>> history = RankHistory(["fc"])
+            >>> history.record(0, 12, [12])
+            >>> RankHistory.from_tensor(["fc"], history.to_tensor()) == history
+            True
+        """
+        history = cls(layers)
+        if tensor.dtype is not torch.int64 or tensor.dim() != 1 or tensor.numel() < 3:
+            raise ValueError(
+                f"A packed rank history is a 1-D int64 tensor of 3 or more values, but this is "
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}."
+            )
+        flat: list[int] = tensor.tolist()
+        layout, width, count = flat[:3]
+        if layout != _LAYOUT:
+            raise ValueError(f"The packed rank history has layout {layout}; this version reads {_LAYOUT}.")
+        if width != len(history.layers):
+            raise ValueError(
+                f"The packed rank history is of {width} layers, but {len(history.layers)} are named."
+            )
+        stride = 2 + width
+        if count < 0 or len(flat) != 3 + count * stride:
+            raise ValueError(
+                f"The packed rank history is cut off: {count} records of {stride} values announced, "
+                f"{len(flat) - 3} values there."
+            )
+        rows = (flat[start : start + stride] for start in range(3, len(flat), stride))
+        history._records = [RankRecord(row[0], row[1], row[2:]) for row in rows]
+        history._check_order("The packed rank history")
+        return history
+
+    def __len__(self) -> int:
+        return len(self._records) + len(self._pending)
+
+    def __eq__(self, other: Any) -> bool:
+        if not isinstance(other, RankHistory):
+            return NotImplemented
+        return self.layers == other.layers and self.records == other.records
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"RankHistory({len(self.layers)} layers, {len(self)} records)"
+
+    def _forget_from(self, step: int) -> None:
+        while self._pending and self._pending[-1][0] >= step:
+            self._pending.pop()
+        while not self._pending and self._records and self._records[-1].step >= step:
+            self._records.pop()
+
+    def _settle(self) -> None:
+        """Bring the ranks that are still on a device over, in one copy."""
+        if not self._pending:
+            return
+        device = self._pending[-1][2].device
+        ranks = torch.stack([tensor.to(device) for _, _, tensor in self._pending]).tolist()
+        self._records += [
+            RankRecord(step, budget, row) for (step, budget, _), row in zip(self._pending, ranks, strict=True)
+        ]
+        self._pending.clear()
+
+    def _check_order(self, source: str) -> None:
+        for before, after in zip(self._records, self._records[1:], strict=False):
+            if after.step <= before.step:
+                raise ValueError(
+                    f"{source} is not a rank history: its steps must rise, but {after.step} follows "
+                    f"{before.step}."
+                )
+
+
+def _checked_record(record: Any, width: int) -> RankRecord:
+    if not isinstance(record, dict) or not {"step", "budget", "ranks"} <= record.keys():
+        raise ValueError(
+            f'each record must be an object with "step", "budget" and "ranks", but one is {record!r:.80}.'
+        )
+    step, budget, ranks = record["step"], record["budget"], record["ranks"]
+    if not isinstance(ranks, list) or len(ranks) != width:
+        raise ValueError(f"step {step!r:.20} must have {width} ranks, one for each layer.")
+    for value in (step, budget, *ranks):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(
+                f"step {step!r:.20} has {value!r:.20} where a whole number of at least 0 belongs."
+            )
+    return RankRecord(step, budget, ranks)

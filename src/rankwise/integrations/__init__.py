@@ -1,0 +1,1 @@
+"""What other libraries' trainers need in order to work with an adapted model; nothing that a user calls."""

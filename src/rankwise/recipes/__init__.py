@@ -1,0 +1,16 @@
+"""Recipes: what ``rankwise train`` and ``rankwise plan`` do, for use from Python.
+
+    from rankwise.recipes import load_recipe, train
+
+    result = train(load_recipe("reviews.yaml", ["training.max_steps=500"]))
+    print(result.before, result.after)
+
+They need ``pip install "rankwise[train,report]"``.
+"""
+
+from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.plan import Plan
+from rankwise.recipes.recipe import BaseRecipe, load_recipe
+from rankwise.recipes.run import Result, plan, train
+
+__all__ = ["BaseRecipe", "Plan", "Problem", "RecipeError", "Result", "load_recipe", "plan", "train"]

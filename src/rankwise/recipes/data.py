@@ -1,0 +1,383 @@
+"""Read tables of text through ``datasets``: CSV, JSON lines, Parquet, a folder of class folders, or a hub name.
+
+Whatever the source, a row has a place that a person can go to: a file and a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean
+from rankwise.recipes.places import Place
+
+SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+}
+FOLDER_COLUMNS = ("text", "label")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a source that a task asked for.
+
+    Args:
+        place: the source.
+        rows: a ``datasets.Dataset``.
+        files: for a folder of texts, the file of each row.
+        notes: what happened in reading, a sentence each.
+    """
+
+    place: Place
+    rows: Any
+    files: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def where(self, row: int) -> str:
+        """The place of row ``row`` (from 0): ``reviews.csv, line 17``."""
+        if self.files:
+            return self.files[row]
+        path = self.place.path
+        kind = SUFFIXES.get(path.suffix.lower()) if path else None
+        if path is not None and kind == "csv":
+            return f"{path.name}, line {_nth(_csv_lines(path), row)}"
+        if path is not None and kind == "json" and not _is_json_array(path):
+            return f"{path.name}, line {_nth(_json_lines(path), row)}"
+        return f"{path.name if path else self.place.name}, row {row + 1}"
+
+
+def columns_of(place: Place, key: str) -> list[str] | None:
+    """The columns of a source, read from its head; None if only reading all of it can tell.
+
+    Raises:
+        RecipeError: the source has no form that can be read.
+    """
+    path = place.path
+    if path is None:
+        return None
+    if path.is_dir():
+        _class_folders(path, key)
+        return list(FOLDER_COLUMNS)
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise RecipeError(
+            [
+                Problem(
+                    key,
+                    f"{place.name!r} is no kind of file that can be read. {_KINDS}, a folder, or a hub name.",
+                )
+            ]
+        )
+    try:
+        columns = {"csv": _csv_columns, "json": _json_columns, "parquet": _parquet_columns}[kind](path)
+    except (OSError, ValueError) as error:
+        raise RecipeError([Problem(key, f"{place.name!r} can't be read as {kind}: {error}")]) from error
+    if columns is not None and not columns:
+        raise RecipeError([Problem(key, f"{place.name!r} is empty.")])
+    return columns
+
+
+_KINDS = f"Valid: {', '.join(SUFFIXES)}"
+
+
+def column_problems(place: Place, key: str, wanted: dict[str, str]) -> Iterator[Problem]:
+    """What is wrong with a source and the columns asked of it.
+
+    Args:
+        place: the source.
+        key: its key in the recipe.
+        wanted: for each key of the recipe that names a column, the name.
+    """
+    try:
+        columns = columns_of(place, key)
+    except RecipeError as error:
+        yield from error.problems
+        return
+    for asking, name in wanted.items():
+        if columns is not None and name not in columns:
+            yield Problem(asking, missing_column(name, place, columns))
+
+
+def missing_column(name: str, place: Place, columns: Sequence[str]) -> str:
+    """The message about a column that a source does not have."""
+    shown = ", ".join(columns[:20])
+    if len(columns) == 1 and (sign := next((sign for sign in ";\t|" if sign in columns[0]), None)):
+        return f"{_short(place)} has no column {name!r}: its columns are parted by {sign!r}, not by commas ({shown})."
+    return f"{_short(place)} has no column {name!r}; it has {shown}. {_only_near(name, columns)}".rstrip()
+
+
+def _short(place: Place) -> str:
+    return place.path.name if place.path else place.name
+
+
+def _only_near(name: str, columns: Sequence[str]) -> str:
+    hint = did_you_mean(name, columns)
+    return hint if hint.startswith("Did") else ""
+
+
+def read_table(
+    place: Place, key: str, columns: Sequence[str], split: str, subset: str | None = None
+) -> Table:
+    """Read columns of a source into memory.
+
+    Args:
+        place: the source.
+        key: its key in the recipe, for messages.
+        columns: the columns to keep.
+        split: of a dataset from the hub.
+        subset: of a dataset from the hub that has several.
+
+    Raises:
+        RecipeError: it can't be read, or is empty.
+    """
+    if place.path is not None and place.path.is_dir():
+        return _read_folder(place, key)
+    import datasets
+
+    with tempfile.TemporaryDirectory(prefix="rankwise-data-") as cache, _quiet(datasets):
+        try:
+            if place.path is None:
+                rows = datasets.load_dataset(place.name, subset, split=split)
+            else:
+                rows = _load_file(datasets, place.path, cache)
+        except Exception as error:
+            raise RecipeError([Problem(key, _unreadable(place, error))]) from error
+    missing = [name for name in columns if name not in rows.column_names]
+    if missing:
+        raise RecipeError([Problem(key, missing_column(name, place, rows.column_names)) for name in missing])
+    if len(rows) == 0:
+        raise RecipeError([Problem(key, f"{place.name} has no rows.")])
+    return Table(place, rows.select_columns(list(dict.fromkeys(columns))))
+
+
+def _load_file(datasets: Any, path: Path, cache: str) -> Any:
+    """One file, in memory: the cache may then be deleted, and a changed file is never read from it."""
+    kind = SUFFIXES[path.suffix.lower()]
+    options: dict[str, Any] = {}
+    if kind == "csv":
+        # Every cell is text: "NA" is a word, and 007 keeps its zeros.
+        text = datasets.Features({name: datasets.Value("string") for name in _csv_columns(path)})
+        options = {"features": text, "keep_default_na": False, "na_values": [""], "sep": _separator(path)}
+    return datasets.load_dataset(
+        kind, data_files=_literal(path), split="train", cache_dir=cache, keep_in_memory=True, **options
+    )
+
+
+def _literal(path: Path) -> str:
+    """The path as a pattern that matches only itself."""
+    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in str(path))
+
+
+def _unreadable(place: Place, error: Exception) -> str:
+    """Why ``datasets`` could not read a source, with a line where it is cheap to find."""
+    path = place.path
+    if path is None:
+        return f"{place.name!r} is no file or folder here, and as a hub dataset it can't be loaded: {_root(error)}"
+    kind = SUFFIXES.get(path.suffix.lower())
+    line = None
+    with contextlib.suppress(OSError, ValueError, csv.Error):
+        line = (
+            _broken_json_line(path) if kind == "json" else _ragged_csv_line(path) if kind == "csv" else None
+        )
+    if line is not None:
+        return f"{path.name}, line {line}"
+    return f"{place.name} can't be read as {kind}: {_root(error)}"
+
+
+def _root(error: BaseException) -> str:
+    """The innermost cause, which says what happened, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Without ``datasets``' own progress bars and log lines: what matters is in the exception."""
+    import logging
+
+    logger = logging.getLogger("datasets")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+# --- CSV ---------------------------------------------------------------------------------------------------------
+
+
+def _separator(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each row with the line that it begins in, the header first; blank lines are no rows."""
+    csv.field_size_limit(sys.maxsize)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=_separator(path))
+        line = 1
+        for cells in reader:
+            if cells:
+                yield line, cells
+            line = reader.line_num + 1
+
+
+def _csv_columns(path: Path) -> list[str]:
+    try:
+        columns = next((cells for _, cells in _csv_rows(path)), [])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error}). Save it as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the column {twice!r} is there twice")
+    return columns
+
+
+def _csv_lines(path: Path) -> Iterator[int]:
+    rows = (line for line, _ in _csv_rows(path))
+    next(rows, None)
+    return rows
+
+
+def _ragged_csv_line(path: Path) -> str | None:
+    """The first row with more cells than there are columns."""
+    rows = _csv_rows(path)
+    _, columns = next(rows)
+    for line, cells in rows:
+        if len(cells) > len(columns):
+            return f"{line}: {len(cells)} values for {len(columns)} columns. Put quotes around text with commas in it."
+    return None
+
+
+# --- JSON --------------------------------------------------------------------------------------------------------
+
+
+def _json_columns(path: Path) -> list[str] | None:
+    if _is_json_array(path):
+        return None
+    with open(path, encoding="utf-8-sig") as file:
+        first = next((line for line in file if line.strip()), "")
+    if not first:
+        return []
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return None  # an object over several lines: reading all of it tells
+    if not isinstance(row, dict):
+        raise ValueError("each line must be an object, such as {" + '"text": "…", "label": "…"}')
+    return list(row)
+
+
+def _is_json_array(path: Path) -> bool:
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read(1000).lstrip().startswith("[")
+
+
+def _json_lines(path: Path) -> Iterator[int]:
+    with open(path, encoding="utf-8-sig") as file:
+        yield from (number for number, line in enumerate(file, 1) if line.strip())
+
+
+def _broken_json_line(path: Path) -> str | None:
+    """The first line that is not an object, or whose values are of another kind than the first line's."""
+    if _is_json_array(path):
+        return None
+    kinds: dict[str, tuple[str, int]] = {}
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                return f"{number}: no valid JSON: {error}."
+            if not isinstance(row, dict):
+                return f"{number}: must be an object, but is {line.strip()[:50]!r}."
+            for name, value in row.items():
+                kind = "number" if isinstance(value, (int, float)) else type(value).__name__
+                first, where = kinds.setdefault(name, (kind, number)) if value is not None else (kind, 0)
+                if kind != first:
+                    return f"{number}: {name!r} is of another type ({kind}) than in line {where} ({first})."
+    return None
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    import pyarrow.parquet
+
+    return list(pyarrow.parquet.read_schema(path).names)
+
+
+def _nth(numbers: Iterator[int], index: int) -> int:
+    return next((number for i, number in enumerate(numbers) if i == index), index + 1)
+
+
+# --- a folder of class folders -----------------------------------------------------------------------------------
+
+
+def _class_folders(path: Path, key: str) -> dict[str, list[Path]]:
+    """The text files of each sub-folder, in a fixed order."""
+    folders = sorted(
+        entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))
+    )
+    found = {folder.name: sorted(folder.glob("*.txt")) for folder in folders}
+    found = {name: files for name, files in found.items() if files}
+    if not found:
+        hint = ""
+        tables = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
+        if tables:
+            hint = f" It holds {', '.join(tables[:5])}: name the file."
+        raise RecipeError(
+            [
+                Problem(
+                    key,
+                    f"the folder {str(path)!r} has no sub-folders with .txt files, one for each label.{hint}",
+                )
+            ]
+        )
+    return found
+
+
+def _read_folder(place: Place, key: str) -> Table:
+    import datasets
+
+    folder = place.path or Path()
+    texts, labels, files, foreign = [], [], [], []
+    for label, paths in _class_folders(folder, key).items():
+        for path in paths:
+            text, is_utf8 = _read_text(path)
+            name = f"{folder.name}/{label}/{path.name}"
+            texts.append(text.strip())
+            labels.append(label)
+            files.append(name)
+            foreign += [] if is_utf8 else [name]
+    notes = (
+        [f"{len(foreign)} not in UTF-8, read as Windows-1252: {', '.join(foreign[:3])}."] if foreign else []
+    )
+    return Table(place, datasets.Dataset.from_dict({"text": texts, "label": labels}), files, notes)
+
+
+def _read_text(path: Path) -> tuple[str, bool]:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig"), True
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace"), False

@@ -1,0 +1,96 @@
+"""What a user must mend: problems with their place, gathered so that one message shows them all."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to mend: where it is (a recipe's dotted key, a file, a file and line) and what is wrong."""
+
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" if self.where else self.message
+
+
+class RecipeError(ValueError):
+    """A recipe, its data or its output folder can't be used as it is.
+
+    Args:
+        problems: all that is to be mended, or one message.
+        source: the file that the problems are in, if one.
+
+    Example:
+        >>> print(RecipeError([Problem("model", "is missing"), Problem("output", "is missing")], "bbc.yaml"))
+        bbc.yaml has 2 problems:
+          model: is missing
+          output: is missing
+    """
+
+    def __init__(self, problems: Sequence[Problem] | str, source: str | None = None) -> None:
+        self.problems = [Problem("", problems)] if isinstance(problems, str) else list(problems)
+        self.source = source
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        lines = [str(problem) for problem in self.problems]
+        if len(lines) == 1:
+            return f"{self.source}: {lines[0]}" if self.source else lines[0]
+        head = f"{self.source} has" if self.source else "There are"
+        return "\n".join([f"{head} {len(lines)} problems:", *(f"  {line}" for line in lines)])
+
+
+def raise_problems(problems: Iterable[Problem], source: str | None = None) -> None:
+    """Raise `RecipeError` if there is any problem."""
+    gathered = list(problems)
+    if gathered:
+        raise RecipeError(gathered, source)
+
+
+def nearest(word: str, valid: Iterable[str]) -> str | None:
+    """The valid name that ``word`` was most likely meant to be, or None.
+
+    Spelling decides, upper and lower case and the kind of dash aside; failing that, a name that contains the word.
+
+    Example:
+        >>> nearest("learning_rat", ["learning_rate", "seed"])
+        'learning_rate'
+        >>> nearest("batch_size", ["per_device_train_batch_size", "max_steps"])
+        'per_device_train_batch_size'
+        >>> nearest("colour", ["seed"]) is None
+        True
+    """
+    names = list(valid)
+    plain = {_plain(name): name for name in reversed(names)}
+    close = difflib.get_close_matches(_plain(word), list(plain), n=1, cutoff=0.6)
+    if close:
+        return plain[close[0]]
+    if len(word) < 3:
+        return None
+    return next((name for name in names if _plain(word) in _plain(name)), None)
+
+
+def did_you_mean(word: str, valid: Iterable[str]) -> str:
+    """The end of a message: the nearest valid name, or all of them if none is near and they are few.
+
+    Example:
+        >>> did_you_mean("txt", ["text", "rating"])
+        "Did you mean 'text'?"
+        >>> did_you_mean("colour", ["text", "rating"])
+        'Valid: text, rating.'
+    """
+    names = list(valid)
+    found = nearest(word, names)
+    if found is not None:
+        return f"Did you mean {found!r}?"
+    shown = ", ".join(names[:20])
+    return f"Valid: {shown}{', …' if len(names) > 20 else '.'}" if names else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")

@@ -1,0 +1,184 @@
+"""The folder that a run writes to: whether it is free, what is in it, and which checkpoint to go on from.
+
+output/
+recipe.yaml            the recipe with its overrides and defaults; trains the same run again
+results.json           metrics before and after, the loss curve, sizes; "finished" says whether it is done
+adapter_config.json    the adapter, when training is done
+…
+checkpoint-500/        what resuming needs
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rankwise.atomic import write_file
+from rankwise.recipes.errors import RecipeError
+from rankwise.recipes.places import find_place
+from rankwise.recipes.recipe import BaseRecipe
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# The last file of a checkpoint that Transformers writes, and others that it can't do without.
+_NEEDED = (
+    "trainer_state.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+)
+_RECIPE, _RESULTS = "recipe.yaml", "results.json"
+# What an earlier run may have left, for --overwrite; nothing else in the folder is touched.
+_OWN_FILES = (
+    *(_RECIPE, _RESULTS, "adapter_config.json", "adapter_model.safetensors", "rank_history.json"),
+    *("training_state.safetensors", "config.json"),
+)
+
+
+class Output:
+    """A run's output folder.
+
+    Args:
+        recipe: the run's recipe.
+    """
+
+    def __init__(self, recipe: BaseRecipe) -> None:
+        self.recipe = recipe
+        self.folder = Path(recipe.output).expanduser()
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuse to run over what an earlier run left, unless asked to.
+
+        Raises:
+            RecipeError: the folder is taken, or holds a run of another recipe.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RecipeError(f"`output` is {str(self.folder)!r}, which is a file. Choose another name.")
+        if resume and overwrite:
+            raise RecipeError("--resume goes on with a run, --overwrite starts it again: choose one.")
+        if overwrite:
+            return
+        if resume:
+            changed = list(self._changed_keys())
+            if changed:
+                raise RecipeError(
+                    f"The run in {str(self.folder)!r} had other settings: {'; '.join(changed)}. Resuming needs "
+                    "the same recipe. Set them back, or start again with --overwrite."
+                )
+        elif self.finished or (self.folder / "adapter_config.json").exists():
+            raise RecipeError(
+                f"The output folder {str(self.folder)!r} holds a finished adapter. To replace it, add --overwrite; "
+                "to keep it, choose another `output`."
+            )
+        elif any(self.checkpoints()):
+            raise RecipeError(
+                f"The output folder {str(self.folder)!r} holds an unfinished run. To go on with it, add --resume; "
+                "to start again, add --overwrite."
+            )
+
+    def begin(self) -> None:
+        """Make the folder ready for a new run: earlier checkpoints and results go, the recipe is written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for checkpoint in self.checkpoints():
+            shutil.rmtree(checkpoint)
+        for name in _OWN_FILES:
+            (self.folder / name).unlink(missing_ok=True)
+        text = yaml.safe_dump(_settled(self.recipe), sort_keys=False, allow_unicode=True, width=100)
+        write_file(self.folder / _RECIPE, f"# The whole recipe of this run, defaults included.\n{text}")
+
+    def checkpoints(self) -> Iterator[Path]:
+        """The checkpoint folders, whole or not, the newest first."""
+        if self.folder.is_dir():
+            found = (
+                (path, _CHECKPOINT.fullmatch(path.name)) for path in self.folder.iterdir() if path.is_dir()
+            )
+            steps = {path: int(match[1]) for path, match in found if match}
+            yield from sorted(steps, key=steps.__getitem__, reverse=True)
+
+    def newest_checkpoint(self) -> tuple[Path | None, list[Path]]:
+        """The newest whole checkpoint, and newer ones that were cut short while they were written."""
+        broken = []
+        for checkpoint in self.checkpoints():
+            if is_whole(checkpoint):
+                return checkpoint, broken
+            broken.append(checkpoint)
+        return None, broken
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What ``results.json`` says; empty if there is none."""
+        try:
+            results = json.loads((self.folder / _RESULTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return results if isinstance(results, dict) else {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run has been done to its end."""
+        return self.results.get("finished") is True
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Replace ``results.json``."""
+        write_file(self.folder / _RESULTS, json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
+
+    def _changed_keys(self) -> Iterator[str]:
+        """The keys that differ between this recipe and that of the run in the folder, and matter to it."""
+        try:
+            before = yaml.safe_load((self.folder / _RECIPE).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            return
+        old, new = dict(_flat(before)), dict(_flat(_settled(self.recipe)))
+        for key in dict.fromkeys([*old, *new]):
+            if old.get(key) != new.get(key) and key not in self.recipe.free_when_resuming:
+                yield f"{key} was {old.get(key)!r} and is {new.get(key)!r} now"
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    if not all((checkpoint / name).is_file() for name in _NEEDED):
+        return False
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and "global_step" in state
+
+
+def _settled(recipe: BaseRecipe) -> dict[str, Any]:
+    """The recipe as plain data that means the same in every folder."""
+    plain = recipe.plain()
+    plain["model"] = find_place(recipe.model, "model", recipe.folder).reference
+    for key in ("train", "eval"):
+        reference = plain["data"].get(key)
+        if isinstance(reference, str):
+            plain["data"][key] = find_place(reference, f"data.{key}", recipe.folder).reference
+    if recipe.method == "lora":
+        del plain["schedule"]
+    return plain
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value

@@ -1,0 +1,167 @@
+"""Where a recipe's model and data are: a path on this machine, a file inside a PyPI package, or a hub name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, nearest
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PACKAGE_PREFIX = "pypi:"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place that was found.
+
+    Args:
+        name: what the recipe calls it.
+        path: the file or folder on this machine; None for a name on the Hugging Face hub.
+    """
+
+    name: str
+    path: Path | None
+
+    @property
+    def reference(self) -> str:
+        """What a copy of the recipe should say, so that it works from every folder."""
+        return str(self.path) if self.path and not self.name.startswith(_PACKAGE_PREFIX) else self.name
+
+
+def find_place(reference: str, key: str, beside: Path | None = None) -> Place:
+    """Find what a recipe refers to, without any network.
+
+    Paths count from the current folder and, if nothing is there, from the recipe's.
+
+    Args:
+        reference: a path; ``pypi:DISTRIBUTION`` with an optional ``/path`` inside the installed package; or a
+            name on the Hugging Face hub, with or without an owner.
+        key: the recipe's key, for messages.
+        beside: the folder that the recipe lies in.
+
+    Raises:
+        RecipeError: there is no such file, folder or package, and it can't be a hub name.
+    """
+    if reference.startswith(_PACKAGE_PREFIX):
+        return Place(reference, find_in_package(reference, key))
+    path = Path(reference).expanduser()
+    for candidate in (path, (beside or Path()) / path):
+        if candidate.exists():
+            return Place(reference, candidate.resolve())
+    if _may_be_hub_name(reference, beside or Path()):
+        return Place(reference, None)
+    raise RecipeError([Problem(key, _nothing_there(reference, path, beside))])
+
+
+def find_in_package(reference: str, key: str) -> Path:
+    """The file or folder that ``pypi:DISTRIBUTION[/path]`` means, in an installed distribution.
+
+    Without a path it is the folder with a model's ``config.json``.
+
+    Raises:
+        RecipeError: the distribution is not installed, or has no such path or no model.
+    """
+    name, _, inside = reference[len(_PACKAGE_PREFIX) :].partition("/")
+    inside = inside.strip("/")
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        raise RecipeError(
+            [Problem(key, f"the package {name!r} is not installed. Install it: pip install {name or 'NAME'}")]
+        ) from None
+    files = [PurePosixPath(str(file).replace("\\", "/")) for file in distribution.files or []]
+    found = _paths_ending_in(inside, files) if inside else _model_folders(distribution, files)
+    if len(found) == 1:
+        return Path(str(distribution.locate_file(str(found[0]))))
+    if inside:
+        folders = {str(parent) for file in files for parent in file.parents if str(parent) != "."}
+        hint = did_you_mean(inside, sorted(folders)) if not found else f"It could be {_listed(found)}."
+        raise RecipeError([Problem(key, f"the package {name!r} has no single path {inside!r}. {hint}")])
+    hint = (
+        f"It has {_listed(found)}: say pypi:{name}/{found[0]}" if found else "It holds no config.json of one."
+    )
+    raise RecipeError([Problem(key, f"the package {name!r} is not one model. {hint}")])
+
+
+def _paths_ending_in(inside: str, files: list[PurePosixPath]) -> list[PurePosixPath]:
+    """Files and folders of a package whose path is ``inside``, or ends in it; the exact one alone if there is one."""
+    wanted = PurePosixPath(inside).parts
+    paths = {path for file in files for path in (file, *file.parents)}
+    found = sorted(path for path in paths if path.parts[-len(wanted) :] == wanted)
+    exact = [path for path in found if path.parts == wanted]
+    return exact or found
+
+
+def _model_folders(
+    distribution: importlib.metadata.Distribution, files: list[PurePosixPath]
+) -> list[PurePosixPath]:
+    return [file.parent for file in files if file.name == "config.json" and _is_model(distribution, file)]
+
+
+def _is_model(distribution: importlib.metadata.Distribution, file: PurePosixPath) -> bool:
+    try:
+        config = json.loads(Path(str(distribution.locate_file(str(file)))).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
+
+
+def _may_be_hub_name(reference: str, beside: Path) -> bool:
+    """Whether a reference to nothing on this machine reads as a hub name and not as a path with a slip."""
+    if not _HUB_NAME.fullmatch(reference) or Path(reference).suffix in _FILE_SUFFIXES:
+        return False
+    owner = Path(reference).parts[0]
+    return "/" not in reference or not any((folder / owner).is_dir() for folder in (Path(), beside))
+
+
+_FILE_SUFFIXES = {
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".txt",
+    ".zip",
+    ".gz",
+    ".safetensors",
+    ".bin",
+}
+
+
+def _nothing_there(reference: str, path: Path, beside: Path | None) -> str:
+    places = dict.fromkeys(str(folder) for folder in (Path.cwd(), beside) if folder is not None)
+    where = "" if path.is_absolute() else f" (looked in {' and in '.join(places)})"
+    near = next(_near_paths(path, beside or Path()), None)
+    hint = f" Did you mean {near!r}?" if near else ""
+    return f"there is no file or folder {reference!r}{where}.{hint}"
+
+
+def _near_paths(path: Path, beside: Path) -> Iterator[str]:
+    """The path with its first part that does not exist replaced by the nearest name that does."""
+    for start in (Path(), beside):
+        whole = start / path
+        missing = next(
+            (
+                part
+                for part in (*reversed(whole.parents), whole)
+                if not part.exists() and part.parent.is_dir()
+            ),
+            None,
+        )
+        if missing is None:
+            continue
+        # A slip in a name is rarely one in its ending: a recipe is no suggestion for a table.
+        entries = (entry.name for entry in missing.parent.iterdir() if entry.suffix == missing.suffix)
+        name = nearest(missing.name, sorted(entries))
+        if name is not None:
+            mended = missing.parent / name / whole.relative_to(missing)
+            yield str(mended.relative_to(start) if not path.is_absolute() else mended)
+
+
+def _listed(paths: list[PurePosixPath]) -> str:
+    return ", ".join(str(path) for path in paths[:5]) + (", …" if len(paths) > 5 else "")

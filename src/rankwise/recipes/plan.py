@@ -1,0 +1,266 @@
+"""What a run is about to do: sizes, phases, budget and parameters, known without loading any weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rankwise.attach import adapter_layers
+from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.models import head_modules
+from rankwise.recipes.recipe import BaseRecipe, TrainingSection, config_class
+from rankwise.recipes.tasks import TaskData, load_task
+from rankwise.schedule import BudgetSchedule
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do; printed with ``rich``, a page for people.
+
+    Args:
+        recipe: what it is the plan of.
+        architecture: the class of the model.
+        train_rows: training examples.
+        held_out_rows: held-out examples.
+        labels: the names of the labels, if there are any.
+        total_step: optimizer steps.
+        schedule: the phases; None for LoRA.
+        layers: adapted layers.
+        initial: the sum of all ranks at the start.
+        target: the sum of all ranks in the end.
+        all_parameters: numbers in the model with its adapters.
+        trainable_at_start: numbers that train at the start.
+        trainable_at_end: numbers that train in the end, if every layer ends at the average rank.
+        modules_to_save: modules that train whole.
+        processes: training processes.
+        notes: what the user should know about the data.
+    """
+
+    recipe: BaseRecipe
+    architecture: str
+    train_rows: int
+    held_out_rows: int
+    labels: tuple[str, ...] | None
+    total_step: int
+    schedule: BudgetSchedule | None
+    layers: int
+    initial: int
+    target: int
+    all_parameters: int
+    trainable_at_start: int
+    trainable_at_end: int
+    modules_to_save: tuple[str, ...]
+    processes: int
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as data for JSON."""
+        schedule = self.schedule
+        return {
+            "model": self.recipe.model,
+            "architecture": self.architecture,
+            "task": self.recipe.task,
+            "method": self.recipe.method,
+            "data": {
+                "train": self.train_rows,
+                "held_out": self.held_out_rows,
+                "labels": None if self.labels is None else list(self.labels),
+                "notes": list(self.notes),
+            },
+            "schedule": schedule
+            and {
+                "tinit": schedule.tinit,
+                "tfinal": schedule.tfinal,
+                "deltaT": schedule.deltaT,
+                "phases": {name: list(steps) for name, steps in phase_steps(schedule)},
+            },
+            "total_step": self.total_step,
+            "layers": self.layers,
+            "budget": {"initial": self.initial, "target": self.target},
+            "parameters": {
+                "all": self.all_parameters,
+                "trainable_at_start": self.trainable_at_start,
+                "trainable_at_end": self.trainable_at_end,
+            },
+            "modules_to_save": list(self.modules_to_save),
+            "output": self.recipe.output,
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in self._lines():
+            table.add_row(name, Text(value))
+        yield table
+        if self.schedule is not None:
+            from rankwise.report.terminal import budget_chart
+
+            yield Text("\nbudget: ranks that all layers may have together", style="bold")
+            yield budget_chart(self.schedule, self.initial, self.target)
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        recipe, training = self.recipe, self.recipe.training
+        yield (
+            "model",
+            f"{recipe.model}: {self.architecture}, {self.all_parameters:,} parameters with the adapters",
+        )
+        yield "data", f"{self.train_rows:,} examples to train on, {self.held_out_rows:,} held out"
+        if self.labels is not None:
+            shown = ", ".join(self.labels[:10]) + (", …" if len(self.labels) > 10 else "")
+            yield "labels", f"{len(self.labels)}: {shown}"
+        for note in self.notes:
+            yield "", note
+        yield "adapter", self._adapter_line()
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * self.processes
+        passes = self.total_step * batch / self.train_rows
+        yield (
+            "training",
+            (
+                f"{self.total_step:,} steps of {batch} examples (about {passes:.3g} epochs), "
+                f"learning rate {training.learning_rate:g}, {training.lr_scheduler_type}"
+            ),
+        )
+        yield "trainable", self._trainable_line()
+        yield "output", recipe.output
+
+    def _adapter_line(self) -> str:
+        name = {"adalora": "AdaLoRA", "lora": "LoRA"}[self.recipe.method]
+        before, after = self.initial / self.layers, self.target / self.layers
+        ranks = (
+            f"rank {before:g}"
+            if self.schedule is None
+            else f"rank {before:g} each at the start, {after:g} on average in the end"
+        )
+        whole = f"; trained whole: {', '.join(self.modules_to_save)}" if self.modules_to_save else ""
+        return f"{name} on {self.layers} layers, {ranks}{whole}"
+
+    def _trainable_line(self) -> str:
+        def share(count: int) -> str:
+            return f"{count:,} ({100 * count / self.all_parameters:.2f} %)"
+
+        if self.schedule is None:
+            return f"{share(self.trainable_at_start)} parameters"
+        end = share(self.trainable_at_end)
+        return f"{share(self.trainable_at_start)} parameters at the start, about {end} in the end"
+
+
+def make_plan(recipe: BaseRecipe, data: TaskData, processor: Any, processes: int = 1) -> Plan:
+    """Plan a run with data that was read, on a model without weights.
+
+    Args:
+        recipe: the recipe.
+        data: what its task read.
+        processor: the task's tokenizer or feature extractor.
+        processes: how many processes train.
+
+    Raises:
+        RecipeError: the schedule or the adapter does not fit the run or the model.
+    """
+    total = total_steps(recipe.training, len(data.train), processes)
+    schedule = recipe.schedule.resolve(total) if recipe.method == "adalora" else None
+    model = load_task(recipe.task).new_model(recipe, data, processor, weights=False)
+    architecture = type(model).__name__
+    model, config = attach(recipe, model, total)
+    layers = adapter_layers(model)
+    initial = sum(layer.lora_A["default"].shape[0] for layer in layers.values())
+    trainable, everything = model.get_nb_trainable_parameters()
+    target, at_end = initial, trainable
+    if schedule is not None:
+        target = config.target_r * len(layers)
+        factors = sum(count for name, count in _sizes(model) if _FACTOR.search(name))
+        at_end -= round(factors * (1 - target / initial))
+    return Plan(
+        recipe=recipe,
+        architecture=architecture,
+        train_rows=len(data.train),
+        held_out_rows=len(data.evaluation),
+        labels=None if data.labels is None else tuple(data.labels),
+        total_step=total,
+        schedule=schedule,
+        layers=len(layers),
+        initial=initial,
+        target=target,
+        all_parameters=everything,
+        trainable_at_start=trainable,
+        trainable_at_end=at_end,
+        modules_to_save=tuple(config.modules_to_save or ()),
+        processes=processes,
+        notes=tuple(data.notes),
+    )
+
+
+_FACTOR = re.compile(r"\.lora_[ABE]\.default$")
+
+
+def _sizes(model: Any) -> Iterator[tuple[str, int]]:
+    return ((name, parameter.numel()) for name, parameter in model.named_parameters())
+
+
+def total_steps(training: TrainingSection, rows: int, processes: int = 1) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        training: how long to train.
+        rows: training examples.
+        processes: how many processes train, each with its own batches.
+
+    Example:
+        >>> total_steps(TrainingSection(num_train_epochs=2, per_device_train_batch_size=8), rows=100)
+        26
+    """
+    if training.max_steps is not None:
+        return training.max_steps
+    batches = math.ceil(math.ceil(rows / training.per_device_train_batch_size) / processes)
+    return max(
+        1, math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
+    )
+
+
+def attach(recipe: BaseRecipe, model: Any, total_step: int) -> tuple[Any, Any]:
+    """Adapt a model as a recipe says.
+
+    Returns:
+        The model, and the configuration that it was adapted with.
+
+    Raises:
+        RecipeError: the adapter does not fit the model.
+    """
+    import rankwise
+
+    fields = dict(recipe.adapter_fields)
+    fields["task_type"] = load_task(recipe.task).TASK_TYPE
+    # The head that a task puts on a model is new, so it trains, unless the recipe says what trains whole.
+    fields.setdefault("modules_to_save", head_modules(model) or None)
+    if recipe.method == "adalora":
+        fields |= recipe.schedule.model_dump()
+        fields["total_step"] = total_step
+    try:
+        config = config_class(recipe.method)(**fields)
+        return rankwise.get_peft_model(model, config), config
+    except (TypeError, ValueError) as error:
+        raise RecipeError([Problem("adapter", str(error))], str(recipe.source)) from error
+
+
+def phase_steps(schedule: BudgetSchedule) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The phases that have any steps, each with its first and its last step.
+
+    Example:
+        >>> list(phase_steps(BudgetSchedule(tinit=0, tfinal=3, total_step=10)))
+        [('pruning', (1, 7)), ('final', (8, 10))]
+    """
+    ends = (
+        ("warm-up", 1, schedule.tinit),
+        ("pruning", schedule.tinit + 1, schedule.last_allocation),
+        ("final", schedule.last_allocation + 1, schedule.total_step),
+    )
+    return ((name, (first, last)) for name, first, last in ends if first <= last)

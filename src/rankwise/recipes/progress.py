@@ -1,0 +1,164 @@
+"""Transformers callbacks of a recipe: a live progress bar, and stopping with a checkpoint when asked to."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+from rankwise.recipes.interrupt import Interruption
+
+
+class LiveProgress(TrainerCallback):
+    """A bar with the step, loss, phase, budget and time left; in a file or a pipe, a line for each log entry.
+
+    Args:
+        console: where to show it.
+        metrics: the metrics that a line about an evaluation shows: keys, titles and formats.
+    """
+
+    def __init__(self, console: Console, metrics: list[tuple[str, str, str]]) -> None:
+        self.console = console
+        self.metrics = metrics
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self._training: TaskID | None = None
+        self._evaluation: TaskID | None = None
+        self._loss: float | None = None
+
+    def __enter__(self) -> LiveProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, highlight=False)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Show the bar."""
+        said = self._said(model)
+        self._training = self._bar.add_task(
+            "training", total=state.max_steps, completed=state.global_step, said=said
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._training is not None:
+            self._bar.update(self._training, completed=state.global_step, said=self._said(model))
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Take the loss over, or print a line where there is no live bar."""
+        if "loss" not in (logs or {}):
+            return
+        self._loss = logs["loss"]
+        if not self.console.is_terminal:
+            width = len(str(state.max_steps))
+            self.say(f"step {state.global_step:>{width}}/{state.max_steps}  {self._said(model)}")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show how far an evaluation is."""
+        loader = kwargs.get("eval_dataloader")
+        if self._evaluation is None:
+            total = len(loader) if loader is not None and hasattr(loader, "__len__") else None
+            self._evaluation = self._bar.add_task("evaluating", total=total, said="")
+        self._bar.advance(self._evaluation)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Take the evaluation's bar away; while training, print what came out."""
+        if self._evaluation is not None:
+            self._bar.remove_task(self._evaluation)
+            self._evaluation = None
+        if self._training is not None and metrics:
+            shown = ", ".join(
+                f"{title} {metrics[f'eval_{key}']:{style}}"
+                for key, title, style in self.metrics
+                if f"eval_{key}" in metrics
+            )
+            self.say(f"step {state.global_step:,}: {shown}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the bar where it is."""
+        if self._training is not None:
+            self._bar.stop_task(self._training)
+            self._training = None
+
+    def _said(self, model: Any) -> str:
+        """Loss, phase and budget."""
+        parts = [] if self._loss is None else [f"loss {self._loss:.4f}"]
+        state = getattr(model, "allocation_state", None)
+        if state is not None:
+            parts += [str(state.phase), f"budget {state.budget:,}→{state.target:,}"]
+        return "  ".join(parts)
+
+
+class StopWhenAsked(TrainerCallback):
+    """Save a checkpoint and stop after the step in which a signal came.
+
+    Args:
+        interruption: who notes the signals.
+        say: prints a line.
+    """
+
+    def __init__(self, interruption: Interruption, say: Any) -> None:
+        self.interruption = interruption
+        self._say = say
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From here on there is something to save."""
+        self.interruption.in_loop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stop if asked to; and leave out the checkpoint and the evaluation that the end of a run makes twice."""
+        last = state.global_step >= state.max_steps
+        if last:
+            control.should_save = control.should_evaluate = False
+        elif self.interruption.agreed() is not None:
+            self._stop(state, control)
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stop if asked to during an evaluation in the course of training."""
+        if self.interruption.in_loop and self.interruption.agreed() is not None:
+            self._stop(state, control)
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The loop is over: what comes now can simply be broken off."""
+        self.interruption.in_loop = False
+
+    def _stop(self, state: Any, control: Any) -> None:
+        if not control.should_training_stop:
+            self._say(
+                f"Stopping: saving a checkpoint of step {state.global_step:,}. (Once more: stop without it.)"
+            )
+        control.should_save = control.should_training_stop = True

@@ -1,0 +1,62 @@
+"""Hold out examples for evaluation: the same ones on every machine, every label in its proportion."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+
+def mixed_order(labels: Sequence[Hashable], seed: int) -> list[int]:
+    """An order of the rows in which every part holds each label in about its overall proportion.
+
+    Rows of a label are shuffled; then the i-th of a label's n rows takes the place (i + 1/2) / n of the whole.
+
+    Args:
+        labels: a label for each row; all the same for a plain shuffle.
+        seed: of the shuffle.
+
+    Example:
+        >>> order = mixed_order(["a"] * 6 + ["b"] * 3, seed=0)
+        >>> sorted(order) == list(range(9)), ["aaaaaabbb"[i] for i in order[:3]].count("b")
+        (True, 1)
+    """
+    order = list(range(len(labels)))
+    random.Random(seed).shuffle(order)
+    count = Counter(labels)
+    seen: Counter[Hashable] = Counter()
+    place = {}
+    for row in order:
+        place[row] = (seen[labels[row]] + 0.5) / count[labels[row]]
+        seen[labels[row]] += 1
+    return sorted(order, key=place.__getitem__)
+
+
+def split_sizes(rows: int, held_out: float | int | str, train_size: int | None) -> tuple[int, int]:
+    """How many rows train and how many are held out.
+
+    Args:
+        rows: how many there are.
+        held_out: a fraction (float below 1), a number of rows (int), or ``"rest"`` for all that do not train.
+        train_size: how many train at most; None for all that are not held out.
+
+    Raises:
+        ValueError: there are not enough rows.
+
+    Example:
+        >>> split_sizes(1000, 0.1, None), split_sizes(1000, "rest", 200), split_sizes(1000, 300, 200)
+        ((900, 100), (200, 800), (200, 300))
+    """
+    if held_out == "rest":
+        if train_size is None:
+            raise ValueError("`held_out: rest` needs `train_size`: how many rows train.")
+        held = rows - train_size
+    else:
+        held = max(1, round(rows * held_out)) if isinstance(held_out, float) else int(held_out)
+    train = rows - held if train_size is None else train_size
+    if train < 1 or held < 1 or train + held > rows:
+        raise ValueError(
+            f"{rows} rows can't be split into {train} for training and {held} held out: both must be at least 1, "
+            "and together at most all. Change `train_size` or `held_out`."
+        )
+    return train, held

@@ -1,0 +1,99 @@
+"""The tasks that a recipe can name. A task is one module with the members of `Task`, registered in `TASKS`.
+
+To add a task, write such a module and add its line to `TASKS`; the command line, checking, planning, progress,
+checkpoints and reports then work for it as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from rankwise.recipes.errors import Problem
+from rankwise.recipes.recipe import BaseRecipe
+
+TASKS: Mapping[str, str] = {
+    "text-classification": "text_classification",
+}
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What was read and checked of a recipe's data.
+
+    Args:
+        train: the training examples; has a length.
+        evaluation: the held-out examples; has a length.
+        notes: what the user should know about them, a sentence each.
+        labels: the names of the labels, by number; None if the task has none.
+    """
+
+    train: Any
+    evaluation: Any
+    notes: Sequence[str] = ()
+    labels: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that tells how good a model is.
+
+    Args:
+        key: its name in ``Trainer.evaluate()``'s result, without ``eval_``.
+        title: its name for people.
+        style: how to format it.
+    """
+
+    key: str
+    title: str
+    style: str = field(default=".4f")
+
+
+class Task(Protocol):
+    """The members of a task's module."""
+
+    # The recipe's class, with the task's own keys.
+    Recipe: type[BaseRecipe]
+    # PEFT's name for the kind of task, or None.
+    TASK_TYPE: str | None
+
+    @staticmethod
+    def check(recipe: Any) -> Iterable[Problem]:
+        """What can be known to be wrong without reading all the data: files and columns that are missing."""
+
+    @staticmethod
+    def read_data(recipe: Any) -> TaskData:
+        """Read and check all rows.
+
+        Raises:
+            RecipeError: naming files and lines.
+        """
+
+    @staticmethod
+    def processor(recipe: Any) -> Any:
+        """The tokenizer or feature extractor, which is saved beside the adapter."""
+
+    @staticmethod
+    def new_model(recipe: Any, data: TaskData, processor: Any, *, weights: bool) -> Any:
+        """The model to adapt; without ``weights``, on the meta device and in an instant."""
+
+    @staticmethod
+    def trainer_arguments(
+        recipe: Any, data: TaskData, processor: Any, model: Any
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The arguments of Transformers' ``Trainer`` that depend on the task (data, collator, metrics), and notes."""
+
+    @staticmethod
+    def metrics(recipe: Any) -> Sequence[Metric]:
+        """The metrics to show before and after."""
+
+    @staticmethod
+    def usage(recipe: Any, data: TaskData, base: str, folder: str) -> str:
+        """Python lines that load the adapter in ``folder`` onto the model ``base`` and use it."""
+
+
+def load_task(name: str) -> Task:
+    """Import a task's module by the name that a recipe gives it."""
+    return cast(Task, importlib.import_module(f"{__name__}.{TASKS[name]}"))

@@ -1,0 +1,20 @@
+"""What became of the ranks, for people: tables and pictures in the terminal, plots, and a look into a folder.
+
+Nothing here is needed to train. What it needs beyond the core comes with ``pip install "rankwise[report]"`` and
+is imported only when it is used.
+"""
+
+from rankwise.report.grid import GridPosition, grid_position
+from rankwise.report.inspect import AdapterReport, inspect_adapter, render_terminal, save_heatmap
+from rankwise.report.plots import rank_heatmap, rank_history_plot
+
+__all__ = [
+    "AdapterReport",
+    "GridPosition",
+    "grid_position",
+    "inspect_adapter",
+    "rank_heatmap",
+    "rank_history_plot",
+    "render_terminal",
+    "save_heatmap",
+]

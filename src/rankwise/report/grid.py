@@ -1,0 +1,220 @@
+"""Where a layer belongs in a picture of the model: block number down, kind of module across.
+
+The rule reads module paths alone, so it needs no list of architectures: the first number in a path counts the
+blocks, what comes before it names the stack, and what comes after it the kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rankwise.summary import LayerRank
+
+# Containers whose number counts the blocks even inside numbered stages: Swin's `layers.0.blocks.1`, a UNet's
+# `down_blocks.0.attentions.1.transformer_blocks.0`.
+_BLOCKS = {"block", "blocks", "resblocks", "transformer_blocks"}
+
+_CROSS = re.compile(r"encoder_attn|encdecattention|cross|attn2")
+_ATTENTION = re.compile(r"att")
+# By the last part of a kind: query, key, value, everything else, output.
+_ATTENTION_ROLES = (
+    ("q", "query", "q_proj", "q_lin", "to_q", "query_proj", "wq"),
+    ("k", "key", "k_proj", "k_lin", "to_k", "key_proj", "wk"),
+    ("v", "value", "v_proj", "v_lin", "to_v", "value_proj", "wv"),
+    ("",),
+    ("o", "o_proj", "out_proj", "out_lin", "dense", "c_proj", "wo"),
+)
+_MLP_ROLES = (
+    ("gate", "gate_proj", "w1", "wi_0"),
+    ("up", "up_proj", "fc1", "lin1", "c_fc", "intermediate", "wi", "wi_1", "w3"),
+    ("",),
+    ("down", "down_proj", "fc2", "lin2", "c_proj", "wo", "w2"),
+)
+
+
+class GridPosition(NamedTuple):
+    """A layer's place: the stack of blocks, the block's number in it, and the kind of module in the block."""
+
+    stack: str
+    layer: int | None
+    kind: str
+
+
+def grid_position(path: str) -> GridPosition:
+    """Read a layer's place from its module path.
+
+    Args:
+        path: a module path such as ``"model.layers.3.self_attn.q_proj"``.
+
+    Returns:
+        The path before the number that counts the blocks, that number, and the path after it. A path without
+        a number has the stack ``""``, no layer, and is its own kind; where nothing follows the number, as in
+        an ``nn.Sequential``, the container's name is the kind.
+
+    Example:
+        >>> grid_position("model.layers.3.self_attn.q_proj")
+        GridPosition(stack='model.layers', layer=3, kind='self_attn.q_proj')
+        >>> grid_position("decoder.block.1.layer.2.DenseReluDense.wi")
+        GridPosition(stack='decoder.block', layer=1, kind='DenseReluDense.wi')
+        >>> grid_position("pooler.dense")
+        GridPosition(stack='', layer=None, kind='pooler.dense')
+    """
+    parts = path.split(".")
+    numbers = [at for at, part in enumerate(parts) if part.isdecimal()]
+    if not numbers:
+        return GridPosition("", None, path)
+    inner = [
+        at
+        for at in numbers
+        if at and parts[at - 1] in _BLOCKS and not all(part.isdecimal() for part in parts[at + 1 :])
+    ]
+    at = inner[-1] if inner else numbers[0]
+    rest = parts[at + 1 :]
+    if len(rest) > 2 and rest[0] == "layer" and rest[1].isdecimal():  # T5 numbers the parts of a block, too
+        rest = rest[2:]
+    kind = ".".join(rest) or (parts[at - 1] if at else "layer")
+    return GridPosition(".".join(parts[:at]), int(parts[at]), kind)
+
+
+@dataclass(frozen=True)
+class RankGrid:
+    """One table of the picture.
+
+    Args:
+        title: the stack, with ``*`` for numbers of outer stages; ``""`` for layers outside any stack.
+        rows: a label for each row, from the top: block numbers, or whole paths outside any stack.
+        columns: the kinds of module, attention before the rest; one ``""`` outside any stack.
+        cells: the layer at (row, column); where the model has none, there is no entry.
+    """
+
+    title: str
+    rows: list[str]
+    columns: list[str]
+    cells: dict[tuple[int, int], LayerRank]
+
+
+def rank_grids(layers: Iterable[LayerRank]) -> list[RankGrid]:
+    """Lay the layers of a model out: one grid for each stack of blocks, and one for layers outside of any.
+
+    Example:
+        >>> paths = [f"h.{number}.{kind}" for kind in ("fc", "attn") for number in (0, 10, 1)]
+        >>> layers = [LayerRank(path, 4, 8, 0.0, 64) for path in paths]
+        >>> [grid] = rank_grids(layers)
+        >>> grid.title, grid.rows, grid.columns
+        ('h', ['0', '1', '10'], ['attn', 'fc'])
+    """
+    stacks: dict[str, list[tuple[tuple[int, ...], str, LayerRank]]] = {}
+    loose: list[LayerRank] = []
+    for layer in layers:
+        stack, number, kind = grid_position(layer.path)
+        if number is None:
+            loose.append(layer)
+            continue
+        parts = stack.split(".")
+        outer = tuple(int(part) for part in parts if part.isdecimal())
+        title = ".".join("*" if part.isdecimal() else part for part in parts)
+        stacks.setdefault(title, []).append(((*outer, number), kind, layer))
+    grids = [_stack_grid(title, members) for title, members in stacks.items()]
+    if loose:
+        cells = {(row, 0): layer for row, layer in enumerate(loose)}
+        grids.append(RankGrid("", [layer.path for layer in loose], [""], cells))
+    return grids
+
+
+def _stack_grid(title: str, members: list[tuple[tuple[int, ...], str, LayerRank]]) -> RankGrid:
+    rows = {numbers: row for row, numbers in enumerate(sorted({numbers for numbers, _, _ in members}))}
+    kinds = list(dict.fromkeys(kind for _, kind, _ in members))
+    columns = {kind: column for column, kind in enumerate(sorted(kinds, key=kind_order))}
+    return RankGrid(
+        title,
+        [".".join(map(str, numbers)) for numbers in rows],
+        list(columns),
+        {(rows[numbers], columns[kind]): layer for numbers, kind, layer in members},
+    )
+
+
+def kind_order(kind: str) -> tuple[int, int]:
+    """A sort key that puts kinds in the order in which data flows: attention, cross-attention, the rest.
+
+    Example:
+        >>> sorted(["mlp.down_proj", "self_attn.o_proj", "mlp.up_proj", "self_attn.q_proj"], key=kind_order)
+        ['self_attn.q_proj', 'self_attn.o_proj', 'mlp.up_proj', 'mlp.down_proj']
+    """
+    lower = kind.lower()
+    attention = _ATTENTION.search(lower) or _CROSS.search(lower)
+    group = 2 if not attention else 1 if _CROSS.search(lower) else 0
+    roles = _ATTENTION_ROLES if attention else _MLP_ROLES
+    parts = lower.split(".")
+    last = parts[-2] if parts[-1] == "dense" and len(parts) > 1 and not attention else parts[-1]
+    last = "down" if last == "output" and not attention else last
+    role = next((number for number, names in enumerate(roles) if last in names), roles.index(("",)))
+    return group, role
+
+
+def short_kinds(kinds: list[str]) -> list[str]:
+    """Shorten each kind to the end of it that no other kind shares, without a meaningless last ``dense``.
+
+    Example:
+        >>> short_kinds(["self_attn.q_proj", "encoder_attn.q_proj", "mlp.fc1"])
+        ['self_attn.q_proj', 'encoder_attn.q_proj', 'fc1']
+        >>> short_kinds(["attention.output.dense", "intermediate.dense", "output.dense"])
+        ['attention.output', 'intermediate', 'output']
+    """
+    bare = [kind.removesuffix(".dense") for kind in kinds]
+    kinds = bare if len(set(bare)) == len(kinds) else kinds
+    return [_shortest_end(kind, [other for other in kinds if other != kind]) for kind in kinds]
+
+
+def _shortest_end(kind: str, others: list[str]) -> str:
+    parts = kind.split(".")
+    ends = (".".join(parts[at:]) for at in range(len(parts) - 1, -1, -1))
+    free = (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others))
+    return next(free, kind)
+
+
+# Viridis (van der Walt and Smith, 2015): even steps of lightness, legible with every kind of colour vision.
+_RAMP = (
+    (68, 1, 84),
+    (71, 45, 123),
+    (59, 82, 139),
+    (44, 114, 142),
+    (33, 145, 140),
+    (40, 174, 128),
+    (94, 201, 98),
+    (173, 220, 48),
+    (253, 231, 37),
+)
+
+
+def rank_colour(rank: int, largest: int) -> tuple[int, int, int]:
+    """The colour of a rank from 1 to ``largest`` as red, green and blue from 0 to 255.
+
+    Example:
+        >>> rank_colour(1, 12), rank_colour(12, 12)
+        ((68, 1, 84), (253, 231, 37))
+    """
+    at = (len(_RAMP) - 1) * (min(max(rank, 1), largest) - 1) / max(1, largest - 1) if largest > 1 else 4.0
+    low = min(int(at), len(_RAMP) - 2)
+    red, green, blue = (
+        round(a + (b - a) * (at - low)) for a, b in zip(_RAMP[low], _RAMP[low + 1], strict=True)
+    )
+    return red, green, blue
+
+
+def ink_on(colour: tuple[int, int, int]) -> str:
+    """Black or white, whichever reads better on a colour.
+
+    Example:
+        >>> ink_on((68, 1, 84)), ink_on((253, 231, 37))
+        ('white', 'black')
+    """
+    red, green, blue = colour
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else "white"
+
+
+def largest_rank(layers: Iterable[LayerRank]) -> int:
+    """The end of the colour scale: the largest rank that any layer has or started with, at least 1."""
+    return max((max(layer.rank, layer.init_r) for layer in layers), default=1) or 1

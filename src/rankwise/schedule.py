@@ -1,0 +1,181 @@
+"""The budget schedule: an optimizer step in, the phase and the budget of ranks out.
+
+AdaLoRA (Zhang et al., 2023, https://arxiv.org/abs/2303.10512, section 3.3) trains in three phases:
+
+- *warm-up*, steps 1 to ``tinit``: every rank trains and none is pruned;
+- *pruning*, up to step ``total_step - tfinal``: the budget falls along a cubic curve, and every ``deltaT``
+  steps the triplets with the lowest scores lose their singular value;
+- *final*, the last ``tfinal`` steps: the choice of ranks is fixed and what is left is fine-tuned.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Phase(str, Enum):
+    """The three phases of a run; each is also a plain string for logs."""
+
+    WARMUP = "warm-up"
+    PRUNING = "pruning"
+    FINAL = "final"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class BudgetSchedule:
+    """A schedule whose numbers are all known, in optimizer steps counted from 1.
+
+    Args:
+        tinit: steps of warm-up, at least 0.
+        tfinal: steps of the final phase, at least 0.
+        total_step: steps of the whole run, with ``tinit < total_step - tfinal``.
+        deltaT: steps between two allocations in the pruning phase, at least 1.
+
+    Raises:
+        TypeError: a value is not a whole number.
+        ValueError: a value is out of range, or the phases overlap.
+
+    Example:
+        >>> schedule = BudgetSchedule(tinit=200, tfinal=500, total_step=3000, deltaT=10)
+        >>> str(schedule.phase(200)), str(schedule.phase(201)), str(schedule.phase(2501))
+        ('warm-up', 'pruning', 'final')
+        >>> [schedule.budget(step, initial=144, target=96) for step in (200, 1000, 2500)]
+        [144, 109, 96]
+        >>> schedule.allocates(1005), schedule.allocates(1010), schedule.allocates(2500)
+        (False, True, True)
+    """
+
+    tinit: int
+    tfinal: int
+    total_step: int
+    deltaT: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("tinit", 0), ("tfinal", 0), ("total_step", 1), ("deltaT", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`{name}` must be a whole number of steps, but is {value!r}.")
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, but is {value}.")
+        if self.tinit >= self.total_step - self.tfinal:
+            raise ValueError(_overlap_message(self.tinit, self.tfinal, self.total_step))
+
+    @classmethod
+    def resolve(
+        cls, tinit: int | float, tfinal: int | float, total_step: int, deltaT: int = 1
+    ) -> BudgetSchedule:
+        """Make a schedule from steps (int) or fractions of the run (float in [0, 1)).
+
+        A fraction is rounded to the nearest whole step.
+
+        Raises:
+            TypeError, ValueError: as the class; also a fraction outside [0, 1).
+
+        Example:
+            >>> BudgetSchedule.resolve(tinit=0.1, tfinal=0.3, total_step=1000)
+            BudgetSchedule(tinit=100, tfinal=300, total_step=1000, deltaT=1)
+        """
+        return cls(
+            _whole_steps("tinit", tinit, total_step),
+            _whole_steps("tfinal", tfinal, total_step),
+            total_step,
+            deltaT,
+        )
+
+    @property
+    def last_allocation(self) -> int:
+        """The step after which no rank changes any more: ``total_step - tfinal``."""
+        return self.total_step - self.tfinal
+
+    def phase(self, step: int) -> Phase:
+        """The phase that optimizer step ``step`` (from 1) belongs to."""
+        if step <= self.tinit:
+            return Phase.WARMUP
+        return Phase.PRUNING if step <= self.last_allocation else Phase.FINAL
+
+    def budget(self, step: int, initial: int, target: int) -> int:
+        """How many triplets may stay after step ``step``.
+
+        ``int(target + (initial - target) * (1 - (step - tinit) / (total_step - tfinal - tinit)) ** 3)`` in the
+        pruning phase, ``initial`` before and ``target`` after it (Zhang et al., 2023, equation 13).
+
+        Args:
+            step: optimizer step, from 1.
+            initial: the sum of all initial ranks, at least ``target``.
+            target: the sum of all ranks in the end.
+        """
+        if step <= self.tinit:
+            return initial
+        if step >= self.last_allocation:
+            return target
+        left = 1 - (step - self.tinit) / (self.last_allocation - self.tinit)
+        return int(target + (initial - target) * left**3)
+
+    def allocates(self, step: int) -> bool:
+        """Whether triplets are chosen after step ``step``."""
+        if step == self.last_allocation:
+            return True
+        return self.phase(step) is Phase.PRUNING and step % self.deltaT == 0
+
+
+def check_length(name: str, value: int | float) -> None:
+    """Check a phase length given in steps (int, at least 0) or as a fraction of the run (float in [0, 1)).
+
+    Raises:
+        TypeError: not a number.
+        ValueError: out of range or not finite.
+
+    Example:
+        >>> check_length("tinit", 0.1)
+        >>> check_length("tinit", 1.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: `tinit` given as a fraction of the run must be in [0, 1), but is 1.5. For steps, pass an int.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"`{name}` must be an int (steps) or a float (fraction of the run), but is {value!r}."
+        )
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"`{name}` must be at least 0, but is {value}.")
+    if isinstance(value, float) and not (math.isfinite(value) and 0 <= value < 1):
+        raise ValueError(
+            f"`{name}` given as a fraction of the run must be in [0, 1), but is {value}. For steps, pass an int."
+        )
+
+
+def _whole_steps(name: str, value: int | float, total_step: int) -> int:
+    check_length(name, value)
+    return round(value * total_step) if isinstance(value, float) else value
+
+
+def _overlap_message(tinit: int, tfinal: int, total_step: int) -> str:
+    message = (
+        f"The schedule leaves no step for pruning: tinit={tinit} must be less than total_step - tfinal = "
+        f"{total_step} - {tfinal} = {total_step - tfinal}."
+    )
+    nearest = nearest_schedule(tinit, tfinal, total_step)
+    if nearest is None:
+        return f"{message} A run needs at least 1 step for pruning: increase total_step."
+    return f"{message} Nearest that works: tinit={nearest[0]}, tfinal={nearest[1]}, total_step={total_step}."
+
+
+def nearest_schedule(tinit: int, tfinal: int, total_step: int) -> tuple[int, int] | None:
+    """Lengths of warm-up and final phase, in the proportion asked for, that leave a third of the run for pruning.
+
+    None if ``total_step`` is too short for any schedule.
+
+    Example:
+        >>> nearest_schedule(6000, 11000, 13500)
+        (3176, 5823)
+    """
+    if total_step < 1:
+        return None
+    free = total_step - max(1, total_step // 3)
+    asked = tinit + tfinal
+    return tinit * free // asked, tfinal * free // asked

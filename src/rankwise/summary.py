@@ -1,0 +1,173 @@
+"""What became of the ranks: a row for each adapted layer, as a table for people and as data for programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+_WIDTH = 100  # columns of the text table, at most
+_BAR = 24  # columns of a bar, at most
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """The rank of one adapted layer.
+
+    Args:
+        path: the module's path in the model.
+        rank: triplets that are left, 0 to ``init_r``.
+        init_r: triplets that it started with.
+        importance: the sum of its triplets' scores; NaN where there are none (before the first step, or in an
+            adapter loaded for inference).
+        parameters: numbers in the adapter's tensors at ``rank``.
+    """
+
+    path: str
+    rank: int
+    init_r: int
+    importance: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class RankSummary:
+    """The ranks of all adapted layers; as a string, a table of at most 100 columns.
+
+    Args:
+        layers: one entry for each adapted layer, in the order of the model.
+        budget: the sum of all ranks at the start.
+
+    Example:
+        >>> layers = [LayerRank("fc1", 4, 4, 0.5, 64), LayerRank("fc2", 1, 4, 0.02, 16)]
+        >>> summary = RankSummary(layers, budget=8)
+        >>> print(summary)
+        layer  rank        importance  parameters
+        fc1     4/4  ████         0.5          64
+        fc2     1/4  █░░░        0.02          16
+        2 layers: rank 5 of 8 (62 %), 80 parameters
+        >>> summary.to_dict()["total_rank"]
+        5
+    """
+
+    layers: list[LayerRank]
+    budget: int
+
+    @property
+    def total_rank(self) -> int:
+        """The sum of the ranks of all layers."""
+        return sum(layer.rank for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """The numbers in the adapter's tensors of all layers."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as plain data for JSON; an importance that is not known (NaN) is None."""
+        return {
+            "budget": self.budget,
+            "total_rank": self.total_rank,
+            "parameters": self.parameters,
+            "layers": [
+                {
+                    "path": layer.path,
+                    "rank": layer.rank,
+                    "init_r": layer.init_r,
+                    "importance": layer.importance if math.isfinite(layer.importance) else None,
+                    "parameters": layer.parameters,
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def totals(self) -> str:
+        """One line with the sums.
+
+        Example:
+            >>> RankSummary([LayerRank("fc1", 0, 4, 0.0, 0)], budget=4).totals()
+            '1 layer: rank 0 of 4 (0 %), 1 layer at rank 0, 0 parameters'
+        """
+        parts = [f"{_layers(len(self.layers))}: rank {self.total_rank:,} of {self.budget:,}"]
+        if self.budget:
+            parts[0] += f" ({100 * self.total_rank / self.budget:.0f} %)"
+        empty = sum(layer.rank == 0 for layer in self.layers)
+        if empty:
+            parts.append(f"{_layers(empty)} at rank 0")
+        return ", ".join([*parts, f"{self.parameters:,} parameters"])
+
+    def __str__(self) -> str:
+        columns = _columns(self.layers)
+        widths = [max(len(cell) for cell in column) for column in columns]
+        widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+        align: list[Callable[[str, int], str]] = [
+            str.ljust,
+            str.rjust,
+            str.ljust,
+            *[str.rjust] * len(columns),
+        ]
+        columns[0] = [shorten(cell, widths[0]) for cell in columns[0]]
+        rows = [
+            "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=False))
+            for row in zip(*columns, strict=True)
+        ]
+        return "\n".join([*rows, self.totals()])
+
+
+def rank_bar(rank: int, init_r: int, largest: int, width: int = _BAR) -> str:
+    """A bar of full blocks for the ranks that stay and light ones for those that went.
+
+    One block is one rank while ``largest`` (the largest initial rank in the table) fits in ``width``;
+    otherwise bars are scaled, and a rank above 0 still shows, and so does a loss.
+
+    Example:
+        >>> rank_bar(3, 8, largest=8)
+        '███░░░░░'
+        >>> rank_bar(1, 64, largest=64, width=8), rank_bar(63, 64, largest=64, width=8)
+        ('█░░░░░░░', '███████░')
+    """
+    if largest > width:
+        length = max(1, round(init_r * width / largest)) if init_r else 0
+        full = round(rank * width / largest)
+        full = min(max(full, 1), length) if rank else 0
+        full = min(full, length - 1) if rank < init_r and length > 1 else full
+    else:
+        full, length = rank, init_r
+    return "█" * full + "░" * (length - full)
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut ``text`` to ``width`` characters in the middle, of which the end, that tells layers apart, keeps most.
+
+    Example:
+        >>> shorten("model.language_model.layers.11.self_attn.q_proj", 32)
+        'model…layers.11.self_attn.q_proj'
+    """
+    if len(text) <= width:
+        return text
+    head = max(0, (width - 1) // 6)
+    tail = max(0, width - 1 - head)
+    return f"{text[:head]}…{text[len(text) - tail :]}"
+
+
+def _columns(layers: list[LayerRank]) -> list[list[str]]:
+    """Path, rank, bar, importance (if any is known) and parameters, each with its heading."""
+    largest = max((layer.init_r for layer in layers), default=0)
+    columns = [
+        ["layer", *(layer.path for layer in layers)],
+        ["rank", *(f"{layer.rank}/{layer.init_r}" for layer in layers)],
+        ["", *(rank_bar(layer.rank, layer.init_r, largest) for layer in layers)],
+    ]
+    if any(math.isfinite(layer.importance) for layer in layers):
+        columns.append(["importance", *(_importance(layer.importance) for layer in layers)])
+    columns.append(["parameters", *(f"{layer.parameters:,}" for layer in layers)])
+    return columns
+
+
+def _importance(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "-"
+
+
+def _layers(count: int) -> str:
+    return f"{count:,} layer" if count == 1 else f"{count:,} layers"

@@ -1,0 +1,178 @@
+"""Every example in README.md, CONTRIBUTING.md and docs/ runs.
+
+What a page may use, in a folder of its own:
+
+- the models that `workspace` makes: tiny ones of random weights, at the names that pages use for real ones;
+- the names in `page_namespace`, such as ``batches``, which stand for the reader's own data;
+- `recipes/quickstart.yaml`, with a tiny model and made-up texts in place of the real ones.
+
+Python blocks run in one namespace per page, in order with the shell commands. A YAML block whose first line is a
+comment with a file name is saved under that name. In shell blocks, `rankwise` commands run; `make` targets and the
+extras that `pip install` names must exist; a command of any other kind is an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from sybil import Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CAUSAL_LM = "HuggingFaceTB/SmolLM2-135M"
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+SENTENCES = [
+    ("a film to see twice", "good"),
+    ("warm , witty and wise", "good"),
+    ("two hours that i want back", "bad"),
+    ("the plot is a mess", "bad"),
+]
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@pages
+def test_every_example_on_the_page_runs(page: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(workspace)
+    document = DOCUMENTATION.parse(page)
+    document.namespace.update(page_namespace())
+    for example in document.examples():
+        example.evaluate()
+
+
+@pages
+def test_every_link_on_the_page_leads_to_a_file(page: Path):
+    targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    missing = [
+        target for target in targets if "://" not in target and not (page.parent / target).resolve().exists()
+    ]
+    assert not missing
+
+
+# --- what pages may use --------------------------------------------------------------------------------------------
+
+
+def page_namespace() -> dict[str, Any]:
+    """Data that pages take as the reader's own."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 20, (6, 4, 8), generator=generator)
+    labels = torch.randint(0, 2, (6, 4), generator=generator)
+    return {
+        "batches": [{"input_ids": ids, "labels": ids} for ids in tokens],
+        "classification_batches": [
+            {"input_ids": ids, "labels": label} for ids, label in zip(tokens, labels, strict=True)
+        ],
+        "dataset": [
+            {"input_ids": ids, "labels": label}
+            for ids, label in zip(tokens.flatten(0, 1), labels.flatten(), strict=True)
+        ],
+    }
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny models at the paths that are the real models' names."""
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(llama).save_pretrained(folder / CAUSAL_LM)
+    words = sorted({word for text, _ in SENTENCES for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    bert = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    BertForMaskedLM(bert).bert.save_pretrained(folder / ENCODER)
+    BertTokenizerFast(vocab=vocabulary, model_max_length=64).save_pretrained(folder / ENCODER)
+    return folder
+
+
+@pytest.fixture
+def workspace(models: Path, tmp_path: Path) -> Path:
+    """A folder like the one a reader of the page works in."""
+    folder = tmp_path / "workspace"
+    shutil.copytree(models, folder)
+    with (folder / "reviews.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("review", "verdict"), *SENTENCES * 10])
+    for i, (text, label) in enumerate(SENTENCES * 10):
+        file = folder / "documents" / label / f"{i:03}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    recipe = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))
+    recipe["model"] = ENCODER
+    recipe["data"] |= {"train": "documents", "train_size": 24}
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "quickstart.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder
+
+
+# --- how a page's blocks run ---------------------------------------------------------------------------------------
+
+
+def save_file(example: Example) -> None:
+    named = re.match(r"# ([\w-]+\.ya?ml)\n", example.parsed)
+    if named:
+        Path(named[1]).write_text(example.parsed, encoding="utf-8")
+
+
+def run_commands(example: Example) -> None:
+    for line in example.parsed.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            kind, arguments = words[0], words[1:]
+            assert kind in COMMANDS, f"{example.path}: don't know how to check the command {line!r}"
+            COMMANDS[kind](arguments)
+
+
+def run_rankwise(arguments: list[str]) -> None:
+    from rankwise.cli import main
+
+    assert main(arguments) == 0, f"rankwise {shlex.join(arguments)} failed"
+
+
+def check_make_target(arguments: list[str]) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    result = subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def check_pip_extras(arguments: list[str]) -> None:
+    offered = set(importlib.metadata.metadata("rankwise").get_all("Provides-Extra") or [])
+    for extras in re.findall(r"\[([\w,-]+)\]", " ".join(arguments)):
+        assert set(extras.split(",")) <= offered, f"pip install {shlex.join(arguments)}"
+
+
+COMMANDS = {"rankwise": run_rankwise, "make": check_make_target, "pip": check_pip_extras}
+
+DOCUMENTATION = Sybil(
+    parsers=[
+        PythonCodeBlockParser(),
+        CodeBlockParser(language="bash", evaluator=run_commands),
+        CodeBlockParser(language="yaml", evaluator=save_file),
+    ]
+)

@@ -1,0 +1,90 @@
+"""`import rankwise` stays fast and needs nothing but PyTorch and safetensors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+REPEATS = 5
+ALLOWED_RATIO = 1.3
+EXTRAS = (
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "omegaconf",
+    "peft",
+    "pydantic",
+    "rich",
+    "transformers",
+    "typer",
+)
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, timeout=300
+    )
+    return result.stdout.strip()
+
+
+def seconds_to_import(module: str) -> float:
+    """Processor time, which other processes on the machine disturb least."""
+    return float(
+        run_python(f"""
+            import time
+            start = time.process_time()
+            import {module}
+            print(time.process_time() - start)
+        """)
+    )
+
+
+def test_importing_rankwise_takes_hardly_longer_than_importing_torch():
+    torch_seconds, rankwise_seconds = [], []
+    for _ in range(REPEATS):  # alternating, so that a slow moment of the machine meets both
+        torch_seconds.append(seconds_to_import("torch"))
+        rankwise_seconds.append(seconds_to_import("rankwise"))
+    ratio = min(rankwise_seconds) / min(torch_seconds)
+    assert ratio <= ALLOWED_RATIO, f"import rankwise takes {ratio:.2f} times what import torch takes"
+
+
+def test_importing_rankwise_loads_no_optional_library():
+    loaded = run_python("""
+        import sys
+        import torch
+        before = set(sys.modules)
+        import rankwise
+        print(" ".join(set(sys.modules) - before))
+    """)
+    roots = {name.partition(".")[0] for name in loaded.split()}
+    assert not roots & set(EXTRAS)
+
+
+def test_the_core_works_where_no_optional_library_is_installed():
+    """Attach, train one step, save: with every extra hidden from the import system."""
+    run_python(f"""
+        import sys, tempfile
+        class Hidden:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in {EXTRAS!r}:
+                    raise ModuleNotFoundError("No module named " + repr(name), name=name)
+        sys.meta_path.insert(0, Hidden())
+
+        import torch
+        import rankwise as rw
+
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        config = rw.AdaLoraConfig(
+            init_r=4, target_r=2, tinit=1, tfinal=1, total_step=4, target_modules=["0", "1"]
+        )
+        model = rw.get_peft_model(model, config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(4):
+            model(torch.randn(16, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert model.rank_summary().total_rank == 4, model.rank_summary()
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+    """)

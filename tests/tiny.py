@@ -1,0 +1,44 @@
+"""Small random models and data that the tests share; real architectures, no download."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def llama(seed: int = 0, **changes: object) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+
+
+def bert(seed: int = 0, labels: int = 3, **changes: object) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "num_labels": labels,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+    return BertForSequenceClassification(BertConfig(**{**sizes, **changes}))
+
+
+def token_batches(
+    count: int, seed: int = 1, size: int = 4, length: int = 12
+) -> list[dict[str, torch.Tensor]]:
+    """Sequences in which every token follows from the one before, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        columns = [torch.randint(0, 8, (size,), generator=generator)]
+        for _ in range(length - 1):
+            columns.append((columns[-1] * 3 + 1) % 8)
+        ids = torch.stack(columns, 1)
+        batches.append({"input_ids": ids, "labels": ids.clone()})
+    return batches
