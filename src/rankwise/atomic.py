@@ -17,10 +17,10 @@ files of the save are replaced, all of them by a single rename:
 4. every link becomes the new file itself, which again changes nothing, and the stage goes.
 
 A folder that does not exist yet is written aside and renamed into place. What a killed process leaves is
-readable by anything, and is tidied by the next save or load. Where a file system has no symbolic links (FAT,
-Windows without the right to make them) the old files are moved into the stage, ``adapter_config.json`` first,
-and the new ones out of it, ``adapter_config.json`` last: a kill among those renames leaves a folder that no
-reader takes for an adapter, rather than a mix, until :func:`recover` completes it.
+readable by anything, and is tidied by the next save or load. On Windows, or on a file system without symbolic
+links (FAT), the old files are moved into the stage, ``adapter_config.json`` first, and the new ones out of it,
+``adapter_config.json`` last: a kill among those renames leaves a folder that no reader takes for an adapter,
+rather than a mix, until :func:`recover` completes it.
 
 A reader that opens two files one after the other can still get one from before a save and one from after it,
 however the save is done; :func:`read_folder` notices and reads again.
@@ -93,6 +93,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], owned: Collection[
         with _Stage.make(folder if folder.is_dir() else folder.parent) as stage:
             write(stage.new)
             _check_files(stage.new)
+            stage.share_files()
             _flush_tree(stage.new)
             if stage.folder != folder and not stage.become(folder):
                 stage.move(folder)
@@ -160,19 +161,19 @@ def read_folder(folder: Path, names: Collection[str], read: Callable[[Path], T])
     """
     folder = Path(folder)
     recover(folder)
-    for left in reversed(range(_READS)):
+    for attempt in range(_READS):
         with ExitStack() as stack:
             before = [_identity(folder / name, stack) for name in names]
             try:
                 result = read(folder)
             except Exception:
                 unchanged = before == [_identity(folder / name, stack) for name in names]
-                if not left or (unchanged and not _stages(folder)):
+                if attempt == _READS - 1 or (unchanged and not _stages(folder)):
                     raise
             else:
                 if before == [_identity(folder / name, stack) for name in names]:
                     return result
-        time.sleep(0.05)
+        time.sleep(min(0.001 * 2**attempt, 0.1))
     message = (
         f"{folder} was saved to {_READS} times while it was being read. Read it when the saving is done."
     )
@@ -213,6 +214,9 @@ class _Stage:
                 lock = _open_lock(path)
             except FileNotFoundError:
                 continue
+            except OSError:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
             stage = cls(path, lock)
             try:
                 if _try_lock(lock) is not False and (path / "lock").exists():
@@ -236,7 +240,7 @@ class _Stage:
                 return cls(path, lock)
         except OSError:
             pass
-        os.close(lock)
+        _unlock(lock)
         return None
 
     def __enter__(self) -> _Stage:
@@ -252,6 +256,12 @@ class _Stage:
                 if self.old.exists():
                     shutil.rmtree(self.old)
                 shutil.rmtree(self.path, ignore_errors=True)
+
+    def share_files(self) -> None:
+        """Give the new files the permissions of any new file: safetensors makes files for their owner only."""
+        mode = stat.S_IMODE(os.stat(self.path / "lock").st_mode)
+        for name in _files(self.new):
+            os.chmod(self.new / name, mode)
 
     def become(self, folder: Path) -> bool:
         """Rename the new files to ``folder``; False if a folder with files has appeared there meanwhile."""
@@ -306,6 +316,8 @@ class _Stage:
             _keep_mode(self.folder / name, self.new / name)
 
     def _can_link(self) -> bool:
+        if os.name == "nt":  # where a link to a folder can't be replaced by a rename
+            return False
         try:
             os.symlink("old", self.current)
         except (OSError, NotImplementedError) as error:
@@ -490,19 +502,23 @@ def _is_there(path: Path) -> bool:
 
 def _is_inside(folder: Path, name: str) -> bool:
     """Whether the way from the folder to the file goes through no link."""
-    return (
-        Path(os.path.realpath((folder / name).parent)) == Path(os.path.realpath(folder)) / Path(name).parent
-    )
+    direct = Path(os.path.realpath(folder), name).parent
+    return Path(os.path.realpath((folder / name).parent)) == direct
 
 
 def _identity(path: Path, stack: ExitStack) -> tuple[int, int] | None:
     """What tells the file from any that replaces it while ``stack`` is open; None if it is missing."""
     try:
         # While it is open, no new file can get its number.
-        found = os.fstat(stack.enter_context(open(path, "rb")).fileno())
+        found = os.fstat(stack.enter_context(open(path, "rb", opener=_open_at_once)).fileno())
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; if it is a pipe, without waiting for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _duplicate(source: Path, target: Path) -> None:

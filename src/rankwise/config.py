@@ -338,7 +338,10 @@ class LoraConfig(_CheckedKeywords):
         """
         path = Path(folder) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        fields = dict(
+            sorted(self.to_dict().items())
+        )  # patterns keep their order: the first that matches counts
+        text = json.dumps(fields, indent=2, allow_nan=False) + "\n"
         aside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             aside.write_text(text, encoding="utf-8")
@@ -542,6 +545,8 @@ def _positive(name: str, value: Any) -> int | float:
     number = _number(name, value)
     if number <= 0:
         raise ValueError(f"`{name}` must be greater than 0, but is {value}.")
+    if number >= 2**53:
+        raise ValueError(f"`{name}` is absurdly large.")
     return number
 
 

@@ -218,6 +218,8 @@ class RankHistory:
                 f"The packed rank history is cut off: {count} records of {stride} values announced, "
                 f"{len(flat) - 3} values there."
             )
+        if min(flat) < 0:
+            raise ValueError(f"The packed rank history holds {min(flat)}, but nothing in it is below 0.")
         rows = (flat[start : start + stride] for start in range(3, len(flat), stride))
         history._records = [RankRecord(row[0], row[1], row[2:]) for row in rows]
         history._check_order("The packed rank history")
@@ -271,7 +273,7 @@ def _checked_record(record: Any, width: int) -> RankRecord:
     if not isinstance(ranks, list) or len(ranks) != width:
         raise ValueError(f"step {step!r:.20} must have {width} ranks, one for each layer.")
     for value in (step, budget, *ranks):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
             raise ValueError(
                 f"step {step!r:.20} has {value!r:.20} where a whole number of at least 0 belongs."
             )

@@ -1,0 +1,110 @@
+"""Where a run is, packed into one tensor, so that any trainer's checkpoint carries it.
+
+Scores and masks lie in the model's buffers. The rest is here: the step, what the run was set to, and its history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rankwise.history import RankHistory
+from rankwise.schedule import BudgetSchedule
+
+_LAYOUT = (
+    1  # of the packed tensor: [_LAYOUT, the counters, the schedule, target_r, the weights' bits, the history]
+)
+_WHOLE = 10
+
+
+@dataclass(frozen=True)
+class RunWeights:
+    """The settings of a run that are not whole numbers; fields as in `AdaLoraConfig`."""
+
+    lora_alpha: float
+    lora_dropout: float
+    beta1: float
+    beta2: float
+    orth_reg_weight: float
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run at a moment between two optimizer steps.
+
+    Args:
+        step: optimizer steps taken.
+        fixed: the choice of ranks is final.
+        automatic: steps are counted by listening to the optimizer.
+        leader: number of the parameter whose optimizer counts the steps; None before the first.
+        schedule: None if the length of the run is not known.
+        target_r: average rank in the end.
+        weights: the other settings.
+        history: the allocations so far.
+    """
+
+    step: int
+    fixed: bool
+    automatic: bool
+    leader: int | None
+    schedule: BudgetSchedule | None
+    target_r: int
+    weights: RunWeights
+    history: RankHistory
+
+    def to_tensor(self) -> Tensor:
+        """The state without the layers' names as a 1-D int64 tensor on the CPU."""
+        plan = self.schedule
+        leader = -1 if self.leader is None else self.leader
+        whole = [_LAYOUT, self.step, self.fixed, self.automatic, leader]
+        whole += [plan.tinit, plan.tfinal, plan.total_step, plan.deltaT] if plan else [0] * 4
+        bits = torch.tensor([float(value) for value in vars(self.weights).values()], dtype=torch.float64)
+        head = torch.tensor([*whole, self.target_r], dtype=torch.int64)
+        return torch.cat([head, bits.view(torch.int64), self.history.to_tensor()])
+
+    @classmethod
+    def from_tensor(cls, layers: Sequence[str], packed: Tensor) -> RunState:
+        """Unpack what `to_tensor` packed, for a run that adapts ``layers``.
+
+        Raises:
+            ValueError: it is no such tensor, or not of so many layers; or its numbers make no sense.
+
+        Example:
+            >>> from rankwise.schedule import BudgetSchedule
+            >>> state = RunState(3, False, True, 0, BudgetSchedule(1, 2, 9), 4, RunWeights(8, 0.1, 0.8, 0.9, 0.5),
+            ...                  RankHistory(["fc"]))
+            >>> RunState.from_tensor(["fc"], state.to_tensor()) == state
+            True
+        """
+        start = _WHOLE + len(fields(RunWeights))
+        if packed.dtype is not torch.int64 or packed.dim() != 1 or packed.numel() < start:
+            raise ValueError(
+                f"The state of a run is a 1-D int64 tensor of {start} or more values, but this is {packed.dtype} of "
+                f"shape {tuple(packed.shape)}."
+            )
+        packed = packed.cpu()
+        layout, step, fixed, automatic, leader, tinit, tfinal, total, deltaT, target = packed[
+            :_WHOLE
+        ].tolist()
+        if layout != _LAYOUT:
+            raise ValueError(
+                f"The state of the run has layout {layout}; this version of rankwise reads {_LAYOUT}."
+            )
+        sensible = step >= 0 and fixed in (0, 1) and automatic in (0, 1) and leader >= -1 and target >= 1
+        weights = packed[_WHOLE:start].view(torch.float64)
+        if not sensible or not weights.isfinite().all():
+            raise ValueError("The state of the run holds numbers that no run has: it is damaged.")
+        history = RankHistory.from_tensor(layers, packed[start:])
+        return cls(
+            step=step,
+            fixed=bool(fixed),
+            automatic=bool(automatic),
+            leader=None if leader < 0 else leader,
+            schedule=BudgetSchedule(tinit, tfinal, total, deltaT) if total else None,
+            target_r=target,
+            weights=RunWeights(*weights.tolist()),
+            history=history,
+        )

@@ -1,0 +1,108 @@
+"""Files of tensors: safetensors with a checksum, and pickles of nothing but tensors. Reading runs no code."""
+
+from __future__ import annotations
+
+import ctypes
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+CHECKSUM = "rankwise_crc32"  # in the metadata of a safetensors file
+
+
+def read_tensor_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    They stay in the file until they are used: copy what is to be kept.
+
+    Raises:
+        ValueError: it is empty, cut off, not such a file, or damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}
+            expected = (file.metadata() or {}).get(CHECKSUM)
+    except Exception as error:  # whatever a broken file raises
+        raise ValueError(
+            f"{path} can't be read as safetensors ({error}). It is empty, cut off or another kind of file: copy it "
+            "again, or use an earlier checkpoint."
+        ) from None
+    if expected is not None and expected != checksum(tensors):
+        raise ValueError(
+            f"{path} is damaged: its tensors are not those that were saved. Copy it again, or use an earlier "
+            f"checkpoint. (If it was changed on purpose, leave {CHECKSUM!r} out of its metadata.)"
+        )
+    return tensors
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, with a checksum by which `read_tensor_file` notices damage."""
+    save_file(dict(tensors), path, metadata={"format": "pt", CHECKSUM: checksum(tensors)})
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """A checksum of names, dtypes, shapes and values, against accidents, not against forgery.
+
+    Example:
+        >>> checksum({"a": torch.ones(2)}) == checksum({"a": torch.ones(2, 1)})
+        False
+    """
+    value = 0
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        value = zlib.crc32(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode(), value)
+        if tensor.nbytes:
+            value = zlib.crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()), value)
+    return f"{value:08x}"
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file that ``torch.save`` wrote, on the CPU.
+
+    Raises:
+        ValueError: it holds anything else, or can't be read.
+    """
+    try:
+        _refuse_compressed(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken pickle raises
+        raise ValueError(f"{path} can't be read as a file of tensors only ({error}).") from None
+    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+        raise ValueError(f"{path} must hold a dictionary of tensors by name.")
+    for key, tensor in tensors.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+        # A view may repeat one number to any size.
+        if not plain or tensor.is_quantized or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {key!r} is no plain tensor.")
+    return {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch.save compresses nothing; a small compressed file may fill the memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError("it is compressed")
+
+
+def check_finite(source: str, name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinite values.
+
+    Raises:
+        ValueError: there are some; the message names ``source`` and ``name``.
+    """
+    if not tensor.is_floating_point():
+        return
+    for part in tensor.reshape(-1).split(2**24):
+        if not (part.float() if part.element_size() == 1 else part).isfinite().all():
+            raise ValueError(
+                f"{source}: {name} holds NaN or infinite values, so what was saved is broken: use an earlier "
+                "checkpoint."
+            )

@@ -1,0 +1,77 @@
+"""One short AdaLoRA run through all three phases, for tests that repeat it in several processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rankwise as rw
+from tiny import llama, token_batches
+
+STEPS = 10
+BATCH = 8
+SOURCES = Path(__file__).parent / "distributed"
+
+
+def adapted(
+    model: nn.Module | None = None, before: Callable[[nn.Module], Any] | None = None, **changes: Any
+) -> Any:
+    """A tiny Llama (or ``model``) with an adapter; ``before`` is called with the base model."""
+    model = llama() if model is None else model
+    if before:
+        before(model)
+    fields = dict(
+        init_r=4, target_r=1, total_step=STEPS, tinit=2, tfinal=4, deltaT=1, target_modules="all-linear"
+    )
+    torch.manual_seed(5)
+    return rw.get_peft_model(model, rw.AdaLoraConfig(**{**fields, **changes})).train()
+
+
+def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def batches(share: int = 0, of: int = 1) -> list[dict[str, torch.Tensor]]:
+    """The run's batches, or the part of each that process ``share`` of ``of`` gets."""
+    rows = slice(share * BATCH // of, (share + 1) * BATCH // of)
+    return [{k: v[rows] for k, v in batch.items()} for batch in token_batches(STEPS, size=BATCH)]
+
+
+def train(
+    forward: nn.Module, optimizer: torch.optim.Optimizer, data: list[dict[str, torch.Tensor]]
+) -> list[float]:
+    """Step through ``data``; returns each step's loss."""
+    losses = []
+    for batch in data:
+        loss = forward(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def launch(script: str, *arguments: object, with_: tuple[str, ...] | None = None) -> str:
+    """Run ``tests/distributed/<script>`` in two processes; returns what they print.
+
+    ``with_``: the words before the script's name, in place of torchrun's.
+    """
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command = [*(with_ or torchrun), str(SOURCES / script), *map(str, arguments)]
+    path = [str(Path(rw.__file__).parents[1]), str(SOURCES.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
