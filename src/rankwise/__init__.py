@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.controller import AllocationState
+from rankwise.convert import save_as_lora
 from rankwise.history import RankHistory, RankRecord
 from rankwise.model import PeftModel, get_peft_model
+from rankwise.prepare import prepare_model_for_kbit_training
 from rankwise.schedule import BudgetSchedule, Phase
 from rankwise.summary import LayerRank, RankSummary
 
@@ -26,4 +28,6 @@ __all__ = [
     "RankRecord",
     "RankSummary",
     "get_peft_model",
+    "prepare_model_for_kbit_training",
+    "save_as_lora",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from rankwise.adapters.saved import SavedModule, prepare_saved_module, restore_s
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.targets import find_targets, modules_to_save_paths, pattern_value
 
+_Prepared = TypeVar("_Prepared")
+
 PEFT_EPSILON = 1e-5  # PEFT's AdaLoRA scale is lora_alpha / (init_r + 1e-5)
+_RANK_THAT_NEVER_HURTS = 1024  # useless in a layer with smaller widths, but no reason to stop
 ADALORA_STD = 0.02  # of the start of A and B
 
 
@@ -43,7 +46,7 @@ class Attachment:
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
     """Module path -> adapted layer, in model order; only those that hold ``adapter``, if given."""
     return {
-        path: module
+        plain_name(path): module
         for path, module in model.named_modules()
         if isinstance(module, AdapterLayer) and (adapter is None or adapter in module.lora_A)
     }
@@ -51,7 +54,14 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     """Module path -> module with copies that train beside the adapters."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, SavedModule)}
+    return {
+        plain_name(path): module for path, module in model.named_modules() if isinstance(module, SavedModule)
+    }
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter without what ``torch.compile`` and ``checkpoint_wrapper`` put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def base_scaling(config: LoraConfig, path: str, rank: int) -> float:
@@ -89,27 +99,42 @@ def check_adapter_name(model: nn.Module, adapter: str) -> None:
         )
 
 
+def refuse_overlap(model: nn.Module, attachment: Attachment) -> None:
+    """See that no module is adapted by one adapter and trains whole, or as a part of one, in another.
+
+    Raises:
+        ValueError: one is.
+    """
+    layers, saved = list(adapter_layers(model)), list(saved_modules(model))
+    pairs = [(path, other) for path in attachment.layers for other in saved if _lies_in(path, other)]
+    for path in attachment.saved_modules:
+        pairs += [(path, other) for other in layers if _lies_in(other, path)]
+        pairs += [(path, s) for s in saved if s != path and (_lies_in(s, path) or _lies_in(path, s))]
+    for path, other in pairs:
+        names = f"{path!r}" if path == other else f"{path!r} and {other!r}, of which one holds the other,"
+        raise ValueError(
+            f"{names} would be adapted by one adapter and train whole in another. Let adapter "
+            f"{attachment.adapter!r} treat it as the others do, in `modules_to_save` or `exclude_modules`."
+        )
+
+
+def _lies_in(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.")
+
+
 def apply_attachment(model: nn.Module, attachment: Attachment) -> None:
-    """Put the adapter into the model; if that fails half-way, take it out again. Everything else is frozen."""
-    trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
-    try:
-        _insert(model, attachment)
-    except BaseException:
-        detach(model, attachment.adapter)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable_before[name])
-        raise
+    """Put the adapter into the model; it neither acts nor trains yet. Should it fail half-way, `detach` it.
 
-
-def _insert(model: nn.Module, attachment: Attachment) -> None:
+    The first adapter freezes all of the model; another one leaves what trains as it is.
+    """
     name, config = attachment.adapter, attachment.config
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    if not adapter_layers(model) and not saved_modules(model):
+        model.requires_grad_(False)
     for path, factors in attachment.layers.items():
-        layer = prepare_layer(model.get_submodule(path))
+        layer = _named(path, prepare_layer, model.get_submodule(path))
         layer.add_adapter(name, factors.A, factors.B, factors.E, factors.scaling, config.lora_dropout)
     for path, tensors in attachment.saved_modules.items():
-        module = prepare_saved_module(model.get_submodule(path))
+        module = _named(path, prepare_saved_module, model.get_submodule(path))
         module.add_copy(name)
         if tensors is not None:
             copy = module.modules_to_save[name]
@@ -118,6 +143,23 @@ def _insert(model: nn.Module, attachment: Attachment) -> None:
         for path, value in attachment.biases.items():
             if value is not None:
                 model.get_parameter(path).copy_(value)
+
+
+def _named(path: str, prepare: Callable[[nn.Module], _Prepared], module: nn.Module) -> _Prepared:
+    """What ``prepare`` makes of the module; its errors name the path."""
+    try:
+        return prepare(module)
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}") from None
+
+
+def follow(model: nn.Module, adapter: str, active: list[str], enabled: bool) -> None:
+    """Let what adapter ``adapter`` has added to the model act no more than the rest of it does."""
+    for layer in adapter_layers(model, adapter).values():
+        layer.active_adapters, layer.adapters_enabled = list(active), enabled
+    for module in saved_modules(model).values():
+        if adapter in module.modules_to_save:
+            module.adapters_enabled = enabled
 
 
 def detach(model: nn.Module, adapter: str) -> None:
@@ -134,12 +176,14 @@ def detach(model: nn.Module, adapter: str) -> None:
             restore_saved_module(module)
 
 
-def detach_all(model: nn.Module, keep_saved: str | None) -> None:
-    """Give all layers their class back; saved modules take the weights of adapter ``keep_saved``."""
+def detach_all(model: nn.Module, keep_saved: Sequence[str] = ()) -> None:
+    """Give all layers their class back; saved modules take the weights of the first of ``keep_saved`` they know."""
     for layer in adapter_layers(model).values():
         restore_layer(layer)
     for module in saved_modules(model).values():
-        restore_saved_module(module, keep_saved)
+        restore_saved_module(
+            module, next((name for name in keep_saved if name in module.modules_to_save), None)
+        )
 
 
 def bias_names(model: nn.Module, bias: str, targets: list[str], heads: list[str]) -> Iterator[str]:
@@ -148,20 +192,20 @@ def bias_names(model: nn.Module, bias: str, targets: list[str], heads: list[str]
         return
     inside = tuple(f"{path}." for path in heads)
     for name, _ in model.named_parameters():
-        module, _, last = name.rpartition(".")
+        module, _, last = plain_name(name).rpartition(".")
         if (
             last == "bias"
-            and not (inside and name.startswith(inside))
+            and not (inside and plain_name(name).startswith(inside))
             and (bias == "all" or module in targets)
         ):
             yield name
 
 
-def train_biases(model: nn.Module, config: LoraConfig, adapter: str) -> None:
-    """Let the biases train that ``config.bias`` asks for."""
+def train_biases(model: nn.Module, config: LoraConfig, adapter: str, trains: bool) -> None:
+    """Let the biases train, or not, that ``config.bias`` asks for."""
     targets = list(adapter_layers(model, adapter))
     for name in bias_names(model, config.bias, targets, list(saved_modules(model))):
-        model.get_parameter(name).requires_grad_(True)
+        model.get_parameter(name).requires_grad_(trains)
 
 
 def _start(layer: nn.Module, config: LoraConfig, path: str) -> Factors:
@@ -171,6 +215,7 @@ def _start(layer: nn.Module, config: LoraConfig, path: str) -> Factors:
     adalora = isinstance(config, AdaLoraConfig)
     rank = config.init_r if adalora else pattern_value(config.rank_pattern or {}, path, config.r)  # type: ignore
     d_in, d_out = mixin.adapter_widths(layer, lora_groups=not adalora)  # type: ignore[arg-type]
+    _check_rank(rank, d_in, d_out, path)
     columns = mixin.adapter_columns_of_B(layer, rank, lora_groups=not adalora)  # type: ignore[arg-type]
     options = factor_options(layer)
     A, B = torch.empty(rank, d_in, **options), torch.empty(d_out, columns, **options)
@@ -187,11 +232,31 @@ def _start(layer: nn.Module, config: LoraConfig, path: str) -> Factors:
     return Factors(A.normal_(std=deviation), B.normal_(std=deviation), E, scaling)
 
 
+def _check_rank(rank: int, d_in: int, d_out: int, path: str) -> None:
+    """Refuse ranks that could only fill the memory: the update's own rank is no more than the smaller width."""
+    most = max(min(d_in, d_out), _RANK_THAT_NEVER_HURTS)
+    if rank > most:
+        raise ValueError(
+            f"Rank {rank} is too much for {path!r}, which has {d_in} inputs and {d_out} outputs: set it to at most "
+            f"{most}."
+        )
+
+
 def factor_options(layer: nn.Module) -> dict[str, Any]:
     """Device and dtype for an adapter: the base layer's, but at least float32."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    held = (getattr(layer, name, None) for name in ("weight", "qweight"))
+    weight = next(each for each in held if isinstance(each, Tensor))
     wide = weight.is_floating_point() and weight.element_size() >= 4
-    return {"device": weight.device, "dtype": weight.dtype if wide else torch.float32}
+    device = _execution_device(layer) if weight.is_meta else weight.device
+    return {"device": device, "dtype": weight.dtype if wide else torch.float32}
+
+
+def _execution_device(layer: nn.Module) -> Any:
+    """Where a layer computes whose weight Accelerate brings in for each forward pass."""
+    hook = vars(layer).get("_hf_hook")
+    hooks = [hook, *getattr(hook, "hooks", ())]
+    devices = (getattr(each, "execution_device", None) for each in hooks)
+    return next((device for device in devices if device is not None), "meta")
 
 
 def _resolved(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,14 +20,27 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from rankwise.adapters import AdapterLayer
 from rankwise.allocate import allocate
 from rankwise.config import AdaLoraConfig
+from rankwise.distributed import (
+    gather,
+    local,
+    local_like,
+    only_makes_state,
+    partitioned_by_deepspeed,
+)
 from rankwise.history import RankHistory
 from rankwise.penalty import orthogonality_gradients, orthogonality_penalty
+from rankwise.runstate import RunState, RunWeights
 from rankwise.schedule import BudgetSchedule, Phase
 from rankwise.scores import TripletLayout, flatten, triplet_scores, update_scores
+from rankwise.turns import Turns
 
 BUFFERS = ("rankwise_sensitivity", "rankwise_uncertainty", "rankwise_mask", "rankwise_skipped")
 
 _controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
+_PREFERENCE = ("lora_E", "lora_A", "lora_B")  # the optimizer that holds the first of these counts the steps
+_ABOUT_OPTIMIZERS = ("_held", "_penalized", "_heard")  # attributes that are not copied or pickled
+
+Closure = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,8 @@ class Controller:
     def __init__(
         self, model: nn.Module, layers: dict[str, AdapterLayer], adapter: str, config: AdaLoraConfig
     ) -> None:
-        self.model, self.layers, self.adapter, self.config = model, layers, adapter, config
+        self._model = weakref.ref(model)
+        self.layers, self.adapter, self.config = layers, adapter, config
         factors = [layer.adapter_parameters(adapter) for layer in layers.values()]
         self.layout = TripletLayout(
             ranks=tuple(f["lora_A"].shape[0] for f in factors),
@@ -89,6 +104,8 @@ class Controller:
         self.history = RankHistory(list(layers))
         self.history.record(0, self.initial, list(self.layout.ranks))
         self._told: set[str] = set()
+        self._turns = Turns()
+        self._forget_optimizers()
         self._cache: dict[Any, Any] = {}
         device = factors[0]["lora_A"].device
         elements = self.layout.elements if self.prunes else 0
@@ -109,11 +126,27 @@ class Controller:
             delattr(self.model, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_cache": {}}
+        own = {name: value for name, value in vars(self).items() if name not in _ABOUT_OPTIMIZERS}
+        return {**own, "_cache": {}, "_model": self.model, "_turns": Turns(self._turns.leader)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._model = weakref.ref(state["_model"])
+        self._forget_optimizers()
         _controllers.add(self)
+
+    def _forget_optimizers(self) -> None:
+        self._held: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKeyDictionary()
+        self._penalized: tuple[weakref.ref[Tensor], int] | None = None
+        self._heard = False  # an optimizer's steps are heard of, so that scores need no call by hand
+
+    @property
+    def model(self) -> nn.Module:
+        """The adapted model, which holds the controller and not the other way round, so that it can be freed."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("The adapted model does not exist any more.")
+        return model
 
     # Budget and schedule.
 
@@ -140,16 +173,13 @@ class Controller:
     def state(self) -> AllocationState:
         """Where the run stands. Waits for the device."""
         if self.fixed:
-            phase, budget = Phase.FINAL, int(self._buffer("mask").sum())
-        elif self.schedule is None:
-            phase, budget = Phase.WARMUP, self.initial
+            phase = Phase.FINAL
         else:
-            phase = self.schedule.phase(max(self.step, 1))
-            budget = self.schedule.budget(self.step, self.initial, self.target)
+            phase = self.schedule.phase(max(self.step, 1)) if self.schedule else Phase.WARMUP
         return AllocationState(
             step=self.step,
             phase=str(phase),
-            budget=budget,
+            budget=int(self._buffer("mask").sum()),
             target=self.target,
             initial=self.initial,
             skipped_steps=int(self._buffer("skipped")),
@@ -161,45 +191,119 @@ class Controller:
         """Whether the run has begun and is not over."""
         return self.step > 0 and (self.schedule is None or self.step < self.schedule.total_step)
 
-    def tell_if_unfinished(self) -> None:
-        """Warn, once, that an adapter is saved before its budget has come down."""
-        state = self.state()
-        if state.step > 0 and state.budget > self.target:
-            self._tell(
-                f"The adapter is saved at step {state.step} with {state.budget} triplets; its target is {self.target}, "
-                f"which the schedule reaches at step {self.schedule.last_allocation if self.schedule else '?'}. If "
-                "training ends here, call `model.finalize_ranks()` and save again."
-            )
+    def tell_if_unfinished(self, state: Mapping[str, Tensor] | None = None) -> None:
+        """Warn, once a step, that a run which may end here has not brought the budget down to its target.
+
+        ``state``: as for `kept_triplets`.
+        """
+        if self.fixed or not self.prunes or not self.step:
+            return
+        self._tell(
+            f"At step {self.step} the budget is {int(self._buffer('mask').sum())} triplets; its target is "
+            f"{self.target}, which the schedule reaches at step "
+            f"{self.schedule.last_allocation if self.schedule else '?'}. If training ends here, call "
+            "`model.finalize_ranks()`, which brings it to the target, and save (again)."
+        )
 
     # One optimizer step.
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the penalty's gradient to ``.grad``."""
-        if self.schedule is None and self.automatic:
+    def before_step(self, optimizer: torch.optim.Optimizer, closure: Closure | None = None) -> Closure | None:
+        """Add the penalty's gradient to ``.grad``: now, or whenever ``closure`` has computed gradients.
+
+        Returns:
+            The closure to step with, if there is one.
+
+        Raises:
+            ValueError: the length of the run is not known, or the optimizer can't do with a penalty.
+        """
+        if self.schedule is None and self.automatic and self.prunes:
             raise ValueError(
                 "The length of the run is not known: pass `total_step` to AdaLoraConfig, or call "
                 "`model.set_total_step(n)` with the number of optimizer steps before the first one."
             )
-        if not self.config.orth_reg_weight:
-            return
-        rows, gradients = self._penalized(held_by=optimizer)
-        if not gradients:
-            return
-        added = orthogonality_gradients(rows, self.config.orth_reg_weight, count=2 * len(self.layers))
-        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled
-        if scale is not None:
-            torch._foreach_mul_(added, scale)
-        torch._foreach_add_(gradients, [a.to(g.dtype) for a, g in zip(added, gradients, strict=True)])
+        if self.config.orth_reg_weight and isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS compares values of the loss within a step, and the orthogonality penalty is in no loss: "
+                f"set `orth_reg_weight=0` (it is {self.config.orth_reg_weight}), or use another optimizer."
+            )
+        if not self._turns.begin(optimizer):
+            return closure
+        if closure is None or not self.config.orth_reg_weight:
+            self._add_penalty(optimizer)
+            return closure
 
-    def after_step(self) -> None:
-        """Count the step, update the scores, allocate where the schedule says so."""
+        def penalized() -> Any:
+            loss = closure()
+            self._add_penalty(optimizer)
+            return loss
+
+        return penalized
+
+    @torch.no_grad()
+    def _add_penalty(self, optimizer: torch.optim.Optimizer) -> None:
+        weight, count = self.config.orth_reg_weight, 2 * len(self.layers)
+        if not weight:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        penalized = {
+            key: [p for p in self._factors(key) if p.grad is not None and id(p) in held]
+            for key in ("lora_A", "lora_B")
+        }
+        first = next((p.grad for parameters in penalized.values() for p in parameters), None)
+        if first is None or self._holds_penalty(first):
+            return
+        version = first._version
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            weight = -weight
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled
+        for key, parameters in penalized.items():
+            if parameters:
+                added = orthogonality_gradients(gather(parameters), key == "lora_B", weight, count)
+                if scale is not None:
+                    torch._foreach_mul_(added, scale)
+                gradients = [parameter.grad for parameter in parameters]
+                torch._foreach_add_(
+                    [local(gradient) for gradient in gradients],
+                    [local_like(one, gradient) for one, gradient in zip(added, gradients, strict=True)],
+                )
+        self._penalized = (weakref.ref(first), first._version) if first._version > version else None
+
+    def _holds_penalty(self, gradient: Tensor) -> bool:
+        """Whether nothing has changed since the penalty was added, as in an optimizer inside another's step."""
+        if self._penalized is None:
+            return False
+        known, version = self._penalized
+        return known() is gradient and gradient._version == version
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count the step, update the scores, allocate where the schedule says so.
+
+        If `update_and_allocate` is called by hand, only the scores: gradients may be gone by then.
+        """
+        skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips steps by itself
+        if (skipped is not None and bool(skipped)) or not self._counts(optimizer):
+            return
         if self.automatic:
             self._advance(self.step + 1, scores_too=True)
+        elif self._scores_at(self.step + 1):
+            self._update_scores()
+        self._heard = True
+
+    def _counts(self, optimizer: torch.optim.Optimizer) -> bool:
+        layers = list(self.layers.values())
+
+        def trains(number: int) -> bool:
+            kind, place = divmod(number, len(layers))
+            parameter: nn.Parameter = getattr(layers[place], _PREFERENCE[kind])[self.adapter]
+            return parameter.requires_grad
+
+        return self._turns.end(optimizer, self._held_by(optimizer), trains)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Do what `after_step` does, at the caller's word; from now on only then.
+        """Count and allocate at the caller's word; from now on only then.
 
-        The step that the optimizer has just taken may have been counted already; it isn't counted twice.
+        The step that the optimizer has just taken may have been counted already, and is in the scores already;
+        neither happens twice.
         """
         if isinstance(global_step, bool) or not isinstance(global_step, int):
             raise TypeError(
@@ -207,25 +311,22 @@ class Controller:
             )
         if global_step < 0:
             raise ValueError(f"`global_step` must be at least 0, but is {global_step}.")
-        if self.schedule is None:
+        if self.schedule is None and self.prunes:
             raise ValueError("Pass `total_step` to AdaLoraConfig, or call `model.set_total_step(n)` first.")
-        counted = self.automatic and self.step > 0
         self.automatic = False
-        if counted and global_step == self.step:
-            return
-        self._advance(global_step, scores_too=not counted)
+        self._advance(global_step, scores_too=not self._heard)
 
     @torch.no_grad()
     def _advance(self, step: int, scores_too: bool) -> None:
+        self.step = step
         schedule = self.schedule
         if schedule is None:
             return
-        self.step = step
         if self.fixed or not self.prunes:
             if step >= schedule.last_allocation and not self.fixed:
                 self._fix()
         else:
-            if scores_too and step < schedule.last_allocation:
+            if scores_too and self._scores_at(step):
                 self._update_scores()
             if schedule.allocates(step) or step > schedule.last_allocation:
                 self._allocate(schedule.budget(step, self.initial, self.target))
@@ -237,13 +338,17 @@ class Controller:
                 "only their values train on."
             )
 
+    def _scores_at(self, step: int) -> bool:
+        return self.prunes and not self.fixed and bool(self.schedule and step < self.schedule.last_allocation)
+
+    @torch.no_grad()
     def _update_scores(self) -> None:
-        factors = self._factors()
+        factors = [parameter for key in ("lora_A", "lora_E", "lora_B") for parameter in self._factors(key)]
         gradients = [parameter.grad for parameter in factors]
         if all(gradient is None for gradient in gradients):
             self._tell(
-                "The optimizer stepped, but no adapter parameter has a gradient, so importance can't be scored. "
-                "Call `update_and_allocate` before `zero_grad`, or don't call it at all: it is automatic."
+                "An optimizer stepped, but no adapter parameter has a gradient, so nothing is scored. If this goes "
+                "on, the adapter does not take part in the loss."
             )
             return
         device = self._buffer("sensitivity").device
@@ -252,12 +357,14 @@ class Controller:
             sizes = torch.tensor([parameter.numel() for parameter in factors], device=device)
             present = torch.tensor([gradient is not None for gradient in gradients], device=device)
             known = present.repeat_interleave(sizes, output_size=self.layout.elements)
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(factors, gradients, strict=True)]
+        weights = [parameter.detach() for parameter in factors]
+        filled = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+        if any(weight.element_size() < 4 for weight in weights):
+            weights, filled = [w.float() for w in weights], [g.float() for g in filled]
         counted = update_scores(
             self._buffer("sensitivity"),
             self._buffer("uncertainty"),
-            flatten([_whole(parameter) for parameter in factors], device),
-            flatten([_whole(gradient) for gradient in filled], device),
+            flatten(gather(torch._foreach_mul(weights, filled)), device),
             self.config.beta1,
             self.config.beta2,
             known,
@@ -276,8 +383,8 @@ class Controller:
         E = [layer.lora_E[self.adapter] for layer in self.layers.values()]
         kept = mask.to(E[0].dtype)[:, None].split(self.layout.ranks)
         torch._foreach_mul_(
-            [_local(one) for one in E],
-            [_local_like(one_mask, one) for one_mask, one in zip(kept, E, strict=True)],
+            [local(one) for one in E],
+            [local_like(one_mask, one) for one_mask, one in zip(kept, E, strict=True)],
         )
         self.history.record(self.step, budget, self._ranks(mask))
 
@@ -289,6 +396,8 @@ class Controller:
         initial = sum(layers)
         target = min(self.config.target_r * len(layers), initial)
         share = target if budget == self.target else self._budget_of(initial, target)
+        finite = torch.finfo(scores.dtype)
+        scores = scores.nan_to_num(nan=finite.min, posinf=finite.max, neginf=finite.min)
         scores = scores.masked_fill(frozen_triplets, -torch.inf).masked_fill(held, torch.inf)
         return share + int(held.sum()), scores
 
@@ -316,8 +425,10 @@ class Controller:
                     layer_mask.nonzero().flatten().to(layer.lora_A[self.adapter].device)
                 )
 
-    def take_over(self, kept: dict[str, Tensor]) -> None:
-        """Fix the choice to ``kept``: module path -> (r,) bool."""
+    def take_over(self, kept: dict[str, Tensor], history: RankHistory | None = None) -> None:
+        """Fix the choice to ``kept``: module path -> (r,) bool, at which it has arrived by ``history``."""
+        if history is not None and history.layers == self.history.layers:
+            self.history = history
         self._buffer("mask").copy_(torch.cat([kept[path] for path in self.layers]))
         self._fix()
 
@@ -327,17 +438,17 @@ class Controller:
         """Module path -> rank by the last allocation."""
         return dict(zip(self.layers, self._ranks(self._buffer("mask")).tolist(), strict=True))
 
-    def kept_triplets(self) -> dict[str, Tensor]:
+    def kept_triplets(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Module path -> (r,) bool on the CPU: the triplets that a saved adapter holds.
 
-        In the pruning phase a triplet that has grown back since the last allocation still acts, so it is kept.
+        In the pruning phase a triplet that has grown back since the last allocation still acts, so it is kept:
+        its E is looked up in ``state``, a whole state dictionary of the model, or else in the model.
         """
         masks = self._buffer("mask").cpu().split(self.layout.ranks)
         if self.fixed:
             return dict(zip(self.layers, masks, strict=True))
-        grown = [
-            _whole(layer.lora_E[self.adapter]).detach().flatten().cpu() != 0 for layer in self.layers.values()
-        ]
+        own = state and [state[f"{path}.lora_E.{self.adapter}"] for path in self.layers]
+        grown = [E.detach().flatten().cpu() != 0 for E in own or gather(self._factors("lora_E"))]
         return {path: mask | more for path, mask, more in zip(self.layers, masks, grown, strict=True)}
 
     def layer_importance(self) -> list[float]:
@@ -350,32 +461,69 @@ class Controller:
 
     def penalty(self) -> Tensor:
         """The orthogonality penalty as it stands, a 0-dim float32 tensor, without its weight."""
-        rows, _ = self._penalized()
-        return orthogonality_penalty(rows)
+        A, B = self._factors("lora_A"), self._factors("lora_B")
+        return orthogonality_penalty(gather(A), gather(B))
 
     def packed_state(self) -> Tensor:
         """Everything that is not in the buffers, as one int64 vector: for the model's extra state."""
-        total = self.schedule.total_step if self.schedule else 0
-        head = torch.tensor([self.step, self.fixed, self.automatic, total], dtype=torch.int64)
-        return torch.cat([head, self.history.to_tensor()])
+        state = RunState(
+            step=self.step,
+            fixed=self.fixed,
+            automatic=self.automatic,
+            leader=self._turns.leader,
+            schedule=self.schedule,
+            target_r=self.config.target_r,
+            weights=self._weights(),
+            history=self.history,
+        )
+        return state.to_tensor()
+
+    def check_packed_state(self, packed: Tensor) -> RunState:
+        """What `packed_state` gave, unpacked, if it is of this run.
+
+        Raises:
+            ValueError: it is damaged, or of a run with other layers, another schedule, target or scale.
+        """
+        state = RunState.from_tensor(list(self.layers), packed)
+        schedule = self.schedule
+        if schedule is None and state.schedule is not None:
+            schedule = self.config.with_total_step(state.schedule.total_step).resolved_schedule()
+        there: dict[str, Any] = {"lora_alpha": state.weights.lora_alpha, "target_r": state.target_r}
+        here: dict[str, Any] = {"lora_alpha": self.config.lora_alpha, "target_r": self.config.target_r}
+        if self.prunes and schedule and state.schedule:
+            there |= vars(state.schedule)
+            here |= vars(schedule)
+        differing = [name for name in here if here[name] != there[name]]
+        if differing:
+            raise ValueError(
+                f"This is the state of a run with {', '.join(f'{name}={there[name]}' for name in differing)}, but "
+                f"here the adapter has {', '.join(f'{name}={here[name]}' for name in differing)}. A run goes on "
+                "only with the configuration that it began with."
+            )
+        return state
 
     def load_packed_state(self, packed: Tensor) -> None:
         """Take over what `packed_state` gave; the buffers have been loaded already.
 
         Raises:
-            ValueError: it belongs to another adapter.
+            ValueError: as `check_packed_state`.
         """
-        packed = packed.cpu()
-        history = RankHistory.from_tensor(list(self.layers), packed[4:])
-        step, fixed, automatic, total = packed[:4].tolist()
-        if total and self.schedule is None:
-            self.set_total_step(total)
-        self.step, self.automatic, self.history = step, bool(automatic), history
-        self.fixed = bool(fixed)
+        state = self.check_packed_state(packed)
+        if state.schedule is not None and self.schedule is None:
+            self.set_total_step(state.schedule.total_step)
+        for name, was in vars(state.weights).items():
+            value = getattr(self.config, name)
+            if value != was:
+                self._tell(f"The run goes on with `{name}`={value}; so far it had {was}.")
+        self.step, self.automatic, self.history = state.step, state.automatic, state.history
+        self.fixed, self._turns = state.fixed, Turns(state.leader)
         for layer in self.layers.values():
             layer.kept.pop(self.adapter, None)
         if self.fixed:
             self._fix()
+
+    def _weights(self) -> RunWeights:
+        return RunWeights(**{each.name: getattr(self.config, each.name) for each in fields(RunWeights)})
 
     # Helpers.
 
@@ -383,29 +531,14 @@ class Controller:
         buffer = self.model.get_buffer(f"rankwise_{name}")
         if buffer.is_floating_point() and buffer.dtype != torch.float32:  # model.half() casts buffers too
             buffer.data = buffer.data.float()
+        device = next(iter(self.layers.values())).lora_E[self.adapter].device
+        if buffer.device != device and device.type != "meta":  # the model was moved without its buffers
+            buffer.data = buffer.data.to(device)
         return buffer
 
-    def _factors(self) -> list[nn.Parameter]:
-        """All A, then all E, then all B, as the layout has them."""
-        held = [layer.adapter_parameters(self.adapter) for layer in self.layers.values()]
-        return [factors[key] for key in ("lora_A", "lora_E", "lora_B") for factors in held]
-
-    def _penalized(self, held_by: torch.optim.Optimizer | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """Rows of all A and B, each (r, width), and the gradients to add to, in the same orientation."""
-        held = None
-        if held_by is not None:
-            held = {id(parameter) for group in held_by.param_groups for parameter in group["params"]}
-        rows, gradients = [], []
-        for layer in self.layers.values():
-            for key in ("lora_A", "lora_B"):
-                parameter = layer.adapter_parameters(self.adapter)[key]
-                turn = key == "lora_B"
-                if held is not None:
-                    if id(parameter) not in held or parameter.grad is None:
-                        continue
-                    gradients.append(parameter.grad.T if turn else parameter.grad)
-                rows.append(parameter.detach().T if turn else parameter.detach())
-        return rows, gradients
+    def _factors(self, key: str) -> list[nn.Parameter]:
+        """All A, all E or all B ("lora_A", "lora_E", "lora_B"), in layer order."""
+        return [getattr(layer, key)[self.adapter] for layer in self.layers.values()]
 
     def _ranks(self, mask: Tensor) -> Tensor:
         layers = [number for number, rank in enumerate(self.layout.ranks) for _ in range(rank)]
@@ -440,55 +573,58 @@ class Controller:
             )
 
     def holds(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether this optimizer trains this adapter."""
+        """Whether this optimizer trains any of this adapter."""
+        return bool(self._held_by(optimizer))
+
+    def _held_by(self, optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
+        """Numbers, in `_PREFERENCE`'s order, of the adapter's parameters that the optimizer holds."""
         first = next(iter(self.layers.values())).lora_A[self.adapter]
-        sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
-        key = ("optimizer", id(optimizer))
-        known = self._cache.get(key)
-        if known is None or known[0]() is not optimizer or known[1] != (id(first), sizes):
-            own = {id(parameter) for parameter in self._factors()}
-            trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            found = not own.isdisjoint(trained)
-            if not found and any(id(p) in trained for p in self.model.parameters()):
+        mark = (id(first), tuple(len(group["params"]) for group in optimizer.param_groups))
+        known = self._held.get(optimizer)
+        if known is None or known[0] != mark:
+            own = [parameter for kind in _PREFERENCE for parameter in self._factors(kind)]
+            if self.prunes and not self.fixed and any(map(partitioned_by_deepspeed, own)):
+                raise ValueError(
+                    "DeepSpeed ZeRO keeps the adapter's parameters and gradients in parts of its own, so importance "
+                    "can't be scored and no rank would change. Use DistributedDataParallel or `fully_shard` (FSDP "
+                    "version 2), or ranks that are found already (`LoraConfig`)."
+                )
+            if any(not isinstance(p, nn.Parameter) or p.dim() != 2 for p in own):
+                raise ValueError(
+                    "The adapter's parameters are no matrices any more: FullyShardedDataParallel (FSDP version 1) "
+                    "flattens them, and AdaLoRA needs rows and columns. Use `fully_shard` (FSDP version 2)."
+                )
+            trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            found = tuple(number for number, parameter in enumerate(own) if id(parameter) in trained)
+            if not found and any(
+                id(layer._parameters.get("weight")) in trained for layer in self.layers.values()
+            ):
                 self._tell(
-                    "An optimizer steps that holds parameters of the adapted model but none of its adapter's, so it "
+                    "An optimizer steps that holds weights of the adapted layers but none of the adapter's, so it "
                     "doesn't train the adapter. Build the optimizer after `get_peft_model`."
                 )
-            known = self._cache[key] = (weakref.ref(optimizer), (id(first), sizes), found)
-        return bool(known[2])
+            known = self._held[optimizer] = (mark, found)
+        held: tuple[int, ...] = known[1]
+        return held
 
 
-def _whole(tensor: Any) -> Tensor:
-    """A sharded tensor (DTensor) gathered from all its processes; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.data  # type: ignore[no-any-return]
-
-
-def _local_like(values: Tensor, like: Any) -> Tensor:
-    """The part of ``values`` that corresponds to the local shard of ``like``, in its dtype and on its device."""
-    values = values.to(device=like.device, dtype=like.dtype)
-    if hasattr(like, "to_local"):
-        from torch.distributed.tensor import DTensor, Replicate
-
-        mesh = like.device_mesh
-        whole = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        return whole.redistribute(mesh, like.placements).to_local()
-    return values
-
-
-def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    positional = len(args) > 1 and callable(args[1])
+    closure = given = args[1] if positional else kwargs.get("closure")
     for controller in list(_controllers):
-        if controller.holds(optimizer):
-            controller.before_step(optimizer)
+        if controller.holds(optimizer) and not only_makes_state():
+            closure = controller.before_step(optimizer, closure)
+    if closure is given:
+        return None
+    if positional:
+        return (args[0], closure, *args[2:]), kwargs
+    return args, {**kwargs, "closure": closure}
 
 
 def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for controller in list(_controllers):
         if controller.holds(optimizer):
-            controller.after_step()
+            controller.after_step(optimizer)
 
 
 register_optimizer_step_pre_hook(_before)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copyreg
 import functools
+from types import MethodType
 from typing import Any
+
+_FORWARDS = ("forward", "_old_forward")
 
 
 class InPlace:
@@ -31,6 +34,7 @@ def add_methods(obj: Any, mixin: type) -> None:
     """Change ``obj``'s class to a subclass of ``mixin`` and of its present class."""
     cls: Any = type(obj)
     obj.__class__ = _subclass(mixin, cls)
+    _rebind_forward(obj, cls)
 
 
 def remove_methods(obj: Any) -> None:
@@ -44,7 +48,33 @@ def remove_methods(obj: Any) -> None:
             f"This {type(obj).__name__} was given another class (sharded?) after its adapters were attached; "
             "its adapters can't be removed. Save the adapter and load it into a fresh model."
         )
+    made = type(obj)
     obj.__class__ = obj._original_class
+    _rebind_forward(obj, made)
+
+
+def has_forward_of_its_own(obj: Any) -> bool:
+    """Whether the object, not its class, says what ``forward`` does, so that a new class would change nothing.
+
+    Accelerate's hooks do that too, but call the class's ``forward``, which they keep as ``_old_forward``.
+    """
+    return "forward" in vars(obj) and not any(_is_of_class(obj, name, type(obj)) for name in _FORWARDS)
+
+
+def _is_of_class(obj: Any, name: str, cls: Any) -> bool:
+    held = vars(obj).get(name)
+    return (
+        isinstance(held, MethodType)
+        and held.__self__ is obj
+        and held.__func__ is getattr(cls, "forward", None)
+    )
+
+
+def _rebind_forward(obj: Any, before: type) -> None:
+    """Where the object holds the ``forward`` of its class ``before``, let it hold that of its present class."""
+    for name in _FORWARDS:
+        if _is_of_class(obj, name, before):
+            vars(obj)[name] = MethodType(type(obj).forward, obj)
 
 
 @functools.cache

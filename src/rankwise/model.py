@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from rankwise import storage
+from rankwise.adapters.quantized import hold_layout, release_layout
 from rankwise.attach import (
     Attachment,
     adapter_layers,
     apply_attachment,
     detach,
     detach_all,
+    follow,
     plan_attachment,
+    refuse_overlap,
     saved_modules,
     train_biases,
 )
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.controller import BUFFERS, AllocationState, Controller
+from rankwise.distributed import all_wait_for_this, is_sharded, writes_files
 from rankwise.history import RankHistory
 from rankwise.hub import find_adapter_folder
 from rankwise.inplace import InPlace, add_methods, remove_methods
@@ -37,7 +44,10 @@ _ATTRIBUTES = (
     "_rankwise_controller",
     "_rankwise_histories",
     "_ddp_params_and_buffers_to_ignore",
+    "_hf_peft_config_loaded",
 )
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")  # what Transformers and others call a folder to go on from
 
 
 class PeftModel(InPlace, nn.Module):
@@ -97,8 +107,9 @@ class PeftModel(InPlace, nn.Module):
         *,
         selected_adapters: list[str] | None = None,
         state_dict: dict[str, Tensor] | None = None,
-        is_main_process: bool = True,
+        is_main_process: bool | None = None,
         training_state: bool | None = None,
+        save_embedding_layers: bool | str = "auto",
         **unused: Any,
     ) -> None:
         """Save the adapters in PEFT's format; the base model is not saved.
@@ -106,40 +117,65 @@ class PeftModel(InPlace, nn.Module):
         The adapter "default" goes into the folder itself, any other into a sub-folder of its name. The folder is
         replaced as a whole or not at all.
 
+        With many processes, only the first writes. If they share out the parameters (``fully_shard``), all of
+        them must call this together; they go on when the folder is complete.
+
         Args:
             save_directory: made if need be.
             selected_adapters: names; all if None.
             state_dict: the model's whole state dictionary, from processes that each hold a part of it.
-            is_main_process: nothing is written if False.
+            is_main_process: whether this process writes. None: if it is the first of all.
             training_state: also write what continuing the run needs. None: if a run is under way.
+            save_embedding_layers: also write the base weights of a Transformers model's input and output
+                embeddings, as is needed after the vocabulary was resized: True, False, or "auto" for those that
+                are adapted, as in PEFT.
             unused: other arguments of PEFT's and Transformers' ``save_pretrained`` that have no meaning here.
 
         Raises:
-            ValueError: there is no adapter of a selected name.
+            ValueError: there is no adapter of a selected name, or an option has an impossible value.
             OSError: it can't be written; what was there before is whole.
         """
-        if not is_main_process:
+        writes = writes_files() if is_main_process is None else is_main_process
+        sharded = state_dict is None and any(map(is_sharded, self.parameters()))
+        if not (writes or sharded):
             return
         if unused.get("safe_serialization") is False:
             raise ValueError("Adapters are only saved as safetensors: leave `safe_serialization` out.")
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{str(folder)!r} is a file; give the name of a folder.")
-        for name in selected_adapters or list(self.peft_config):
+        names = selected_adapters or list(self.peft_config)
+        for name in names:
             self._check_name(name)
-            controller = self._controller_of(name)
-            under_way = controller is not None and controller.under_way
-            if controller is not None:
-                controller.tell_if_unfinished()
-            storage.write_adapter(
-                folder if name == "default" else folder / name,
-                self,
-                name,
-                self.peft_config[name],
-                controller,
-                state_dict,
-                training_state=under_way if training_state is None else training_state,
-            )
+        for name in names:
+            bias = self.peft_config[name].bias
+            more = storage.embedding_keys(self, name, save_embedding_layers)
+            if more:
+                self._refuse_merged()
+            state = storage.gathered_state(self, name, bias, more) if sharded else state_dict
+            with all_wait_for_this() if sharded else nullcontext():
+                if writes:
+                    self._save_one(folder, name, state, training_state, more)
+
+    def _save_one(
+        self,
+        folder: Path,
+        name: str,
+        state_dict: dict[str, Tensor] | None,
+        training_state: bool | None,
+        more: dict[str, str],
+    ) -> None:
+        controller = self._controller_of(name)
+        state = storage.plain_state(self.state_dict() if state_dict is None else state_dict)
+        checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
+        if controller is not None and not checkpoint:
+            controller.tell_if_unfinished(state)
+        if training_state is None:
+            goes_on = controller is not None or storage.trains_more(self, name)
+            training_state = (checkpoint and goes_on) or (controller is not None and controller.under_way)
+        place = folder if name == "default" else folder / name
+        config = self.peft_config[name]
+        storage.write_adapter(place, self, name, config, controller, state, training_state, more)
 
     def load_adapter(
         self,
@@ -150,43 +186,66 @@ class PeftModel(InPlace, nn.Module):
     ) -> None:
         """Attach one more adapter from a folder or the hub; `set_adapter` makes it act.
 
+        One whose run goes on (``is_trainable``, and the folder holds the state of a run) acts and trains at once.
+
         Raises: as `from_pretrained`.
         """
-        folder = find_adapter_folder(model_id, **hub_options)
-        file = storage.read_adapter(folder)
-        state_path = folder / storage.TRAINING_STATE_NAME
-        resumes = is_trainable and state_path.is_file()
-        if resumes:
-            config = replace(file.config, inference_mode=False)
-            if isinstance(config, AdaLoraConfig):
-                config = replace(config, rank_pattern=None)
-            attachment = plan_attachment(self, config, adapter_name)
-        else:
+        file = storage.read_adapter(find_adapter_folder(model_id, **hub_options), training_state=is_trainable)
+        if file.training is None:
             attachment = storage.plan_from_file(self, file, adapter_name, is_trainable)
-        self._attach(attachment)
-        if resumes:
-            try:
-                storage.load_training_state(self, adapter_name, state_path)
-            except BaseException:
-                self.delete_adapter(adapter_name)
-                raise
-        elif file.history is not None:
-            self._rankwise_histories[adapter_name] = file.history
+        else:
+            attachment = storage.plan_from_training_state(self, file, adapter_name)
+        with self._as_before_on_failure(attachment):
+            self._attach(attachment)
+            if file.training is not None:
+                self._go_on(attachment, file)
+            elif file.history is not None:
+                self._rankwise_histories[adapter_name] = file.history
+
+    def _go_on(self, attachment: Attachment, file: storage.AdapterFile) -> None:
+        name = attachment.adapter
+        self.set_adapter(name)
+        for path in attachment.biases:  # and whatever else trained beside the adapter
+            self.get_parameter(path).requires_grad_(True)
+        storage.prepare_training_state(self, name, file, self._controller_of(name))()
 
     def load_checkpoint(self, folder: str | os.PathLike[str], adapter_name: str | None = None) -> None:
-        """Bring an adapter that is attached already to what a checkpoint folder holds.
+        """Bring adapters that are attached already to what a checkpoint folder holds.
 
         With the state of a run in the folder, the run goes on from there, bit for bit; otherwise only the
-        adapter's values are taken over.
+        adapter's values are taken over, and AdaLoRA's ranks stay as they are in it.
 
-        Raises: as `from_pretrained`.
+        Args:
+            folder: what `save_pretrained` wrote.
+            adapter_name: None: those that train or act.
+
+        Raises:
+            FileNotFoundError: there is no such adapter.
+            ValueError: a file is broken or of another adapter, or an adapter is merged. Nothing has changed then.
         """
-        name = adapter_name or self._trained_or_active()
-        path = Path(folder) / storage.TRAINING_STATE_NAME
-        if path.is_file():
-            storage.load_training_state(self, name, path)
-        else:
-            storage.load_values(self, name, storage.read_adapter(Path(folder)), self._controller_of(name))
+        self._refuse_merged()
+        trained = self._rankwise_controller.adapter if self._rankwise_controller else None
+        names = dict.fromkeys(name for name in (trained, *self.active_adapters) if name is not None)
+        loads = [self._prepare(Path(folder), name) for name in ([adapter_name] if adapter_name else names)]
+        if not loads:
+            raise ValueError("The model has no adapter that trains or acts.")
+        for load in loads:
+            load()
+
+    def _prepare(self, folder: Path, name: str) -> Callable[[], None]:
+        self._check_name(name)
+        own = folder / name
+        place = own if name != "default" and own.is_dir() else folder
+        file, controller = storage.read_adapter(place, training_state=True), self._controller_of(name)
+        if file.training is not None:
+            return storage.prepare_training_state(self, name, file, controller)
+        if controller is not None:
+            warnings.warn(
+                f"{place} holds no {storage.TRAINING_STATE_NAME}, so this is not the run going on: the adapter's "
+                "values are taken over, and its ranks stay as they are there.",
+                stacklevel=3,
+            )
+        return storage.prepare_values(self, name, file, controller)
 
     # Adapters by name.
 
@@ -211,7 +270,7 @@ class PeftModel(InPlace, nn.Module):
     @property
     def base_model(self) -> nn.Module:
         """The model itself, or what the model's own class calls its base model."""
-        own = self._modules.get("base_model")
+        own: Any = self._modules.get("base_model", self.__dict__.get("base_model"))
         if own is None:
             own = getattr(super(), "base_model", None)
         return self if own is None else own
@@ -235,10 +294,20 @@ class PeftModel(InPlace, nn.Module):
         self._attach(plan_attachment(self, peft_config, adapter_name))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Let one adapter act, or several together, and train if it is not for inference only."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        """Let one adapter act, or several together, and train if it is not for inference only.
+
+        Raises:
+            ValueError: there is no adapter of a name, or two of them have a copy of one module.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         for name in names:
             self._check_name(name)
+        self._refuse_two_copies(names)
+        if self._merged():
+            warnings.warn(
+                "Changing the acting adapter takes the merged one out of the weights.", stacklevel=2
+            )
+            self.unmerge_adapter()
         for layer in adapter_layers(self).values():
             layer.active_adapters = list(names)
             for name in layer.lora_A:
@@ -251,9 +320,19 @@ class PeftModel(InPlace, nn.Module):
             for name, copy in module.modules_to_save.items():
                 trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
                 copy.requires_grad_(trains)
-        for name in names:
-            if not inference_mode and not self.peft_config[name].inference_mode:
-                train_biases(self, self.peft_config[name], name)
+        for name, config in self.peft_config.items():
+            train_biases(
+                self, config, name, name in names and not inference_mode and not config.inference_mode
+            )
+
+    def _refuse_two_copies(self, names: list[str]) -> None:
+        for path, module in saved_modules(self).items():
+            held = [name for name in names if name in module.modules_to_save]
+            if len(held) > 1:
+                raise ValueError(
+                    f"The adapters {held} can't act together: each has a copy of {path!r} in `modules_to_save`, and "
+                    "only one copy can act."
+                )
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -283,6 +362,7 @@ class PeftModel(InPlace, nn.Module):
         if adapter_name in self._merged():
             self.unmerge_adapter()
         was_active = adapter_name in self.active_adapters
+        train_biases(self, self.peft_config[adapter_name], adapter_name, False)
         if self._controller_of(adapter_name) is not None:
             self._drop_controller()
         detach(self, adapter_name)
@@ -297,27 +377,56 @@ class PeftModel(InPlace, nn.Module):
         """Add the active (or named) adapters' updates to the base weights; `unmerge_adapter` takes them out.
 
         Raises:
-            ValueError: a weight is shared with another module, which would change too; or ``safe_merge`` and a
-                merged weight would not be finite.
+            ValueError: a weight is shared with another module, which would change too, or can't be merged into;
+                or ``safe_merge`` and a merged weight would not be finite. The model is then as before.
+
+        Warns:
+            UserWarning: base weights are quantized, so that what is merged is rounded.
         """
+        self._merge(adapter_names, safe_merge)
+
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, for_good: bool = False) -> None:
         names = adapter_names or self.active_adapters
         for name in names:
             self._check_name(name)
-        layers = adapter_layers(self)
-        for path, others in find_tied(self, layers).items():
+        self._refuse_sharded("merge_adapter")
+        layers = {path: layer for path, layer in adapter_layers(self).items() if any(map(layer.acts, names))}
+        self._refuse_shared(layers)
+        for path, layer in layers.items():
+            try:
+                layer.check_merge(names, finite=safe_merge)
+            except ValueError as error:
+                raise ValueError(f"{path!r}: {error}") from None
+        rounded = [path for path, layer in layers.items() if layer.requantizes]
+        if rounded:
+            warnings.warn(
+                f"{len(rounded)} of the layers that are merged into are quantized ({rounded[0]!r}, ...). They are "
+                "quantized anew, which rounds what the adapter has learned. To merge without rounding, load the "
+                "base model unquantized, load the adapter into that, and merge.",
+                stacklevel=3,
+            )
+        for layer in layers.values():
+            layer.merge([name for name in names if name in layer.lora_A], for_good)
+
+    def _refuse_sharded(self, method: str) -> None:
+        if any(map(is_sharded, self.parameters())):
+            raise ValueError(
+                f"`{method}` can't work on a model that is shared out over processes (`fully_shard`). Save the "
+                "adapter with `save_pretrained`, called by all processes, and load it into a whole model."
+            )
+
+    def _refuse_shared(self, paths: Iterable[str], inside: str | None = None) -> None:
+        """Refuse to change weights that are shared, other than with modules ``inside`` the same one."""
+        for path, sharing in find_tied(self, paths).items():
+            others = [other for other in sharing if not inside or not f"{other}.".startswith(f"{inside}.")]
+            if not others:
+                continue
             raise ValueError(
                 f"The weight of {path!r} is shared with {others[0]!r}, which merging would change too. Keep the "
-                "adapter unmerged, or give the layers weights of their own first (`tie_word_embeddings=False`)."
+                f"adapter unmerged, or untie them first: give {others[0]!r} a copy of its own, "
+                "`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and set "
+                "`model.config.tie_word_embeddings = False` if there is that."
             )
-        done: list[Any] = []
-        try:
-            for layer in layers.values():
-                layer.merge([name for name in names if name in layer.lora_A], safe_merge)
-                done.append(layer)
-        except BaseException:
-            for layer in done:
-                layer.unmerge()
-            raise
 
     def unmerge_adapter(self) -> None:
         """Take merged updates out of the base weights again."""
@@ -336,14 +445,20 @@ class PeftModel(InPlace, nn.Module):
 
         Raises: as `merge_adapter`.
         """
+        self._refuse_sharded("merge_and_unload")
         names = adapter_names or self.active_adapters
-        self.merge_adapter(names, safe_merge)
-        return self._strip(keep_saved=next(iter(names), None))
+        for path, module in saved_modules(self).items():
+            if any(name in module.modules_to_save for name in names):
+                inner = [name for name, _ in module.named_modules() if not name.startswith("modules_to_save")]
+                self._refuse_shared([f"{path}.{name}" if name else path for name in inner], inside=path)
+        self._merge(names, safe_merge, for_good=True)
+        return self._strip(keep_saved=names)
 
     def unload(self) -> Any:
         """Remove all adapters: the model is its base model again, and is returned."""
+        self._refuse_sharded("unload")
         self.unmerge_adapter()
-        return self._strip(keep_saved=None)
+        return self._strip()
 
     # What trains.
 
@@ -385,9 +500,11 @@ class PeftModel(InPlace, nn.Module):
         For a run that ends before its schedule does.
 
         Raises:
-            ValueError: no AdaLoRA adapter trains.
+            ValueError: no AdaLoRA adapter trains, or it is merged.
         """
-        self._controller_or_refuse().finalize_ranks()
+        controller = self._controller_or_refuse()
+        self._refuse_merged()
+        controller.finalize_ranks()
 
     @property
     def allocation_state(self) -> AllocationState | None:
@@ -432,17 +549,64 @@ class PeftModel(InPlace, nn.Module):
 
     # State that any trainer's checkpoint carries.
 
-    def get_extra_state(self) -> Tensor:
-        """Step and history of the run, for ``state_dict``."""
-        controller = self._rankwise_controller
-        return controller.packed_state() if controller else torch.zeros(0, dtype=torch.int64)
+    def get_extra_state(self) -> Tensor | str:
+        """Step and history of the run, for ``state_dict``: a tensor, which any file format takes.
 
-    def set_extra_state(self, state: Tensor) -> None:
+        Sharded checkpoints load tensors into tensors of the same size, and a history grows: there it is a string.
+        """
+        controller = self._rankwise_controller
+        state = controller.packed_state() if controller else torch.zeros(0, dtype=torch.int64)
+        return json.dumps(state.tolist()) if any(map(is_sharded, self.parameters())) else state
+
+    def set_extra_state(self, state: Tensor | str) -> None:
         """Take over what `get_extra_state` gave."""
+        if isinstance(state, str):
+            try:
+                state = torch.tensor(json.loads(state), dtype=torch.int64)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{state[:80]!r} is not the state of a run ({error}).") from None
         if self._rankwise_controller is not None and state.numel():
             self._rankwise_controller.load_packed_state(state)
 
     # Inside.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or convert everything; but scores stay float32, as half precision would lose most of them."""
+        held = {name: self._buffers[name] for name in BUFFERS if name in self._buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in held.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.is_meta:  # `_on_meta_device`: see there
+                self._buffers[name] = before
+            elif before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    # Accelerate's `cpu_ram_efficient_loading` moves a model to the meta device, shards it there and fills it by
+    # what its state dictionary asks for, which must be parameters only. The run's state stays where it is.
+
+    def _on_meta_device(self) -> bool:
+        return any(parameter.is_meta for parameter in self.parameters())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._on_meta_device():
+            for name in (*BUFFERS, "_extra_state"):
+                destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *others: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
+        if self._on_meta_device():
+            own = {prefix + name for name in (*BUFFERS, "_extra_state")}
+            missing_keys[:] = [key for key in missing_keys if key not in own]
 
     def _attach(self, attachment: Attachment) -> None:
         name, config = attachment.adapter, attachment.config
@@ -452,16 +616,59 @@ class PeftModel(InPlace, nn.Module):
                 f"The AdaLoRA adapter {self._rankwise_controller.adapter!r} trains already, and only one can. "
                 f"Add {name!r} with `inference_mode=True`, or delete the other first."
             )
-        active = self.active_adapters
-        apply_attachment(self, attachment)
-        self.peft_config[name] = config
-        if not config.inference_mode:
-            _install_integrations(self)
-        if adalora:
-            layers = adapter_layers(self, name)
-            self._rankwise_controller = Controller(self, layers, name, config)  # type: ignore[arg-type]
-            self._ddp_params_and_buffers_to_ignore = list(BUFFERS)
-        self.set_adapter(active or [name])
+        self._refuse_shared_biases(name, config)
+        refuse_overlap(self, attachment)
+        active, enabled = self.active_adapters, self._adapters_enabled()
+        with self._as_before_on_failure(attachment):
+            apply_attachment(self, attachment)
+            self.peft_config[name] = config
+            if not config.inference_mode:
+                _install_integrations(self)
+                hold_layout(self)
+            if getattr(self, "is_quantized", False):
+                self._hf_peft_config_loaded = True  # without it, Trainer refuses to train a quantized model
+            if adalora:
+                layers = adapter_layers(self, name)
+                self._rankwise_controller = Controller(self, layers, name, config)  # type: ignore[arg-type]
+                self._ddp_params_and_buffers_to_ignore = list(BUFFERS)
+            if active:
+                follow(self, name, active, enabled)
+            else:
+                self.set_adapter(name)
+
+    def _refuse_shared_biases(self, name: str, config: LoraConfig) -> None:
+        for other, its_config in self.peft_config.items():
+            if config.bias != "none" and its_config.bias != "none":
+                raise ValueError(
+                    f"{other!r} has bias={its_config.bias!r}, and {name!r} bias={config.bias!r}: both would change "
+                    "the base model's own biases. Set `bias` to 'none' for one of them."
+                )
+
+    @contextmanager
+    def _as_before_on_failure(self, attachment: Attachment) -> Iterator[None]:
+        """If what is within fails, take the adapter out again, and leave the model as it was."""
+        name = attachment.adapter
+        trained = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        active = [(layer, list(layer.active_adapters)) for layer in adapter_layers(self).values()]
+        copies = [(module, module.active_adapter) for module in saved_modules(self).values()]
+        values = [(p, p.detach().clone()) for p in map(self.get_parameter, attachment.biases)]
+        try:
+            yield
+        except BaseException:
+            if self._controller_of(name) is not None:
+                self._drop_controller()
+            detach(self, name)
+            self.peft_config.pop(name, None)
+            self._rankwise_histories.pop(name, None)
+            for layer, names in active:
+                layer.active_adapters = names
+            for module, was in copies:
+                module.active_adapter = was
+            for parameter, value in values:
+                parameter.data.copy_(value)
+            for parameter, trains in trained:
+                parameter.requires_grad_(trains)
+            raise
 
     def _controller_of(self, adapter_name: str) -> Controller | None:
         controller = self._rankwise_controller
@@ -495,25 +702,38 @@ class PeftModel(InPlace, nn.Module):
             (layer.merged_adapters for layer in adapter_layers(self).values() if layer.merged_adapters), []
         )
 
+    def _refuse_merged(self) -> None:
+        if self._merged():
+            raise ValueError(
+                "Call `unmerge_adapter` first: what is merged into the base weights would stay there."
+            )
+
     def _adapters_enabled(self) -> bool:
         layers, saved = adapter_layers(self).values(), saved_modules(self).values()
         return all(layer.adapters_enabled for layer in layers) and all(m.adapters_enabled for m in saved)
 
     def _enable(self, enabled: bool) -> None:
+        if not enabled and self._merged():
+            warnings.warn("Disabling a merged adapter takes it out of the base weights.", stacklevel=3)
+            self.unmerge_adapter()
+        trained = [name for name, config in self.peft_config.items() if config.bias != "none"]
+        if not enabled and trained:
+            warnings.warn(
+                f"The biases that adapter {trained[0]!r} has trained stay: they are the base model's own.",
+                stacklevel=3,
+            )
         for layer in adapter_layers(self).values():
-            if not enabled and layer.merged_adapters:
-                warnings.warn("Disabling a merged adapter takes it out of the base weights.", stacklevel=3)
-                layer.unmerge()
             layer.adapters_enabled = enabled
         for module in saved_modules(self).values():
             module.adapters_enabled = enabled
 
-    def _strip(self, keep_saved: str | None) -> Any:
+    def _strip(self, keep_saved: Sequence[str] = ()) -> Any:
         self._drop_controller()
+        release_layout(self)
         detach_all(self, keep_saved)
         for name in _ATTRIBUTES:
             self.__dict__.pop(name, None)
-        inner = self.__dict__.get("_rankwise_inner")
+        inner = self.__dict__.pop("_rankwise_inner", None)
         if inner is not None:
             inner.__dict__.pop("update_and_allocate", None)
         remove_methods(self)
@@ -561,12 +781,17 @@ def get_peft_model(model: Any, peft_config: LoraConfig, adapter_name: str = "def
         model.add_adapter(adapter_name, peft_config)
         model.set_adapter(adapter_name)
         return model
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"This {type(model).__name__} has adapters of PEFT already. Take its base model "
+            "(`model.unload()`, or `model.get_base_model()` before it was adapted)."
+        )
     attachment = plan_attachment(model, peft_config, adapter_name)
     adapted = _make_peft_model(model)
     try:
         adapted._attach(attachment)
     except BaseException:
-        adapted._strip(keep_saved=None)
+        adapted._strip()
         raise
     return model
 
@@ -592,14 +817,31 @@ def _make_peft_model(model: Any) -> PeftModel:
     if inner is not model and isinstance(
         inner, nn.Module
     ):  # PEFT scripts call model.base_model.update_and_allocate
-        inner.__dict__["update_and_allocate"] = model.update_and_allocate
+        inner.__dict__["update_and_allocate"] = _UpdateAndAllocate(model)
         model.__dict__["_rankwise_inner"] = inner
     adapted: PeftModel = model
     return adapted
 
 
+class _UpdateAndAllocate:
+    """The adapted model's `update_and_allocate`, for a part of it: holds the model weakly, so that it can be freed."""
+
+    def __init__(self, model: Any) -> None:
+        self._find: Callable[[], Any] = weakref.ref(model) if model is not None else lambda: None
+
+    def __call__(self, global_step: int) -> None:
+        model = self._find()
+        if model is None:
+            raise RuntimeError("The adapted model, of which this is a part, does not exist any more.")
+        model.update_and_allocate(global_step)
+
+    def __reduce__(self) -> Any:
+        return _UpdateAndAllocate, (self._find(),)
+
+
 def _install_integrations(model: nn.Module) -> None:
-    if any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__):
+    kinds = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    if "transformers.modeling_utils" in kinds or "transformers.trainer" in sys.modules:
         try:
             from rankwise.integrations.transformers import install
         except ImportError:  # a Transformers without what its Trainer needs
@@ -617,7 +859,6 @@ def _load_into_base(
     if not isinstance(model, nn.Module):
         raise TypeError(f"The base model must be a torch.nn.Module, but is a {type(model).__name__}.")
     new = not isinstance(model, PeftModel)
-    training_before = model.training
     adapted = model if isinstance(model, PeftModel) else _make_peft_model(model)
     try:
         adapted.load_adapter(model_id, adapter_name, is_trainable, **hub_options)
@@ -626,8 +867,7 @@ def _load_into_base(
             adapted.eval()
     except BaseException:
         if new:
-            adapted._strip(keep_saved=None)
-            model.train(training_before)
+            adapted._strip()
         raise
     return model
 

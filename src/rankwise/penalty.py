@@ -16,48 +16,56 @@ import torch
 from torch import Tensor
 
 
-def orthogonality_penalty(rows: Sequence[Tensor]) -> Tensor:
-    """Mean of ``||M M^T - I||_F`` over matrices M, each (r, width); a 0-dim tensor.
+def orthogonality_penalty(A: Sequence[Tensor], B: Sequence[Tensor]) -> Tensor:
+    """Mean of ``||A A^T - I||_F`` over all A (r, width) and ``||B^T B - I||_F`` over all B (width, r); 0-dim.
 
     Example:
-        >>> orthogonality_penalty([torch.eye(2, 3), torch.zeros(1, 5)])
+        >>> orthogonality_penalty([torch.eye(2, 3)], [torch.zeros(5, 1)])
         tensor(0.5000)
     """
-    norms = [_gram_error(stack).flatten(1).norm(dim=1) for stack, _ in _stacks(rows)]
-    return torch.cat(norms).sum() / len(rows) if norms else torch.zeros(())
+    norms = [_error_and_norm(stack, False)[1] for stack, _ in _stacks(A)]
+    norms += [_error_and_norm(stack, True)[1] for stack, _ in _stacks(B)]
+    return torch.cat(norms).sum() / (len(A) + len(B)) if norms else torch.zeros(())
 
 
-def orthogonality_gradients(rows: Sequence[Tensor], weight: float, count: int) -> list[Tensor]:
+def orthogonality_gradients(
+    matrices: Sequence[Tensor], columns: bool, weight: float, count: int
+) -> list[Tensor]:
     """Gradient of ``weight * orthogonality_penalty`` for each matrix, in its shape, at least float32.
 
     Where a matrix is exactly orthonormal the gradient is 0. Matrices of one shape share one batched product.
 
     Args:
-        rows: the matrices to differentiate by, each (r, width).
+        matrices: some of the A, each (r, width), or some of the B, each (width, r).
+        columns: whether they are B, with orthonormal columns, and not A, with orthonormal rows.
         weight: of the penalty in the loss.
-        count: how many matrices the penalty's mean is over, ``rows`` and others.
+        count: how many matrices the penalty's mean is over, these and others.
     """
-    gradients: list[Tensor] = [torch.empty(0)] * len(rows)
-    for stack, places in _stacks(rows):
-        error = _gram_error(stack)
-        norm = error.flatten(1).norm(dim=1)[:, None, None]
-        factor = torch.where(norm > 0, 2 * weight / count / norm, torch.zeros_like(norm))
-        for place, gradient in zip(places, (error @ stack).mul_(factor).unbind(0), strict=True):
+    gradients: list[Tensor] = [torch.empty(0)] * len(matrices)
+    for stack, places in _stacks(matrices):
+        error, norm = _error_and_norm(stack, columns)
+        error *= torch.where(norm > 0, 2 * weight / count / norm, 0.0)[:, None, None]
+        product = stack @ error if columns else error @ stack
+        for place, gradient in zip(places, product.unbind(0), strict=True):
             gradients[place] = gradient
     return gradients
 
 
-def _gram_error(stack: Tensor) -> Tensor:
-    gram = stack @ stack.mT
-    return gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+def _error_and_norm(stack: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
+    """M M^T - I (or M^T M - I) of every matrix in (n, …, …), as (n, r, r), and its Frobenius norm, (n,)."""
+    error = stack.mT @ stack if columns else stack @ stack.mT
+    error.diagonal(dim1=1, dim2=2).sub_(1)
+    return error, error.flatten(1).norm(dim=1)
 
 
 def _wide(matrix: Tensor) -> Tensor:
     return matrix if matrix.element_size() >= 4 else matrix.float()
 
 
-def _stacks(rows: Sequence[Tensor]) -> list[tuple[Tensor, list[int]]]:
+def _stacks(matrices: Sequence[Tensor]) -> list[tuple[Tensor, list[int]]]:
     groups: dict[tuple[torch.Size, torch.device], list[int]] = {}
-    for place, matrix in enumerate(rows):
+    for place, matrix in enumerate(matrices):
         groups.setdefault((matrix.shape, matrix.device), []).append(place)
-    return [(torch.stack([_wide(rows[p].detach()) for p in places]), places) for places in groups.values()]
+    return [
+        (torch.stack([_wide(matrices[p].detach()) for p in places]), places) for places in groups.values()
+    ]

@@ -1,4 +1,4 @@
-"""Importance of every triplet: weights and gradients in, one score per triplet out.
+"""Importance of every triplet: weights times gradients in, one score per triplet out.
 
 Section 3.2 of the AdaLoRA paper (Zhang et al., 2023, https://arxiv.org/abs/2303.10512). For every element w of
 A, E and B, with its gradient g:
@@ -113,21 +113,19 @@ def flatten(matrices: Sequence[Tensor], device: torch.device) -> Tensor:
 def update_scores(
     sensitivity: Tensor,
     uncertainty: Tensor,
-    weights: Tensor,
-    gradients: Tensor,
+    importance: Tensor,
     beta1: float,
     beta2: float,
     known: Tensor | None = None,
 ) -> Tensor:
     """Move the running averages on by one optimizer step, in place.
 
-    If any gradient is NaN or infinite the whole step is left out, so that one bad batch can't spoil the scores.
+    If any importance is NaN or infinite the whole step is left out, so that one bad batch can't spoil the scores.
 
     Args:
         sensitivity: running mean of the importance, (elements,), float32.
         uncertainty: running mean of its deviation, (elements,), float32.
-        weights: elements after the optimizer's step, (elements,), float32.
-        gradients: their gradients in that step, (elements,), float32.
+        importance: weight times gradient, of either sign, (elements,), float32; it is overwritten.
         beta1: smoothing of the sensitivity, in (0, 1).
         beta2: smoothing of the uncertainty, in (0, 1).
         known: (elements,), bool; where False there was no gradient and the averages stay. None: all known.
@@ -137,20 +135,21 @@ def update_scores(
 
     Example:
         >>> s, u = torch.zeros(1), torch.zeros(1)
-        >>> update_scores(s, u, torch.tensor([2.0]), torch.tensor([-1.0]), beta1=0.75, beta2=0.5)
+        >>> update_scores(s, u, torch.tensor([2.0]) * torch.tensor([-1.0]), beta1=0.75, beta2=0.5)
         tensor(True)
         >>> s, u
         (tensor([0.5000]), tensor([0.7500]))
-        >>> update_scores(s, u, torch.tensor([2.0]), torch.tensor([torch.nan]), beta1=0.75, beta2=0.5), s
+        >>> update_scores(s, u, torch.tensor([torch.nan]), beta1=0.75, beta2=0.5), s
         (tensor(False), tensor([0.5000]))
     """
-    importance = (weights * gradients).abs_()
-    counted = importance.isfinite().all()
-    new_sensitivity = beta1 * sensitivity + (1 - beta1) * importance
-    new_uncertainty = beta2 * uncertainty + (1 - beta2) * importance.sub_(new_sensitivity).abs_()
+    importance.abs_()
+    counted = importance.sum().isfinite()
+    importance.masked_fill_(~counted, 0.0)  # NaN would get through a weight of 0
     moves = counted if known is None else counted & known
-    sensitivity.copy_(torch.where(moves, new_sensitivity, sensitivity))
-    uncertainty.copy_(torch.where(moves, new_uncertainty, uncertainty))
+    sensitivity.lerp_(importance, torch.where(moves, 1 - beta1, 0.0).to(sensitivity.dtype))
+    uncertainty.lerp_(
+        importance.sub_(sensitivity).abs_(), torch.where(moves, 1 - beta2, 0.0).to(uncertainty.dtype)
+    )
     return counted
 
 

@@ -1,8 +1,8 @@
 """Which modules of a model a configuration means.
 
-Names match as in PEFT: a name in a list is a whole path or its last parts, a string is a regular expression for
-whole paths. What PEFT passes over in silence (a name that matches nothing, a layer whose weight is read without
-calling the layer, so that an adapter would do nothing) is said or refused.
+Names match as in PEFT: a name in a list is a whole path or its last parts, a string is a regular expression
+for whole paths. What PEFT passes over in silence (a name that matches nothing, a layer whose weight is read
+without calling the layer, so that an adapter would do nothing) is said or refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +35,7 @@ _HEADS: Mapping[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 _SUPPORTED = "only Linear, Transformers' Conv1D, Conv2d and Embedding layers can be adapted"
 
 
@@ -49,23 +50,24 @@ _DEFAULTS: dict[str, list[str] | str] = {
         (
             "q_proj v_proj",
             "arcee bart bigbird_pegasus biogpt blenderbot blenderbot-small chameleon clip clip_text_model "
-            "clip_vision_model cohere cohere2 data2vec-audio dinov3_vit ernie4_5 eurobert exaone4 gemma gemma2 "
-            "gemma3_text glm glm4 gpt_neo gpt_oss gptj granite helium hubert hunyuan_v1_dense jamba lfm2 llama "
-            "llama4 llama4_text m2m_100 marian mbart ministral mistral mixtral moonshine nemotron nllb-moe "
-            "nomic_bert olmo olmo2 olmo3 opt pegasus plbart qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss "
-            "siglip siglip2 siglip_text_model siglip_vision_model smollm3 speech_to_text speecht5 stablelm "
-            "starcoder2 trocr unispeech unispeech-sat wav2vec2 whisper xglm",
+            "clip_vision_model cohere cohere2 data2vec-audio dinov3_vit ernie4_5 eurobert exaone4 gemma "
+            "gemma2 gemma3_text glm glm4 gpt_neo gpt_oss gptj granite helium hubert hunyuan_v1_dense jamba "
+            "lfm2 llama llama4 llama4_text m2m_100 marian mbart ministral mistral mixtral moonshine nemotron "
+            "nllb-moe nomic_bert olmo olmo2 olmo3 opt pegasus plbart qwen2 qwen2_moe qwen3 qwen3_moe "
+            "qwen3_next seed_oss siglip siglip2 siglip_text_model siglip_vision_model smollm3 speech_to_text "
+            "speecht5 stablelm starcoder2 trocr unispeech unispeech-sat wav2vec2 whisper xglm",
         ),
         (
             "query value",
-            "albert bert bert-generation big_bird camembert convbert data2vec-text electra ernie esm layoutlm "
-            "layoutlmv3 luke megatron-bert mobilebert nystromformer rembert roberta roberta-prelayernorm roc_bert "
-            "roformer splinter tapas videomae xlm-roberta xlm-roberta-xl xmod yolos",
+            "albert bert bert-generation big_bird camembert convbert data2vec-text electra ernie esm "
+            "layoutlm layoutlmv3 luke megatron-bert mobilebert nystromformer rembert roberta "
+            "roberta-prelayernorm roc_bert roformer splinter tapas videomae xlm-roberta xlm-roberta-xl xmod "
+            "yolos",
         ),
         (
             "query value q_proj v_proj",
-            "audio-spectrogram-transformer beit deit dinov2 dinov2_with_registers ijepa led swin swinv2 vit vit_mae "
-            "vit_msn vivit",
+            "audio-spectrogram-transformer beit deit dinov2 dinov2_with_registers ijepa led swin swinv2 vit "
+            "vit_mae vit_msn vivit",
         ),
         ("query value query_global value_global", "longformer"),
         (
@@ -109,8 +111,8 @@ _ADALORA_DEFAULTS = {
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """The layers that ``config`` adapts in ``model``, by path, in the model's order.
 
-    A layer reachable by several paths is found once, by the first. Layers in ``modules_to_save``, or in the heads
-    that ``task_type`` implies, are never among them.
+    A layer reachable by several paths is found once, by the first. Layers in ``modules_to_save``, or in the
+    heads that ``task_type`` implies, are never among them.
 
     Raises:
         ValueError: nothing matches, or something does that can't be adapted; with what to write instead.
@@ -125,13 +127,16 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         >>> list(find_targets(model, LoraConfig(target_modules="all-linear")))
         ['0', '2']
     """
-    modules = _own_modules(model)
+    modules = own_modules(model)
     names, chosen_by_user = _target_names(model, config)
-    if chosen_by_user:
+    if chosen_by_user and not config.inference_mode:
         _check_names(modules, config)
     saved = modules_to_save_paths(model, config)
-    matched = [path for path in modules if _is_target(modules[path], path, names, config)]
-    free = [path for path in matched if not _within(path, saved) and not _excluded(path, config)]
+    _check_heads(model, saved, config)
+    matches = frozenset(names).__contains__ if config.target_modules == "all-linear" else _matcher(names)
+    excluded = _matcher(config.exclude_modules or [])
+    matched = [path for path in modules if matches(path) and _in_layers(path, names, config)]
+    free = [path for path in matched if not _within(path, saved) and not excluded(path)]
     targets = {path: modules[path] for path in free}
     if chosen_by_user:
         for path, module in targets.items():
@@ -150,14 +155,15 @@ def modules_to_save_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     A name matches the end of a path, as in PEFT: "classifier" takes "pre_classifier", too.
 
     Raises:
-        ValueError: a listed name matches nothing.
+        ValueError: a listed name matches nothing, or a mere list of modules.
 
     Example:
         >>> model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "score": nn.Linear(4, 2)})
         >>> modules_to_save_paths(model, LoraConfig(task_type="SEQ_CLS"))
         ['score']
     """
-    paths = list(_own_modules(model))
+    modules = own_modules(model)
+    paths = list(modules)
     implied = _HEADS.get(config.task_type or "", ())
     for name in config.modules_to_save or ():
         if name not in implied and not any(path.endswith(name) for path in paths):
@@ -169,13 +175,12 @@ def modules_to_save_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     for path in paths:
         if path.endswith(names) and not _within(path, found):
             found.append(path)
-    if implied and not found and not config.inference_mode:
-        warnings.warn(
-            f"`task_type`={config.task_type!r}, but the model has no module called {' or '.join(implied)}: no head "
-            f"will train. Name it in `modules_to_save`; the model holds {_children(model)}.",
-            UserWarning,
-            stacklevel=2,
-        )
+    for path in found:
+        if isinstance(modules[path], _CONTAINERS):
+            raise ValueError(
+                f"`modules_to_save` takes {path!r}, a {type(modules[path]).__name__}, which is never called as a "
+                "module: name the modules in it."
+            )
     return found
 
 
@@ -221,7 +226,7 @@ def pattern_value(patterns: Mapping[str, _T], path: str, default: _T) -> _T:
 # What is in the model
 
 
-def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by path, without the model itself and what adapters have put into it."""
     own: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
@@ -239,7 +244,7 @@ def _is_linear(module: nn.Module) -> bool:
     return adapters_for(module) is not None and not isinstance(module, (nn.Conv2d, nn.Embedding))
 
 
-def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
+def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
     """The output layer of the model, or of models inside a model of the user's own."""
     for module in model.modules():
         getter = getattr(module, "get_output_embeddings", None)
@@ -264,8 +269,8 @@ def _model_type(model: nn.Module) -> str | None:
 def _target_names(model: nn.Module, config: LoraConfig) -> tuple[list[str] | str, bool]:
     """The names or the expression to match, and whether the user chose them himself."""
     if config.target_modules == "all-linear":
-        heads = {id(module) for module in _output_embeddings(model)}
-        own = _own_modules(model).items()
+        heads = {id(module) for module in output_embeddings(model)}
+        own = own_modules(model).items()
         return [path for path, module in own if _is_linear(module) and id(module) not in heads], False
     if config.target_modules is not None:
         return config.target_modules, True
@@ -275,37 +280,34 @@ def _target_names(model: nn.Module, config: LoraConfig) -> tuple[list[str] | str
         about = f"the architecture {kind!r}" if kind else "a model without `config.model_type`"
         raise ValueError(
             f"There are no default targets for {about}: set `target_modules`, for example to "
-            f"'all-linear' or to some of its linear layers: {_linear_names(_own_modules(model))}."
+            f"'all-linear' or to some of its linear layers: {_linear_names(own_modules(model))}."
         )
     return known[kind], False
 
 
-def _is_target(module: nn.Module, path: str, names: list[str] | str, config: LoraConfig) -> bool:
+def _matcher(names: list[str] | str) -> Callable[[str], bool]:
+    """Whether a path is, or ends with, one of the names; or matches the expression as a whole."""
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    if config.target_modules == "all-linear":
-        return path in names
-    return path in names or (_ends_with(path, names) and _in_layers(path, config))
+        expression = re.compile(names)
+        return lambda path: expression.fullmatch(path) is not None
+    exact, ends = frozenset(names), tuple(f".{name}" for name in names)
+    return lambda path: path in exact or path.endswith(ends)
 
 
-def _ends_with(path: str, names: Iterable[str]) -> bool:
-    return path.endswith(tuple(f".{name}" for name in names))
+def _by_ends(paths: Iterable[str]) -> dict[str, list[str]]:
+    """The paths by everything that a name in a list could match: the whole path, and each of its ends."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split(".")
+        for first in range(len(parts)):
+            found.setdefault(".".join(parts[first:]), []).append(path)
+    return found
 
 
-def _names_match(path: str, names: list[str] | str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return path in names or _ends_with(path, names)
-
-
-def _excluded(path: str, config: LoraConfig) -> bool:
-    return bool(config.exclude_modules) and _names_match(path, config.exclude_modules or [])
-
-
-def _in_layers(path: str, config: LoraConfig) -> bool:
-    """Whether the index of the layer that ``path`` lies in is among ``layers_to_transform``."""
+def _in_layers(path: str, names: list[str] | str, config: LoraConfig) -> bool:
+    """Whether ``path`` lies in one of ``layers_to_transform``, or is named in full."""
     wanted = config.layers_to_transform
-    if wanted is None:
+    if wanted is None or (isinstance(names, list) and path in names):
         return True
     if config.layers_pattern is None:
         expressions = [r".*?\.[^.]*\.(?P<index>\d+)\.", r"[^.]*\.(?P<index>\d+)\."]
@@ -322,7 +324,7 @@ def _within(path: str, outer: Iterable[str]) -> bool:
     return any(path == each or path.startswith(f"{each}.") for each in outer)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def _compiled(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
@@ -338,27 +340,32 @@ def _check_names(modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
     """Each name in a list must match something, outside of ``modules_to_save`` if that names it, too."""
     targets = config.target_modules if isinstance(config.target_modules, list) else []
     excluded = config.exclude_modules if isinstance(config.exclude_modules, list) else []
-    matches = {
-        name: [path for path in modules if _names_match(path, [name])] for name in (*targets, *excluded)
-    }
+    matches = _by_ends(modules)
     implied = _HEADS.get(config.task_type or "", ())
-    listed = [name for name in config.modules_to_save or () if name not in implied]
+    listed = tuple(name for name in config.modules_to_save or () if name not in implied)
+    saved = [path for path in modules if listed and path.endswith(listed)]
     for name in targets:
-        inside = [path for path in matches[name] if _lies_in_saved(path, listed)]
-        if inside and len(inside) == len(matches[name]) and not config.inference_mode:
+        if name in matches and all(_within(path, saved) for path in matches[name]):
             raise ValueError(
-                f"`target_modules` names {name!r}, but all that it matches is in `modules_to_save` and trains whole "
-                f"(such as {inside[0]!r}): take it out of one of them."
+                f"`target_modules` names {name!r}, but all that it matches is in `modules_to_save` and trains "
+                f"whole (such as {matches[name][0]!r}): take it out of one of them."
             )
-    missing = [name for name in targets if not matches[name]]
+    missing = [name for name in targets if name not in matches]
     if len(missing) < len(targets):
         _warn_of_missing("target_modules", missing, modules)
-    _warn_of_missing("exclude_modules", [name for name in excluded if not matches[name]], modules)
+    _warn_of_missing("exclude_modules", [name for name in excluded if name not in matches], modules)
 
 
-def _lies_in_saved(path: str, names: list[str]) -> bool:
-    parents = [path[: each.start()] for each in re.finditer(r"\.", path)]
-    return bool(names) and any(each.endswith(tuple(names)) for each in (*parents, path))
+def _check_heads(model: nn.Module, saved: list[str], config: LoraConfig) -> None:
+    implied = _HEADS.get(config.task_type or "", ())
+    if implied and not saved and not config.inference_mode:
+        held = [name for name, _ in model.named_children()]
+        warnings.warn(
+            f"`task_type` is {config.task_type}, but the model has no module called {' or '.join(implied)}: no "
+            f"head will train. If it has one, name it in `modules_to_save`; the model holds {_some(held, 12)}.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_missing(field: str, names: list[str], modules: Mapping[str, nn.Module]) -> None:
@@ -419,30 +426,32 @@ def _nothing_found(
     names: list[str] | str,
     config: LoraConfig,
 ) -> str:
-    shown = names if isinstance(names, str) else _some(names)
+    shown = repr(names) if isinstance(names, str) else _some(names)
     if matched:
         why = [f"`exclude_modules`={config.exclude_modules!r}"] if config.exclude_modules else []
         why += [f"the modules that train whole ({_some(saved)})"] if saved else []
-        return f"`target_modules` ({shown}) matches {_some(matched)}, but {' and '.join(why) or 'the rest'} leave none."
-    if any(_names_match(path, names) for path in modules):
+        left = f"{' and '.join(why)} leave nothing of it" if why else "nothing of it can be adapted"
+        return f"`target_modules` ({shown}) matches {_some(matched)}, but {left}."
+    if any(map(_matcher(names), modules)):
         return (
-            f"`target_modules` ({shown}) matches layers, but none of them in `layers_to_transform`="
+            f"`target_modules` ({shown}) matches layers, but none in `layers_to_transform`="
             f"{config.layers_to_transform!r} with `layers_pattern`={config.layers_pattern!r}."
         )
-    hints = "" if isinstance(names, str) else "".join(_nearest_name(name, modules) for name in names[:4])
-    kind = "the regular expression, for whole paths, " if isinstance(names, str) else ""
-    return (
-        f"`target_modules`: {kind}{shown} matches no module of the model.{hints} "
-        f"Its linear layers are called {_linear_names(modules)}."
-    )
+    if isinstance(names, str):
+        what, hints = f"the expression {shown} matches no whole path in the model", ""
+    else:
+        what = f"{shown} matches no module of the model"
+        hints = "".join(_nearest_name(name, modules) for name in names[:4])
+    return f"`target_modules`: {what}.{hints} Its linear layers are called {_linear_names(modules)}."
 
 
 def _check_patterns(targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
     """Keys of rank_pattern and alpha_pattern that match no target are told: they have no effect."""
     ranks: dict[str, Any] = {} if isinstance(config, AdaLoraConfig) else config.rank_pattern
+    ends = _by_ends(targets)
     for field, patterns in (("rank_pattern", ranks), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
-            if not any(_pattern_matches(key, path) for path in targets):
+            if key not in ends and not any(_pattern_matches(key, path) for path in targets):
                 warnings.warn(
                     f"`{field}` has {key!r}, which matches no adapted layer.{_nearest_name(key, targets)}",
                     UserWarning,
@@ -457,7 +466,7 @@ def _why_ignored(model: nn.Module, path: str, config: LoraConfig) -> str | None:
     """Why an adapter on the layer would do nothing, if so: its parent takes the weight and calls no layer."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    called, read = _uses(type(parent))
+    called, read = _uses(type(parent))  # type: ignore[arg-type]
     kind = type(parent).__name__
     if name in read and name not in called:
         return f"{kind} reads its weight without calling it, so an adapter would do nothing."
@@ -472,14 +481,15 @@ def _check_fast_path(model: nn.Module, path: str) -> None:
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise ValueError(
-            f"{path!r} can't be adapted as it is: in evaluation, nn.TransformerEncoderLayer takes a fast path that "
-            "reads its weight without calling it. Call `torch.backends.mha.set_fastpath_enabled(False)` first."
+            f"{path!r} can't be adapted as it is: in evaluation, nn.TransformerEncoderLayer takes a fast path "
+            "that reads its weight without calling it. Call `torch.backends.mha.set_fastpath_enabled(False)` "
+            "first, also where the adapter is loaded."
         )
 
 
 @functools.lru_cache(maxsize=512)
 def _uses(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of submodules that the methods of ``cls`` use as a whole, and of those whose weight they compute with."""
+    """Names of submodules that ``cls``'s methods use as a whole, and of those whose weight they compute with."""
     called: set[str] = set()
     read: set[str] = set()
     for method in _methods(cls):
@@ -546,7 +556,3 @@ def _linear_names(modules: Mapping[str, nn.Module], most: int = 12) -> str:
 def _some(names: list[str], most: int = 6) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more
-
-
-def _children(model: nn.Module) -> str:
-    return _some([name for name, _ in model.named_children()], most=12) or "no modules"

@@ -8,13 +8,16 @@ from rankwise.adapters.conv import Conv2dAdapters
 from rankwise.adapters.embedding import EmbeddingAdapters
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.linear import Conv1DAdapters, LinearAdapters
-from rankwise.inplace import add_methods, remove_methods
+from rankwise.adapters.quantized import quantized_adapters_for
+from rankwise.inplace import add_methods, has_forward_of_its_own, remove_methods
 
 __all__ = ["AdapterLayer", "adapters_for", "prepare_layer", "restore_layer"]
 
 
 def adapters_for(layer: nn.Module) -> type[AdapterLayer] | None:
     """The mixin that adapts this kind of layer, or None if there is none."""
+    if quantized := quantized_adapters_for(layer):
+        return quantized
     if isinstance(layer, nn.Linear):
         return LinearAdapters
     if isinstance(layer, nn.Conv2d):
@@ -32,6 +35,11 @@ def prepare_layer(layer: nn.Module) -> AdapterLayer:
         mixin = adapters_for(layer)
         if mixin is None:
             raise ValueError(f"A {type(layer).__name__} can't be adapted.")
+        if has_forward_of_its_own(layer):
+            raise ValueError(
+                f"The `forward` of this {type(layer).__name__} has been replaced on the object itself, which would "
+                "hide an adapter. Give the layer a class of its own instead, or name it in `exclude_modules`."
+            )
         mixin.prepare(layer)  # type: ignore[arg-type]
         add_methods(layer, mixin)
     return layer  # type: ignore[return-value]

@@ -44,18 +44,27 @@ class Conv2dAdapters(AdapterLayer):
             A, B = self.factors(name)
             hidden = self._convolve(x, A.view(A.shape[0], -1, *self.kernel_size), 1)  # type: ignore[misc]
             added = F.conv2d(hidden, B[:, :, None, None], groups=groups) * self.scaling[name]
-        return output + added.to(output.dtype)
+        return (output + added).to(output.dtype)
 
     def shape_like_weight(self, delta: Tensor) -> Tensor:
         return delta.reshape(self.base_weight().shape)
 
     def delta_weight(self, name: str) -> Tensor:
+        self._refuse_grouped(name)
+        return super().delta_weight(name)
+
+    def check_merge(self, names: list[str], finite: bool = False) -> None:
+        for name in names:
+            if self.acts(name):
+                self._refuse_grouped(name)
+        super().check_merge(names, finite)
+
+    def _refuse_grouped(self, name: str) -> None:
         if self.groups > 1 and name not in self.lora_E:  # type: ignore[operator]
             raise ValueError(
                 f"A plain LoRA adapter of a Conv2d with groups={self.groups} is not a change of its weight, "
                 "so it can't be merged. Keep it unmerged, or leave the layer out with `exclude_modules`."
             )
-        return super().delta_weight(name)
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         layer: Any = self

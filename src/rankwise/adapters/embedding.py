@@ -18,7 +18,7 @@ class EmbeddingAdapters(AdapterLayer):
         """``output`` (..., d_out) plus the adapter's output for the indices ``x`` (...)."""
         A, B = self.factors(name)
         rows = F.embedding(x, A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)  # type: ignore
-        return output + (F.linear(rows, B) * self.scaling[name]).to(output.dtype)
+        return (output + F.linear(rows * self.scaling[name], B)).to(output.dtype)
 
     def shape_like_weight(self, delta: Tensor) -> Tensor:
         return delta.T

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rankwise.distributed import note_use, take_part
 from rankwise.inplace import InPlace
 
 
@@ -32,10 +33,13 @@ class AdapterLayer(InPlace, nn.Module):
     active_adapters: list[str]
     merged_adapters: list[str]
     adapters_enabled: bool
+    before_merge: Any  # the packed weight that `unmerge` puts back, while something is merged into it
+
+    requantizes: ClassVar[bool] = False  # merging unpacks the base weight and packs it again, which rounds it
 
     _own_attributes: ClassVar[tuple[str, ...]] = (
         *("lora_A", "lora_B", "lora_E", "scaling", "dropout_rate", "kept"),
-        *("active_adapters", "merged_adapters", "adapters_enabled"),
+        *("active_adapters", "merged_adapters", "adapters_enabled", "before_merge"),
     )
 
     def prepare(self) -> None:
@@ -45,10 +49,11 @@ class AdapterLayer(InPlace, nn.Module):
         self.scaling, self.dropout_rate, self.kept = {}, {}, {}
         self.active_adapters, self.merged_adapters = [], []
         self.adapters_enabled = True
+        self.before_merge = None
 
     def clean(self) -> None:
         """Remove what `prepare` made."""
-        for name in self._own_attributes:
+        for name in AdapterLayer._own_attributes:  # the layer may have its own class back already
             delattr(self, name)
 
     # What a kind of base layer says of itself.
@@ -103,6 +108,8 @@ class AdapterLayer(InPlace, nn.Module):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A with E folded in, (k, d_in), and B, (d_out, k), of the k triplets that act."""
+        if not torch.is_grad_enabled():
+            note_use(self._trained_here(name))
         A, B = self.lora_A[name], self.lora_B[name]
         E = self.lora_E[name] if name in self.lora_E else None
         if name in self.kept:
@@ -124,11 +131,17 @@ class AdapterLayer(InPlace, nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = super().forward(x, *args, **kwargs)
-        if self.adapters_enabled and not self.merged_adapters:
-            for name in self.active_adapters:
+        if self.adapters_enabled:
+            for name in [each for each in self.active_adapters if each not in self.merged_adapters]:
                 if self.acts(name):
                     output = self.add_adapter_output(output, x, name)
+                else:
+                    output = take_part(output, self._trained_here(name))
         return output
+
+    def _trained_here(self, name: str) -> list[nn.Parameter]:
+        bias = self._parameters.get("bias")
+        return [*self.adapter_parameters(name).values(), *([] if bias is None else [bias])]
 
     def _adapter_input(self, x: Tensor, name: str) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
@@ -138,35 +151,70 @@ class AdapterLayer(InPlace, nn.Module):
     # Merging.
 
     @torch.no_grad()
-    def merge(self, names: list[str], safe_merge: bool = False) -> None:
-        """Add the adapters' updates to the base weight.
+    def check_merge(self, names: list[str], finite: bool = False) -> None:
+        """See that `merge` will work; ``finite``: and that the merged weight has no NaN or infinite values.
 
         Raises:
-            ValueError: ``safe_merge`` and the result would not be finite; the weight is then as before.
+            ValueError: it will not.
         """
-        todo = [name for name in names if self.acts(name) and name not in self.merged_adapters]
-        if todo:
-            merged = self.base_weight().float()
-            for name in todo:
-                merged = merged + self.delta_weight(name).float()
-            if safe_merge and not merged.isfinite().all():
-                raise ValueError(
-                    f"Merging {todo} would put NaN or infinite values into a {type(self).__name__} weight. "
-                    "The adapter is broken: load an earlier checkpoint."
-                )
-            self.set_base_weight(merged)
+        acting = self._not_yet_merged(names)
+        if acting and not isinstance(self._parameters.get("weight"), nn.Parameter):
+            raise ValueError(
+                f"The weight of a {type(self).__name__} is computed from other parameters (by weight_norm?), so "
+                "nothing can be merged into it. Remove the parametrization first, or keep the adapter unmerged."
+            )
+        if acting:
+            self._refuse_packed_or_absent()
+        if finite and not self._moved(acting, 1).isfinite().all():
+            raise ValueError(
+                f"Merging {acting} would put NaN or infinite values into a {type(self).__name__} weight. "
+                "The adapter is broken: load an earlier checkpoint."
+            )
+
+    @torch.no_grad()
+    def merge(self, names: list[str], for_good: bool = False) -> None:
+        """Add the adapters' updates to the base weight; `check_merge` should have passed.
+
+        ``for_good``: it will not be unmerged, so that a packed weight need not be remembered.
+        """
+        if acting := self._not_yet_merged(names):
+            if self.requantizes and not for_good and self.before_merge is None:
+                self.before_merge = self.packed_weight()
+            self.set_base_weight(self._moved(acting, 1))
         self.merged_adapters += [name for name in names if name not in self.merged_adapters]
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Subtract what `merge` added."""
-        acting = [name for name in self.merged_adapters if self.acts(name)]
-        if acting:
-            weight = self.base_weight().float()
-            for name in acting:
-                weight = weight - self.delta_weight(name).float()
-            self.set_base_weight(weight)
+        if self.before_merge is not None:
+            self.set_packed_weight(self.before_merge)
+            self.before_merge = None
+        elif acting := [name for name in self.merged_adapters if self.acts(name)]:
+            self.set_base_weight(self._moved(acting, -1))
         self.merged_adapters = []
+
+    def _refuse_packed_or_absent(self) -> None:
+        weight: Any = self._parameters["weight"]
+        if weight.is_meta:
+            raise ValueError(
+                f"the weight of this {type(self).__name__} is not here (offloaded by Accelerate?), so nothing can be "
+                "merged into it. Load the base model without offloading, load the adapter into that, and merge."
+            )
+        plain = type(weight) is nn.Parameter and weight.is_floating_point()
+        if not plain and not self.requantizes:
+            raise ValueError(cant_merge_into(type(weight).__name__))
+
+    def _not_yet_merged(self, names: list[str]) -> list[str]:
+        return [name for name in names if self.acts(name) and name not in self.merged_adapters]
+
+    def _moved(self, names: list[str], sign: int) -> Tensor:
+        """The base weight with the adapters' updates added (1) or subtracted (-1), and rounded once."""
+        weight = self.base_weight()
+        wide = weight.dtype if weight.element_size() >= 4 else torch.float32
+        moved = weight.to(wide)
+        for name in names:
+            moved = moved + sign * self.delta_weight(name).to(wide)
+        return moved.to(weight.dtype)
 
     def base_weight(self) -> Tensor:
         """The base weight as a dense tensor."""
@@ -175,3 +223,19 @@ class AdapterLayer(InPlace, nn.Module):
     def set_base_weight(self, weight: Tensor) -> None:
         """Put a dense tensor in the base weight's place."""
         self.weight.data.copy_(weight)  # type: ignore[operator]
+
+    def packed_weight(self) -> Any:
+        """What `set_packed_weight` needs to put a packed base weight back, bit for bit."""
+        raise NotImplementedError
+
+    def set_packed_weight(self, packed: Any) -> None:
+        """Put back what `packed_weight` gave."""
+        raise NotImplementedError
+
+
+def cant_merge_into(what: str) -> str:
+    """Why merging is refused into weights packed as ``what``, and the way round it."""
+    return (
+        f"nothing can be merged into a packed weight ({what}). Keep the adapter unmerged; or load the base model "
+        "without quantization, load the adapter into that, merge, and quantize the result."
+    )

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from rankwise.inplace import InPlace, add_methods, remove_methods
+from rankwise.distributed import note_use
+from rankwise.inplace import InPlace, add_methods, has_forward_of_its_own, remove_methods
 
 
 class SavedModule(InPlace, nn.Module):
     """Mixin for a module that is replaced, adapter by adapter, by a copy of its own that trains.
 
     The module's own parameters stay frozen under their own names; the copies are at
-    ``modules_to_save.<adapter>``.
+    ``modules_to_save.<adapter>``. Whoever reads ``weight`` and ``bias`` without calling the module, as fused losses
+    do with an output layer, gets those of the copy that acts.
     """
 
     modules_to_save: nn.ModuleDict
@@ -23,9 +29,11 @@ class SavedModule(InPlace, nn.Module):
 
     def add_copy(self, name: str) -> None:
         """Make adapter ``name``'s own copy of the module as it is without adapters, in float32 if it was half."""
+        self._check_can_train()
         held, self.modules_to_save = self.modules_to_save, nn.ModuleDict()
         try:
-            made = copy.deepcopy(self)
+            with _without_hooks(self):
+                made = copy.deepcopy(self)
         finally:
             self.modules_to_save = held
         _remove_saved_methods(made)
@@ -35,17 +43,78 @@ class SavedModule(InPlace, nn.Module):
             parameter.requires_grad_(False)
         self.modules_to_save[name] = made
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def weight(self) -> Any:
+        return self._of_what_acts("weight")
+
+    @property
+    def bias(self) -> Any:
+        return self._of_what_acts("bias")
+
+    def _of_what_acts(self, name: str) -> Any:
+        made = self._acting_copy()
+        return nn.Module.__getattr__(self, name) if made is None else getattr(made, name)
+
+    def _acting_copy(self) -> nn.Module | None:
         name = self.active_adapter
-        if self.adapters_enabled and name is not None and name in self.modules_to_save:
-            made = self.modules_to_save[name]
-            return made(*_cast(made, args), **kwargs)
+        if not self.adapters_enabled or name is None or name not in self.modules_to_save:
+            return None
+        return self.modules_to_save[name]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        made = self._acting_copy()
+        if made is not None:
+            note_use(made.parameters())
+            return self._run(made, args, kwargs)
         return super().forward(*args, **kwargs)
+
+    def _check_can_train(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta and any("_hf_hook" in vars(module) for module in self.modules()):
+                raise ValueError(
+                    f"`modules_to_save` takes a {type(self).__name__} that Accelerate has offloaded ({name!r} is not "
+                    "here), so it can't train. Give it a device in `device_map`."
+                )
+            if not parameter.is_floating_point() and not name.startswith("modules_to_save."):
+                raise ValueError(
+                    f"`modules_to_save` takes a {type(self).__name__} whose {name!r} is quantized "
+                    f"({parameter.dtype}), so it can't train. Leave it out of the quantization, with "
+                    "`llm_int8_skip_modules` or `modules_to_not_convert` in the quantization's configuration."
+                )
+
+    def _run(self, made: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a copy in its own precision, and give its output the one that the model around it works in."""
+        own, wide = _dtype(self), _dtype(made)
+        if own is None or wide is None or own == wide:
+            return made(*args, **kwargs)
+        output = made(*_cast(args, None, wide), **_cast(kwargs, None, wide))
+        return _cast(output, wide, own)
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Within it, Accelerate's hooks are off a module and all in it: a copy must not hold what they hold."""
+    names = ("forward", "_old_forward", "_hf_hook")
+    taken = [
+        (each, {name: vars(each).pop(name) for name in names if name in vars(each)})
+        for each in module.modules()
+        if "_hf_hook" in vars(each)
+    ]
+    try:
+        yield
+    finally:
+        for each, attributes in taken:
+            vars(each).update(attributes)
 
 
 def prepare_saved_module(module: nn.Module) -> SavedModule:
     """Turn ``module`` into a `SavedModule` in place, with no copies yet."""
     if not isinstance(module, SavedModule):
+        if has_forward_of_its_own(module):
+            raise ValueError(
+                f"The `forward` of this {type(module).__name__} has been replaced on the object itself, which would "
+                "hide its copies. Give the module a class of its own instead."
+            )
         module.modules_to_save = nn.ModuleDict()
         module.active_adapter, module.adapters_enabled = None, True  # type: ignore[assignment]
         add_methods(module, SavedModule)
@@ -69,11 +138,16 @@ def restore_saved_module(module: SavedModule, name: str | None = None) -> None:
             module.get_buffer(key).data = buffer.data
 
 
-def _cast(made: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    parameter = next((p for p in made.parameters() if p.is_floating_point()), None)
-    if parameter is None:
-        return args
-    return tuple(
-        arg.to(parameter.dtype) if hasattr(arg, "is_floating_point") and arg.is_floating_point() else arg
-        for arg in args
-    )
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the module's first floating-point parameter; its own come before those of its copies."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _cast(values: Any, before: torch.dtype | None, after: torch.dtype) -> Any:
+    """Floating-point tensors of dtype ``before`` (None: of any) in nested ``values`` as ``after``."""
+
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(after) if floating and before in (None, value.dtype) else value
+
+    return tree_map(cast, values)

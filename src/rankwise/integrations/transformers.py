@@ -12,19 +12,14 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
 from transformers import trainer as transformers_trainer
 from transformers.trainer_callback import TrainerCallback
 
-from rankwise.model import PeftModel
-from rankwise.schedule import Phase
+from rankwise.integrations.common import adapted_model, fit_total_step, rank_metrics, tell_if_unfinished
 from rankwise.storage import WEIGHTS_NAME
-
-_PHASE_NUMBERS = {str(phase): number for number, phase in enumerate(Phase)}
 
 
 class RankwiseCallback(TrainerCallback):
@@ -34,64 +29,66 @@ class RankwiseCallback(TrainerCallback):
     ``orth_penalty`` (without its weight).
     """
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Teach kinds of Trainer that were imported after the model was adapted."""
+        install()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Set ``total_step`` where it was left out; warn where it is not the trainer's."""
         adapted = adapted_model(model)
-        where = adapted.allocation_state if adapted is not None else None
-        if adapted is None or where is None:
-            return
-        if where.total_step is None:
-            adapted.set_total_step(state.max_steps)
-        elif where.total_step != state.max_steps:
-            warnings.warn(
-                f"The schedule is made for total_step={where.total_step}, but this Trainer runs {state.max_steps} "
-                "optimizer steps. Leave `total_step` out of AdaLoraConfig to have it fitted.",
-                stacklevel=2,
-            )
+        if adapted is not None:
+            fit_total_step(adapted, state.max_steps, "Trainer")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
+        """Tell if the run has ended before the budget has come down."""
+        tell_if_unfinished(adapted_model(model))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **unused: Any
     ) -> None:
         """Add the metrics to what is logged of training."""
         adapted = adapted_model(model)
-        where = adapted.allocation_state if adapted is not None else None
-        if adapted is None or where is None or logs is None or "loss" not in logs:
+        if adapted is None or logs is None or "loss" not in logs:
             return
-        metrics = {
-            "budget": where.budget,
-            "total_rank": adapted.rank_summary().total_rank,
-            "rank_phase": _PHASE_NUMBERS[where.phase],
-            "orth_penalty": round(float(adapted.orthogonal_penalty()), 6),
-        }
+        metrics = rank_metrics(adapted)
         logs.update(metrics)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(metrics)
 
 
-def adapted_model(model: Any) -> PeftModel | None:
-    """The adapted model inside wrappers such as DistributedDataParallel and ``torch.compile``'s, or None."""
-    while isinstance(model, nn.Module) and not isinstance(model, PeftModel):
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            return None
-        model = inner
-    return model if isinstance(model, PeftModel) else None
-
-
 def install() -> None:
-    """Teach Trainer about adapted models; calling it again does nothing."""
+    """Teach Trainer, and all of its subclasses that exist by now, about adapted models; as often as you like."""
     if RankwiseCallback not in transformers_trainer.DEFAULT_CALLBACKS:
         transformers_trainer.DEFAULT_CALLBACKS.append(RankwiseCallback)
-        trainer = transformers_trainer.Trainer
-        trainer._load_from_checkpoint = _resuming(trainer._load_from_checkpoint)
-        trainer._load_best_model = _loading_best(trainer._load_best_model)
+    for trainer in _with_subclasses(transformers_trainer.Trainer):
+        _replace(trainer, "_load_from_checkpoint", _resuming)
+        _replace(trainer, "_load_best_model", _loading_best)
+
+
+def _with_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    subclasses: list[type] = cls.__subclasses__()
+    for subclass in subclasses:
+        yield from _with_subclasses(subclass)
+
+
+def _replace(cls: type, name: str, wrap: Callable[[Any], Any]) -> None:
+    original = vars(cls).get(name)
+    if original is not None and not hasattr(original, "_rankwise_wraps"):
+        made = wrap(original)
+        made._rankwise_wraps = original
+        setattr(cls, name, made)
 
 
 def _resuming(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not _load(self, resume_from_checkpoint, self.model if model is None else model):
-            original(self, resume_from_checkpoint, model)
+    def _load_from_checkpoint(
+        self: Any, resume_from_checkpoint: str, *args: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        given = {} if model is None else {"model": model}
+        target = next(iter(args), model)
+        if not _load(self, resume_from_checkpoint, self.model if target is None else target):
+            original(self, resume_from_checkpoint, *args, **given, **kwargs)
 
     return _load_from_checkpoint
 
@@ -108,7 +105,10 @@ def _loading_best(original: Callable[..., None]) -> Callable[..., None]:
 def _load(trainer: Any, folder: str, model: Any) -> bool:
     adapted = adapted_model(model)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if adapted is None or sharded or not os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
+    if adapted is None or sharded:
+        return False
+    places = (folder, *(os.path.join(folder, name) for name in adapted.peft_config))
+    if not any(os.path.isfile(os.path.join(place, WEIGHTS_NAME)) for place in places):
         return False
     adapted.load_checkpoint(folder)
     return True

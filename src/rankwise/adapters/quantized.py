@@ -1,0 +1,158 @@
+"""Adapters for quantized layers: the packed base weight stays as it is, the factors are float32.
+
+Merging needs the base weight as numbers and back again. bitsandbytes can do both, with rounding; for other
+packings merging is refused, and the message says what to do instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters.layer import AdapterLayer, cant_merge_into
+from rankwise.adapters.linear import LinearAdapters
+
+
+class Bnb4bitAdapters(LinearAdapters):
+    """For bitsandbytes' ``Linear4bit``: two weights of (d_out, d_in) in a byte."""
+
+    weight: Any
+
+    requantizes = True
+
+    def base_weight(self) -> Tensor:
+        import bitsandbytes
+
+        _unpack(self)
+        weight = self.weight
+        dense: Tensor = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return dense
+
+    def set_base_weight(self, weight: Tensor) -> None:
+        old = self.weight
+        kept = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        options = {name: getattr(old, name) for name in kept}
+        made = type(old)(weight.cpu(), requires_grad=False, module=self, **options)
+        self.weight = made.to(old.device)
+
+    def packed_weight(self) -> Any:
+        _unpack(self)
+        weight = self.weight
+        return weight, weight.quant_state
+
+    def set_packed_weight(self, packed: Any) -> None:
+        weight, state = packed
+        device = self.weight.device
+        weight.quant_state = state  # its module has been given another
+        self.weight = weight if weight.device == device else weight.to(device)
+        self.quant_state = self.weight.quant_state
+
+
+class Bnb8bitAdapters(LinearAdapters):
+    """For bitsandbytes' ``Linear8bitLt``: int8 weight (d_out, d_in), and a scale for each row."""
+
+    weight: Any
+
+    requantizes = True
+
+    def base_weight(self) -> Tensor:
+        import bitsandbytes
+
+        weight = self.weight
+        if weight.dtype != torch.int8:  # has_fp16_weights: packed anew in every forward pass
+            return super().base_weight()
+        dense: Tensor = bitsandbytes.functional.int8_vectorwise_dequant(weight.data, self._scales())
+        return dense
+
+    def set_base_weight(self, weight: Tensor) -> None:
+        old = self.weight
+        if old.dtype != torch.int8:
+            super().set_base_weight(weight)
+            return
+        self._take(type(old)(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(old.device))
+
+    def packed_weight(self) -> Any:
+        weight = self.weight
+        return weight, self._scales() if weight.dtype == torch.int8 else weight.data.clone()
+
+    def set_packed_weight(self, packed: Any) -> None:
+        weight, scales = packed
+        if weight.dtype != torch.int8:
+            weight.data.copy_(scales)
+            return
+        device = self.weight.device
+        weight.CB, weight.SCB = weight.data, scales
+        self._take(weight if weight.device == device else weight.to(device))
+
+    def _scales(self) -> Tensor:
+        weight = self.weight
+        state: Any = self.state
+        scales: Tensor = (
+            weight.SCB if weight.SCB is not None else state.SCB
+        )  # moved by the first forward pass
+        return scales
+
+    def _take(self, weight: Any) -> None:
+        state: Any = self.state
+        self.weight = weight
+        state.reset_grads()
+        state.CB = state.SCB = None  # the next forward pass takes the weight's own
+
+
+class PackedLinearAdapters(LinearAdapters):
+    """For linear layers that hold no ``weight`` but packed numbers in ``qweight``, as GPTQ's and AWQ's do."""
+
+    def _fusable(self, x: Tensor) -> str | None:
+        return None
+
+    @torch.no_grad()
+    def check_merge(self, names: list[str], finite: bool = False) -> None:
+        if self._not_yet_merged(names):
+            raise ValueError(cant_merge_into(self._original_class.__name__))
+
+
+def quantized_adapters_for(layer: nn.Module) -> type[AdapterLayer] | None:
+    """The mixin for a quantized layer, or None if it is none that needs one of its own."""
+    kinds = {cls.__name__ for cls in type(layer).__mro__ if cls.__module__.startswith("bitsandbytes.")}
+    if "Linear4bit" in kinds:
+        return Bnb4bitAdapters
+    if "Linear8bitLt" in kinds:
+        return Bnb8bitAdapters
+    if isinstance(getattr(layer, "qweight", None), Tensor) and isinstance(
+        getattr(layer, "in_features", None), int
+    ):
+        return PackedLinearAdapters
+    return None
+
+
+# On CPUs with AVX512-BF16, evaluation makes bitsandbytes lay 4-bit weights out in another way, through which no
+# gradient flows: after it, nothing below such a layer would train.
+
+
+def hold_layout(model: nn.Module) -> None:
+    """Keep all of a model's 4-bit layers, adapted or not, in the layout that training needs."""
+    for module in model.modules():
+        if vars(module).get("support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            vars(module)["_rankwise_holds_layout"] = True
+            _unpack(module)
+
+
+def release_layout(model: nn.Module) -> None:
+    """Undo `hold_layout`."""
+    for module in model.modules():
+        if vars(module).pop("_rankwise_holds_layout", False):
+            module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def _unpack(layer: Any) -> None:
+    weight = layer.weight
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+            weight.data, weight.quant_state
+        )

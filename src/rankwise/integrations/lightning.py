@@ -1,0 +1,72 @@
+"""Lightning: the length of the run, and where the ranks are in the logs.
+
+Nothing has to be passed to a Lightning Trainer: it takes callbacks from packages that offer some (by the entry
+points "lightning.pytorch.callbacks_factory" and "pytorch_lightning.callbacks_factory"), and rankwise does. The
+callback does nothing for modules without an adapted model.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+from rankwise.integrations.common import adapted_model, fit_total_step, rank_metrics, tell_if_unfinished
+
+
+class RankwiseHooks:
+    """What the callback does, for Lightning under either of its names."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Set ``total_step`` where it was left out; warn where it is not the trainer's.
+
+        Raises:
+            ValueError: it was left out, and the trainer does not know how long it will train either.
+        """
+        adapted = adapted_model(pl_module)
+        where = adapted.allocation_state if adapted is not None else None
+        if adapted is None or where is None:
+            return
+        steps = trainer.estimated_stepping_batches
+        if math.isfinite(steps):
+            fit_total_step(adapted, int(steps), "Lightning Trainer")
+        elif where.total_step is None and where.target < where.initial:
+            raise ValueError(
+                "The Trainer runs without an end, so the schedule has none to be fitted to: pass `max_epochs` or "
+                "`max_steps` to the Trainer, or `total_step` to AdaLoraConfig."
+            )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        """Log the metrics of `rank_metrics`, as often as the trainer logs."""
+        step = trainer.global_step
+        if not trainer.loggers or not step or step % trainer.log_every_n_steps:
+            return
+        adapted = adapted_model(pl_module)
+        metrics = rank_metrics(adapted) if adapted is not None else {}
+        if metrics and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Tell if the run has ended before the budget has come down."""
+        tell_if_unfinished(adapted_model(pl_module))
+
+
+@functools.cache
+def callback_class(base: type) -> type:
+    """The callback's class, for the ``Callback`` class of one of Lightning's two packages."""
+    return type("RankwiseCallback", (RankwiseHooks, base), {"__module__": __name__})
+
+
+def callbacks() -> list[Any]:
+    """For the entry point of ``lightning``."""
+    from lightning.pytorch import Callback
+
+    return [callback_class(Callback)()]
+
+
+def callbacks_of_pytorch_lightning() -> list[Any]:
+    """For the entry point of ``pytorch_lightning``."""
+    from pytorch_lightning import Callback
+
+    return [callback_class(Callback)()]

@@ -1,0 +1,136 @@
+"""Makes a base model ready for adapters: frozen, numerically safe, and with gradient checkpointing."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.attach import adapter_layers, saved_modules
+
+# Their kernels take scales, zero points and what surrounds them in the dtype that the checkpoint has.
+_KEEP_DTYPES = {"aqlm", "eetq", "gptq", "hqq", "torchao"}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    **unused: Any,
+) -> Any:
+    """Prepare a quantized base model for training adapters, in place, and return it.
+
+    The base is frozen. Parameters that are left in half precision (norms, embeddings, the head) become float32;
+    packed weights stay as they are, and so does everything of GPTQ, AQLM, EETQ, HQQ and torchao models, whose
+    kernels need their own dtypes. With gradient checkpointing, the embeddings' output gets a gradient, without
+    which re-entrant checkpointing would give the adapters none.
+
+    Call it before `get_peft_model`, as with PEFT; after it does no harm: adapters go on training.
+
+    Args:
+        model: a Transformers model, or any module; then without gradient checkpointing, unless it has
+            ``gradient_checkpointing_enable`` and ``get_input_embeddings``.
+        use_gradient_checkpointing: compute activations anew in the backward pass to save memory.
+        gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`, such as
+            ``{"use_reentrant": False}``; None: the model's own default.
+        unused: ``auto_clear_cache``, as in PEFT; cached memory is always released.
+
+    Raises:
+        TypeError: not a module, or an unknown argument.
+        ValueError: the model has no gradient checkpointing; pass ``use_gradient_checkpointing=False``.
+
+    Example:
+        >>> import torch, rankwise as rw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8, dtype=torch.bfloat16), torch.nn.Linear(8, 2))
+        >>> model = rw.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        >>> model[0].weight.dtype, model[0].weight.requires_grad
+        (torch.float32, False)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, but is a {type(model).__name__}.")
+    for name in unused.keys() - {"auto_clear_cache"}:
+        raise TypeError(f"prepare_model_for_kbit_training has no argument {name!r}.")
+    if use_gradient_checkpointing:
+        _check_can_checkpoint(model)
+    trains = {id(parameter) for parameter in _adapter_parameters(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in trains:
+            parameter.requires_grad_(False)
+    if _quantization_method(model) not in _KEEP_DTYPES:
+        _widen(model)
+    if use_gradient_checkpointing:
+        _enable_gradient_checkpointing(model, dict(gradient_checkpointing_kwargs or {}))
+    return model
+
+
+def let_inputs_require_grad(model: Any) -> None:
+    """Let the embeddings' output require a gradient, once, so that one reaches adapters through checkpoints."""
+    if getattr(model, "_require_grads_hooks", None) or getattr(model, "_rankwise_input_hook", None):
+        return
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+        return
+    embeddings = model.get_input_embeddings()
+    model._rankwise_input_hook = embeddings.register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    held: list[nn.Parameter] = []
+    for layer in adapter_layers(model).values():
+        held += [p for name in layer.lora_A for p in layer.adapter_parameters(name).values()]
+    for module in saved_modules(model).values():
+        held += list(module.modules_to_save.parameters())
+    if held:  # biases that an adapter trains are the base's own
+        held += [p for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
+    return held
+
+
+def _quantization_method(model: nn.Module) -> str:
+    method = getattr(model, "quantization_method", None)
+    if method is None and getattr(model, "hqq_quantized", False):
+        return "hqq"
+    return str(getattr(method, "value", method))
+
+
+@torch.no_grad()
+def _widen(model: nn.Module) -> None:
+    packed = {"Params4bit", "Int8Params"}
+    for parameter in model.parameters():
+        if parameter.dtype in _HALF and type(parameter).__name__ not in packed:
+            parameter.data = parameter.data.float()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _check_can_checkpoint(model: Any) -> None:
+    able = hasattr(model, "gradient_checkpointing_enable") and hasattr(model, "get_input_embeddings")
+    if not able or not getattr(model, "supports_gradient_checkpointing", True):
+        raise ValueError(
+            f"{type(model).__name__} has no gradient checkpointing to switch on. Pass "
+            "`use_gradient_checkpointing=False`, and checkpoint in the model's own forward if need be."
+        )
+
+
+def _enable_gradient_checkpointing(model: Any, options: dict[str, Any]) -> None:
+    modern = getattr(model, "activation_checkpointing_enable", None)  # newer Transformers' name for the same
+    if modern is not None:
+        modern(activation_checkpointing_kwargs=options or None)
+    elif "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None)
+    else:
+        if options:
+            warnings.warn(
+                f"{type(model).__name__}.gradient_checkpointing_enable takes no arguments, so "
+                f"`gradient_checkpointing_kwargs={options!r}` is left out.",
+                stacklevel=3,
+            )
+        model.gradient_checkpointing_enable()
+    let_inputs_require_grad(model)

@@ -1,0 +1,61 @@
+"""What the scripts in this folder have in common: cases that report to a file, one for each process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+FOLDER = Path(sys.argv[1])
+
+
+def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+    """Equal for tensors that are equal to the last bit."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        digest.update(whole.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def mean(losses: list[float]) -> list[float]:
+    """The mean over the processes."""
+    values = torch.tensor(losses, dtype=torch.float64)
+    dist.all_reduce(values)
+    return (values / dist.get_world_size()).tolist()
+
+
+def of_run(model: Any, losses: list[float]) -> dict[str, Any]:
+    """What a run is compared by."""
+    buffers = [buffer for name, buffer in model.named_buffers() if name.startswith("rankwise")]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return {
+        "losses": mean(losses),
+        "history": [record.ranks if isinstance(record.ranks, list) else list(record.ranks)
+                    for record in model.rank_history.records],
+        "bits": fingerprint([*trained, *buffers]),
+    }  # fmt: skip
+
+
+def run(cases: dict[str, Callable[[], dict[str, Any]]]) -> None:
+    """Run all cases in this process and write what they return."""
+    results: dict[str, Any] = {}
+    for name, case in cases.items():
+        try:
+            results[name] = case()
+        except BaseException:
+            print(f"In the case {name!r}, process {dist.get_rank()}:", file=sys.stderr)
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # at once, and torchrun ends the others: they may wait for this process
+        dist.barrier()
+    (FOLDER / f"process-{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()

@@ -1,0 +1,384 @@
+"""Quantized bases: bitsandbytes, torchao and packed layers train, save, load, and merge or refuse to."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rankwise as rw
+from tiny import bert, llama, token_batches
+
+STEPS = 8
+SIZES = {"hidden_size": 64, "intermediate_size": 64}
+BNB = ["4-bit", "8-bit"]
+KINDS = [*BNB, "torchao int8", "torchao int4"]
+X = {"input_ids": token_batches(1)[0]["input_ids"]}
+
+
+# --- bases and runs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*inputs will be cast.*")
+        yield
+
+
+def quantization(kind: str) -> Any:
+    import transformers
+
+    if kind in BNB:
+        pytest.importorskip("bitsandbytes")
+        if kind == "8-bit":
+            return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+    torchao = pytest.importorskip("torchao.quantization")
+    if kind == "torchao int8":
+        return transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    return transformers.TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("base")
+    llama(**SIZES).save_pretrained(made)
+    return made
+
+
+def base(kind: str, folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization(kind), device_map="cpu"
+    )
+
+
+def adapted(model: Any, **changes: Any) -> Any:
+    options = {
+        "init_r": 4,
+        "target_r": 2,
+        "tinit": 1,
+        "tfinal": 2,
+        "deltaT": 1,
+        "target_modules": ["q_proj", "o_proj"],
+    }
+    torch.manual_seed(5)
+    return rw.get_peft_model(model, rw.AdaLoraConfig(**{**options, "total_step": STEPS, **changes}))
+
+
+def train(model: Any, steps: range = range(STEPS)) -> Any:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-2)
+    batches = token_batches(steps.stop)
+    for step in steps:
+        model(**batches[step]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def assert_whole_run(model: Any) -> None:
+    state, budgets = model.allocation_state, [record.budget for record in model.rank_history.records]
+    assert (state.step, state.phase) == (STEPS, "final")
+    assert model.rank_summary().total_rank == state.budget == state.target == state.initial // 2
+    assert budgets[0] == state.initial and any(state.target < budget < state.initial for budget in budgets)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    """Computed as in training: in evaluation bitsandbytes may use other kernels, which round in another way."""
+    was = model.training
+    with torch.no_grad():
+        made = model.train()(**X).logits
+    model.train(was)
+    return made
+
+
+def evaluate(model: nn.Module) -> None:
+    with torch.no_grad():
+        assert model.eval()(**X).logits.isfinite().all()
+
+
+def base_values(model: Any) -> list[torch.Tensor]:
+    """The packed weights, in order."""
+    held = [layer.weight for name, layer in model.named_modules() if name.endswith(("q_proj", "o_proj"))]
+    return [w.dequantize() if type(w).__module__.startswith("torchao") else w.data.clone() for w in held]
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_trainer_trains_saves_and_resumes_on_a_quantized_base(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": ids, "labels": ids} for batch in token_batches(STEPS) for ids in batch["input_ids"]]
+    states = []
+    for name in ("whole", "resumed"):
+        model = adapted(rw.prepare_model_for_kbit_training(base(kind, folder)), total_step=None)
+        assert {p.dtype for n, p in model.named_parameters() if ".lora_" in n} == {torch.float32}
+        arguments = TrainingArguments(
+            str(tmp_path / name), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=5e-2,
+            report_to="none", save_steps=4, use_cpu=True, disable_tqdm=True, eval_strategy="steps", eval_steps=4,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:4])
+        trainer.train(
+            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4") if name == "resumed" else None
+        )
+        assert_whole_run(model)
+        states.append(
+            {key: value for key, value in model.state_dict().items() if "lora_" in key or "rankwise" in key}
+        )
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    loaded = rw.PeftModel.from_pretrained(base(kind, folder), tmp_path / "whole" / "checkpoint-8")
+    torch.testing.assert_close(logits(loaded), logits(model.eval()))
+    assert not torch.allclose(logits(loaded), logits(base(kind, folder)), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_a_quantized_base_come_and_go_and_can_be_switched_off(kind: str, folder: Path) -> None:
+    model = base(kind, folder)
+    before, weights = logits(model.eval()), base_values(model)
+    adapted(model)
+    model.train()
+    train(model)
+    assert model._hf_peft_config_loaded and model.is_quantized
+    with model.eval().disable_adapter():
+        torch.testing.assert_close(logits(model), before)
+    model.unload()
+    torch.testing.assert_close(logits(model), before)
+    assert not model._hf_peft_config_loaded and all(map(torch.equal, base_values(model), weights))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_learns_the_same_on_a_quantized_base_as_on_its_dequantized_values(
+    kind: str, folder: Path
+) -> None:
+    model = train(adapted(base(kind, folder)))
+    plain = llama(**SIZES)
+    quantized = dict(base(kind, folder).named_modules())
+    for name, layer in plain.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = dense(quantized[name])
+    train(adapted(plain))
+    tolerance = 1e-2 if kind == "8-bit" else 1e-3  # bitsandbytes computes 8-bit layers in float16
+    torch.testing.assert_close(logits(model.train()), logits(plain.train()), atol=tolerance, rtol=tolerance)
+
+
+def dense(layer: Any) -> torch.Tensor:
+    """A layer's weight as numbers, found by asking the layer itself."""
+    weight = layer.weight
+    if hasattr(weight, "dequantize") and type(weight).__module__.startswith("torchao"):
+        return weight.dequantize().float()
+    with torch.no_grad():
+        return layer.train()(torch.eye(layer.in_features)).T.float()
+
+
+def test_gradients_reach_through_4_bit_layers_after_evaluation(folder: Path) -> None:
+    """On some CPUs bitsandbytes packs 4-bit weights anew in evaluation, and no gradient flows through them then."""
+    runs = []
+    for evaluates in (False, True):
+        model = base("4-bit", folder)
+        if evaluates:
+            evaluate(model)
+        adapted(model, target_modules=["q_proj"])
+        for step in range(STEPS):
+            if evaluates:
+                evaluate(model)
+            train_one(model.train(), step)
+        runs.append({name: parameter for name, parameter in model.named_parameters() if ".lora_" in name})
+    for name, parameter in runs[0].items():
+        torch.testing.assert_close(parameter, runs[1][name], atol=1e-3, rtol=1e-2)
+
+
+def train_one(model: Any, step: int) -> None:
+    if not hasattr(model, "_test_optimizer"):
+        model.__dict__["_test_optimizer"] = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=1.0
+        )
+    optimizer = model.__dict__["_test_optimizer"]
+    model(**token_batches(step + 1)[step]).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if ".lora_E." in n)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_4_bit_layers_are_fast_in_evaluation_again_when_the_adapter_is_gone(folder: Path) -> None:
+    model = base("4-bit", folder)
+    flags = [vars(module).get("support_avx512bf16_for_cpu") for module in model.modules()]
+    adapted(model).unload()
+    assert [vars(module).get("support_avx512bf16_for_cpu") for module in model.modules()] == flags
+
+
+@pytest.mark.parametrize("kind", BNB)
+def test_a_copy_of_a_quantized_model_trains_on_by_itself(kind: str, folder: Path) -> None:
+    model = adapted(base(kind, folder))
+    train(model, range(4))
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        train(each, range(4, STEPS))
+        assert_whole_run(each)
+    torch.testing.assert_close(logits(model), logits(twin))
+
+
+# --- merging -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BNB)
+def test_merging_into_bitsandbytes_layers_requantizes_and_says_so(kind: str, folder: Path) -> None:
+    model = train(adapted(base(kind, folder))).eval()
+    expected, weights = logits(model), base_values(model)
+    plain = logits(base(kind, folder))
+    with pytest.warns(UserWarning, match="quantized anew"):
+        model.merge_adapter()
+    moved, lost = (expected - plain).norm(), (logits(model) - expected).norm()
+    assert lost < (0.8 if kind == "4-bit" else 0.2) * moved
+    merged = logits(model)
+    model.unmerge_adapter()
+    assert all(map(torch.equal, base_values(model), weights))
+    torch.testing.assert_close(logits(model), expected)
+    with pytest.warns(UserWarning, match="quantized anew"):
+        alone = model.merge_and_unload()
+    torch.testing.assert_close(logits(alone), merged)
+    assert type(alone.model.layers[0].self_attn.q_proj).__name__ in ("Linear4bit", "Linear8bitLt")
+    assert alone.model.layers[0].self_attn.q_proj.weight.dtype in (torch.uint8, torch.int8)
+
+
+@pytest.mark.parametrize("kind", BNB)
+def test_a_merged_and_unmerged_model_trains_on_as_if_nothing_had_been(kind: str, folder: Path) -> None:
+    runs = []
+    for merges in (False, True):
+        model = adapted(base(kind, folder))
+        train(model, range(4))
+        if merges:
+            with pytest.warns(UserWarning, match="quantized anew"):
+                model.merge_adapter()
+            model.unmerge_adapter()
+        train(model, range(4, STEPS))
+        assert_whole_run(model)
+        runs.append(logits(model))
+    torch.testing.assert_close(*runs)
+
+
+@pytest.mark.parametrize("kind", ["torchao int8", "torchao int4"])
+def test_merging_into_torchao_weights_is_refused_with_the_way_round_it(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    model = train(adapted(base(kind, folder)))
+    expected = logits(model)
+    with pytest.raises(ValueError, match="without quantization, load the adapter into that"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model), expected) and isinstance(model, rw.PeftModel)
+    model.save_pretrained(tmp_path)
+    merged = rw.PeftModel.from_pretrained(llama(**SIZES), tmp_path).merge_and_unload()  # the way round
+    assert (logits(merged) - expected).norm() < 0.3 * expected.norm()
+
+
+def test_an_8_bit_layer_that_keeps_half_precision_weights_merges_without_packing() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear8bitLt(16, 16, has_fp16_weights=True)
+    model = rw.get_peft_model(
+        nn.Sequential(layer), rw.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    before = layer.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter()
+    assert layer.weight.dtype.is_floating_point and not torch.equal(layer.weight, before)
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, before)
+
+
+def test_a_quantized_head_that_should_train_whole_is_refused_with_what_to_set(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    bert(hidden_size=64).save_pretrained(tmp_path)
+    config = quantization("4-bit")
+    config.llm_int8_skip_modules = []
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, quantization_config=config, device_map="cpu"
+    )
+    if model.classifier.weight.is_floating_point():
+        pytest.skip("this Transformers leaves heads out of quantization")
+    with pytest.raises(ValueError, match="llm_int8_skip_modules"):
+        adapted(model, target_modules=["query", "value"], task_type="SEQ_CLS")
+    assert not isinstance(model, rw.PeftModel)
+
+
+# --- packed layers without a weight --------------------------------------------------------------------------------
+
+
+class PackedLinear(nn.Module):
+    """Stands in for the layers of GPTQ and AWQ: packed whole numbers and scales, no ``weight``."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        scales = layer.weight.detach().abs().amax(1, keepdim=True) / 7
+        self.register_buffer("qweight", (layer.weight.detach() / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.qweight * self.scales, self.bias)
+
+
+def packed_llama() -> Any:
+    model = llama()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            model.set_submodule(name, PackedLinear(layer))
+    return model
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["named", "all-linear"])
+def test_layers_with_packed_weights_and_no_weight_train_save_load_and_refuse_to_merge(
+    targets: Any, tmp_path: Path
+) -> None:
+    model = train(adapted(packed_llama(), target_modules=targets))
+    assert_whole_run(model)
+    model.save_pretrained(tmp_path)
+    loaded = rw.PeftModel.from_pretrained(packed_llama(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model.eval()))
+    with pytest.raises(ValueError, match="packed weight \\(PackedLinear\\)"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model.unload()), logits(packed_llama()))
+
+
+def test_a_kind_of_quantized_layer_that_is_not_known_is_refused_by_name() -> None:
+    class StrangeLinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+
+    with pytest.raises(ValueError, match="StrangeLinear"):
+        adapted(nn.ModuleDict({"q_proj": StrangeLinear()}), target_modules=["q_proj"])
+
+
+# --- half precision ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_base_trains_saves_loads_and_merges(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = train(adapted(llama(**SIZES).to(dtype)))
+    assert_whole_run(model)
+    assert {p.dtype for n, p in model.named_parameters() if ".lora_" in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if ".lora_" not in n} == {dtype}
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        logits(rw.PeftModel.from_pretrained(llama(**SIZES).to(dtype), tmp_path)), expected
+    )
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, atol=3e-2, rtol=3e-2)

@@ -1,0 +1,131 @@
+"""The budget schedule: its invariants, and PEFT's numbers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from rankwise.schedule import BudgetSchedule, Phase, check_length, nearest_schedule
+
+anytime = settings(deadline=None)  # a busy machine is no failure
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> BudgetSchedule:
+    total = draw(st.integers(1, 2000))
+    tinit = draw(st.integers(0, total - 1))
+    tfinal = draw(st.integers(0, total - tinit - 1))
+    return BudgetSchedule(tinit, tfinal, total, draw(st.integers(1, 50)))
+
+
+budgets = st.integers(0, 3000).flatmap(lambda target: st.tuples(st.integers(target, 3000), st.just(target)))
+
+
+@anytime
+@given(schedules(), budgets)
+def test_budget_never_rises_and_stays_between_target_and_initial(
+    schedule: BudgetSchedule, budget: tuple[int, int]
+) -> None:
+    initial, target = budget
+    values = [schedule.budget(step, initial, target) for step in range(1, schedule.total_step + 5)]
+    assert all(before >= after for before, after in zip(values, values[1:], strict=False))
+    assert all(target <= value <= initial for value in values)
+
+
+@anytime
+@given(schedules(), budgets)
+def test_nothing_is_pruned_in_warm_up_and_the_last_phase_is_constant(
+    schedule: BudgetSchedule, budget: tuple[int, int]
+) -> None:
+    initial, target = budget
+    for step in range(1, schedule.tinit + 1):
+        assert schedule.phase(step) is Phase.WARMUP
+        assert schedule.budget(step, initial, target) == initial
+        assert not schedule.allocates(step)
+    for step in range(schedule.last_allocation + 1, schedule.total_step + 10):
+        assert schedule.phase(step) is Phase.FINAL
+        assert schedule.budget(step, initial, target) == target
+        assert not schedule.allocates(step)
+
+
+@anytime
+@given(schedules(), budgets)
+def test_the_last_pruning_step_always_allocates_and_meets_the_target(
+    schedule: BudgetSchedule, budget: tuple[int, int]
+) -> None:
+    assert schedule.phase(schedule.last_allocation) is Phase.PRUNING
+    assert schedule.allocates(schedule.last_allocation)
+    assert schedule.budget(schedule.last_allocation, *budget) == budget[1]
+
+
+@anytime
+@given(schedules())
+def test_between_two_allocations_lie_at_most_delta_steps(schedule: BudgetSchedule) -> None:
+    chosen = [step for step in range(1, schedule.total_step + 1) if schedule.allocates(step)]
+    assert all(after - before <= schedule.deltaT for before, after in zip(chosen, chosen[1:], strict=False))
+    assert chosen[-1] == schedule.last_allocation
+
+
+@anytime
+@given(schedules(), budgets)
+def test_budgets_and_allocation_steps_are_those_of_peft(
+    schedule: BudgetSchedule, budget: tuple[int, int]
+) -> None:
+    adalora = pytest.importorskip("peft.tuners.adalora.layer")
+    allocator = object.__new__(adalora.RankAllocator)
+    allocator.init_bgt, allocator.target_bgt = budget
+    allocator.peft_config = SimpleNamespace(
+        tinit=schedule.tinit, tfinal=schedule.tfinal, total_step=schedule.total_step, deltaT=schedule.deltaT
+    )
+    for step in range(1, schedule.total_step + 1):
+        expected, mask = allocator.budget_schedule(step)
+        assert schedule.budget(step, *budget) == expected
+        if (
+            step < schedule.last_allocation
+        ):  # there PEFT allocates by force, and after it only applies the masks
+            assert schedule.allocates(step) == mask
+
+
+@anytime
+@given(st.integers(0, 5000), st.integers(0, 5000), st.integers(1, 5000))
+def test_phases_that_overlap_are_refused_with_a_schedule_that_works(
+    tinit: int, tfinal: int, total_step: int
+) -> None:
+    assume(tinit >= total_step - tfinal)
+    with pytest.raises(ValueError, match=f"tinit={tinit} must be less than") as caught:
+        BudgetSchedule(tinit, tfinal, total_step)
+    nearest = nearest_schedule(tinit, tfinal, total_step)
+    assert nearest is not None
+    BudgetSchedule(*nearest, total_step)
+    assert f"tinit={nearest[0]}, tfinal={nearest[1]}" in str(caught.value)
+
+
+@anytime
+@given(st.floats(0, 0.49), st.floats(0, 0.49), st.integers(100, 100_000))
+def test_fractions_become_steps_of_the_run(tinit: float, tfinal: float, total_step: int) -> None:
+    schedule = BudgetSchedule.resolve(tinit, tfinal, total_step)
+    assert abs(schedule.tinit - tinit * total_step) <= 0.5
+    assert abs(schedule.tfinal - tfinal * total_step) <= 0.5
+
+
+def test_the_whisper_run_that_started_the_project_is_refused_and_its_mended_form_works() -> None:
+    with pytest.raises(ValueError, match=r"tinit=6000 .* 13500 - 11000 = 2500"):
+        BudgetSchedule(tinit=6000, tfinal=11000, total_step=13500)
+    BudgetSchedule(tinit=2000, tfinal=10000, total_step=13500)
+
+
+@pytest.mark.parametrize("name", ["tinit", "tfinal", "total_step", "deltaT"])
+@pytest.mark.parametrize("value", [True, 1.5, "3", None, -1])
+def test_values_that_are_no_steps_are_refused_by_name(name: str, value: object) -> None:
+    values = {"tinit": 0, "tfinal": 0, "total_step": 10, "deltaT": 1, name: value}
+    with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
+        BudgetSchedule(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [1.0, -0.1, float("nan"), float("inf"), True, "0.1", None, -3])
+def test_lengths_that_are_neither_steps_nor_fractions_are_refused(value: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="`tfinal`"):
+        check_length("tfinal", value)  # type: ignore[arg-type]
