@@ -1,0 +1,137 @@
+"""An AdaLoRA adapter exports to a plain LoRA adapter that gives the same outputs in PEFT, and in every server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import rankwise as rw
+from tiny import bert, llama, token_batches
+
+peft = pytest.importorskip("peft")
+
+
+class Vision(nn.Module):
+    """A user's own model with convolutions, one of them grouped, and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(10, 4)
+        self.conv = nn.Conv2d(4, 6, (3, 2), stride=2, padding=1)
+        self.grouped = nn.Conv2d(6, 4, 3, padding=1, groups=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        image = self.words(ids).permute(0, 3, 1, 2)
+        return self.head(self.grouped(self.conv(image)).mean((2, 3)))
+
+
+def _pruned(model: nn.Module, targets: list[str], rank_0: str, **options: Any) -> Any:
+    """An adapter with visible weights, ranks that differ, and one layer at rank 0."""
+    config = rw.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=9, lora_alpha=6, target_modules=targets, **options
+    )
+    adapted = rw.get_peft_model(model, config)
+    adapted.finalize_ranks()
+    controller = adapted._rankwise_controller
+    generator = torch.Generator().manual_seed(3)
+    kept = {}
+    for number, (path, layer) in enumerate(controller.layers.items()):
+        for parameter in layer.adapter_parameters("default").values():
+            parameter.data.normal_(std=0.3, generator=generator)
+        kept[path] = torch.arange(4) < (0 if path.endswith(rank_0) else 1 + number % 4)
+    controller.take_over(kept)
+    return adapted.eval()
+
+
+def test_llama_export_gives_the_same_logits_in_peft_merged_and_not(tmp_path: Path) -> None:
+    model = _pruned(llama(), ["q_proj", "v_proj", "down_proj"], "layers.1.self_attn.v_proj")
+    batch = token_batches(1)[0]
+    expected = model(**batch).logits
+    rw.save_as_lora(tmp_path, model)
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(loaded(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded.merge_and_unload()(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+    ours = rw.PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(ours(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_export_of_a_folder_equals_export_of_the_model(tmp_path: Path) -> None:
+    model = _pruned(llama(), ["q_proj", "o_proj"], "layers.0.self_attn.o_proj")
+    rw.save_as_lora(tmp_path / "from_model", model)
+    model.save_pretrained(tmp_path / "adalora")
+    rw.save_as_lora(tmp_path / "from_folder", tmp_path / "adalora")
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("from_model", "from_folder")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_layer_at_rank_0_has_no_tensors_and_is_no_target(tmp_path: Path) -> None:
+    rw.save_as_lora(tmp_path, _pruned(llama(), ["q_proj", "v_proj"], "layers.1.self_attn.v_proj"))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("layers.1.self_attn.v_proj" in key for key in tensors)
+    assert (
+        "model.layers.1.self_attn.v_proj"
+        not in json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    )
+    assert len(peft.PeftConfig.from_pretrained(tmp_path).target_modules) == 3
+
+
+@pytest.mark.parametrize(
+    "server", ["alpha / r for all layers, as in vLLM", "alpha / own rank, as in llama.cpp"]
+)
+def test_padded_export_is_right_however_a_server_scales(tmp_path: Path, server: str) -> None:
+    model = _pruned(llama(), ["q_proj", "v_proj"], "layers.1.self_attn.v_proj")
+    batch = token_batches(1)[0]
+    expected = model(**batch).logits
+    config = rw.save_as_lora(tmp_path, model, pad=True)
+    base = llama()
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for key in tensors:
+        if key.endswith("lora_A.weight"):
+            path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            A, B = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+            rank = config.r if "vLLM" in server else len(A)
+            base.get_submodule(path).weight.data += config.lora_alpha / rank * (B @ A)
+    torch.testing.assert_close(base(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_convolutions_grouped_too_and_embeddings_export(tmp_path: Path) -> None:
+    model = _pruned(Vision(), ["words", "conv", "grouped", "head"], "nothing")
+    ids = torch.arange(2 * 5 * 6).view(2, 5, 6) % 10
+    expected = model(ids)
+    rw.save_as_lora(tmp_path, model)
+    with pytest.warns(UserWarning, match="groups"):  # PEFT says that it can't merge those
+        loaded = peft.PeftModel.from_pretrained(Vision(), tmp_path).eval()
+    torch.testing.assert_close(loaded(ids), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_classification_head_goes_along(tmp_path: Path) -> None:
+    model = _pruned(bert(), ["query", "value"], "layer.0.attention.self.value", task_type="SEQ_CLS")
+    model.classifier.modules_to_save["default"].weight.data.normal_()
+    batch = {"input_ids": token_batches(1)[0]["input_ids"]}
+    expected = model(**batch).logits
+    rw.save_as_lora(tmp_path, model)
+    loaded = peft.PeftModel.from_pretrained(bert(), tmp_path).eval()
+    torch.testing.assert_close(loaded(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_can_not_be_exported_is_refused(tmp_path: Path) -> None:
+    lora = rw.get_peft_model(llama(), rw.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="plain LoRA adapter already"):
+        rw.save_as_lora(tmp_path / "x", lora)
+    empty = _pruned(llama(), ["q_proj"], "q_proj")
+    with pytest.raises(ValueError, match="rank 0 in all layers"):
+        rw.save_as_lora(tmp_path / "x", empty)
+    with pytest.raises(FileNotFoundError):
+        rw.save_as_lora(tmp_path / "x", tmp_path / "missing")
+    assert not (tmp_path / "x").exists()
