@@ -84,7 +84,7 @@ class RankGrid:
     """One table of the picture.
 
     Args:
-        title: the stack, with ``*`` for numbers of outer stages; ``""`` for layers outside any stack.
+        title: the stack, with ``*`` for numbers of outer stages; or that these are layers outside any.
         rows: a label for each row, from the top: block numbers, or whole paths outside any stack.
         columns: the kinds of module, attention before the rest; one ``""`` outside any stack.
         cells: the layer at (row, column); where the model has none, there is no entry.
@@ -94,6 +94,11 @@ class RankGrid:
     rows: list[str]
     columns: list[str]
     cells: dict[tuple[int, int], LayerRank]
+
+    @property
+    def loose(self) -> bool:
+        """Whether these are the layers outside any stack, one a row."""
+        return self.columns == [""]
 
 
 def rank_grids(layers: Iterable[LayerRank]) -> list[RankGrid]:
@@ -120,7 +125,9 @@ def rank_grids(layers: Iterable[LayerRank]) -> list[RankGrid]:
     grids = [_stack_grid(title, members) for title, members in stacks.items()]
     if loose:
         cells = {(row, 0): layer for row, layer in enumerate(loose)}
-        grids.append(RankGrid("", [layer.path for layer in loose], [""], cells))
+        grids.append(
+            RankGrid("other layers" if grids else "layers", [each.path for each in loose], [""], cells)
+        )
     return grids
 
 
@@ -205,14 +212,18 @@ def rank_colour(rank: int, largest: int) -> tuple[int, int, int]:
 
 
 def ink_on(colour: tuple[int, int, int]) -> str:
-    """Black or white, whichever reads better on a colour.
+    """Black or white, whichever has more contrast to a colour (by WCAG 2's relative luminance).
 
     Example:
         >>> ink_on((68, 1, 84)), ink_on((253, 231, 37))
         ('white', 'black')
     """
-    red, green, blue = colour
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else "white"
+    red, green, blue = (_linear(part / 255) for part in colour)
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
+
+
+def _linear(part: float) -> float:
+    return float(part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
 
 
 def largest_rank(layers: Iterable[LayerRank]) -> int:

@@ -1,6 +1,440 @@
-class AdapterReport: ...
+"""What is in an adapter's folder, whether rankwise or PEFT wrote it; the base model is not needed.
+
+report = inspect_adapter("adapter")
+print(report.total_rank, report.budget)
+save_heatmap(report, "ranks.png")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise.atomic import read_folder
+from rankwise.config import CONFIG_NAME
+from rankwise.history import RankHistory
+from rankwise.report.contents import InspectedLayer, read_layers, sort_tensors
+from rankwise.report.grid import grid_position, kind_order
+from rankwise.report.header import check_folder, read_config, read_header
+from rankwise.storage import HISTORY_NAME, OWNED, PREFIX, TRAINING_STATE_NAME, WEIGHTS_NAME
+from rankwise.summary import LayerRank, RankSummary
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
-def inspect_adapter(): ...
-def render_terminal(): ...
-def save_heatmap(): ...
+@dataclass(frozen=True)
+class SavedModule:
+    """A module that was trained and saved as a whole, such as a classification head."""
+
+    path: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where in its run a trainer's checkpoint was saved; None is what the folder does not tell."""
+
+    step: int | None
+    total_steps: int | None
+    epoch: float | None
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What an adapter's folder holds; see ``to_dict`` for the same as plain data.
+
+    Args:
+        folder: the folder.
+        base_model: the name or path of the base model, if it was recorded.
+        method: ``"AdaLoRA"``, ``"LoRA"``, ``"rsLoRA"`` or ``"DoRA"``.
+        task_type: such as ``"CAUSAL_LM"``, if it was given.
+        written_by: such as ``"PEFT 0.21.2"``, where the folder tells.
+        init_r: the initial rank (LoRA: the rank) of layers without a pattern of their own.
+        target_r: AdaLoRA's mean rank in the end; None for LoRA.
+        lora_alpha: the numerator of the scale.
+        target_modules: what the configuration adapts: names, or an expression.
+        layers: adapted layers with tensors in the file.
+        saved_modules: modules saved whole.
+        bias_parameters: numbers in trained biases.
+        other_parameters: numbers in tensors of no known use.
+        dtypes: how many numbers the file has of each dtype.
+        files: size of each file in the folder, in bytes.
+        schedule: AdaLoRA's ``tinit``, ``tfinal``, ``total_step`` and ``deltaT``; None for LoRA.
+        checkpoint: filled if the folder is a trainer's checkpoint.
+        resumable: whether the state that training needs to go on is there.
+        history: the ranks over the run, if they were saved.
+        notes: what the user should know about the folder.
+    """
+
+    folder: str
+    base_model: str | None
+    method: str
+    task_type: str | None
+    written_by: str | None
+    init_r: int
+    target_r: int | None
+    lora_alpha: float
+    target_modules: list[str] | str | None
+    layers: list[InspectedLayer]
+    saved_modules: list[SavedModule] = field(default_factory=list)
+    bias_parameters: int = 0
+    other_parameters: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    schedule: dict[str, Any] | None = None
+    checkpoint: Checkpoint | None = None
+    resumable: bool = False
+    history: RankHistory | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total_rank(self) -> int:
+        """The sum of all layers' ranks."""
+        return sum(layer.rank for layer in self.layers)
+
+    @property
+    def budget(self) -> int:
+        """The sum of all layers' initial ranks."""
+        return sum(layer.init_r for layer in self.layers)
+
+    @property
+    def target(self) -> int | None:
+        """The sum of ranks that AdaLoRA aims at; None for LoRA."""
+        return None if self.target_r is None else self.target_r * len(self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the whole file."""
+        return sum(self.dtypes.values())
+
+    @property
+    def scale(self) -> float | None:
+        """The scale that all layers share; None if they differ or there are none."""
+        scales = {layer.scale for layer in self.layers}
+        return scales.pop() if len(scales) == 1 else None
+
+    def summary(self) -> RankSummary:
+        """The ranks as for a model; a file holds no importance, so it is NaN."""
+        layers = [
+            LayerRank(layer.path, layer.rank, layer.init_r, math.nan, layer.parameters)
+            for layer in self.layers
+        ]
+        return RankSummary(layers, self.budget)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON; the rank history as in its own file."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {
+            **data,
+            "total_rank": self.total_rank,
+            "budget": self.budget,
+            "target": self.target,
+            "scale": self.scale,
+            "parameters": self.parameters,
+            "layers": [asdict(layer) for layer in self.layers],
+            "saved_modules": [asdict(module) for module in self.saved_modules],
+            "checkpoint": None if self.checkpoint is None else asdict(self.checkpoint),
+            "history": None if self.history is None else json.loads(self.history.to_json()),
+        }
+
+
+def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterReport:
+    """Look into the folder of a LoRA or AdaLoRA adapter, or into a trainer's checkpoint with one.
+
+    Only the configuration and the header of the tensors' file are read.
+
+    Args:
+        folder: the folder, written by rankwise or by PEFT.
+
+    Raises:
+        ValueError: it holds no adapter, or one that is broken, cut off or mislabelled; the message names the
+            file, what is wrong with it and how to mend that.
+    """
+    path = Path(folder)
+    check_folder(path)
+    return read_folder(path, OWNED, _read)
+
+
+def _read(folder: Path) -> AdapterReport:
+    config = read_config(folder)
+    header = read_header(folder)
+    tensors = sort_tensors(folder, config, header)
+    adalora = config["peft_type"] == "ADALORA"
+    layers = read_layers(folder, config, tensors)
+    history, notes = _history(folder, layers)
+    notes = [*_mismatches(config, layers), *tensors.notes, *notes]
+    if adalora:
+        notes += _unfinished(config, layers)
+    dtypes: Counter[str] = Counter()
+    for tensor in header.values():
+        dtypes[tensor.dtype] += tensor.size
+    return AdapterReport(
+        folder=str(folder),
+        base_model=_text(config, "base_model_name_or_path"),
+        method=_method(config),
+        task_type=_text(config, "task_type"),
+        written_by=f"PEFT {config['peft_version']}" if _text(config, "peft_version") else None,
+        init_r=config["init_r" if adalora else "r"],
+        target_r=config["target_r"] if adalora else None,
+        lora_alpha=config["lora_alpha"],
+        target_modules=_targets(config),
+        layers=_in_order(layers, history),
+        saved_modules=[SavedModule(path, size) for path, size in sorted(tensors.saved.items())],
+        bias_parameters=tensors.biases,
+        other_parameters=tensors.others,
+        dtypes=dict(dtypes),
+        files={each.name: each.stat().st_size for each in sorted(folder.iterdir()) if each.is_file()},
+        schedule={name: config.get(name) for name in _SCHEDULE} if adalora else None,
+        checkpoint=_checkpoint(folder),
+        resumable=(folder / TRAINING_STATE_NAME).is_file(),
+        history=history,
+        notes=notes,
+    )
+
+
+_SCHEDULE = ("tinit", "tfinal", "total_step", "deltaT")
+
+
+def _in_order(layers: list[InspectedLayer], history: RankHistory | None) -> list[InspectedLayer]:
+    """The order of the model if the history has it, or one made from the paths: files have them by alphabet."""
+    if history is not None and {layer.path for layer in layers} == set(history.layers):
+        by_path = {layer.path: layer for layer in layers}
+        return [by_path[path] for path in history.layers]
+
+    def key(layer: InspectedLayer) -> tuple[Any, ...]:
+        place = grid_position(layer.path)
+        numbers = [int(part) for part in re.findall(r"\d+", place.stack)]
+        words = re.sub(r"\d+", "0", place.stack)
+        loose = place.layer is None
+        order = (0, 0) if loose else kind_order(place.kind)
+        return loose, "decoder" in words, words, numbers, place.layer or 0, order, layer.path
+
+    return sorted(layers, key=key)
+
+
+# Everything else in the folder.
+
+
+def _history(folder: Path, layers: list[InspectedLayer]) -> tuple[RankHistory | None, list[str]]:
+    path = folder / HISTORY_NAME
+    if not path.is_file():
+        return None, []
+    try:
+        history = RankHistory.load(path)
+    except ValueError as error:
+        return None, [f"The history is left out: {error}"]
+    if set(history.layers) != {layer.path for layer in layers}:
+        return None, [f"The history is left out: {HISTORY_NAME} is of other layers than {WEIGHTS_NAME}."]
+    return history, []
+
+
+def _checkpoint(folder: Path) -> Checkpoint | None:
+    named = re.fullmatch(r"checkpoint-(\d+)", folder.absolute().name)
+    path = folder / "trainer_state.json"
+    if named is None and not path.is_file():
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        state = {}
+    state = state if isinstance(state, dict) else {}
+    step, total, epoch = (state.get(name) for name in ("global_step", "max_steps", "epoch"))
+    return Checkpoint(
+        step if isinstance(step, int) else int(named[1]) if named else None,
+        total if isinstance(total, int) and total > 0 else None,
+        float(epoch) if isinstance(epoch, (int, float)) and math.isfinite(epoch) else None,
+    )
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    if config["peft_type"] == "ADALORA":
+        return "AdaLoRA"
+    if config.get("use_dora"):
+        return "DoRA"
+    return "rsLoRA" if config.get("use_rslora") else "LoRA"
+
+
+def _targets(config: Mapping[str, Any]) -> list[str] | str | None:
+    targets = config.get("target_modules")
+    return (
+        sorted(map(str, targets)) if isinstance(targets, list) else None if targets is None else str(targets)
+    )
+
+
+def _text(config: Mapping[str, Any], name: str) -> str | None:
+    value = config.get(name)
+    return value if isinstance(value, str) and value else None
+
+
+def _mismatches(config: Mapping[str, Any], layers: list[InspectedLayer]) -> list[str]:
+    """Layers whose rank is not the one that the configuration gives, so that loading fails."""
+    pattern = config.get("rank_pattern") or {} if config["peft_type"] == "ADALORA" else {}
+    cut = {key.removeprefix(PREFIX).removesuffix(".lora_E") for key in pattern}
+    odd = [layer for layer in layers if layer.rank != layer.init_r and layer.path not in cut]
+    if not odd or config.get("target_parameters"):
+        return []
+    more = f" (and {len(odd) - 1:,} more layers)" if len(odd) > 1 else ""
+    return [
+        f"{CONFIG_NAME} gives {odd[0].path!r} rank {odd[0].init_r}, but its tensors have {odd[0].rank}{more}: "
+        "loading will fail."
+    ]
+
+
+def _unfinished(config: Mapping[str, Any], layers: list[InspectedLayer]) -> list[str]:
+    total, target = sum(layer.rank for layer in layers), config["target_r"] * len(layers)
+    if total <= target:
+        return []
+    return [f"Saved before pruning was done: rank {total:,}, the target is {target:,}."]
+
+
+# For people.
+
+
+def render_terminal(report: AdapterReport, console: Console) -> None:
+    """Print a report: facts, the picture of the ranks, the table with bars, files, notes.
+
+    Raises:
+        ImportError: rich is not installed.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from rankwise.report.terminal import (
+        rank_picture,
+        rank_table,
+    )  # first, for its message where rich is missing
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, said in _facts(report):
+        table.add_row(name, Text(said))
+    console.print(table)
+    summary = report.summary()
+    if report.layers:
+        console.print("", rank_picture(summary), "", rank_table(summary), sep="\n")
+    for note in report.notes:
+        console.print(Text("\nnote  ", "bold yellow").append(note, "default not bold"))
+
+
+def save_heatmap(report: AdapterReport, path: str | os.PathLike[str]) -> None:
+    """Draw a report's ranks as a heat map; see `rank_heatmap`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the adapter has no layers, or matplotlib does not know the file's ending.
+    """
+    from rankwise.report.plots import rank_heatmap
+
+    rank_heatmap(report.summary(), path, title=f"Rank of each layer: {Path(report.folder).absolute().name}")
+
+
+def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
+    yield "adapter", report.folder
+    if report.checkpoint is not None:
+        yield "checkpoint", _checkpoint_line(report.checkpoint)
+    yield "base model", report.base_model or "not recorded"
+    details = ", ".join(
+        filter(None, (report.task_type, report.written_by and f"saved by {report.written_by}"))
+    )
+    yield "method", report.method + (f" ({details})" if details else "")
+    targets = report.target_modules
+    yield (
+        "adapts",
+        ", ".join(targets) if isinstance(targets, list) else targets or "the architecture's defaults",
+    )
+    yield "rank", _rank_line(report)
+    yield "scale", _scale_line(report)
+    if report.schedule is not None:
+        yield "schedule", _schedule_line(report.schedule)
+    if report.history is not None:
+        yield "history", _history_line(report.history)
+    yield "parameters", _parameters_line(report)
+    for module in report.saved_modules:
+        yield "saved whole", f"{module.path} ({module.parameters:,} parameters)"
+    yield "files", ", ".join(f"{name} {_bytes(size)}" for name, size in report.files.items())
+    if report.resumable:
+        yield (
+            "training",
+            f"can go on: {TRAINING_STATE_NAME} is there (leave it out when you share the adapter)",
+        )
+
+
+def _checkpoint_line(checkpoint: Checkpoint) -> str:
+    line = "a trainer's checkpoint"
+    if checkpoint.step is not None:
+        line += f" at step {checkpoint.step:,}"
+        line += f" of {checkpoint.total_steps:,}" if checkpoint.total_steps else ""
+    return line + (f" (epoch {checkpoint.epoch:.2f})" if checkpoint.epoch is not None else "")
+
+
+def _rank_line(report: AdapterReport) -> str:
+    count = len(report.layers)
+    mean = f", {report.total_rank / count:.1f} on average" if count else ""
+    line = f"{report.total_rank:,} in {count:,} layer{'' if count == 1 else 's'}{mean}"
+    if report.target_r is None:
+        return line
+    return f"{line}; from {report.budget:,} at the start ({report.init_r} each), target {report.target:,}"
+
+
+def _scale_line(report: AdapterReport) -> str:
+    if report.scale is not None:
+        return f"{report.scale:.4g} (lora_alpha {report.lora_alpha:g})"
+    scales = [layer.scale for layer in report.layers]
+    if not scales:
+        return f"none (lora_alpha {report.lora_alpha:g})"
+    return (
+        f"{min(scales):.4g} to {max(scales):.4g}, by layer (lora_alpha {report.lora_alpha:g} or its pattern)"
+    )
+
+
+def _schedule_line(schedule: Mapping[str, Any]) -> str:
+    tinit, tfinal, total, every = (schedule[name] for name in _SCHEDULE)
+    if not all(isinstance(value, int) for value in (tinit, tfinal, total)):
+        known = (f"{name}={value}" for name, value in schedule.items() if value is not None)
+        return ", ".join(known) or "not recorded"
+    step = f"every {every:,} steps" if isinstance(every, int) and every > 1 else "every step"
+    return f"warm-up to step {tinit:,}, pruning {step} to {total - tfinal:,}, final to {total:,}"
+
+
+def _history_line(history: RankHistory) -> str:
+    records = history.records
+    if not records:
+        return "empty"
+    count = len(records)
+    return f"{count:,} record{'' if count == 1 else 's'}, step {records[0].step:,} to {records[-1].step:,}"
+
+
+def _parameters_line(report: AdapterReport) -> str:
+    parts = [
+        (sum(layer.parameters for layer in report.layers), "in adapted layers"),
+        (sum(module.parameters for module in report.saved_modules), "in modules saved whole"),
+        (report.bias_parameters, "in biases"),
+        (report.other_parameters, "in other tensors"),
+    ]
+    said = ", ".join(f"{count:,} {what}" for count, what in parts if count)
+    dtypes = ", ".join(sorted(report.dtypes))
+    return f"{report.parameters:,} {dtypes}" + (f": {said}" if said else "")
+
+
+def _bytes(size: int) -> str:
+    """A file's size for people.
+
+    Example:
+        >>> _bytes(512), _bytes(81_400), _bytes(2_300_000)
+        ('512 B', '81.4 kB', '2.3 MB')
+    """
+    amount = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 999.5 or unit == "GB":
+            break
+        amount /= 1000
+    return f"{amount:,.0f} {unit}" if unit == "B" else f"{amount:,.1f} {unit}"

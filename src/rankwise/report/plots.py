@@ -1,7 +1,7 @@
 """Ranks as pictures in files: a heat map of where they ended, and how they got there over the steps.
 
-The file's ending picks the format: ``.png``, ``.svg``, ``.pdf``. Nothing is shown on a screen, and pyplot's global
-state is left alone.
+The file's ending picks the format: ``.png``, ``.svg``, ``.pdf``. Nothing is shown on a screen, and pyplot's
+global state is left alone.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MOST_COLUMNS = 1500  # moments drawn in a history
 def rank_heatmap(
     ranks: RankSummary | Mapping[str, int], path: str | os.PathLike[str], title: str = "Rank of each layer"
 ) -> None:
-    """Draw where the ranks ended: block number down, kind of module across, one panel for each stack of blocks.
+    """Draw where the ranks ended: block number down, kind of module across, a panel for each stack.
 
     Args:
         ranks: a summary, or the rank of each module path.
@@ -58,7 +58,7 @@ def rank_heatmap(
     largest = largest_rank(summary.layers)
     panels = [_Panel(grid) for grid in grids]
     width, height = _place(panels)
-    below, above = 0.75, 0.75
+    below, above = 0.75, 0.65
     width = max(width, 4.6)
     figure = _figure(width, height + below + above)
     for panel in panels:
@@ -77,7 +77,7 @@ def rank_history_plot(
 ) -> None:
     """Draw how the ranks got where they are: the budget over the steps, and below it every layer's rank.
 
-    Layers are rows, gathered by kind of module and, within a kind, from the first block at the top to the last.
+    Layers are rows, gathered by kind of module; within a kind they go from the first block down to the last.
 
     Args:
         history: what training recorded.
@@ -104,10 +104,10 @@ def rank_history_plot(
     edges = _edges(records)
     _draw_budget(top, records, edges)
     largest = max(max(record.ranks) for record in records) or 1
-    _draw_history(main, groups, records, edges, largest, [history.layers[index] for index in order])
+    _draw_history(main, groups, records, edges, largest, history.layers, row)
     last = records[-1]
     _heading(figure, title, f"{len(order):,} layers, rank {records[0].budget:,} → {sum(last.ranks):,}")
-    _scale(figure, largest, any(0 in record.ranks for record in records))
+    _scale(figure, largest, any(0 in record.ranks for record in records), hatch="")
     _save(figure, path)
 
 
@@ -122,7 +122,7 @@ class _Panel:
         self.rows = [shorten(row, 40) for row in grid.rows]
         self.label = 0.085 * max(map(len, self.rows)) + 0.15
         longest = max(map(len, self.titles))
-        self.heading = (0.055 * longest + 0.2 if longest else 0.1) + 0.3
+        self.heading = (0.044 * longest + 0.16 if longest else 0.06) + 0.32
         self.lean = 0.05 * len(self.titles[-1])  # how far the last, slanted heading leans out
         self.inner = (self.cell[0] * across, self.cell[1] * down)
         self.left = self.top = 0.0
@@ -133,14 +133,14 @@ class _Panel:
 
 
 def _place(panels: list[_Panel]) -> tuple[float, float]:
-    """Put the panels side by side, on several lines if need be; returns the width and height that they take."""
+    """Put the panels side by side, on several lines if need be; returns the width and height taken."""
     x = y = width = 0.0
     line: list[_Panel] = []
     for panel in [*panels, None]:
         if line and (panel is None or x + panel.width > _WIDEST):
             heading = max(member.heading for member in line)
             for member in line:
-                member.top = y + heading
+                member.top, member.heading = y + heading, heading
             y += heading + max(member.inner[1] for member in line) + _GAP
             x, line = 0.0, []
         if panel is not None:
@@ -163,7 +163,7 @@ def _draw_grid(axes: Axes, panel: _Panel, largest: int) -> None:
     ticks = range(0, down, every)
     axes.set_yticks([row + 0.5 for row in ticks], [panel.rows[row] for row in ticks])
     axes.xaxis.tick_top()
-    if grid.title:
+    if not grid.loose:
         labels = axes.set_xticks([column + 0.5 for column in range(across)], panel.titles)
         for label in labels:
             label.label2.set(rotation=40, ha="left", rotation_mode="anchor")
@@ -171,10 +171,9 @@ def _draw_grid(axes: Axes, panel: _Panel, largest: int) -> None:
         axes.set_xticks([])
     _quiet(axes)
     axes.tick_params(labelsize=9 if panel.cell[1] > 0.2 else 7.5)
-    lift = 72 * (panel.heading - 0.22)
-    name = grid.title or "other layers"
+    lift = 72 * (panel.heading - 0.2)
     axes.annotate(
-        name,
+        grid.title,
         (0, 1),
         xytext=(0, lift),
         xycoords="axes fraction",
@@ -190,13 +189,13 @@ def _draw_cell(axes: Axes, row: int, column: int, rank: int, largest: int, size:
 
     colour = rank_colour(rank, largest)
     face: Any = tuple(part / 255 for part in colour) if rank else _EMPTY
-    look = {"edgecolor": "white", "linewidth": min(1.2, size / 6)}
+    line = min(1.2, size / 6)
     if rank == 0:
         axes.add_patch(
             Rectangle((column, row), 1, 1, facecolor=face, edgecolor=_HATCH, hatch="////", linewidth=0)
         )
         face = "none"
-    axes.add_patch(Rectangle((column, row), 1, 1, facecolor=face, **look))
+    axes.add_patch(Rectangle((column, row), 1, 1, facecolor=face, edgecolor="white", linewidth=line))
     if size >= 4:
         ink = ink_on(colour) if rank else _INK
         text = axes.text(
@@ -207,6 +206,8 @@ def _draw_cell(axes: Axes, row: int, column: int, rank: int, largest: int, size:
 
 
 def _draw_budget(axes: Axes, records: list[RankRecord], edges: list[float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     budgets = [record.budget for record in records]
     axes.stairs(budgets, edges, fill=True, color="#d5e3ea")
     axes.stairs(budgets, edges, color="#2c728e", linewidth=1.8, baseline=None)
@@ -215,6 +216,8 @@ def _draw_budget(axes: Axes, records: list[RankRecord], edges: list[float]) -> N
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")
     axes.tick_params(colors=_MUTED, labelsize=9, labelbottom=False, length=3)
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.annotate(
         f"{budgets[0]:,}", (edges[0], budgets[0]), (4, 3), textcoords="offset points", size=9, color=_INK
     )
@@ -232,31 +235,48 @@ def _draw_history(
     edges: list[float],
     largest: int,
     layers: list[str],
+    row: float,
 ) -> None:
     """One band of rows for each group, with a little space between bands."""
     from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import MaxNLocator
 
     colours = ListedColormap([_EMPTY, *(_rgb(rank, largest) for rank in range(1, largest + 1))])
-    space = 0.1 * len(layers) / 5.5
+    space = 0.1 / row
     y = 0.0
     ticks: list[tuple[float, str]] = []
     for name, members in groups:
         rows = [[record.ranks[index] for record in records] for index in members]
-        bottoms = [y + row for row in range(len(members) + 1)]
-        axes.pcolormesh(edges, bottoms, rows, cmap=colours, vmin=-0.5, vmax=largest + 0.5, rasterized=True)
+        bottoms = [y + line for line in range(len(members) + 1)]
+        axes.pcolormesh(edges, bottoms, rows, cmap=colours, vmin=-0.5, vmax=largest + 0.5)
         ticks.append((y + len(members) / 2, name))
+        _number_ends(axes, y, [grid_position(layers[index]).layer for index in members], row)
         y += len(members) + space
     axes.set_ylim(y - space, 0)
     axes.set_xlim(edges[0], edges[-1])
-    axes.set_yticks([at for at, _ in ticks], [shorten(name, 30) for _, name in ticks])
+    axes.set_yticks([at for at, _ in ticks], [shorten(name, 40) for _, name in ticks])
     _quiet(axes)
     axes.tick_params(labelsize=9)
     axes.tick_params(axis="x", length=3, color="#bbbbbb")
-    axes.set_xlabel("optimizer step", color=_INK, size=9)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("optimizer step; block numbers at the right", color=_INK, size=9)
+
+
+def _number_ends(axes: Axes, top: float, numbers: list[int | None], row: float) -> None:
+    """Write a band's first and last block number at its right end, if there is room for both."""
+    if len(numbers) < 2 or row * len(numbers) < 0.24:
+        return
+    for number, at, align in ((numbers[0], top, "top"), (numbers[-1], top + len(numbers), "bottom")):
+        if number is not None:
+            place = (1.006, at)
+            axes.text(
+                *place, str(number), transform=axes.get_yaxis_transform(), va=align, size=7, color=_MUTED
+            )
 
 
 def _groups(layers: list[str]) -> list[tuple[str, list[int]]]:
-    """Indices of the layers by stack and kind, in the order in which they are drawn, with a name for each group."""
+    """Indices of the layers by stack and kind, in the order of drawing, with a name for each group."""
     places = [grid_position(layer) for layer in layers]
     stacks = list(dict.fromkeys(place.stack for place in places))
     keys = dict.fromkeys((place.stack, place.kind) for place in places)
@@ -334,7 +354,7 @@ def _heading(figure: Figure, title: str, below: str) -> None:
     figure.text(0, 1 - 0.33 / tall, below, size=9.5, color=_MUTED, va="top")
 
 
-def _scale(figure: Figure, largest: int, zero: bool) -> None:
+def _scale(figure: Figure, largest: int, zero: bool, hatch: str = "////") -> None:
     """The key to the colours, at the foot: rank 0 apart, then 1 to the largest."""
     wide, tall = figure.get_size_inches()
     axes = figure.add_axes((0, 0.22 / tall, min(1.0, 4.0 / wide), 0.16 / tall))
@@ -345,7 +365,7 @@ def _scale(figure: Figure, largest: int, zero: bool) -> None:
 
     for rank in range(1, largest + 1):
         axes.add_patch(Rectangle((rank + 0.4, 0), 1, 1, facecolor=_rgb(rank, largest), linewidth=0))
-    axes.add_patch(Rectangle((0, 0), 1, 1, facecolor=_EMPTY, edgecolor=_HATCH, hatch="////", linewidth=0))
+    axes.add_patch(Rectangle((0, 0), 1, 1, facecolor=_EMPTY, edgecolor=_HATCH, hatch=hatch, linewidth=0))
     every = max(1, math.ceil(0.28 / step))
     marks = [rank for rank in range(1, largest + 1) if (largest - rank) % every == 0]
     axes.set_xticks([0.5, *(rank + 0.9 for rank in marks)], ["0", *map(str, marks)])

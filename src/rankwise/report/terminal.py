@@ -21,6 +21,7 @@ _PHASE_STYLES = {Phase.WARMUP: "yellow", Phase.PRUNING: "magenta", Phase.FINAL: 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _CHART_HEIGHT = 6
 _CHART_WIDTH = 72  # columns, at most
+_CELL = 9  # columns of a cell of the picture, at most
 
 
 def budget_chart(schedule: BudgetSchedule, initial: int, target: int) -> _BudgetChart:
@@ -52,7 +53,7 @@ class _BudgetChart:
         yield from self._bars(steps, margin)
         yield self._axis(steps, margin)
         yield self._ends(width, margin)
-        yield self._phases(margin)
+        yield from self._phases(margin)
 
     def _bars(self, steps: list[int], margin: int) -> Iterator[Text]:
         budgets = [self.schedule.budget(step, self.initial, self.target) for step in steps]
@@ -86,29 +87,21 @@ class _BudgetChart:
         last = f"step {self.schedule.total_step:,}"
         return Text(f"{'':{margin}} 1{last:>{width - 1}}", style="dim", no_wrap=True)
 
-    def _phases(self, margin: int) -> Text:
-        line = Text(" " * (margin + 1))
-        for phase, said in self._said():
-            if line.plain.strip():
-                line.append("  ")
-            line.append("■ ", _PHASE_STYLES[phase])
-            line.append(f"{phase} ", "bold")
-            line.append(said)
-        return line
-
-    def _said(self) -> Iterator[tuple[Phase, str]]:
-        schedule = self.schedule
-        if schedule.tinit:
-            yield Phase.WARMUP, f"{_span(1, schedule.tinit)}: {self.initial:,}"
+    def _phases(self, margin: int) -> Iterator[Text]:
+        """A line for each phase that has steps: which ones, and what happens to the budget."""
+        schedule, last = self.schedule, self.schedule.last_allocation
         every = "every step" if schedule.deltaT == 1 else f"every {schedule.deltaT:,} steps"
-        span = _span(schedule.tinit + 1, schedule.last_allocation)
-        yield Phase.PRUNING, f"{span}: {self.initial:,} → {self.target:,}, {every}"
-        if schedule.tfinal:
-            yield Phase.FINAL, f"{_span(schedule.last_allocation + 1, schedule.total_step)}: {self.target:,}"
-
-
-def _span(first: int, last: int) -> str:
-    return f"{first:,}" if first == last else f"{first:,}-{last:,}"
+        falls = f"{self.initial:,} → {self.target:,}, chosen anew {every}"
+        fixed = f"{self.initial:,}, nothing to prune"
+        for phase, first, end, said in (
+            (Phase.WARMUP, 1, schedule.tinit, f"{self.initial:,}, every rank trains"),
+            (Phase.PRUNING, schedule.tinit + 1, last, falls if self.target < self.initial else fixed),
+            (Phase.FINAL, last + 1, schedule.total_step, f"{self.target:,}, the choice is fixed"),
+        ):
+            if first <= end:
+                span = f"step {first:,}" if first == end else f"steps {first:,} to {end:,}"
+                line = Text(" " * (margin + 1)).append("■ ", _PHASE_STYLES[phase])
+                yield line.append(f"{phase!s:<8}", "bold").append(f" {span}: {said}")
 
 
 def rank_table(summary: RankSummary) -> _RankTable:
@@ -129,10 +122,11 @@ class _RankTable:
         known = any(math.isfinite(layer.importance) for layer in layers)
         largest = largest_rank(layers)
         bar = min(largest, 24)
-        fixed = 7 + bar + (12 if known else 0) + 12 + 2
-        room = max(16, options.max_width - fixed)
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption=self.summary.totals())
-        table.caption_justify = "left"
+        room = options.max_width - (2 + 7 + 2 + 12 + (12 if known else 0))
+        longest = max((len(layer.path) for layer in layers), default=0)
+        bar = max(min(bar, 8), min(bar, room - longest))
+        room = max(16, room - bar)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("layer", no_wrap=True)
         table.add_column("rank", justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
@@ -143,16 +137,17 @@ class _RankTable:
             cells = [
                 Text(shorten(layer.path, room)),
                 Text(f"{layer.rank}/{layer.init_r}"),
-                _bar(layer, largest),
+                _bar(layer, largest, bar),
             ]
             if known:
                 cells.append(Text(f"{layer.importance:.3g}" if math.isfinite(layer.importance) else "-"))
             table.add_row(*cells, Text(f"{layer.parameters:,}"), style="dim" if layer.rank == 0 else "")
         yield table
+        yield Text(self.summary.totals(), style="dim")
 
 
-def _bar(layer: LayerRank, largest: int) -> Text:
-    bar = rank_bar(layer.rank, layer.init_r, largest)
+def _bar(layer: LayerRank, largest: int, width: int) -> Text:
+    bar = rank_bar(layer.rank, layer.init_r, largest, width)
     full = bar.count("█")
     red, green, blue = rank_colour(max(layer.rank, largest // 3), largest)  # the darkest are lost on black
     return Text(bar[:full], f"rgb({red},{green},{blue})").append(bar[full:], "dim default")
@@ -161,8 +156,8 @@ def _bar(layer: LayerRank, largest: int) -> Text:
 def rank_picture(summary: RankSummary) -> _RankPicture:
     """The rank that each layer ended with: block number down, kind of module across, colour by rank.
 
-    Layers at rank 0 are shaded instead of coloured. Stacks (encoder, decoder) follow each other, layers outside
-    of any stack come last; a stack too wide for the terminal is cut into several pieces.
+    Layers at rank 0 are shaded instead of coloured. Stacks (encoder, decoder) follow each other, layers
+    outside of any stack come last; a stack too wide for the terminal is cut into several pieces.
 
     Args:
         summary: the ranks.
@@ -181,7 +176,7 @@ class _RankPicture:
             yield from _grid_lines(grid, largest, options.max_width)
             yield Text("")
         if grids:
-            yield _legend(largest)
+            yield _legend(largest, any(layer.rank == 0 for layer in self.summary.layers))
 
 
 def _grid_lines(grid: RankGrid, largest: int, width: int) -> Iterator[Text]:
@@ -194,12 +189,12 @@ def _grid_lines(grid: RankGrid, largest: int, width: int) -> Iterator[Text]:
     for start in range(0, len(grid.columns), each):
         columns = range(start, min(start + each, len(grid.columns)))
         widest = max(max(map(len, titles[column].split("."))) for column in columns)
-        wide = max(cell, min(widest, (width - label - 2) // len(columns) - 1))
-        yield Text(grid.title or "other layers", style="bold")
+        wide = max(cell, min(widest, _CELL, (width - label - 2) // len(columns) - 1))
+        yield Text(grid.title, style="bold")
         yield from _heading_lines([titles[column] for column in columns], label, wide)
         for row, name in enumerate(grid.rows):
             line = Text(f"{shorten(name, label):>{label}}  ", no_wrap=True)
-            if not grid.title:
+            if grid.loose:
                 line = Text(f"{shorten(name, label):<{label}}  ", no_wrap=True)
             for column in columns:
                 line.append(*_cell(grid.cells.get((row, column)), wide, largest)).append(" ")
@@ -223,19 +218,19 @@ def _wrap(title: str, width: int) -> list[str]:
 
     Example:
         >>> _wrap("encoder_attn.q_proj", 8), _wrap("EncDecAttention.q", 9)
-        (['encoder_', 'attn', 'q_proj'], ['EncDec', 'Attention', 'q'])
+        (['encoder', '_attn', 'q_proj'], ['EncDec', 'Attention', 'q'])
     """
     lines: list[str] = []
     for part in title.split("."):
         line = ""
-        for piece in re.findall(r"_*[A-Z]*[^A-Z_]*_?", part):
+        for piece in re.findall(r"_*[A-Z]*[^A-Z_]*", part):
             if len(line) + len(piece) > width and line:
                 lines.append(line)
                 line = ""
             line += piece
             while len(line) > width:
-                lines.append(line[:width])
-                line = line[width:]
+                lines.append(f"{line[: width - 1]}-")
+                line = line[width - 1 :]
         lines.append(line)
     return [line for line in lines if line]
 
@@ -244,16 +239,17 @@ def _cell(layer: LayerRank | None, width: int, largest: int) -> tuple[str, str]:
     if layer is None:
         return " " * width, ""
     if layer.rank == 0:
-        return f"{' 0 ':░^{width}}", "bright_black"
+        return f"{' 0 ' if width > 4 else '0':░^{width}}", "bright_black"
     colour = rank_colour(layer.rank, largest)
     red, green, blue = colour
-    return f"{layer.rank:^{width}}", f"{ink_on(colour)} on rgb({red},{green},{blue})"
+    ink = "#000000" if ink_on(colour) == "black" else "#ffffff"  # by name they are the terminal's own
+    return f"{layer.rank:^{width}}", f"{ink} on rgb({red},{green},{blue})"
 
 
-def _legend(largest: int) -> Text:
+def _legend(largest: int, empty: bool) -> Text:
     line = Text("rank ")
     line.append(*_cell(LayerRank("", 0, largest, 0.0, 0), 3, largest)).append(" ")
     marks = sorted({1 + round(step * (largest - 1) / 5) for step in range(6)})
     for rank in marks:
         line.append(*_cell(LayerRank("", rank, largest, 0.0, 0), len(str(rank)) + 2, largest))
-    return line.append("  (░ 0 ░: every rank pruned, the layer is its base layer)", "dim")
+    return line.append("  (0: nothing is added to the layer)" if empty else "", "dim")
