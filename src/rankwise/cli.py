@@ -1,7 +1,7 @@
 """The command line: ``rankwise train``, ``rankwise plan`` and ``rankwise inspect``.
 
 Exit codes: 0 done; 2 for what the user must mend, with one message and no traceback; 1 for a fault of rankwise
-itself, with a traceback; 130 and 143 after SIGINT (Ctrl-C) and SIGTERM.
+itself, with a traceback; 130, 143 and 129 after SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal).
 
 Everything heavy is imported inside the commands, so that ``--help`` comes at once.
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.metadata
 import json
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
+
+from rankwise import __version__
 
 try:
     import typer
@@ -56,7 +57,7 @@ def main() -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"rankwise {importlib.metadata.version('rankwise')}")
+        print(f"rankwise {__version__}")
         raise typer.Exit
 
 
@@ -183,9 +184,13 @@ def _failures(*mendable: type[Exception]) -> Iterator[None]:
         _say("Stopped.")
         raise typer.Exit(128 + getattr(stopped, "number", 2)) from None
     except ImportError as error:
-        if error.name is None or error.name.partition(".")[0] == "rankwise":
+        name = (error.name or "").partition(".")[0]
+        if name == "rankwise":
             raise _fault() from error
-        raise _mend(f"The Python package {error.name!r} is missing. Install: {_EXTRAS}") from error
+        # Libraries that look for optional packages raise errors without a name, which say what to install.
+        raise _mend(
+            f"The Python package {name!r} is missing. Install: {_EXTRAS}" if name else str(error)
+        ) from error
     except Exception as error:
         message = _mendable_message(error, mendable)
         if message is None:

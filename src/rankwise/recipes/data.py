@@ -146,7 +146,7 @@ def read_table(
         return _read_folder(place, key)
     import datasets
 
-    with tempfile.TemporaryDirectory(prefix="rankwise-data-") as cache, _quiet(datasets):
+    with tempfile.TemporaryDirectory(prefix="rankwise-data-") as cache, quiet_datasets():
         try:
             if place.path is None:
                 rows = datasets.load_dataset(place.name, subset, split=split)
@@ -204,9 +204,11 @@ def _root(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """Without ``datasets``' own progress bars and log lines: what matters is in the exception."""
     import logging
+
+    import datasets
 
     logger = logging.getLogger("datasets")
     level, bars = logger.level, datasets.are_progress_bars_disabled()

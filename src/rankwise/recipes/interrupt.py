@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks a training loop to save and stop, a second one stops at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: the first asks a training loop to save, a second one stops at once."""
 
 from __future__ import annotations
 
@@ -21,8 +21,17 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+def _signals() -> list[int]:
+    """The signals that ask to stop; SIGHUP only where it exists, and not where ``nohup`` has it ignored."""
+    numbers = [int(signal.SIGINT), int(signal.SIGTERM)]
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(int(hangup))
+    return numbers
+
+
 class Interruption:
-    """While it is entered, SIGINT and SIGTERM are requests to stop.
+    """While it is entered, SIGINT, SIGTERM and SIGHUP (a closed terminal) are requests to stop.
 
     Outside of the training loop (``in_loop`` is False) a signal raises `Interrupted` there and then, as there is
     nothing to save; inside it, it is noted in ``number``, and the loop acts on it after the step.
@@ -33,12 +42,12 @@ class Interruption:
         self.in_loop = False
         self._before: dict[int, Any] = {}
         # torchrun passes a signal on to processes that have had it from the terminal already.
-        self._may_repeat = "TORCHELASTIC_RUN_ID" in os.environ
+        self.may_repeat = "TORCHELASTIC_RUN_ID" in os.environ
 
     def __enter__(self) -> Interruption:
         # Python lets only the main thread handle signals; elsewhere they stay with whoever runs it.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _signals():
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -50,7 +59,7 @@ class Interruption:
         self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.in_loop or (self.number is not None and not self._may_repeat):
+        if not self.in_loop or (self.number is not None and not self.may_repeat):
             raise Interrupted(number)
         self.number = self.number or number
 

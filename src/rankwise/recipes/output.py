@@ -65,7 +65,8 @@ class Output:
         if overwrite:
             return
         if resume:
-            changed = list(self._changed_keys())
+            begun = self.finished or self.newest_checkpoint()[0] is not None
+            changed = list(self._changed_keys()) if begun else []
             if changed:
                 raise RecipeError(
                     f"The run in {str(self.folder)!r} had other settings: {'; '.join(changed)}. Resuming needs "
@@ -103,7 +104,7 @@ class Output:
 
     def newest_checkpoint(self) -> tuple[Path | None, list[Path]]:
         """The newest whole checkpoint, and newer ones that were cut short while they were written."""
-        broken = []
+        broken: list[Path] = []
         for checkpoint in self.checkpoints():
             if is_whole(checkpoint):
                 return checkpoint, broken

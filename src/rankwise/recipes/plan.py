@@ -126,8 +126,8 @@ class Plan:
         yield (
             "training",
             (
-                f"{self.total_step:,} steps of {batch} examples (about {passes:.3g} epochs), "
-                f"learning rate {training.learning_rate:g}, {training.lr_scheduler_type}"
+                f"{self.total_step:,} steps of {batch} examples (about {passes:,.1f} epochs), "
+                f"learning rate {recipe.learning_rate:g}, {training.lr_scheduler_type}"
             ),
         )
         yield "trainable", self._trainable_line()
@@ -177,8 +177,7 @@ def make_plan(recipe: BaseRecipe, data: TaskData, processor: Any, processes: int
     target, at_end = initial, trainable
     if schedule is not None:
         target = config.target_r * len(layers)
-        factors = sum(count for name, count in _sizes(model) if _FACTOR.search(name))
-        at_end -= round(factors * (1 - target / initial))
+        at_end -= round(factor_parameters(model) * (1 - target / initial))
     return Plan(
         recipe=recipe,
         architecture=architecture,
@@ -199,11 +198,10 @@ def make_plan(recipe: BaseRecipe, data: TaskData, processor: Any, processes: int
     )
 
 
-_FACTOR = re.compile(r"\.lora_[ABE]\.default$")
-
-
-def _sizes(model: Any) -> Iterator[tuple[str, int]]:
-    return ((name, parameter.numel()) for name, parameter in model.named_parameters())
+def factor_parameters(model: Any) -> int:
+    """How many numbers A, B and E of all layers hold in memory, those of pruned ranks included."""
+    factor = re.compile(r"\.lora_[ABE]\.default$")
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if factor.search(name))
 
 
 def total_steps(training: TrainingSection, rows: int, processes: int = 1) -> int:
@@ -246,8 +244,11 @@ def attach(recipe: BaseRecipe, model: Any, total_step: int) -> tuple[Any, Any]:
         fields["total_step"] = total_step
     try:
         config = config_class(recipe.method)(**fields)
-        return rankwise.get_peft_model(model, config), config
     except (TypeError, ValueError) as error:
+        raise RecipeError([Problem("adapter", str(error))], str(recipe.source)) from error
+    try:
+        return rankwise.get_peft_model(model, config), config
+    except ValueError as error:  # a TypeError would be a fault of ours
         raise RecipeError([Problem("adapter", str(error))], str(recipe.source)) from error
 
 

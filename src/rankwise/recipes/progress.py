@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import TracebackType
 from typing import Any
 
@@ -13,9 +14,9 @@ from rich.progress import (
     SpinnerColumn,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from transformers import TrainerCallback
 
 from rankwise.recipes.interrupt import Interruption
@@ -35,12 +36,11 @@ class LiveProgress(TrainerCallback):
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
             MofNCompleteColumn(),
             TextColumn("{task.fields[said]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
             expand=True,
             disable=not console.is_terminal,
@@ -59,8 +59,9 @@ class LiveProgress(TrainerCallback):
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(text, highlight=False)
+        """Print a line above the bar; a terminal that was closed meanwhile must not end the run."""
+        with contextlib.suppress(OSError):
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Show the bar."""
@@ -158,7 +159,6 @@ class StopWhenAsked(TrainerCallback):
 
     def _stop(self, state: Any, control: Any) -> None:
         if not control.should_training_stop:
-            self._say(
-                f"Stopping: saving a checkpoint of step {state.global_step:,}. (Once more: stop without it.)"
-            )
+            again = "" if self.interruption.may_repeat else " (Once more: stop without it.)"
+            self._say(f"Stopping: saving a checkpoint of step {state.global_step:,}.{again}")
         control.should_save = control.should_training_stop = True

@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import pydantic
 import yaml
@@ -79,7 +79,8 @@ class TrainingSection(Section):
         per_device_train_batch_size: examples in a batch of one process.
         per_device_eval_batch_size: the same in evaluation.
         gradient_accumulation_steps: batches for one optimizer step.
-        learning_rate: the highest learning rate.
+        learning_rate: the highest learning rate; left out, 5e-3 for AdaLoRA, whose singular values start at 0 and
+            move by about one learning rate a step, and 5e-4 for LoRA.
         lr_scheduler_type: how it falls.
         warmup_steps: steps in which it rises: an int, or a float below 1 for a fraction of the run.
         weight_decay: weight decay of the optimizer.
@@ -102,7 +103,7 @@ class TrainingSection(Section):
     per_device_train_batch_size: int = Field(default=16, ge=1)
     per_device_eval_batch_size: int = Field(default=32, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
+    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     lr_scheduler_type: SchedulerName = "linear"
     warmup_steps: int | float = Field(default=0, ge=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -183,13 +184,22 @@ class BaseRecipe(Section):
         return str(self.adapter.get("method", "adalora"))
 
     @property
+    def learning_rate(self) -> float:
+        """The highest learning rate."""
+        if self.training.learning_rate is not None:
+            return self.training.learning_rate
+        return 5e-3 if self.method == "adalora" else 5e-4
+
+    @property
     def adapter_fields(self) -> dict[str, Any]:
         """The adapter's configuration without ``method``."""
         return {key: value for key, value in self.adapter.items() if key != "method"}
 
     def plain(self) -> dict[str, Any]:
         """All keys, defaults included, as plain data."""
-        return self.model_dump(mode="json", by_alias=True)
+        data = self.model_dump(mode="json", by_alias=True)
+        data["training"]["learning_rate"] = self.learning_rate
+        return data
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> BaseRecipe:
@@ -232,7 +242,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> BaseRecipe:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _read(path: Path) -> tuple[DictConfig, dict[str, int]]:
     """The recipe's data, and the line of every key."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -247,7 +257,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise RecipeError(f"is no valid YAML: {_one_line(error)}", str(path)) from error
     if not isinstance(data, DictConfig) or not lines:
         raise RecipeError("a recipe is a list of `key: value` lines, beginning with `model:`.", str(path))
-    return data, lines  # type: ignore[return-value]
+    return data, lines
 
 
 def _near_recipe(path: Path) -> str:
@@ -280,7 +290,7 @@ def _override(data: Any, overrides: Sequence[str], path: Path) -> dict[str, Any]
                     f"An override is key=value, such as training.max_steps=50, but this is {override!r}."
                 )
             data = OmegaConf.merge(data, OmegaConf.from_dotlist([override]))
-        return OmegaConf.to_container(data, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+        return cast(dict[str, Any], OmegaConf.to_container(data, resolve=True, throw_on_missing=True))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(_one_line(error), str(path)) from error
 
@@ -349,7 +359,7 @@ def _bound(kind: str, context: Mapping[str, Any]) -> str | None:
     if kind not in words:
         return None
     (limit,) = context.values()
-    return f"must be {words[kind]} {limit}"
+    return f"must be {words[kind]} {limit:g}"
 
 
 _SYNONYMS = {

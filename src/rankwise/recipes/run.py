@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +16,9 @@ from rankwise.recipes.errors import Problem, RecipeError
 from rankwise.recipes.interrupt import Interruption
 from rankwise.recipes.models import model_place, new_weights, quiet
 from rankwise.recipes.output import Output
-from rankwise.recipes.plan import Plan, attach, make_plan
+from rankwise.recipes.plan import Plan, attach, factor_parameters, make_plan
 from rankwise.recipes.recipe import BaseRecipe
-from rankwise.recipes.tasks import Metric, Task, TaskData, load_task
+from rankwise.recipes.tasks import Metric, TaskData, load_task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +33,8 @@ class Result:
         interrupted: the number of the signal that stopped the run before its end, or None.
         before: the metrics before training.
         after: the metrics after training; empty if it was interrupted.
-        trainable_parameters: how many numbers train in the end.
+        trainable_parameters: how many numbers trained.
+        kept_parameters: how many of them the adapter keeps after pruning.
     """
 
     folder: Path
@@ -39,6 +42,7 @@ class Result:
     before: Mapping[str, float]
     after: Mapping[str, float]
     trainable_parameters: int
+    kept_parameters: int
 
 
 def plan(recipe: BaseRecipe) -> Plan:
@@ -74,7 +78,9 @@ def train(
         output.check(resume=resume, overwrite=overwrite)
     if resume and output.finished:
         return _nothing_left(output, console)
-    with Interruption() as interruption, quiet():
+    with Interruption() as interruption, quiet(), warnings.catch_warnings():
+        # A checkpoint in the course of a run is not at its target, and need not be.
+        warnings.filterwarnings("ignore", message=r"At step \d+ .*finalize_ranks")
         return _train(recipe, console, output, resume, interruption)
 
 
@@ -101,7 +107,7 @@ def _train(
         model, _ = attach(recipe, model, planned.total_step)
         for_task, notes = task.trainer_arguments(recipe, data, processor, model)
     for note in notes:
-        console.print(note, highlight=False)
+        _say(console, note)
     arguments = training_arguments(recipe, planned.total_step, output.folder)
     checkpoint = _checkpoint(output, console) if resume else None
     if checkpoint is None and is_main_process():
@@ -109,7 +115,8 @@ def _train(
     metrics = task.metrics(recipe)
     with LiveProgress(console, [(metric.key, metric.title, metric.style) for metric in metrics]) as progress:
         stop = StopWhenAsked(interruption, progress.say)
-        trainer = Trainer(model=model, args=arguments, callbacks=[stop, progress], **for_task)
+        with _refusals(recipe):
+            trainer = Trainer(model=model, args=arguments, callbacks=[stop, progress], **for_task)
         trainer.remove_callback(PrinterCallback)
 
         # How good it is before, the training itself, the adapter on disk, and how good it is then.
@@ -124,7 +131,15 @@ def _train(
             save(model, processor, output.folder)
         after = _evaluate(trainer, metrics)
 
-    return _finish(task, recipe, data, console, output, trainer, metrics, before or {}, after, started)
+    seconds = time.monotonic() - started
+    trainable, _ = model.get_nb_trainable_parameters()
+    kept = trainable - factor_parameters(model) + model.rank_summary().parameters
+    result = Result(output.folder, None, before or {}, after, trainable, kept)
+    if is_main_process():
+        _write_final_results(output, trainer, result, seconds)
+    _show_result(console, result, model, metrics, len(data.evaluation), seconds)
+    _show_next_steps(console, recipe, data, output.folder)
+    return result
 
 
 def is_main_process() -> bool:
@@ -159,6 +174,7 @@ def training_arguments(recipe: BaseRecipe, total_step: int, folder: Path) -> Any
     share = fields["warmup_steps"]
     fields |= {
         "output_dir": str(folder),
+        "learning_rate": recipe.learning_rate,
         "max_steps": total_step,
         "warmup_steps": round(share * total_step) if isinstance(share, float) and share < 1 else int(share),
         "eval_strategy": "no" if fields["eval_steps"] is None else "steps",
@@ -168,15 +184,22 @@ def training_arguments(recipe: BaseRecipe, total_step: int, folder: Path) -> Any
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_nan_inf_filter": False,
     }
-    try:
+    with _refusals(recipe):
         arguments = TrainingArguments(**fields)
-    except (ValueError, ImportError) as error:
-        raise RecipeError([Problem("training", str(error))], str(recipe.source)) from error
     if processes() == 1 and arguments.n_gpu > 1:
         arguments._n_gpu = (
             1  # several GPUs are for torchrun: nn.DataParallel would copy the adapters at every step
         )
     return arguments
+
+
+@contextlib.contextmanager
+def _refusals(recipe: BaseRecipe) -> Iterator[None]:
+    """What Transformers refuses of the training section, such as fp16 without a GPU, is for the user to mend."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise RecipeError([Problem("training", str(error))], str(recipe.source)) from error
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
@@ -201,13 +224,11 @@ def _started(output: Output, before: Mapping[str, float] | None) -> float:
 def _checkpoint(output: Output, console: Console) -> Path | None:
     checkpoint, broken = output.newest_checkpoint()
     for path in broken:
-        console.print(f"{path.name} was cut short while it was written, and is left out.", highlight=False)
+        _say(console, f"{path.name} was cut short while it was written, and is left out.")
     if checkpoint is None:
-        console.print(
-            f"There is no checkpoint in {output.folder} yet: starting from the beginning.", highlight=False
-        )
+        _say(console, f"There is no checkpoint in {output.folder} yet: starting from the beginning.")
     else:
-        console.print(f"Going on from {checkpoint.name}.", highlight=False)
+        _say(console, f"Going on from {checkpoint.name}.")
     return checkpoint
 
 
@@ -216,75 +237,69 @@ def _say_new_weights(console: Console, model: Any, modules_to_save: Sequence[str
     frozen = [name for name in new_weights(model) if not set(name.split(".")) & set(modules_to_save)]
     if frozen:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in frozen)
-        console.print(
-            f"[yellow]Random and frozen:[/] the checkpoint has no weights for {', '.join(modules)}. "
+        _say(
+            console,
+            f"Random and frozen: the checkpoint has no weights for {', '.join(modules)}. "
             "To train them, name them in adapter.modules_to_save.",
-            highlight=False,
+            style="yellow",
         )
 
 
 # --- what is said in the end -------------------------------------------------------------------------------------
 
 
-def _finish(
-    task: Task,
-    recipe: BaseRecipe,
-    data: TaskData,
-    console: Console,
-    output: Output,
-    trainer: Any,
-    metrics: Sequence[Metric],
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    started: float,
-) -> Result:
-    from rich.text import Text
+def _write_final_results(output: Output, trainer: Any, result: Result, seconds: float) -> None:
+    _, everything = trainer.model.get_nb_trainable_parameters()
+    output.write_results(
+        {
+            "finished": True,
+            "before": result.before,
+            "after": result.after,
+            "trainable_parameters": result.trainable_parameters,
+            "kept_parameters": result.kept_parameters,
+            "all_parameters": everything,
+            "steps": trainer.state.global_step,
+            "seconds": round(seconds, 1),
+            "ranks": trainer.model.rank_summary().to_dict(),
+            "log": trainer.state.log_history,
+        }
+    )
 
+
+def _show_result(
+    console: Console, result: Result, model: Any, metrics: Sequence[Metric], held_out: int, seconds: float
+) -> None:
+    """The metrics before and after, what it took, and the ranks as a table and a picture."""
     from rankwise.report.terminal import rank_picture, rank_table
 
-    summary, seconds = trainer.model.rank_summary(), time.monotonic() - started
-    trainable, everything = trainer.model.get_nb_trainable_parameters()
-    if is_main_process():
-        output.write_results(
-            {
-                "finished": True,
-                "before": before,
-                "after": after,
-                "trainable_parameters": trainable,
-                "all_parameters": everything,
-                "steps": trainer.state.global_step,
-                "seconds": round(seconds, 1),
-                "ranks": summary.to_dict(),
-                "log": trainer.state.log_history,
-            }
-        )
     console.print()
-    console.print(rank_table(summary))
-    console.print()
-    console.print(rank_picture(summary))
-    console.print()
-    console.print(_comparison(metrics, before, after, len(data.evaluation)))
-    console.print(
-        f"Trained {trainable:,} of {everything:,} parameters in {_duration(seconds)}.", highlight=False
+    console.print(_comparison(metrics, result, held_out))
+    _, everything = model.get_nb_trainable_parameters()
+    share = f"{100 * result.trainable_parameters / everything:.2f} %"
+    _say(
+        console,
+        f"\nTrained {result.trainable_parameters:,} of {everything:,} parameters ({share}) in {_duration(seconds)}; "
+        f"the adapter keeps {result.kept_parameters:,}.",
     )
-    console.print(f"Saved to [bold]{output.folder}[/]\n", highlight=False)
+    summary = model.rank_summary()
+    for part in (rank_table(summary), rank_picture(summary)):
+        console.print()
+        console.print(part)
+    _say(console, f"\nSaved to {result.folder}\n", style="bold")
+
+
+def _show_next_steps(console: Console, recipe: BaseRecipe, data: TaskData, folder: Path) -> None:
+    """Commands and Python lines that use the adapter."""
     place = model_place(recipe)
     base = place.name if place.path is None else str(place.path)
-    console.print("[bold]What next[/]", highlight=False)
-    for command in (
-        f"rankwise inspect {shlex.quote(str(output.folder))}",
-        f"rankwise inspect {shlex.quote(str(output.folder))} --plot ranks.png",
-    ):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
-    console.print("\nIn Python:", highlight=False)
-    for line in task.usage(recipe, data, base, str(output.folder)).splitlines():
-        console.print(Text(f"  {line}"), soft_wrap=True)
-    return Result(output.folder, None, before, after, trainable)
+    quoted = shlex.quote(str(folder))
+    _say(console, "What next", style="bold")
+    _say(console, f"  rankwise inspect {quoted}\n  rankwise inspect {quoted} --plot ranks.png\n\nIn Python:")
+    lines = load_task(recipe.task).usage(recipe, data, base, str(folder)).splitlines()
+    _say(console, "\n".join(f"  {line}".rstrip() for line in lines))
 
 
-def _comparison(
-    metrics: Sequence[Metric], before: Mapping[str, float], after: Mapping[str, float], rows: int
-) -> Any:
+def _comparison(metrics: Sequence[Metric], result: Result, rows: int) -> Any:
     """A table of the metrics before and after."""
     from rich.table import Table
 
@@ -293,9 +308,8 @@ def _comparison(
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left")
     for metric in metrics:
-        values = [
-            format(side[metric.key], metric.style) if metric.key in side else "-" for side in (before, after)
-        ]
+        sides = (result.before, result.after)
+        values = [format(side[metric.key], metric.style) if metric.key in side else "-" for side in sides]
         table.add_row(metric.title, values[0], f"[bold]{values[1]}[/]")
     return table
 
@@ -305,21 +319,23 @@ def _interrupted(
 ) -> Result:
     checkpoint, _ = output.newest_checkpoint()
     recipe = output.recipe
-    command = shlex.join(["rankwise", "train", str(recipe.source), *recipe.overrides, "--resume"])
-    console.print(
-        f"\nStopped after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; saved."
+    program = ["rankwise"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "rankwise"]
+    command = shlex.join([*program, "train", str(recipe.source), *recipe.overrides, "--resume"])
+    _say(
+        console, f"\nStopped after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; saved."
     )
-    console.print("To go on:\n", highlight=False)
-    console.print(f"  {command}\n", highlight=False, soft_wrap=True)
+    _say(console, f"To go on:\n\n  {command}\n")
     trainable, _ = trainer.model.get_nb_trainable_parameters()
-    return Result(checkpoint or output.folder, number, before, {}, trainable)
+    return Result(checkpoint or output.folder, number, before, {}, trainable, trainable)
 
 
 def _nothing_left(output: Output, console: Console) -> Result:
     results = output.results
-    console.print(
+    _say(
+        console,
         f"The run in {output.folder} is finished: there is nothing to resume. To train it again, use --overwrite.",
-        highlight=False,
     )
     return Result(
         output.folder,
@@ -327,6 +343,7 @@ def _nothing_left(output: Output, console: Console) -> Result:
         results.get("before") or {},
         results.get("after") or {},
         int(results.get("trainable_parameters") or 0),
+        int(results.get("kept_parameters") or 0),
     )
 
 
@@ -334,6 +351,12 @@ def _console(console: Console | None) -> Console:
     from rich.console import Console
 
     return (console or Console()) if is_main_process() else Console(quiet=True)
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    """Print text as it is: no brackets taken for markup, no line broken that someone may copy."""
+    with contextlib.suppress(OSError):  # the terminal may have been closed
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 
-from rankwise.recipes.data import Table, column_problems, read_table
+from rankwise.recipes.data import Table, column_problems, quiet_datasets, read_table
 from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
 from rankwise.recipes.models import load_model, load_processor, model_config
 from rankwise.recipes.places import find_place
@@ -118,6 +118,15 @@ def check(recipe: Recipe) -> Iterator[Problem]:
             continue
         if key != "model":
             yield from column_problems(place, key, recipe.data.columns)
+        if (
+            key == "data.train"
+            and place.path is not None
+            and recipe.data.eval_split
+            and not recipe.data.evaluation
+        ):
+            yield Problem(
+                "data.eval_split", "is for datasets from the hub; for files, say `eval` or `held_out`."
+            )
     if recipe.is_regression and recipe.data.labels:
         yield Problem("data.labels", "is for classification; in regression the label is a number.")
 
@@ -146,7 +155,7 @@ def read_data(recipe: Recipe) -> TaskData:
         _examples(recipe, table, rows, target)
         for table, rows, target in zip(tables, kept, targets, strict=True)
     ]
-    train, evaluation = _split(recipe, sets)
+    train, evaluation = _split(recipe, sets, notes)
     return TaskData(train, evaluation, notes, names)
 
 
@@ -269,9 +278,11 @@ def _examples(recipe: Recipe, table: Table, rows: Sequence[int], targets: Sequen
     return datasets.Dataset.from_dict({name: list(column) for name, column in columns.items()})
 
 
-def _split(recipe: Recipe, sets: Sequence[Any]) -> tuple[Any, Any]:
+def _split(recipe: Recipe, sets: Sequence[Any], notes: list[str]) -> tuple[Any, Any]:
     """Training and held-out examples, each label in its proportion."""
     data, train = recipe.data, sets[0]
+    if len(sets) == 1:
+        train = _without_repeats(train, notes)
     labels = [0] * len(train) if recipe.is_regression else list(train["labels"])
     order = mixed_order(labels, data.split_seed)
     if len(sets) == 2:
@@ -287,6 +298,22 @@ def _split(recipe: Recipe, sets: Sequence[Any]) -> tuple[Any, Any]:
             [Problem("data.train_size" if data.train_size else "data.held_out", str(error))]
         ) from error
     return train.select(order[:count]), train.select(sorted(order[len(order) - held :]))
+
+
+def _without_repeats(rows: Any, notes: list[str]) -> Any:
+    """Each text once: held out, a repeated one would be known from training."""
+    texts = zip(
+        rows["text"], rows["text_pair"] if "text_pair" in rows.column_names else rows["text"], strict=True
+    )
+    first = {
+        tuple(" ".join(part.split()) for part in pair): row for row, pair in reversed(list(enumerate(texts)))
+    }
+    if len(first) < len(rows):
+        repeats = _rows(len(rows) - len(first))
+        notes.append(
+            f"{repeats} left out that repeat another's text, so that none is both trained on and held out."
+        )
+    return rows.select(sorted(first.values()))
 
 
 def _is_number(value: Any) -> bool:
@@ -343,7 +370,9 @@ def trainer_arguments(
     lengths = [len(ids) for ids in evaluation["input_ids"]]
     evaluation = evaluation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
     cut, all_rows = cut_in_train + cut_in_evaluation, len(train) + len(evaluation)
-    notes = [f"{_rows(cut)} of {all_rows:,} fill all {length} tokens that are read of a text."] if cut else []
+    notes = (
+        [f"{cut:,} of {all_rows:,} texts reach {length} tokens; what is beyond is not read."] if cut else []
+    )
     return {
         "train_dataset": train,
         "eval_dataset": evaluation,
@@ -372,7 +401,8 @@ def _tokens(rows: Any, tokenizer: Any, length: int) -> tuple[Any, int]:
         encoded = tokenizer(batch["text"], *pair, truncation=True, max_length=length)
         return {**encoded, "labels": batch["labels"]}
 
-    encoded = rows.map(encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
+    with quiet_datasets():
+        encoded = rows.map(encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
     return encoded, sum(len(ids) >= length for ids in encoded["input_ids"])
 
 
@@ -400,16 +430,13 @@ def classification_metrics(prediction: Any) -> dict[str, float]:
     F1 is averaged over the labels that occur, or are predicted.
     """
     import numpy as np
+    from sklearn.metrics import accuracy_score, f1_score
 
-    logits = (
-        prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    )
-    guess, truth = np.argmax(logits, axis=-1), np.asarray(prediction.label_ids)
-    scores = []
-    for label in np.union1d(guess, truth):
-        hits = np.sum((guess == label) & (truth == label))
-        scores.append(2 * hits / (np.sum(guess == label) + np.sum(truth == label)))
-    return {"accuracy": float(np.mean(guess == truth)), "macro_f1": float(np.mean(scores))}
+    guess, truth = np.argmax(_values(prediction), axis=-1), np.asarray(prediction.label_ids)
+    return {
+        "accuracy": float(accuracy_score(truth, guess)),
+        "macro_f1": float(f1_score(truth, guess, average="macro")),
+    }
 
 
 def regression_metrics(prediction: Any) -> dict[str, float]:
@@ -418,34 +445,23 @@ def regression_metrics(prediction: Any) -> dict[str, float]:
     A correlation is 0 where either side is constant.
     """
     import numpy as np
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import mean_squared_error
 
-    values = (
-        prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    )
-    guess = np.asarray(values, dtype=np.float64).reshape(-1)
+    guess = np.asarray(_values(prediction), dtype=np.float64).reshape(-1)
     truth = np.asarray(prediction.label_ids, dtype=np.float64).reshape(-1)
+    constant = len(truth) < 2 or np.ptp(guess) == 0 or np.ptp(truth) == 0
     return {
-        "mse": float(np.mean((guess - truth) ** 2)),
-        "pearson": _correlation(guess, truth),
-        "spearman": _correlation(_ranks(guess), _ranks(truth)),
+        "mse": float(mean_squared_error(truth, guess)),
+        "pearson": 0.0 if constant else float(pearsonr(guess, truth).statistic),
+        "spearman": 0.0 if constant else float(spearmanr(guess, truth).statistic),
     }
 
 
-def _correlation(x: Any, y: Any) -> float:
-    import numpy as np
-
-    x, y = x - x.mean(), y - y.mean()
-    spread = np.sqrt((x**2).sum() * (y**2).sum())
-    return float((x * y).sum() / spread) if spread > 0 else 0.0
-
-
-def _ranks(values: Any) -> Any:
-    """The rank of each value; equal values share the mean of theirs."""
-    import numpy as np
-
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2)[place]
+def _values(prediction: Any) -> Any:
+    """The model's first output, where it has several."""
+    values = prediction.predictions
+    return values[0] if isinstance(values, tuple) else values
 
 
 def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:

