@@ -32,11 +32,12 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CAUSAL_LM = "HuggingFaceTB/SmolLM2-135M"
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-SENTENCES = [
-    ("a film to see twice", "good"),
-    ("warm , witty and wise", "good"),
-    ("two hours that i want back", "bad"),
-    ("the plot is a mess", "bad"),
+REVIEWS = [
+    (f"the {subject} is {verdict} and {addition}", label)
+    for label, verdicts in {"good": ("warm", "witty", "wise"), "bad": ("dull", "thin", "lost")}.items()
+    for subject in ("film", "plot", "cast", "end")
+    for verdict in verdicts
+    for addition in ("long", "loud")
 ]
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -96,7 +97,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
     )
     LlamaForCausalLM(llama).save_pretrained(folder / CAUSAL_LM)
-    words = sorted({word for text, _ in SENTENCES for word in text.split()})
+    words = sorted({word for text, _ in REVIEWS for word in text.split()})
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     bert = BertConfig(
         vocab_size=len(vocabulary),
@@ -117,8 +118,10 @@ def workspace(models: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "workspace"
     shutil.copytree(models, folder)
     with (folder / "reviews.csv").open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([("review", "verdict"), *SENTENCES * 10])
-    for i, (text, label) in enumerate(SENTENCES * 10):
+        writer = csv.writer(stream)
+        writer.writerow(("review", "verdict", "stars"))
+        writer.writerows((text, label, len(text) / 10) for text, label in REVIEWS)
+    for i, (text, label) in enumerate(REVIEWS):
         file = folder / "documents" / label / f"{i:03}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
@@ -149,9 +152,12 @@ def run_commands(example: Example) -> None:
 
 
 def run_rankwise(arguments: list[str]) -> None:
-    from rankwise.cli import main
+    from typer.testing import CliRunner
 
-    assert main(arguments) == 0, f"rankwise {shlex.join(arguments)} failed"
+    from rankwise.cli import app
+
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, f"rankwise {shlex.join(arguments)}:\n{result.output}\n{result.exception!r}"
 
 
 def check_make_target(arguments: list[str]) -> None:
