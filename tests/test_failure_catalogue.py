@@ -14,8 +14,6 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import rankwise as rw
-from tiny import bert, llama, token_batches
+from tiny import bert, llama, token_batches, told
 
 STEPS, TARGETS = 10, ["q_proj", "v_proj", "down_proj"]
 
@@ -54,15 +52,6 @@ def train(model: Any, steps: int = STEPS, rate: float = 1e-2) -> Any:
         optimizer.step()
         optimizer.zero_grad()
     return model
-
-
-@contextmanager
-def told() -> Iterator[list[str]]:
-    messages: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield messages
-    messages += [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
 
 
 def total_rank(model: Any) -> int:

@@ -7,10 +7,8 @@ import gc
 import math
 import multiprocessing
 import pickle
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise import controller as controllers
-from tiny import bert, llama, token_batches
+from tiny import bert, llama, token_batches, told
 
 STEPS, LAST_ALLOCATION, TARGET = 12, 9, 6
 
@@ -68,16 +66,6 @@ def same_run(one: Any, other: Any) -> bool:
     """Whether two models are in the same state, bit for bit: values, scores, ranks, step and history."""
     ours, theirs = one.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-@contextmanager
-def told() -> Iterator[list[str]]:
-    """What is warned of, as a list that fills up when the context ends."""
-    messages: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield messages
-    messages += [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
 
 
 def finished(model: Any) -> bool:

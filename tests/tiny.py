@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """What is warned of, as a list that fills up when the context ends."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield messages
+    messages += [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
 
 
 def llama(seed: int = 0, **changes: object) -> nn.Module:

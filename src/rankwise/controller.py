@@ -191,11 +191,8 @@ class Controller:
         """Whether the run has begun and is not over."""
         return self.step > 0 and (self.schedule is None or self.step < self.schedule.total_step)
 
-    def tell_if_unfinished(self, state: Mapping[str, Tensor] | None = None) -> None:
-        """Warn, once a step, that a run which may end here has not brought the budget down to its target.
-
-        ``state``: as for `kept_triplets`.
-        """
+    def tell_if_unfinished(self) -> None:
+        """Warn, once a step, that a run which may end here has not brought the budget down to its target."""
         if self.fixed or not self.prunes or not self.step:
             return
         self._tell(

@@ -169,7 +169,7 @@ class PeftModel(InPlace, nn.Module):
         state = storage.plain_state(self.state_dict() if state_dict is None else state_dict)
         checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
         if controller is not None and not checkpoint:
-            controller.tell_if_unfinished(state)
+            controller.tell_if_unfinished()
         if training_state is None:
             goes_on = controller is not None or storage.trains_more(self, name)
             training_state = (checkpoint and goes_on) or (controller is not None and controller.under_way)

@@ -155,7 +155,7 @@ def read_model_adapter(model: Any, adapter: str) -> AdapterFile:
     if adapter not in model.peft_config:
         raise ValueError(f"There is no adapter {adapter!r}; the model has {sorted(model.peft_config)}.")
     config, controller = model.peft_config[adapter], model._controller_of(adapter)
-    state = dict(model.state_dict())
+    state = plain_state(model.state_dict())
     kept = controller.kept_triplets(state) if controller else {}
     tensors = adapter_tensors(model, adapter, config, state, kept)
     return _sorted(f"The adapter {adapter!r}", config, tensors)
