@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 # No test talks to the network, opens a window, or fights the other test processes for cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,3 +21,19 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave helpers and scripts alone: `--doctest-modules` would import every file here, not only the tests."""
     is_helper = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
     return True if is_helper else None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[list[str]]:
+    """The start of a command that runs with a disk of one megabyte at ``tmp_path``."""
+    mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec"
+    for own in ([], ["--user", "--map-root-user"]):
+        command = ["unshare", *own, "--mount", "sh", "-c", f'{mount} "$@"', "sh"]
+        try:
+            result = subprocess.run([*command, "true"], capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("There is no `unshare` here to mount a small disk with.")
+        if result.returncode == 0:
+            yield command
+            return
+    pytest.skip(f"A small disk can't be mounted here: {result.stderr.strip()}")

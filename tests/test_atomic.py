@@ -654,22 +654,6 @@ def test_a_limit_on_file_sizes_gives_a_clear_error_and_keeps_the_old_version(tmp
     check_refusals(output, "EFBIG", "ulimit -f", tmp_path / "adapter")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[list[str]]:
-    """The start of a command that runs with a disk of one megabyte at ``tmp_path``."""
-    mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec"
-    for own in ([], ["--user", "--map-root-user"]):
-        command = ["unshare", *own, "--mount", "sh", "-c", f'{mount} "$@"', "sh"]
-        try:
-            result = subprocess.run([*command, "true"], capture_output=True, text=True)
-        except FileNotFoundError:
-            pytest.skip("There is no `unshare` here to mount a small disk with.")
-        if result.returncode == 0:
-            yield command
-            return
-    pytest.skip(f"A small disk can't be mounted here: {result.stderr.strip()}")
-
-
 def test_a_full_disk_gives_a_clear_error_and_keeps_the_old_version(
     tmp_path: Path, small_disk: list[str]
 ) -> None:
