@@ -78,6 +78,8 @@ def _adapted(
     model = nn.Sequential(make_layer()).to(dtype)
     base, x = copy.deepcopy(model), make_input()
     if adalora:
+        # The paper's form, in which E trains, too.
+        options = {"init_lora_weights": True, **options}
         config = rw.AdaLoraConfig(
             init_r=RANK, target_r=2, total_step=10, lora_alpha=ALPHA, target_modules=["0"], **options
         )

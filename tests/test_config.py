@@ -220,8 +220,8 @@ def test_layers_that_can_not_be_counted_are_refused() -> None:
 
 
 def test_lora_options_that_adalora_would_ignore_are_refused() -> None:
-    with pytest.raises(ValueError, match="`use_rslora` belongs to LoraConfig"):
-        AdaLoraConfig(use_rslora=True)
+    with pytest.raises(ValueError, match="`use_rslora` does not go with the paper's form"):
+        AdaLoraConfig(use_rslora=True, init_lora_weights=True)
     with pytest.raises(ValueError, match="`alpha_pattern` belongs to LoraConfig"):
         AdaLoraConfig(alpha_pattern={"q": 4})
 
@@ -359,7 +359,8 @@ def test_defaults_are_pefts(kind: str) -> None:
     peft = pytest.importorskip("peft")
     theirs = getattr(peft, kind)(**({"total_step": 100} if kind == "AdaLoraConfig" else {}))
     ours = LoraConfig.from_dict(theirs.to_dict())
-    assert ours == {"LoraConfig": LoraConfig(), "AdaLoraConfig": AdaLoraConfig(total_step=100)}[kind]
+    paper = AdaLoraConfig(total_step=100, init_lora_weights=True)
+    assert ours == {"LoraConfig": LoraConfig(), "AdaLoraConfig": paper}[kind]
 
 
 def test_everything_in_a_peft_file_is_written_again(tmp_path: Path) -> None:

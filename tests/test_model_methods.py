@@ -610,6 +610,7 @@ def test_counts_are_pefts(kind: str, capsys: pytest.CaptureFixture[str]) -> None
     if kind == "adalora":
         options |= {"init_r": 4, "target_r": 2, "total_step": 12}
     names = {"lora": "LoraConfig", "adalora": "AdaLoraConfig"}
+    options["init_lora_weights"] = True
     ours, theirs = (
         library.get_peft_model(bert(), getattr(library, names[kind])(**options)) for library in (rw, peft)
     )

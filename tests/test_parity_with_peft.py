@@ -22,7 +22,7 @@ def _train_both(penalty: float, deltaT: int, steps: int = 60) -> tuple[list[floa
         "orth_reg_weight": penalty, "target_modules": TARGETS, "task_type": "CAUSAL_LM",
     }  # fmt: skip
     theirs = peft.get_peft_model(llama(), peft.AdaLoraConfig(**options))
-    ours = rw.get_peft_model(llama(), rw.AdaLoraConfig(**options))
+    ours = rw.get_peft_model(llama(), rw.AdaLoraConfig(**options, init_lora_weights=True))
     own = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
         if ".lora_" in name:

@@ -31,7 +31,9 @@ def adapted(seed: int = 0, base: nn.Module | None = None, **changes: Any) -> Any
     torch.manual_seed(seed)
     layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     options = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": STEPS - LAST_ALLOCATION, "total_step": STEPS}
-    config = rw.AdaLoraConfig(**{**options, "target_modules": ["0", "2", "4"], **changes})
+    # The paper's form has all that can go wrong: a penalty, E that trains, ranks that grow back.
+    options |= {"target_modules": ["0", "2", "4"], "init_lora_weights": True}
+    config = rw.AdaLoraConfig(**{**options, **changes})
     return rw.get_peft_model(layers if base is None else base, config)
 
 
@@ -911,7 +913,7 @@ def test_the_trainer_accumulating_gradients_makes_one_step_of_several_batches(tm
     trainer.train()
     state = trainer.model.allocation_state
     assert state.step == state.total_step == trainer.state.global_step == 6
-    assert trainer.model.rank_summary().total_rank == 8
+    assert state.reached_target
 
 
 @pytest.mark.parametrize("event", ["on_optimizer_step", "on_step_end"])
@@ -931,7 +933,7 @@ def test_update_and_allocate_in_a_trainer_callback_keeps_control_and_counts_none
         trainer.train()
     first = 0 if event == "on_optimizer_step" else 1
     assert steps == list(range(first, 8 + first))
-    assert trainer.model.rank_summary().total_rank == 8
+    assert trainer.model.allocation_state.reached_target
     assert not [message for message in messages if "gradient" in message]
 
 

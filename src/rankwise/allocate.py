@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 
-def allocate(scores: Tensor, budget: int, tie_order: Tensor | None = None) -> Tensor:
+def allocate(
+    scores: Tensor, budget: int, tie_order: Tensor | None = None, costs: Tensor | None = None
+) -> Tensor:
     """Keep the ``budget`` triplets with the highest scores (Zhang et al., 2023, equation 6).
 
-    The budget is met exactly: equal scores are taken in the order given, and NaN counts as the lowest score.
+    The budget is met exactly: equal scores are taken in the order given, and NaN counts as the lowest score. With
+    ``costs`` triplets are kept, best first, as long as all that are kept cost no more than the budget.
 
     Args:
         scores: one score per triplet over all layers, (triplets,), floating point.
         budget: how many triplets stay, in [0, triplets].
         tie_order: all triplet numbers, (triplets,), int64, the one to prefer among equals first. None: 0, 1, 2, …
+        costs: what each triplet costs, (triplets,), int64, in the unit of ``budget``; None: one each.
 
     Returns:
         (triplets,), bool: True for a triplet that stays.
@@ -25,17 +29,21 @@ def allocate(scores: Tensor, budget: int, tie_order: Tensor | None = None) -> Te
     Example:
         >>> allocate(torch.tensor([0.1, 0.4, 0.4, 0.4]), budget=2)
         tensor([False,  True,  True, False])
+        >>> allocate(torch.tensor([0.1, 0.4, 0.3, 0.2]), budget=6, costs=torch.tensor([2, 2, 3, 2]))
+        tensor([False,  True,  True, False])
     """
-    if not 0 <= budget <= scores.numel():
+    if costs is None and not 0 <= budget <= scores.numel():
         raise ValueError(
             f"`budget` must be in [0, {scores.numel()}], the number of triplets, but is {budget}."
         )
     comparable = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if tie_order is not None:
         comparable = comparable[tie_order]
-    best = torch.argsort(comparable, descending=True, stable=True)[:budget]
+    best = torch.argsort(comparable, descending=True, stable=True)
     if tie_order is not None:
         best = tie_order[best]
     kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept[best] = True
-    return kept
+    if costs is None:
+        kept[best[:budget]] = True
+        return kept
+    return kept.index_copy_(0, best, costs[best].cumsum(0) <= budget)

@@ -72,6 +72,16 @@ def base_scaling(config: LoraConfig, path: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
+def gate(config: AdaLoraConfig) -> float:
+    """E of a gate that is open: it makes the update's scale LoRA's at rank ``target_r``, whatever there is to spare.
+
+    Example:
+        >>> gate(AdaLoraConfig(init_r=12, target_r=8))
+        1.5
+    """
+    return config.init_r / (math.sqrt(config.target_r) if config.use_rslora else config.target_r)
+
+
 def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attachment:
     """Find what ``config`` adapts in ``model`` and make the adapter's start; the model stays as it is.
 
@@ -227,6 +237,9 @@ def _start(layer: nn.Module, config: LoraConfig, path: str) -> Factors:
             nn.init.normal_(A, std=1 / rank)
             nn.init.normal_(B, std=1 / rank)
         return Factors(A, B, None, scaling)
+    if config.gated:
+        mixin.reset_factors(layer, A, B, gaussian=False)  # type: ignore[arg-type]
+        return Factors(A, B, torch.full((rank, 1), gate(config), **options), scaling)  # type: ignore[arg-type]
     deviation = ADALORA_STD if config.init_lora_weights else 1.0
     E = torch.zeros(rank, 1, **options) if config.init_lora_weights else torch.randn(rank, 1, **options)
     return Factors(A.normal_(std=deviation), B.normal_(std=deviation), E, scaling)

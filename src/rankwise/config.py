@@ -165,7 +165,7 @@ class LoraConfig(_CheckedKeywords):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | Literal["gaussian", "gated"] = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -210,7 +210,7 @@ class LoraConfig(_CheckedKeywords):
         values["bias"] = _one_of("bias", self.bias, _BIASES)
         if self.task_type is not None:
             values["task_type"] = _one_of("task_type", self.task_type, TASK_TYPES)
-        values["init_lora_weights"] = _start(self.init_lora_weights)
+        values["init_lora_weights"] = self._checked_start(self.init_lora_weights)
         values["alpha_pattern"] = _pattern("alpha_pattern", self.alpha_pattern, _positive)
         values["base_model_name_or_path"] = _text("base_model_name_or_path", self.base_model_name_or_path)
         values["revision"] = _text("revision", self.revision)
@@ -247,6 +247,17 @@ class LoraConfig(_CheckedKeywords):
             raise ValueError(
                 f"`layers_pattern`={pattern!r} needs `layers_to_transform`, which says what to count."
             )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the adapter has gates that do not train; see `AdaLoraConfig`."""
+        return False
+
+    @staticmethod
+    def _checked_start(value: Any) -> bool | str:
+        return _start(
+            value, "True (the update starts at 0), 'gaussian' (the same, with a normal A) or False (random)"
+        )
 
     # -- files
 
@@ -363,12 +374,23 @@ class AdaLoraConfig(LoraConfig):
         deltaT: steps between two allocations, at least 1.
         beta1: decay of the running sensitivity, in (0, 1).
         beta2: decay of the running uncertainty, in (0, 1).
-        orth_reg_weight: weight of the orthogonality penalty, at least 0.
+        orth_reg_weight: weight of the orthogonality penalty, at least 0; None: 0 with "gated", else 0.5.
         total_step: optimizer steps of the whole run. None: a trainer that knows it fills it in.
-        lora_alpha: the update is scaled by ``lora_alpha / init_r``, however many ranks are pruned.
+        lora_alpha: the update is scaled by ``lora_alpha / target_r`` with "gated", else by ``lora_alpha / init_r``,
+            however many ranks are pruned.
+        use_rslora: scale by ``lora_alpha / sqrt(target_r)`` instead; only with "gated".
+        init_lora_weights: "gated", or the method of the paper; see below.
         rank_pattern: the result of a run: for each ``"<module path>.lora_E"`` a list of ``init_r`` booleans,
             True for the ranks that stay.
         r: no field of AdaLoRA, taken with a warning for compatibility.
+
+    Two forms of the method share this class. ``init_lora_weights="gated"``, the default, starts and learns as LoRA
+    does: B = 0, A as in LoRA, and E is a gate that does not train, open until its rank is pruned for good. Ranks are
+    scored by what closing their gate would cost by the gradient, per parameter, and the budget counts parameters:
+    in the end there are no more than LoRA of rank ``target_r`` has. LoRA's learning rates are right for it.
+    With ``True`` (PEFT's value) it is the method of the paper as PEFT has it, number for number: E = 0 at the start,
+    A and B normal, everything trains and is scored, and ranks are counted. It needs a much larger learning rate.
+    "gaussian" is the same as True, and False starts at random, for tests.
 
     Raises:
         TypeError, ValueError: as LoraConfig; also a schedule without a step for pruning.
@@ -393,9 +415,15 @@ class AdaLoraConfig(LoraConfig):
     deltaT: int = 1
     beta1: float = 0.85
     beta2: float = 0.85
-    orth_reg_weight: float = 0.5
+    orth_reg_weight: float = None  # type: ignore[assignment]  # a number once it is checked
     total_step: int | None = None
+    init_lora_weights: bool | Literal["gaussian", "gated"] = "gated"
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
+
+    @property
+    def gated(self) -> bool:
+        """Whether E is a gate that does not train, and the budget counts parameters; see the class."""
+        return self.init_lora_weights == "gated"
 
     def resolved_schedule(self) -> BudgetSchedule:
         """The schedule in whole steps.
@@ -421,16 +449,24 @@ class AdaLoraConfig(LoraConfig):
             value = self.__dict__[name] = _number(name, self.__dict__[name])
             if not 0 < value < 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, both excluded, but is {value}.")
+        if self.__dict__["orth_reg_weight"] is None:
+            self.__dict__["orth_reg_weight"] = 0.0 if self.gated else 0.5
         weight = self.__dict__["orth_reg_weight"] = _number("orth_reg_weight", self.orth_reg_weight)
         if weight < 0:
             raise ValueError(f"`orth_reg_weight` must be at least 0, but is {weight}.")
-        if self.use_rslora:
+        if self.use_rslora and not self.gated:
             raise ValueError(
-                "`use_rslora` belongs to LoraConfig: AdaLoRA's scale is lora_alpha / init_r. "
-                "For a greater one, increase `lora_alpha`."
+                "`use_rslora` does not go with the paper's form of AdaLoRA, whose scale is lora_alpha / init_r. "
+                "For a greater one, increase `lora_alpha`; or leave `init_lora_weights` at 'gated'."
             )
         if self.alpha_pattern:
             raise ValueError("`alpha_pattern` belongs to LoraConfig: AdaLoRA has one `lora_alpha` for all.")
+
+    @staticmethod
+    def _checked_start(value: Any) -> bool | str:
+        if value == "gated":
+            return "gated"
+        return _start(value, "'gated' (LoRA's start, with gates), True (the paper's start) or False (random)")
 
     def _check_rank(self) -> None:
         values = self.__dict__
@@ -491,14 +527,14 @@ class AdaLoraConfig(LoraConfig):
     @classmethod
     def _from_file(cls, values: dict[str, Any], extra: dict[str, Any]) -> None:
         """Take what PEFT's AdaLoRA ignores: the kind of start, `r`, `use_rslora` and `alpha_pattern`."""
-        start = values.get("init_lora_weights")
-        if isinstance(start, str) and start != "gaussian":
+        start = values.setdefault("init_lora_weights", True)  # PEFT's default
+        if isinstance(start, str) and start not in ("gaussian", "gated"):
             extra["init_lora_weights"] = start
             values["init_lora_weights"] = True
         if values.get("r", _PEFT_DEFAULT_R) == _PEFT_DEFAULT_R:
             values.pop("r", None)
         for name in ("use_rslora", "alpha_pattern"):
-            if values.get(name):
+            if values.get(name) and not (name == "use_rslora" and start == "gated"):
                 warnings.warn(
                     f"`{name}` in the file has no effect on an AdaLoRA adapter, in PEFT as here: left out.",
                     UserWarning,
@@ -574,17 +610,12 @@ def _one_of(name: str, value: Any, choices: Sequence[str]) -> str:
     return str(value)
 
 
-def _start(value: Any) -> bool | str:
-    if isinstance(value, bool):
-        return value
-    if value == "gaussian":
-        return "gaussian"
+def _start(value: Any, choices: str) -> bool | str:
+    if isinstance(value, bool) or value == "gaussian":
+        return value  # type: ignore[no-any-return]
     if not isinstance(value, str):
-        raise TypeError(f"`init_lora_weights` must be True, False or 'gaussian', but is {_short(value)}.")
-    raise ValueError(
-        f"`init_lora_weights`={value!r} is not offered: use True (the update starts at 0), 'gaussian' (the "
-        "same, with a normal A) or False (A and B random)."
-    )
+        raise TypeError(f"`init_lora_weights` must be {choices}, but is {_short(value)}.")
+    raise ValueError(f"`init_lora_weights`={value!r} is not offered here: use {choices}.")
 
 
 def _names(name: str, value: Any) -> list[str] | None:

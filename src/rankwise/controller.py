@@ -7,6 +7,7 @@ gradient accumulation, under a GradScaler that skips steps, and in trainers that
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -25,20 +26,22 @@ from rankwise.distributed import (
     local,
     local_like,
     only_makes_state,
-    partitioned_by_deepspeed,
 )
 from rankwise.history import RankHistory
+from rankwise.importance import ElementImportance, GateImportance
 from rankwise.penalty import orthogonality_gradients, orthogonality_penalty
 from rankwise.runstate import RunState, RunWeights
 from rankwise.schedule import BudgetSchedule, Phase
-from rankwise.scores import TripletLayout, flatten, triplet_scores, update_scores
+from rankwise.scores import TripletLayout, update_scores
 from rankwise.turns import Turns
+from rankwise.zero import ZeroParts, partitioned, who_steps
 
 BUFFERS = ("rankwise_sensitivity", "rankwise_uncertainty", "rankwise_mask", "rankwise_skipped")
 
 _controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
 _PREFERENCE = ("lora_E", "lora_A", "lora_B")  # the optimizer that holds the first of these counts the steps
-_ABOUT_OPTIMIZERS = ("_held", "_penalized", "_heard")  # attributes that are not copied or pickled
+_ORDER = ("lora_A", "lora_E", "lora_B")  # in which DeepSpeed's parts of the factors are numbered
+_ABOUT_OPTIMIZERS = ("_held", "_penalized", "_heard", "_parts")  # attributes that are not copied or pickled
 
 Closure = Callable[[], Any]
 
@@ -104,14 +107,22 @@ class Controller:
         self.history = RankHistory(list(layers))
         self.history.record(0, self.initial, list(self.layout.ranks))
         self._told: set[str] = set()
+        self._idle = set(range(len(layers)))  # layers that have had no gradient in any scored step
+        if config.gated and config.orth_reg_weight:
+            self._tell(
+                f"`orth_reg_weight`={config.orth_reg_weight} pulls the columns of B to length 1, which suits the "
+                "paper's form (`init_lora_weights=True`). With gates B starts at 0 and learns best without it: "
+                "leave it out."
+            )
         self._turns = Turns()
         self._forget_optimizers()
         self._cache: dict[Any, Any] = {}
         device = factors[0]["lora_A"].device
-        elements = self.layout.elements if self.prunes else 0
+        self.importance = (GateImportance if config.gated else ElementImportance)(self.layout)
+        entries = self.importance.entries if self.prunes else 0
         values = (
-            torch.zeros(elements, device=device),
-            torch.zeros(elements, device=device),
+            torch.zeros(entries, device=device),
+            torch.zeros(entries, device=device),
             torch.ones(self.initial, dtype=torch.bool, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
         )
@@ -138,6 +149,7 @@ class Controller:
     def _forget_optimizers(self) -> None:
         self._held: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKeyDictionary()
         self._penalized: tuple[weakref.ref[Tensor], int] | None = None
+        self._parts: ZeroParts | None = None  # of a model in DeepSpeed ZeRO
         self._heard = False  # an optimizer's steps are heard of, so that scores need no call by hand
 
     @property
@@ -179,7 +191,7 @@ class Controller:
         return AllocationState(
             step=self.step,
             phase=str(phase),
-            budget=int(self._buffer("mask").sum()),
+            budget=self._budget(),
             target=self.target,
             initial=self.initial,
             skipped_steps=int(self._buffer("skipped")),
@@ -196,11 +208,15 @@ class Controller:
         if self.fixed or not self.prunes or not self.step:
             return
         self._tell(
-            f"At step {self.step} the budget is {int(self._buffer('mask').sum())} triplets; its target is "
+            f"At step {self.step} the budget is {self._budget()} triplets; its target is "
             f"{self.target}, which the schedule reaches at step "
             f"{self.schedule.last_allocation if self.schedule else '?'}. If training ends here, call "
             "`model.finalize_ranks()`, which brings it to the target, and save (again)."
         )
+
+    def _budget(self) -> int:
+        """The budget of the last allocation, in triplets of average size. Waits for the device."""
+        return self.history.records[-1].budget if self.config.gated else int(self._buffer("mask").sum())
 
     # One optimizer step.
 
@@ -223,6 +239,9 @@ class Controller:
                 "LBFGS compares values of the loss within a step, and the orthogonality penalty is in no loss: "
                 f"set `orth_reg_weight=0` (it is {self.config.orth_reg_weight}), or use another optimizer."
             )
+        if held := self._in_parts(optimizer):
+            self._add_penalty_to_parts(optimizer, held)
+            return closure
         if not self._turns.begin(optimizer):
             return closure
         if closure is None or not self.config.orth_reg_weight:
@@ -277,6 +296,9 @@ class Controller:
 
         If `update_and_allocate` is called by hand, only the scores: gradients may be gone by then.
         """
+        if held := self._in_parts(optimizer):
+            self._after_parts(optimizer, held)
+            return
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips steps by itself
         if (skipped is not None and bool(skipped)) or not self._counts(optimizer):
             return
@@ -285,6 +307,66 @@ class Controller:
         elif self._scores_at(self.step + 1):
             self._update_scores()
         self._heard = True
+
+    @torch.no_grad()
+    def _add_penalty_to_parts(self, optimizer: torch.optim.Optimizer, held: frozenset[int]) -> None:
+        """As `_add_penalty`, where DeepSpeed ZeRO steps parts of the adapter in place of its parameters."""
+        weight, layers, parts = self.config.orth_reg_weight, len(self.layers), self._zero_parts()
+        if parts is None or not weight:
+            return
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            weight = -weight
+        numbers = [n for n in sorted(held) if not layers <= n < 2 * layers]  # A and B
+        pieces = list(parts.pieces(optimizer))
+        whole = dict(zip(numbers, parts.gathered(numbers, pieces, lambda piece: piece.master), strict=True))
+        for columns in (False, True):
+            own = [number for number in numbers if (number >= 2 * layers) == columns]
+            matrices = [whole[number] for number in own]
+            added = orthogonality_gradients(matrices, columns, weight, 2 * layers)
+            parts.add_to_gradients(pieces, dict(zip(own, added, strict=True)))
+
+    @torch.no_grad()
+    def _after_parts(self, optimizer: torch.optim.Optimizer, held: frozenset[int]) -> None:
+        """As `after_step`, where DeepSpeed ZeRO steps parts of the adapter, maybe one after the other."""
+        parts = self._zero_parts()
+        if parts is None:
+            return
+        if self._scores_at(self.step + 1):
+            layers = len(self.layers)
+            measured = [
+                _ORDER.index(key) * layers + n for key in self.importance.factors for n in range(layers)
+            ]
+            numbers = [number for number in measured if number in held]
+            products = parts.gathered(
+                numbers, parts.pieces(optimizer), lambda piece: piece.master * piece.gradient
+            )
+            known = dict(zip(numbers, products, strict=True))
+            self._move_scores([known.get(number) for number in measured])
+        self._idle.clear()  # ZeRO has zeros where there was no gradient
+        if parts.stepped(held):
+            if self.automatic:
+                self._advance(self.step + 1, scores_too=False)
+            self._heard = True
+
+    def _zero_parts(self) -> ZeroParts | None:
+        """The adapter's A, E and B as DeepSpeed ZeRO holds them; None if it doesn't."""
+        if self._parts is None and "deepspeed" in sys.modules:
+            own = [parameter for key in _ORDER for parameter in self._factors(key)]
+            if any(map(partitioned, own)):
+                self._parts = ZeroParts(own)
+        return self._parts
+
+    def _in_parts(self, optimizer: torch.optim.Optimizer) -> frozenset[int]:
+        """Which of `_zero_parts` DeepSpeed is about to step or has stepped with ``optimizer``; mostly none."""
+        if "deepspeed" not in sys.modules or self._held_by(optimizer):
+            return frozenset()
+        (caller, owner), parts = who_steps(), self._zero_parts()
+        if caller.startswith("deepspeed.runtime.fp16") and parts is None and self.prunes and not self.fixed:
+            raise ValueError(
+                "DeepSpeed's half precision without ZeRO steps a flat copy of the parameters, so no rank would ever "
+                'change. Set "stage" under "zero_optimization" in its configuration to 1, 2 or 3.'
+            )
+        return frozenset() if parts is None else parts.held(owner, optimizer)
 
     def _counts(self, optimizer: torch.optim.Optimizer) -> bool:
         layers = list(self.layers.values())
@@ -326,6 +408,7 @@ class Controller:
             if scores_too and self._scores_at(step):
                 self._update_scores()
             if schedule.allocates(step) or step > schedule.last_allocation:
+                self._tell_of_idle_layers()
                 self._allocate(schedule.budget(step, self.initial, self.target))
             if step >= schedule.last_allocation:
                 self._fix()
@@ -340,7 +423,7 @@ class Controller:
 
     @torch.no_grad()
     def _update_scores(self) -> None:
-        factors = [parameter for key in ("lora_A", "lora_E", "lora_B") for parameter in self._factors(key)]
+        factors = [parameter for key in self.importance.factors for parameter in self._factors(key)]
         gradients = [parameter.grad for parameter in factors]
         if all(gradient is None for gradient in gradients):
             self._tell(
@@ -348,20 +431,26 @@ class Controller:
                 "on, the adapter does not take part in the loss."
             )
             return
-        device = self._buffer("sensitivity").device
-        known = None
-        if any(gradient is None for gradient in gradients):
-            sizes = torch.tensor([parameter.numel() for parameter in factors], device=device)
-            present = torch.tensor([gradient is not None for gradient in gradients], device=device)
-            known = present.repeat_interleave(sizes, output_size=self.layout.elements)
+        if self._idle:
+            count = len(self.layers)
+            self._idle -= {n % count for n, gradient in enumerate(gradients) if gradient is not None}
         weights = [parameter.detach() for parameter in factors]
         filled = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
         if any(weight.element_size() < 4 for weight in weights):
             weights, filled = [w.float() for w in weights], [g.float() for g in filled]
+        products = gather(torch._foreach_mul(weights, filled))
+        self._move_scores(
+            [None if g is None else product for g, product in zip(gradients, products, strict=True)]
+        )
+
+    def _move_scores(self, products: list[Tensor | None]) -> None:
+        """Move the scores on by weight times gradient of all A, E and B; None where there is no gradient."""
+        device = self._buffer("sensitivity").device
+        importance, known = self.importance.measure(products, device)
         counted = update_scores(
             self._buffer("sensitivity"),
             self._buffer("uncertainty"),
-            flatten(gather(torch._foreach_mul(weights, filled)), device),
+            importance,
             self.config.beta1,
             self.config.beta2,
             known,
@@ -372,21 +461,37 @@ class Controller:
 
     def _allocate(self, budget: int) -> None:
         mask = self._buffer("mask")
-        scores = triplet_scores(self.layout, self._buffer("sensitivity"), self._buffer("uncertainty"))
-        frozen = [not layer.lora_E[self.adapter].requires_grad for layer in self.layers.values()]
+        scores = self.importance.per_triplet(self._buffer("sensitivity"), self._buffer("uncertainty"))
+        frozen = [not parameter.requires_grad for parameter in self._factors(self.importance.decisive)]
+        costs = self.layout.costs_on(mask.device) if self.config.gated else None
+        if costs is not None:  # a gate that is closed stays closed
+            scores = scores.nan_to_num(nan=0.0).masked_fill(~mask, -torch.inf)
+        allowance = budget if costs is None else budget * sum(self.layout.costs) // self.initial
         if any(frozen):
-            budget, scores = self._leave_out(frozen, budget, scores)
-        mask.copy_(allocate(scores, budget, self._index("tie_order", self.layout.round_robin(), mask.device)))
+            budget, allowance, scores = self._leave_out(frozen, budget, scores, costs)
+        tie_order = self._index("tie_order", self.layout.round_robin(), mask.device)
+        chosen = allocate(scores, allowance, tie_order, costs)
+        mask.copy_(chosen if costs is None else mask & chosen)
         E = [layer.lora_E[self.adapter] for layer in self.layers.values()]
         kept = mask.to(E[0].dtype)[:, None].split(self.layout.ranks)
-        torch._foreach_mul_(
-            [local(one) for one in E],
-            [local_like(one_mask, one) for one_mask, one in zip(kept, E, strict=True)],
-        )
+        parts = self._zero_parts()
+        if parts is not None:
+            parts.multiply(range(len(E), 2 * len(E)), kept)
+        else:
+            torch._foreach_mul_(
+                [local(one) for one in E],
+                [local_like(one_mask, one) for one_mask, one in zip(kept, E, strict=True)],
+            )
         self.history.record(self.step, budget, self._ranks(mask))
 
-    def _leave_out(self, frozen: list[bool], budget: int, scores: Tensor) -> tuple[int, Tensor]:
-        """Frozen layers keep the triplets that they have; the others share a budget of their own."""
+    def _leave_out(
+        self, frozen: list[bool], budget: int, scores: Tensor, costs: Tensor | None
+    ) -> tuple[int, int, Tensor]:
+        """Frozen layers keep the triplets that they have; the others share a budget of their own.
+
+        Returns:
+            The whole budget in triplets, the same in what triplets cost, and the scores to allocate by.
+        """
         frozen_triplets = self._per_triplet(frozen, scores.device)
         held = self._buffer("mask") & frozen_triplets
         layers = [rank for rank, is_frozen in zip(self.layout.ranks, frozen, strict=True) if not is_frozen]
@@ -394,9 +499,13 @@ class Controller:
         target = min(self.config.target_r * len(layers), initial)
         share = target if budget == self.target else self._budget_of(initial, target)
         finite = torch.finfo(scores.dtype)
-        scores = scores.nan_to_num(nan=finite.min, posinf=finite.max, neginf=finite.min)
+        scores = scores.nan_to_num(nan=finite.min, posinf=finite.max)
         scores = scores.masked_fill(frozen_triplets, -torch.inf).masked_fill(held, torch.inf)
-        return share + int(held.sum()), scores
+        whole = share + int(held.sum())
+        if costs is None:
+            return whole, whole, scores
+        own = int(costs.masked_fill(frozen_triplets, 0).sum()) * share // max(initial, 1)
+        return whole, own + int((costs * held).sum()), scores
 
     def _budget_of(self, initial: int, target: int) -> int:
         return self.schedule.budget(self.step, initial, target) if self.schedule else initial
@@ -452,7 +561,7 @@ class Controller:
         """Sum of the scores of each layer's kept triplets; NaN where nothing is scored."""
         if not self.prunes:
             return [float("nan")] * len(self.layers)
-        scores = triplet_scores(self.layout, self._buffer("sensitivity"), self._buffer("uncertainty"))
+        scores = self.importance.per_triplet(self._buffer("sensitivity"), self._buffer("uncertainty"))
         per_layer = (scores * self._buffer("mask")).cpu().split(self.layout.ranks)
         return [float(part.sum()) for part in per_layer]
 
@@ -470,6 +579,7 @@ class Controller:
             leader=self._turns.leader,
             schedule=self.schedule,
             target_r=self.config.target_r,
+            gated=self.config.gated,
             weights=self._weights(),
             history=self.history,
         )
@@ -487,6 +597,7 @@ class Controller:
             schedule = self.config.with_total_step(state.schedule.total_step).resolved_schedule()
         there: dict[str, Any] = {"lora_alpha": state.weights.lora_alpha, "target_r": state.target_r}
         here: dict[str, Any] = {"lora_alpha": self.config.lora_alpha, "target_r": self.config.target_r}
+        there["gated"], here["gated"] = state.gated, self.config.gated
         if self.prunes and schedule and state.schedule:
             there |= vars(state.schedule)
             here |= vars(schedule)
@@ -559,6 +670,17 @@ class Controller:
             self._told.add(message)
             warnings.warn(message, stacklevel=2)
 
+    def _tell_of_idle_layers(self) -> None:
+        """Name the layers that a whole warm-up has left without a gradient, while others had one."""
+        trains = [parameter.requires_grad for parameter in self._factors(self.importance.decisive)]
+        idle = [path for n, path in enumerate(self.layers) if n in self._idle and trains[n]]
+        if idle and self._heard and len(self._idle) < len(self.layers):
+            self._tell(
+                f"The adapter on {', '.join(map(repr, idle[:3]))}{' and more' if len(idle) > 3 else ''} has had no "
+                "gradient in any step so far, so it does not train: the loss goes round the layer, as TRL's goes round "
+                "`lm_head`. Leave it out of `target_modules`, or train it whole (`modules_to_save`)."
+            )
+
     def _tell_of_skipped_steps(self) -> None:
         if "skipped" not in self._told and int(self._buffer("skipped")):
             self._told.add("skipped")
@@ -571,7 +693,7 @@ class Controller:
 
     def holds(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this optimizer trains any of this adapter."""
-        return bool(self._held_by(optimizer))
+        return bool(self._held_by(optimizer) or self._in_parts(optimizer))
 
     def _held_by(self, optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
         """Numbers, in `_PREFERENCE`'s order, of the adapter's parameters that the optimizer holds."""
@@ -580,13 +702,7 @@ class Controller:
         known = self._held.get(optimizer)
         if known is None or known[0] != mark:
             own = [parameter for kind in _PREFERENCE for parameter in self._factors(kind)]
-            if self.prunes and not self.fixed and any(map(partitioned_by_deepspeed, own)):
-                raise ValueError(
-                    "DeepSpeed ZeRO keeps the adapter's parameters and gradients in parts of its own, so importance "
-                    "can't be scored and no rank would change. Use DistributedDataParallel or `fully_shard` (FSDP "
-                    "version 2), or ranks that are found already (`LoraConfig`)."
-                )
-            if any(not isinstance(p, nn.Parameter) or p.dim() != 2 for p in own):
+            if any(not isinstance(p, nn.Parameter) or p.dim() != 2 and not partitioned(p) for p in own):
                 raise ValueError(
                     "The adapter's parameters are no matrices any more: FullyShardedDataParallel (FSDP version 1) "
                     "flattens them, and AdaLoRA needs rows and columns. Use `fully_shard` (FSDP version 2)."

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
+from rankwise import zero
+
 
 def many_processes() -> bool:
     """Whether this process is one of a group: then gradients may be averaged over it."""
@@ -76,6 +78,9 @@ def take_part(output: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
 
     Without a process group, or where no gradients are computed, it is ``output`` itself.
     """
+    parameters = list(parameters)
+    if not torch.compiler.is_compiling():
+        zero.refuse_away(parameters)  # a factor that is not here looks like a layer at rank 0
     if not torch.is_grad_enabled():
         note_use(parameters)
     if not torch.is_grad_enabled() or not many_processes():
@@ -150,9 +155,9 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def partitioned_by_deepspeed(parameter: Any) -> bool:
-    """Whether DeepSpeed ZeRO steps parts of its own in place of this parameter."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")  # stage 3; stages 1 and 2
+def shared_out(model: nn.Module) -> bool:
+    """Whether only all processes together can read the model's parameters."""
+    return any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def local(tensor: Any) -> Tensor:
@@ -186,7 +191,8 @@ def gather(tensors: Sequence[Any]) -> list[Tensor]:
     All processes must call it together. What is sharded by rows, as FSDP2 does, takes one exchange between the
     processes for all tensors of one dtype.
     """
-    whole = list(tensors)
+    with zero.whole(tensors):
+        whole = [t.detach().clone() if hasattr(t, "ds_id") else t for t in tensors]
     together: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
         if is_sharded(tensor):

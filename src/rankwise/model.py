@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise import storage
+from rankwise import storage, zero
 from rankwise.adapters.quantized import hold_layout, release_layout
 from rankwise.attach import (
     Attachment,
@@ -32,7 +32,7 @@ from rankwise.attach import (
 )
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.controller import BUFFERS, AllocationState, Controller
-from rankwise.distributed import all_wait_for_this, is_sharded, writes_files
+from rankwise.distributed import all_wait_for_this, is_sharded, shared_out, writes_files
 from rankwise.history import RankHistory
 from rankwise.hub import find_adapter_folder
 from rankwise.inplace import InPlace, add_methods, remove_methods
@@ -117,7 +117,7 @@ class PeftModel(InPlace, nn.Module):
         The adapter "default" goes into the folder itself, any other into a sub-folder of its name. The folder is
         replaced as a whole or not at all.
 
-        With many processes, only the first writes. If they share out the parameters (``fully_shard``), all of
+        With many processes, only the first writes. If they share out the parameters (``fully_shard``, ZeRO-3), all of
         them must call this together; they go on when the folder is complete.
 
         Args:
@@ -136,8 +136,16 @@ class PeftModel(InPlace, nn.Module):
             OSError: it can't be written; what was there before is whole.
         """
         writes = writes_files() if is_main_process is None else is_main_process
-        sharded = state_dict is None and any(map(is_sharded, self.parameters()))
+        sharded = state_dict is None and shared_out(self)
         if not (writes or sharded):
+            return
+        if state_dict is not None and not state_dict and shared_out(self):
+            warnings.warn(
+                f"No adapter is written to {str(save_directory)!r}: the trainer has gathered no weights. Set "
+                '"stage3_gather_16bit_weights_on_model_save" under "zero_optimization" in DeepSpeed\'s configuration, '
+                "or call `model.save_pretrained(folder)` in all processes.",
+                stacklevel=2,
+            )
             return
         if unused.get("safe_serialization") is False:
             raise ValueError("Adapters are only saved as safetensors: leave `safe_serialization` out.")
@@ -167,6 +175,7 @@ class PeftModel(InPlace, nn.Module):
     ) -> None:
         controller = self._controller_of(name)
         state = storage.plain_state(self.state_dict() if state_dict is None else state_dict)
+        state.setdefault("_extra_state", self.get_extra_state())  # DeepSpeed leaves it out of what it gathers
         checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
         if controller is not None and not checkpoint:
             controller.tell_if_unfinished()
@@ -221,9 +230,15 @@ class PeftModel(InPlace, nn.Module):
 
         Raises:
             FileNotFoundError: there is no such adapter.
-            ValueError: a file is broken or of another adapter, or an adapter is merged. Nothing has changed then.
+            ValueError: a file is broken or of another adapter, an adapter is merged, or DeepSpeed ZeRO holds the
+                model. Nothing has changed then.
         """
         self._refuse_merged()
+        if any(map(zero.partitioned, self.parameters())):
+            raise ValueError(
+                "DeepSpeed ZeRO trains copies of the adapter's parameters, which `load_checkpoint` doesn't reach. Call "
+                "it before `deepspeed.initialize`, or load a checkpoint of DeepSpeed's with `engine.load_checkpoint`."
+            )
         trained = self._rankwise_controller.adapter if self._rankwise_controller else None
         names = dict.fromkeys(name for name in (trained, *self.active_adapters) if name is not None)
         loads = [self._prepare(Path(folder), name) for name in ([adapter_name] if adapter_name else names)]
@@ -312,8 +327,10 @@ class PeftModel(InPlace, nn.Module):
             layer.active_adapters = list(names)
             for name in layer.lora_A:
                 trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
-                for parameter in layer.adapter_parameters(name).values():
-                    parameter.requires_grad_(trains)
+                for key, parameter in layer.adapter_parameters(name).items():
+                    parameter.requires_grad_(
+                        trains and not (key == "lora_E" and self.peft_config[name].gated)
+                    )
         for module in saved_modules(self).values():
             held = [name for name in names if name in module.modules_to_save]
             module.active_adapter = held[0] if held else None
@@ -409,9 +426,9 @@ class PeftModel(InPlace, nn.Module):
             layer.merge([name for name in names if name in layer.lora_A], for_good)
 
     def _refuse_sharded(self, method: str) -> None:
-        if any(map(is_sharded, self.parameters())):
+        if shared_out(self):
             raise ValueError(
-                f"`{method}` can't work on a model that is shared out over processes (`fully_shard`). Save the "
+                f"`{method}` can't work on a model that is shared out over processes. Save the "
                 "adapter with `save_pretrained`, called by all processes, and load it into a whole model."
             )
 
@@ -567,6 +584,9 @@ class PeftModel(InPlace, nn.Module):
                 raise ValueError(f"{state[:80]!r} is not the state of a run ({error}).") from None
         if self._rankwise_controller is not None and state.numel():
             self._rankwise_controller.load_packed_state(state)
+        for name in self.peft_config:
+            for layer in adapter_layers(self, name).values():
+                zero.tell_who_uses(layer, layer.adapter_parameters(name).values())
 
     # Inside.
 

@@ -15,9 +15,9 @@ from rankwise.history import RankHistory
 from rankwise.schedule import BudgetSchedule
 
 _LAYOUT = (
-    1  # of the packed tensor: [_LAYOUT, the counters, the schedule, target_r, the weights' bits, the history]
+    2  # of the packed tensor: [_LAYOUT, the counters, the schedule, target_r, the weights' bits, the history]
 )
-_WHOLE = 10
+_WHOLE = 11
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class RunState:
         leader: number of the parameter whose optimizer counts the steps; None before the first.
         schedule: None if the length of the run is not known.
         target_r: average rank in the end.
+        gated: E is a gate; see `AdaLoraConfig`.
         weights: the other settings.
         history: the allocations so far.
     """
@@ -52,6 +53,7 @@ class RunState:
     leader: int | None
     schedule: BudgetSchedule | None
     target_r: int
+    gated: bool
     weights: RunWeights
     history: RankHistory
 
@@ -62,7 +64,7 @@ class RunState:
         whole = [_LAYOUT, self.step, self.fixed, self.automatic, leader]
         whole += [plan.tinit, plan.tfinal, plan.total_step, plan.deltaT] if plan else [0] * 4
         bits = torch.tensor([float(value) for value in vars(self.weights).values()], dtype=torch.float64)
-        head = torch.tensor([*whole, self.target_r], dtype=torch.int64)
+        head = torch.tensor([*whole, self.target_r, self.gated], dtype=torch.int64)
         return torch.cat([head, bits.view(torch.int64), self.history.to_tensor()])
 
     @classmethod
@@ -74,8 +76,8 @@ class RunState:
 
         Example:
             >>> from rankwise.schedule import BudgetSchedule
-            >>> state = RunState(3, False, True, 0, BudgetSchedule(1, 2, 9), 4, RunWeights(8, 0.1, 0.8, 0.9, 0.5),
-            ...                  RankHistory(["fc"]))
+            >>> state = RunState(3, False, True, 0, BudgetSchedule(1, 2, 9), 4, True,
+            ...                  RunWeights(8, 0.1, 0.8, 0.9, 0.5), RankHistory(["fc"]))
             >>> RunState.from_tensor(["fc"], state.to_tensor()) == state
             True
         """
@@ -86,14 +88,14 @@ class RunState:
                 f"shape {tuple(packed.shape)}."
             )
         packed = packed.cpu()
-        layout, step, fixed, automatic, leader, tinit, tfinal, total, deltaT, target = packed[
-            :_WHOLE
-        ].tolist()
+        whole = packed[:_WHOLE].tolist()
+        layout, step, fixed, automatic, leader, tinit, tfinal, total, deltaT, target, gated = whole
         if layout != _LAYOUT:
             raise ValueError(
                 f"The state of the run has layout {layout}; this version of rankwise reads {_LAYOUT}."
             )
-        sensible = step >= 0 and fixed in (0, 1) and automatic in (0, 1) and leader >= -1 and target >= 1
+        flags = {fixed, automatic, gated} <= {0, 1}
+        sensible = step >= 0 and flags and leader >= -1 and target >= 1
         weights = packed[_WHOLE:start].view(torch.float64)
         if not sensible or not weights.isfinite().all():
             raise ValueError("The state of the run holds numbers that no run has: it is damaged.")
@@ -105,6 +107,7 @@ class RunState:
             leader=None if leader < 0 else leader,
             schedule=BudgetSchedule(tinit, tfinal, total, deltaT) if total else None,
             target_r=target,
+            gated=bool(gated),
             weights=RunWeights(*weights.tolist()),
             history=history,
         )

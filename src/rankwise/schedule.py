@@ -4,7 +4,7 @@ AdaLoRA (Zhang et al., 2023, https://arxiv.org/abs/2303.10512, section 3.3) trai
 
 - *warm-up*, steps 1 to ``tinit``: every rank trains and none is pruned;
 - *pruning*, up to step ``total_step - tfinal``: the budget falls along a cubic curve, and every ``deltaT``
-  steps the triplets with the lowest scores lose their singular value;
+  steps the triplets with the lowest scores are switched off;
 - *final*, the last ``tfinal`` steps: the choice of ranks is fixed and what is left is fine-tuned.
 """
 

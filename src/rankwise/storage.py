@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise import zero
 from rankwise.adapters import AdapterLayer, adapters_for
 from rankwise.atomic import read_folder, write_folder
 from rankwise.attach import (
@@ -681,11 +682,12 @@ def trains_more(model: Any, adapter: str) -> bool:
 
 def gathered_state(model: nn.Module, adapter: str, bias: str, more: Iterable[str] = ()) -> dict[str, Any]:
     """What `write_adapter` needs of a sharded model's state dictionary, whole; all processes must call it together."""
-    state = plain_state(model.state_dict())
     biases = bias_names(model, bias, list(adapter_layers(model, adapter)), list(saved_modules(model)))
     keys = list(dict.fromkeys([*training_keys(model, adapter), *map(plain_name, biases), *more]))
-    tensors = [key for key in keys if isinstance(state[key], Tensor)]
-    whole = [tensor.cpu() for tensor in gather([state[key] for key in tensors])]
+    with zero.whole(p for name, p in model.named_parameters() if plain_name(name) in keys):
+        state = plain_state(model.state_dict())
+        tensors = [key for key in keys if isinstance(state[key], Tensor)]
+        whole = [tensor.to("cpu", copy=True) for tensor in gather([state[key] for key in tensors])]
     return {**{key: state[key] for key in keys}, **dict(zip(tensors, whole, strict=True))}
 
 

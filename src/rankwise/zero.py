@@ -1,0 +1,278 @@
+"""DeepSpeed ZeRO (stages 1 to 3): reading and changing an adapter of which each process holds a part.
+
+ZeRO lays the parameters that train end to end in flat vectors, shares these out, and steps the user's optimizer on
+the shares: float32 *masters*, with gradients that are averaged, unscaled and clipped by then. The parameters
+themselves are copied from the masters after the step. So what is done before and after a step is done on the
+masters, at the moment when that optimizer steps; and what concerns whole matrices is put together from all
+processes first.
+
+DeepSpeed steps the optimizer once for each of its vectors, so the adapter may be stepped in several goes.
+
+Nothing here imports DeepSpeed: it marks the parameters that it has taken over.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_FRAMES = 10  # between DeepSpeed's call of an optimizer's step and a hook of that step, at the most
+_GROUPS_AND_VECTORS = (  # attributes of the ZeRO optimizers: lists of parameters, and the vector that each is in
+    ("bit16_groups", "single_partition_of_fp32_groups"),  # stages 1 and 2
+    ("fp16_groups", "fp32_partitioned_groups_flat"),  # stage 3, of any precision
+    ("bf16_groups", "fp32_groups_flat_partition"),  # stage 1 in bfloat16
+)
+
+
+def partitioned(parameter: Any) -> bool:
+    """Whether DeepSpeed ZeRO steps parts of its own in place of this parameter."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")  # stage 3; stages 1 and 2
+
+
+def is_away(tensor: Any) -> bool:
+    """Whether a parameter is shared out (stage 3), so that there is nothing in it at the moment."""
+    return bool(getattr(tensor, "ds_numel", 0)) and not tensor.numel()
+
+
+def whole(parameters: Iterable[Any]) -> AbstractContextManager[None]:
+    """A context in which ``parameters`` can be read whole. All processes enter it together."""
+    own = [parameter for parameter in parameters if is_away(parameter)]
+    if not own:
+        return nullcontext()
+    gathered: AbstractContextManager[None] = sys.modules["deepspeed"].zero.GatheredParameters(own)
+    return gathered
+
+
+def tell_who_uses(layer: nn.Module, parameters: Iterable[Any]) -> None:
+    """Tell ZeRO-3 that ``layer`` computes with ``parameters``, which are those of modules that it never calls.
+
+    It finds out by itself in a forward pass, but then it may be confused about the order in which it needs them.
+    """
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            sys.modules["deepspeed"].zero.register_external_parameter(layer, parameter)
+
+
+def refuse_away(parameters: Iterable[Any]) -> None:
+    """Refuse to compute with factors that stage 3 has shared out.
+
+    Raises:
+        ValueError: one of ``parameters`` is.
+    """
+    largest = max((int(parameter.ds_numel) for parameter in parameters if is_away(parameter)), default=0)
+    if largest:
+        raise ValueError(
+            f"DeepSpeed ZeRO-3 has shared out a factor of {largest} elements of an adapter, which must stay whole in "
+            'every process. Set "stage3_param_persistence_threshold" under "zero_optimization" in DeepSpeed\'s '
+            "configuration to more than the elements of the largest factor (rank times width)."
+        )
+
+
+def who_steps() -> tuple[str, Any]:
+    """The module of DeepSpeed that is stepping an optimizer, and the ZeRO optimizer around that one.
+
+    To be called from a hook of the step. "" and None where it is no affair of DeepSpeed's, or of ZeRO's.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    caller = ""
+    for _ in range(_FRAMES):
+        if frame is None:
+            break
+        name: str = frame.f_globals.get("__name__", "")
+        if name.startswith("deepspeed."):
+            caller = caller or name
+            owner = frame.f_locals.get("self")
+            if any(hasattr(owner, vectors) for _, vectors in _GROUPS_AND_VECTORS):
+                return caller, owner
+        frame = frame.f_back
+    return caller, None
+
+
+class Piece(NamedTuple):
+    """A part of one parameter that this process steps."""
+
+    number: int  # the parameter's
+    start: int  # of the piece among the parameter's elements
+    master: Tensor  # (n,), float32, a view
+    gradient: Tensor  # (n,), a view
+
+
+class ZeroParts:
+    """The parameters of one adapter, as ZeRO holds them.
+
+    Args:
+        parameters: all of them; they are called by their number in this list.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._stepped: set[int] = set()
+
+    @property
+    def _group(self) -> Any:
+        first = next(p for p in self.parameters if partitioned(p))
+        return getattr(first, "ds_process_group", None) or getattr(first, "_dp_group", None)
+
+    def _trained(self) -> Iterator[int]:
+        """Numbers of the parameters that ZeRO steps, in any process."""
+        for number, parameter in enumerate(self.parameters):
+            if _is_stepped(parameter):
+                yield number
+
+    # Steps.
+
+    def held(self, owner: Any, optimizer: torch.optim.Optimizer) -> frozenset[int]:
+        """Numbers of the parameters of which any process steps a piece with the vectors now in ``optimizer``.
+
+        It is the same in all processes, though not all of them need to hold a piece.
+
+        Args:
+            owner: the ZeRO optimizer, as `who_steps` tells.
+            optimizer: the one that it steps.
+        """
+        stepped = {id(vector) for vector in _vectors(optimizer)}
+        names = next((pair for pair in _GROUPS_AND_VECTORS if hasattr(owner, pair[1])), None)
+        if names is None:
+            return frozenset()
+        groups, vectors = (getattr(owner, name) for name in names)
+        inside = {
+            id(p)
+            for group, vector in zip(groups, vectors, strict=True)
+            if id(vector) in stepped
+            for p in group
+        }
+        return frozenset(number for number, p in enumerate(self.parameters) if id(p) in inside)
+
+    def stepped(self, numbers: Iterable[int]) -> bool:
+        """Note that ``numbers`` were stepped; whether that was the last of what the adapter's step consists of."""
+        self._stepped.update(numbers)
+        if not self._stepped.issuperset(self._trained()):
+            return False
+        self._stepped.clear()
+        return True
+
+    def pieces(self, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
+        """This process's pieces in the vectors that ``optimizer`` holds now."""
+        vectors = list(_vectors(optimizer))
+        for number in self._trained():
+            master, start = _master(self.parameters[number])
+            if master is None:
+                continue
+            for vector in vectors:
+                offset = _place_in(vector, master)
+                if offset is not None and vector.grad is not None:
+                    gradient = vector.grad.view(-1)[offset : offset + master.numel()]
+                    yield Piece(number, start, master, gradient)
+
+    # Whole tensors.
+
+    def gathered(
+        self, numbers: Sequence[int], pieces: Iterable[Piece], value: Callable[[Piece], Tensor]
+    ) -> list[Tensor]:
+        """The whole of ``numbers``, with ``value`` of each piece in its place; float32, in their shapes.
+
+        All processes call it together: it costs one exchange between them.
+        """
+        shapes = [_shape(self.parameters[number]) for number in numbers]
+        vector = torch.zeros(sum(shape.numel() for shape in shapes), device=self.parameters[0].device)
+        places = dict(zip(numbers, vector.split([shape.numel() for shape in shapes]), strict=True))
+        for piece in pieces:
+            if piece.number in places:
+                values = value(piece)
+                places[piece.number][piece.start : piece.start + values.numel()].copy_(values)
+        torch.distributed.all_reduce(vector, group=self._group)
+        return [places[number].view(shape) for number, shape in zip(numbers, shapes, strict=True)]
+
+    @staticmethod
+    def add_to_gradients(pieces: Iterable[Piece], added: dict[int, Tensor]) -> None:
+        """Add to the pieces' gradients: number -> a whole matrix."""
+        for piece in pieces:
+            if piece.number in added:
+                part = added[piece.number].reshape(-1)[piece.start : piece.start + piece.gradient.numel()]
+                piece.gradient.add_(part.to(piece.gradient))
+
+    def multiply(self, numbers: Iterable[int], factors: Iterable[Tensor]) -> None:
+        """Multiply whole parameters by ``factors``, of their shapes: masters, and what is computed with, alike."""
+        for number, factor in zip(numbers, factors, strict=True):
+            parameter = self.parameters[number]
+            if not is_away(parameter):
+                parameter.data.mul_(factor.to(parameter))
+            if hasattr(parameter, "ds_tensor"):
+                part = _part_of_stage_3(parameter, factor)
+                parameter.ds_tensor.data.view(-1)[: part.numel()].mul_(part.to(parameter.ds_tensor))
+            master, start = _master(parameter) if _is_stepped(parameter) else (None, 0)
+            if master is not None:
+                part = factor.reshape(-1)[start : start + master.numel()]
+                master.mul_(part.to(master))
+
+
+def _vectors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """The vectors that an optimizer holds at the moment."""
+    return (vector for group in optimizer.param_groups for vector in group["params"])
+
+
+def _place_in(vector: Tensor, part: Tensor) -> int | None:
+    """The element of ``vector`` at which ``part``, a view of the same memory, begins; None if it is no part of it."""
+    if part.untyped_storage().data_ptr() != vector.untyped_storage().data_ptr():
+        return None
+    offset = int(part.storage_offset() - vector.storage_offset())
+    return offset if 0 <= offset <= vector.numel() - part.numel() else None
+
+
+def _shape(parameter: Any) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _is_stepped(parameter: Any) -> bool:
+    """Whether a parameter, or a part of it in some process, was in the optimizer that ZeRO was given."""
+    if not parameter.requires_grad or not hasattr(parameter, "ds_id"):
+        return parameter.requires_grad and hasattr(parameter, "_hp_mapping")
+    optimizer = getattr(parameter, "_z3_optimizer", None)
+    return optimizer is not None and optimizer.get_param_id(parameter) in optimizer.grad_position
+
+
+def _master(parameter: Any) -> tuple[Tensor | None, int]:
+    """This process's part of a parameter's master, (n,), and where it begins; None if it holds no part."""
+    try:
+        return _master_of_stage_3(parameter) if hasattr(parameter, "ds_id") else _master_of_stage_2(parameter)
+    except AttributeError as error:
+        version = getattr(sys.modules.get("deepspeed"), "__version__", "?")
+        raise ValueError(
+            f"DeepSpeed {version} keeps the parts of the adapter's parameters in a way that rankwise does not know "
+            f"({error}). Use DistributedDataParallel or `fully_shard` (FSDP version 2)."
+        ) from error
+
+
+def _master_of_stage_2(parameter: Any) -> tuple[Tensor | None, int]:
+    mapping = parameter._hp_mapping  # None where the parameter lies in other processes' parts
+    if mapping is None:
+        return None, 0
+    return mapping.hp_fragment.detach().view(-1), mapping.lp_fragment_address.start
+
+
+def _part_of_stage_3(parameter: Any, values: Tensor) -> Tensor:
+    """This process's part of ``values``, which are shared out as ``parameter`` is; (n,), maybe empty."""
+    length = parameter.ds_tensor.numel()  # the last processes' parts are filled up
+    first = torch.distributed.get_rank(parameter.ds_process_group) * length
+    return values.reshape(-1)[first : first + length]
+
+
+def _master_of_stage_3(parameter: Any) -> tuple[Tensor | None, int]:
+    optimizer = parameter._z3_optimizer
+    if optimizer.swap_optimizer:
+        raise ValueError(
+            'DeepSpeed keeps the optimizer\'s state on disk ("offload_optimizer" with the device "nvme"), where the '
+            'importance of ranks can\'t be scored. Use the device "cpu" or none.'
+        )
+    number, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    first = torch.distributed.get_rank(parameter.ds_process_group) * length
+    held = min(length, parameter.ds_numel - first)  # the last processes' parts are filled up
+    if held <= 0:
+        return None, 0
+    return optimizer.fp32_partitioned_groups_flat[number].detach()[start : start + held], first
