@@ -58,19 +58,35 @@ def train(
     return losses
 
 
-def launch(script: str, *arguments: object, with_: tuple[str, ...] | None = None) -> str:
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = (
+    *(sys.executable, "-m", "accelerate.commands.launch"),
+    *("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+)
+ACCELERATE_FSDP = (
+    *(word for word in ACCELERATE if word != "--multi_gpu"),
+    *("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+    *("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"),
+)
+
+
+def launch(script: str, *arguments: object, with_: tuple[str, ...] = TORCHRUN) -> str:
     """Run ``tests/distributed/<script>`` in two processes; returns what they print.
 
-    ``with_``: the words before the script's name, in place of torchrun's.
+    ``with_``: the words before the script's name.
     """
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    command = [*(with_ or torchrun), str(SOURCES / script), *map(str, arguments)]
+    return run_command(*with_, str(SOURCES / script), *map(str, arguments))
+
+
+def run_command(*command: str) -> str:
+    """Run a command that starts processes of its own; returns what they print."""
     path = [str(Path(rw.__file__).parents[1]), str(SOURCES.parent), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONWARNINGS": "ignore",
+        "DS_ACCELERATOR": "cpu",
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

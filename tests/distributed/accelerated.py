@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from accelerate import Accelerator
 from reporting import FOLDER, of_run, run
+from trainer import let_accelerate_shard_on_the_cpu
 
 from one_run import adapted, batches, optimizer_for
 
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    let_accelerate_shard_on_the_cpu()
 accelerator = Accelerator()
 
 
@@ -23,7 +27,7 @@ def accelerated() -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(loss.item())
     accelerator.unwrap_model(wrapped).save_pretrained(FOLDER / "saved")
-    return of_run(model, losses)
+    return {**of_run(model, losses), "wrapped": type(wrapped).__name__}
 
 
 if __name__ == "__main__":

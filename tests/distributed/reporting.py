@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rankwise.zero import whole
+
 FOLDER = Path(sys.argv[1])
 
 
@@ -37,11 +39,13 @@ def of_run(model: Any, losses: list[float]) -> dict[str, Any]:
     """What a run is compared by."""
     buffers = [buffer for name, buffer in model.named_buffers() if name.startswith("rankwise")]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with whole(trained):
+        bits = fingerprint([*trained, *buffers])
     return {
         "losses": mean(losses),
         "history": [record.ranks if isinstance(record.ranks, list) else list(record.ranks)
                     for record in model.rank_history.records],
-        "bits": fingerprint([*trained, *buffers]),
+        "bits": bits,
     }  # fmt: skip
 
 

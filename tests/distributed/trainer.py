@@ -6,6 +6,7 @@ Options are fields of TrainingArguments.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -57,6 +58,8 @@ def result(made: Trainer) -> dict[str, Any]:
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
     budgets = [entry["budget"] for entry in made.state.log_history if "budget" in entry]
     kind = type(made.model_wrapped).__name__
+    if "deepspeed" in OPTIONS:
+        made.model_wrapped.destroy()
     return {**of_run(model, losses), "budgets": budgets, "wrapped": kind}
 
 
@@ -76,5 +79,10 @@ def resumed() -> dict[str, Any]:
 if __name__ == "__main__":
     if "fsdp" in OPTIONS:
         let_accelerate_shard_on_the_cpu()
+    if "deepspeed" in OPTIONS:
+        import deepspeed_on_cpu
+
+        deepspeed_on_cpu.prepare()
     dist.init_process_group("gloo")
     run({"whole": whole, "resumed": resumed})
+    os._exit(0)  # DeepSpeed's own threads may not let the process end

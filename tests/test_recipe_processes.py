@@ -1,0 +1,60 @@
+"""`rankwise train` under torchrun and `accelerate launch`: the same command, and only the first process talks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from one_run import ACCELERATE, TORCHRUN, run_command
+from recipe_world import save_tiny_model, write_recipe, write_table
+
+pytest.importorskip("transformers", reason="recipes need Transformers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(*TORCHRUN, "-m"), (*ACCELERATE, "-m")], ids=["torchrun", "accelerate"])
+def test_a_recipe_trains_in_two_processes_and_one_of_them_talks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: tuple[str, ...]
+):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("COLUMNS", "100")
+    write_table(tmp_path / "reviews.csv")
+    recipe = write_recipe(tmp_path, save_tiny_model(tmp_path / "model"))
+    said = run_command(*launcher, "rankwise", "train", str(recipe))
+
+    alone = run_command(
+        sys.executable, "-m", "rankwise", "train", str(recipe), f"output={tmp_path / 'alone'}"
+    )
+    assert headings(said) == headings(alone), said
+    out = tmp_path / "out"
+    files = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+    others = {
+        path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*") if path.is_file()
+    }
+    assert adapters(files) == adapters(others) != set()
+    assert final_ranks(out, files) and sum(final_ranks(out, files)) > 0
+    assert not list(out.rglob("*.tmp"))
+
+
+def headings(said: str) -> list[str]:
+    """The lines that have no numbers in them, which say the same in any number of processes."""
+    lines = (line.strip() for line in said.splitlines())
+    return [
+        line for line in lines if line and not any(letter.isdigit() for letter in line) and "─" not in line
+    ]
+
+
+def adapters(files: set[Path]) -> set[Path]:
+    return {path for path in files if path.name.startswith(("adapter", "rank_history"))}
+
+
+def final_ranks(out: Path, files: set[Path]) -> list[int]:
+    config: dict[str, Any] = {}
+    for path in files:
+        if path.name == "adapter_config.json" and "checkpoint" not in str(path):
+            config = json.loads((out / path).read_text(encoding="utf-8"))
+    return [sum(kept) for kept in (config.get("rank_pattern") or {}).values()]
