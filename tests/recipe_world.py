@@ -60,7 +60,7 @@ def write_table(path: Path, count: int = 60, seed: int = 0) -> Path:
 
 
 def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
-    """A recipe in ``folder``; ``changes`` replace whole keys, or with a double underscore keys of sections."""
+    """A recipe in ``folder``, changed as `write_changed` does it."""
     recipe: dict[str, Any] = {
         "model": str(model),
         "task": "text-classification",
@@ -75,6 +75,11 @@ def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
         },
         "output": str(folder / "out"),
     }
+    return write_changed(folder, recipe, changes)
+
+
+def write_changed(folder: Path, recipe: dict[str, Any], changes: dict[str, Any]) -> Path:
+    """Write ``recipe.yaml``; ``changes`` replace whole keys, or with a double underscore keys of sections."""
     for name, value in changes.items():
         section, _, key = name.partition("__")
         if key:

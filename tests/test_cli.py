@@ -114,7 +114,7 @@ def test_what_the_user_must_mend_is_one_message_and_exit_code_2(world: Path, tin
 def test_a_fault_of_ours_has_a_traceback_and_exit_code_1(
     world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*args: object) -> None:
+    def broken(*args: object, **options: object) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("rankwise.recipes.run.make_plan", broken)

@@ -4,7 +4,7 @@ What a page may use, in a folder of its own:
 
 - the models that `workspace` makes: tiny ones of random weights, at the names that pages use for real ones;
 - the names in `page_namespace`, such as ``batches``, which stand for the reader's own data;
-- `recipes/quickstart.yaml`, with a tiny model and made-up texts in place of the real ones.
+- the recipes in `recipes/`, with tiny models and made-up data in place of the real ones.
 
 Python blocks run in one namespace per page, in order with the shell commands. A YAML block whose first line is a
 comment with a file name is saved under that name. In shell blocks, `rankwise` commands run; `make` targets and the
@@ -28,10 +28,18 @@ import yaml
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
+from image_world import save_tiny_vit, write_photos
+from language_world import chats, questions, save_language_model, write_lines
+from speech_world import save_tiny_whisper, write_manifest
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CAUSAL_LM = "HuggingFaceTB/SmolLM2-135M"
+CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+WHISPER = "openai/whisper-tiny.en"
+VISION = "google/vit-base-patch16-224-in21k"
+ONLY_CONFIGURED = {"openai/whisper-large-v3": "WhisperConfig", "huggyllama/llama-7b": "LlamaConfig"}
 REVIEWS = [
     (f"the {subject} is {verdict} and {addition}", label)
     for label, verdicts in {"good": ("warm", "witty", "wise"), "bad": ("dull", "thin", "lost")}.items()
@@ -97,6 +105,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
     )
     LlamaForCausalLM(llama).save_pretrained(folder / CAUSAL_LM)
+    save_language_model(folder / CHAT_MODEL, max_position_embeddings=2048)
+    save_tiny_whisper(folder / WHISPER)
+    save_tiny_vit(folder / VISION)
     words = sorted({word for text, _ in REVIEWS for word in text.split()})
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     bert = BertConfig(
@@ -109,7 +120,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     BertForMaskedLM(bert).bert.save_pretrained(folder / ENCODER)
     BertTokenizerFast(vocab=vocabulary, model_max_length=64).save_pretrained(folder / ENCODER)
+    for name, kind in ONLY_CONFIGURED.items():
+        save_tiny_config(folder / name, kind)
     return folder
+
+
+def save_tiny_config(folder: Path, kind: str) -> None:
+    """A model's configuration without weights, for what needs no more."""
+    import transformers
+
+    widths = (
+        "hidden_size",
+        "intermediate_size",
+        "d_model",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "num_mel_bins",
+    )
+    counts = ("num_hidden_layers", "num_attention_heads", "encoder_layers", "decoder_layers")
+    heads = ("encoder_attention_heads", "decoder_attention_heads")
+    sizes = dict.fromkeys(widths, 16) | dict.fromkeys((*counts, *heads), 1)
+    getattr(transformers, kind)(vocab_size=51866, **sizes).save_pretrained(folder)
 
 
 @pytest.fixture
@@ -125,12 +156,36 @@ def workspace(models: Path, tmp_path: Path) -> Path:
         file = folder / "documents" / label / f"{i:03}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    recipe = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))
-    recipe["model"] = ENCODER
-    recipe["data"] |= {"train": "documents", "train_size": 24}
+    write_lines(folder / "questions.jsonl", questions())
+    write_lines(folder / "chats.jsonl", chats())
+    write_tagged(folder)
+    write_manifest(folder / "speech")
+    write_photos(folder, 24, ("cat", "dog"))
     (folder / "recipes").mkdir()
-    (folder / "recipes" / "quickstart.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    for name, model, data in (
+        ("quickstart", ENCODER, {"train": "documents", "train_size": 24}),
+        ("smollm2", CHAT_MODEL, {"train": "documents", "train_size": 24, "max_length": 16}),
+        ("whisper-tiny", WHISPER, {"held_out": 4, "max_seconds": 1, "max_tokens": 16}),
+        ("whisper-large", "openai/whisper-large-v3", {}),
+        ("image-classification", VISION, {}),
+    ):
+        recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+        recipe["model"] = model
+        recipe["data"] |= data
+        (folder / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return folder
+
+
+def write_tagged(folder: Path) -> None:
+    """Sentences in which each verdict is tagged, as JSON lines and as a CoNLL-style file."""
+    verdicts = {"warm", "witty", "wise", "dull", "thin", "lost"}
+    rows = [
+        {"tokens": text.split(), "ner_tags": ["B-X" if word in verdicts else "O" for word in text.split()]}
+        for text, _ in REVIEWS
+    ]
+    write_lines(folder / "entities.jsonl", rows)
+    sentences = ["".join(f"{word} {tag}\n" for word, tag in zip(*row.values(), strict=True)) for row in rows]
+    (folder / "entities.conll").write_text("\n".join(sentences), encoding="utf-8")
 
 
 # --- how a page's blocks run ---------------------------------------------------------------------------------------
@@ -173,7 +228,16 @@ def check_pip_extras(arguments: list[str]) -> None:
         assert set(extras.split(",")) <= offered, f"pip install {shlex.join(arguments)}"
 
 
-COMMANDS = {"rankwise": run_rankwise, "make": check_make_target, "pip": check_pip_extras}
+def check_script(arguments: list[str]) -> None:
+    assert (ROOT / arguments[0]).is_file(), f"python {shlex.join(arguments)}"
+
+
+COMMANDS = {
+    "rankwise": run_rankwise,
+    "python": check_script,
+    "make": check_make_target,
+    "pip": check_pip_extras,
+}
 
 DOCUMENTATION = Sybil(
     parsers=[

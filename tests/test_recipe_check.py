@@ -214,11 +214,6 @@ def test_nearest_forgives_spelling_case_and_dashes(word: str, meant: str | None)
     assert nearest(word, ["learning_rate", "max_steps", "seed"]) == meant
 
 
-def test_the_default_learning_rate_is_one_at_which_the_method_learns(world: Path) -> None:
-    lora = {"method": "lora", "r": 4, "target_modules": ["query"]}
-    both = {"training": {"max_steps": 10}}
-    assert load_recipe(write_recipe(world, world / "model", **both)).learning_rate == 5e-3
-    assert (
-        load_recipe(write_recipe(world, world / "model", adapter=lora, schedule=None, **both)).learning_rate
-        == 5e-4
-    )
+def test_the_default_learning_rate_is_loras(world: Path) -> None:
+    recipe = load_recipe(write_recipe(world, world / "model", training={"max_steps": 10}))
+    assert recipe.method == "adalora" and recipe.training.learning_rate == 5e-4

@@ -51,8 +51,8 @@ def test_a_plan_knows_phases_budget_and_parameters(world: Path, tiny_model: Path
     assert data["schedule"]["phases"] == {"warm-up": [1, 2], "pruning": [3, 8], "final": [9, 10]}
     assert data["budget"] == {"initial": 16, "target": 8}  # 2 layers of query and value, rank 4, then 2
     head = 16 * 3 + 3
-    assert data["parameters"]["trainable_at_start"] == 4 * 4 * (16 + 16 + 1) + head
-    assert data["parameters"]["trainable_at_end"] == 4 * 2 * (16 + 16 + 1) + head
+    assert data["parameters"]["trainable_at_start"] == 4 * 4 * (16 + 16) + head
+    assert data["parameters"]["trainable_at_end"] == 4 * 2 * (16 + 16) + head
     assert data["modules_to_save"] == ["classifier"]
     json.dumps(data)
 
@@ -146,7 +146,7 @@ def test_a_run_learns_and_tells_all_of_it(world: Path, tiny_model: Path) -> None
     words = " ".join(said.split())
     for part in (
         "trainable", "step 20/120 loss", "pruning budget", "final budget 8→8", "step 60: accuracy", "before after",
-        "accuracy", "macro F1", "Trained 579 of", "the adapter keeps", "Saved to", "rankwise inspect",
+        "accuracy", "macro F1", "Trained 563 of", "the adapter keeps", "Saved to", "rankwise inspect",
         "rw.PeftModel.from_pretrained", "encoder.layer.1.attention.self.query", "rank 8 of 16",
     ):  # fmt: skip
         assert part in words, part
@@ -185,7 +185,7 @@ def test_results_are_kept_as_data(world: Path, tiny_model: Path) -> None:
     results = json.loads((result.folder / "results.json").read_text())
     assert results["finished"] is True
     assert results["before"] == result.before and results["after"] == result.after
-    assert results["kept_parameters"] == result.kept_parameters < results["trainable_parameters"] == 579
+    assert results["kept_parameters"] == result.kept_parameters < results["trainable_parameters"] == 563
     assert len(results["ranks"]["layers"]) == 4
     assert [entry["step"] for entry in results["log"] if "loss" in entry] == list(range(1, 11))
 

@@ -125,17 +125,24 @@ def plan(
     recipe: _RecipeFile,
     overrides: _Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, for programs.")] = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="Only the memory, from the model's config.json: neither data nor weights need be there.",
+        ),
+    ] = False,
 ) -> None:
     """Show what a recipe would do, without training.
 
-    The phases, the budget over the steps, the ranks, and the trainable parameters at the start and in the end. The
-    data is read and checked; no weights are loaded.
+    The phases, the budget over the steps, the ranks, the trainable parameters at the start and in the end, and an
+    estimate of the memory. The data is read and checked; no weights are loaded.
     """
     with _failures():
-        from rankwise.recipes import load_recipe
-        from rankwise.recipes import plan as plan_recipe
+        from rankwise import recipes
 
-        planned = plan_recipe(load_recipe(recipe, overrides or ()))
+        read = recipes.load_recipe(recipe, overrides or (), data_needed=not memory)
+        planned = recipes.plan_memory(read) if memory else recipes.plan(read)
     if as_json:
         print(json.dumps(planned.to_dict(), indent=2))
     else:
@@ -212,7 +219,7 @@ def _mendable_message(error: Exception, mendable: tuple[type[Exception], ...]) -
         return (
             "The GPU's memory is too small. Lower training.per_device_train_batch_size (and raise "
             "training.gradient_accumulation_steps by as much), set training.gradient_checkpointing: true, or lower "
-            "data.max_length."
+            "data.max_length. `rankwise plan` with the recipe shows what takes the memory."
         )
     return None
 

@@ -11,6 +11,16 @@ They need ``pip install "rankwise[train,report]"``.
 from rankwise.recipes.errors import Problem, RecipeError
 from rankwise.recipes.plan import Plan
 from rankwise.recipes.recipe import BaseRecipe, load_recipe
-from rankwise.recipes.run import Result, plan, train
+from rankwise.recipes.run import Result, plan, plan_memory, train
 
-__all__ = ["BaseRecipe", "Plan", "Problem", "RecipeError", "Result", "load_recipe", "plan", "train"]
+__all__ = [
+    "BaseRecipe",
+    "Plan",
+    "Problem",
+    "RecipeError",
+    "Result",
+    "load_recipe",
+    "plan",
+    "plan_memory",
+    "train",
+]

@@ -361,20 +361,42 @@ def _class_folders(path: Path, key: str) -> dict[str, list[Path]]:
 def _read_folder(place: Place, key: str) -> Table:
     import datasets
 
+    folders = _class_folders(place.path or Path(), key)
+    texts, names, notes = _texts([path for paths in folders.values() for path in paths], place.path or Path())
+    labels = [label for label, paths in folders.items() for _ in paths]
+    return Table(place, datasets.Dataset.from_dict({"text": texts, "label": labels}), names, notes)
+
+
+def read_text_files(place: Place, key: str, column: str) -> Table:
+    """The ``.txt`` files of a folder and of all folders in it, a row each.
+
+    Args:
+        place: the folder.
+        key: its key in the recipe, for messages.
+        column: the name for the column of texts.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    import datasets
+
     folder = place.path or Path()
-    texts, labels, files, foreign = [], [], [], []
-    for label, paths in _class_folders(folder, key).items():
-        for path in paths:
-            text, is_utf8 = _read_text(path)
-            name = f"{folder.name}/{label}/{path.name}"
-            texts.append(text.strip())
-            labels.append(label)
-            files.append(name)
-            foreign += [] if is_utf8 else [name]
+    paths = sorted(path for path in folder.rglob("*.txt") if path.is_file())
+    if not paths:
+        raise RecipeError([Problem(key, f"the folder {str(folder)!r} has no .txt files.")])
+    texts, names, notes = _texts(paths, folder)
+    return Table(place, datasets.Dataset.from_dict({column: texts}), names, notes)
+
+
+def _texts(paths: Sequence[Path], folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """The texts of files, the files' names from ``folder`` on, and a note about other encodings."""
+    read = [_read_text(path) for path in paths]
+    names = [f"{folder.name}/{path.relative_to(folder).as_posix()}" for path in paths]
+    foreign = [name for name, (_, is_utf8) in zip(names, read, strict=True) if not is_utf8]
     notes = (
         [f"{len(foreign)} not in UTF-8, read as Windows-1252: {', '.join(foreign[:3])}."] if foreign else []
     )
-    return Table(place, datasets.Dataset.from_dict({"text": texts, "label": labels}), files, notes)
+    return [text.strip() for text, _ in read], names, notes
 
 
 def _read_text(path: Path) -> tuple[str, bool]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rankwise.recipes.errors import Problem, RecipeError
@@ -16,9 +20,44 @@ def model_place(recipe: BaseRecipe) -> Place:
     return find_place(recipe.model, "model", recipe.folder)
 
 
-def load_processor(recipe: BaseRecipe, auto_class: str) -> Any:
-    """The tokenizer or feature extractor that comes with the model."""
-    return _from_pretrained(recipe, auto_class)
+def load_processor(recipe: BaseRecipe, auto_class: str, **options: Any) -> Any:
+    """The tokenizer or feature extractor that comes with the model; ``options`` are those of ``from_pretrained``."""
+    return _from_pretrained(recipe, auto_class, **options)
+
+
+def load_tokenizer(recipe: BaseRecipe) -> Any:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        RecipeError: it has none, and no end token to use as one.
+    """
+    tokenizer = load_processor(recipe, "AutoTokenizer")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            message = "its tokenizer has no padding token, and no end token to use as one."
+            raise RecipeError([Problem("model", message)])
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def token_limit(wanted: int | None, tokenizer: Any, config: Any, most: int | None = None) -> int:
+    """How many tokens of a text are read.
+
+    Args:
+        wanted: what the recipe's ``data.max_length`` says; None for as many as the model takes.
+        tokenizer: the model's tokenizer.
+        config: the model's configuration.
+        most: if nothing is wanted, at most these.
+
+    Raises:
+        RecipeError: the model takes fewer.
+    """
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    takes = min((int(limit) for limit in limits if limit and limit < 10**6), default=None)
+    if wanted is not None and takes is not None and wanted > takes:
+        message = f"is {wanted}, but the model takes at most {takes} tokens."
+        raise RecipeError([Problem("data.max_length", message)])
+    return wanted or min((limit for limit in (takes, most) if limit), default=512)
 
 
 def model_config(recipe: BaseRecipe) -> Any:
@@ -46,8 +85,9 @@ def load_model(recipe: BaseRecipe, auto_class: str, config: Any, *, weights: boo
     auto = getattr(transformers, auto_class)
     if not weights:
         try:
+            options = {} if recipe.dtype == "auto" else {"dtype": getattr(torch, recipe.dtype)}
             with torch.device("meta"):
-                return auto.from_config(config)
+                return auto.from_config(config, **options)
         except ValueError as error:
             raise RecipeError([Problem("model", _first_line(error))]) from error
     dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -72,13 +112,14 @@ def new_weights(model: Any) -> list[str]:
 def head_modules(model: Any) -> list[str]:
     """The modules beside a Transformers model's body that have parameters: its head.
 
-    They are trained whole, and saved with the adapter.
+    They are trained whole, and saved with the adapter. The output layer of a language model is none: it was pretrained.
     """
     body = getattr(model, "base_model_prefix", "")
+    output = model.get_output_embeddings()
     return [
         name
         for name, module in model.named_children()
-        if name != body and next(module.parameters(), None) is not None
+        if name != body and module is not output and next(module.parameters(), None) is not None
     ]
 
 
@@ -92,17 +133,70 @@ def _from_pretrained(recipe: BaseRecipe, auto_class: str, **options: Any) -> Any
     import transformers
 
     place = model_place(recipe)
-    name = place.name if place.path is None else str(place.path)
     try:
         with quiet():
+            if place.path is not None and is_gguf(place.path):
+                return _from_gguf(auto_class, place.path, **options)
+            name = place.name if place.path is None else str(place.path)
             return getattr(transformers, auto_class).from_pretrained(
                 name, local_files_only=place.path is not None, trust_remote_code=False, **options
             )
+    except ImportError as error:
+        if place.path is None or not is_gguf(place.path):
+            raise
+        message = 'a .gguf file is read with the package gguf. Install it: pip install ".[language]"'
+        raise RecipeError([Problem("model", message)]) from error
     except (OSError, ValueError, KeyError) as error:
         what = "as a model" if place.path else "as a folder here or a model on the Hugging Face hub"
         raise RecipeError(
             [Problem("model", f"{place.name!r} can't be loaded {what}: {_first_line(error)}")]
         ) from error
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a file with a model as llama.cpp stores it."""
+    return path.suffix.lower() == ".gguf"
+
+
+def _from_gguf(auto_class: str, path: Path, **options: Any) -> Any:
+    """Load from a GGUF file; its weights, quantized or not, become ordinary ones."""
+    import transformers
+
+    if not auto_class.startswith("AutoModel"):
+        return copy.deepcopy(_parsed_gguf(auto_class, path, path.stat().st_mtime, **options))
+    if hasattr(transformers, "GgufConfig"):  # newer ones would keep the weights packed where they can
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that listens to no setting
+        loaded = getattr(transformers, auto_class).from_pretrained(
+            str(path.parent), gguf_file=path.name, local_files_only=True, **options
+        )
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    # Others go on calling the model quantized, and then neither train nor save it.
+    model.hf_quantizer, model.is_quantized = None, False
+    model.config.__dict__.pop("quantization_config", None)
+    model.config._name_or_path = str(path)
+    return loaded
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed_gguf(auto_class: str, path: Path, modified: float, **options: Any) -> Any:
+    """A configuration or tokenizer. Reading a vocabulary from a GGUF file takes seconds, so it is done once."""
+    import transformers
+
+    return getattr(transformers, auto_class).from_pretrained(
+        str(path.parent), gguf_file=path.name, local_files_only=True, **options
+    )
+
+
+def loading_arguments(base: str) -> str:
+    """The arguments, as Python source, with which ``from_pretrained`` loads the model at a path or a hub name.
+
+    Example:
+        >>> print(loading_arguments("someone/model"), loading_arguments("models/small.gguf"), sep="; ")
+        'someone/model'; 'models', gguf_file='small.gguf'
+    """
+    path = Path(base)
+    return f"{str(path.parent)!r}, gguf_file={path.name!r}" if is_gguf(path) else repr(base)
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def find_place(reference: str, key: str, beside: Path | None = None) -> Place:
 def find_in_package(reference: str, key: str) -> Path:
     """The file or folder that ``pypi:DISTRIBUTION[/path]`` means, in an installed distribution.
 
-    Without a path it is the folder with a model's ``config.json``.
+    Without a path it is the folder with a model's ``config.json``, or the one ``.gguf`` file.
 
     Raises:
         RecipeError: the distribution is not installed, or has no such path or no model.
@@ -82,9 +82,9 @@ def find_in_package(reference: str, key: str) -> Path:
         folders = {str(parent) for file in files for parent in file.parents if str(parent) != "."}
         hint = did_you_mean(inside, sorted(folders)) if not found else f"It could be {_listed(found)}."
         raise RecipeError([Problem(key, f"the package {name!r} has no single path {inside!r}. {hint}")])
-    hint = (
-        f"It has {_listed(found)}: say pypi:{name}/{found[0]}" if found else "It holds no config.json of one."
-    )
+    hint = "It holds no config.json of one, and no .gguf file."
+    if found:
+        hint = f"It has {_listed(found)}: say pypi:{name}/{found[0]}"
     raise RecipeError([Problem(key, f"the package {name!r} is not one model. {hint}")])
 
 
@@ -100,7 +100,9 @@ def _paths_ending_in(inside: str, files: list[PurePosixPath]) -> list[PurePosixP
 def _model_folders(
     distribution: importlib.metadata.Distribution, files: list[PurePosixPath]
 ) -> list[PurePosixPath]:
-    return [file.parent for file in files if file.name == "config.json" and _is_model(distribution, file)]
+    """Folders with a model's ``config.json``; failing that, GGUF files."""
+    folders = [file.parent for file in files if file.name == "config.json" and _is_model(distribution, file)]
+    return folders or [file for file in files if file.suffix == ".gguf"]
 
 
 def _is_model(distribution: importlib.metadata.Distribution, file: PurePosixPath) -> bool:
@@ -130,6 +132,7 @@ _FILE_SUFFIXES = {
     ".gz",
     ".safetensors",
     ".bin",
+    ".gguf",
 }
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.attach import adapter_layers
 from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.memory import Memory, estimate_memory
 from rankwise.recipes.models import head_modules
 from rankwise.recipes.recipe import BaseRecipe, TrainingSection, config_class
-from rankwise.recipes.tasks import TaskData, load_task
+from rankwise.recipes.tasks import NO_DATA, TaskData, load_task
 from rankwise.schedule import BudgetSchedule
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Plan:
         modules_to_save: modules that train whole.
         processes: training processes.
         notes: what the user should know about the data.
+        memory: what training takes; None where nobody asked.
     """
 
     recipe: BaseRecipe
@@ -58,6 +60,7 @@ class Plan:
     modules_to_save: tuple[str, ...]
     processes: int
     notes: tuple[str, ...] = ()
+    memory: Memory | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as data for JSON."""
@@ -89,6 +92,7 @@ class Plan:
                 "trainable_at_end": self.trainable_at_end,
             },
             "modules_to_save": list(self.modules_to_save),
+            "memory": None if self.memory is None else self.memory.to_dict(),
             "output": self.recipe.output,
         }
 
@@ -107,6 +111,9 @@ class Plan:
 
             yield Text("\nbudget: ranks that all layers may have together", style="bold")
             yield budget_chart(self.schedule, self.initial, self.target)
+        if self.memory is not None:
+            yield Text("")
+            yield self.memory
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         recipe, training = self.recipe, self.recipe.training
@@ -127,7 +134,7 @@ class Plan:
             "training",
             (
                 f"{self.total_step:,} steps of {batch} examples (about {passes:,.1f} epochs), "
-                f"learning rate {recipe.learning_rate:g}, {training.lr_scheduler_type}"
+                f"learning rate {recipe.training.learning_rate:g}, {training.lr_scheduler_type}"
             ),
         )
         yield "trainable", self._trainable_line()
@@ -154,7 +161,9 @@ class Plan:
         return f"{share(self.trainable_at_start)} parameters at the start, about {end} in the end"
 
 
-def make_plan(recipe: BaseRecipe, data: TaskData, processor: Any, processes: int = 1) -> Plan:
+def make_plan(
+    recipe: BaseRecipe, data: TaskData, processor: Any, processes: int = 1, *, memory: bool = False
+) -> Plan:
     """Plan a run with data that was read, on a model without weights.
 
     Args:
@@ -162,6 +171,7 @@ def make_plan(recipe: BaseRecipe, data: TaskData, processor: Any, processes: int
         data: what its task read.
         processor: the task's tokenizer or feature extractor.
         processes: how many processes train.
+        memory: estimate the memory, too, which takes seconds for a large model.
 
     Raises:
         RecipeError: the schedule or the adapter does not fit the run or the model.
@@ -195,13 +205,47 @@ def make_plan(recipe: BaseRecipe, data: TaskData, processor: Any, processes: int
         modules_to_save=tuple(config.modules_to_save or ()),
         processes=processes,
         notes=tuple(data.notes),
+        memory=_memory(recipe, model, processes) if memory else None,
+    )
+
+
+def memory_plan(recipe: BaseRecipe, processes: int = 1) -> Memory:
+    """Estimate the memory that a run takes from the model's configuration: no data, no tokenizer, no weights.
+
+    Args:
+        recipe: the recipe.
+        processes: how many processes train.
+
+    Raises:
+        RecipeError: the adapter does not fit the model.
+    """
+    model = load_task(recipe.task).new_model(recipe, NO_DATA, None, weights=False)
+    model, _ = attach(recipe, model, recipe.training.max_steps or _LONG_RUN)
+    return _memory(recipe, model, processes)
+
+
+_LONG_RUN = 10**9  # steps, where nothing depends on how many they are
+
+
+def _memory(recipe: BaseRecipe, model: Any, processes: int) -> Memory:
+    """The estimate for an adapted model without weights, which is used up."""
+    largest_batch, training = load_task(recipe.task).largest_batch, recipe.training
+    size = {"per_device_train_batch_size": training.per_device_eval_batch_size}
+    evaluating = recipe.model_copy(update={"training": training.model_copy(update=size)})
+    return estimate_memory(
+        model,
+        largest_batch(recipe, model.config),
+        training,
+        processes,
+        evaluation_batch=largest_batch(evaluating, model.config),
     )
 
 
 def factor_parameters(model: Any) -> int:
-    """How many numbers A, B and E of all layers hold in memory, those of pruned ranks included."""
+    """How many numbers train in A, B and E of all layers, those of pruned ranks included."""
     factor = re.compile(r"\.lora_[ABE]\.default$")
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if factor.search(name))
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for name, parameter in trained if factor.search(name))
 
 
 def total_steps(training: TrainingSection, rows: int, processes: int = 1) -> int:

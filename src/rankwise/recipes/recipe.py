@@ -79,8 +79,7 @@ class TrainingSection(Section):
         per_device_train_batch_size: examples in a batch of one process.
         per_device_eval_batch_size: the same in evaluation.
         gradient_accumulation_steps: batches for one optimizer step.
-        learning_rate: the highest learning rate; left out, 5e-3 for AdaLoRA, whose singular values start at 0 and
-            move by about one learning rate a step, and 5e-4 for LoRA.
+        learning_rate: the highest learning rate.
         lr_scheduler_type: how it falls.
         warmup_steps: steps in which it rises: an int, or a float below 1 for a fraction of the run.
         weight_decay: weight decay of the optimizer.
@@ -103,7 +102,7 @@ class TrainingSection(Section):
     per_device_train_batch_size: int = Field(default=16, ge=1)
     per_device_eval_batch_size: int = Field(default=32, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
     lr_scheduler_type: SchedulerName = "linear"
     warmup_steps: int | float = Field(default=0, ge=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -184,31 +183,23 @@ class BaseRecipe(Section):
         return str(self.adapter.get("method", "adalora"))
 
     @property
-    def learning_rate(self) -> float:
-        """The highest learning rate."""
-        if self.training.learning_rate is not None:
-            return self.training.learning_rate
-        return 5e-3 if self.method == "adalora" else 5e-4
-
-    @property
     def adapter_fields(self) -> dict[str, Any]:
         """The adapter's configuration without ``method``."""
         return {key: value for key, value in self.adapter.items() if key != "method"}
 
     def plain(self) -> dict[str, Any]:
         """All keys, defaults included, as plain data."""
-        data = self.model_dump(mode="json", by_alias=True)
-        data["training"]["learning_rate"] = self.learning_rate
-        return data
+        return self.model_dump(mode="json", by_alias=True)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> BaseRecipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data_needed: bool = True) -> BaseRecipe:
     """Read a recipe, apply overrides and check it whole, without loading data or model.
 
     Args:
         path: the YAML file.
         overrides: ``key=value``, the key dotted (``training.max_steps=50``), the value as in YAML. ``~key``
             takes a key out.
+        data_needed: files that the section ``data`` names must exist.
 
     Returns:
         The recipe, of the task's own class.
@@ -234,7 +225,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> BaseRecipe:
         problems = [*_translated(error, task.Recipe), *_adapter_problems(data.get("adapter"))]
         raise RecipeError(_in_order(problems, lines), str(path)) from None
     recipe._source, recipe._overrides = path, tuple(overrides)
-    problems = [*_adapter_problems(recipe.adapter), *_schedule_problems(recipe, data), *task.check(recipe)]
+    found = [each for each in task.check(recipe) if data_needed or not each.where.startswith("data.")]
+    problems = [*_adapter_problems(recipe.adapter), *_schedule_problems(recipe, data), *found]
     raise_problems(_in_order(problems, lines), str(path))
     return recipe
 

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.recipes.errors import Problem, RecipeError
 from rankwise.recipes.interrupt import Interruption
+from rankwise.recipes.memory import Memory
 from rankwise.recipes.models import model_place, new_weights, quiet
 from rankwise.recipes.output import Output
-from rankwise.recipes.plan import Plan, attach, factor_parameters, make_plan
+from rankwise.recipes.plan import Plan, attach, factor_parameters, make_plan, memory_plan
+from rankwise.recipes.preparing import preparing
 from rankwise.recipes.recipe import BaseRecipe
+from rankwise.recipes.samples import Sample, before_and_after, sample_lines, write_samples
 from rankwise.recipes.tasks import Metric, TaskData, load_task
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ class Result:
         after: the metrics after training; empty if it was interrupted.
         trainable_parameters: how many numbers trained.
         kept_parameters: how many of them the adapter keeps after pruning.
+        samples: what the model wrote before and after, for tasks in which it writes.
     """
 
     folder: Path
@@ -43,6 +47,7 @@ class Result:
     after: Mapping[str, float]
     trainable_parameters: int
     kept_parameters: int
+    samples: Sequence[Sample] = ()
 
 
 def plan(recipe: BaseRecipe) -> Plan:
@@ -51,10 +56,23 @@ def plan(recipe: BaseRecipe) -> Plan:
     Raises:
         RecipeError: the data, the schedule or the adapter can't be used.
     """
+    from rich.console import Console
+
     task = load_task(recipe.task)
-    data = task.read_data(recipe)
+    # On the standard error, since the plan itself may go into a file.
+    with preparing(Console(stderr=True), "reading the data"), quiet():
+        data = task.read_data(recipe)
+        return make_plan(recipe, data, task.processor(recipe), processes(), memory=True)
+
+
+def plan_memory(recipe: BaseRecipe) -> Memory:
+    """Estimate the memory that a recipe takes from its model's configuration, without data and weights.
+
+    Raises:
+        RecipeError: the adapter can't be used.
+    """
     with quiet():
-        return make_plan(recipe, data, task.processor(recipe), processes())
+        return memory_plan(recipe, processes())
 
 
 def train(
@@ -89,7 +107,7 @@ def _train(
 ) -> Result:
     # What the run is about to do. Everything that can be wrong with the recipe shows here, in seconds.
     task = load_task(recipe.task)
-    with console.status("reading the data"):
+    with preparing(console, "reading the data"):
         data = task.read_data(recipe)
         processor = task.processor(recipe)
         planned = make_plan(recipe, data, processor, processes())
@@ -108,7 +126,8 @@ def _train(
         for_task, notes = task.trainer_arguments(recipe, data, processor, model)
     for note in notes:
         _say(console, note)
-    arguments = training_arguments(recipe, planned.total_step, output.folder)
+    trainer_class = for_task.pop("trainer", Trainer)
+    arguments = training_arguments(recipe, planned.total_step, output.folder, trainer_class)
     checkpoint = _checkpoint(output, console) if resume else None
     if checkpoint is None and is_main_process():
         output.begin()
@@ -116,25 +135,29 @@ def _train(
     with LiveProgress(console, [(metric.key, metric.title, metric.style) for metric in metrics]) as progress:
         stop = StopWhenAsked(interruption, progress.say)
         with _refusals(recipe):
-            trainer = Trainer(model=model, args=arguments, callbacks=[stop, progress], **for_task)
+            trainer = trainer_class(model=model, args=arguments, callbacks=[stop, progress], **for_task)
         trainer.remove_callback(PrinterCallback)
 
         # How good it is before, the training itself, the adapter on disk, and how good it is then.
         before = output.results.get("before") if checkpoint else None
+        samples = output.results.get("samples") or [] if checkpoint else []
         if before is None and checkpoint is None:
             before = _evaluate(trainer, metrics)
-        started = _started(output, before)
+            _make_ready_to_train(trainer)
+            samples = write_samples(recipe, data, processor, model)
+        started = _started(output, before, samples)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if interruption.number is not None and trainer.state.global_step < planned.total_step:
             return _interrupted(output, console, interruption.number, before or {}, trainer)
         if is_main_process():
             save(model, processor, output.folder)
         after = _evaluate(trainer, metrics)
+        seconds = time.monotonic() - started
+        samples = before_and_after(samples, write_samples(recipe, data, processor, model))
 
-    seconds = time.monotonic() - started
     trainable, _ = model.get_nb_trainable_parameters()
     kept = trainable - factor_parameters(model) + model.rank_summary().parameters
-    result = Result(output.folder, None, before or {}, after, trainable, kept)
+    result = Result(output.folder, None, before or {}, after, trainable, kept, samples)
     if is_main_process():
         _write_final_results(output, trainer, result, seconds)
     _show_result(console, result, model, metrics, len(data.evaluation), seconds)
@@ -152,14 +175,14 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def training_arguments(recipe: BaseRecipe, total_step: int, folder: Path) -> Any:
-    """Transformers' arguments for a recipe.
+def training_arguments(recipe: BaseRecipe, total_step: int, folder: Path, trainer_class: Any) -> Any:
+    """Transformers' arguments for a recipe and a class of trainer; one that can generate does so in evaluation.
 
     Raises:
         RecipeError: Transformers refuses them.
     """
     import torch
-    from transformers import TrainingArguments
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
     fields = recipe.training.model_dump()
     fields.pop("num_train_epochs")
@@ -174,18 +197,23 @@ def training_arguments(recipe: BaseRecipe, total_step: int, folder: Path) -> Any
     share = fields["warmup_steps"]
     fields |= {
         "output_dir": str(folder),
-        "learning_rate": recipe.learning_rate,
         "max_steps": total_step,
         "warmup_steps": round(share * total_step) if isinstance(share, float) and share < 1 else int(share),
         "eval_strategy": "no" if fields["eval_steps"] is None else "steps",
         "save_strategy": "no" if fields["save_steps"] is None else "steps",
         "save_steps": fields["save_steps"] or 500,
         "disable_tqdm": True,
+        # Without this, the processes that torchrun starts on CPUs would each train for themselves, unconnected.
+        "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_nan_inf_filter": False,
     }
+    arguments_class = TrainingArguments
+    if issubclass(trainer_class, Seq2SeqTrainer):
+        arguments_class = Seq2SeqTrainingArguments
+        fields["predict_with_generate"] = True
     with _refusals(recipe):
-        arguments = TrainingArguments(**fields)
+        arguments = arguments_class(**fields)
     if processes() == 1 and arguments.n_gpu > 1:
         arguments._n_gpu = (
             1  # several GPUs are for torchrun: nn.DataParallel would copy the adapters at every step
@@ -215,9 +243,22 @@ def _evaluate(trainer: Any, metrics: Sequence[Metric]) -> dict[str, float]:
     return {key: float(found[f"eval_{key}"]) for key in keys if f"eval_{key}" in found}
 
 
-def _started(output: Output, before: Mapping[str, float] | None) -> float:
+def _make_ready_to_train(trainer: Any) -> None:
+    """Take back what an evaluation did to a model that has not trained yet.
+
+    Accelerate readies a model for evaluation without connecting the processes, and takes it for ready ever after:
+    under torchrun each process would go on to train for itself.
+    """
+    if trainer.is_fsdp_enabled:
+        return  # sharding connects the processes in evaluation, too
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+    trainer.model.__dict__.pop("_is_accelerate_prepared", None)
+
+
+def _started(output: Output, before: Mapping[str, float] | None, samples: Sequence[Sample]) -> float:
     if is_main_process():
-        output.write_results({"finished": False, "before": before})
+        output.write_results({"finished": False, "before": before, "samples": samples})
     return time.monotonic()
 
 
@@ -255,6 +296,7 @@ def _write_final_results(output: Output, trainer: Any, result: Result, seconds: 
             "finished": True,
             "before": result.before,
             "after": result.after,
+            "samples": result.samples,
             "trainable_parameters": result.trainable_parameters,
             "kept_parameters": result.kept_parameters,
             "all_parameters": everything,
@@ -274,6 +316,8 @@ def _show_result(
 
     console.print()
     console.print(_comparison(metrics, result, held_out))
+    for line in sample_lines(result.samples):
+        _say(console, line)
     _, everything = model.get_nb_trainable_parameters()
     share = f"{100 * result.trainable_parameters / everything:.2f} %"
     _say(
@@ -309,6 +353,8 @@ def _comparison(metrics: Sequence[Metric], result: Result, rows: int) -> Any:
         table.add_column(name, justify="right" if name else "left")
     for metric in metrics:
         sides = (result.before, result.after)
+        if not any(metric.key in side for side in sides):
+            continue  # it does not apply to this data
         values = [format(side[metric.key], metric.style) if metric.key in side else "-" for side in sides]
         table.add_row(metric.title, values[0], f"[bold]{values[1]}[/]")
     return table

@@ -9,13 +9,20 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rankwise.recipes.errors import Problem
 from rankwise.recipes.recipe import BaseRecipe
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TASKS: Mapping[str, str] = {
     "text-classification": "text_classification",
+    "speech-recognition": "speech_recognition",
+    "image-classification": "image_classification",
+    "causal-lm": "causal_lm",
+    "token-classification": "token_classification",
 }
 
 
@@ -36,6 +43,10 @@ class TaskData:
     labels: Sequence[str] | None = None
 
 
+# What stands for a recipe's data where there is none: no examples, and labels so that a head can be made.
+NO_DATA = TaskData(train=(), evaluation=(), labels=("0", "1"))
+
+
 @dataclass(frozen=True)
 class Metric:
     """A number that tells how good a model is.
@@ -52,7 +63,11 @@ class Metric:
 
 
 class Task(Protocol):
-    """The members of a task's module."""
+    """The members of a task's module.
+
+    A task whose model writes may also have ``samples(recipe, data, processor, model)``: what it writes to a few
+    prompts, each a dictionary with ``prompt``, ``written`` and maybe ``expected``, to show before and after.
+    """
 
     # The recipe's class, with the task's own keys.
     Recipe: type[BaseRecipe]
@@ -80,10 +95,29 @@ class Task(Protocol):
         """The model to adapt; without ``weights``, on the meta device and in an instant."""
 
     @staticmethod
+    def largest_batch(recipe: Any, config: Any) -> Mapping[str, Tensor]:
+        """A training batch of one process as large as batches get, labels included, from the configuration alone.
+
+        It is how `rankwise.recipes.memory` measures activations: what the collator gives to the model's forward, by
+        name, with the shapes and dtypes of ``training.per_device_train_batch_size`` examples of the greatest length.
+        Values do not matter (`rankwise.recipes.batches` makes such tensors), nor does the device: nothing is computed.
+
+        ``rankwise plan --memory`` has neither data nor tokenizer: then `new_model` gets `NO_DATA` and None as its
+        processor, and this function, which must not read files, gives the batch for the model that it makes.
+
+        Args:
+            recipe: the recipe.
+            config: the configuration of the model that `new_model` made.
+        """
+
+    @staticmethod
     def trainer_arguments(
         recipe: Any, data: TaskData, processor: Any, model: Any
     ) -> tuple[dict[str, Any], list[str]]:
-        """The arguments of Transformers' ``Trainer`` that depend on the task (data, collator, metrics), and notes."""
+        """The arguments of Transformers' ``Trainer`` that depend on the task (data, collator, metrics), and notes.
+
+        Under ``trainer`` there may be a class to take in place of ``Trainer``.
+        """
 
     @staticmethod
     def metrics(recipe: Any) -> Sequence[Metric]:

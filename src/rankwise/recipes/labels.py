@@ -1,0 +1,87 @@
+"""Labels of examples: the words in a column, their names in order, and their numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rankwise.recipes.data import Table
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
+from rankwise.recipes.rows import bad_rows
+
+
+def label_words(table: Table, column: str, rows: Sequence[int]) -> list[str]:
+    """The label of each of ``rows``, as text.
+
+    Raises:
+        RecipeError: a row has none.
+    """
+    values = table.rows[column]
+    names = getattr(table.rows.features[column], "names", None)
+    words = [_word(values[row], names) for row in rows]
+    missing = [row for row, word in zip(rows, words, strict=True) if word is None]
+    raise_problems(bad_rows("data.label", table, missing, lambda row: f"has no label in {column!r}"))
+    return [word for word in words if word is not None]
+
+
+def _word(value: Any, names: Sequence[str] | None) -> str | None:
+    """A label as text; None if there is none."""
+    if names is not None and isinstance(value, int):
+        return names[value] if 0 <= value < len(names) else None
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
+        return None if math.isnan(value) else str(int(value))
+    return None if value is None or not str(value).strip() else str(value).strip()
+
+
+def label_names(
+    wanted: Sequence[str | int] | None, table: Table, column: str, words: Sequence[str]
+) -> list[str]:
+    """The names of the labels, in the order of their numbers.
+
+    Args:
+        wanted: what the recipe's ``data.labels`` says; None for those of the data, numbers by size, words sorted.
+        table: the training data.
+        column: the column with the labels.
+        words: the labels that occur.
+
+    Raises:
+        RecipeError: a name is there twice, or there is only one.
+    """
+    if wanted:
+        names = [str(name) for name in wanted]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise RecipeError([Problem("data.labels", f"{twice!r} is there twice.")])
+        return names
+    named = getattr(table.rows.features[column], "names", None)
+    names = list(named or set(words))
+    if not named:
+        names.sort(key=(lambda name: (int(name), name)) if all(map(_is_whole, names)) else None)
+    if len(names) < 2:
+        message = f"{table.place.name} has only the label {names[0]!r} in {column!r}: two are needed."
+        raise RecipeError([Problem("data.label", message)])
+    return names
+
+
+def label_numbers(table: Table, rows: Sequence[int], words: Sequence[str], names: Sequence[str]) -> list[int]:
+    """The number of each row's label.
+
+    Raises:
+        RecipeError: a label is none of ``names``.
+    """
+    number = {name: i for i, name in enumerate(names)}
+    unknown = {row: word for row, word in zip(rows, words, strict=True) if word not in number}
+    raise_problems(
+        bad_rows(
+            "data.label",
+            table,
+            list(unknown),
+            lambda row: f"has the unknown label {unknown[row]!r}. {did_you_mean(unknown[row], names)}",
+        )
+    )
+    return [number[word] for word in words]
+
+
+def _is_whole(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()

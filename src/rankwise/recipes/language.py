@@ -1,0 +1,244 @@
+"""Texts as tokens for language models: prompts with completions, chats, plain text in blocks; and their perplexity."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The label of a token that is read but not learned: PyTorch's cross entropy leaves it out.
+IGNORED = -100
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of an example.
+
+    Args:
+        ids: their numbers.
+        answer: for each, whether it belongs to what the model is to write.
+        is_cut: whether it was longer.
+    """
+
+    ids: list[int]
+    answer: list[bool]
+    is_cut: bool = False
+
+    def labels(self, answers_only: bool) -> list[int]:
+        """The tokens that have a loss, and `IGNORED` for others."""
+        return [
+            token if mine or not answers_only else IGNORED
+            for token, mine in zip(self.ids, self.answer, strict=True)
+        ]
+
+
+def encode_completion(tokenizer: Any, prompt: str, completion: str, limit: int) -> Encoded:
+    """A prompt and its completion, split into tokens each by itself, as they are when the model is used.
+
+    What is too long loses the beginning of the prompt, so that the completion stays whole; only a completion that
+    is too long by itself loses its end.
+    """
+    before = prompt_ids(tokenizer, prompt)
+    after = [*tokenizer(completion, add_special_tokens=False)["input_ids"], *_end(tokenizer)]
+    is_cut = len(before) + len(after) > limit
+    if is_cut:
+        first = before[:1] if before[0] == tokenizer.bos_token_id else []
+        room = max(limit - len(after), 1) - len(first)
+        before = first + before[len(before) - room :]
+        after = after[: limit - len(before)]
+    return Encoded(before + after, [False] * len(before) + [True] * len(after), is_cut)
+
+
+def encode_text(tokenizer: Any, text: str, limit: int | None = None) -> Encoded:
+    """A text and the token that ends it; what is too long loses its end."""
+    ids = [*prompt_ids(tokenizer, text), *_end(tokenizer)]
+    kept = ids[:limit]
+    return Encoded(kept, [True] * len(kept), len(kept) < len(ids))
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Message], limit: int, answers_only: bool) -> Encoded:
+    """A chat in the tokenizer's template; what is too long loses its end.
+
+    Args:
+        tokenizer: one with a chat template.
+        messages: the turns, each with its role and content.
+        limit: tokens to keep.
+        answers_only: find the assistant's turns. If the template marks them with ``{% generation %}``, by that;
+            otherwise as what each turn adds to the chat before it.
+
+    Raises:
+        ValueError: the template can't render the chat, or changes earlier turns when one is added.
+    """
+    if answers_only and not marks_answers(tokenizer):
+        ids, answer = _answers_by_prefix(tokenizer, messages)
+    elif answers_only:
+        encoded = tokenizer.apply_chat_template(
+            list(messages), return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, answer = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
+    else:
+        ids = tokenizer.apply_chat_template(list(messages), return_dict=True)["input_ids"]
+        answer = [True] * len(ids)
+    return Encoded(list(ids[:limit]), answer[:limit], len(ids) > limit)
+
+
+def marks_answers(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template marks the assistant's turns."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
+
+
+def _answers_by_prefix(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """Tokens of the whole chat, and those that begin in a part of its text that an assistant's turn adds."""
+    text = _rendered(tokenizer, messages)
+    spans = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _rendered(tokenizer, messages[:turn], add_generation_prompt=True) if turn else ""
+        upto = _rendered(tokenizer, messages[: turn + 1])
+        if not (upto.startswith(before) and text.startswith(upto)):
+            raise ValueError(
+                "the chat template changes earlier turns when one is added, so that the assistant's can't be told "
+                "from the others. Say data.loss_on: all, or use a template with {% generation %}"
+            )
+        # After the token that ends the turn nothing is written, so a line break there is not learned.
+        whole = upto.rstrip()
+        spans.append((len(before), len(whole if whole.endswith(_specials(tokenizer)) else upto)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    answer = [any(first <= start < last for first, last in spans) for start, _ in encoded["offset_mapping"]]
+    return encoded["input_ids"], answer
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+
+def _specials(tokenizer: Any) -> tuple[str, ...]:
+    return tuple(tokenizer.all_special_tokens)
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a text that is to go on: with the token that begins a text, if the model has one, and no end."""
+    ids = list(tokenizer(prompt)["input_ids"])
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _end(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def pack(texts: Iterable[Sequence[int]], length: int) -> Iterator[list[int]]:
+    """All texts one after the other, cut into blocks; the last may be shorter, and a single token is none.
+
+    Args:
+        texts: the tokens of each text, its end included.
+        length: of a block.
+
+    Example:
+        >>> list(pack([[1, 2, 3, 0], [4, 5, 0], [6, 0]], length=4))
+        [[1, 2, 3, 0], [4, 5, 0, 6]]
+    """
+    block: list[int] = []
+    for text in texts:
+        block.extend(text)
+        while len(block) >= length:
+            yield block[:length]
+            block = block[length:]
+    if len(block) > 1:
+        yield block
+
+
+# --- perplexity --------------------------------------------------------------------------------------------------
+
+
+def token_losses(logits: Any, labels: Tensor) -> Tensor:
+    """The summed loss and the number of learned tokens of each example: all that an evaluation has to keep.
+
+    Args:
+        logits: shape (batch, length, vocabulary), or a tuple that begins with it.
+        labels: shape (batch, length), with `IGNORED` where there is no loss.
+
+    Returns:
+        Shape (batch, 2), float32.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    # One example at a time: a batch of logits in float32 may be gigabytes.
+    sums = [
+        cross_entropy(each[:-1].float(), label[1:], ignore_index=IGNORED, reduction="sum")
+        for each, label in zip(logits, labels, strict=True)
+    ]
+    counts = (labels[:, 1:] != IGNORED).sum(dim=1)
+    return torch.stack([torch.stack(sums), counts.float()], dim=1)
+
+
+def perplexity_metrics(prediction: Any) -> dict[str, float]:
+    """Loss per token and perplexity over all held-out tokens: ``prediction.predictions`` are `token_losses`.
+
+    Every token counts the same, however long its example is. Infinite if the perplexity is too large for a float.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> import numpy
+        >>> perplexity_metrics(SimpleNamespace(predictions=numpy.array([[0.0, 1.0], [3 * math.log(2), 2.0]])))
+        {'token_loss': 0.6931471805599453, 'perplexity': 2.0}
+    """
+    import numpy as np
+
+    total, count = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    loss = float(total / count)
+    try:
+        return {"token_loss": loss, "perplexity": math.exp(loss)}
+    except OverflowError:
+        return {"token_loss": loss, "perplexity": math.inf}
+
+
+# --- samples -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to show what a model writes.
+
+    Args:
+        text: for people.
+        ids: for the model.
+        expected: what the held-out example goes on with, if it is from one.
+    """
+
+    text: str
+    ids: Sequence[int]
+    expected: str | None = None
+
+
+def write_on(model: Any, tokenizer: Any, prompt: Prompt, tokens: int) -> str:
+    """What a model writes after a prompt, taking the likeliest token each time.
+
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer.
+        prompt: the prompt.
+        tokens: to write at most.
+    """
+    import torch
+
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    ids = torch.tensor([list(prompt.ids)], device=model.device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        written = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+            eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    model.train(was_training)
+    return str(tokenizer.decode(written[0, len(prompt.ids) :], skip_special_tokens=True)).strip()

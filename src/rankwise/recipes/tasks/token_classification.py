@@ -1,0 +1,371 @@
+"""Token classification: a tag for each word, such as the names of people and places.
+
+task: token-classification
+data:
+train: entities.conll     # CoNLL-style, JSON lines, Parquet, or a hub name
+tokens: tokens            # the column with lists of words
+tags: ner_tags            # the column with a tag for each word
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from rankwise.recipes.batches import longest, text_batch
+from rankwise.recipes.conll import is_conll, read_conll
+from rankwise.recipes.data import Table, column_problems, read_table
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
+from rankwise.recipes.language import IGNORED
+from rankwise.recipes.models import load_model, load_processor, load_tokenizer, model_config, token_limit
+from rankwise.recipes.places import Place
+from rankwise.recipes.preparing import tracked
+from rankwise.recipes.rows import (
+    DataSection,
+    RowsRecipe,
+    TooLong,
+    bad_rows,
+    check_sources,
+    count_rows,
+    fitting_rows,
+    hold_out,
+    listed_rows,
+    read_tables,
+)
+from rankwise.recipes.tasks import Metric, TaskData
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TASK_TYPE = "TOKEN_CLS"
+_ENTITY_TAG = re.compile(r"[BIES]-.+")
+
+
+class TaggedData(DataSection):
+    """Where the words and their tags are.
+
+    Args:
+        train: a CoNLL-style file (``.conll``, ``.iob``, ``.bio``: a word a line, its tag in the last column, a blank
+            line after each sentence), a JSON lines or Parquet file, or a dataset's name on the hub.
+        tokens: the column with lists of words; a CoNLL-style file needs no names.
+        tags: the column with lists of tags, one for each word.
+        labels: the names of the tags in the order wanted, and of those that are numbers in the data; left out, those
+            of the training data, ``O`` first.
+        max_length: tokens to read of a sentence; left out, as many as the model takes.
+        too_long: ``truncate`` longer sentences, ``drop`` them, or take them for an ``error``.
+    """
+
+    tokens: str = "tokens"
+    tags: str = "tags"
+    labels: list[str] | None = Field(default=None, min_length=2)
+    max_length: int | None = Field(default=None, ge=4)
+    too_long: TooLong = "truncate"
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The recipe's keys that name columns, and the columns."""
+        return {"data.tokens": self.tokens, "data.tags": self.tags}
+
+
+class Recipe(RowsRecipe):
+    """A recipe for token classification.
+
+    Args:
+        task: ``token-classification``.
+        data: where the words and tags are.
+    """
+
+    task: Literal["token-classification"]
+    data: TaggedData
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def check(recipe: Recipe) -> Iterator[Problem]:
+    """Files and columns that are missing, a model that is, and labels that are there twice."""
+    yield from check_sources(recipe, _place_problems)
+    labels = recipe.data.labels or []
+    if twice := next((name for name in labels if labels.count(name) > 1), None):
+        yield Problem("data.labels", f"{twice!r} is there twice.")
+
+
+def _place_problems(place: Place, key: str, columns: dict[str, str]) -> Iterator[Problem]:
+    return iter(()) if is_conll(place) else column_problems(place, key, columns)
+
+
+def _read(place: Place, key: str, columns: Sequence[str], split: str, subset: str | None) -> Table:
+    if is_conll(place):
+        return read_conll(place, key, *columns)
+    return read_table(place, key, columns, split, subset)
+
+
+def read_data(recipe: Recipe) -> TaskData:
+    """Read all sentences, check words and tags, hold sentences out, and split words into tokens."""
+    data, tokenizer = recipe.data, processor(recipe)
+    limit = token_limit(data.max_length, tokenizer, model_config(recipe))
+    tables = read_tables(recipe, _read)
+    notes = [note for table in tables for note in table.notes]
+    kept = [_rows_with_words(data, table, notes) for table in tables]
+    tags = [_words_of_tags(data, table, rows) for table, rows in zip(tables, kept, strict=True)]
+    names = list(data.labels or _tag_names(tables[0], tags[0].values()))
+    if has_entities(names) and importlib.util.find_spec("seqeval") is None:
+        message = 'measuring entities needs the package seqeval. Install it: pip install ".[language]"'
+        raise RecipeError([Problem("task", message)])
+    sets = [
+        _tokens(data, tokenizer, limit, table, _numbers(table, each, names), notes)
+        for table, each in zip(tables, tags, strict=True)
+    ]
+    train, evaluation = hold_out(data, sets, notes, text=["input_ids"])
+    return TaskData(train, evaluation, notes, names)
+
+
+def _rows_with_words(data: TaggedData, table: Table, notes: list[str]) -> list[int]:
+    """The rows with words, as many as tags; empty ones are left out, and noted."""
+    wrong: dict[int, str] = {}
+    empty = []
+    for row, (words, tags) in enumerate(zip(table.rows[data.tokens], table.rows[data.tags], strict=True)):
+        if not words and not tags:
+            empty.append(row)
+        elif not _is_list_of(words, str):
+            wrong[row] = f"{data.tokens!r}: a list of words is expected, but it holds {words!r:.50}"
+        elif not _is_list_of(tags, (str, int)):
+            wrong[row] = f"{data.tags!r}: a list of tags is expected, but it holds {tags!r:.50}"
+        elif len(words) != len(tags):
+            wrong[row] = f"has {len(words)} words and {len(tags)} tags"
+    raise_problems(bad_rows("data.tags", table, list(wrong), lambda row: wrong[row]))
+    if len(empty) == len(table.rows):
+        raise RecipeError(
+            [Problem("data.tokens", f"no row of {table.place.name} has words in {data.tokens!r}.")]
+        )
+    if empty:
+        notes.append(f"{count_rows(len(empty))} without words left out ({listed_rows(table, empty)}).")
+    return sorted(set(range(len(table.rows))) - set(empty))
+
+
+def _is_list_of(value: Any, kind: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _words_of_tags(data: TaggedData, table: Table, rows: Sequence[int]) -> dict[int, list[str]]:
+    """The tags of each row by name; numbers are looked up in the dataset's own names, or the recipe's."""
+    column = table.rows[data.tags]
+    feature = getattr(table.rows.features[data.tags], "feature", None)
+    names = getattr(feature, "names", None) or data.labels
+    found: dict[int, list[str]] = {}
+    wrong: dict[int, int] = {}
+    for row in rows:
+        for tag in column[row]:
+            if names and isinstance(tag, int) and not 0 <= tag < len(names):
+                wrong[row] = tag
+        if row not in wrong:
+            found[row] = [names[tag] if names and isinstance(tag, int) else str(tag) for tag in column[row]]
+    raise_problems(
+        bad_rows("data.tags", table, list(wrong), lambda row: f"has the tag {wrong[row]}, which has no name")
+    )
+    return found
+
+
+def _tag_names(table: Table, tags: Iterable[Sequence[str]]) -> list[str]:
+    """The tags that occur, by kind of entity: first ``O``, then ``B-LOC``, ``I-LOC``, ``B-PER`` and so on."""
+    found = {tag for row in tags for tag in row}
+    if len(found) < 2:
+        message = f"{table.place.name} has only the tag {next(iter(found))!r}: two are needed."
+        raise RecipeError([Problem("data.tags", message)])
+    if all(tag.isdecimal() for tag in found):
+        return sorted(found, key=int)
+    return sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2], tag))
+
+
+def _numbers(table: Table, tags: Mapping[int, Sequence[str]], names: Sequence[str]) -> dict[int, list[int]]:
+    """The numbers of each row's tags."""
+    number = {name: i for i, name in enumerate(names)}
+    unknown = {row: tag for row, each in tags.items() for tag in reversed(each) if tag not in number}
+    raise_problems(
+        bad_rows(
+            "data.tags",
+            table,
+            list(unknown),
+            lambda row: f"has the unknown tag {unknown[row]!r}. {did_you_mean(unknown[row], names)}",
+        )
+    )
+    return {row: [number[tag] for tag in each] for row, each in tags.items()}
+
+
+def _tokens(
+    data: TaggedData,
+    tokenizer: Any,
+    limit: int,
+    table: Table,
+    tags: Mapping[int, Sequence[int]],
+    notes: list[str],
+) -> Any:
+    """A dataset with token numbers, and the label of each word at its first token."""
+    import datasets
+
+    column = table.rows[data.tokens]
+    ids, labels, long = {}, {}, []
+    for row in tracked(tags, "splitting words into tokens", len(tags)):
+        encoded = tokenizer(column[row], is_split_into_words=True, truncation=True, max_length=limit)
+        words = encoded.word_ids()
+        ids[row] = encoded["input_ids"]
+        labels[row] = labels_of_tokens(words, tags[row])
+        if max((word for word in words if word is not None), default=-1) < len(tags[row]) - 1:
+            long.append(row)
+    rows = fitting_rows(data.too_long, table, list(tags), long, f"{limit:,} tokens", notes)
+    return datasets.Dataset.from_dict(
+        {"input_ids": [ids[row] for row in rows], "labels": [labels[row] for row in rows]}
+    )
+
+
+def labels_of_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+    """The labels of tokens: at the first token of each word its tag, elsewhere none.
+
+    Args:
+        words: for each token the number of its word; None for tokens of no word.
+        tags: of each word.
+
+    Example:
+        >>> labels_of_tokens([None, 0, 1, 1, None], tags=[7, 8])
+        [-100, 7, 8, -100, -100]
+    """
+    before = [None, *words]
+    return [
+        IGNORED if word is None or word == last else tags[word]
+        for word, last in zip(words, before, strict=False)
+    ]
+
+
+# --- model -------------------------------------------------------------------------------------------------------
+
+
+def processor(recipe: Recipe) -> Any:
+    """The model's tokenizer, which knows the word that a token belongs to."""
+    tokenizer = load_tokenizer(recipe)
+    if not tokenizer.is_fast:
+        message = "its tokenizer is a slow one, which can't tell the words that its tokens belong to."
+        raise RecipeError([Problem("model", f"{message} Take a model with a tokenizer.json.")])
+    if getattr(tokenizer, "add_prefix_space", None) is False:
+        # Such as RoBERTa's: a word alone is another one than the same word after a space.
+        tokenizer = load_processor(recipe, "AutoTokenizer", add_prefix_space=True)
+    return tokenizer
+
+
+def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
+    """The model with a new head of the data's tags."""
+    config = model_config(recipe)
+    if processor is not None:
+        config.pad_token_id = processor.pad_token_id
+    names = data.labels or ()
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+    return load_model(recipe, "AutoModelForTokenClassification", config, weights=weights)
+
+
+def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
+    """Sentences of ``data.max_length`` tokens, or of as many as the model takes."""
+    return text_batch(recipe.training.per_device_train_batch_size, longest(recipe.data.max_length, config))
+
+
+def trainer_arguments(
+    recipe: Recipe, data: TaskData, processor: Any, model: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """Tokens for the trainer, padded batch by batch, and the metrics."""
+    from transformers import DataCollatorForTokenClassification
+
+    names = list(data.labels or ())
+    notes = []
+    if not has_entities(names):
+        notes = ["The tags are no beginnings and insides of entities (B-…, I-…): only accuracy is measured."]
+    # By length, so that a batch holds little padding: the order does not change the metrics.
+    lengths = [len(ids) for ids in data.evaluation["input_ids"]]
+    evaluation = data.evaluation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+    return {
+        "train_dataset": data.train,
+        "eval_dataset": evaluation,
+        "processing_class": processor,
+        "data_collator": DataCollatorForTokenClassification(processor),
+        "compute_metrics": functools.partial(tag_metrics, names),
+        "preprocess_logits_for_metrics": _likeliest,
+    }, notes
+
+
+def _likeliest(logits: Any, labels: Tensor) -> Any:
+    """The tags that are predicted: all of the logits that the metrics need."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+def metrics(recipe: Recipe) -> Sequence[Metric]:
+    """F1, precision and recall of whole entities, accuracy of words, and the loss."""
+    return (
+        Metric("f1", "entity F1", ".2%"),
+        Metric("precision", "entity precision", ".2%"),
+        Metric("recall", "entity recall", ".2%"),
+        Metric("accuracy", "accuracy of words", ".2%"),
+        Metric("loss", "held-out loss"),
+    )
+
+
+def has_entities(names: Sequence[str]) -> bool:
+    """Whether tags mark entities: ``O``, and beginnings and insides (``B-``, ``I-``), ends and single ones.
+
+    Example:
+        >>> has_entities(["O", "B-PER", "I-PER"]), has_entities(["NOUN", "VERB"])
+        (True, False)
+    """
+    return all(name == "O" or _ENTITY_TAG.fullmatch(name) for name in names)
+
+
+def tag_metrics(names: Sequence[str], prediction: Any) -> dict[str, float]:
+    """Accuracy, and if the tags mark entities, F1, precision and recall of those.
+
+    An entity counts as found if its kind, its first and its last word are right (as in CoNLL's own script).
+
+    Args:
+        names: the tags by number.
+        prediction: ``predictions`` and ``label_ids``, both (n, length); words are where a label is.
+    """
+    import numpy as np
+
+    guess, truth = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    is_word = truth != IGNORED
+    found = {"accuracy": float((guess == truth)[is_word].mean())}
+    if not has_entities(names):
+        return found
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    truths, guesses = (
+        [[names[tag] for tag in row[mask]] for row, mask in zip(side, is_word, strict=True)]
+        for side in (truth, guess)
+    )
+    for key, score in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
+        found[key] = float(score(truths, guesses, zero_division=0))
+    return found
+
+
+def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:
+    """Lines that tag a text with the saved adapter."""
+    extra = ', aggregation_strategy="first"' if has_entities(list(data.labels or ())) else ""
+    text = processor(recipe).decode(data.evaluation[0]["input_ids"], skip_special_tokens=True)
+    lines = (
+        "import rankwise as rw",
+        "from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, pipeline",
+        "",
+        f"folder = {folder!r}",
+        "base = AutoModelForTokenClassification.from_pretrained(",
+        f"    {base!r}, config=AutoConfig.from_pretrained(folder)",
+        ")",
+        "model = rw.PeftModel.from_pretrained(base, folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f'tag = pipeline("token-classification", model=model, tokenizer=tokenizer{extra})',
+        f"print(tag({text[:100]!r}))",
+    )
+    return "\n".join(lines)

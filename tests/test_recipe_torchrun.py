@@ -1,0 +1,56 @@
+"""A recipe that several processes train is the run that one process would make with the whole batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from language_world import questions, save_language_model, write_language_recipe, write_lines
+from rankwise.recipes import load_recipe, train
+
+
+def test_two_processes_train_as_one_after_measuring_how_good_the_model_is_before(tmp_path: Path) -> None:
+    """Accelerate leaves a model unconnected that was evaluated first: each process would train a model of its own."""
+    model = save_language_model(tmp_path / "model")
+    write_lines(tmp_path / "questions.jsonl", questions())
+    data = {
+        "train": str(tmp_path / "questions.jsonl"),
+        "prompt": "question",
+        "completion": "answer",
+        "train_size": 48,
+    }
+    recipe = write_language_recipe(
+        tmp_path, model, data, training__logging_steps=1, training__per_device_train_batch_size=8
+    )
+    alone = train(load_recipe(recipe), console=Console(quiet=True))
+    together = tmp_path / "together"
+    overrides = [f"output={together}", "training.per_device_train_batch_size=4"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launcher, "-m", "rankwise", "train", str(recipe), *overrides],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Saved to") == 1
+
+    def read(folder: Path) -> dict[str, Any]:
+        return dict(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+
+    one, two = read(alone.folder), read(together)
+    assert two["before"] == pytest.approx(one["before"], rel=1e-5)
+    assert two["after"] == pytest.approx(one["after"], rel=1e-3)
+    losses = [[entry["loss"] for entry in each["log"] if "loss" in entry] for each in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (alone.folder, together))
+    assert {name: tensor.shape for name, tensor in first.items()} == {
+        name: tensor.shape for name, tensor in second.items()
+    }
