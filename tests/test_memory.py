@@ -15,9 +15,9 @@ from torch import nn
 
 import rankwise as rw
 from rankwise.recipes import load_recipe, plan, plan_memory
-from rankwise.recipes.activations import FakeRun, LiveBytes
-from rankwise.recipes.batches import speech_batch, text_batch
-from rankwise.recipes.memory import Memory, estimate_memory, frozen_bytes, optimizer_bytes
+from rankwise.recipes.memory.activations import FakeRun, LiveBytes
+from rankwise.recipes.memory.batches import speech_batch, text_batch
+from rankwise.recipes.memory.estimate import Memory, estimate_memory, frozen_bytes, optimizer_bytes
 from rankwise.recipes.recipe import TrainingSection
 from recipe_world import save_tiny_model, write_recipe, write_table
 from tiny import bert, llama
@@ -309,24 +309,17 @@ def benchmark() -> ModuleType:
     return module
 
 
-def test_small_models_take_what_was_estimated(benchmark: ModuleType) -> None:
-    names = [name for name, case in benchmark.CASES.items() if case.fast]
-    for name, real in benchmark.measured(*names).items():
-        assert benchmark.estimate(benchmark.CASES[name]).training == pytest.approx(real, rel=0.25), name
-
-
 @pytest.mark.slow
-def test_larger_models_take_what_was_estimated(benchmark: ModuleType) -> None:
-    names = [name for name, case in benchmark.CASES.items() if not case.fast]
-    for name in names:
+def test_models_take_what_was_estimated(benchmark: ModuleType) -> None:
+    for name, case in benchmark.CASES.items():
         real = benchmark.measured(name)[name]
-        assert benchmark.estimate(benchmark.CASES[name]).training == pytest.approx(real, rel=0.25), name
+        assert benchmark.estimate(case).training == pytest.approx(real, rel=0.25), name
 
 
 def test_speech_and_images_are_shaped_by_the_configuration() -> None:
     from transformers import ResNetConfig, ViTConfig, WhisperConfig
 
-    from rankwise.recipes.batches import image_batch
+    from rankwise.recipes.memory.batches import image_batch
 
     clips = speech_batch(2, WhisperConfig(num_mel_bins=128), tokens=7)
     assert clips["input_features"].shape == (2, 128, 3000) and clips["labels"].shape == (2, 7)

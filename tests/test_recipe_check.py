@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.recipes import RecipeError, load_recipe
-from rankwise.recipes.errors import nearest
+from rankwise.suggest import nearest
 from recipe_world import write_recipe, write_table
 
 
@@ -211,7 +211,7 @@ def test_a_path_inside_a_package_is_found(world: Path) -> None:
     ("word", "meant"), [("Learning-Rate", "learning_rate"), ("steps", "max_steps"), ("zz", None)]
 )
 def test_nearest_forgives_spelling_case_and_dashes(word: str, meant: str | None) -> None:
-    assert nearest(word, ["learning_rate", "max_steps", "seed"]) == meant
+    assert nearest(word, ["learning_rate", "max_steps", "seed"], or_part=True) == meant
 
 
 def test_the_default_learning_rate_is_loras(world: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rankwise.recipes import RecipeError, load_recipe
-from rankwise.recipes.splits import mixed_order, split_sizes
+from rankwise.recipes.data.splits import mixed_order, split_sizes
 from rankwise.recipes.tasks import TaskData, load_task
 from recipe_world import rows, write_recipe, write_table
 

@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 
 import rankwise as rw
-from rankwise.recipes import RecipeError, Result, audio, load_recipe, plan, plan_memory, train, whisper
+from rankwise.recipes import RecipeError, Result, load_recipe, plan, plan_memory, train
+from rankwise.recipes.data import audio
 from rankwise.recipes.preparing import preparing
-from rankwise.recipes.tasks import speech_recognition as task
+from rankwise.recipes.tasks.speech_recognition import task, whisper
 from speech_world import (
     FORMS,
     WORDS,
@@ -290,7 +291,7 @@ def test_a_clip_that_breaks_off_while_training_gives_its_place_to_the_next(
     world: Path, english: Path
 ) -> None:
     data = read(world, english)
-    from rankwise.recipes.file_examples import FileExamples
+    from rankwise.recipes.data.file_examples import FileExamples
 
     def decode(source: str | bytes) -> Any:
         return audio.decode(source, 16000, 1.0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -17,8 +18,8 @@ from language_world import questions, save_language_model, write_language_recipe
 from rankwise.recipes import load_recipe, train
 
 
-def test_two_processes_train_as_one_after_measuring_how_good_the_model_is_before(tmp_path: Path) -> None:
-    """Accelerate leaves a model unconnected that was evaluated first: each process would train a model of its own."""
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
     model = save_language_model(tmp_path / "model")
     write_lines(tmp_path / "questions.jsonl", questions())
     data = {
@@ -27,9 +28,34 @@ def test_two_processes_train_as_one_after_measuring_how_good_the_model_is_before
         "completion": "answer",
         "train_size": 48,
     }
-    recipe = write_language_recipe(
+    return write_language_recipe(
         tmp_path, model, data, training__logging_steps=1, training__per_device_train_batch_size=8
     )
+
+
+def test_a_model_that_was_evaluated_before_is_connected_for_training(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate returns a model as it is that it takes for ready; only others does it connect to other processes."""
+    calls: list[tuple[bool, bool]] = []
+    prepare = Accelerator.prepare_model
+
+    def spy(self: Accelerator, model: Any, *args: Any, **options: Any) -> Any:
+        calls.append((bool(options.get("evaluation_mode")), hasattr(model, "_is_accelerate_prepared")))
+        return prepare(self, model, *args, **options)
+
+    monkeypatch.setattr(Accelerator, "prepare_model", spy)
+    train(load_recipe(recipe), console=Console(quiet=True))
+    for_training = [was_ready for for_evaluation, was_ready in calls if not for_evaluation]
+    assert calls[0] == (True, False), "it was to be evaluated first"
+    assert for_training and not any(for_training)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_after_measuring_how_good_the_model_is_before(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """Accelerate leaves a model unconnected that was evaluated first: each process would train a model of its own."""
     alone = train(load_recipe(recipe), console=Console(quiet=True))
     together = tmp_path / "together"
     overrides = [f"output={together}", "training.per_device_train_batch_size=4"]

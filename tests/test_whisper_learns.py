@@ -13,7 +13,7 @@ import torch
 
 import rankwise as rw
 from rankwise.recipes import load_recipe, train
-from rankwise.recipes.tasks import speech_recognition as task
+from rankwise.recipes.tasks.speech_recognition import task
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT.parent / "shared" / "models" / "whisper-tiny.en"

@@ -3,7 +3,7 @@
 Exit codes: 0 done; 2 for what the user must mend, with one message and no traceback; 1 for a fault of rankwise
 itself, with a traceback; 130, 143 and 129 after SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal).
 
-Everything heavy is imported inside the commands, so that ``--help`` comes at once.
+Everything heavier than PyTorch is imported inside the commands, so that ``--help`` comes soon.
 """
 
 from __future__ import annotations

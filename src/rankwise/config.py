@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import numbers
@@ -22,7 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+from rankwise.atomic import write_file
 from rankwise.schedule import BudgetSchedule, check_length
+from rankwise.suggest import nearest, suggestion
 
 CONFIG_NAME = "adapter_config.json"
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -348,17 +349,9 @@ class LoraConfig(_CheckedKeywords):
         The file is written aside and then renamed, so it is the old one or the new one at any moment.
         """
         path = Path(folder) / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fields = dict(
-            sorted(self.to_dict().items())
-        )  # patterns keep their order: the first that matches counts
-        text = json.dumps(fields, indent=2, allow_nan=False) + "\n"
-        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        # Patterns keep their order: the first that matches counts.
+        fields = dict(sorted(self.to_dict().items()))
+        write_file(path, json.dumps(fields, indent=2, allow_nan=False) + "\n")
         return path
 
 
@@ -604,8 +597,7 @@ def _one_of(name: str, value: Any, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise TypeError(f"`{name}` must be one of {', '.join(choices)}, but is {_short(value)}.")
     if value not in choices:
-        near = _nearest(value, choices)
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = suggestion(value, choices)
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r}.{hint}")
     return str(value)
 
@@ -747,7 +739,7 @@ def _unknown_keyword(cls: type[Any], name: str, names: AbstractSet[str]) -> str:
     folded = _folded(name)
     choices = {_folded(each): each for each in sorted(names - {"extra"})}
     alias = next((each for each in _ALIASES.get(folded, ()) if each in names), None)
-    near = _nearest(folded, list(choices))
+    near = nearest(folded, choices)
     guess = alias or (choices[near] if near else None)
     if guess is None:
         return f"{message} Its fields are {', '.join(choices.values())}."
@@ -756,12 +748,6 @@ def _unknown_keyword(cls: type[Any], name: str, names: AbstractSet[str]) -> str:
 
 def _folded(name: str) -> str:
     return name.lower().replace("_", "")
-
-
-def _nearest(name: str, choices: Sequence[str]) -> str | None:
-    upper = {each.upper(): each for each in choices}
-    found = difflib.get_close_matches(name.upper(), list(upper), n=1)
-    return upper[found[0]] if found else None
 
 
 def _plain(value: Any) -> Any:

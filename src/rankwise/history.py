@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from rankwise.atomic import write_file
+
 _LAYOUT = 1  # of the packed tensor: [_LAYOUT, layers, records, then step, budget and ranks of every record]
 
 
@@ -148,16 +150,7 @@ class RankHistory:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the history as JSON; a process killed meanwhile leaves the old file or the new one."""
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_file(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RankHistory:

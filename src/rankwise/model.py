@@ -785,7 +785,7 @@ def get_peft_model(model: Any, peft_config: LoraConfig, adapter_name: str = "def
         >>> config = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=10, tfinal=2, target_modules=["0", "2"])
         >>> model = rw.get_peft_model(model, config)
         >>> model.print_trainable_parameters()
-        trainable params: 112 || all params: 202 || trainable%: 55.4455
+        trainable params: 104 || all params: 202 || trainable%: 51.4851
         >>> isinstance(model, torch.nn.Sequential)
         True
     """

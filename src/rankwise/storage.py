@@ -43,7 +43,7 @@ from rankwise.controller import BUFFERS, Controller
 from rankwise.distributed import gather, like, local, local_like
 from rankwise.history import RankHistory
 from rankwise.runstate import RunState
-from rankwise.suggest import nearest
+from rankwise.suggest import suggestion
 from rankwise.targets import (
     find_targets,
     modules_to_save_paths,
@@ -404,7 +404,7 @@ def _fit_rest(
     embeddings = [*output_embeddings(model), *(m for m in modules.values() if isinstance(m, nn.Embedding))]
     for name, tensor in rest.items():
         if name not in own:
-            raise ValueError(f"{file.source}: the model has no {name!r}.{nearest(name, own)}")
+            raise ValueError(f"{file.source}: the model has no {name!r}.{suggestion(name, own)}")
         if own[name].shape != tensor.shape:
             raise ValueError(_shape_message(file, name, tensor, own[name].shape))
         embeds = any(modules.get(name.rpartition(".")[0]) is each for each in embeddings)
@@ -464,7 +464,7 @@ def _fit(
     layer = modules.get(path)
     if layer is None:
         raise ValueError(
-            f"{file.source} adapts {path!r}, which the model does not have.{nearest(path, modules)} "
+            f"{file.source} adapts {path!r}, which the model does not have.{suggestion(path, modules)} "
             "Load the adapter into the base model that it was trained on."
         )
     mixin = adapters_for(layer)

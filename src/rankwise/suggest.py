@@ -6,14 +6,46 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(name: str, known: Iterable[str], question: str = " Did you mean {}?") -> str:
-    """A sentence that suggests the known name nearest to ``name``, or nothing if none is near.
+def nearest(name: str, known: Iterable[str], *, or_part: bool = False) -> str | None:
+    """The known name that ``name`` was most likely meant to be, or None.
+
+    Spelling decides, upper and lower case and the kind of dash aside.
+
+    Args:
+        name: what was said.
+        known: what could have been meant.
+        or_part: failing that, take a known name that contains it.
 
     Example:
-        >>> nearest("q_porj", ["q_proj", "v_proj"])
+        >>> nearest("learning-rat", ["learning_rate", "seed"])
+        'learning_rate'
+        >>> nearest("batch_size", ["per_device_train_batch_size", "max_steps"], or_part=True)
+        'per_device_train_batch_size'
+        >>> nearest("colour", ["seed"]) is None
+        True
+    """
+    names = list(known)
+    plain = {_plain(each): each for each in reversed(names)}
+    close = difflib.get_close_matches(_plain(name), list(plain), n=1)
+    if close:
+        return plain[close[0]]
+    if not or_part or len(name) < 3:
+        return None
+    return next((each for each in names if _plain(name) in _plain(each)), None)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A sentence, to stand after another, that suggests the known name nearest to ``name``; nothing if none is near.
+
+    Example:
+        >>> suggestion("q_porj", ["q_proj", "v_proj"])
         " Did you mean 'q_proj'?"
-        >>> nearest("q_proj", ["xyz"])
+        >>> suggestion("q_proj", ["xyz"])
         ''
     """
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return question.format(repr(found[0])) if found else ""
+    found = nearest(name, known)
+    return "" if found is None else f" Did you mean {found!r}?"
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")

@@ -24,7 +24,7 @@ from torch.nn.parameter import UninitializedParameter
 from rankwise.adapters import AdapterLayer, adapters_for
 from rankwise.adapters.saved import SavedModule
 from rankwise.config import AdaLoraConfig, LoraConfig
-from rankwise.suggest import nearest
+from rankwise.suggest import suggestion
 
 _T = TypeVar("_T")
 
@@ -545,7 +545,7 @@ def _walk(node: ast.AST, parent: ast.AST | None, call: str | None, called: set[s
 def _nearest_name(name: str, paths: Iterable[str]) -> str:
     """A suggestion among the paths' ends that have as many parts as ``name``."""
     parts = name.count(".") + 1
-    return nearest(name, dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
+    return suggestion(name, dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
 
 
 def _linear_names(modules: Mapping[str, nn.Module], most: int = 12) -> str:

@@ -6,6 +6,9 @@
     print(result.before, result.after)
 
 They need ``pip install "rankwise[train,report]"``.
+
+`run` is the way through it all, `recipe` what a recipe may say, `tasks` one room for each task, `data` how files become
+examples, and `memory` what a run will take.
 """
 
 from rankwise.recipes.errors import Problem, RecipeError

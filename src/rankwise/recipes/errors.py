@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from rankwise.suggest import nearest
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,6 @@ def raise_problems(problems: Iterable[Problem], source: str | None = None) -> No
         raise RecipeError(gathered, source)
 
 
-def nearest(word: str, valid: Iterable[str]) -> str | None:
-    """The valid name that ``word`` was most likely meant to be, or None.
-
-    Spelling decides, upper and lower case and the kind of dash aside; failing that, a name that contains the word.
-
-    Example:
-        >>> nearest("learning_rat", ["learning_rate", "seed"])
-        'learning_rate'
-        >>> nearest("batch_size", ["per_device_train_batch_size", "max_steps"])
-        'per_device_train_batch_size'
-        >>> nearest("colour", ["seed"]) is None
-        True
-    """
-    names = list(valid)
-    plain = {_plain(name): name for name in reversed(names)}
-    close = difflib.get_close_matches(_plain(word), list(plain), n=1, cutoff=0.6)
-    if close:
-        return plain[close[0]]
-    if len(word) < 3:
-        return None
-    return next((name for name in names if _plain(word) in _plain(name)), None)
-
-
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
     """The end of a message: the nearest valid name, or all of them if none is near and they are few.
 
@@ -85,12 +63,8 @@ def did_you_mean(word: str, valid: Iterable[str]) -> str:
         'Valid: text, rating.'
     """
     names = list(valid)
-    found = nearest(word, names)
+    found = nearest(word, names, or_part=True)
     if found is not None:
         return f"Did you mean {found!r}?"
     shown = ", ".join(names[:20])
     return f"Valid: {shown}{', …' if len(names) > 20 else '.'}" if names else ""
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "_")

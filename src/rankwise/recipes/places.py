@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, nearest
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean
+from rankwise.suggest import nearest
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGE_PREFIX = "pypi:"
@@ -160,7 +161,7 @@ def _near_paths(path: Path, beside: Path) -> Iterator[str]:
             continue
         # A slip in a name is rarely one in its ending: a recipe is no suggestion for a table.
         entries = (entry.name for entry in missing.parent.iterdir() if entry.suffix == missing.suffix)
-        name = nearest(missing.name, sorted(entries))
+        name = nearest(missing.name, sorted(entries), or_part=True)
         if name is not None:
             mended = missing.parent / name / whole.relative_to(missing)
             yield str(mended.relative_to(start) if not path.is_absolute() else mended)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.attach import adapter_layers
 from rankwise.recipes.errors import Problem, RecipeError
-from rankwise.recipes.memory import Memory, estimate_memory
+from rankwise.recipes.memory.estimate import Memory, estimate_memory
 from rankwise.recipes.models import head_modules
 from rankwise.recipes.recipe import BaseRecipe, TrainingSection, config_class
 from rankwise.recipes.tasks import NO_DATA, TaskData, load_task

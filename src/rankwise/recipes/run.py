@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.recipes.errors import Problem, RecipeError
 from rankwise.recipes.interrupt import Interruption
-from rankwise.recipes.memory import Memory
+from rankwise.recipes.memory.estimate import Memory
 from rankwise.recipes.models import model_place, new_weights, quiet
 from rankwise.recipes.output import Output
 from rankwise.recipes.plan import Plan, attach, factor_parameters, make_plan, memory_plan

@@ -1,7 +1,8 @@
 """The tasks that a recipe can name. A task is one module with the members of `Task`, registered in `TASKS`.
 
 To add a task, write such a module and add its line to `TASKS`; the command line, checking, planning, progress,
-checkpoints and reports then work for it as they are.
+checkpoints and reports then work for it as they are. A task of several files is a package whose module ``task`` has
+the members.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 TASKS: Mapping[str, str] = {
     "text-classification": "text_classification",
-    "speech-recognition": "speech_recognition",
+    "speech-recognition": "speech_recognition.task",
     "image-classification": "image_classification",
-    "causal-lm": "causal_lm",
+    "causal-lm": "causal_lm.task",
     "token-classification": "token_classification",
 }
 
@@ -100,7 +101,7 @@ class Task(Protocol):
 
         It is how `rankwise.recipes.memory` measures activations: what the collator gives to the model's forward, by
         name, with the shapes and dtypes of ``training.per_device_train_batch_size`` examples of the greatest length.
-        Values do not matter (`rankwise.recipes.batches` makes such tensors), nor does the device: nothing is computed.
+        Values do not matter (``memory.batches`` makes such tensors), nor does the device: nothing is computed.
 
         ``rankwise plan --memory`` has neither data nor tokenizer: then `new_model` gets `NO_DATA` and None as its
         processor, and this function, which must not read files, gives the batch for the model that it makes.

@@ -17,14 +17,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rankwise.recipes import pictures
-from rankwise.recipes.batches import image_batch
-from rankwise.recipes.data import Table, quiet_datasets
+from rankwise.recipes.data import pictures
+from rankwise.recipes.data.files import (
+    FilesSection,
+    Kind,
+    beside,
+    examine,
+    files_problems,
+    leave_out,
+    read_files,
+)
+from rankwise.recipes.data.labels import label_names, label_numbers, label_words
+from rankwise.recipes.data.rows import RowsRecipe, check_sources, hold_out, read_tables
+from rankwise.recipes.data.tables import Table, quiet_datasets
 from rankwise.recipes.errors import Problem
-from rankwise.recipes.files import FilesSection, Kind, beside, examine, files_problems, leave_out, read_files
-from rankwise.recipes.labels import label_names, label_numbers, label_words
+from rankwise.recipes.memory.batches import image_batch
 from rankwise.recipes.models import load_model, load_processor, model_config
-from rankwise.recipes.rows import RowsRecipe, check_sources, hold_out, read_tables
 from rankwise.recipes.tasks import Metric, TaskData
 from rankwise.recipes.tasks.text_classification import classification_metrics
 
@@ -150,7 +158,7 @@ def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """Pictures that are decoded when they are needed, and the metrics."""
-    from rankwise.recipes.file_examples import FileExamples
+    from rankwise.recipes.data.file_examples import FileExamples
 
     strict = recipe.data.bad_files == "error"
     train, evaluation = (

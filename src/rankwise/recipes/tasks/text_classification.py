@@ -15,12 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rankwise.recipes.batches import longest, text_batch
-from rankwise.recipes.data import Table, quiet_datasets
-from rankwise.recipes.errors import Problem, RecipeError, raise_problems
-from rankwise.recipes.labels import label_names, label_numbers, label_words
-from rankwise.recipes.models import load_model, load_tokenizer, model_config, token_limit
-from rankwise.recipes.rows import (
+from rankwise.recipes.data.labels import label_names, label_numbers, label_words
+from rankwise.recipes.data.rows import (
     DataSection,
     RowsRecipe,
     bad_rows,
@@ -29,6 +25,10 @@ from rankwise.recipes.rows import (
     read_tables,
     rows_with_text,
 )
+from rankwise.recipes.data.tables import Table, quiet_datasets
+from rankwise.recipes.errors import Problem, RecipeError, raise_problems
+from rankwise.recipes.memory.batches import longest, text_batch
+from rankwise.recipes.models import load_model, load_tokenizer, model_config, token_limit
 from rankwise.recipes.tasks import Metric, TaskData
 
 if TYPE_CHECKING:

@@ -17,15 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rankwise.recipes.batches import longest, text_batch
-from rankwise.recipes.conll import is_conll, read_conll
-from rankwise.recipes.data import Table, column_problems, read_table
-from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
-from rankwise.recipes.language import IGNORED
-from rankwise.recipes.models import load_model, load_processor, load_tokenizer, model_config, token_limit
-from rankwise.recipes.places import Place
-from rankwise.recipes.preparing import tracked
-from rankwise.recipes.rows import (
+from rankwise.recipes.data.conll import is_conll, read_conll
+from rankwise.recipes.data.labels import IGNORED
+from rankwise.recipes.data.rows import (
     DataSection,
     RowsRecipe,
     TooLong,
@@ -37,6 +31,12 @@ from rankwise.recipes.rows import (
     listed_rows,
     read_tables,
 )
+from rankwise.recipes.data.tables import Table, column_problems, read_table
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
+from rankwise.recipes.memory.batches import longest, text_batch
+from rankwise.recipes.models import load_model, load_processor, load_tokenizer, model_config, token_limit
+from rankwise.recipes.places import Place
+from rankwise.recipes.preparing import tracked
 from rankwise.recipes.tasks import Metric, TaskData
 
 if TYPE_CHECKING:

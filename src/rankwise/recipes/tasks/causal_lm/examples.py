@@ -8,21 +8,8 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 
-from rankwise.recipes.data import Table, column_problems, read_table, read_text_files
-from rankwise.recipes.errors import Problem, RecipeError, raise_problems
-from rankwise.recipes.language import (
-    IGNORED,
-    Encoded,
-    Message,
-    encode_chat,
-    encode_completion,
-    encode_text,
-    marks_answers,
-    pack,
-)
-from rankwise.recipes.places import Place
-from rankwise.recipes.preparing import tracked
-from rankwise.recipes.rows import (
+from rankwise.recipes.data.labels import IGNORED
+from rankwise.recipes.data.rows import (
     DataSection,
     TooLong,
     bad_rows,
@@ -30,6 +17,19 @@ from rankwise.recipes.rows import (
     fitting_rows,
     listed_rows,
     rows_with_text,
+)
+from rankwise.recipes.data.tables import Table, column_problems, read_table, read_text_files
+from rankwise.recipes.errors import Problem, RecipeError, raise_problems
+from rankwise.recipes.places import Place
+from rankwise.recipes.preparing import tracked
+from rankwise.recipes.tasks.causal_lm.language import (
+    Encoded,
+    Message,
+    encode_chat,
+    encode_completion,
+    encode_text,
+    marks_answers,
+    pack,
 )
 
 

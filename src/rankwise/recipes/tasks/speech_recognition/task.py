@@ -17,23 +17,31 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rankwise.recipes import audio, whisper
-from rankwise.recipes.batches import speech_batch
-from rankwise.recipes.data import Table, quiet_datasets
-from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
-from rankwise.recipes.files import FilesSection, Kind, beside, examine, files_problems, leave_out, read_files
-from rankwise.recipes.models import load_model, load_processor, model_config
-from rankwise.recipes.recipe import Section
-from rankwise.recipes.rows import (
+from rankwise.recipes.data import audio
+from rankwise.recipes.data.files import (
+    FilesSection,
+    Kind,
+    beside,
+    examine,
+    files_problems,
+    leave_out,
+    read_files,
+)
+from rankwise.recipes.data.rows import (
     RowsRecipe,
-    bad_rows,
     check_sources,
+    fitting_rows,
     hold_out,
-    listed_rows,
     read_tables,
     rows_with_text,
 )
+from rankwise.recipes.data.tables import Table, quiet_datasets
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean
+from rankwise.recipes.memory.batches import speech_batch
+from rankwise.recipes.models import load_model, load_processor, model_config
+from rankwise.recipes.recipe import Section
 from rankwise.recipes.tasks import Metric, TaskData
+from rankwise.recipes.tasks.speech_recognition import whisper
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,12 +169,12 @@ def _examples(recipe: Recipe, table: Table, config: Any, tokenizer: Any, notes: 
     leave_out(KIND, table, wrong, data.bad_files, len(rows), notes)
     lengths = {row: result for row, result in found.items() if not isinstance(result, str)}
     window = _positions(recipe, config) / 50
-    rows = _fitting(recipe, table, lengths, window, ("clips", "seconds"), notes)
+    rows = _fitting(recipe, table, lengths, window, "clips", "seconds", notes)
     most = _most_tokens(recipe, config)
     texts = table.rows.select(rows)[data.text]
     labels = dict(zip(rows, whisper.transcript_tokens(tokenizer, list(texts), recipe.writes), strict=True))
     counts = {row: len(ids) for row, ids in labels.items()}
-    rows = _fitting(recipe, table, counts, most, ("transcripts", "tokens"), notes)
+    rows = _fitting(recipe, table, counts, most, "transcripts", "tokens", notes)
     cut = [ids if len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in map(labels.__getitem__, rows)]
     kept = table.rows.select(rows).rename_columns({data.audio: "audio", data.text: "text"})
     return kept.add_column("labels", cut)
@@ -177,28 +185,21 @@ def _fitting(
     table: Table,
     sizes: Mapping[int, float],
     most: float,
-    words: tuple[str, str],
+    things: str,
+    unit: str,
     notes: list[str],
 ) -> list[int]:
     """The rows whose size is at most ``most``, or all if too long ones are cut."""
-    things, units = words
-    long = [row for row, size in sizes.items() if size > most]
-    if not long:
-        return list(sizes)
-    policy = recipe.data.too_long
-    if policy == "error":
-        raise_problems(
-            bad_rows("data.too_long", table, long, lambda row: f"has {sizes[row]:.4g} {units}, {most:g} fit")
-        )
-    kept = list(sizes) if policy == "truncate" else [row for row in sizes if sizes[row] <= most]
-    if not kept:
-        raise RecipeError(
-            [Problem("data.too_long", f"all {things} in {table.place.name} exceed {most:g} {units}.")]
-        )
-    done = "cut" if policy == "truncate" else "left out"
-    counted = f"{len(long):,} of {len(sizes):,} {things} longer than {most:g} {units}"
-    notes.append(f"{counted} {done} ({listed_rows(table, long)}).")
-    return kept
+    return fitting_rows(
+        recipe.data.too_long,
+        table,
+        list(sizes),
+        [row for row, size in sizes.items() if size > most],
+        f"{most:g} {unit}",
+        notes,
+        things=things,
+        said=lambda row: f"has {sizes[row]:.4g} {unit}, {most:g} fit",
+    )
 
 
 def _positions(recipe: Recipe, config: Any) -> int:
@@ -284,7 +285,7 @@ def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """Clips that are decoded when they are needed, features batch by batch, and the word error rate."""
-    from rankwise.recipes.speech_batches import SpeechTrainer
+    from rankwise.recipes.tasks.speech_recognition.trainer import SpeechTrainer
 
     _set_generation(recipe, data, processor, model)
     train, evaluation, collate = _batches(recipe, data, processor, model)
@@ -311,8 +312,8 @@ def trainer_arguments(
 
 def _batches(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> tuple[Any, Any, Any]:
     """The clips to train on, those held out, and what makes batches of them."""
-    from rankwise.recipes.file_examples import FileExamples
-    from rankwise.recipes.speech_batches import SpeechCollator
+    from rankwise.recipes.data.file_examples import FileExamples
+    from rankwise.recipes.tasks.speech_recognition.trainer import SpeechCollator
 
     extractor = processor.feature_extractor
     window = _positions(recipe, model.config) / 50

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 
-from rankwise.recipes.data import Table, column_problems, read_table
+from rankwise.recipes.data.splits import mixed_order, split_sizes
+from rankwise.recipes.data.tables import Table, column_problems, read_table
 from rankwise.recipes.errors import Problem, RecipeError, raise_problems
 from rankwise.recipes.places import Place, find_place
 from rankwise.recipes.recipe import BaseRecipe, Section
-from rankwise.recipes.splits import mixed_order, split_sizes
 
 _MOST_SHOWN = 3
 
@@ -176,7 +176,15 @@ TooLong = Literal["truncate", "drop", "error"]
 
 
 def fitting_rows(
-    policy: TooLong, table: Table, rows: Sequence[int], long: Sequence[int], limit: str, notes: list[str]
+    policy: TooLong,
+    table: Table,
+    rows: Sequence[int],
+    long: Sequence[int],
+    limit: str,
+    notes: list[str],
+    *,
+    things: str = "examples",
+    said: Callable[[int], str] | None = None,
 ) -> list[int]:
     """Do with examples that are too long what a recipe's ``data.too_long`` says.
 
@@ -187,6 +195,8 @@ def fitting_rows(
         long: those that are too long.
         limit: what they are longer than, such as ``512 tokens``.
         notes: gets a sentence about them.
+        things: what a row is called.
+        said: what is wrong with a row, to stand after its place; left out, that it is longer than ``limit``.
 
     Returns:
         The rows to go on with.
@@ -197,14 +207,16 @@ def fitting_rows(
     if not long:
         return list(rows)
     if policy == "error":
-        raise_problems(bad_rows("data.too_long", table, long, lambda row: f"is longer than {limit}"))
+        raise_problems(
+            bad_rows("data.too_long", table, long, said or (lambda row: f"is longer than {limit}"))
+        )
     done = "cut" if policy == "truncate" else "left out"
     of_all = f"{len(long):,} of {len(rows):,}"
-    notes.append(f"{of_all} examples longer than {limit} {done} ({listed_rows(table, long)}).")
+    notes.append(f"{of_all} {things} longer than {limit} {done} ({listed_rows(table, long)}).")
     dropped = set() if policy == "truncate" else set(long)
     if len(dropped) == len(rows):
         message = (
-            f"all examples of {table.place.name} are longer than {limit}. Raise the limit, or say truncate."
+            f"all {things} of {table.place.name} are longer than {limit}. Raise the limit, or say truncate."
         )
         raise RecipeError([Problem("data.too_long", message)])
     return [row for row in rows if row not in dropped]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from rankwise.recipes.files import source_of
+from rankwise.recipes.data.files import source_of
 
 
 class FileExamples(Dataset[dict[str, Any]]):

@@ -202,7 +202,7 @@ def _peaks(
     """Peaks in training (gradients included) and in evaluation; None for what can't be found out."""
     import torch
 
-    from rankwise.recipes.activations import FakeRun
+    from rankwise.recipes.memory.activations import FakeRun
 
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     run = FakeRun(model, autocast)

@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rankwise.recipes.data import Table
+from rankwise.recipes.data.rows import bad_rows
+from rankwise.recipes.data.tables import Table
 from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
-from rankwise.recipes.rows import bad_rows
+
+# The label of a token that is read but not learned: PyTorch's cross entropy leaves it out.
+IGNORED = -100
 
 
 def label_words(table: Table, column: str, rows: Sequence[int]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rankwise.recipes.data import Table
+from rankwise.recipes.data.tables import Table
 from rankwise.recipes.errors import Problem, RecipeError
 from rankwise.recipes.places import Place
 

@@ -14,12 +14,12 @@ from typing import Any, Literal, TypeVar
 
 import pydantic
 
-from rankwise.recipes.data import SUFFIXES as TABLES
-from rankwise.recipes.data import Table, column_problems, missing_column, read_table
+from rankwise.recipes.data.rows import DataSection, bad_rows
+from rankwise.recipes.data.tables import SUFFIXES as TABLES
+from rankwise.recipes.data.tables import Table, column_problems, missing_column, read_table
 from rankwise.recipes.errors import Problem, RecipeError
 from rankwise.recipes.places import Place
 from rankwise.recipes.preparing import tracked
-from rankwise.recipes.rows import DataSection, bad_rows
 
 Found = TypeVar("Found")
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rankwise.recipes.data.labels import IGNORED
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The label of a token that is read but not learned: PyTorch's cross entropy leaves it out.
-IGNORED = -100
 Message = Mapping[str, str]
 
 

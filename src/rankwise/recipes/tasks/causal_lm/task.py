@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rankwise.recipes.batches import text_batch
+from rankwise.recipes.data.rows import RowsRecipe, check_sources, hold_out, read_tables
 from rankwise.recipes.errors import Problem
-from rankwise.recipes.language import Message, Prompt, perplexity_metrics, prompt_ids, token_losses, write_on
-from rankwise.recipes.language_data import (
+from rankwise.recipes.memory.batches import text_batch
+from rankwise.recipes.models import load_model, load_tokenizer, loading_arguments, model_config, token_limit
+from rankwise.recipes.recipe import TrainingSection
+from rankwise.recipes.tasks import Metric, TaskData
+from rankwise.recipes.tasks.causal_lm.examples import (
     LanguageData,
     check_tokenizer,
     read_examples,
@@ -29,10 +32,14 @@ from rankwise.recipes.language_data import (
     turn,
     turns_of,
 )
-from rankwise.recipes.models import load_model, load_tokenizer, loading_arguments, model_config, token_limit
-from rankwise.recipes.recipe import TrainingSection
-from rankwise.recipes.rows import RowsRecipe, check_sources, hold_out, read_tables
-from rankwise.recipes.tasks import Metric, TaskData
+from rankwise.recipes.tasks.causal_lm.language import (
+    Message,
+    Prompt,
+    perplexity_metrics,
+    prompt_ids,
+    token_losses,
+    write_on,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +140,7 @@ def trainer_arguments(
     """Examples for the trainer, padded batch by batch, and the perplexity."""
     from transformers import DataCollatorForSeq2Seq
 
-    from rankwise.recipes.language_trainer import LanguageTrainer
+    from rankwise.recipes.tasks.causal_lm.trainer import LanguageTrainer
 
     # By length, so that a batch holds little padding: the order does not change the metrics.
     lengths = [len(ids) for ids in data.evaluation["input_ids"]]

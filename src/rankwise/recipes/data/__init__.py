@@ -1,0 +1,1 @@
+"""From files to checked examples: tables, audio and pictures are read, bad rows told, some held out for evaluation."""

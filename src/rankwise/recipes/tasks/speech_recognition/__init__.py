@@ -1,0 +1,1 @@
+"""Speech recognition; `rankwise.recipes.tasks.speech_recognition.task` has the members of `Task`."""
