@@ -110,9 +110,10 @@ class Controller:
         self._idle = set(range(len(layers)))  # layers that have had no gradient in any scored step
         if config.gated and config.orth_reg_weight:
             self._tell(
-                f"`orth_reg_weight`={config.orth_reg_weight} pulls the columns of B to length 1, which suits the "
-                "paper's form (`init_lora_weights=True`). With gates B starts at 0 and learns best without it: "
-                "leave it out."
+                f"`orth_reg_weight`={config.orth_reg_weight} belongs to the paper's form of AdaLoRA, which PEFT "
+                "has. This is the other form, which starts and learns as LoRA does, scales by lora_alpha / target_r, "
+                "and learns best without the penalty: leave `orth_reg_weight` out. For PEFT's form set "
+                "`init_lora_weights=True`."
             )
         self._turns = Turns()
         self._forget_optimizers()
