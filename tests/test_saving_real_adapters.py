@@ -36,7 +36,8 @@ torch.set_num_threads(1)
 
 def adapted():
     config = rw.AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=10, total_step=10**6, orth_reg_weight=0.0,
-                              target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
+                              target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"],
+                              init_lora_weights=True)
     return rw.get_peft_model(llama(num_hidden_layers=1), config)
 
 def set_version(model, version):
