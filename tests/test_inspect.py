@@ -131,7 +131,7 @@ def test_pefts_adalora_before_any_allocation(tmp_path: Path) -> None:
     config, _ = adalora()
     report = inspect_adapter(peft_adapter(tmp_path / "adapter", bert(), config))
     assert report.total_rank == report.budget == 36
-    assert report.notes == ["Saved before pruning was done: rank 36, the target is 18."]
+    assert report.notes == ["Saved before pruning was done: the budget is 36, its target 18."]
 
 
 def test_pefts_lora_of_every_kind_of_layer(tmp_path: Path) -> None:
@@ -209,6 +209,24 @@ def own(tmp_path: Path) -> Path:
         optimizer.zero_grad()
     model.save_pretrained(tmp_path / "own")
     return tmp_path / "own"
+
+
+def test_more_narrow_ranks_than_the_target_are_no_unfinished_pruning(tmp_path: Path) -> None:
+    """The budget counts parameters: 17 narrow ranks may cost what 16 of average size do."""
+    fields = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 4, "lora_alpha": 8}
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 60))
+    model = rw.get_peft_model(layers, rw.AdaLoraConfig(**fields, target_modules=["0", "1"]))
+    # The wide layer does not train, so its gates are worth nothing.
+    optimizer = torch.optim.SGD([model[0].lora_B["default"], model[0].lora_A["default"]], lr=0.1)
+    for step in range(4):
+        model(torch.randn(3, 4, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "own")
+    report = inspect_adapter(tmp_path / "own")
+    assert report.total_rank > (report.target or 0)
+    assert report.notes == []
+    assert report.scale == 8 / 2, "as LoRA of the target rank: what is stored, times the open gates"
 
 
 def test_rankwises_own_adapter_with_its_history(own: Path) -> None:

@@ -107,7 +107,7 @@ class RankSummary:
             str.ljust,
             *[str.rjust] * len(columns),
         ]
-        columns[0] = [shorten(cell, widths[0]) for cell in columns[0]]
+        columns[0] = [columns[0][0], *paths_that_fit(columns[0][1:], widths[0])]
         rows = [
             "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=False))
             for row in zip(*columns, strict=True)
@@ -149,6 +149,23 @@ def shorten(text: str, width: int) -> str:
     head = max(0, (width - 1) // 6)
     tail = max(0, width - 1 - head)
     return f"{text[:head]}…{text[len(text) - tail :]}"
+
+
+def paths_that_fit(paths: list[str], width: int) -> list[str]:
+    """Module paths of at most ``width`` characters: names that all begin with go first, as few as need be.
+
+    Example:
+        >>> paths_that_fit(["model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"], width=20)
+        ['encoder.layers.0.fc1', 'decoder.layers.0.fc1']
+    """
+    shorter = list(paths)
+    while max(map(len, shorter), default=0) > width:
+        firsts = {path.partition(".")[0] for path in shorter}
+        rests = [path.partition(".")[2] for path in shorter]
+        if len(firsts) > 1 or not all(rest.partition(".")[0].isidentifier() for rest in rests):
+            break
+        shorter = rests
+    return [shorten(path, width) for path in shorter]
 
 
 def _columns(layers: list[LayerRank]) -> list[list[str]]:

@@ -225,7 +225,10 @@ def _pattern(folder: Path, config: Mapping[str, Any], name: str, path: str, defa
 
 
 def _scale(folder: Path, config: Mapping[str, Any], path: str, rank: int) -> float:
-    """What PEFT multiplies B A by; its AdaLoRA knows neither ``alpha_pattern`` nor ``use_rslora``."""
+    """What the update B A is multiplied by; PEFT's AdaLoRA knows neither ``alpha_pattern`` nor ``use_rslora``."""
+    if config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "gated":  # with its open gates
+        target = config["target_r"]
+        return float(config["lora_alpha"] / (math.sqrt(target) if config.get("use_rslora") else target))
     if config["peft_type"] == "ADALORA":
         return float(config["lora_alpha"] / (config["init_r"] + 1e-5))
     alpha = _pattern(folder, config, "alpha_pattern", path, config["lora_alpha"])

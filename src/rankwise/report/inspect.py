@@ -172,7 +172,7 @@ def _read(folder: Path) -> AdapterReport:
     history, notes = _history(folder, layers)
     notes = [*_mismatches(config, layers), *tensors.notes, *notes]
     if adalora:
-        notes += _unfinished(config, layers)
+        notes += _unfinished(config, layers, history)
     dtypes: Counter[str] = Counter()
     for tensor in header.values():
         dtypes[tensor.dtype] += tensor.size
@@ -288,11 +288,16 @@ def _mismatches(config: Mapping[str, Any], layers: list[InspectedLayer]) -> list
     ]
 
 
-def _unfinished(config: Mapping[str, Any], layers: list[InspectedLayer]) -> list[str]:
-    total, target = sum(layer.rank for layer in layers), config["target_r"] * len(layers)
-    if total <= target:
+def _unfinished(
+    config: Mapping[str, Any], layers: list[InspectedLayer], history: RankHistory | None
+) -> list[str]:
+    """Where the budget is above its target. With gates it counts parameters, and only the history tells it."""
+    budget, target = sum(layer.rank for layer in layers), config["target_r"] * len(layers)
+    if config.get("init_lora_weights") == "gated":
+        budget = history.records[-1].budget if history is not None and history.records else target
+    if budget <= target:
         return []
-    return [f"Saved before pruning was done: rank {total:,}, the target is {target:,}."]
+    return [f"Saved before pruning was done: the budget is {budget:,}, its target {target:,}."]
 
 
 # For people.
@@ -382,7 +387,8 @@ def _rank_line(report: AdapterReport) -> str:
     line = f"{report.total_rank:,} in {count:,} layer{'' if count == 1 else 's'}{mean}"
     if report.target_r is None:
         return line
-    return f"{line}; from {report.budget:,} at the start ({report.init_r} each), target {report.target:,}"
+    target = f"target {report.target:,} of average size"
+    return f"{line}; from {report.budget:,} at the start ({report.init_r} each), {target}"
 
 
 def _scale_line(report: AdapterReport) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from rankwise.report.grid import RankGrid, ink_on, largest_rank, rank_colour, rank_grids, short_kinds
 from rankwise.schedule import BudgetSchedule, Phase
-from rankwise.summary import LayerRank, RankSummary, rank_bar, shorten
+from rankwise.summary import LayerRank, RankSummary, paths_that_fit, rank_bar, shorten
 
 try:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -105,7 +105,7 @@ class _BudgetChart:
 
 
 def rank_table(summary: RankSummary) -> _RankTable:
-    """A table with a bar for each layer; paths too long for the terminal are cut in the middle.
+    """A table with a bar for each layer; paths too long for the terminal lose their common start, then their middle.
 
     Args:
         summary: the ranks.
@@ -126,6 +126,7 @@ class _RankTable:
         longest = max((len(layer.path) for layer in layers), default=0)
         bar = max(min(bar, 8), min(bar, room - longest))
         room = max(16, room - bar)
+        names = paths_that_fit([layer.path for layer in layers], room)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("layer", no_wrap=True)
         table.add_column("rank", justify="right", no_wrap=True)
@@ -133,9 +134,9 @@ class _RankTable:
         if known:
             table.add_column("importance", justify="right", no_wrap=True)
         table.add_column("parameters", justify="right", no_wrap=True)
-        for layer in layers:
+        for name, layer in zip(names, layers, strict=True):
             cells = [
-                Text(shorten(layer.path, room)),
+                Text(name),
                 Text(f"{layer.rank}/{layer.init_r}"),
                 _bar(layer, largest, bar),
             ]

@@ -101,6 +101,7 @@ class Memory:
             shapes = f"in place of gradients and activations, {_shapes(self.evaluation_batch)}"
             table.add_row("evaluation", readable(self.evaluation), shapes)
         yield table
+        yield Text("for the longest examples that the recipe allows; shorter ones take less", style="dim")
         for note in self.notes:
             yield Text(note, style="yellow")
 
