@@ -306,9 +306,11 @@ def options(**fields: Any) -> list[str]:
     return [f"{name}={json.dumps(value)}" for name, value in fields.items()]
 
 
-def same_after_resuming(alone: dict[str, Any], outcome: Outcome, atol: float = 1e-5) -> None:
+def same_after_resuming(alone: dict[str, Any], outcome: Outcome, atol: float = 1e-5, moved: int = 0) -> None:
+    """``moved``: ranks that an allocation may have put elsewhere, where scores are rounded coarsely."""
     whole, resumed = outcome["whole"], outcome["resumed"]
-    assert whole["history"] == alone["history"]
+    for ours, theirs in zip(whole["history"], alone["history"], strict=True):
+        assert sum(abs(one - other) for one, other in zip(ours, theirs, strict=True)) <= 2 * moved
     assert whole["losses"] == pytest.approx(alone["losses"], abs=atol)
     assert resumed["bits"] == whole["bits"] and resumed["history"] == whole["history"]
     assert len(whole["budgets"]) == STEPS
@@ -336,7 +338,9 @@ def test_trainers_fsdp_is_one_process_and_resumes_bit_for_bit(once: Any, alone: 
 @pytest.mark.slow
 def test_trainers_fsdp_in_half_precision_resumes_bit_for_bit(once: Any, alone: dict[str, Any]):
     outcome = once("trainer.py", *options(fsdp=True, fsdp_config=SHARDED, bf16=True))
-    same_after_resuming(alone, outcome, atol=2e-2)  # losses near 4 come in steps of 1/64 from bfloat16
+    same_after_resuming(
+        alone, outcome, atol=2e-2, moved=2
+    )  # losses near 4 come in steps of 1/64 from bfloat16
 
 
 @pytest.mark.slow
