@@ -109,7 +109,7 @@ class Plan:
         if self.schedule is not None:
             from rankwise.report.terminal import budget_chart
 
-            yield Text("\nbudget: ranks that all layers may have together", style="bold")
+            yield Text("\nbudget: ranks, of average size, that all layers may have together", style="bold")
             yield budget_chart(self.schedule, self.initial, self.target)
         if self.memory is not None:
             yield Text("")
