@@ -29,6 +29,18 @@ def _schedule(task: Task) -> dict[str, Any]:
     return {"tinit": tenth, "tfinal": 3 * tenth, "deltaT": max(1, task.steps // 60), "total_step": task.steps}
 
 
+def _adaptive(task: Task, rank: int) -> dict[str, Any]:
+    """The settings that PEFT's AdaLoRA and rankwise's share."""
+    return {
+        "init_r": _spare(rank),
+        "target_r": rank,
+        "lora_alpha": _alpha(rank),
+        "target_modules": list(task.targets),
+        "modules_to_save": list(task.heads) or None,
+        **_schedule(task),
+    }
+
+
 def _peft(model: nn.Module, task: Task, rank: int, **options: Any) -> Model:
     import peft
 
@@ -58,35 +70,13 @@ def _peft_eva(model: nn.Module, task: Task, rank: int, batches: Iterable[Batch])
 def _peft_adalora(model: nn.Module, task: Task, rank: int, batches: Iterable[Batch]) -> Model:
     import peft
 
-    return peft.get_peft_model(
-        model,
-        peft.AdaLoraConfig(
-            init_r=_spare(rank),
-            target_r=rank,
-            lora_alpha=_alpha(rank),
-            orth_reg_weight=0.1,
-            target_modules=list(task.targets),
-            modules_to_save=list(task.heads) or None,
-            **_schedule(task),
-        ),
-    )
+    return peft.get_peft_model(model, peft.AdaLoraConfig(orth_reg_weight=0.1, **_adaptive(task, rank)))
 
 
 def _rankwise(model: nn.Module, task: Task, rank: int, **options: Any) -> Model:
     import rankwise
 
-    return rankwise.get_peft_model(
-        model,
-        rankwise.AdaLoraConfig(
-            init_r=_spare(rank),
-            target_r=rank,
-            lora_alpha=_alpha(rank),
-            target_modules=list(task.targets),
-            modules_to_save=list(task.heads) or None,
-            **_schedule(task),
-            **options,
-        ),
-    )
+    return rankwise.get_peft_model(model, rankwise.AdaLoraConfig(**_adaptive(task, rank), **options))
 
 
 METHODS: dict[str, Method] = {

@@ -470,7 +470,7 @@ class Controller:
         allowance = budget if costs is None else budget * sum(self.layout.costs) // self.initial
         if any(frozen):
             budget, allowance, scores = self._leave_out(frozen, budget, scores, costs)
-        tie_order = self._index("tie_order", self.layout.round_robin(), mask.device)
+        tie_order = self._index("tie_order", self.layout.round_robin, mask.device)
         chosen = allocate(scores, allowance, tie_order, costs)
         mask.copy_(chosen if costs is None else mask & chosen)
         E = [layer.lora_E[self.adapter] for layer in self.layers.values()]
@@ -650,7 +650,9 @@ class Controller:
         return [getattr(layer, key)[self.adapter] for layer in self.layers.values()]
 
     def _ranks(self, mask: Tensor) -> Tensor:
-        layers = [number for number, rank in enumerate(self.layout.ranks) for _ in range(rank)]
+        def layers() -> list[int]:
+            return [number for number, rank in enumerate(self.layout.ranks) for _ in range(rank)]
+
         counts = torch.zeros(len(self.layers), dtype=torch.int64, device=mask.device)
         return counts.index_add_(0, self._index("layers", layers, mask.device), mask.to(torch.int64))
 
@@ -660,9 +662,9 @@ class Controller:
         ]
         return torch.tensor(values, device=device)
 
-    def _index(self, name: str, values: list[int], device: torch.device) -> Tensor:
+    def _index(self, name: str, values: Callable[[], list[int]], device: torch.device) -> Tensor:
         if (name, device) not in self._cache:
-            self._cache[name, device] = torch.tensor(values, device=device)
+            self._cache[name, device] = torch.tensor(values(), device=device)
         index: Tensor = self._cache[name, device]
         return index
 

@@ -16,6 +16,7 @@ however many layers there are, and nothing leaves the device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -82,7 +83,7 @@ class TripletLayout:
         ]
         return [triplet for _, _, triplet in sorted(keyed)]
 
-    @property
+    @functools.cached_property
     def costs(self) -> list[int]:
         """The numbers that each triplet has in A and B, in triplet order.
 
