@@ -74,7 +74,7 @@ def test_the_core_works_where_no_optional_library_is_installed():
         import torch
         import rankwise as rw
 
-        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         config = rw.AdaLoraConfig(
             init_r=4, target_r=2, tinit=1, tfinal=1, total_step=4, target_modules=["0", "1"]
         )
