@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import random
 import re
 import shutil
@@ -44,7 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to write them")
     parser.add_argument("--clips", type=int, default=600, help="how many sentences")
-    parser.add_argument("--voice", default="en-us+whisper", help="a voice of espeak-ng")
+    parser.add_argument(
+        "--voice", nargs="+", default=["en-us+whisper"], help="voices of espeak-ng, which take turns"
+    )
     parser.add_argument("--words-per-minute", type=int, default=175)
     options = parser.parse_args()
     if shutil.which("espeak-ng") is None:
@@ -56,12 +59,12 @@ def main() -> None:
     clips.mkdir(parents=True, exist_ok=True)
     files = [clips / f"{i:04}.wav" for i in range(len(texts))]
 
-    def speak(text: str, file: Path) -> None:
+    def speak(text: str, file: Path, voice: str) -> None:
         speed = str(options.words_per_minute)
-        subprocess.run(["espeak-ng", "-v", options.voice, "-s", speed, "-w", str(file), text], check=True)
+        subprocess.run(["espeak-ng", "-v", voice, "-s", speed, "-w", str(file), text], check=True)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(speak, texts, files))
+        list(pool.map(speak, texts, files, itertools.cycle(options.voice)))
     with (options.folder / "manifest.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("audio", "text"))
