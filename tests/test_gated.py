@@ -136,6 +136,13 @@ def test_rslora_is_refused_in_the_papers_form_only() -> None:
         _config(use_rslora=True, init_lora_weights=True)
 
 
+def test_one_lora_alpha_serves_every_rank_of_the_gated_form() -> None:
+    left_out = {"lora_alpha": None}
+    assert {_config(init_r=r, target_r=r, **left_out).lora_alpha for r in (1, 8, 64)} == {32}
+    assert _config(use_rslora=True, **left_out).lora_alpha == 8
+    assert _config(init_lora_weights=True, **left_out).lora_alpha == 8  # PEFT's
+
+
 def test_the_penalty_is_off_unless_asked_for() -> None:
     assert _config().orth_reg_weight == 0
     assert _config(init_lora_weights=True).orth_reg_weight == 0.5

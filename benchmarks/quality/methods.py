@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -34,21 +35,20 @@ def _adaptive(task: Task, rank: int) -> dict[str, Any]:
     return {
         "init_r": _spare(rank),
         "target_r": rank,
-        "lora_alpha": _alpha(rank),
         "target_modules": list(task.targets),
         "modules_to_save": list(task.heads) or None,
         **_schedule(task),
     }
 
 
-def _peft(model: nn.Module, task: Task, rank: int, **options: Any) -> Model:
+def _peft(model: nn.Module, task: Task, rank: int, lora_alpha: float | None = None, **options: Any) -> Model:
     import peft
 
     return peft.get_peft_model(
         model,
         peft.LoraConfig(
             r=rank,
-            lora_alpha=_alpha(rank),
+            lora_alpha=lora_alpha or _alpha(rank),
             target_modules=list(task.targets),
             modules_to_save=list(task.heads) or None,
             **options,
@@ -57,20 +57,32 @@ def _peft(model: nn.Module, task: Task, rank: int, **options: Any) -> Model:
 
 
 def _peft_eva(model: nn.Module, task: Task, rank: int, batches: Iterable[Batch]) -> Model:
+    """EVA looks at the layers' inputs in ten batches: without padding where the model is told of it."""
     import peft
 
-    options = peft.EvaConfig(use_label_mask=False)  # labels of whole sentences mask no tokens
+    options = peft.EvaConfig(use_label_mask=False, tau=0.9)  # labels of whole sentences mask no tokens
     adapted = _peft(model, task, rank, init_lora_weights="eva", eva_config=options)
+    looked_at = list(itertools.islice(batches, 10))
+    how: dict[str, Any] = {"show_progress_bar": False}
+    if "input_ids" not in looked_at[0]:
+        how["prepare_model_inputs_fn"] = None
+        how["prepare_layer_inputs_fn"] = _all_positions
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft.initialize_lora_eva_weights(adapted, list(batches)[:32], show_progress_bar=False)
+        peft.initialize_lora_eva_weights(adapted, looked_at, **how)
     return adapted
+
+
+def _all_positions(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    inputs: Tensor = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
+    return inputs.flatten(0, -2)
 
 
 def _peft_adalora(model: nn.Module, task: Task, rank: int, batches: Iterable[Batch]) -> Model:
     import peft
 
-    return peft.get_peft_model(model, peft.AdaLoraConfig(orth_reg_weight=0.1, **_adaptive(task, rank)))
+    settings = {"lora_alpha": _alpha(rank), "orth_reg_weight": 0.1, **_adaptive(task, rank)}
+    return peft.get_peft_model(model, peft.AdaLoraConfig(**settings))
 
 
 def _rankwise(model: nn.Module, task: Task, rank: int, **options: Any) -> Model:
@@ -79,15 +91,29 @@ def _rankwise(model: nn.Module, task: Task, rank: int, **options: Any) -> Model:
     return rankwise.get_peft_model(model, rankwise.AdaLoraConfig(**_adaptive(task, rank), **options))
 
 
+def _rankwise_eva(model: nn.Module, task: Task, rank: int, batches: Iterable[Batch]) -> Model:
+    import rankwise
+
+    return rankwise.initialize_lora_eva_weights(_rankwise(model, task, rank), batches)
+
+
 METHODS: dict[str, Method] = {
     "PEFT LoRA": lambda model, task, rank, batches: _peft(model, task, rank),
     "PEFT rsLoRA": lambda model, task, rank, batches: _peft(model, task, rank, use_rslora=True),
     "PEFT EVA": _peft_eva,
     "PEFT AdaLoRA": _peft_adalora,
     "rankwise": lambda model, task, rank, batches: _rankwise(model, task, rank),
-    "rankwise, use_rslora": lambda model, task, rank, batches: _rankwise(model, task, rank, use_rslora=True),
+    # What the scale alone does: LoRA with rankwise's, and rankwise with LoRA's and rsLoRA's.
+    "PEFT LoRA, lora_alpha=32": lambda model, task, rank, batches: _peft(model, task, rank, lora_alpha=32),
+    "rankwise, LoRA's lora_alpha": lambda model, task, rank, batches: _rankwise(
+        model, task, rank, lora_alpha=_alpha(rank)
+    ),
+    "rankwise, rsLoRA's scale": lambda model, task, rank, batches: _rankwise(
+        model, task, rank, lora_alpha=_alpha(rank), use_rslora=True
+    ),
+    "rankwise, EVA's start": _rankwise_eva,
     "rankwise, the paper's form": lambda model, task, rank, batches: _rankwise(
-        model, task, rank, init_lora_weights=True, orth_reg_weight=0.1
+        model, task, rank, lora_alpha=_alpha(rank), init_lora_weights=True, orth_reg_weight=0.1
     ),
 }
 

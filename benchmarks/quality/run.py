@@ -1,87 +1,56 @@
 """Is the model better for the same number of parameters? LoRA, rsLoRA, EVA and AdaLoRA against rankwise.
 
-    python benchmarks/quality/run.py --reviews movie-reviews.csv             # all runs that are missing; then the table
-    python benchmarks/quality/run.py --reviews movie-reviews.csv --minutes 30  # as many as fit into half an hour
-    python benchmarks/quality/run.py --table                                 # the table of what has been run
+    VOICES="en-us+whisper en-gb-scotland+croak en-us+f5 en-029+m7"
+    python recipes/speech/make_data.py speech --clips 800 --voice $VOICES
+    python benchmarks/quality/run.py --reviews movie-reviews.csv --speech speech/manifest.csv
+    python benchmarks/quality/run.py --tables
 
-Every finished run is a line in results.jsonl, so that the command can be stopped and given again. All methods get
-the same data in the same order, batch, schedule (linear decay after a warm-up of 5 %), clipping (1.0), number of steps
-and number of trained parameters in the end. Rates are one ordinary learning rate of LoRA, and a small grid around it.
+The second command makes all runs that are missing, then prints the tables; every finished run is a line in
+results.jsonl, so that it can be stopped and given again. All methods get the same data in the same order, batch,
+schedule (linear decay after a warm-up of 5 %), clipping (1.0), number of steps, and number of trained parameters in
+the end. First come all seeds at one ordinary learning rate of LoRA; then the other rates of a small grid with the
+first seed; then the other seeds at the rate that was best there.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
+import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).with_name("results.jsonl")
-ORDINARY = 5e-4
-GRID = (2e-4, 5e-4, 1e-3, 2e-3)
+import results as saved
+from results import GRID, ORDINARY, Results, Run
+from tasks import Sources
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run; also the key of its result."""
-
-    task: str
-    method: str
-    rank: int
-    rate: float
-    seed: int
-
-
-def wanted(
-    tasks: Sequence[str],
-    methods: Sequence[str],
-    ranks: Sequence[int],
-    rates: Sequence[float],
-    seeds: Sequence[int],
-) -> Iterator[Run]:
-    """All runs, so ordered that every task and method has its first seed at the ordinary rate first."""
-    ordered = sorted(rates, key=lambda rate: rate != ORDINARY)
-    for rate, seed, rank, task, method in itertools.product(ordered, seeds, ranks, tasks, methods):
-        yield Run(task, method, rank, rate, seed)
-
-
-def finished(path: Path) -> dict[Run, dict[str, Any]]:
-    """The results so far; a line that was cut off by a kill is not one."""
-    found: dict[Run, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        found[Run(**row["run"])] = row
-    return found
-
-
-def train(run: Run, reviews: Path) -> dict[str, Any]:
-    """Train, and measure before and after."""
+def train(run: Run, sources: Sources) -> dict[str, Any]:
+    """Train, and measure."""
     import torch
     from methods import METHODS, after_step, penalty, trained_parameters
-    from tasks import evaluated, make_task
+    from registry import TASKS
+    from tasks import evaluated
 
-    task = make_task(run.task, reviews)
+    task = TASKS[run.task](run.task, sources)
     model = task.load(run.seed)
+    model.eval()  # no dropout: the models are small, and the runs short
     torch.manual_seed(run.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = METHODS[run.method](model, task, run.rank, task.batches(run.seed))
+    model.eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=0.0)
     warmup = max(1, task.steps // 20)
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (task.steps - step) / (task.steps - warmup))
     )
-    model.eval()  # no dropout: the models are small, and the runs short
     started = time.perf_counter()
     for step, batch in enumerate(task.batches(run.seed), 1):
         (task.loss(model, batch) + penalty(model)).backward()
@@ -92,87 +61,93 @@ def train(run: Run, reviews: Path) -> dict[str, Any]:
         optimizer.zero_grad()
     seconds = time.perf_counter() - started
     return {
-        "run": asdict(run),
         "parameters": trained_parameters(model),
         "seconds": round(seconds, 1),
-        **evaluated(task, model),
+        **{name: round(value, 6) for name, value in evaluated(task, model).items()},
     }
 
 
-def table(results: dict[Run, dict[str, Any]]) -> str:
-    """Markdown: for each task and rank the mean held-out loss, its standard error and all runs."""
-    lines = []
-    for task, rank in sorted({(run.task, run.rank) for run in results}):
-        mine = {run: row for run, row in results.items() if (run.task, run.rank) == (task, rank)}
-        lines += [
-            "", f"### {task}, average rank {rank}", "",
-            f"| method | parameters | loss at {ORDINARY:g} | best of the grid | all runs at {ORDINARY:g} |",
-            "| --- | --- | --- | --- | --- |",
-        ]  # fmt: skip
-        for method in dict.fromkeys(run.method for run in mine):
-            rows = {run: row for run, row in mine.items() if run.method == method}
-            ordinary = [row["loss"] for run, row in _by_seed(rows) if run.rate == ORDINARY]
-            best = min(
-                (_mean([row["loss"] for run, row in rows.items() if run.rate == rate]), rate)
-                for rate in {run.rate for run in rows}
-            )
-            parameters = max(row["parameters"] for row in rows.values())
-            lines.append(
-                f"| {method} | {parameters:,} | {_with_error(ordinary)} | {best[0]:.4f} at {best[1]:g} | "
-                f"{', '.join(f'{loss:.4f}' for loss in ordinary)} |"
-            )
-    return "\n".join(lines)
+def wanted(asked: argparse.Namespace, found: Results) -> Iterator[Run]:
+    """All runs of a comparison that can be named yet, the more important ones first."""
+    first, *others = asked.seeds
+    methods = asked.methods
+    for seed, rank, task, method in itertools.product(asked.seeds, asked.ranks, asked.tasks, methods):
+        yield Run(task, method, rank, ORDINARY, seed)
+    for rate, rank, task, method in itertools.product(GRID, asked.ranks, asked.tasks, methods):
+        yield Run(task, method, rank, rate, first)
+    for seed, rank, task, method in itertools.product(others, asked.ranks, asked.tasks, methods):
+        best = saved.best_rate(found, task, method, rank, first)
+        if best is not None:
+            yield Run(task, method, rank, best, seed)
 
 
-def _by_seed(rows: dict[Run, dict[str, Any]]) -> list[tuple[Run, dict[str, Any]]]:
-    return sorted(rows.items(), key=lambda item: item[0].seed)
+def _worker(job: tuple[Run, Sources, float]) -> tuple[Run, dict[str, Any] | None]:
+    run, sources, deadline = job
+    if time.time() > deadline:
+        return run, None
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return run, train(run, sources)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _with_error(values: Sequence[float]) -> str:
-    mean = _mean(values)
-    if len(values) < 2:
-        return f"{mean:.4f}"
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return f"{mean:.4f} ± {math.sqrt(variance / len(values)):.4f}"
+def make(runs: Sequence[Run], sources: Sources, workers: int, deadline: float) -> int:
+    """Make runs, a process for each core, and write each down when it ends. Gives how many were not begun."""
+    left = 0
+    jobs = [(run, sources, deadline) for run in runs]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for number, (run, measured) in enumerate(pool.imap_unordered(_worker, jobs), 1):
+            if measured is None:
+                left += 1
+                continue
+            saved.append(run, measured)
+            print(f"{number}/{len(runs)} {run}: loss {measured['loss']}, {measured['seconds']} s", flush=True)
+    return left
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Make what is missing, then print the tables."""
     from methods import METHODS
-    from tasks import TASKS
+    from registry import TASKS
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reviews", type=Path, help="CSV file with the columns text and rating")
+    parser.add_argument("--speech", type=Path, help="table that recipes/speech/make_data.py wrote")
+    parser.add_argument("--whisper", default=Sources.whisper, help="whisper-tiny.en: a name or a folder")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8])
-    parser.add_argument("--rates", nargs="+", type=float, default=list(GRID))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many")
-    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
+    parser.add_argument("--tables", action="store_true", help="only print the tables")
     asked = parser.parse_args()
-    if not asked.table and (asked.reviews is None or not asked.reviews.is_file()):
-        parser.error("--reviews must name the CSV file with the movie reviews")
-    started = time.monotonic()
-    runs = (
-        [] if asked.table else list(wanted(asked.tasks, asked.methods, asked.ranks, asked.rates, asked.seeds))
-    )
-    missing = [run for run in runs if run not in finished(RESULTS)]
-    for number, run in enumerate(missing, 1):
-        if time.monotonic() - started > 60 * asked.minutes:
-            print(f"{len(missing) - number + 1} runs are left: give the command again.")
+    sources = Sources(asked.reviews, asked.speech, asked.whisper)
+    for name, file in (("--reviews", asked.reviews), ("--speech", asked.speech)):
+        needed = ("speech" in asked.tasks) if name == "--speech" else set(asked.tasks) != {"speech"}
+        if not asked.tables and needed and (file is None or not file.is_file()):
+            parser.error(f"{name} must name a file that exists, not {file}")
+    deadline = time.time() + 60 * asked.minutes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    while not asked.tables:
+        found = saved.read()
+        missing = list(dict.fromkeys(run for run in wanted(asked, found) if run not in found))
+        if not missing:
             break
-        row = train(run, asked.reviews)
-        with open(RESULTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{number}/{len(missing)} {run}: loss {row['loss']:.4f}, {row['seconds']} s", flush=True)
-    print(table(finished(RESULTS)))
+        if left := make(missing, sources, asked.workers, deadline):
+            print(f"{left} runs are left: give the command again.")
+            break
+    found = saved.read()
+    print(saved.tables(found, asked.seeds))
+    print()
+    for theirs in METHODS:
+        if theirs.startswith("PEFT"):
+            print("-", saved.against(found, "rankwise", theirs)[1])
 
 
 if __name__ == "__main__":

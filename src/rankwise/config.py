@@ -30,6 +30,8 @@ TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 
 _BIASES = ("none", "all", "lora_only")
 _PEFT_DEFAULT_R = 8
+_PEFT_DEFAULT_ALPHA = 8
+_GATED_ALPHA = 32
 
 # Slips that spelling alone does not mend, as they reach here: lower case, without underscores.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -160,7 +162,7 @@ class LoraConfig(_CheckedKeywords):
     r: int = _PEFT_DEFAULT_R
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    lora_alpha: float = 8
+    lora_alpha: float = _PEFT_DEFAULT_ALPHA
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -370,7 +372,8 @@ class AdaLoraConfig(LoraConfig):
         orth_reg_weight: weight of the orthogonality penalty, at least 0; None: 0 with "gated", else 0.5.
         total_step: optimizer steps of the whole run. None: a trainer that knows it fills it in.
         lora_alpha: the update is scaled by ``lora_alpha / target_r`` with "gated", else by ``lora_alpha / init_r``,
-            however many ranks are pruned.
+            however many ranks are pruned. None: 32 with "gated" and without ``use_rslora``, else 8. The one number
+            serves every rank: a layer's ranks pull together, so where there are more, each has to pull less.
         use_rslora: scale by ``lora_alpha / sqrt(target_r)`` instead; only with "gated".
         init_lora_weights: "gated", or the method of the paper; see below.
         rank_pattern: the result of a run: for each ``"<module path>.lora_E"`` a list of ``init_r`` booleans,
@@ -408,7 +411,8 @@ class AdaLoraConfig(LoraConfig):
     deltaT: int = 1
     beta1: float = 0.85
     beta2: float = 0.85
-    orth_reg_weight: float = None  # type: ignore[assignment]  # a number once it is checked
+    lora_alpha: float = None  # type: ignore[assignment]  # a number once it is checked, as the next
+    orth_reg_weight: float = None  # type: ignore[assignment]
     total_step: int | None = None
     init_lora_weights: bool | Literal["gaussian", "gated"] = "gated"
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
@@ -436,6 +440,9 @@ class AdaLoraConfig(LoraConfig):
         return dataclasses.replace(self, total_step=total_step)
 
     def _check(self) -> None:
+        if self.__dict__["lora_alpha"] is None:
+            plain = self.gated and not self.use_rslora
+            self.__dict__["lora_alpha"] = _GATED_ALPHA if plain else _PEFT_DEFAULT_ALPHA
         super()._check()
         self._check_schedule()
         for name in ("beta1", "beta2"):

