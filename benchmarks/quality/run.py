@@ -73,6 +73,8 @@ def wanted(asked: argparse.Namespace, found: Results) -> Iterator[Run]:
     methods = asked.methods
     for seed, rank, task, method in itertools.product(asked.seeds, asked.ranks, asked.tasks, methods):
         yield Run(task, method, rank, ORDINARY, seed)
+    if not asked.grid:
+        return
     for rate, rank, task, method in itertools.product(GRID, asked.ranks, asked.tasks, methods):
         yield Run(task, method, rank, rate, first)
     for seed, rank, task, method in itertools.product(others, asked.ranks, asked.tasks, methods):
@@ -122,6 +124,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8])
+    parser.add_argument(
+        "--grid", action=argparse.BooleanOptionalAction, default=True, help="also at the other learning rates"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")

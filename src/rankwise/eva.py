@@ -61,10 +61,9 @@ def initialize_lora_eva_weights(
         raise TypeError(f"`batches` must be a whole number, but is {batches!r}.")
     if batches < 1:
         raise ValueError(f"`batches` must be at least 1, but is {batches}.")
-    try:
-        looked_at = list(itertools.islice(dataloader, batches))
-    except TypeError as error:
-        raise TypeError(f"`dataloader` must give batches, but is {type(dataloader).__name__}.") from error
+    if not isinstance(dataloader, Iterable):
+        raise TypeError(f"`dataloader` must give batches, but is {type(dataloader).__name__}.")
+    looked_at = list(itertools.islice(dataloader, batches))
     if not looked_at:
         raise ValueError("`dataloader` gave no batch; a start from data needs at least one.")
     device = next(model.parameters()).device
