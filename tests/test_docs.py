@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,13 @@ def check_pip_extras(arguments: list[str]) -> None:
 
 
 def check_script(arguments: list[str]) -> None:
-    assert (ROOT / arguments[0]).is_file(), f"python {shlex.join(arguments)}"
+    """Scripts that run for long: that they exist, and say all options that the page gives them."""
+    script = ROOT / arguments[0]
+    assert script.is_file(), f"python {shlex.join(arguments)}"
+    options = {word.partition("=")[0] for word in arguments[1:] if word.startswith("--")}
+    if options:
+        told = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+        assert told.returncode == 0 and options <= set(re.findall(r"--[\w-]+", told.stdout)), told.stdout
 
 
 COMMANDS = {

@@ -10,8 +10,9 @@ import speech
 from tasks import Sources, Task
 
 TASKS: dict[str, Callable[[str, Sources], Task]] = {
-    "movie-sentiment": sentences.make,  # the one that choices were made by; the others are only reported
+    "movie-sentiment": sentences.make,
     "movie-rating": sentences.make,
+    "news-topic": sentences.make,  # no choice was made by this one: it is only reported
     "review-language": language.make,
     "speech": speech.make,
 }

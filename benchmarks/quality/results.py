@@ -109,12 +109,28 @@ def against(results: Results, ours: str, theirs: str) -> tuple[list[float], str]
         if their in results
     ]
     if not found:
-        return [], f"{ours} against {theirs}: no pairs yet"
+        return [], f"**{ours}** against **{theirs}**: no pairs yet"
     better = sum(difference > 0 for difference in found)
     return found, (
-        f"{ours} against {theirs}: held-out loss lower by {statistics.mean(found):.2%} on average "
-        f"(standard error {_error(found):.2%}), and lower in {better} of {len(found)} pairs"
+        f"**{ours}** against **{theirs}**: held-out loss lower by {statistics.mean(found):.1%} on average "
+        f"(standard error {_error(found):.1%}), and lower in {better} of {len(found)} pairs"
     )
+
+
+# Who is set against whom: the default against all, and like against like where only the scale differs.
+PAIRS = (
+    *(("rankwise", f"PEFT {name}") for name in ("LoRA", "rsLoRA", "EVA", "AdaLoRA")),
+    ("rankwise", "PEFT LoRA, lora_alpha=32"),
+    ("rankwise, LoRA's lora_alpha", "PEFT LoRA"),
+    ("rankwise, rsLoRA's scale", "PEFT rsLoRA"),
+    ("rankwise, EVA's start", "rankwise"),
+)
+
+
+def report(results: Results, seeds: Sequence[int]) -> str:
+    """The tables, and below them the pairs."""
+    lines = [f"- {against(results, ours, theirs)[1]}" for ours, theirs in PAIRS]
+    return "\n".join([tables(results, seeds), "", *lines])
 
 
 def _place(method: str) -> tuple[bool, str]:

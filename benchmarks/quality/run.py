@@ -147,12 +147,7 @@ def main() -> None:
         if left := make(missing, sources, asked.workers, deadline):
             print(f"{left} runs are left: give the command again.")
             break
-    found = saved.read()
-    print(saved.tables(found, asked.seeds))
-    print()
-    for theirs in METHODS:
-        if theirs.startswith("PEFT"):
-            print("-", saved.against(found, "rankwise", theirs)[1])
+    print(saved.report(saved.read(), asked.seeds))
 
 
 if __name__ == "__main__":

