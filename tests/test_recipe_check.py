@@ -82,8 +82,6 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(world: Path) -> 
         ("adapter.target_r=9", "adapter.target_r: "),
         ("adapter.lora_dropout=2", "adapter.lora_dropout: "),
         ("adapter.method=adalor", "there is no method 'adalor'. Did you mean 'adalora'?"),
-        ("adapter.eva_batches=-1", "must be a whole number of batches, or 0, but is -1"),
-        ("adapter.eva_batchs=8", "Did you mean 'eva_batches'?"),
         ("adapter.task_type=SEQ_CLS", "is set by the task"),
         (
             "task=text-clasification",

@@ -91,12 +91,6 @@ def _rankwise(model: nn.Module, task: Task, rank: int, **options: Any) -> Model:
     return rankwise.get_peft_model(model, rankwise.AdaLoraConfig(**_adaptive(task, rank), **options))
 
 
-def _rankwise_eva(model: nn.Module, task: Task, rank: int, batches: Iterable[Batch]) -> Model:
-    import rankwise
-
-    return rankwise.initialize_lora_eva_weights(_rankwise(model, task, rank), batches)
-
-
 METHODS: dict[str, Method] = {
     "PEFT LoRA": lambda model, task, rank, batches: _peft(model, task, rank),
     "PEFT rsLoRA": lambda model, task, rank, batches: _peft(model, task, rank, use_rslora=True),
@@ -111,7 +105,6 @@ METHODS: dict[str, Method] = {
     "rankwise, rsLoRA's scale": lambda model, task, rank, batches: _rankwise(
         model, task, rank, lora_alpha=_alpha(rank), use_rslora=True
     ),
-    "rankwise, EVA's start": _rankwise_eva,
     "rankwise, the paper's form": lambda model, task, rank, batches: _rankwise(
         model, task, rank, lora_alpha=_alpha(rank), init_lora_weights=True, orth_reg_weight=0.1
     ),

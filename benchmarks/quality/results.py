@@ -123,7 +123,6 @@ PAIRS = (
     ("rankwise", "PEFT LoRA, lora_alpha=32"),
     ("rankwise, LoRA's lora_alpha", "PEFT LoRA"),
     ("rankwise, rsLoRA's scale", "PEFT rsLoRA"),
-    ("rankwise, EVA's start", "rankwise"),
 )
 
 

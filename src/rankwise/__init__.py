@@ -8,7 +8,6 @@ from __future__ import annotations
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.controller import AllocationState
 from rankwise.convert import save_as_lora
-from rankwise.eva import initialize_lora_eva_weights
 from rankwise.history import RankHistory, RankRecord
 from rankwise.model import PeftModel, get_peft_model
 from rankwise.prepare import prepare_model_for_kbit_training
@@ -29,7 +28,6 @@ __all__ = [
     "RankRecord",
     "RankSummary",
     "get_peft_model",
-    "initialize_lora_eva_weights",
     "prepare_model_for_kbit_training",
     "save_as_lora",
 ]

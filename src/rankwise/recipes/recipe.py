@@ -132,9 +132,7 @@ class BaseRecipe(Section):
     Args:
         model: a folder, ``pypi:DISTRIBUTION`` for a model that comes as a PyPI package, or a hub name.
         task: the task's name.
-        adapter: ``method`` (``adalora`` or ``lora``), the fields of `AdaLoraConfig` or `LoraConfig`, and
-            ``eva_batches``: from how many batches the adapter takes its start, with
-            `rankwise.initialize_lora_eva_weights`; left out or 0, it starts at random.
+        adapter: ``method`` (``adalora`` or ``lora``) and the fields of `AdaLoraConfig` or `LoraConfig`.
         output: the folder for the adapter and the checkpoints.
         dtype: of the frozen weights; adapters train in float32 over half-precision weights.
         schedule: the phases; for ``adalora`` only.
@@ -186,13 +184,8 @@ class BaseRecipe(Section):
 
     @property
     def adapter_fields(self) -> dict[str, Any]:
-        """The adapter's configuration: the section without the recipe's own keys."""
-        return {key: value for key, value in self.adapter.items() if key not in _OWN_ADAPTER_KEYS}
-
-    @property
-    def eva_batches(self) -> int:
-        """From how many batches the adapter takes its start; 0 for none."""
-        return int(self.adapter.get("eva_batches", 0))
+        """The adapter's configuration without ``method``."""
+        return {key: value for key, value in self.adapter.items() if key != "method"}
 
     def plain(self) -> dict[str, Any]:
         """All keys, defaults included, as plain data."""
@@ -412,11 +405,8 @@ def _adapter_problems(adapter: Any) -> Iterator[Problem]:
             "adapter.method", f"there is no method {method!r}. {did_you_mean(str(method), METHODS)}"
         )
         return
-    fields = {key: value for key, value in adapter.items() if key not in _OWN_ADAPTER_KEYS}
+    fields = {key: value for key, value in adapter.items() if key != "method"}
     valid = adapter_keys(method)
-    batches = adapter.get("eva_batches", 0)
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 0:
-        yield Problem("adapter.eva_batches", f"must be a whole number of batches, or 0, but is {batches!r}.")
     unknown = [key for key in fields if key not in valid]
     for key in unknown:
         if key in _SCHEDULE_KEYS:
@@ -430,8 +420,7 @@ def _adapter_problems(adapter: Any) -> Iterator[Problem]:
         elif key in ("task_type", "inference_mode", "peft_type"):
             yield Problem(f"adapter.{key}", "is set by the task. Take the line out.")
         else:
-            known = [*valid, *_OWN_ADAPTER_KEYS]
-            yield Problem(f"adapter.{key}", f"unknown key. {_key_hint(str(key), known)}")
+            yield Problem(f"adapter.{key}", f"unknown key. {_key_hint(str(key), valid)}")
     try:
         config_class(method)(**{key: value for key, value in fields.items() if key in valid})
     except (TypeError, ValueError) as error:
@@ -453,7 +442,6 @@ def _schedule_problems(recipe: BaseRecipe, data: Mapping[str, Any]) -> Iterator[
 
 
 METHODS = ("adalora", "lora")
-_OWN_ADAPTER_KEYS = ("method", "eva_batches")  # which no configuration class has
 _SCHEDULE_KEYS = tuple(ScheduleSection.model_fields)
 # Set by the task, by the schedule section or by storage, and so no keys of the adapter section.
 _NOT_IN_RECIPES = {

@@ -142,7 +142,6 @@ def _train(
         before = output.results.get("before") if checkpoint else None
         samples = output.results.get("samples") or [] if checkpoint else []
         if before is None and checkpoint is None:
-            _start_from_data(recipe, console, trainer)
             before = _evaluate(trainer, metrics)
             _make_ready_to_train(trainer)
             samples = write_samples(recipe, data, processor, model)
@@ -242,23 +241,6 @@ def _evaluate(trainer: Any, metrics: Sequence[Metric]) -> dict[str, float]:
     found = trainer.evaluate()
     keys = dict.fromkeys(["loss", *(metric.key for metric in metrics)])
     return {key: float(found[f"eval_{key}"]) for key in keys if f"eval_{key}" in found}
-
-
-def _start_from_data(recipe: BaseRecipe, console: Console, trainer: Any) -> None:
-    """Give the adapter EVA's start, if the recipe asks for it."""
-    if not recipe.eva_batches:
-        return
-    import rankwise
-
-    def forward(model: Any, batch: Any) -> Any:
-        return trainer.compute_loss(model, dict(batch))
-
-    batches = trainer.get_train_dataloader()
-    with console.status("looking at data for the adapter's start"):
-        try:
-            rankwise.initialize_lora_eva_weights(trainer.model, batches, forward, batches=recipe.eva_batches)
-        except ValueError as error:
-            raise RecipeError([Problem("adapter.eva_batches", str(error))], str(recipe.source)) from error
 
 
 def _make_ready_to_train(trainer: Any) -> None:
