@@ -99,6 +99,7 @@ METHODS: dict[str, Method] = {
     "rankwise": lambda model, task, rank, batches: _rankwise(model, task, rank),
     # What the scale alone does: LoRA with rankwise's, and rankwise with LoRA's and rsLoRA's.
     "PEFT LoRA, lora_alpha=32": lambda model, task, rank, batches: _peft(model, task, rank, lora_alpha=32),
+    "rankwise, lora_alpha=32": lambda model, task, rank, batches: _rankwise(model, task, rank, lora_alpha=32),
     "rankwise, LoRA's lora_alpha": lambda model, task, rank, batches: _rankwise(
         model, task, rank, lora_alpha=_alpha(rank)
     ),

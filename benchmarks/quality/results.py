@@ -120,7 +120,7 @@ def against(results: Results, ours: str, theirs: str) -> tuple[list[float], str]
 # Who is set against whom: the default against all, and like against like where only the scale differs.
 PAIRS = (
     *(("rankwise", f"PEFT {name}") for name in ("LoRA", "rsLoRA", "EVA", "AdaLoRA")),
-    ("rankwise", "PEFT LoRA, lora_alpha=32"),
+    ("rankwise, lora_alpha=32", "PEFT LoRA, lora_alpha=32"),
     ("rankwise, LoRA's lora_alpha", "PEFT LoRA"),
     ("rankwise, rsLoRA's scale", "PEFT rsLoRA"),
 )

@@ -31,7 +31,7 @@ TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 _BIASES = ("none", "all", "lora_only")
 _PEFT_DEFAULT_R = 8
 _PEFT_DEFAULT_ALPHA = 8
-_GATED_ALPHA = 32
+_GATED_ALPHA = 32  # at most
 
 # Slips that spelling alone does not mend, as they reach here: lower case, without underscores.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -372,8 +372,8 @@ class AdaLoraConfig(LoraConfig):
         orth_reg_weight: weight of the orthogonality penalty, at least 0; None: 0 with "gated", else 0.5.
         total_step: optimizer steps of the whole run. None: a trainer that knows it fills it in.
         lora_alpha: the update is scaled by ``lora_alpha / target_r`` with "gated", else by ``lora_alpha / init_r``,
-            however many ranks are pruned. None: 32 with "gated" and without ``use_rslora``, else 8. The one number
-            serves every rank: a layer's ranks pull together, so where there are more, each has to pull less.
+            however many ranks are pruned. None: four times ``target_r``, at most 32, with "gated" and without
+            ``use_rslora``; else 8.
         use_rslora: scale by ``lora_alpha / sqrt(target_r)`` instead; only with "gated".
         init_lora_weights: "gated", or the method of the paper; see below.
         rank_pattern: the result of a run: for each ``"<module path>.lora_E"`` a list of ``init_r`` booleans,
@@ -441,8 +441,7 @@ class AdaLoraConfig(LoraConfig):
 
     def _check(self) -> None:
         if self.__dict__["lora_alpha"] is None:
-            plain = self.gated and not self.use_rslora
-            self.__dict__["lora_alpha"] = _GATED_ALPHA if plain else _PEFT_DEFAULT_ALPHA
+            self.__dict__["lora_alpha"] = self._default_alpha()
         super()._check()
         self._check_schedule()
         for name in ("beta1", "beta2"):
@@ -461,6 +460,12 @@ class AdaLoraConfig(LoraConfig):
             )
         if self.alpha_pattern:
             raise ValueError("`alpha_pattern` belongs to LoraConfig: AdaLoRA has one `lora_alpha` for all.")
+
+    def _default_alpha(self) -> int:
+        if not self.gated or self.use_rslora:
+            return _PEFT_DEFAULT_ALPHA
+        # A layer's ranks pull together, so that from 8 on more of them have to pull less. See docs/quality.md.
+        return min(4 * _whole("target_r", self.target_r, least=1), _GATED_ALPHA)
 
     @staticmethod
     def _checked_start(value: Any) -> bool | str:
