@@ -28,7 +28,14 @@ def adapted(
     if before:
         before(model)
     fields = dict(
-        init_r=4, target_r=1, total_step=STEPS, tinit=2, tfinal=4, deltaT=1, target_modules="all-linear"
+        init_r=4,
+        target_r=1,
+        lora_alpha=8,
+        total_step=STEPS,
+        tinit=2,
+        tfinal=4,
+        deltaT=1,
+        target_modules="all-linear",
     )
     torch.manual_seed(5)
     return rw.get_peft_model(model, rw.AdaLoraConfig(**{**fields, **changes})).train()
