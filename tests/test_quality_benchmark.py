@@ -125,6 +125,11 @@ def test_all_methods_train_on_the_same_data_to_the_same_number_of_parameters(
     lora = parameters["PEFT LoRA"]
     assert lora == 2 * 6 * (4 * (384 + 384) + 2 * (384 + 1536))
     for method, count in parameters.items():
-        assert count == pytest.approx(lora, rel=0.1), method
-        if method.startswith("rankwise") and "paper" not in method:
-            assert count <= lora
+        if "AdaLoRA" in method or "EVA" in method or "paper" in method:
+            assert lora / 3 < count < 3 * lora, (
+                method
+            )  # they count ranks, be they of wide layers or of narrow ones
+        elif method.startswith("rankwise"):
+            assert 0.9 * lora < count <= lora, method
+        else:
+            assert count == lora, method
