@@ -65,6 +65,14 @@ def model_config(recipe: BaseRecipe) -> Any:
     return _from_pretrained(recipe, "AutoConfig")
 
 
+def padding_config(recipe: BaseRecipe, tokenizer: Any) -> Any:
+    """The model's configuration, which knows the padding token of `load_tokenizer`; None: of no tokenizer."""
+    config = model_config(recipe)
+    if tokenizer is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return config
+
+
 def load_model(recipe: BaseRecipe, auto_class: str, config: Any, *, weights: bool) -> Any:
     """The model of ``auto_class``, ready to be adapted.
 

@@ -28,7 +28,7 @@ from rankwise.recipes.data.rows import (
 from rankwise.recipes.data.tables import Table, quiet_datasets
 from rankwise.recipes.errors import Problem, RecipeError, raise_problems
 from rankwise.recipes.memory.batches import longest, text_batch
-from rankwise.recipes.models import load_model, load_tokenizer, model_config, token_limit
+from rankwise.recipes.models import load_model, load_tokenizer, padding_config, token_limit
 from rankwise.recipes.tasks import Metric, TaskData
 
 if TYPE_CHECKING:
@@ -166,9 +166,7 @@ def processor(recipe: Recipe) -> Any:
 
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
     """The model with a new head of the data's labels."""
-    config = model_config(recipe)
-    if processor is not None:
-        config.pad_token_id = processor.pad_token_id
+    config = padding_config(recipe, processor)
     if data.labels is None:
         config.num_labels, config.problem_type = 1, "regression"
     else:

@@ -34,7 +34,14 @@ from rankwise.recipes.data.rows import (
 from rankwise.recipes.data.tables import Table, column_problems, read_table
 from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
 from rankwise.recipes.memory.batches import longest, text_batch
-from rankwise.recipes.models import load_model, load_processor, load_tokenizer, model_config, token_limit
+from rankwise.recipes.models import (
+    load_model,
+    load_processor,
+    load_tokenizer,
+    model_config,
+    padding_config,
+    token_limit,
+)
 from rankwise.recipes.places import Place
 from rankwise.recipes.preparing import tracked
 from rankwise.recipes.tasks import Metric, TaskData
@@ -258,9 +265,7 @@ def processor(recipe: Recipe) -> Any:
 
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
     """The model with a new head of the data's tags."""
-    config = model_config(recipe)
-    if processor is not None:
-        config.pad_token_id = processor.pad_token_id
+    config = padding_config(recipe, processor)
     names = data.labels or ()
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}

@@ -19,7 +19,14 @@ from pydantic import Field
 from rankwise.recipes.data.rows import RowsRecipe, check_sources, hold_out, read_tables
 from rankwise.recipes.errors import Problem
 from rankwise.recipes.memory.batches import text_batch
-from rankwise.recipes.models import load_model, load_tokenizer, loading_arguments, model_config, token_limit
+from rankwise.recipes.models import (
+    load_model,
+    load_tokenizer,
+    loading_arguments,
+    model_config,
+    padding_config,
+    token_limit,
+)
 from rankwise.recipes.recipe import TrainingSection
 from rankwise.recipes.tasks import Metric, TaskData
 from rankwise.recipes.tasks.causal_lm.examples import (
@@ -121,9 +128,7 @@ def processor(recipe: Recipe) -> Any:
 
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
     """The language model as it is."""
-    config = model_config(recipe)
-    if processor is not None:
-        config.pad_token_id = processor.pad_token_id
+    config = padding_config(recipe, processor)
     return load_model(recipe, "AutoModelForCausalLM", config, weights=weights)
 
 
