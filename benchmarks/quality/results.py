@@ -93,26 +93,28 @@ def tables(results: Results, seeds: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def against(results: Results, ours: str, theirs: str) -> tuple[list[float], str]:
+def against(results: Results, ours: str, theirs: str, rank: int | None = None) -> tuple[list[float], str]:
     """The differences of the held-out loss, theirs minus ours, of all pairs of runs at the ordinary rate.
 
     A pair has the same task, rank, seed, and so the same data in the same order. Each is divided by their loss.
+    With ``rank``, only the pairs of that rank.
     """
     pairs = [
         (run, Run(run.task, theirs, run.rank, run.rate, run.seed))
         for run in results
-        if run.method == ours and run.rate == ORDINARY
+        if run.method == ours and run.rate == ORDINARY and rank in (None, run.rank)
     ]
     found = [
         (results[their]["loss"] - results[our]["loss"]) / results[their]["loss"]
         for our, their in pairs
         if their in results
     ]
+    who = f"**{ours}** against **{theirs}**" + ("" if rank is None else f" at average rank {rank}")
     if not found:
-        return [], f"**{ours}** against **{theirs}**: no pairs yet"
+        return [], f"{who}: no pairs yet"
     better = sum(difference > 0 for difference in found)
     return found, (
-        f"**{ours}** against **{theirs}**: held-out loss lower by {statistics.mean(found):.1%} on average "
+        f"{who}: held-out loss lower by {statistics.mean(found):.1%} on average "
         f"(standard error {_error(found):.1%}), and lower in {better} of {len(found)} pairs"
     )
 
@@ -127,8 +129,11 @@ PAIRS = (
 
 
 def report(results: Results, seeds: Sequence[int]) -> str:
-    """The tables, and below them the pairs."""
-    lines = [f"- {against(results, ours, theirs)[1]}" for ours, theirs in PAIRS]
+    """The tables, and below them the pairs and what all runs took."""
+    pairs = [(*pair, None) for pair in PAIRS] + [("rankwise", "PEFT LoRA", rank) for rank in (2, 8)]
+    lines = [f"- {against(results, *pair)[1]}" for pair in pairs]
+    hours = sum(row["seconds"] for row in results.values()) / 3600
+    lines += ["", f"{len(results)} runs trained for {hours:.1f} hours in all, each with one thread."]
     return "\n".join([tables(results, seeds), "", *lines])
 
 

@@ -34,10 +34,10 @@ def train(run: Run, sources: Sources) -> dict[str, Any]:
     """Train, and measure."""
     import torch
     from methods import METHODS, after_step, penalty, trained_parameters
-    from registry import TASKS
+    from registry import make_task
     from tasks import evaluated
 
-    task = TASKS[run.task](run.task, sources)
+    task = make_task(run.task, sources)
     model = task.load(run.seed)
     model.eval()  # no dropout: the models are small, and the runs short
     torch.manual_seed(run.seed)
@@ -113,7 +113,7 @@ def make(runs: Sequence[Run], sources: Sources, workers: int, deadline: float) -
 def main() -> None:
     """Make what is missing, then print the tables."""
     from methods import METHODS
-    from registry import TASKS
+    from registry import NEEDS, TASKS
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -133,10 +133,10 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only print the tables")
     asked = parser.parse_args()
     sources = Sources(asked.reviews, asked.speech, asked.whisper)
-    for name, file in (("--reviews", asked.reviews), ("--speech", asked.speech)):
-        needed = ("speech" in asked.tasks) if name == "--speech" else set(asked.tasks) != {"speech"}
-        if not asked.tables and needed and (file is None or not file.is_file()):
-            parser.error(f"{name} must name a file that exists, not {file}")
+    for name in () if asked.tables else dict.fromkeys(NEEDS[task] for task in asked.tasks if task in NEEDS):
+        file = getattr(asked, name)
+        if file is None or not file.is_file():
+            parser.error(f"--{name} must name a file that exists, not {file}")
     deadline = time.time() + 60 * asked.minutes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     while not asked.tables:

@@ -6,7 +6,6 @@ The clips are made by ``recipes/speech/make_data.py``. Whisper hears four second
 from __future__ import annotations
 
 import csv
-import functools
 from collections.abc import Iterator, Sequence
 
 import soundfile
@@ -22,7 +21,6 @@ _STEPS, _SIZE, _HELD_OUT = 56, 8, 128
 _SECONDS, _RATE = 4.0, 16_000
 
 
-@functools.cache
 def _clips(sources: Sources) -> list[tuple[Tensor, str]]:
     """Features, (80, 400), and transcripts of all clips that are short enough."""
     from transformers import AutoFeatureExtractor
