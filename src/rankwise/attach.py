@@ -64,6 +64,11 @@ def plain_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
+def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dictionary with `plain_name` for every key."""
+    return {plain_name(key): value for key, value in state.items()}
+
+
 def base_scaling(config: LoraConfig, path: str, rank: int) -> float:
     """The factor before B diag(E) A, as PEFT has it: see `LoraConfig` and `AdaLoraConfig`."""
     if isinstance(config, AdaLoraConfig):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -174,6 +174,11 @@ def local_like(values: Tensor, like: Any) -> Tensor:
 def like(values: Tensor, other: Any) -> Tensor:
     """``values``, which every process has, sharded as ``other`` is."""
     return _spread(values, other) if is_sharded(other) else values
+
+
+def laid_out(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors to load, sharded where those in the state dictionary ``own`` are."""
+    return {key: like(tensor, own[key]) for key, tensor in tensors.items()}
 
 
 def _spread(values: Tensor, like: Any) -> Any:

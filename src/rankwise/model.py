@@ -25,6 +25,7 @@ from rankwise.attach import (
     detach,
     detach_all,
     follow,
+    plain_state,
     plan_attachment,
     refuse_overlap,
     saved_modules,
@@ -174,7 +175,7 @@ class PeftModel(InPlace, nn.Module):
         more: dict[str, str],
     ) -> None:
         controller = self._controller_of(name)
-        state = storage.plain_state(self.state_dict() if state_dict is None else state_dict)
+        state = plain_state(self.state_dict() if state_dict is None else state_dict)
         state.setdefault("_extra_state", self.get_extra_state())  # DeepSpeed leaves it out of what it gathers
         checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
         if controller is not None and not checkpoint:

@@ -1,0 +1,46 @@
+"""Adapter folders in PEFT's format, and what resuming needs beside them.
+
+    adapter_config.json            the configuration, in PEFT's spelling
+    adapter_model.safetensors      the factors, cut to the triplets that stay
+    rank_history.json              budget and ranks over the run (AdaLoRA)
+    training_state.safetensors     uncut factors, scores, masks and step of an unfinished run; not for sharing
+
+Loading runs no code from a folder: tensors come from safetensors, or from ``adapter_model.bin`` with
+``weights_only=True``. It opens no file outside the folder. Shapes are compared with the model before any tensor is
+read from the disk, and everything is checked before the model changes.
+"""
+
+from __future__ import annotations
+
+from rankwise.storage.names import (
+    HISTORY_NAME,
+    OWNED,
+    PICKLE_NAME,
+    PREFIX,
+    TRAINING_STATE_NAME,
+    WEIGHTS_NAME,
+)
+from rankwise.storage.read import AdapterFile, read_adapter
+from rankwise.storage.training import plan_from_training_state, prepare_training_state, trains_more
+from rankwise.storage.values import plan_from_file, prepare_values
+from rankwise.storage.write import embedding_keys, gathered_state, read_model_adapter, write_adapter
+
+__all__ = [
+    "HISTORY_NAME",
+    "OWNED",
+    "PICKLE_NAME",
+    "PREFIX",
+    "TRAINING_STATE_NAME",
+    "WEIGHTS_NAME",
+    "AdapterFile",
+    "embedding_keys",
+    "gathered_state",
+    "plan_from_file",
+    "plan_from_training_state",
+    "prepare_training_state",
+    "prepare_values",
+    "read_adapter",
+    "read_model_adapter",
+    "trains_more",
+    "write_adapter",
+]

@@ -1,0 +1,203 @@
+"""Whether the content of an adapter folder fits a model, which stays as it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankwise.adapters import adapters_for
+from rankwise.attach import (
+    Factors,
+    base_scaling,
+    factor_options,
+    plain_name,
+)
+from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
+from rankwise.storage.read import AdapterFile
+from rankwise.suggest import suggestion
+from rankwise.targets import (
+    find_targets,
+    modules_to_save_paths,
+    output_embeddings,
+    own_modules,
+    pattern_value,
+)
+from rankwise.tensorfile import check_finite
+
+_DOUBLES = (
+    "original_module.",
+    "modules_to_save.",
+)  # the biases of whole modules, again, by PEFT's bias="all"
+
+
+def fit_all(
+    model: nn.Module, file: AdapterFile, config: LoraConfig, all_parameters: bool = False
+) -> tuple[dict[str, Factors], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Layers, modules saved whole and single parameters of the file, all checked to fit the model."""
+    modules = {plain_name(path): module for path, module in own_modules(model).items()}
+    _check_all_layers(model, config, file)
+    layers = {path: _fit(modules, path, factors, config, file) for path, factors in file.factors.items()}
+    heads: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in file.others.items():
+        path = _head_of(name, config, modules)
+        inner = name if path is None else name.removeprefix(f"{path}.")
+        if path is None:
+            rest[name.replace(".base_layer.", ".")] = tensor
+        elif not inner.startswith(_DOUBLES):
+            heads.setdefault(path, {})[inner] = tensor
+    _check_all_heads(model, modules, config, heads, file)
+    for path, tensors in heads.items():
+        _fit_head(modules[path], path, tensors, file)
+        inside = next((each for each in layers if each == path or each.startswith(f"{path}.")), None)
+        if inside is not None:
+            raise ValueError(f"{file.source} adapts {inside!r}, but also holds all of {path!r}.")
+    _fit_rest(model, modules, rest, file, None if all_parameters else config)
+    return layers, heads, rest
+
+
+def _fit_rest(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    rest: Mapping[str, Tensor],
+    file: AdapterFile,
+    config: LoraConfig | None,
+) -> None:
+    """Check single parameters: biases if ``config`` trains them, embeddings; any if there is no ``config``."""
+    own = {plain_name(name): value for name, value in model.named_parameters(remove_duplicate=False)}
+    embeddings = [*output_embeddings(model), *(m for m in modules.values() if isinstance(m, nn.Embedding))]
+    for name, tensor in rest.items():
+        if name not in own:
+            raise ValueError(f"{file.source}: the model has no {name!r}.{suggestion(name, own)}")
+        if own[name].shape != tensor.shape:
+            raise ValueError(_shape_message(file, name, tensor, own[name].shape))
+        embeds = any(modules.get(name.rpartition(".")[0]) is each for each in embeddings)
+        bias = config is not None and config.bias != "none" and name.endswith("bias")
+        if (
+            not (config is None or bias or embeds)
+            or tensor.is_floating_point() != own[name].is_floating_point()
+        ):
+            raise ValueError(
+                f"{file.source} would replace {name!r} of the model itself, which is neither in `modules_to_save` "
+                "nor a bias that `bias` names."
+            )
+        check_finite(file.source, name, tensor.to(own[name].dtype))
+
+
+def _check_all_layers(model: nn.Module, config: LoraConfig, file: AdapterFile) -> None:
+    """Refuse a file that lacks one of the layers that `target_modules` means, where that can be told."""
+    if config.target_modules is None:
+        return
+    try:
+        targets = find_targets(model, replace(config, inference_mode=True))
+    except (TypeError, ValueError):  # some of its layers can't be adapted: the file says which were
+        return
+    for path in map(plain_name, targets):
+        if path not in file.factors:
+            raise ValueError(
+                f"{file.source} has no tensors of {path!r}, which {CONFIG_NAME} names in `target_modules`."
+            )
+
+
+def _check_all_heads(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    heads: Mapping[str, Any],
+    file: AdapterFile,
+) -> None:
+    """Refuse a file that lacks one of the modules in `modules_to_save`: a head that is not trained tells nothing."""
+    named = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in modules)]
+    wanted = (
+        modules_to_save_paths(model, replace(config, modules_to_save=named, task_type=None)) if named else ()
+    )
+    for path in wanted:
+        if path not in heads and _plain_state(modules[path]):
+            raise ValueError(
+                f"{file.source} has no tensors of {path!r}, which {CONFIG_NAME} names in `modules_to_save`."
+            )
+
+
+def _fit(
+    modules: Mapping[str, nn.Module],
+    path: str,
+    factors: dict[str, Tensor],
+    config: LoraConfig,
+    file: AdapterFile,
+) -> Factors:
+    layer = modules.get(path)
+    if layer is None:
+        raise ValueError(
+            f"{file.source} adapts {path!r}, which the model does not have.{suggestion(path, modules)} "
+            "Load the adapter into the base model that it was trained on."
+        )
+    mixin = adapters_for(layer)
+    if mixin is None:
+        raise ValueError(
+            f"{file.source} adapts {path!r}, but here it is a {type(layer).__name__}, which can't be."
+        )
+    adalora = isinstance(config, AdaLoraConfig)
+    A, B = factors["A"].flatten(1), factors["B"].flatten(1)
+    rank = A.shape[0]
+    if not adalora and rank != pattern_value(config.rank_pattern or {}, path, config.r):
+        raise ValueError(
+            f"{file.source}: {path!r} has rank {rank}, but {CONFIG_NAME} gives it rank "
+            f"{pattern_value(config.rank_pattern or {}, path, config.r)} by `r` and `rank_pattern`."
+        )
+    d_in, d_out = mixin.adapter_widths(layer, lora_groups=not adalora)  # type: ignore[arg-type]
+    columns = mixin.adapter_columns_of_B(layer, rank, lora_groups=not adalora)  # type: ignore[arg-type]
+    for name, tensor, shape in (("A", A, (rank, d_in)), ("B", B, (d_out, columns))):
+        if tensor.shape != shape:
+            raise ValueError(_shape_message(file, f"{path}.lora_{name}", tensor, shape))
+    if adalora and factors["E"].shape != (rank, 1):
+        raise ValueError(_shape_message(file, f"{path}.lora_E", factors["E"], (rank, 1)))
+    # Copies: what was read may still lie in the file, which somebody may change.
+    options = {**factor_options(layer), "copy": True}
+    made = {name: tensor.to(**options) for name, tensor in {**factors, "A": A, "B": B}.items()}
+    for name, tensor in made.items():  # again: a number may have been too large for the dtype
+        if tensor.dtype != factors[name].dtype:
+            check_finite(file.source, f"{path}.lora_{name}", tensor)
+    return Factors(made["A"], made["B"], made.get("E"), base_scaling(config, path, rank))
+
+
+def _shape_message(file: AdapterFile, name: str, tensor: Tensor, shape: Iterable[int]) -> str:
+    return (
+        f"{file.source}: {name} is {tuple(tensor.shape)}, but this model takes {tuple(shape)}. The adapter belongs "
+        "to a model of other shapes: load the base model that it was trained on."
+    )
+
+
+def _head_of(name: str, config: LoraConfig, modules: Mapping[str, nn.Module]) -> str | None:
+    """The outermost module in `modules_to_save` that holds ``name``; names match as in `modules_to_save_paths`."""
+    wanted = tuple(config.modules_to_save or ())
+    ends = (match.start() for match in re.finditer(r"\.", name))
+    return next((name[:end] for end in ends if name[:end].endswith(wanted) and name[:end] in modules), None)
+
+
+def _fit_head(module: nn.Module, path: str, tensors: Mapping[str, Tensor], file: AdapterFile) -> None:
+    own = _plain_state(module)
+    for key in own.keys() ^ tensors.keys():
+        where = "the model" if key in own else file.source
+        raise ValueError(
+            f"{file.source}: only {where} has {path}.{key}; the adapter belongs to another model."
+        )
+    parameters = dict(module.named_parameters())
+    for key, tensor in tensors.items():
+        if own[key].shape != tensor.shape:
+            raise ValueError(_shape_message(file, f"{path}.{key}", tensor, own[key].shape))
+        if own[key].is_floating_point() != tensor.is_floating_point() or tensor.is_complex():
+            raise ValueError(
+                f"{file.source}: {path}.{key} is {tensor.dtype}, but the model has {own[key].dtype}."
+            )
+        if key in parameters:  # a buffer may hold infinities, such as a mask
+            check_finite(file.source, f"{path}.{key}", tensor.to(own[key].dtype))
+
+
+def _plain_state(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        key: value for key, value in module.state_dict().items() if not key.startswith("modules_to_save.")
+    }

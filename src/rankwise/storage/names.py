@@ -1,0 +1,14 @@
+"""Names of the files in an adapter folder, and of what is in them."""
+
+from __future__ import annotations
+
+from rankwise.config import CONFIG_NAME
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+HISTORY_NAME = "rank_history.json"
+TRAINING_STATE_NAME = "training_state.safetensors"
+OWNED = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, HISTORY_NAME, TRAINING_STATE_NAME)
+PREFIX = "base_model.model."
+NO_SCHEDULE = 1  # total_step in a file whose run had no length yet: no run is as short
+EXTRA_STATE = "_extra_state"  # PyTorch's key for what `get_extra_state` gives

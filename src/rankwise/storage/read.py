@@ -1,0 +1,186 @@
+"""Reading an adapter folder, and all checks of it that need no model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.atomic import read_folder
+from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
+from rankwise.history import RankHistory
+from rankwise.storage.names import (
+    HISTORY_NAME,
+    OWNED,
+    PICKLE_NAME,
+    PREFIX,
+    TRAINING_STATE_NAME,
+    WEIGHTS_NAME,
+)
+from rankwise.tensorfile import check_finite, read_pickle, read_tensor_file
+
+_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[ABE])(?:\.weight)?")
+
+
+@dataclass
+class AdapterFile:
+    """The content of an adapter folder, checked as far as that goes without a model."""
+
+    source: str
+    config: LoraConfig
+    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> {"A": …, "B": …, "E": …}
+    others: dict[str, Tensor] = field(default_factory=dict)  # biases and modules saved whole
+    embeddings: set[str] = field(default_factory=set)  # paths of factors that are an embedding's
+    history: RankHistory | None = None
+    training: dict[str, Tensor] | None = None  # content of TRAINING_STATE_NAME
+    training_source: str = ""
+
+    def config_with(self, **changes: Any) -> LoraConfig:
+        """The configuration with ``changes``; an error names the folder's file."""
+        try:
+            return replace(self.config, **changes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{Path(self.source).with_name(CONFIG_NAME)}: {error}") from None
+
+
+def read_adapter(folder: Path, training_state: bool = False) -> AdapterFile:
+    """Read an adapter folder, with ``training_state`` also the state of the run, if there is one.
+
+    Raises:
+        FileNotFoundError: it is no adapter folder.
+        TypeError, ValueError: a file is broken or does not fit the others; the message names it.
+    """
+    return read_folder(folder, OWNED, lambda found: _read(found, training_state))
+
+
+def _read(folder: Path, training_state: bool) -> AdapterFile:
+    config = LoraConfig.from_pretrained(folder)
+    tensors, source = _read_tensors(folder)
+    file = sort_tensors(source, config, tensors)
+    check_factors(file)
+    if _holds(folder, HISTORY_NAME):
+        file.history = RankHistory.load(folder / HISTORY_NAME)
+        if set(file.history.layers) != set(file.factors):
+            raise ValueError(
+                f"{folder / HISTORY_NAME} is of other layers than {source}: one is another adapter's."
+            )
+    if training_state and _holds(folder, TRAINING_STATE_NAME):
+        file.training_source = str(folder / TRAINING_STATE_NAME)
+        file.training = read_tensor_file(folder / TRAINING_STATE_NAME)
+        _check_same_run(file)
+    return file
+
+
+def _holds(folder: Path, name: str) -> bool:
+    """Whether a folder has this file; what has its name and is something else is refused."""
+    path = folder / name
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{path} should be a file, but is a folder, a device or a link that leads nowhere.")
+    return path.is_file()
+
+
+def _check_same_run(file: AdapterFile) -> None:
+    """Refuse a state that is not the one that the adapter's tensors were cut from."""
+    pattern = kept_by_pattern(file.config)
+    for path, factors in file.factors.items():
+        for name, tensor in factors.items():
+            whole = (file.training or {}).get(f"{path}.lora_{name}")
+            if whole is not None and whole.dim() == 2 and path in pattern:
+                kept = torch.tensor(pattern[path])
+                whole = whole[:, kept[: whole.shape[1]]] if name == "B" else whole[kept[: whole.shape[0]]]
+            if whole is None or whole.dim() != 2 or not torch.equal(whole, tensor.flatten(1)):
+                raise ValueError(
+                    f"{file.training_source} and {file.source} differ in lora_{name} of {path!r}: they were not "
+                    f"saved together. Use another checkpoint; or remove {TRAINING_STATE_NAME}, and the adapter's "
+                    "values are taken without the run."
+                )
+    held = {key.replace(".modules_to_save.", "."): tensor for key, tensor in (file.training or {}).items()}
+    for key, tensor in file.others.items():
+        whole = held.get(key.replace(".base_layer.", "."))
+        if whole is not None and not torch.equal(whole, tensor):
+            raise ValueError(
+                f"{file.training_source} and {file.source} differ in {key!r}: they were not saved together."
+            )
+
+
+def sort_tensors(source: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> AdapterFile:
+    """Tensors under PEFT's names, sorted into layers' factors and others; ``source`` is where they come from."""
+    file = AdapterFile(source, config)
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if match := _FACTOR.fullmatch(name):
+            own = file.factors.setdefault(match["path"], {})
+            if match["factor"] in own:
+                raise ValueError(f"{source} holds lora_{match['factor']} of {match['path']!r} twice.")
+            own[match["factor"]] = tensor
+            if match["embedding"]:
+                file.embeddings.add(match["path"])
+        else:
+            file.others[name] = tensor
+    return file
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
+    if _holds(folder, WEIGHTS_NAME):
+        return read_tensor_file(folder / WEIGHTS_NAME), str(folder / WEIGHTS_NAME)
+    if not _holds(folder, PICKLE_NAME):
+        raise FileNotFoundError(f"{str(folder)!r} holds no {WEIGHTS_NAME}, so it is not a whole adapter.")
+    return read_pickle(folder / PICKLE_NAME), str(folder / PICKLE_NAME)
+
+
+def check_factors(file: AdapterFile, cut: bool = True) -> None:
+    """Check kinds, numbers and dimensions of the factors; if ``cut`` to `rank_pattern`, also the ranks."""
+    adalora = isinstance(file.config, AdaLoraConfig)
+    wanted = {"A", "B", "E"} if adalora else {"A", "B"}
+    if not file.factors and not file.others:
+        raise ValueError(f"{file.source} holds no adapter tensors.")
+    for path, factors in file.factors.items():
+        if set(factors) != wanted:
+            raise ValueError(
+                f"{file.source}: {path!r} has the factors {sorted(factors)}, but {file.config.peft_type} takes "
+                f"{sorted(wanted)}. The file is incomplete or mislabelled in {CONFIG_NAME}."
+            )
+        for name, tensor in factors.items():
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"{file.source}: lora_{name} of {path!r} is {tensor.dtype}, not floating point."
+                )
+            if tensor.dim() != 2 and (adalora or tensor.dim() != 4):
+                raise ValueError(
+                    f"{file.source}: lora_{name} of {path!r} should be a matrix, but has shape {tuple(tensor.shape)}."
+                )
+            check_finite(file.source, f"lora_{name} of {path!r}", tensor)
+    if adalora and not file.factors:
+        raise ValueError(f"{file.source} holds no lora_A, lora_E and lora_B, but {CONFIG_NAME} says ADALORA.")
+    if adalora and cut:
+        _check_rank_pattern(file)
+
+
+def _check_rank_pattern(file: AdapterFile) -> None:
+    config: AdaLoraConfig = file.config  # type: ignore[assignment]
+    pattern = kept_by_pattern(config)
+    unknown = sorted(set(pattern) - set(file.factors))
+    if unknown:
+        raise ValueError(
+            f"{CONFIG_NAME}: `rank_pattern` names {unknown[0]!r}, of which {file.source} has no tensors."
+        )
+    for path, factors in file.factors.items():
+        rank = sum(pattern[path]) if path in pattern else config.init_r
+        shapes = {name: tuple(tensor.shape) for name, tensor in factors.items()}
+        if factors["E"].shape != (rank, 1) or factors["A"].shape[0] != rank or factors["B"].shape[-1] != rank:
+            raise ValueError(
+                f"{file.source}: {path!r} should have {rank} triplets by {CONFIG_NAME} "
+                f"({'`rank_pattern`' if path in pattern else '`init_r`'}), but its tensors are {shapes}."
+            )
+
+
+def kept_by_pattern(config: LoraConfig) -> dict[str, list[bool]]:
+    """AdaLoRA's `rank_pattern` by module path."""
+    pattern = (config.rank_pattern or {}) if isinstance(config, AdaLoraConfig) else {}
+    return {key.removesuffix(".lora_E").removeprefix(PREFIX): kept for key, kept in pattern.items()}

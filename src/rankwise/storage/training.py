@@ -1,0 +1,154 @@
+"""What resuming needs: which tensors, and from a folder to a run that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankwise.attach import (
+    Attachment,
+    adapter_layers,
+    bias_names,
+    check_adapter_name,
+    plain_name,
+    plain_state,
+    saved_modules,
+)
+from rankwise.config import AdaLoraConfig
+from rankwise.controller import BUFFERS, Controller
+from rankwise.distributed import laid_out
+from rankwise.runstate import RunState
+from rankwise.storage.fit import fit_all
+from rankwise.storage.names import (
+    EXTRA_STATE,
+)
+from rankwise.storage.read import AdapterFile, check_factors, sort_tensors
+from rankwise.tensorfile import check_finite
+
+
+def training_keys(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Keys of the model's `plain_state` that belong to the adapter's training, and their names in a file.
+
+    All that trains, whether it is the adapter's own or not, and what else changes in training. In the file the
+    adapter's own keys are without its name, so that a run can go on under another one.
+    """
+    own = {f"{path}.{key}.{adapter}": f"{path}.{key}" for path, layer in adapter_layers(model, adapter).items()
+           for key in layer.adapter_parameters(adapter)}  # fmt: skip
+    heads = tuple(f"{path}.modules_to_save.{adapter}." for path in saved_modules(model))
+    others = {*BUFFERS, EXTRA_STATE, *_trained_beside(model)}
+    names = {}
+    for key in plain_state(model.state_dict()):
+        if heads and key.startswith(heads):
+            names[key] = key.replace(f".modules_to_save.{adapter}.", ".modules_to_save.", 1)
+        elif key in own or key in others:
+            names[key] = own.get(key, key)
+    return names
+
+
+def _trained_beside(model: nn.Module) -> Iterator[str]:
+    """Names of all parameters that train, and of statistics that batch normalization gathers in training."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield plain_name(name)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and ".modules_to_save." not in f".{path}.":
+            for name, _ in module.named_buffers(recurse=False):
+                yield plain_name(f"{path}.{name}" if path else name)
+
+
+def trains_more(model: Any, adapter: str) -> bool:
+    """Whether training changes more of the model than the adapter's own file holds."""
+    biases = bias_names(
+        model,
+        model.peft_config[adapter].bias,
+        list(adapter_layers(model, adapter)),
+        list(saved_modules(model)),
+    )
+    held = {*map(plain_name, biases), *BUFFERS, EXTRA_STATE}
+    return any(key == name and key not in held for key, name in training_keys(model, adapter).items())
+
+
+def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) -> Attachment:
+    """Fit a run's state, with all of its triplets, to ``model``, which stays as it is; then load the rest of it.
+
+    Raises:
+        ValueError: as `plan_from_file`.
+    """
+    check_adapter_name(model, adapter)
+    buffers = {*BUFFERS, EXTRA_STATE, *(name for name, _ in model.named_buffers())}
+    uncut = sort_tensors(file.training_source, file.config, {
+        key.replace(".modules_to_save.", "."): tensor
+        for key, tensor in (file.training or {}).items() if key not in buffers
+    })  # fmt: skip
+    check_factors(uncut, cut=False)
+    fit_all(model, file, file.config)
+    changes: dict[str, Any] = {"inference_mode": False}
+    if isinstance(file.config, AdaLoraConfig):
+        changes["rank_pattern"] = None
+        if _run_state(file, list(uncut.factors)).schedule is None:
+            changes["total_step"] = None
+    uncut.config = file.config_with(**changes)
+    layers, heads, rest = fit_all(model, uncut, uncut.config, all_parameters=True)
+    return Attachment(adapter, uncut.config, layers, heads, rest)  # type: ignore[arg-type]
+
+
+def _run_state(file: AdapterFile, layers: list[str]) -> RunState:
+    try:
+        return RunState.from_tensor(layers, (file.training or {})[EXTRA_STATE])
+    except KeyError:
+        raise ValueError(f"{file.training_source} lacks {EXTRA_STATE!r}.") from None
+    except ValueError as error:
+        raise ValueError(f"{file.training_source}: {error}") from None
+
+
+def prepare_training_state(
+    model: nn.Module, adapter: str, file: AdapterFile, controller: Controller | None
+) -> Callable[[], None]:
+    """Check that an attached adapter can go on with the run whose state is in a folder.
+
+    Returns:
+        What brings the adapter to this state.
+
+    Raises:
+        ValueError: it is broken, or of another run.
+    """
+    tensors, source = file.training or {}, file.training_source
+    fit_all(model, file, file.config)
+    own = plain_state(model.state_dict())
+    names = training_keys(model, adapter)
+    parameters = {plain_name(name) for name, _ in model.named_parameters()}
+    for name in sorted(set(names.values()) ^ set(tensors)):
+        if name in parameters:
+            raise ValueError(
+                f"{source}: {name!r} trains {'in that run, but is frozen here' if name in tensors else 'here only'}. "
+                "Set its `requires_grad` as in that run."
+            )
+        raise ValueError(f"{source}: only {'the file' if name in tensors else 'the model'} has {name!r}.")
+    for key, name in sorted(names.items(), key=lambda item: item[0] in BUFFERS):
+        if key != EXTRA_STATE:
+            _check_like(source, name, tensors[name], own[key])
+            if key in parameters or key in BUFFERS:  # any other buffer may hold infinities, such as a mask
+                check_finite(source, name, tensors[name])
+    if controller is not None:
+        try:
+            controller.check_packed_state(tensors[EXTRA_STATE])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+    keys = {plain_name(key): key for key in model.state_dict()}
+
+    def load() -> None:
+        loaded = laid_out({key: tensors[name] for key, name in names.items()}, own)
+        model.load_state_dict({keys[key]: tensor for key, tensor in loaded.items()}, strict=False)
+
+    return load
+
+
+def _check_like(source: str, name: str, tensor: Tensor, own: Tensor) -> None:
+    if tensor.shape != own.shape:
+        raise ValueError(f"{source}: {name} is {tuple(tensor.shape)}, but here {tuple(own.shape)}.")
+    if tensor.dtype != own.dtype:
+        raise ValueError(
+            f"{source}: {name} is {tensor.dtype}, but here {own.dtype}. Load the base model in the dtype of that run."
+        )

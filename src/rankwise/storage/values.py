@@ -1,0 +1,111 @@
+"""From an adapter's values in a folder to an adapter on a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters import AdapterLayer
+from rankwise.attach import (
+    Attachment,
+    Factors,
+    adapter_layers,
+    check_adapter_name,
+    plain_name,
+    saved_modules,
+)
+from rankwise.config import AdaLoraConfig
+from rankwise.controller import Controller
+from rankwise.distributed import laid_out, local, local_like
+from rankwise.storage.fit import fit_all
+from rankwise.storage.names import (
+    NO_SCHEDULE,
+)
+from rankwise.storage.read import AdapterFile, kept_by_pattern
+
+
+def plan_from_file(model: nn.Module, file: AdapterFile, adapter: str, trainable: bool) -> Attachment:
+    """Fit an adapter folder's content to ``model``, which stays as it is.
+
+    Raises:
+        ValueError: it belongs to another model; the message names the first layer that differs.
+    """
+    check_adapter_name(model, adapter)
+    changes: dict[str, Any] = {"inference_mode": not trainable}
+    if trainable and isinstance(file.config, AdaLoraConfig) and file.config.total_step == NO_SCHEDULE:
+        changes["total_step"] = None
+    config = file.config_with(**changes)
+    layers, heads, rest = fit_all(model, file, config)
+    return Attachment(adapter, config, layers, heads, rest)  # type: ignore[arg-type]
+
+
+def prepare_values(
+    model: nn.Module, adapter: str, file: AdapterFile, controller: Controller | None
+) -> Callable[[], None]:
+    """Check that an attached adapter can take the values in a file; its choice of ranks becomes the file's.
+
+    Returns:
+        What brings the adapter to these values.
+
+    Raises:
+        ValueError: they belong to another adapter.
+    """
+    layers, heads, rest = fit_all(model, file, file.config)
+    own = adapter_layers(model, adapter)
+    copies = {path: m for path, m in saved_modules(model).items() if adapter in m.modules_to_save}
+    for path in (own.keys() ^ layers.keys()) | (copies.keys() ^ heads.keys()):
+        where = "the model" if path in own or path in copies else file.source
+        raise ValueError(f"{file.source}: only {where} adapts {path!r}; this is another adapter.")
+    kept = {path: _places(own[path], adapter, path, factors, file) for path, factors in layers.items()}
+    all_parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+
+    @torch.no_grad()
+    def load() -> None:
+        for path, factors in layers.items():
+            parameters = own[path].adapter_parameters(adapter)
+            for key, value in (("lora_A", factors.A), ("lora_E", factors.E), ("lora_B", factors.B)):
+                if value is not None:
+                    whole = value if factors.E is None else _spread(value, key == "lora_B", kept[path])
+                    local(parameters[key]).copy_(local_like(whole, parameters[key]))
+        for path, tensors in heads.items():
+            copy = copies[path].modules_to_save[adapter]
+            copy.load_state_dict(laid_out(tensors, copy.state_dict()))
+        for name, value in rest.items():
+            local(all_parameters[name]).copy_(local_like(value, all_parameters[name]))
+        if controller is not None:
+            controller.take_over(kept, file.history)
+
+    return load
+
+
+def _spread(value: Tensor, is_B: bool, kept: Tensor) -> Tensor:
+    """A factor with triplets of zeros where ``kept`` is False."""
+    rows = value.T if is_B else value
+    spread = rows.new_zeros(len(kept), rows.shape[1])
+    spread[kept] = rows
+    return spread.T if is_B else spread
+
+
+def _places(layer: AdapterLayer, adapter: str, path: str, factors: Factors, file: AdapterFile) -> Tensor:
+    """(r,) bool: which of the attached triplets the file's triplets are."""
+    held, rank = layer.lora_A[adapter].shape[0], factors.A.shape[0]
+    alike = (adapter in layer.lora_E) == (factors.E is not None)
+    if not alike or not math.isclose(layer.scaling[adapter], factors.scaling, rel_tol=1e-6):
+        raise ValueError(
+            f"{file.source}: the adapter in the file is of another kind, or scaled in another way (`lora_alpha` and "
+            f"rank), than the one that is attached: {path!r} has the scale {factors.scaling:.6g} there, and "
+            f"{layer.scaling[adapter]:.6g} here. Attach it with the configuration that it was saved with."
+        )
+    places = torch.zeros(held, dtype=torch.bool)
+    listed = kept_by_pattern(file.config).get(path)
+    if listed is not None and rank < held:
+        places[: len(listed)] = torch.tensor(listed[:held], dtype=torch.bool)
+    else:
+        places[:rank] = True
+    if rank > held or int(places.sum()) != rank or (factors.E is None and rank < held):
+        raise ValueError(f"{file.source}: {path!r} has rank {rank}, but the attached adapter {held}.")
+    return places

@@ -1,0 +1,197 @@
+"""Writing an adapter folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise import zero
+from rankwise.atomic import write_folder
+from rankwise.attach import (
+    adapter_layers,
+    bias_names,
+    plain_name,
+    plain_state,
+    saved_modules,
+)
+from rankwise.config import AdaLoraConfig, LoraConfig
+from rankwise.controller import Controller
+from rankwise.distributed import gather
+from rankwise.storage.names import (
+    HISTORY_NAME,
+    NO_SCHEDULE,
+    OWNED,
+    PREFIX,
+    TRAINING_STATE_NAME,
+    WEIGHTS_NAME,
+)
+from rankwise.storage.read import AdapterFile, sort_tensors
+from rankwise.storage.training import training_keys
+from rankwise.targets import (
+    own_modules,
+)
+from rankwise.tensorfile import write_tensor_file
+
+
+def write_adapter(
+    folder: Path,
+    model: nn.Module,
+    adapter: str,
+    config: LoraConfig,
+    controller: Controller | None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    training_state: bool = False,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter folder, all or nothing.
+
+    Args:
+        folder: made if need be; files of others in it stay.
+        model: the adapted model.
+        adapter: which of its adapters.
+        config: the adapter's configuration.
+        controller: the one that trains this adapter, if any.
+        state_dict: the model's whole state dictionary where the model itself holds only a part (sharded).
+        training_state: also write what resuming needs.
+        more: names of base parameters to write, too, and their names in the file; see `embedding_keys`.
+
+    Raises:
+        OSError: it can't be written; what was there before is untouched.
+    """
+    state = plain_state(model.state_dict() if state_dict is None else state_dict)
+    kept = controller.kept_triplets(state) if controller else {}
+    tensors = adapter_tensors(model, adapter, config, state, kept)
+    tensors |= {PREFIX + name: _portable(state[key]) for key, name in (more or {}).items()}
+    saved_config = _config_to_save(config, controller, kept)
+
+    def write(temporary: Path) -> None:
+        write_tensor_file(temporary / WEIGHTS_NAME, tensors)
+        saved_config.save_pretrained(temporary)
+        if controller:
+            controller.history.save(temporary / HISTORY_NAME)
+        if training_state:
+            own = {name: _portable(state[key]) for key, name in training_keys(model, adapter).items()}
+            write_tensor_file(temporary / TRAINING_STATE_NAME, own)
+
+    write_folder(folder, write, owned=OWNED)
+
+
+def adapter_tensors(
+    model: nn.Module,
+    adapter: str,
+    config: LoraConfig,
+    state: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under PEFT's names, cut to the ``kept`` triplets."""
+    tensors: dict[str, Tensor] = {}
+    layers = adapter_layers(model, adapter)
+    adalora = isinstance(config, AdaLoraConfig)
+    for path, layer in layers.items():
+        for key in layer.adapter_parameters(adapter):
+            tensor = _portable(state[f"{path}.{key}.{adapter}"])
+            if path in kept:
+                tensor = tensor[:, kept[path]] if key == "lora_B" else tensor[kept[path]]
+            tensors[_file_key(layer, path, key, adalora)] = _file_shape(
+                layer, key, tensor, adalora
+            ).contiguous()
+    for path, module in saved_modules(model).items():
+        inside = f"{path}.modules_to_save.{adapter}."
+        for name in module.modules_to_save[adapter].state_dict() if adapter in module.modules_to_save else ():
+            tensors[f"{PREFIX}{path}.{name}"] = _portable(state[inside + name])
+    for name in map(plain_name, bias_names(model, config.bias, list(layers), list(saved_modules(model)))):
+        module_path = name.rpartition(".")[0]
+        file_name = f"{module_path}.base_layer.bias" if module_path in layers else name
+        tensors[PREFIX + file_name] = _portable(state[name])
+    return tensors
+
+
+def read_model_adapter(model: Any, adapter: str) -> AdapterFile:
+    """What `read_adapter` would give of an adapter of ``model`` that has just been saved.
+
+    Raises:
+        ValueError: the model has no such adapter.
+    """
+    if adapter not in model.peft_config:
+        raise ValueError(f"There is no adapter {adapter!r}; the model has {sorted(model.peft_config)}.")
+    config, controller = model.peft_config[adapter], model._controller_of(adapter)
+    state = plain_state(model.state_dict())
+    kept = controller.kept_triplets(state) if controller else {}
+    tensors = adapter_tensors(model, adapter, config, state, kept)
+    return sort_tensors(f"The adapter {adapter!r}", config, tensors)
+
+
+def embedding_keys(model: nn.Module, adapter: str, save: bool | str) -> dict[str, str]:
+    """The base parameters of input and output embeddings that belong in an adapter's file, and their names there.
+
+    Args:
+        model: the adapted model; none if it is not one of Transformers'.
+        adapter: one of its adapters.
+        save: True for all embeddings, "auto" for those that the adapter adapts, or False.
+    """
+    if save not in (True, False, "auto"):
+        raise ValueError(f"`save_embedding_layers` must be True, False or 'auto', but is {save!r}.")
+    getters = [getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output")]
+    embeddings = [getter() for getter in getters if callable(getter)] if save else []
+    layers, keys = adapter_layers(model, adapter), {}
+    for path, module in own_modules(model).items():
+        adapted = plain_name(path) in layers
+        if any(module is each for each in embeddings) and (adapted or save is True):
+            for name, _ in module.named_parameters(recurse=False):
+                inner = f"base_layer.{name}" if adapted else name
+                keys[plain_name(f"{path}.{name}")] = plain_name(f"{path}.{inner}")
+    return keys
+
+
+def gathered_state(model: nn.Module, adapter: str, bias: str, more: Iterable[str] = ()) -> dict[str, Any]:
+    """What `write_adapter` needs of a sharded model's state dictionary, whole; all processes must call it together."""
+    biases = bias_names(model, bias, list(adapter_layers(model, adapter)), list(saved_modules(model)))
+    keys = list(dict.fromkeys([*training_keys(model, adapter), *map(plain_name, biases), *more]))
+    with zero.whole(p for name, p in model.named_parameters() if plain_name(name) in keys):
+        state = plain_state(model.state_dict())
+        tensors = [key for key in keys if isinstance(state[key], Tensor)]
+        whole = [tensor.to("cpu", copy=True) for tensor in gather([state[key] for key in tensors])]
+    return {**{key: state[key] for key in keys}, **dict(zip(tensors, whole, strict=True))}
+
+
+def _config_to_save(
+    config: LoraConfig, controller: Controller | None, kept: Mapping[str, Tensor]
+) -> LoraConfig:
+    if not isinstance(config, AdaLoraConfig):
+        return replace(config, inference_mode=True)
+    schedule = controller.schedule if controller else None
+    changes: dict[str, Any] = {"inference_mode": True}
+    if schedule:
+        changes |= {"tinit": schedule.tinit, "tfinal": schedule.tfinal, "total_step": schedule.total_step}
+    elif config.total_step is None:  # PEFT takes no adapter without a schedule
+        changes |= {"tinit": 0, "tfinal": 0, "total_step": NO_SCHEDULE}
+    if controller:
+        spare = {path: [False] * (config.init_r - len(mask)) for path, mask in kept.items()}
+        pruned = any(spare[path] or not mask.all() for path, mask in kept.items())
+        pattern = {f"{path}.lora_E": mask.tolist() + spare[path] for path, mask in kept.items()}
+        changes["rank_pattern"] = pattern if pruned else None  # PEFT warns about every pattern that it reads
+    return replace(config, **changes)
+
+
+def _file_key(layer: nn.Module, path: str, key: str, adalora: bool) -> str:
+    if isinstance(layer, nn.Embedding) and key != "lora_E":
+        return f"{PREFIX}{path}.{key.replace('lora_', 'lora_embedding_')}"
+    return f"{PREFIX}{path}.{key}" if adalora else f"{PREFIX}{path}.{key}.weight"
+
+
+def _file_shape(layer: nn.Module, key: str, tensor: Tensor, adalora: bool) -> Tensor:
+    if not isinstance(layer, nn.Conv2d) or adalora:
+        return tensor
+    return tensor.view(tensor.shape[0], -1, *(layer.kernel_size if key == "lora_A" else (1, 1)))
+
+
+def _portable(value: Tensor | str) -> Tensor:
+    if isinstance(value, str):  # the extra state of a sharded model
+        return torch.tensor(json.loads(value), dtype=torch.int64)
+    return gather([value])[0].detach().cpu().clone()
