@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,6 +143,17 @@ def test_left_out_lora_alpha_grows_with_small_ranks_only() -> None:
     assert [_config(init_r=r, target_r=r, **left_out).lora_alpha for r in ranks] == [4, 8, 32, 32]
     assert _config(use_rslora=True, **left_out).lora_alpha == 8
     assert _config(init_lora_weights=True, **left_out).lora_alpha == 8  # PEFT's
+
+
+def test_left_out_lora_alpha_follows_a_changed_target_and_a_given_one_stays() -> None:
+    config = _config(init_r=8, lora_alpha=None)
+    assert replace(config, target_r=8).lora_alpha == 32
+    config.target_r = 4
+    assert config.lora_alpha == 16
+    assert replace(_config(lora_alpha=8), target_r=4).lora_alpha == 8
+    saved = rw.LoraConfig.from_dict(config.to_dict())
+    assert type(config.to_dict()["lora_alpha"]) is int
+    assert replace(saved, target_r=8).lora_alpha == 16, "what a run was trained with is no default any more"
 
 
 def test_the_penalty_is_off_unless_asked_for() -> None:

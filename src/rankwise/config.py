@@ -11,19 +11,35 @@ import contextlib
 import dataclasses
 import json
 import math
-import numbers
 import os
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from rankwise.atomic import write_file
+from rankwise.fieldchecks import (
+    Default,
+    check_flag,
+    check_kept_ranks,
+    check_layer_indices,
+    check_names,
+    check_names_or_pattern,
+    check_number,
+    check_one_of,
+    check_pattern,
+    check_positive,
+    check_rank,
+    check_regular_expression,
+    check_start,
+    check_text,
+    check_whole,
+    short,
+)
+from rankwise.fieldnames import CheckedKeywords, check_extra, field_names, unknown_keyword
 from rankwise.schedule import BudgetSchedule, check_length
-from rankwise.suggest import nearest, suggestion
 
 CONFIG_NAME = "adapter_config.json"
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -33,60 +49,6 @@ _PEFT_DEFAULT_R = 8
 _PEFT_DEFAULT_ALPHA = 8
 _GATED_ALPHA = 32  # at most
 
-# Slips that spelling alone does not mend, as they reach here: lower case, without underscores.
-_ALIASES: Mapping[str, tuple[str, ...]] = {
-    "alpha": ("lora_alpha",),
-    "deltar": ("deltaT",),
-    "dropout": ("lora_dropout",),
-    "initialrank": ("init_r", "r"),
-    "initrank": ("init_r", "r"),
-    "interval": ("deltaT",),
-    "lorarank": ("init_r", "r"),
-    "lorar": ("init_r", "r"),
-    "maxsteps": ("total_step",),
-    "modules": ("target_modules",),
-    "numtrainingsteps": ("total_step",),
-    "p": ("lora_dropout",),
-    "rank": ("init_r", "r"),
-    "rslora": ("use_rslora",),
-    "targetrank": ("target_r", "r"),
-    "warmupsteps": ("tinit",),
-}
-
-# PEFT's fields that this library does not have and that never change what a saved adapter computes.
-_HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "corda_config",
-        "eva_config",
-        "loftq_config",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "runtime_config",
-        "velora_config",
-    }
-)
-
-# PEFT's other fields that this library does not have: unless neutral, they change what an adapter computes.
-_REFUSED = frozenset(
-    {
-        "alora_invocation_tokens",
-        "arrow_config",
-        "ensure_weight_tying",
-        "kasa_config",
-        "layer_replication",
-        "lora_bias",
-        "megatron_config",
-        "monteclora_config",
-        "target_parameters",
-        "trainable_token_indices",
-        "use_bdlora",
-        "use_dora",
-        "use_qalora",
-    }
-)
 
 # Starts that only matter before training. Any other has changed the base weights, which are not in the file.
 _STARTS_OF_NO_CONSEQUENCE = ("eva", "mica", "orthogonal")
@@ -94,27 +56,8 @@ _STARTS_OF_NO_CONSEQUENCE = ("eva", "mica", "orthogonal")
 _Config = TypeVar("_Config", bound="LoraConfig")
 
 
-class _DefaultRank(int):
-    """PEFT's default for `r`, which can be told from the same number given by a user."""
-
-
-class _CheckedKeywords:
-    """Refuses unknown keywords with the nearest real name; the dataclass keeps its typed ``__init__``."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            raise TypeError(
-                f"{cls.__name__} takes keyword arguments only: {cls.__name__}(target_modules=...)."
-            )
-        names = _field_names(cls)
-        for name in kwargs:
-            if name not in names:
-                raise TypeError(_unknown_keyword(cls, name, names))
-        return super().__new__(cls)
-
-
 @dataclass(kw_only=True)
-class LoraConfig(_CheckedKeywords):
+class LoraConfig(CheckedKeywords):
     """A plain LoRA adapter: ``W x + scale * B A x``, of one rank everywhere or as ``rank_pattern`` says.
 
     A configuration is valid at all times: it is checked when it is made, when a file is read, and when a
@@ -184,8 +127,8 @@ class LoraConfig(_CheckedKeywords):
         self.__dict__["_made"] = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _field_names(type(self)):
-            raise AttributeError(_unknown_keyword(type(self), name, _field_names(type(self))))
+        if name not in field_names(type(self)):
+            raise AttributeError(unknown_keyword(type(self), name, field_names(type(self))))
         if "_made" not in self.__dict__:
             self.__dict__[name] = value
             return
@@ -204,43 +147,49 @@ class LoraConfig(_CheckedKeywords):
         self._check_rank()
         self._check_modules()
         self._check_layers()
-        values["lora_alpha"] = _positive("lora_alpha", self.lora_alpha)
-        values["lora_dropout"] = _number("lora_dropout", self.lora_dropout)
+        values["lora_alpha"] = check_positive("lora_alpha", self.lora_alpha)
+        values["lora_dropout"] = check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` must be in [0, 1), but is {self.lora_dropout}.")
         for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
-            values[name] = _flag(name, values[name])
-        values["bias"] = _one_of("bias", self.bias, _BIASES)
+            values[name] = check_flag(name, values[name])
+        values["bias"] = check_one_of("bias", self.bias, _BIASES)
         if self.task_type is not None:
-            values["task_type"] = _one_of("task_type", self.task_type, TASK_TYPES)
+            values["task_type"] = check_one_of("task_type", self.task_type, TASK_TYPES)
         values["init_lora_weights"] = self._checked_start(self.init_lora_weights)
-        values["alpha_pattern"] = _pattern("alpha_pattern", self.alpha_pattern, _positive)
-        values["base_model_name_or_path"] = _text("base_model_name_or_path", self.base_model_name_or_path)
-        values["revision"] = _text("revision", self.revision)
-        values["extra"] = _checked_extra(self.extra)
+        values["alpha_pattern"] = check_pattern("alpha_pattern", self.alpha_pattern, check_positive)
+        values["base_model_name_or_path"] = check_text(
+            "base_model_name_or_path", self.base_model_name_or_path
+        )
+        values["revision"] = check_text("revision", self.revision)
+        values["extra"] = check_extra(self.extra)
 
     def _check_rank(self) -> None:
-        self.__dict__["r"] = _whole("r", self.r, least=1)
-        self.__dict__["rank_pattern"] = _pattern("rank_pattern", self.rank_pattern, _rank)
+        self.__dict__["r"] = check_whole("r", self.r, least=1)
+        self.__dict__["rank_pattern"] = check_pattern("rank_pattern", self.rank_pattern, check_rank)
 
     def _check_modules(self) -> None:
-        targets = _names_or_pattern("target_modules", self.target_modules)
+        targets = check_names_or_pattern("target_modules", self.target_modules)
         if isinstance(targets, str) and targets.lower() == "all-linear":
             targets = "all-linear"
         if targets is not None and not targets:
             raise ValueError("`target_modules` is empty: name a module, or leave it out for the defaults.")
         self.__dict__["target_modules"] = targets
-        self.__dict__["exclude_modules"] = _names_or_pattern("exclude_modules", self.exclude_modules) or None
+        self.__dict__["exclude_modules"] = (
+            check_names_or_pattern("exclude_modules", self.exclude_modules) or None
+        )
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"`modules_to_save` must be a list of names; write [{self.modules_to_save!r}].")
-        self.__dict__["modules_to_save"] = _names("modules_to_save", self.modules_to_save) or None
+        self.__dict__["modules_to_save"] = check_names("modules_to_save", self.modules_to_save) or None
 
     def _check_layers(self) -> None:
         values = self.__dict__
-        values["layers_to_transform"] = indices = _layer_indices(self.layers_to_transform)
-        values["layers_pattern"] = pattern = _names_or_pattern("layers_pattern", self.layers_pattern) or None
+        values["layers_to_transform"] = indices = check_layer_indices(self.layers_to_transform)
+        values["layers_pattern"] = pattern = (
+            check_names_or_pattern("layers_pattern", self.layers_pattern) or None
+        )
         for each in [pattern] if isinstance(pattern, str) else pattern or ():
-            _check_regular_expression("layers_pattern", each)
+            check_regular_expression("layers_pattern", each)
         if isinstance(self.target_modules, str) and indices is not None:
             raise ValueError(
                 "`layers_to_transform` needs `target_modules` to be a list of names: "
@@ -258,7 +207,7 @@ class LoraConfig(_CheckedKeywords):
 
     @staticmethod
     def _checked_start(value: Any) -> bool | str:
-        return _start(
+        return check_start(
             value, "True (the update starts at 0), 'gaussian' (the same, with a normal A) or False (random)"
         )
 
@@ -299,7 +248,7 @@ class LoraConfig(_CheckedKeywords):
             ('AdaLoraConfig', 4)
         """
         if not isinstance(data, Mapping):
-            raise TypeError(f"{source}: must hold a JSON object, but holds {_short(data)}.")
+            raise TypeError(f"{source}: must hold a JSON object, but holds {short(data)}.")
         kind = _kind_of_adapter(data.get("peft_type"), source)
         if not issubclass(kind, cls):
             raise ValueError(f"{source}: holds a {kind.peft_type} adapter, to be read with {kind.__name__}.")
@@ -403,7 +352,7 @@ class AdaLoraConfig(LoraConfig):
 
     peft_type: ClassVar[str] = "ADALORA"
 
-    r: int = field(default=_DefaultRank(_PEFT_DEFAULT_R), repr=False)
+    r: int = field(default=Default(_PEFT_DEFAULT_R), repr=False)
     init_r: int = 12
     target_r: int = 8
     tinit: int | float = 0
@@ -440,17 +389,20 @@ class AdaLoraConfig(LoraConfig):
         return dataclasses.replace(self, total_step=total_step)
 
     def _check(self) -> None:
-        if self.__dict__["lora_alpha"] is None:
+        default = self.__dict__["lora_alpha"] is None or isinstance(self.__dict__["lora_alpha"], Default)
+        if default:
             self.__dict__["lora_alpha"] = self._default_alpha()
         super()._check()
+        if default:
+            self.__dict__["lora_alpha"] = Default(self.lora_alpha)  # goes on following the other fields
         self._check_schedule()
         for name in ("beta1", "beta2"):
-            value = self.__dict__[name] = _number(name, self.__dict__[name])
+            value = self.__dict__[name] = check_number(name, self.__dict__[name])
             if not 0 < value < 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, both excluded, but is {value}.")
         if self.__dict__["orth_reg_weight"] is None:
             self.__dict__["orth_reg_weight"] = 0.0 if self.gated else 0.5
-        weight = self.__dict__["orth_reg_weight"] = _number("orth_reg_weight", self.orth_reg_weight)
+        weight = self.__dict__["orth_reg_weight"] = check_number("orth_reg_weight", self.orth_reg_weight)
         if weight < 0:
             raise ValueError(f"`orth_reg_weight` must be at least 0, but is {weight}.")
         if self.use_rslora and not self.gated:
@@ -465,27 +417,29 @@ class AdaLoraConfig(LoraConfig):
         if not self.gated or self.use_rslora:
             return _PEFT_DEFAULT_ALPHA
         # A layer's ranks pull together, so that from 8 on more of them have to pull less. See docs/quality.md.
-        return min(4 * _whole("target_r", self.target_r, least=1), _GATED_ALPHA)
+        return min(4 * check_whole("target_r", self.target_r, least=1), _GATED_ALPHA)
 
     @staticmethod
     def _checked_start(value: Any) -> bool | str:
         if value == "gated":
             return "gated"
-        return _start(value, "'gated' (LoRA's start, with gates), True (the paper's start) or False (random)")
+        return check_start(
+            value, "'gated' (LoRA's start, with gates), True (the paper's start) or False (random)"
+        )
 
     def _check_rank(self) -> None:
         values = self.__dict__
-        values["init_r"] = _whole("init_r", self.init_r, least=1)
-        values["target_r"] = _whole("target_r", self.target_r, least=1)
+        values["init_r"] = check_whole("init_r", self.init_r, least=1)
+        values["target_r"] = check_whole("target_r", self.target_r, least=1)
         if self.target_r > self.init_r and not self.inference_mode:
             raise ValueError(
                 f"`target_r`={self.target_r} is greater than `init_r`={self.init_r}, but ranks only fall: "
                 f"set init_r to at least {self.target_r} (1.5 times target_r is usual)."
             )
-        values["rank_pattern"] = _kept_ranks(self.rank_pattern, self.init_r)
-        if not isinstance(self.r, _DefaultRank):
-            r = _whole("r", self.r, least=1)
-            values["r"] = _DefaultRank(_PEFT_DEFAULT_R)
+        values["rank_pattern"] = check_kept_ranks(self.rank_pattern, self.init_r)
+        if not isinstance(self.r, Default):
+            r = check_whole("r", self.r, least=1)
+            values["r"] = Default(_PEFT_DEFAULT_R)
             warnings.warn(
                 f"`r={r}` has no effect in AdaLoraConfig, where ranks start at init_r={self.init_r} and end "
                 f"at target_r={self.target_r} on average. For an average rank of {r}, set target_r={r} and "
@@ -497,10 +451,10 @@ class AdaLoraConfig(LoraConfig):
     def _check_schedule(self) -> None:
         values = self.__dict__
         for name in ("tinit", "tfinal"):
-            values[name] = _number(name, values[name])
-        values["deltaT"] = _whole("deltaT", self.deltaT, least=None if self.inference_mode else 1)
+            values[name] = check_number(name, values[name])
+        values["deltaT"] = check_whole("deltaT", self.deltaT, least=None if self.inference_mode else 1)
         if self.total_step is not None:
-            values["total_step"] = _whole("total_step", self.total_step, least=None)
+            values["total_step"] = check_whole("total_step", self.total_step, least=None)
         if self.inference_mode:
             return
         for name in ("tinit", "tfinal"):
@@ -548,174 +502,6 @@ class AdaLoraConfig(LoraConfig):
                 del values[name]
 
 
-# -- checks of one value: each returns it in plain form, and names it in its errors
-
-
-def _whole(name: str, value: Any, least: int | None) -> int:
-    if isinstance(value, _DefaultRank):
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"`{name}` must be a whole number, but is {_short(value)}.")
-    if least is not None and value < least:
-        raise ValueError(f"`{name}` must be at least {least}, but is {value}.")
-    return _bounded(name, int(value))
-
-
-def _rank(name: str, value: Any) -> int:
-    return _whole(name, value, least=1)
-
-
-def _number(name: str, value: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` must be a number, but is {_short(value)}.")
-    if isinstance(value, numbers.Integral):
-        return _bounded(name, int(value))
-    if not math.isfinite(value):
-        raise ValueError(f"`{name}` must be finite, but is {value}.")
-    return float(value)
-
-
-def _bounded(name: str, value: int) -> int:
-    """Python's integers may have any size, which nothing that they are used for can hold."""
-    if abs(value) >= 2**53:
-        raise ValueError(f"`{name}` is absurdly large.")
-    return value
-
-
-def _positive(name: str, value: Any) -> int | float:
-    number = _number(name, value)
-    if number <= 0:
-        raise ValueError(f"`{name}` must be greater than 0, but is {value}.")
-    if number >= 2**53:
-        raise ValueError(f"`{name}` is absurdly large.")
-    return number
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, but is {_short(value)}.")
-    return value
-
-
-def _text(name: str, value: Any) -> str | None:
-    value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"`{name}` must be text or None, but is {_short(value)}.")
-    return value
-
-
-def _one_of(name: str, value: Any, choices: Sequence[str]) -> str:
-    value = getattr(value, "value", value)  # a member of an enumeration
-    if not isinstance(value, str):
-        raise TypeError(f"`{name}` must be one of {', '.join(choices)}, but is {_short(value)}.")
-    if value not in choices:
-        hint = suggestion(value, choices)
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r}.{hint}")
-    return str(value)
-
-
-def _start(value: Any, choices: str) -> bool | str:
-    if isinstance(value, bool) or value == "gaussian":
-        return value  # type: ignore[no-any-return]
-    if not isinstance(value, str):
-        raise TypeError(f"`init_lora_weights` must be {choices}, but is {_short(value)}.")
-    raise ValueError(f"`init_lora_weights`={value!r} is not offered here: use {choices}.")
-
-
-def _names(name: str, value: Any) -> list[str] | None:
-    """A list of names without doubles, in the order given; a set's are sorted."""
-    if value is None:
-        return None
-    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, AbstractSet)):
-        raise TypeError(f"`{name}` must be a list of names, but is {_short(value)}.")
-    for each in value:
-        if not isinstance(each, str):
-            raise TypeError(f"`{name}` must be a list of names, but holds {_short(each)}.")
-        if not each:
-            raise ValueError(f"`{name}` holds an empty name.")
-    return list(dict.fromkeys(sorted(value) if isinstance(value, AbstractSet) else value))
-
-
-def _names_or_pattern(name: str, value: Any) -> list[str] | str | None:
-    if not isinstance(value, str):
-        return _names(name, value)
-    _check_regular_expression(name, value)
-    return value
-
-
-def _check_regular_expression(name: str, value: str) -> None:
-    try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"`{name}` holds {value!r}, which is not a regular expression: {error}.") from None
-
-
-def _pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
-    """A dictionary from the end of a path, or a regular expression, to values that pass ``check``."""
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise TypeError(f"`{name}` must be a dictionary, but is {_short(value)}.")
-    for key in value:
-        if not isinstance(key, str):
-            raise TypeError(f"`{name}` must have names for keys, but has {_short(key)}.")
-        _check_regular_expression(name, key)
-    return {key: check(f"{name}[{key!r}]", each) for key, each in value.items()}
-
-
-def _kept_ranks(value: Any, init_r: int) -> dict[str, list[bool]] | None:
-    """AdaLoRA's rank_pattern; a trailing adapter name, which older files have, is taken off its keys."""
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        raise TypeError(f"`rank_pattern` must be a dictionary, but is {_short(value)}.")
-    kept: dict[str, list[bool]] = {}
-    for key, mask in value.items():
-        match = re.fullmatch(r"(.+\.lora_E)(\.[^.]+)?", key) if isinstance(key, str) else None
-        if match is None:
-            raise ValueError(
-                f"`rank_pattern` must have keys such as 'layer.0.lora_E', but has {_short(key)}."
-            )
-        if isinstance(mask, (str, bytes)) or not isinstance(mask, Sequence):
-            raise TypeError(f"`rank_pattern[{key!r}]` must be a list of booleans, but is {_short(mask)}.")
-        if not all(isinstance(each, bool) for each in mask):
-            raise TypeError(f"`rank_pattern[{key!r}]` must be a list of booleans, but is {_short(mask)}.")
-        if len(mask) != init_r:
-            raise ValueError(f"`rank_pattern[{key!r}]` must have init_r={init_r} booleans, not {len(mask)}.")
-        if match[1] in kept:
-            raise ValueError(f"`rank_pattern` has {match[1]!r} twice, once with an adapter's name.")
-        kept[match[1]] = list(mask)
-    return kept or None
-
-
-def _layer_indices(value: Any) -> list[int] | int | None:
-    if value is None:
-        return None
-    if isinstance(value, numbers.Integral):
-        return _whole("layers_to_transform", value, least=0)
-    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, AbstractSet)):
-        raise TypeError(f"`layers_to_transform` must be an index or a list of them, but is {_short(value)}.")
-    indices = [_whole("layers_to_transform", each, least=0) for each in value]
-    return list(dict.fromkeys(indices)) or None
-
-
-def _checked_extra(extra: Any) -> dict[str, Any]:
-    if not isinstance(extra, Mapping):
-        raise TypeError(f"`extra` must be a dictionary, but is {_short(extra)}.")
-    for name, value in extra.items():
-        if name == "init_lora_weights" or name in _HARMLESS or value in (None, False, {}, []):
-            continue
-        if name in _REFUSED:
-            raise ValueError(
-                f"`{name}`={_short(value)} changes what the adapter computes, and is not supported."
-            )
-        raise ValueError(
-            f"`{name}`={_short(value)} is not known, and may change what the adapter computes. "
-            "If you know that it does not, take it out of the file."
-        )
-    return dict(extra)
-
-
 # -- files and messages
 
 
@@ -723,43 +509,17 @@ def _kind_of_adapter(peft_type: Any, source: str) -> type[Any]:
     name = getattr(peft_type, "value", peft_type)
     kinds = {kind.peft_type: kind for kind in (LoraConfig, AdaLoraConfig)}
     if not isinstance(name, str):
-        raise TypeError(f"{source}: `peft_type` must be one of {', '.join(kinds)}, but is {_short(name)}.")
+        raise TypeError(f"{source}: `peft_type` must be one of {', '.join(kinds)}, but is {short(name)}.")
     if name not in kinds:
         raise ValueError(f"{source}: `peft_type` is {name!r}; rankwise reads {' and '.join(kinds)}.")
     return kinds[name]
 
 
 def _split_fields(kind: type[Any], data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    names = _field_names(kind) - {"extra"}
+    names = field_names(kind) - {"extra"}
     values = {name: value for name, value in data.items() if name in names}
     extra = {name: value for name, value in data.items() if name not in names and name != "peft_type"}
     return values, extra
-
-
-def _field_names(cls: type[Any]) -> frozenset[str]:
-    return frozenset(each.name for each in dataclasses.fields(cls))
-
-
-def _unknown_keyword(cls: type[Any], name: str, names: AbstractSet[str]) -> str:
-    message = f"{cls.__name__} has no field `{name}`."
-    if name == "peft_type":
-        return f"{message} The class says it: {cls.__dict__.get('peft_type')}."
-    if name in _field_names(AdaLoraConfig):
-        return f"{message} It is one of AdaLoraConfig's."
-    if name in _HARMLESS | _REFUSED:
-        return f"{message} It is one of PEFT's that rankwise does not offer: leave it out."
-    folded = _folded(name)
-    choices = {_folded(each): each for each in sorted(names - {"extra"})}
-    alias = next((each for each in _ALIASES.get(folded, ()) if each in names), None)
-    near = nearest(folded, choices)
-    guess = alias or (choices[near] if near else None)
-    if guess is None:
-        return f"{message} Its fields are {', '.join(choices.values())}."
-    return f"{message} Did you mean `{guess}`?"
-
-
-def _folded(name: str) -> str:
-    return name.lower().replace("_", "")
 
 
 def _plain(value: Any) -> Any:
@@ -770,7 +530,7 @@ def _plain(value: Any) -> Any:
         return sorted((_plain(each) for each in value), key=str)
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
-    return value
+    return int(value) if isinstance(value, Default) else value
 
 
 def _refuse_constant(name: str) -> Any:
@@ -784,8 +544,3 @@ def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         double = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the field {double!r} appears twice")
     return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
