@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise import controller as controllers
+from rankwise import listening
+from rankwise.controller import BUFFERS
 from tiny import bert, llama, token_batches, told
 
 STEPS, LAST_ALLOCATION, TARGET = 12, 9, 6
@@ -654,7 +655,7 @@ def test_scores_survive_a_model_that_goes_to_another_dtype_and_back(dtype: torch
     model = adapted()
     optimizer = adamw(model)
     train(model, optimizer, steps=range(1, 6))
-    before = {name: getattr(model, name).clone() for name in controllers.BUFFERS}
+    before = {name: getattr(model, name).clone() for name in BUFFERS}
     wrapper = nn.ModuleDict({"inner": model})
     wrapper.to(dtype)
     assert model(torch.randn(2, 6, dtype=dtype)).dtype == dtype
@@ -678,7 +679,7 @@ def test_a_model_trains_in_bfloat16_with_scores_in_float32() -> None:
 
 def test_a_model_that_goes_away_is_freed_at_once_and_nothing_keeps_it() -> None:
     gc.collect()
-    before = len(controllers._controllers)
+    before = len(listening._listeners)
     gc.disable()  # what is freed now is freed by its last reference, and not some time later
     try:
         model = adapted()
@@ -695,7 +696,7 @@ def test_a_model_that_goes_away_is_freed_at_once_and_nothing_keeps_it() -> None:
         assert [reference() for reference in gone] == [None] * 2
     finally:
         gc.enable()
-    assert len(controllers._controllers) == before
+    assert len(listening._listeners) == before
 
 
 def test_optimizers_that_come_and_go_leave_nothing_behind() -> None:

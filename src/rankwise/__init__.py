@@ -6,11 +6,11 @@ Names and file formats are those of Hugging Face PEFT; see the README.
 from __future__ import annotations
 
 from rankwise.config import AdaLoraConfig, LoraConfig
-from rankwise.controller import AllocationState
 from rankwise.convert import save_as_lora
 from rankwise.history import RankHistory, RankRecord
 from rankwise.model import PeftModel, get_peft_model
 from rankwise.prepare import prepare_model_for_kbit_training
+from rankwise.runstate import AllocationState
 from rankwise.schedule import BudgetSchedule, Phase
 from rankwise.summary import LayerRank, RankSummary
 

@@ -1,8 +1,6 @@
 """Listens to the optimizer and moves the budget of ranks: penalty before its step, scores and allocation after.
 
-PyTorch calls a program back around every ``Optimizer.step``. A controller acts when the optimizer that holds its
-adapter's parameters steps, so that allocation happens in any training loop, once per optimizer step: under
-gradient accumulation, under a GradScaler that skips steps, and in trainers that know nothing of it.
+A controller acts when the optimizer that holds its adapter's parameters steps; see `rankwise.listening`.
 """
 
 from __future__ import annotations
@@ -11,26 +9,26 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from rankwise.adapters import AdapterLayer
+from rankwise.addedpenalty import AddedPenalty
 from rankwise.allocate import allocate
 from rankwise.config import AdaLoraConfig
 from rankwise.distributed import (
     gather,
     local,
     local_like,
-    only_makes_state,
 )
 from rankwise.history import RankHistory
 from rankwise.importance import ElementImportance, GateImportance
-from rankwise.penalty import orthogonality_gradients, orthogonality_penalty
-from rankwise.runstate import RunState, RunWeights
+from rankwise.listening import Closure, listen, stop_listening
+from rankwise.penalty import orthogonality_penalty
+from rankwise.runstate import AllocationState, RunState, RunWeights
 from rankwise.schedule import BudgetSchedule, Phase
 from rankwise.scores import TripletLayout, update_scores
 from rankwise.turns import Turns
@@ -38,40 +36,9 @@ from rankwise.zero import ZeroParts, partitioned, who_steps
 
 BUFFERS = ("rankwise_sensitivity", "rankwise_uncertainty", "rankwise_mask", "rankwise_skipped")
 
-_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
 _PREFERENCE = ("lora_E", "lora_A", "lora_B")  # the optimizer that holds the first of these counts the steps
 _ORDER = ("lora_A", "lora_E", "lora_B")  # in which DeepSpeed's parts of the factors are numbered
-_ABOUT_OPTIMIZERS = ("_held", "_penalized", "_heard", "_parts")  # attributes that are not copied or pickled
-
-Closure = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class AllocationState:
-    """Where a run stands.
-
-    Args:
-        step: optimizer steps taken.
-        phase: "warm-up", "pruning" or "final".
-        budget: triplets that stay after this step.
-        target: triplets that stay in the end.
-        initial: triplets at the start.
-        skipped_steps: steps left out of the scores because of NaN or infinite gradients.
-        total_step: steps of the whole run, or None while unknown.
-    """
-
-    step: int
-    phase: str
-    budget: int
-    target: int
-    initial: int
-    skipped_steps: int
-    total_step: int | None
-
-    @property
-    def reached_target(self) -> bool:
-        """Whether the budget has come down to its target."""
-        return self.budget == self.target
+_ABOUT_OPTIMIZERS = ("_held", "_heard", "_parts")  # attributes that are not copied or pickled
 
 
 class Controller:
@@ -115,6 +82,7 @@ class Controller:
                 "and learns best without the penalty: leave `orth_reg_weight` out. For PEFT's form set "
                 "`init_lora_weights=True`."
             )
+        self._penalty = AddedPenalty(len(layers))
         self._turns = Turns()
         self._forget_optimizers()
         self._cache: dict[Any, Any] = {}
@@ -129,11 +97,11 @@ class Controller:
         )
         for name, value in zip(BUFFERS, values, strict=True):
             model.register_buffer(name, value)
-        _controllers.add(self)
+        listen(self)
 
     def detach(self) -> None:
         """Stop listening and take the buffers off the model."""
-        _controllers.discard(self)
+        stop_listening(self)
         for name in BUFFERS:
             delattr(self.model, name)
 
@@ -145,11 +113,10 @@ class Controller:
         vars(self).update(state)
         self._model = weakref.ref(state["_model"])
         self._forget_optimizers()
-        _controllers.add(self)
+        listen(self)
 
     def _forget_optimizers(self) -> None:
         self._held: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKeyDictionary()
-        self._penalized: tuple[weakref.ref[Tensor], int] | None = None
         self._parts: ZeroParts | None = None  # of a model in DeepSpeed ZeRO
         self._heard = False  # an optimizer's steps are heard of, so that scores need no call by hand
 
@@ -240,8 +207,8 @@ class Controller:
                 "LBFGS compares values of the loss within a step, and the orthogonality penalty is in no loss: "
                 f"set `orth_reg_weight=0` (it is {self.config.orth_reg_weight}), or use another optimizer."
             )
-        if held := self._in_parts(optimizer):
-            self._add_penalty_to_parts(optimizer, held)
+        if (held := self._in_parts(optimizer)) and (parts := self._zero_parts()):
+            self._penalty.add_to_parts(self.config.orth_reg_weight, optimizer, parts, held)
             return closure
         if not self._turns.begin(optimizer):
             return closure
@@ -256,41 +223,9 @@ class Controller:
 
         return penalized
 
-    @torch.no_grad()
     def _add_penalty(self, optimizer: torch.optim.Optimizer) -> None:
-        weight, count = self.config.orth_reg_weight, 2 * len(self.layers)
-        if not weight:
-            return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        penalized = {
-            key: [p for p in self._factors(key) if p.grad is not None and id(p) in held]
-            for key in ("lora_A", "lora_B")
-        }
-        first = next((p.grad for parameters in penalized.values() for p in parameters), None)
-        if first is None or self._holds_penalty(first):
-            return
-        version = first._version
-        if any(group.get("maximize") for group in optimizer.param_groups):
-            weight = -weight
-        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled
-        for key, parameters in penalized.items():
-            if parameters:
-                added = orthogonality_gradients(gather(parameters), key == "lora_B", weight, count)
-                if scale is not None:
-                    torch._foreach_mul_(added, scale)
-                gradients = [parameter.grad for parameter in parameters]
-                torch._foreach_add_(
-                    [local(gradient) for gradient in gradients],
-                    [local_like(one, gradient) for one, gradient in zip(added, gradients, strict=True)],
-                )
-        self._penalized = (weakref.ref(first), first._version) if first._version > version else None
-
-    def _holds_penalty(self, gradient: Tensor) -> bool:
-        """Whether nothing has changed since the penalty was added, as in an optimizer inside another's step."""
-        if self._penalized is None:
-            return False
-        known, version = self._penalized
-        return known() is gradient and gradient._version == version
+        A, B = self._factors("lora_A"), self._factors("lora_B")
+        self._penalty.add(self.config.orth_reg_weight, optimizer, A, B)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the step, update the scores, allocate where the schedule says so.
@@ -308,23 +243,6 @@ class Controller:
         elif self._scores_at(self.step + 1):
             self._update_scores()
         self._heard = True
-
-    @torch.no_grad()
-    def _add_penalty_to_parts(self, optimizer: torch.optim.Optimizer, held: frozenset[int]) -> None:
-        """As `_add_penalty`, where DeepSpeed ZeRO steps parts of the adapter in place of its parameters."""
-        weight, layers, parts = self.config.orth_reg_weight, len(self.layers), self._zero_parts()
-        if parts is None or not weight:
-            return
-        if any(group.get("maximize") for group in optimizer.param_groups):
-            weight = -weight
-        numbers = [n for n in sorted(held) if not layers <= n < 2 * layers]  # A and B
-        pieces = list(parts.pieces(optimizer))
-        whole = dict(zip(numbers, parts.gathered(numbers, pieces, lambda piece: piece.master), strict=True))
-        for columns in (False, True):
-            own = [number for number in numbers if (number >= 2 * layers) == columns]
-            matrices = [whole[number] for number in own]
-            added = orthogonality_gradients(matrices, columns, weight, 2 * layers)
-            parts.add_to_gradients(pieces, dict(zip(own, added, strict=True)))
 
     @torch.no_grad()
     def _after_parts(self, optimizer: torch.optim.Optimizer, held: frozenset[int]) -> None:
@@ -722,26 +640,3 @@ class Controller:
             known = self._held[optimizer] = (mark, found)
         held: tuple[int, ...] = known[1]
         return held
-
-
-def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    positional = len(args) > 1 and callable(args[1])
-    closure = given = args[1] if positional else kwargs.get("closure")
-    for controller in list(_controllers):
-        if controller.holds(optimizer) and not only_makes_state():
-            closure = controller.before_step(optimizer, closure)
-    if closure is given:
-        return None
-    if positional:
-        return (args[0], closure, *args[2:]), kwargs
-    return args, {**kwargs, "closure": closure}
-
-
-def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for controller in list(_controllers):
-        if controller.holds(optimizer):
-            controller.after_step(optimizer)
-
-
-register_optimizer_step_pre_hook(_before)
-register_optimizer_step_post_hook(_after)

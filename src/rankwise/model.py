@@ -32,11 +32,12 @@ from rankwise.attach import (
     train_biases,
 )
 from rankwise.config import AdaLoraConfig, LoraConfig
-from rankwise.controller import BUFFERS, AllocationState, Controller
+from rankwise.controller import BUFFERS, Controller
 from rankwise.distributed import all_wait_for_this, is_sharded, shared_out, writes_files
 from rankwise.history import RankHistory
 from rankwise.hub import find_adapter_folder
 from rankwise.inplace import InPlace, add_methods, remove_methods
+from rankwise.runstate import AllocationState
 from rankwise.summary import LayerRank, RankSummary
 from rankwise.targets import find_tied
 

@@ -1,6 +1,7 @@
-"""Where a run is, packed into one tensor, so that any trainer's checkpoint carries it.
+"""Where a run is: for its user, and packed into one tensor, so that any trainer's checkpoint carries it.
 
-Scores and masks lie in the model's buffers. The rest is here: the step, what the run was set to, and its history.
+Scores and masks lie in the model's buffers. The rest is in that tensor: the step, what the
+run was set to, and its history.
 """
 
 from __future__ import annotations
@@ -18,6 +19,34 @@ _LAYOUT = (
     2  # of the packed tensor: [_LAYOUT, the counters, the schedule, target_r, the weights' bits, the history]
 )
 _WHOLE = 11
+
+
+@dataclass(frozen=True)
+class AllocationState:
+    """Where a run stands.
+
+    Args:
+        step: optimizer steps taken.
+        phase: "warm-up", "pruning" or "final".
+        budget: triplets that stay after this step.
+        target: triplets that stay in the end.
+        initial: triplets at the start.
+        skipped_steps: steps left out of the scores because of NaN or infinite gradients.
+        total_step: steps of the whole run, or None while unknown.
+    """
+
+    step: int
+    phase: str
+    budget: int
+    target: int
+    initial: int
+    skipped_steps: int
+    total_step: int | None
+
+    @property
+    def reached_target(self) -> bool:
+        """Whether the budget has come down to its target."""
+        return self.budget == self.target
 
 
 @dataclass(frozen=True)
