@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rankwise import storage, zero
@@ -31,15 +29,16 @@ from rankwise.attach import (
     saved_modules,
     train_biases,
 )
+from rankwise.carriesrun import CarriesRun
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.controller import BUFFERS, Controller
-from rankwise.distributed import all_wait_for_this, is_sharded, shared_out, writes_files
+from rankwise.distributed import all_wait_for_this, shared_out, writes_files
 from rankwise.history import RankHistory
 from rankwise.hub import find_adapter_folder
 from rankwise.inplace import InPlace, add_methods, remove_methods
+from rankwise.merging import merge, refuse_sharded, refuse_shared_copies
 from rankwise.runstate import AllocationState
 from rankwise.summary import LayerRank, RankSummary
-from rankwise.targets import find_tied
 
 _ATTRIBUTES = (
     "peft_config",
@@ -52,7 +51,7 @@ _ATTRIBUTES = (
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # what Transformers and others call a folder to go on from
 
 
-class PeftModel(InPlace, nn.Module):
+class PeftModel(InPlace, CarriesRun):
     """Mixin that an adapted model's class is made of; see `get_peft_model`.
 
     The model stays what it is: the same object, still an instance of its own class, with its own ``forward``,
@@ -60,7 +59,6 @@ class PeftModel(InPlace, nn.Module):
     """
 
     peft_config: dict[str, LoraConfig]
-    _rankwise_controller: Controller | None
     _rankwise_histories: dict[str, RankHistory]
 
     # Loading and saving.
@@ -402,50 +400,7 @@ class PeftModel(InPlace, nn.Module):
         Warns:
             UserWarning: base weights are quantized, so that what is merged is rounded.
         """
-        self._merge(adapter_names, safe_merge)
-
-    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, for_good: bool = False) -> None:
-        names = adapter_names or self.active_adapters
-        for name in names:
-            self._check_name(name)
-        self._refuse_sharded("merge_adapter")
-        layers = {path: layer for path, layer in adapter_layers(self).items() if any(map(layer.acts, names))}
-        self._refuse_shared(layers)
-        for path, layer in layers.items():
-            try:
-                layer.check_merge(names, finite=safe_merge)
-            except ValueError as error:
-                raise ValueError(f"{path!r}: {error}") from None
-        rounded = [path for path, layer in layers.items() if layer.requantizes]
-        if rounded:
-            warnings.warn(
-                f"{len(rounded)} of the layers that are merged into are quantized ({rounded[0]!r}, ...). They are "
-                "quantized anew, which rounds what the adapter has learned. To merge without rounding, load the "
-                "base model unquantized, load the adapter into that, and merge.",
-                stacklevel=3,
-            )
-        for layer in layers.values():
-            layer.merge([name for name in names if name in layer.lora_A], for_good)
-
-    def _refuse_sharded(self, method: str) -> None:
-        if shared_out(self):
-            raise ValueError(
-                f"`{method}` can't work on a model that is shared out over processes. Save the "
-                "adapter with `save_pretrained`, called by all processes, and load it into a whole model."
-            )
-
-    def _refuse_shared(self, paths: Iterable[str], inside: str | None = None) -> None:
-        """Refuse to change weights that are shared, other than with modules ``inside`` the same one."""
-        for path, sharing in find_tied(self, paths).items():
-            others = [other for other in sharing if not inside or not f"{other}.".startswith(f"{inside}.")]
-            if not others:
-                continue
-            raise ValueError(
-                f"The weight of {path!r} is shared with {others[0]!r}, which merging would change too. Keep the "
-                f"adapter unmerged, or untie them first: give {others[0]!r} a copy of its own, "
-                "`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and set "
-                "`model.config.tie_word_embeddings = False` if there is that."
-            )
+        merge(self, self._checked_names(adapter_names), safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Take merged updates out of the base weights again."""
@@ -464,18 +419,15 @@ class PeftModel(InPlace, nn.Module):
 
         Raises: as `merge_adapter`.
         """
-        self._refuse_sharded("merge_and_unload")
-        names = adapter_names or self.active_adapters
-        for path, module in saved_modules(self).items():
-            if any(name in module.modules_to_save for name in names):
-                inner = [name for name, _ in module.named_modules() if not name.startswith("modules_to_save")]
-                self._refuse_shared([f"{path}.{name}" if name else path for name in inner], inside=path)
-        self._merge(names, safe_merge, for_good=True)
+        refuse_sharded(self, "merge_and_unload")
+        names = self._checked_names(adapter_names)
+        refuse_shared_copies(self, names)
+        merge(self, names, safe_merge, for_good=True)
         return self._strip(keep_saved=names)
 
     def unload(self) -> Any:
         """Remove all adapters: the model is its base model again, and is returned."""
-        self._refuse_sharded("unload")
+        refuse_sharded(self, "unload")
         self.unmerge_adapter()
         return self._strip()
 
@@ -566,69 +518,7 @@ class PeftModel(InPlace, nn.Module):
         """
         return self._controller_or_refuse().penalty()
 
-    # State that any trainer's checkpoint carries.
-
-    def get_extra_state(self) -> Tensor | str:
-        """Step and history of the run, for ``state_dict``: a tensor, which any file format takes.
-
-        Sharded checkpoints load tensors into tensors of the same size, and a history grows: there it is a string.
-        """
-        controller = self._rankwise_controller
-        state = controller.packed_state() if controller else torch.zeros(0, dtype=torch.int64)
-        return json.dumps(state.tolist()) if any(map(is_sharded, self.parameters())) else state
-
-    def set_extra_state(self, state: Tensor | str) -> None:
-        """Take over what `get_extra_state` gave."""
-        if isinstance(state, str):
-            try:
-                state = torch.tensor(json.loads(state), dtype=torch.int64)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{state[:80]!r} is not the state of a run ({error}).") from None
-        if self._rankwise_controller is not None and state.numel():
-            self._rankwise_controller.load_packed_state(state)
-        for name in self.peft_config:
-            for layer in adapter_layers(self, name).values():
-                zero.tell_who_uses(layer, layer.adapter_parameters(name).values())
-
     # Inside.
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or convert everything; but scores stay float32, as half precision would lose most of them."""
-        held = {name: self._buffers[name] for name in BUFFERS if name in self._buffers}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in held.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.is_meta:  # `_on_meta_device`: see there
-                self._buffers[name] = before
-            elif before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
-
-    # Accelerate's `cpu_ram_efficient_loading` moves a model to the meta device, shards it there and fills it by
-    # what its state dictionary asks for, which must be parameters only. The run's state stays where it is.
-
-    def _on_meta_device(self) -> bool:
-        return any(parameter.is_meta for parameter in self.parameters())
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._on_meta_device():
-            for name in (*BUFFERS, "_extra_state"):
-                destination.pop(prefix + name, None)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        *others: Any,
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
-        if self._on_meta_device():
-            own = {prefix + name for name in (*BUFFERS, "_extra_state")}
-            missing_keys[:] = [key for key in missing_keys if key not in own]
 
     def _attach(self, attachment: Attachment) -> None:
         name, config = attachment.adapter, attachment.config
@@ -714,6 +604,11 @@ class PeftModel(InPlace, nn.Module):
         if name is None:
             raise ValueError("The model has no active adapter.")
         return name
+
+    def _checked_names(self, names: list[str] | None) -> list[str]:
+        for name in names or ():
+            self._check_name(name)
+        return names or self.active_adapters
 
     def _check_name(self, name: str) -> None:
         if name not in self.peft_config:

@@ -1,0 +1,84 @@
+"""Lets a model's own ``state_dict`` carry the run, so that any trainer's checkpoint does.
+
+Scores and masks are buffers of the model; the step and the history are its extra state.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise import zero
+from rankwise.attach import adapter_layers
+from rankwise.controller import BUFFERS, Controller
+from rankwise.distributed import is_sharded
+
+
+class CarriesRun(nn.Module):
+    """The part of an adapted model that has to do with its state dictionary."""
+
+    peft_config: dict[str, Any]
+    _rankwise_controller: Controller | None
+
+    def get_extra_state(self) -> Tensor | str:
+        """Step and history of the run, for ``state_dict``: a tensor, which any file format takes.
+
+        Sharded checkpoints load tensors into tensors of the same size, and a history grows: there it is a string.
+        """
+        controller = self._rankwise_controller
+        state = controller.packed_state() if controller else torch.zeros(0, dtype=torch.int64)
+        return json.dumps(state.tolist()) if any(map(is_sharded, self.parameters())) else state
+
+    def set_extra_state(self, state: Tensor | str) -> None:
+        """Take over what `get_extra_state` gave."""
+        if isinstance(state, str):
+            try:
+                state = torch.tensor(json.loads(state), dtype=torch.int64)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{state[:80]!r} is not the state of a run ({error}).") from None
+        if self._rankwise_controller is not None and state.numel():
+            self._rankwise_controller.load_packed_state(state)
+        for name in self.peft_config:
+            for layer in adapter_layers(self, name).values():
+                zero.tell_who_uses(layer, layer.adapter_parameters(name).values())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or convert everything; but scores stay float32, as half precision would lose most of them."""
+        held = {name: self._buffers[name] for name in BUFFERS if name in self._buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in held.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.is_meta:  # `_on_meta_device`: see there
+                self._buffers[name] = before
+            elif before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    # Accelerate's `cpu_ram_efficient_loading` moves a model to the meta device, shards it there and fills it by
+    # what its state dictionary asks for, which must be parameters only. The run's state stays where it is.
+
+    def _on_meta_device(self) -> bool:
+        return any(parameter.is_meta for parameter in self.parameters())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._on_meta_device():
+            for name in (*BUFFERS, "_extra_state"):
+                destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *others: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
+        if self._on_meta_device():
+            own = {prefix + name for name in (*BUFFERS, "_extra_state")}
+            missing_keys[:] = [key for key in missing_keys if key not in own]
