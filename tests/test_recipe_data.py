@@ -133,6 +133,21 @@ def test_one_label_is_not_enough(world: Path) -> None:
     assert "has only the label 'x'" in message(world)
 
 
+def test_texts_in_place_of_labels_are_refused(world: Path) -> None:
+    (world / "reviews.csv").write_text(
+        "text,label\n" + "".join(f"{i % 2},film number {i}\n" for i in range(60))
+    )
+    said = message(world)
+    assert "reviews.csv has 60 different labels in 'label' for 60 examples, such as 'film number 0'" in said
+    names = [f"film number {i}" for i in range(60)]
+    assert (
+        len(
+            read(world, data__labels=names, data__held_out=None, data__eval=str(world / "reviews.csv")).labels
+        )
+        == 60
+    )
+
+
 def test_rows_without_text_are_left_out_and_told(world: Path) -> None:
     with (world / "reviews.csv").open("a") as file:
         file.write(" ,positive,1\n")

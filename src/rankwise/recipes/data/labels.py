@@ -49,7 +49,7 @@ def label_names(
         words: the labels that occur.
 
     Raises:
-        RecipeError: a name is there twice, or there is only one.
+        RecipeError: a name is there twice, there is only one, or there are too many to be labels.
     """
     if wanted:
         names = [str(name) for name in wanted]
@@ -63,6 +63,12 @@ def label_names(
         names.sort(key=(lambda name: (int(name), name)) if all(map(_is_whole, names)) else None)
     if len(names) < 2:
         message = f"{table.place.name} has only the label {names[0]!r} in {column!r}: two are needed."
+        raise RecipeError([Problem("data.label", message)])
+    if not named and len(names) > max(20, len(words) // 2):
+        message = (
+            f"{table.place.name} has {len(names)} different labels in {column!r} for {len(words)} examples, such as "
+            f"{words[0]!r:.50}. Name the column with the labels; if it is this one, list them in `data.labels`."
+        )
         raise RecipeError([Problem("data.label", message)])
     return names
 
