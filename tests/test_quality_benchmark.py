@@ -66,6 +66,21 @@ def test_pairs_have_the_same_data_and_count_relative_differences(quality: Any):
     assert "lower by 5.0% on average" in said and "lower in 1 of 2 pairs" in said
 
 
+def test_tuned_pairs_have_each_method_at_its_own_best_rate(quality: Any):
+    found = losses(
+        quality,
+        rankwise={5e-4: [1.0], 1e-3: [0.8, 0.6], 2e-3: [0.9]},
+        LoRA={5e-4: [1.2, 0.1], 1e-3: [1.1], 2e-3: [1.0, 1.0]},
+    )
+    differences, said = quality.results.against(found, "rankwise", "LoRA", tuned_on=0)
+    assert differences == pytest.approx([0.2, 0.4])
+    assert "each at its best rate of the grid" in said
+    assert quality.results.against(found, "rankwise", "LoRA", rank=8)[0] == []
+    assert (
+        quality.results.grid(found, 0).splitlines()[-1] == "| task, 2, rankwise | 1.0000 | 0.8000 | 0.9000 |"
+    )
+
+
 def test_a_diverged_run_is_never_the_best_of_the_grid(quality: Any):
     found = losses(quality, LoRA={5e-4: [1.0], 1e-3: [0.9], 2e-3: [float("nan")]})
     assert quality.results.best_rate(found, "task", "LoRA", 2, 0) == 1e-3

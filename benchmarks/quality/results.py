@@ -93,23 +93,37 @@ def tables(results: Results, seeds: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def against(results: Results, ours: str, theirs: str, rank: int | None = None) -> tuple[list[float], str]:
-    """The differences of the held-out loss, theirs minus ours, of all pairs of runs at the ordinary rate.
+def against(
+    results: Results, ours: str, theirs: str, rank: int | None = None, tuned_on: int | None = None
+) -> tuple[list[float], str]:
+    """The differences of the held-out loss, theirs minus ours, of all pairs of runs.
 
     A pair has the same task, rank, seed, and so the same data in the same order. Each is divided by their loss.
-    With ``rank``, only the pairs of that rank.
+
+    Args:
+        results: all runs.
+        ours: a method.
+        theirs: another.
+        rank: only pairs of that rank.
+        tuned_on: a seed; each method has the rate of the grid that was best for it there. Both have the ordinary rate
+            if it is left out.
     """
-    pairs = [
-        (run, Run(run.task, theirs, run.rank, run.rate, run.seed))
-        for run in results
-        if run.method == ours and run.rate == ORDINARY and rank in (None, run.rank)
-    ]
+
+    def run(task: str, method: str, rank: int, seed: int) -> Run:
+        rate = ORDINARY if tuned_on is None else best_rate(results, task, method, rank, tuned_on)
+        return Run(task, method, rank, math.nan if rate is None else rate, seed)
+
+    mine = [each for each in results if each.method == ours and rank in (None, each.rank)]
+    cells = dict.fromkeys((each.task, each.rank, each.seed) for each in mine)
+    pairs = [(run(task, ours, r, seed), run(task, theirs, r, seed)) for task, r, seed in cells]
     found = [
         (results[their]["loss"] - results[our]["loss"]) / results[their]["loss"]
         for our, their in pairs
-        if their in results
+        if our in results and their in results
     ]
-    who = f"**{ours}** against **{theirs}**" + ("" if rank is None else f" at average rank {rank}")
+    who = f"**{ours}** against **{theirs}**"
+    who += "" if rank is None else f" at average rank {rank}"
+    who += "" if tuned_on is None else ", each at its best rate of the grid"
     if not found:
         return [], f"{who}: no pairs yet"
     better = sum(difference > 0 for difference in found)
@@ -117,6 +131,23 @@ def against(results: Results, ours: str, theirs: str, rank: int | None = None) -
         f"{who}: held-out loss lower by {statistics.mean(found):.1%} on average "
         f"(standard error {_error(found):.1%}), and lower in {better} of {len(found)} pairs"
     )
+
+
+def grid(results: Results, seed: int) -> str:
+    """Markdown: the held-out loss of one seed at every rate of the grid, where there are others than the ordinary."""
+    lines = [
+        f"| task, average rank, method | {' | '.join(f'{rate:g}' for rate in GRID)} |",
+        "| --- |" + " --- |" * len(GRID),
+    ]
+    cells = dict.fromkeys((run.task, run.rank) for run in results)
+    for task, rank in cells:
+        methods = {run.method for run in results if (run.task, run.rank) == (task, rank)}
+        for method in sorted(methods, key=_place):
+            runs = [results.get(Run(task, method, rank, rate, seed)) for rate in GRID]
+            if any(row is not None for row in runs[1:]):
+                losses = ["" if row is None else f"{row['loss']:.4f}" for row in runs]
+                lines.append(f"| {task}, {rank}, {method} | {' | '.join(losses)} |")
+    return "\n".join(lines)
 
 
 # Who is set against whom: the default against all, and like against like where only the scale differs.
@@ -129,12 +160,15 @@ PAIRS = (
 
 
 def report(results: Results, seeds: Sequence[int]) -> str:
-    """The tables, and below them the pairs and what all runs took."""
-    pairs = [(*pair, None) for pair in PAIRS] + [("rankwise", "PEFT LoRA", rank) for rank in (2, 8)]
-    lines = [f"- {against(results, *pair)[1]}" for pair in pairs]
+    """The tables, and below them the pairs, the grid, and what all runs took."""
+    pairs = [against(results, *pair) for pair in PAIRS]
+    pairs += [against(results, "rankwise", "PEFT LoRA", rank) for rank in (2, 8)]
+    pairs += [against(results, *pair, tuned_on=seeds[0]) for pair in PAIRS[:4]]
     hours = sum(row["seconds"] for row in results.values()) / 3600
-    lines += ["", f"{len(results)} runs trained for {hours:.1f} hours in all, each with one thread."]
-    return "\n".join([tables(results, seeds), "", *lines])
+    return "\n".join([
+        tables(results, seeds), "", *(f"- {said}" for _, said in pairs), "", grid(results, seeds[0]), "",
+        f"{len(results)} runs trained for {hours:.1f} hours in all, each with one thread.",
+    ])  # fmt: skip
 
 
 def _place(method: str) -> tuple[bool, str]:
