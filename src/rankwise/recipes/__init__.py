@@ -12,8 +12,9 @@ examples, and `memory` what a run will take.
 """
 
 from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.load import load_recipe
 from rankwise.recipes.plan import Plan
-from rankwise.recipes.recipe import BaseRecipe, load_recipe
+from rankwise.recipes.recipe import BaseRecipe
 from rankwise.recipes.run import Result, plan, plan_memory, train
 
 __all__ = [

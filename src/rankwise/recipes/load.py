@@ -1,0 +1,130 @@
+"""A YAML file and overrides in, a recipe that was checked whole out, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pydantic
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
+from rankwise.recipes.problems import adapter_problems, schedule_problems, translated
+from rankwise.recipes.recipe import BaseRecipe
+from rankwise.recipes.tasks import TASKS, load_task
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data_needed: bool = True) -> BaseRecipe:
+    """Read a recipe, apply overrides and check it whole, without loading data or model.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key=value``, the key dotted (``training.max_steps=50``), the value as in YAML. ``~key``
+            takes a key out.
+        data_needed: files that the section ``data`` names must exist.
+
+    Returns:
+        The recipe, of the task's own class.
+
+    Raises:
+        RecipeError: with all that is wrong, each problem with its key and line.
+    """
+    path = Path(path)
+    data, lines = _read(path)
+    data = _override(data, overrides, path)
+    name = data.get("task")
+    if not isinstance(name, str) or name not in TASKS:
+        message = "is missing." if name is None else f"there is no task {name!r}."
+        raise RecipeError(
+            [Problem(_located("task", lines), f"{message} {did_you_mean(str(name), TASKS)}")], str(path)
+        )
+    task = load_task(name)
+    try:
+        recipe = task.Recipe.model_validate(data)
+    except pydantic.ValidationError as error:
+        problems = [*translated(error, task.Recipe), *adapter_problems(data.get("adapter"))]
+        raise RecipeError(_in_order(problems, lines), str(path)) from None
+    recipe._source, recipe._overrides = path, tuple(overrides)
+    found = [each for each in task.check(recipe) if data_needed or not each.where.startswith("data.")]
+    problems = [*adapter_problems(recipe.adapter), *schedule_problems(recipe, data), *found]
+    raise_problems(_in_order(problems, lines), str(path))
+    return recipe
+
+
+def _read(path: Path) -> tuple[DictConfig, dict[str, int]]:
+    """The recipe's data, and the line of every key."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"There is no recipe {str(path)!r}.{_near_recipe(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {str(path)!r} can't be read: {error}") from error
+    try:
+        data = OmegaConf.create(text)
+        lines = dict(_key_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"is no valid YAML: {_one_line(error)}", str(path)) from error
+    if not isinstance(data, DictConfig) or not lines:
+        raise RecipeError("a recipe is a list of `key: value` lines, beginning with `model:`.", str(path))
+    return data, lines
+
+
+def _near_recipe(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" There is no folder {str(path.parent)!r} either."
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
+    hint = did_you_mean(path.name, names)
+    return f" {hint}" if hint else ""
+
+
+def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Every dotted key of a YAML document with its line, from 1."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            yield name, key.start_mark.line + 1
+            yield from _key_lines(value, f"{name}.")
+
+
+def _override(data: Any, overrides: Sequence[str], path: Path) -> dict[str, Any]:
+    """Apply overrides and resolve references such as ``${training.seed}``."""
+    try:
+        for override in overrides:
+            if override.startswith("~"):
+                _take_out(data, override[1:])
+                continue
+            key, equals, _ = override.partition("=")
+            if not equals or not key.strip():
+                raise RecipeError(
+                    f"An override is key=value, such as training.max_steps=50, but this is {override!r}."
+                )
+            data = OmegaConf.merge(data, OmegaConf.from_dotlist([override]))
+        return cast(dict[str, Any], OmegaConf.to_container(data, resolve=True, throw_on_missing=True))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise RecipeError(_one_line(error), str(path)) from error
+
+
+def _take_out(data: Any, key: str) -> None:
+    parent, _, name = key.rpartition(".")
+    holder = OmegaConf.select(data, parent) if parent else data
+    if not isinstance(holder, DictConfig) or name not in holder:
+        raise RecipeError(f"The override ~{key} takes out a key that the recipe does not have.")
+    del holder[name]
+
+
+def _in_order(problems: Sequence[Problem], lines: Mapping[str, int]) -> list[Problem]:
+    """The problems with the lines of their keys, by line; those of overrides, which have none, last."""
+    ordered = sorted(problems, key=lambda problem: lines.get(problem.where, len(lines) + 10**6))
+    return [Problem(_located(problem.where, lines), problem.message) for problem in ordered]
+
+
+def _located(key: str, lines: Mapping[str, int]) -> str:
+    line = lines.get(key)
+    return f"line {line}, {key}" if line is not None else key
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,155 @@
+"""What is wrong with a recipe's sections, in this library's words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pydantic
+
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean
+from rankwise.recipes.recipe import METHODS, BaseRecipe, ScheduleSection, adapter_keys, config_class
+
+_TYPES = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "string_type": "must be text",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be a section of `key: value` lines",
+    "model_type": "must be a section of `key: value` lines",
+    "model_attributes_type": "must be a section of `key: value` lines",
+    "finite_number": "must be a finite number",
+}
+
+
+def translated(error: pydantic.ValidationError, recipe: type[BaseRecipe]) -> Iterator[Problem]:
+    """Pydantic's errors in this library's words, one for each key."""
+    seen = set()
+    for item in error.errors():
+        location = [part for part in item["loc"] if isinstance(part, int) or not part[:1].isupper()]
+        key = ".".join(str(part) for part in location)
+        # A union (`int | float`) reports each of its members: one message is enough.
+        key = key.removesuffix(".int").removesuffix(".float").removesuffix(".str").removesuffix(".list[str]")
+        if key in seen:
+            continue
+        seen.add(key)
+        yield Problem(key, _rule(item, location, recipe))
+
+
+def _rule(item: Any, location: Sequence[str | int], recipe: type[BaseRecipe]) -> str:
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        valid = _keys(recipe, location[:-1])
+        return f"unknown key. {_special_hint(location) or _key_hint(str(location[-1]), valid)}"
+    if kind == "missing":
+        return "is missing."
+    if kind == "literal_error":
+        valid = [word.strip().strip("'") for word in context["expected"].replace(" or ", ", ").split(",")]
+        return (
+            f"must be one of {', '.join(valid)}, but is {value!r}. {did_you_mean(str(value), valid)}".rstrip()
+        )
+    if kind == "value_error":
+        return str(context["error"]).rstrip(".") + "."
+    if kind == "string_too_short":
+        return "must not be empty."
+    rule = _TYPES.get(kind) or _bound(kind, context) or item["msg"]
+    return f"{rule}, but is {value!r}."
+
+
+def _bound(kind: str, context: Mapping[str, Any]) -> str | None:
+    words = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than"}
+    if kind not in words:
+        return None
+    (limit,) = context.values()
+    return f"must be {words[kind]} {limit:g}"
+
+
+_SYNONYMS = {
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "scheduler": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "warmup_ratio": "warmup_steps",
+    "optimizer": "optim",
+    "output_dir": "output",
+    "validation": "eval",
+    "test": "eval",
+    "base_model": "model",
+    "model_name_or_path": "model",
+}
+
+
+def _key_hint(name: str, valid: Sequence[str]) -> str:
+    meant = _SYNONYMS.get(name)
+    return f"Did you mean {meant!r}?" if meant in valid else did_you_mean(name, valid)
+
+
+def _special_hint(location: Sequence[str | int]) -> str | None:
+    if tuple(location) == ("schedule", "total_step"):
+        return "The number of steps comes from training.max_steps or training.num_train_epochs."
+    return None
+
+
+def _keys(recipe: type[BaseRecipe], location: Sequence[str | int]) -> list[str]:
+    """The valid keys of the section at ``location``."""
+    section: Any = recipe
+    for part in location:
+        section = section.model_fields[str(part)].annotation
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def adapter_problems(adapter: Any) -> Iterator[Problem]:
+    """Check the adapter section against the configuration class's own fields and rules."""
+    if adapter is None:
+        adapter = {}
+    if not isinstance(adapter, dict):
+        return  # reported as a wrong type
+    method = adapter.get("method", "adalora")
+    if method not in METHODS:
+        yield Problem(
+            "adapter.method", f"there is no method {method!r}. {did_you_mean(str(method), METHODS)}"
+        )
+        return
+    fields = {key: value for key, value in adapter.items() if key != "method"}
+    valid = adapter_keys(method)
+    unknown = [key for key in fields if key not in valid]
+    for key in unknown:
+        if key in ScheduleSection.model_fields:
+            yield Problem(f"adapter.{key}", f"belongs into the section `schedule`: schedule.{key}.")
+        elif key == "total_step":
+            yield Problem("adapter.total_step", _special_hint(("schedule", "total_step")) or "")
+        elif key == "r" and method == "adalora":
+            yield Problem(
+                "adapter.r", "has no effect in AdaLoRA. Say init_r (at the start) and target_r (in the end)."
+            )
+        elif key in ("task_type", "inference_mode", "peft_type"):
+            yield Problem(f"adapter.{key}", "is set by the task. Take the line out.")
+        else:
+            yield Problem(f"adapter.{key}", f"unknown key. {_key_hint(str(key), valid)}")
+    try:
+        config_class(method)(**{key: value for key, value in fields.items() if key in valid})
+    except (TypeError, ValueError) as error:
+        named = re.search(r"`(\w+)`", str(error))
+        key = f"adapter.{named[1]}" if named and named[1] in fields else "adapter"
+        yield Problem(key, str(error))
+
+
+def schedule_problems(recipe: BaseRecipe, data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Check what the schedule has to do with other sections; ``data`` is what the recipe was made of."""
+    if recipe.method == "lora" and data.get("schedule"):
+        yield Problem(
+            "schedule", "is for `adapter.method: adalora`; LoRA's ranks are fixed. Take the section out."
+        )
+    if recipe.method == "adalora" and recipe.training.max_steps is not None:
+        try:
+            recipe.schedule.resolve(recipe.training.max_steps)
+        except RecipeError as error:
+            yield from error.problems
