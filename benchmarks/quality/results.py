@@ -161,12 +161,13 @@ PAIRS = (
 
 def report(results: Results, seeds: Sequence[int]) -> str:
     """The tables, and below them the pairs, the grid, and what all runs took."""
-    pairs = [against(results, *pair) for pair in PAIRS]
-    pairs += [against(results, "rankwise", "PEFT LoRA", rank) for rank in (2, 8)]
-    pairs += [against(results, *pair, tuned_on=seeds[0]) for pair in PAIRS[:4]]
+    compared = [against(results, *pair) for pair in PAIRS]
+    compared += [against(results, "rankwise", "PEFT LoRA", rank) for rank in (2, 8)]
+    compared += [against(results, *pair, tuned_on=seeds[0]) for pair in PAIRS]
+    pairs = [f"- {said}" for differences, said in compared if differences]
     hours = sum(row["seconds"] for row in results.values()) / 3600
     return "\n".join([
-        tables(results, seeds), "", *(f"- {said}" for _, said in pairs), "", grid(results, seeds[0]), "",
+        tables(results, seeds), "", *pairs, "", grid(results, seeds[0]), "",
         f"{len(results)} runs trained for {hours:.1f} hours in all, each with one thread.",
     ])  # fmt: skip
 
