@@ -76,9 +76,8 @@ def test_tuned_pairs_have_each_method_at_its_own_best_rate(quality: Any):
     assert differences == pytest.approx([0.2, 0.4])
     assert "each at its best rate of the grid" in said
     assert quality.results.against(found, "rankwise", "LoRA", rank=8)[0] == []
-    assert (
-        quality.results.grid(found, 0).splitlines()[-1] == "| task, 2, rankwise | 1.0000 | 0.8000 | 0.9000 |"
-    )
+    row = quality.results.grid(found, 0).splitlines()[-1]
+    assert row == "| task, 2, rankwise | 1.0000 | 0.8000 | 0.9000 |"
 
 
 def test_a_diverged_run_is_never_the_best_of_the_grid(quality: Any):
@@ -141,9 +140,8 @@ def test_all_methods_train_on_the_same_data_to_the_same_number_of_parameters(
     assert lora == 2 * 6 * (4 * (384 + 384) + 2 * (384 + 1536))
     for method, count in parameters.items():
         if "AdaLoRA" in method or "EVA" in method or "paper" in method:
-            assert lora / 3 < count < 3 * lora, (
-                method
-            )  # they count ranks, be they of wide layers or of narrow ones
+            # They count ranks, be they of wide layers or of narrow ones.
+            assert lora / 3 < count < 3 * lora, method
         elif method.startswith("rankwise"):
             assert 0.9 * lora < count <= lora, method
         else:

@@ -140,12 +140,8 @@ def test_texts_in_place_of_labels_are_refused(world: Path) -> None:
     said = message(world)
     assert "reviews.csv has 60 different labels in 'label' for 60 examples, such as 'film number 0'" in said
     names = [f"film number {i}" for i in range(60)]
-    assert (
-        len(
-            read(world, data__labels=names, data__held_out=None, data__eval=str(world / "reviews.csv")).labels
-        )
-        == 60
-    )
+    data = read(world, data__labels=names, data__held_out=None, data__eval=str(world / "reviews.csv"))
+    assert len(data.labels) == 60
 
 
 def test_rows_without_text_are_left_out_and_told(world: Path) -> None:

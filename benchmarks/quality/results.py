@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,33 +63,31 @@ def tables(results: Results, seeds: Sequence[int]) -> str:
     """Markdown: for each task and rank the means with standard errors, and all single runs at the ordinary rate."""
     lines: list[str] = []
     measures = {"accuracy", "wer"}
-    for task in dict.fromkeys(run.task for run in results):
-        for rank in sorted({run.rank for run in results if run.task == task}):
-            mine = {run: row for run, row in results.items() if (run.task, run.rank) == (task, rank)}
-            second = next((name for name in measures if any(name in row for row in mine.values())), None)
-            lines += [
-                "", f"### {task}, average rank {rank}", "",
-                f"| method | parameters | loss at {ORDINARY:g} |{f' {second} |' if second else ''} "
-                f"single runs at {ORDINARY:g} | loss at the best rate of the grid |",
-                "| --- | --- | --- | --- | --- |" + (" --- |" if second else ""),
-            ]  # fmt: skip
-            for method in sorted({run.method for run in mine}, key=_place):
-                rows = {run: row for run, row in mine.items() if run.method == method}
-                ordinary = [rows[run] for run in sorted(rows, key=_seed) if run.rate == ORDINARY]
-                if not ordinary:
-                    continue
-                losses = [row["loss"] for row in ordinary]
-                best = best_rate(results, task, method, rank, seeds[0])
-                at_best = [row["loss"] for run, row in rows.items() if run.rate == best]
-                cells = [
-                    method,
-                    f"{round(statistics.mean(row['parameters'] for row in ordinary)):,}",
-                    with_error(losses),
-                    *([with_error([row[second] for row in ordinary])] if second else []),
-                    ", ".join(f"{loss:.4f}" for loss in losses),
-                    "" if best is None else f"{with_error(at_best)} at {best:g}",
-                ]
-                lines.append(f"| {' | '.join(cells)} |")
+    for task, rank, mine in _cells(results):
+        second = next((name for name in measures if any(name in row for row in mine.values())), None)
+        lines += [
+            "", f"### {task}, average rank {rank}", "",
+            f"| method | parameters | loss at {ORDINARY:g} |{f' {second} |' if second else ''} "
+            f"single runs at {ORDINARY:g} | loss at the best rate of the grid |",
+            "| --- | --- | --- | --- | --- |" + (" --- |" if second else ""),
+        ]  # fmt: skip
+        for method in _methods(mine):
+            rows = {run: row for run, row in mine.items() if run.method == method}
+            ordinary = [rows[run] for run in sorted(rows, key=_seed) if run.rate == ORDINARY]
+            if not ordinary:
+                continue
+            losses = [row["loss"] for row in ordinary]
+            best = best_rate(results, task, method, rank, seeds[0])
+            at_best = [row["loss"] for run, row in rows.items() if run.rate == best]
+            cells = [
+                method,
+                f"{round(statistics.mean(row['parameters'] for row in ordinary)):,}",
+                with_error(losses),
+                *([with_error([row[second] for row in ordinary])] if second else []),
+                ", ".join(f"{loss:.4f}" for loss in losses),
+                "" if best is None else f"{with_error(at_best)} at {best:g}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -139,13 +137,11 @@ def grid(results: Results, seed: int) -> str:
         f"| task, average rank, method | {' | '.join(f'{rate:g}' for rate in GRID)} |",
         "| --- |" + " --- |" * len(GRID),
     ]
-    cells = dict.fromkeys((run.task, run.rank) for run in results)
-    for task, rank in cells:
-        methods = {run.method for run in results if (run.task, run.rank) == (task, rank)}
-        for method in sorted(methods, key=_place):
-            runs = [results.get(Run(task, method, rank, rate, seed)) for rate in GRID]
-            if any(row is not None for row in runs[1:]):
-                losses = ["" if row is None else f"{row['loss']:.4f}" for row in runs]
+    for task, rank, mine in _cells(results):
+        for method in _methods(mine):
+            rows = [mine.get(Run(task, method, rank, rate, seed)) for rate in GRID]
+            if any(row is not None for row in rows[1:]):
+                losses = ["" if row is None else f"{row['loss']:.4f}" for row in rows]
                 lines.append(f"| {task}, {rank}, {method} | {' | '.join(losses)} |")
     return "\n".join(lines)
 
@@ -170,6 +166,21 @@ def report(results: Results, seeds: Sequence[int]) -> str:
         tables(results, seeds), "", *pairs, "", grid(results, seeds[0]), "",
         f"{len(results)} runs trained for {hours:.1f} hours in all, each with one thread.",
     ])  # fmt: skip
+
+
+def _cells(results: Results) -> Iterator[tuple[str, int, Results]]:
+    """Every task and rank, with their results."""
+    for task in dict.fromkeys(run.task for run in results):
+        for rank in sorted({run.rank for run in results if run.task == task}):
+            yield (
+                task,
+                rank,
+                {run: row for run, row in results.items() if (run.task, run.rank) == (task, rank)},
+            )
+
+
+def _methods(results: Results) -> list[str]:
+    return sorted({run.method for run in results}, key=_place)
 
 
 def _place(method: str) -> tuple[bool, str]:

@@ -26,9 +26,8 @@ class AddedPenalty:
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
-        self._added_to: tuple[weakref.ref[Tensor], int] | None = (
-            None  # a gradient, and its version after that
-        )
+        # The first gradient that it was added to, and that gradient's version after it.
+        self._added_to: tuple[weakref.ref[Tensor], int] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_added_to": None}
@@ -48,13 +47,11 @@ class AddedPenalty:
         first = next((p.grad for parameters, _ in penalized for p in parameters), None)
         if first is None or self._holds_it(first):
             return
-        version = first._version
+        version, signed = first._version, _signed(weight, optimizer)
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled
         for parameters, columns in penalized:
             if parameters:
-                added = orthogonality_gradients(
-                    gather(parameters), columns, _signed(weight, optimizer), 2 * self._layers
-                )
+                added = orthogonality_gradients(gather(parameters), columns, signed, 2 * self._layers)
                 if scale is not None:
                     torch._foreach_mul_(added, scale)
                 gradients = [parameter.grad for parameter in parameters]
@@ -78,14 +75,14 @@ class AddedPenalty:
         """
         if not weight:
             return
-        layers = self._layers
+        layers, signed = self._layers, _signed(weight, optimizer)
         numbers = [n for n in sorted(held) if not layers <= n < 2 * layers]  # A and B
         pieces = list(parts.pieces(optimizer))
         whole = dict(zip(numbers, parts.gathered(numbers, pieces, lambda piece: piece.master), strict=True))
         for columns in (False, True):
             own = [number for number in numbers if (number >= 2 * layers) == columns]
             matrices = [whole[number] for number in own]
-            added = orthogonality_gradients(matrices, columns, _signed(weight, optimizer), 2 * layers)
+            added = orthogonality_gradients(matrices, columns, signed, 2 * layers)
             parts.add_to_gradients(pieces, dict(zip(own, added, strict=True)))
 
     def _holds_it(self, gradient: Tensor) -> bool:

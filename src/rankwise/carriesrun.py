@@ -15,6 +15,7 @@ from rankwise import zero
 from rankwise.attach import adapter_layers
 from rankwise.controller import BUFFERS, Controller
 from rankwise.distributed import is_sharded
+from rankwise.storage.names import EXTRA_STATE
 
 
 class CarriesRun(nn.Module):
@@ -66,7 +67,7 @@ class CarriesRun(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._on_meta_device():
-            for name in (*BUFFERS, "_extra_state"):
+            for name in (*BUFFERS, EXTRA_STATE):
                 destination.pop(prefix + name, None)
 
     def _load_from_state_dict(
@@ -80,5 +81,5 @@ class CarriesRun(nn.Module):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
         if self._on_meta_device():
-            own = {prefix + name for name in (*BUFFERS, "_extra_state")}
+            own = {prefix + name for name in (*BUFFERS, EXTRA_STATE)}
             missing_keys[:] = [key for key in missing_keys if key not in own]

@@ -49,7 +49,6 @@ _PEFT_DEFAULT_R = 8
 _PEFT_DEFAULT_ALPHA = 8
 _GATED_ALPHA = 32  # at most
 
-
 # Starts that only matter before training. Any other has changed the base weights, which are not in the file.
 _STARTS_OF_NO_CONSEQUENCE = ("eva", "mica", "orthogonal")
 

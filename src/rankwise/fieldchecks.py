@@ -18,9 +18,7 @@ class Default(int):
 
 
 def check_whole(name: str, value: Any, least: int | None) -> int:
-    """A whole number, at least ``least``; a default comes back as one."""
-    if isinstance(value, Default):
-        return value
+    """A whole number, at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must be a whole number, but is {short(value)}.")
     if least is not None and value < least:

@@ -175,7 +175,9 @@ class PeftModel(InPlace, CarriesRun):
     ) -> None:
         controller = self._controller_of(name)
         state = plain_state(self.state_dict() if state_dict is None else state_dict)
-        state.setdefault("_extra_state", self.get_extra_state())  # DeepSpeed leaves it out of what it gathers
+        state.setdefault(
+            storage.EXTRA_STATE, self.get_extra_state()
+        )  # DeepSpeed leaves it out of what it gathers
         checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
         if controller is not None and not checkpoint:
             controller.tell_if_unfinished()

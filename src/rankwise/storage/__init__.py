@@ -13,6 +13,7 @@ read from the disk, and everything is checked before the model changes.
 from __future__ import annotations
 
 from rankwise.storage.names import (
+    EXTRA_STATE,
     HISTORY_NAME,
     OWNED,
     PICKLE_NAME,
@@ -26,6 +27,7 @@ from rankwise.storage.values import plan_from_file, prepare_values
 from rankwise.storage.write import embedding_keys, gathered_state, read_model_adapter, write_adapter
 
 __all__ = [
+    "EXTRA_STATE",
     "HISTORY_NAME",
     "OWNED",
     "PICKLE_NAME",

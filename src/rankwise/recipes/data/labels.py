@@ -37,6 +37,11 @@ def _word(value: Any, names: Sequence[str] | None) -> str | None:
     return None if value is None or not str(value).strip() else str(value).strip()
 
 
+def too_many(words: Sequence[str]) -> bool:
+    """Whether so many of ``words`` differ that they will not be labels."""
+    return len(set(words)) > max(20, len(words) // 2)
+
+
 def label_names(
     wanted: Sequence[str | int] | None, table: Table, column: str, words: Sequence[str]
 ) -> list[str]:
@@ -64,7 +69,7 @@ def label_names(
     if len(names) < 2:
         message = f"{table.place.name} has only the label {names[0]!r} in {column!r}: two are needed."
         raise RecipeError([Problem("data.label", message)])
-    if not named and len(names) > max(20, len(words) // 2):
+    if not named and too_many(words):
         message = (
             f"{table.place.name} has {len(names)} different labels in {column!r} for {len(words)} examples, such as "
             f"{words[0]!r:.50}. Name the column with the labels; if it is this one, list them in `data.labels`."

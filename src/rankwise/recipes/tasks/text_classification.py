@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rankwise.recipes.data.labels import label_names, label_numbers, label_words
+from rankwise.recipes.data.labels import label_names, label_numbers, label_words, too_many
 from rankwise.recipes.data.rows import (
     DataSection,
     RowsRecipe,
@@ -119,7 +119,7 @@ def read_data(recipe: Recipe) -> TaskData:
 def _words(recipe: Recipe, table: Table, rows: Sequence[int]) -> list[str]:
     """The label of each row as text."""
     found = label_words(table, recipe.data.label, rows)
-    if not recipe.data.labels and len(set(found)) > max(20, len(found) // 2) and all(map(_is_number, found)):
+    if not recipe.data.labels and too_many(found) and all(map(_is_number, found)):
         message = f"{table.place.name} has {len(set(found))} different numbers in {recipe.data.label!r}."
         raise RecipeError(
             [Problem("data.label", f"{message} To learn numbers, say problem_type: regression.")]
