@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-import rankwise.atomic as atomic
-from rankwise.atomic import read_folder, recover, write_file, write_folder
+import rankwise.files.atomic as atomic
+from rankwise.files.atomic import read_folder, recover, write_file, write_folder
 
 needs_signals = pytest.mark.skipif(
     os.name == "nt", reason="Windows has no SIGKILL and no limit on file sizes."

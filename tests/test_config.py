@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.config import CONFIG_NAME, TASK_TYPES, AdaLoraConfig, LoraConfig
-from rankwise.schedule import BudgetSchedule
+from rankwise.method.schedule import BudgetSchedule
 
 SCHEDULE = {"tinit": 10, "tfinal": 20, "total_step": 100}
 # The fields that PEFT writes and rankwise has no use for, as PEFT leaves them when nobody sets them.

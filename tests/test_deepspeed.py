@@ -14,7 +14,7 @@ from torch import nn
 
 import rankwise as rw
 from one_run import adapted, batches, optimizer_for
-from rankwise import zero
+from rankwise.parallel import zero
 from test_distributed import (
     Outcome,
     alone,  # noqa: F401

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankwise.history import RankHistory, RankRecord
+from rankwise.run.history import RankHistory, RankRecord
 
 LAYERS = ["encoder.layer.0.query", "encoder.layer.0.value", "encoder.layer.1.query"]
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.tensorfile import write_tensor_file
+from rankwise.files.tensors import write_tensor_file
 
 CONFIG, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
 HISTORY, PICKLE = "rank_history.json", "adapter_model.bin"

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import rankwise as rw
-from rankwise.history import RankHistory
 from rankwise.report.inspect import inspect_adapter, render_terminal, save_heatmap
+from rankwise.run.history import RankHistory
 from tiny import bert, llama, token_batches
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

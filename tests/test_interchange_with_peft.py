@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.attach import adapter_layers
+from rankwise.attach.attachment import adapter_layers
 from tiny import bert, llama
 
 peft = pytest.importorskip("peft")

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise import attach, storage
+from rankwise import storage
 from rankwise.adapters import AdapterLayer
+from rankwise.attach import attachment as attach
 from tiny import bert, llama, token_batches
 
 TOKENS = torch.arange(24).reshape(2, 12) * 5 % 64
@@ -815,7 +816,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
     elif where == "head":
         monkeypatch.setattr(attach, "prepare_saved_module", fail)
     else:
-        monkeypatch.setattr("rankwise.model.Controller", fail)
+        monkeypatch.setattr("rankwise.model.peft_model.Controller", fail)
     with pytest.raises(torch.OutOfMemoryError, match="mine"):
         rw.get_peft_model(model, _adalora(modules_to_save=["head"]), adapter_name="new")
     _assert_same(before, _snapshot(model))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from rankwise.config.suggest import nearest
 from rankwise.recipes import RecipeError, load_recipe
-from rankwise.suggest import nearest
 from recipe_world import write_recipe, write_table
 
 

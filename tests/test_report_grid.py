@@ -13,7 +13,7 @@ from rankwise.report.grid import (
     rank_grids,
     short_kinds,
 )
-from rankwise.summary import LayerRank
+from rankwise.run.summary import LayerRank
 
 WHISPER = ("q_proj", "k_proj", "v_proj", "out_proj")
 

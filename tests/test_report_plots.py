@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rankwise.history import RankHistory
 from rankwise.report.plots import _groups, _thinned, rank_heatmap, rank_history_plot
-from rankwise.summary import LayerRank, RankSummary
+from rankwise.run.history import RankHistory
+from rankwise.run.summary import LayerRank, RankSummary
 
 WHISPER = [
     *(f"model.encoder.layers.{n}.{kind}" for n in range(2) for kind in ("self_attn.q_proj", "fc1")),

@@ -11,9 +11,9 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
+from rankwise.method.schedule import BudgetSchedule
 from rankwise.report.terminal import budget_chart, rank_picture, rank_table
-from rankwise.schedule import BudgetSchedule
-from rankwise.summary import LayerRank, RankSummary
+from rankwise.run.summary import LayerRank, RankSummary
 
 BERT = (
     "attention.self.query",

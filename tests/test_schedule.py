@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rankwise.schedule import BudgetSchedule, Phase, check_length, nearest_schedule
+from rankwise.method.schedule import BudgetSchedule, Phase, check_length, nearest_schedule
 
 anytime = settings(deadline=None)  # a busy machine is no failure
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from rankwise.summary import LayerRank, RankSummary, rank_bar, shorten
+from rankwise.run.summary import LayerRank, RankSummary, rank_bar, shorten
 
 
 def summary(prefix: str = "encoder.layer", init_r: int = 12, count: int = 12) -> RankSummary:

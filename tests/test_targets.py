@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from rankwise.adapters import prepare_layer
-from rankwise.config import AdaLoraConfig, LoraConfig
-from rankwise.targets import (
+from rankwise.attach.targets import (
     _ADALORA_DEFAULTS,
     _DEFAULTS,
     find_targets,
@@ -22,6 +21,7 @@ from rankwise.targets import (
     modules_to_save_paths,
     pattern_value,
 )
+from rankwise.config import AdaLoraConfig, LoraConfig
 
 
 def same_names(names: Any) -> Any:

@@ -5,14 +5,14 @@ Names and file formats are those of Hugging Face PEFT; see the README.
 
 from __future__ import annotations
 
+from rankwise.attach.prepare import prepare_model_for_kbit_training
 from rankwise.config import AdaLoraConfig, LoraConfig
-from rankwise.convert import save_as_lora
-from rankwise.history import RankHistory, RankRecord
+from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.model import PeftModel, get_peft_model
-from rankwise.prepare import prepare_model_for_kbit_training
-from rankwise.runstate import AllocationState
-from rankwise.schedule import BudgetSchedule, Phase
-from rankwise.summary import LayerRank, RankSummary
+from rankwise.run.history import RankHistory, RankRecord
+from rankwise.run.state import AllocationState
+from rankwise.run.summary import LayerRank, RankSummary
+from rankwise.storage.export import save_as_lora
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rankwise.zero import whole
+from rankwise.parallel.zero import whole
 
 FOLDER = Path(sys.argv[1])
 

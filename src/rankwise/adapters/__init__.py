@@ -6,10 +6,10 @@ from torch import nn
 
 from rankwise.adapters.conv import Conv2dAdapters
 from rankwise.adapters.embedding import EmbeddingAdapters
+from rankwise.adapters.inplace import add_methods, has_forward_of_its_own, remove_methods
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.linear import Conv1DAdapters, LinearAdapters
 from rankwise.adapters.quantized import quantized_adapters_for
-from rankwise.inplace import add_methods, has_forward_of_its_own, remove_methods
 
 __all__ = ["AdapterLayer", "adapters_for", "prepare_layer", "restore_layer"]
 

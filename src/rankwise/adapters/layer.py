@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rankwise.distributed import note_use, take_part
-from rankwise.inplace import InPlace
+from rankwise.adapters.inplace import InPlace
+from rankwise.parallel.processes import note_use, take_part
 
 
 class AdapterLayer(InPlace, nn.Module):

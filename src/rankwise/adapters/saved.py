@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rankwise.distributed import note_use
-from rankwise.inplace import InPlace, add_methods, has_forward_of_its_own, remove_methods
+from rankwise.adapters.inplace import InPlace, add_methods, has_forward_of_its_own, remove_methods
+from rankwise.parallel.processes import note_use
 
 
 class SavedModule(InPlace, nn.Module):

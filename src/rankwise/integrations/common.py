@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from rankwise.method.schedule import Phase
 from rankwise.model import PeftModel
-from rankwise.schedule import Phase
 
 _PHASE_NUMBERS = {str(phase): number for number, phase in enumerate(Phase)}
 

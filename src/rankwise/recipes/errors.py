@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rankwise.suggest import nearest
+from rankwise.config.suggest import nearest
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from rankwise.atomic import write_file
+from rankwise.files.atomic import write_file
 from rankwise.recipes.errors import RecipeError
 from rankwise.recipes.places import find_place
 from rankwise.recipes.recipe import BaseRecipe

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from rankwise.config.suggest import nearest
 from rankwise.recipes.errors import Problem, RecipeError, did_you_mean
-from rankwise.suggest import nearest
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGE_PREFIX = "pypi:"

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rankwise.attach import adapter_layers
+from rankwise.attach.attachment import adapter_layers
+from rankwise.method.schedule import BudgetSchedule
 from rankwise.recipes.errors import Problem, RecipeError
 from rankwise.recipes.memory.estimate import Memory, estimate_memory
 from rankwise.recipes.models import head_modules
 from rankwise.recipes.recipe import BaseRecipe, TrainingSection, config_class
 from rankwise.recipes.tasks import NO_DATA, TaskData, load_task
-from rankwise.schedule import BudgetSchedule
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 import pydantic
 from pydantic import Field, PrivateAttr
 
+from rankwise.method.schedule import BudgetSchedule, check_length
 from rankwise.recipes.errors import Problem, RecipeError
-from rankwise.schedule import BudgetSchedule, check_length
 
 
 class Section(pydantic.BaseModel):

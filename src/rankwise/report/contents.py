@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rankwise.attach.targets import pattern_value
 from rankwise.config import CONFIG_NAME
 from rankwise.report.header import TensorInfo
 from rankwise.storage import PREFIX, WEIGHTS_NAME
-from rankwise.targets import pattern_value
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[ABE])(\.weight)?")
 _ADDED = re.compile(r"(?P<path>.+)\.lora_(magnitude_vector(\.weight)?|[AB]\.bias)")  # DoRA; `lora_bias`

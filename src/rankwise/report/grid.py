@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rankwise.summary import LayerRank
+from rankwise.run.summary import LayerRank
 
 # Containers whose number counts the blocks even inside numbered stages: Swin's `layers.0.blocks.1`, a UNet's
 # `down_blocks.0.attentions.1.transformer_blocks.0`.

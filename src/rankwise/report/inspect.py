@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.atomic import read_folder
 from rankwise.config import CONFIG_NAME
-from rankwise.history import RankHistory
+from rankwise.files.atomic import read_folder
 from rankwise.report.contents import InspectedLayer, read_layers, sort_tensors
 from rankwise.report.grid import grid_position, kind_order
 from rankwise.report.header import check_folder, read_config, read_header
+from rankwise.run.history import RankHistory
+from rankwise.run.summary import LayerRank, RankSummary
 from rankwise.storage import HISTORY_NAME, OWNED, PREFIX, TRAINING_STATE_NAME, WEIGHTS_NAME
-from rankwise.summary import LayerRank, RankSummary
 
 if TYPE_CHECKING:
     from rich.console import Console

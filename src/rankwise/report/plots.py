@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rankwise.history import RankHistory, RankRecord
 from rankwise.report.grid import (
     RankGrid,
     grid_position,
@@ -22,7 +21,8 @@ from rankwise.report.grid import (
     rank_grids,
     short_kinds,
 )
-from rankwise.summary import LayerRank, RankSummary, shorten
+from rankwise.run.history import RankHistory, RankRecord
+from rankwise.run.summary import LayerRank, RankSummary, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

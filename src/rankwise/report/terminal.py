@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Iterator
 
+from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.report.grid import RankGrid, ink_on, largest_rank, rank_colour, rank_grids, short_kinds
-from rankwise.schedule import BudgetSchedule, Phase
-from rankwise.summary import LayerRank, RankSummary, paths_that_fit, rank_bar, shorten
+from rankwise.run.summary import LayerRank, RankSummary, paths_that_fit, rank_bar, shorten
 
 try:
     from rich.console import Console, ConsoleOptions, RenderResult

@@ -10,23 +10,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankwise.adapters import adapters_for
-from rankwise.attach import (
+from rankwise.attach.attachment import (
     Factors,
     base_scaling,
     factor_options,
     plain_name,
 )
-from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
-from rankwise.storage.read import AdapterFile
-from rankwise.suggest import suggestion
-from rankwise.targets import (
+from rankwise.attach.targets import (
     find_targets,
     modules_to_save_paths,
     output_embeddings,
     own_modules,
     pattern_value,
 )
-from rankwise.tensorfile import check_finite
+from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
+from rankwise.config.suggest import suggestion
+from rankwise.files.tensors import check_finite
+from rankwise.storage.read import AdapterFile
 
 _DOUBLES = (
     "original_module.",

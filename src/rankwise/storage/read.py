@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.atomic import read_folder
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
-from rankwise.history import RankHistory
+from rankwise.files.atomic import read_folder
+from rankwise.files.tensors import check_finite, read_pickle, read_tensor_file
+from rankwise.run.history import RankHistory
 from rankwise.storage.names import (
     HISTORY_NAME,
     OWNED,
@@ -23,7 +24,6 @@ from rankwise.storage.names import (
     TRAINING_STATE_NAME,
     WEIGHTS_NAME,
 )
-from rankwise.tensorfile import check_finite, read_pickle, read_tensor_file
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[ABE])(?:\.weight)?")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankwise.attach import (
+from rankwise.attach.attachment import (
     Attachment,
     adapter_layers,
     bias_names,
@@ -17,15 +17,15 @@ from rankwise.attach import (
     saved_modules,
 )
 from rankwise.config import AdaLoraConfig
-from rankwise.controller import BUFFERS, Controller
-from rankwise.distributed import laid_out
-from rankwise.runstate import RunState
+from rankwise.files.tensors import check_finite
+from rankwise.parallel.processes import laid_out
+from rankwise.run.controller import BUFFERS, Controller
+from rankwise.run.state import RunState
 from rankwise.storage.fit import fit_all
 from rankwise.storage.names import (
     EXTRA_STATE,
 )
 from rankwise.storage.read import AdapterFile, check_factors, sort_tensors
-from rankwise.tensorfile import check_finite
 
 
 def training_keys(model: nn.Module, adapter: str) -> dict[str, str]:

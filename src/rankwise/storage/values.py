@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import AdapterLayer
-from rankwise.attach import (
+from rankwise.attach.attachment import (
     Attachment,
     Factors,
     adapter_layers,
@@ -19,8 +19,8 @@ from rankwise.attach import (
     saved_modules,
 )
 from rankwise.config import AdaLoraConfig
-from rankwise.controller import Controller
-from rankwise.distributed import laid_out, local, local_like
+from rankwise.parallel.processes import laid_out, local, local_like
+from rankwise.run.controller import Controller
 from rankwise.storage.fit import fit_all
 from rankwise.storage.names import (
     NO_SCHEDULE,

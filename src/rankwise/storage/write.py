@@ -11,18 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise import zero
-from rankwise.atomic import write_folder
-from rankwise.attach import (
+from rankwise.attach.attachment import (
     adapter_layers,
     bias_names,
     plain_name,
     plain_state,
     saved_modules,
 )
+from rankwise.attach.targets import (
+    own_modules,
+)
 from rankwise.config import AdaLoraConfig, LoraConfig
-from rankwise.controller import Controller
-from rankwise.distributed import gather
+from rankwise.files.atomic import write_folder
+from rankwise.files.tensors import write_tensor_file
+from rankwise.parallel import zero
+from rankwise.parallel.processes import gather
+from rankwise.run.controller import Controller
 from rankwise.storage.names import (
     HISTORY_NAME,
     NO_SCHEDULE,
@@ -33,10 +37,6 @@ from rankwise.storage.names import (
 )
 from rankwise.storage.read import AdapterFile, sort_tensors
 from rankwise.storage.training import training_keys
-from rankwise.targets import (
-    own_modules,
-)
-from rankwise.tensorfile import write_tensor_file
 
 
 def write_adapter(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rankwise.attach import adapter_layers, saved_modules
+from rankwise.attach.attachment import adapter_layers, saved_modules
 from rankwise.recipes.recipe import TrainingSection
 
 if TYPE_CHECKING:

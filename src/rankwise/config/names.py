@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from rankwise.fieldchecks import short
-from rankwise.suggest import nearest
+from rankwise.config.checks import short
+from rankwise.config.suggest import nearest
 
 # Slips that spelling alone does not mend, as they reach here: lower case, without underscores.
 _ALIASES: Mapping[str, tuple[str, ...]] = {

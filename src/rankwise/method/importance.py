@@ -1,7 +1,7 @@
 """What is scored of an adapter: every element, as in the paper, or every gate.
 
 A step's products ``w * dL/dw`` of the factors go in; out come the entries that the running averages are kept of, and
-from the averages one score per triplet. The averages themselves are in `rankwise.scores`.
+from the averages one score per triplet. The averages themselves are in `rankwise.method.scores`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from rankwise.scores import TripletLayout, flatten, triplet_scores
+from rankwise.method.scores import TripletLayout, flatten, triplet_scores
 
 
 class Importance(Protocol):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from rankwise.adapters import AdapterLayer, adapters_for, prepare_layer, restore_layer
 from rankwise.adapters.saved import SavedModule, prepare_saved_module, restore_saved_module
+from rankwise.attach.targets import find_targets, modules_to_save_paths, pattern_value
 from rankwise.config import AdaLoraConfig, LoraConfig
-from rankwise.targets import find_targets, modules_to_save_paths, pattern_value
 
 _Prepared = TypeVar("_Prepared")
 

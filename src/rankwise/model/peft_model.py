@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankwise import storage, zero
+from rankwise import storage
+from rankwise.adapters.inplace import InPlace, add_methods, remove_methods
 from rankwise.adapters.quantized import hold_layout, release_layout
-from rankwise.attach import (
+from rankwise.attach.attachment import (
     Attachment,
     adapter_layers,
     apply_attachment,
@@ -29,16 +30,16 @@ from rankwise.attach import (
     saved_modules,
     train_biases,
 )
-from rankwise.carriesrun import CarriesRun
+from rankwise.attach.merging import merge, refuse_sharded, refuse_shared_copies
 from rankwise.config import AdaLoraConfig, LoraConfig
-from rankwise.controller import BUFFERS, Controller
-from rankwise.distributed import all_wait_for_this, shared_out, writes_files
-from rankwise.history import RankHistory
-from rankwise.hub import find_adapter_folder
-from rankwise.inplace import InPlace, add_methods, remove_methods
-from rankwise.merging import merge, refuse_sharded, refuse_shared_copies
-from rankwise.runstate import AllocationState
-from rankwise.summary import LayerRank, RankSummary
+from rankwise.files.hub import find_adapter_folder
+from rankwise.model.state import CarriesRun
+from rankwise.parallel import zero
+from rankwise.parallel.processes import all_wait_for_this, shared_out, writes_files
+from rankwise.run.controller import BUFFERS, Controller
+from rankwise.run.history import RankHistory
+from rankwise.run.state import AllocationState
+from rankwise.run.summary import LayerRank, RankSummary
 
 _ATTRIBUTES = (
     "peft_config",

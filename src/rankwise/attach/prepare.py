@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.attach import adapter_layers, saved_modules
+from rankwise.attach.attachment import adapter_layers, saved_modules
 
 # Their kernels take scales, zero points and what surrounds them in the dtype that the checkpoint has.
 _KEEP_DTYPES = {"aqlm", "eetq", "gptq", "hqq", "torchao"}

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rankwise.atomic import write_folder
-from rankwise.attach import adapter_layers, base_scaling
+from rankwise.attach.attachment import adapter_layers, base_scaling
 from rankwise.config import AdaLoraConfig, LoraConfig
+from rankwise.files.atomic import write_folder
 from rankwise.model import PeftModel
 from rankwise.storage import OWNED, PREFIX, WEIGHTS_NAME, AdapterFile, read_adapter, read_model_adapter
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise import zero
-from rankwise.attach import adapter_layers
-from rankwise.controller import BUFFERS, Controller
-from rankwise.distributed import is_sharded
+from rankwise.attach.attachment import adapter_layers
+from rankwise.parallel import zero
+from rankwise.parallel.processes import is_sharded
+from rankwise.run.controller import BUFFERS, Controller
 from rankwise.storage.names import EXTRA_STATE
 
 

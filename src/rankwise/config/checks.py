@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from rankwise.suggest import suggestion
+from rankwise.config.suggest import suggestion
 
 
 class Default(int):

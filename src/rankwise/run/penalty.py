@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankwise.distributed import gather, local, local_like
-from rankwise.penalty import orthogonality_gradients
-from rankwise.zero import ZeroParts
+from rankwise.method.penalty import orthogonality_gradients
+from rankwise.parallel.processes import gather, local, local_like
+from rankwise.parallel.zero import ZeroParts
 
 
 class AddedPenalty:

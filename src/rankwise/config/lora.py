@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from rankwise.atomic import write_file
-from rankwise.fieldchecks import (
+from rankwise.config.checks import (
     Default,
     check_flag,
     check_kept_ranks,
@@ -38,8 +37,9 @@ from rankwise.fieldchecks import (
     check_whole,
     short,
 )
-from rankwise.fieldnames import CheckedKeywords, check_extra, field_names, unknown_keyword
-from rankwise.schedule import BudgetSchedule, check_length
+from rankwise.config.names import CheckedKeywords, check_extra, field_names, unknown_keyword
+from rankwise.files.atomic import write_file
+from rankwise.method.schedule import BudgetSchedule, check_length
 
 CONFIG_NAME = "adapter_config.json"
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

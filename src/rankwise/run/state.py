@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rankwise.history import RankHistory
-from rankwise.schedule import BudgetSchedule
+from rankwise.method.schedule import BudgetSchedule
+from rankwise.run.history import RankHistory
 
 _LAYOUT = (
     2  # of the packed tensor: [_LAYOUT, the counters, the schedule, target_r, the weights' bits, the history]
@@ -104,7 +104,7 @@ class RunState:
             ValueError: it is no such tensor, or not of so many layers; or its numbers make no sense.
 
         Example:
-            >>> from rankwise.schedule import BudgetSchedule
+            >>> from rankwise.method.schedule import BudgetSchedule
             >>> state = RunState(3, False, True, 0, BudgetSchedule(1, 2, 9), 4, True,
             ...                  RunWeights(8, 0.1, 0.8, 0.9, 0.5), RankHistory(["fc"]))
             >>> RunState.from_tensor(["fc"], state.to_tensor()) == state

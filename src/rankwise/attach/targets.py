@@ -24,7 +24,7 @@ from torch.nn.parameter import UninitializedParameter
 from rankwise.adapters import AdapterLayer, adapters_for
 from rankwise.adapters.saved import SavedModule
 from rankwise.config import AdaLoraConfig, LoraConfig
-from rankwise.suggest import suggestion
+from rankwise.config.suggest import suggestion
 
 _T = TypeVar("_T")
 

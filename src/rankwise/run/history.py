@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rankwise.atomic import write_file
+from rankwise.files.atomic import write_file
 
 _LAYOUT = 1  # of the packed tensor: [_LAYOUT, layers, records, then step, budget and ranks of every record]
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
-from rankwise import zero
+from rankwise.parallel import zero
 
 
 def many_processes() -> bool:

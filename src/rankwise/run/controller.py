@@ -1,6 +1,6 @@
 """Listens to the optimizer and moves the budget of ranks: penalty before its step, scores and allocation after.
 
-A controller acts when the optimizer that holds its adapter's parameters steps; see `rankwise.listening`.
+A controller acts when the optimizer that holds its adapter's parameters steps; see `rankwise.run.hooks`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import AdapterLayer
-from rankwise.addedpenalty import AddedPenalty
-from rankwise.allocate import allocate
 from rankwise.config import AdaLoraConfig
-from rankwise.distributed import (
+from rankwise.method.allocation import allocate
+from rankwise.method.importance import ElementImportance, GateImportance
+from rankwise.method.penalty import orthogonality_penalty
+from rankwise.method.schedule import BudgetSchedule, Phase
+from rankwise.method.scores import TripletLayout, update_scores
+from rankwise.parallel.processes import (
     gather,
     local,
     local_like,
 )
-from rankwise.history import RankHistory
-from rankwise.importance import ElementImportance, GateImportance
-from rankwise.listening import Closure, listen, stop_listening
-from rankwise.penalty import orthogonality_penalty
-from rankwise.runstate import AllocationState, RunState, RunWeights
-from rankwise.schedule import BudgetSchedule, Phase
-from rankwise.scores import TripletLayout, update_scores
-from rankwise.turns import Turns
-from rankwise.zero import ZeroParts, partitioned, who_steps
+from rankwise.parallel.zero import ZeroParts, partitioned, who_steps
+from rankwise.run.history import RankHistory
+from rankwise.run.hooks import Closure, listen, stop_listening
+from rankwise.run.penalty import AddedPenalty
+from rankwise.run.state import AllocationState, RunState, RunWeights
+from rankwise.run.whose_step import Turns
 
 BUFFERS = ("rankwise_sensitivity", "rankwise_uncertainty", "rankwise_mask", "rankwise_skipped")
 

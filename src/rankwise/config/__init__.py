@@ -1,0 +1,7 @@
+"""Configurations: what to adapt, with how many ranks, on which schedule."""
+
+from __future__ import annotations
+
+from rankwise.config.lora import CONFIG_NAME, TASK_TYPES, AdaLoraConfig, LoraConfig
+
+__all__ = ["CONFIG_NAME", "TASK_TYPES", "AdaLoraConfig", "LoraConfig"]

@@ -1,0 +1,1 @@
+"""Writing folders whole or not at all, files of tensors, the hub."""

@@ -1,0 +1,7 @@
+"""What an adapted model can do."""
+
+from __future__ import annotations
+
+from rankwise.model.peft_model import PeftModel, get_peft_model
+
+__all__ = ["PeftModel", "get_peft_model"]

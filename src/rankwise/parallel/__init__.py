@@ -1,0 +1,1 @@
+"""Many processes: DistributedDataParallel, sharded models, DeepSpeed ZeRO."""

@@ -1,0 +1,1 @@
+"""One optimizer step after another, and what is remembered of them."""
