@@ -1,0 +1,16 @@
+"""The command line: one file a command, in the order in which ``--help`` lists them."""
+
+from __future__ import annotations
+
+from rankwise.cli.app import app
+
+from rankwise.cli.train import train  # isort: skip
+from rankwise.cli.plan import plan  # isort: skip
+from rankwise.cli.inspect import inspect  # isort: skip
+
+__all__ = ["app", "inspect", "main", "plan", "train"]
+
+
+def main() -> None:
+    """The ``rankwise`` command."""
+    app()

@@ -1,0 +1,55 @@
+"""The application that commands register with, and the arguments that several of them share.
+
+A command is a file in this folder: it imports `app`, and is imported in ``__init__.py``, in the order of ``--help``.
+Everything heavier than PyTorch is imported inside the commands, so that ``--help`` comes soon.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from rankwise import __version__
+from rankwise.cli.failures import EXTRAS
+
+try:
+    import typer
+except ImportError as missing:
+    sys.exit(f"The command line needs {missing.name}. Install: {EXTRAS}")
+
+app = typer.Typer(
+    name="rankwise",
+    help="Fine-tune models with low-rank adapters whose ranks are found, not guessed.",
+    epilog="Exit codes: 0 done, 2 for what you must mend, 1 for a fault of rankwise, 130 after Ctrl-C.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Replace keys of the recipe, as in `training.max_steps=50`; `~KEY` takes one out.",
+        show_default=False,
+    ),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"rankwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,91 @@
+"""From an exception to one message and an exit code.
+
+Exit codes: 0 done; 2 for what the user must mend, with one message and no traceback; 1 for a fault of rankwise
+itself, with a traceback; 130, 143 and 129 after SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+MEND, FAULT = 2, 1
+EXTRAS = 'pip install "rankwise[train,report]"'
+
+
+@contextlib.contextmanager
+def failures(*mendable: type[Exception]) -> Iterator[None]:
+    """Turn exceptions into messages and exit codes.
+
+    Args:
+        mendable: exceptions, beside `RecipeError`, that tell of what the user must mend.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        _say("Stopped.")
+        raise _exit(128 + getattr(stopped, "number", 2)) from None
+    except ImportError as error:
+        name = (error.name or "").partition(".")[0]
+        if name == "rankwise":
+            raise _fault() from error
+        # Libraries that look for optional packages raise errors without a name, which say what to install.
+        raise _mend(
+            f"The Python package {name!r} is missing. Install: {EXTRAS}" if name else str(error)
+        ) from error
+    except Exception as error:
+        message = _mendable_message(error, mendable)
+        if message is None:
+            raise _fault() from error
+        raise _mend(message) from error
+
+
+def _mendable_message(error: Exception, mendable: tuple[type[Exception], ...]) -> str | None:
+    """What the user must mend, or None if the error is a fault of rankwise."""
+    recipes = sys.modules.get("rankwise.recipes.errors")
+    if isinstance(error, mendable) or (recipes is not None and isinstance(error, recipes.RecipeError)):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        where = f": {error.filename}" if error.filename else ""
+        return (
+            f"{error.strerror}{where}. Checkpoints that were written before are whole: go on with --resume."
+        )
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "The GPU's memory is too small. Lower training.per_device_train_batch_size (and raise "
+            "training.gradient_accumulation_steps by as much), set training.gradient_checkpointing: true, or lower "
+            "data.max_length. `rankwise plan` with the recipe shows what takes the memory."
+        )
+    return None
+
+
+def _exit(code: int) -> Exception:
+    from typer import Exit
+
+    return Exit(code)
+
+
+def _mend(message: str) -> Any:
+    _say(message)
+    return _exit(MEND)
+
+
+def _fault() -> Any:
+    if _is_main_process():
+        traceback.print_exc()
+        _say("This is a fault of rankwise. Please report it with the lines above.")
+    return _exit(FAULT)
+
+
+def _say(message: str) -> None:
+    if _is_main_process():
+        print(message, file=sys.stderr)
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,42 @@
+"""``rankwise inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rankwise.cli.app import app
+from rankwise.cli.failures import failures
+
+
+@app.command()
+def inspect(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The adapter's folder.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, for programs.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Draw the ranks as a heat map, layers by module kind.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Show what is in an adapter's folder: base model, method, rank of every layer, parameters, file sizes."""
+    with failures(ValueError, TypeError, OSError):
+        from rankwise.report.inspect import inspect_adapter, render_terminal, save_heatmap
+
+        report = inspect_adapter(folder)
+        if as_json:
+            print(json.dumps(report.to_dict(), indent=2))
+        else:
+            render_terminal(report, Console())
+        if plot is not None:
+            save_heatmap(report, plot)
+            Console(stderr=as_json).print(f"Heat map: {plot}", highlight=False, soft_wrap=True)

