@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rankwise as rw
 from one_run import ACCELERATE, ACCELERATE_FSDP, STEPS, adapted, batches, launch, optimizer_for, train
-from rankwise.parallel.processes import take_part
+from rankwise.parallel.ddp import take_part
 from tiny import llama
 
 TRIPLES = list(itertools.product(["False", "True"], repeat=3))

@@ -816,7 +816,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
     elif where == "head":
         monkeypatch.setattr(attach, "prepare_saved_module", fail)
     else:
-        monkeypatch.setattr("rankwise.model.peft_model.Controller", fail)
+        monkeypatch.setattr("rankwise.model.named.Controller", fail)
     with pytest.raises(torch.OutOfMemoryError, match="mine"):
         rw.get_peft_model(model, _adalora(modules_to_save=["head"]), adapter_name="new")
     _assert_same(before, _snapshot(model))

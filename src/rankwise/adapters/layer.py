@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.inplace import InPlace
-from rankwise.parallel.processes import note_use, take_part
+from rankwise.parallel.ddp import note_use, take_part
 
 
 class AdapterLayer(InPlace, nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rankwise.adapters.inplace import InPlace, add_methods, has_forward_of_its_own, remove_methods
-from rankwise.parallel.processes import note_use
+from rankwise.parallel.ddp import note_use
 
 
 class SavedModule(InPlace, nn.Module):

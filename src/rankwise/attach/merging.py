@@ -9,7 +9,7 @@ from torch import nn
 
 from rankwise.attach.attachment import adapter_layers, saved_modules
 from rankwise.attach.targets import find_tied
-from rankwise.parallel.processes import shared_out
+from rankwise.parallel.sharded import shared_out
 
 
 def merge(model: nn.Module, names: list[str], safe_merge: bool, for_good: bool = False) -> None:

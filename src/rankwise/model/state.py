@@ -9,20 +9,18 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankwise.attach.attachment import adapter_layers
+from rankwise.model.held import HoldsAdapters
 from rankwise.parallel import zero
-from rankwise.parallel.processes import is_sharded
-from rankwise.run.controller import BUFFERS, Controller
+from rankwise.parallel.sharded import is_sharded
+from rankwise.run.controller import BUFFERS
 from rankwise.storage.names import EXTRA_STATE
 
 
-class CarriesRun(nn.Module):
+class CarriesRun(HoldsAdapters):
     """The part of an adapted model that has to do with its state dictionary."""
-
-    peft_config: dict[str, Any]
-    _rankwise_controller: Controller | None
 
     def get_extra_state(self) -> Tensor | str:
         """Step and history of the run, for ``state_dict``: a tensor, which any file format takes.

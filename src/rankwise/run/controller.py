@@ -22,7 +22,7 @@ from rankwise.method.importance import ElementImportance, GateImportance
 from rankwise.method.penalty import orthogonality_penalty
 from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.method.scores import TripletLayout, update_scores
-from rankwise.parallel.processes import (
+from rankwise.parallel.sharded import (
     gather,
     local,
     local_like,

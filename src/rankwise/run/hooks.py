@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from rankwise.parallel.processes import only_makes_state
+from rankwise.parallel.sharded import only_makes_state
 
 Closure = Callable[[], Any]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.method.penalty import orthogonality_gradients
-from rankwise.parallel.processes import gather, local, local_like
+from rankwise.parallel.sharded import gather, local, local_like
 from rankwise.parallel.zero import ZeroParts
 
 

@@ -18,7 +18,7 @@ from rankwise.attach.attachment import (
 )
 from rankwise.config import AdaLoraConfig
 from rankwise.files.tensors import check_finite
-from rankwise.parallel.processes import laid_out
+from rankwise.parallel.sharded import laid_out
 from rankwise.run.controller import BUFFERS, Controller
 from rankwise.run.state import RunState
 from rankwise.storage.fit import fit_all

@@ -19,7 +19,7 @@ from rankwise.attach.attachment import (
     saved_modules,
 )
 from rankwise.config import AdaLoraConfig
-from rankwise.parallel.processes import laid_out, local, local_like
+from rankwise.parallel.sharded import laid_out, local, local_like
 from rankwise.run.controller import Controller
 from rankwise.storage.fit import fit_all
 from rankwise.storage.names import (

@@ -25,7 +25,7 @@ from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.files.atomic import write_folder
 from rankwise.files.tensors import write_tensor_file
 from rankwise.parallel import zero
-from rankwise.parallel.processes import gather
+from rankwise.parallel.sharded import gather
 from rankwise.run.controller import Controller
 from rankwise.storage.names import (
     HISTORY_NAME,

@@ -1,0 +1,88 @@
+"""The ranks of an adapted model's AdaLoRA adapter: steering their allocation, and seeing where it stands."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rankwise.attach.attachment import adapter_layers
+from rankwise.config import AdaLoraConfig
+from rankwise.model.held import HoldsAdapters
+from rankwise.run.history import RankHistory
+from rankwise.run.state import AllocationState
+from rankwise.run.summary import LayerRank, RankSummary
+
+
+class AllocatesRanks(HoldsAdapters):
+    """The part of an adapted model that has to do with ranks."""
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Score and allocate for optimizer step ``global_step`` (from 1), as PEFT scripts do.
+
+        Not needed: it happens by itself. From the first call on, it happens only at these calls, which belong
+        between ``optimizer.step()`` and ``zero_grad()``.
+
+        Raises:
+            ValueError: no AdaLoRA adapter trains, or ``total_step`` is not known.
+        """
+        self._controller_or_refuse().update_and_allocate(global_step)
+
+    def set_total_step(self, total_step: int) -> None:
+        """Tell the schedule how many optimizer steps the run has.
+
+        Raises:
+            ValueError: no AdaLoRA adapter trains, or the schedule's phases do not fit into so many steps.
+        """
+        self._controller_or_refuse().set_total_step(total_step)
+
+    def finalize_ranks(self) -> None:
+        """Bring the budget to its target now, by the scores as they are, and keep that choice.
+
+        For a run that ends before its schedule does.
+
+        Raises:
+            ValueError: no AdaLoRA adapter trains, or it is merged.
+        """
+        controller = self._controller_or_refuse()
+        self._refuse_merged()
+        controller.finalize_ranks()
+
+    @property
+    def allocation_state(self) -> AllocationState | None:
+        """Step, phase and budget of the AdaLoRA adapter that trains, or None if there is none."""
+        return self._rankwise_controller.state() if self._rankwise_controller else None
+
+    @property
+    def rank_history(self) -> RankHistory | None:
+        """The budget and every layer's rank at each allocation; also of an adapter loaded with its history."""
+        if self._rankwise_controller:
+            return self._rankwise_controller.history
+        return self._rankwise_histories.get(self.active_adapter or "")
+
+    def rank_summary(self) -> RankSummary:
+        """Rank, importance and parameters of every adapted layer, of the adapter that trains or acts.
+
+        ``print`` shows it as a table.
+        """
+        name = self._trained_or_active()
+        controller = self._controller_of(name)
+        layers = adapter_layers(self, name)
+        config = self.peft_config[name]
+        allocated = controller.allocated_ranks() if controller else {}
+        scores = controller.layer_importance() if controller else [float("nan")] * len(layers)
+        rows = []
+        for (path, layer), score in zip(layers.items(), scores, strict=True):
+            factors = layer.adapter_parameters(name)
+            held = factors["lora_A"].shape[0]
+            rank = allocated.get(path, held)
+            start = config.init_r if isinstance(config, AdaLoraConfig) else held
+            size = sum(p.numel() for p in factors.values())
+            rows.append(LayerRank(path, rank, start, score, size * rank // held if held else 0))
+        return RankSummary(rows, budget=sum(row.init_r for row in rows))
+
+    def orthogonal_penalty(self) -> Tensor:
+        """Mean of ||A Aᵀ - I||_F and ||Bᵀ B - I||_F over all layers, without its weight; a 0-dim tensor.
+
+        Raises:
+            ValueError: no AdaLoRA adapter trains.
+        """
+        return self._controller_or_refuse().penalty()

@@ -1,0 +1,190 @@
+"""Loading an adapted model's adapters, and saving them."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rankwise import storage
+from rankwise.attach.attachment import Attachment, plain_state
+from rankwise.files.hub import find_adapter_folder
+from rankwise.model.named import NamesAdapters
+from rankwise.parallel import zero
+from rankwise.parallel.processes import all_wait_for_this, writes_files
+from rankwise.parallel.sharded import shared_out
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")  # what Transformers and others call a folder to go on from
+
+
+class StoresAdapters(NamesAdapters):
+    """The part of an adapted model that has to do with adapter folders."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        selected_adapters: list[str] | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool | None = None,
+        training_state: bool | None = None,
+        save_embedding_layers: bool | str = "auto",
+        **unused: Any,
+    ) -> None:
+        """Save the adapters in PEFT's format; the base model is not saved.
+
+        The adapter "default" goes into the folder itself, any other into a sub-folder of its name. The folder is
+        replaced as a whole or not at all.
+
+        With many processes, only the first writes. If they share out the parameters (``fully_shard``, ZeRO-3), all of
+        them must call this together; they go on when the folder is complete.
+
+        Args:
+            save_directory: made if need be.
+            selected_adapters: names; all if None.
+            state_dict: the model's whole state dictionary, from processes that each hold a part of it.
+            is_main_process: whether this process writes. None: if it is the first of all.
+            training_state: also write what continuing the run needs. None: if a run is under way.
+            save_embedding_layers: also write the base weights of a Transformers model's input and output
+                embeddings, as is needed after the vocabulary was resized: True, False, or "auto" for those that
+                are adapted, as in PEFT.
+            unused: other arguments of PEFT's and Transformers' ``save_pretrained`` that have no meaning here.
+
+        Raises:
+            ValueError: there is no adapter of a selected name, or an option has an impossible value.
+            OSError: it can't be written; what was there before is whole.
+        """
+        writes = writes_files() if is_main_process is None else is_main_process
+        sharded = state_dict is None and shared_out(self)
+        if not (writes or sharded):
+            return
+        if state_dict is not None and not state_dict and shared_out(self):
+            warnings.warn(
+                f"No adapter is written to {str(save_directory)!r}: the trainer has gathered no weights. Set "
+                '"stage3_gather_16bit_weights_on_model_save" under "zero_optimization" in DeepSpeed\'s configuration, '
+                "or call `model.save_pretrained(folder)` in all processes.",
+                stacklevel=2,
+            )
+            return
+        if unused.get("safe_serialization") is False:
+            raise ValueError("Adapters are only saved as safetensors: leave `safe_serialization` out.")
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{str(folder)!r} is a file; give the name of a folder.")
+        names = selected_adapters or list(self.peft_config)
+        for name in names:
+            self._check_name(name)
+        for name in names:
+            bias = self.peft_config[name].bias
+            more = storage.embedding_keys(self, name, save_embedding_layers)
+            if more:
+                self._refuse_merged()
+            state = storage.gathered_state(self, name, bias, more) if sharded else state_dict
+            with all_wait_for_this() if sharded else nullcontext():
+                if writes:
+                    self._save_one(folder, name, state, training_state, more)
+
+    def _save_one(
+        self,
+        folder: Path,
+        name: str,
+        state_dict: dict[str, Tensor] | None,
+        training_state: bool | None,
+        more: dict[str, str],
+    ) -> None:
+        controller = self._controller_of(name)
+        state = plain_state(self.state_dict() if state_dict is None else state_dict)
+        state.setdefault(
+            storage.EXTRA_STATE, self.get_extra_state()
+        )  # DeepSpeed leaves it out of what it gathers
+        checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
+        if controller is not None and not checkpoint:
+            controller.tell_if_unfinished()
+        if training_state is None:
+            goes_on = controller is not None or storage.trains_more(self, name)
+            training_state = (checkpoint and goes_on) or (controller is not None and controller.under_way)
+        place = folder if name == "default" else folder / name
+        config = self.peft_config[name]
+        storage.write_adapter(place, self, name, config, controller, state, training_state, more)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **hub_options: Any,
+    ) -> None:
+        """Attach one more adapter from a folder or the hub; `set_adapter` makes it act.
+
+        One whose run goes on (``is_trainable``, and the folder holds the state of a run) acts and trains at once.
+
+        Raises: as `from_pretrained`.
+        """
+        file = storage.read_adapter(find_adapter_folder(model_id, **hub_options), training_state=is_trainable)
+        if file.training is None:
+            attachment = storage.plan_from_file(self, file, adapter_name, is_trainable)
+        else:
+            attachment = storage.plan_from_training_state(self, file, adapter_name)
+        with self._as_before_on_failure(attachment):
+            self._attach(attachment)
+            if file.training is not None:
+                self._go_on(attachment, file)
+            elif file.history is not None:
+                self._rankwise_histories[adapter_name] = file.history
+
+    def _go_on(self, attachment: Attachment, file: storage.AdapterFile) -> None:
+        name = attachment.adapter
+        self.set_adapter(name)
+        for path in attachment.biases:  # and whatever else trained beside the adapter
+            self.get_parameter(path).requires_grad_(True)
+        storage.prepare_training_state(self, name, file, self._controller_of(name))()
+
+    def load_checkpoint(self, folder: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+        """Bring adapters that are attached already to what a checkpoint folder holds.
+
+        With the state of a run in the folder, the run goes on from there, bit for bit; otherwise only the
+        adapter's values are taken over, and AdaLoRA's ranks stay as they are in it.
+
+        Args:
+            folder: what `save_pretrained` wrote.
+            adapter_name: None: those that train or act.
+
+        Raises:
+            FileNotFoundError: there is no such adapter.
+            ValueError: a file is broken or of another adapter, an adapter is merged, or DeepSpeed ZeRO holds the
+                model. Nothing has changed then.
+        """
+        self._refuse_merged()
+        if any(map(zero.partitioned, self.parameters())):
+            raise ValueError(
+                "DeepSpeed ZeRO trains copies of the adapter's parameters, which `load_checkpoint` doesn't reach. Call "
+                "it before `deepspeed.initialize`, or load a checkpoint of DeepSpeed's with `engine.load_checkpoint`."
+            )
+        trained = self._rankwise_controller.adapter if self._rankwise_controller else None
+        names = dict.fromkeys(name for name in (trained, *self.active_adapters) if name is not None)
+        loads = [self._prepare(Path(folder), name) for name in ([adapter_name] if adapter_name else names)]
+        if not loads:
+            raise ValueError("The model has no adapter that trains or acts.")
+        for load in loads:
+            load()
+
+    def _prepare(self, folder: Path, name: str) -> Callable[[], None]:
+        self._check_name(name)
+        own = folder / name
+        place = own if name != "default" and own.is_dir() else folder
+        file, controller = storage.read_adapter(place, training_state=True), self._controller_of(name)
+        if file.training is not None:
+            return storage.prepare_training_state(self, name, file, controller)
+        if controller is not None:
+            warnings.warn(
+                f"{place} holds no {storage.TRAINING_STATE_NAME}, so this is not the run going on: the adapter's "
+                "values are taken over, and its ranks stay as they are there.",
+                stacklevel=3,
+            )
+        return storage.prepare_values(self, name, file, controller)

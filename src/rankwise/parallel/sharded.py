@@ -1,0 +1,121 @@
+"""Reading and changing sharded tensors: what ``fully_shard`` (FSDP version 2) makes of parameters.
+
+There parameters and gradients are DTensors, of which each process holds a part. What is done with them is: gather
+the whole, work on it in every process alike, change the local part.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.parallel import zero
+from rankwise.parallel.processes import running
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def shared_out(model: nn.Module) -> bool:
+    """Whether only all processes together can read the model's parameters."""
+    return any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's part of a tensor, to be changed in place."""
+    return tensor.to_local() if is_sharded(tensor) else tensor.detach()  # type: ignore[no-any-return]
+
+
+def local_like(values: Tensor, like: Any) -> Tensor:
+    """The part of ``values`` that corresponds to the local part of ``like``, in its dtype and on its device."""
+    values = values.to(device=like.device, dtype=like.dtype)
+    return local(_spread(values, like)) if is_sharded(like) else values
+
+
+def like(values: Tensor, other: Any) -> Tensor:
+    """``values``, which every process has, sharded as ``other`` is."""
+    return _spread(values, other) if is_sharded(other) else values
+
+
+def laid_out(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors to load, sharded where those in the state dictionary ``own`` are."""
+    return {key: like(tensor, own[key]) for key, tensor in tensors.items()}
+
+
+def _spread(values: Tensor, like: Any) -> Any:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    whole = DTensor.from_local(values.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    spread = whole.redistribute(mesh, like.placements)
+    return spread if values.device == spread.device else spread.to(values.device)
+
+
+def gather(tensors: Sequence[Any]) -> list[Tensor]:
+    """The whole of every tensor; those that are not sharded as they are.
+
+    All processes must call it together. What is sharded by rows, as FSDP2 does, takes one exchange between the
+    processes for all tensors of one dtype.
+    """
+    with zero.whole(tensors):
+        whole = [t.detach().clone() if hasattr(t, "ds_id") else t for t in tensors]
+    together: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            dimension = _sharded_by_rows(tensor)
+            if dimension is None:
+                whole[place] = tensor.full_tensor()
+            else:
+                key = (tensor.device_mesh.get_group(dimension), tensor.dtype, tensor.device)
+                together.setdefault(key, []).append(place)
+    for (group, _, _), places in together.items():
+        for place, tensor in zip(places, _gather_rows([tensors[p] for p in places], group), strict=True):
+            whole[place] = tensor
+    return whole
+
+
+def _sharded_by_rows(tensor: Any) -> int | None:
+    """The mesh dimension over which a DTensor's rows are shared out; None if it is laid out another way."""
+    from torch.distributed.tensor import Shard
+
+    others = [number for number, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    by_rows = len(others) == 1 and type(tensor.placements[others[0]]) is Shard
+    return others[0] if by_rows and tensor.placements[others[0]].dim == 0 else None
+
+
+def _gather_rows(tensors: list[Any], group: Any) -> list[Tensor]:
+    size = torch.distributed.get_world_size(group)
+    # Process k has rows k * n to (k + 1) * n of each tensor, n being its rows divided by the processes, rounded up.
+    shares = [-(-tensor.shape[0] // size) for tensor in tensors]
+    widths = [tensor.shape[1:].numel() for tensor in tensors]
+    rows = [
+        [min(max(tensor.shape[0] - k * n, 0), n) for tensor, n in zip(tensors, shares, strict=True)]
+        for k in range(size)
+    ]
+    counts = [[n * width for n, width in zip(own, widths, strict=True)] for own in rows]
+    held = torch.cat([local(tensor).detach().reshape(-1) for tensor in tensors])
+    longest = max(map(sum, counts))
+    device = tensors[0].device_mesh.device_type  # parameters may be offloaded to the CPU
+    sent = torch.nn.functional.pad(held, (0, longest - held.numel())).to(device)
+    received = sent.new_empty(size * longest)
+    torch.distributed.all_gather_into_tensor(received, sent, group=group)
+    parts = [
+        part[: sum(own)].split(own) for part, own in zip(received.view(size, longest), counts, strict=True)
+    ]
+    return [
+        torch.cat([parts[k][place] for k in range(size)]).view(tensor.shape)
+        for place, tensor in enumerate(tensors)
+    ]
+
+
+def only_makes_state() -> bool:
+    """Whether the optimizer steps only so that its state exists: sharded checkpoints do that before loading."""
+    checkpoints: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    makes_state = getattr(checkpoints, "_init_optim_state", None)
+    return makes_state is not None and running(makes_state)
