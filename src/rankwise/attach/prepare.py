@@ -63,7 +63,8 @@ def prepare_model_for_kbit_training(
     if _quantization_method(model) not in _KEEP_DTYPES:
         _widen(model)
     if use_gradient_checkpointing:
-        _enable_gradient_checkpointing(model, dict(gradient_checkpointing_kwargs or {}))
+        enable_checkpointing(model, dict(gradient_checkpointing_kwargs or {}))
+        let_inputs_require_grad(model)
     return model
 
 
@@ -119,18 +120,28 @@ def _check_can_checkpoint(model: Any) -> None:
         )
 
 
-def _enable_gradient_checkpointing(model: Any, options: dict[str, Any]) -> None:
-    modern = getattr(model, "activation_checkpointing_enable", None)  # newer Transformers' name for the same
-    if modern is not None:
-        modern(activation_checkpointing_kwargs=options or None)
-    elif "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None)
-    else:
-        if options:
-            warnings.warn(
-                f"{type(model).__name__}.gradient_checkpointing_enable takes no arguments, so "
-                f"`gradient_checkpointing_kwargs={options!r}` is left out.",
-                stacklevel=3,
-            )
-        model.gradient_checkpointing_enable()
-    let_inputs_require_grad(model)
+def checkpointing_name(owner: Any, ending: str = "") -> str:
+    """What a model or Transformers' arguments call gradient checkpointing: newer ones say activation checkpointing.
+
+    Example:
+        >>> checkpointing_name(torch.nn.Linear(2, 2))
+        'gradient_checkpointing'
+    """
+    new = "activation_checkpointing"
+    return new if hasattr(owner, f"{new}{ending}") else "gradient_checkpointing"
+
+
+def enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
+    """Switch a Transformers model's gradient checkpointing on, with ``options`` for PyTorch's ``checkpoint``."""
+    name = checkpointing_name(model, "_enable")
+    enable = getattr(model, f"{name}_enable")
+    if f"{name}_kwargs" in inspect.signature(enable).parameters:
+        enable(**{f"{name}_kwargs": options or None})
+        return
+    if options:
+        warnings.warn(
+            f"{type(model).__name__}.{name}_enable takes no arguments, so "
+            f"`gradient_checkpointing_kwargs={options!r}` is left out.",
+            stacklevel=3,
+        )
+    enable()

@@ -98,6 +98,17 @@ class BudgetSchedule:
             return Phase.WARMUP
         return Phase.PRUNING if step <= self.last_allocation else Phase.FINAL
 
+    def phases(self) -> dict[Phase, tuple[int, int]]:
+        """The phases that have any steps, each with its first and its last step.
+
+        Example:
+            >>> phases = BudgetSchedule(tinit=0, tfinal=3, total_step=10).phases()
+            >>> {str(phase): steps for phase, steps in phases.items()}
+            {'pruning': (1, 7), 'final': (8, 10)}
+        """
+        ends = (0, self.tinit, self.last_allocation, self.total_step)
+        return {phase: (ends[n] + 1, ends[n + 1]) for n, phase in enumerate(Phase) if ends[n] < ends[n + 1]}
+
     def budget(self, step: int, initial: int, target: int) -> int:
         """How many triplets may stay after step ``step``.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,8 +18,6 @@ from rankwise.model.named import NamesAdapters
 from rankwise.parallel import zero
 from rankwise.parallel.processes import all_wait_for_this, writes_files
 from rankwise.parallel.sharded import shared_out
-
-_CHECKPOINT = re.compile(r"checkpoint-\d+")  # what Transformers and others call a folder to go on from
 
 
 class StoresAdapters(NamesAdapters):
@@ -103,7 +100,7 @@ class StoresAdapters(NamesAdapters):
         state.setdefault(
             storage.EXTRA_STATE, self.get_extra_state()
         )  # DeepSpeed leaves it out of what it gathers
-        checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
+        checkpoint = storage.checkpoint_step(folder) is not None
         if controller is not None and not checkpoint:
             controller.tell_if_unfinished()
         if training_state is None:

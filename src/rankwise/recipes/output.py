@@ -11,7 +11,6 @@ checkpoint-500/        what resuming needs
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,8 +22,8 @@ from rankwise.files.atomic import write_file
 from rankwise.recipes.errors import RecipeError
 from rankwise.recipes.places import find_place
 from rankwise.recipes.recipe import BaseRecipe
+from rankwise.storage import checkpoint_step
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # The last file of a checkpoint that Transformers writes, and others that it can't do without.
 _NEEDED = (
     "trainer_state.json",
@@ -96,11 +95,9 @@ class Output:
     def checkpoints(self) -> Iterator[Path]:
         """The checkpoint folders, whole or not, the newest first."""
         if self.folder.is_dir():
-            found = (
-                (path, _CHECKPOINT.fullmatch(path.name)) for path in self.folder.iterdir() if path.is_dir()
-            )
-            steps = {path: int(match[1]) for path, match in found if match}
-            yield from sorted(steps, key=steps.__getitem__, reverse=True)
+            found = ((checkpoint_step(path), path) for path in self.folder.iterdir() if path.is_dir())
+            steps = [(step, path) for step, path in found if step is not None]
+            yield from (path for _, path in sorted(steps, reverse=True))
 
     def newest_checkpoint(self) -> tuple[Path | None, list[Path]]:
         """The newest whole checkpoint, and newer ones that were cut short while they were written."""

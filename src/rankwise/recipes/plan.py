@@ -81,7 +81,7 @@ class Plan:
                 "tinit": schedule.tinit,
                 "tfinal": schedule.tfinal,
                 "deltaT": schedule.deltaT,
-                "phases": {name: list(steps) for name, steps in phase_steps(schedule)},
+                "phases": {str(phase): list(steps) for phase, steps in schedule.phases().items()},
             },
             "total_step": self.total_step,
             "layers": self.layers,
@@ -294,18 +294,3 @@ def attach(recipe: BaseRecipe, model: Any, total_step: int) -> tuple[Any, Any]:
         return rankwise.get_peft_model(model, config), config
     except ValueError as error:  # a TypeError would be a fault of ours
         raise RecipeError([Problem("adapter", str(error))], str(recipe.source)) from error
-
-
-def phase_steps(schedule: BudgetSchedule) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The phases that have any steps, each with its first and its last step.
-
-    Example:
-        >>> list(phase_steps(BudgetSchedule(tinit=0, tfinal=3, total_step=10)))
-        [('pruning', (1, 7)), ('final', (8, 10))]
-    """
-    ends = (
-        ("warm-up", 1, schedule.tinit),
-        ("pruning", schedule.tinit + 1, schedule.last_allocation),
-        ("final", schedule.last_allocation + 1, schedule.total_step),
-    )
-    return ((name, (first, last)) for name, first, last in ends if first <= last)

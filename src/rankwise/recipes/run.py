@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.attach.prepare import checkpointing_name
 from rankwise.recipes.errors import Problem, RecipeError
 from rankwise.recipes.interrupt import Interruption
 from rankwise.recipes.memory.estimate import Memory
@@ -186,14 +187,9 @@ def training_arguments(recipe: BaseRecipe, total_step: int, folder: Path, traine
 
     fields = recipe.training.model_dump()
     fields.pop("num_train_epochs")
-    checkpointing = fields.pop("gradient_checkpointing")
-    if checkpointing:
-        name = (
-            "gradient"
-            if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__
-            else "activation"
-        )
-        fields |= {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+    if fields.pop("gradient_checkpointing"):
+        name = checkpointing_name(TrainingArguments)
+        fields |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     share = fields["warmup_steps"]
     fields |= {
         "output_dir": str(folder),

@@ -24,7 +24,14 @@ from rankwise.report.grid import grid_position, kind_order
 from rankwise.report.header import check_folder, read_config, read_header
 from rankwise.run.history import RankHistory
 from rankwise.run.summary import LayerRank, RankSummary
-from rankwise.storage import HISTORY_NAME, OWNED, PREFIX, TRAINING_STATE_NAME, WEIGHTS_NAME
+from rankwise.storage import (
+    HISTORY_NAME,
+    OWNED,
+    PREFIX,
+    TRAINING_STATE_NAME,
+    WEIGHTS_NAME,
+    checkpoint_step,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -237,7 +244,7 @@ def _history(folder: Path, layers: list[InspectedLayer]) -> tuple[RankHistory | 
 
 
 def _checkpoint(folder: Path) -> Checkpoint | None:
-    named = re.fullmatch(r"checkpoint-(\d+)", folder.absolute().name)
+    named = checkpoint_step(folder.absolute())
     path = folder / "trainer_state.json"
     if named is None and not path.is_file():
         return None
@@ -248,7 +255,7 @@ def _checkpoint(folder: Path) -> Checkpoint | None:
     state = state if isinstance(state, dict) else {}
     step, total, epoch = (state.get(name) for name in ("global_step", "max_steps", "epoch"))
     return Checkpoint(
-        step if isinstance(step, int) else int(named[1]) if named else None,
+        step if isinstance(step, int) else named,
         total if isinstance(total, int) and total > 0 else None,
         float(epoch) if isinstance(epoch, (int, float)) and math.isfinite(epoch) else None,
     )

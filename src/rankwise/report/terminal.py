@@ -89,19 +89,19 @@ class _BudgetChart:
 
     def _phases(self, margin: int) -> Iterator[Text]:
         """A line for each phase that has steps: which ones, and what happens to the budget."""
-        schedule, last = self.schedule, self.schedule.last_allocation
+        schedule = self.schedule
         every = "every step" if schedule.deltaT == 1 else f"every {schedule.deltaT:,} steps"
         falls = f"{self.initial:,} → {self.target:,}, chosen anew {every}"
         fixed = f"{self.initial:,}, nothing to prune"
-        for phase, first, end, said in (
-            (Phase.WARMUP, 1, schedule.tinit, f"{self.initial:,}, every rank trains"),
-            (Phase.PRUNING, schedule.tinit + 1, last, falls if self.target < self.initial else fixed),
-            (Phase.FINAL, last + 1, schedule.total_step, f"{self.target:,}, the choice is fixed"),
-        ):
-            if first <= end:
-                span = f"step {first:,}" if first == end else f"steps {first:,} to {end:,}"
-                line = Text(" " * (margin + 1)).append("■ ", _PHASE_STYLES[phase])
-                yield line.append(f"{phase!s:<8}", "bold").append(f" {span}: {said}")
+        said = {
+            Phase.WARMUP: f"{self.initial:,}, every rank trains",
+            Phase.PRUNING: falls if self.target < self.initial else fixed,
+            Phase.FINAL: f"{self.target:,}, the choice is fixed",
+        }
+        for phase, (first, last) in schedule.phases().items():
+            span = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+            line = Text(" " * (margin + 1)).append("■ ", _PHASE_STYLES[phase])
+            yield line.append(f"{phase!s:<8}", "bold").append(f" {span}: {said[phase]}")
 
 
 def rank_table(summary: RankSummary) -> _RankTable:

@@ -20,6 +20,7 @@ from rankwise.storage.names import (
     PREFIX,
     TRAINING_STATE_NAME,
     WEIGHTS_NAME,
+    checkpoint_step,
 )
 from rankwise.storage.read import AdapterFile, read_adapter
 from rankwise.storage.training import plan_from_training_state, prepare_training_state, trains_more
@@ -35,6 +36,7 @@ __all__ = [
     "TRAINING_STATE_NAME",
     "WEIGHTS_NAME",
     "AdapterFile",
+    "checkpoint_step",
     "embedding_keys",
     "gathered_state",
     "plan_from_file",

@@ -1,10 +1,11 @@
-"""Hold out examples for evaluation: the same ones on every machine, every label in its proportion."""
+"""Hold out examples for evaluation, the same ones on every machine, every label in its proportion; and order them."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 
 def mixed_order(labels: Sequence[Hashable], seed: int) -> list[int]:
@@ -30,6 +31,12 @@ def mixed_order(labels: Sequence[Hashable], seed: int) -> list[int]:
         place[row] = (seen[labels[row]] + 0.5) / count[labels[row]]
         seen[labels[row]] += 1
     return sorted(order, key=place.__getitem__)
+
+
+def shortest_first(examples: Any, column: str = "input_ids") -> Any:
+    """A dataset by length, so that batches hold little padding; for evaluation, whose result knows no order."""
+    lengths = list(map(len, examples[column]))
+    return examples.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
 def split_sizes(rows: int, held_out: float | int | str, train_size: int | None) -> tuple[int, int]:

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rankwise.attach.prepare import enable_checkpointing
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make within it, while they live.
@@ -88,7 +90,7 @@ class FakeRun:
         """
         self.model.train()
         if checkpointing:
-            _enable_checkpointing(self.model)
+            enable_checkpointing(self.model, {"use_reentrant": False})
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         with self._fake, LiveBytes(self._known) as live:
             if accumulates:
@@ -119,13 +121,6 @@ class FakeRun:
         with torch.autocast("cpu", dtype=self.autocast):
             loss = convert_outputs_to_fp32(self.model.forward)(**inputs).loss  # as Accelerate does
         return loss
-
-
-def _enable_checkpointing(model: Any) -> None:
-    modern = hasattr(model, "activation_checkpointing_enable")  # newer Transformers' name for the same
-    name = "activation" if modern else "gradient"
-    enable = getattr(model, f"{name}_checkpointing_enable")
-    enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
 
 
 def _without_numbers(model: nn.Module, fake: FakeTensorMode) -> list[Tensor]:

@@ -25,6 +25,7 @@ from rankwise.recipes.data.rows import (
     read_tables,
     rows_with_text,
 )
+from rankwise.recipes.data.splits import shortest_first
 from rankwise.recipes.data.tables import Table, quiet_datasets
 from rankwise.recipes.errors import Problem, RecipeError, raise_problems
 from rankwise.recipes.memory.batches import longest, text_batch
@@ -190,16 +191,13 @@ def trainer_arguments(
     length = token_limit(recipe.data.max_length, processor, model.config)
     train, cut_in_train = _tokens(data.train, processor, length)
     evaluation, cut_in_evaluation = _tokens(data.evaluation, processor, length)
-    # By length, so that a batch holds little padding: the order does not change the metrics.
-    lengths = [len(ids) for ids in evaluation["input_ids"]]
-    evaluation = evaluation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
     cut, all_rows = cut_in_train + cut_in_evaluation, len(train) + len(evaluation)
     notes = (
         [f"{cut:,} of {all_rows:,} texts reach {length} tokens; what is beyond is not read."] if cut else []
     )
     return {
         "train_dataset": train,
-        "eval_dataset": evaluation,
+        "eval_dataset": shortest_first(evaluation),
         "processing_class": processor,
         "compute_metrics": regression_metrics if recipe.is_regression else classification_metrics,
     }, notes

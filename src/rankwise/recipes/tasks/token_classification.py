@@ -31,6 +31,7 @@ from rankwise.recipes.data.rows import (
     listed_rows,
     read_tables,
 )
+from rankwise.recipes.data.splits import shortest_first
 from rankwise.recipes.data.tables import Table, column_problems, read_table
 from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
 from rankwise.recipes.memory.batches import longest, text_batch
@@ -287,12 +288,9 @@ def trainer_arguments(
     notes = []
     if not has_entities(names):
         notes = ["The tags are no beginnings and insides of entities (B-…, I-…): only accuracy is measured."]
-    # By length, so that a batch holds little padding: the order does not change the metrics.
-    lengths = [len(ids) for ids in data.evaluation["input_ids"]]
-    evaluation = data.evaluation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
     return {
         "train_dataset": data.train,
-        "eval_dataset": evaluation,
+        "eval_dataset": shortest_first(data.evaluation),
         "processing_class": processor,
         "data_collator": DataCollatorForTokenClassification(processor),
         "compute_metrics": functools.partial(tag_metrics, names),

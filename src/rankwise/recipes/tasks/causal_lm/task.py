@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from rankwise.recipes.data.rows import RowsRecipe, check_sources, hold_out, read_tables
+from rankwise.recipes.data.splits import shortest_first
 from rankwise.recipes.errors import Problem
 from rankwise.recipes.memory.batches import text_batch
 from rankwise.recipes.models import (
@@ -147,13 +148,10 @@ def trainer_arguments(
 
     from rankwise.recipes.tasks.causal_lm.trainer import LanguageTrainer
 
-    # By length, so that a batch holds little padding: the order does not change the metrics.
-    lengths = [len(ids) for ids in data.evaluation["input_ids"]]
-    evaluation = data.evaluation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
     return {
         "trainer": LanguageTrainer,
         "train_dataset": data.train,
-        "eval_dataset": evaluation,
+        "eval_dataset": shortest_first(data.evaluation),
         "processing_class": processor,
         "data_collator": DataCollatorForSeq2Seq(processor),
         "compute_metrics": perplexity_metrics,
