@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from rankwise.adapters.conv import Conv2dAdapters
-from rankwise.adapters.embedding import EmbeddingAdapters
 from rankwise.adapters.inplace import add_methods, has_forward_of_its_own, remove_methods
+from rankwise.adapters.kinds import KINDS, adapters_for, factor_name, kinds_in_words
 from rankwise.adapters.layer import AdapterLayer
-from rankwise.adapters.linear import Conv1DAdapters, LinearAdapters
-from rankwise.adapters.quantized import quantized_adapters_for
 
-__all__ = ["AdapterLayer", "adapters_for", "prepare_layer", "restore_layer"]
-
-
-def adapters_for(layer: nn.Module) -> type[AdapterLayer] | None:
-    """The mixin that adapts this kind of layer, or None if there is none."""
-    if quantized := quantized_adapters_for(layer):
-        return quantized
-    if isinstance(layer, nn.Linear):
-        return LinearAdapters
-    if isinstance(layer, nn.Conv2d):
-        return Conv2dAdapters
-    if isinstance(layer, nn.Embedding):
-        return EmbeddingAdapters
-    if type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils":
-        return Conv1DAdapters
-    return None
+__all__ = [
+    "KINDS",
+    "AdapterLayer",
+    "adapters_for",
+    "factor_name",
+    "kinds_in_words",
+    "prepare_layer",
+    "restore_layer",
+]
 
 
 def prepare_layer(layer: nn.Module) -> AdapterLayer:

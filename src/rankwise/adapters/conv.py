@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.layer import AdapterLayer
@@ -18,21 +18,46 @@ class Conv2dAdapters(AdapterLayer):
     all input channels, B a grouped one with (d_out, r / groups); such an adapter can't be merged.
     """
 
-    def adapter_widths(self, lora_groups: bool) -> tuple[int, int]:
-        channels: int = self.in_channels if lora_groups else self.in_channels // self.groups  # type: ignore
-        height, width = self.kernel_size  # type: ignore[misc]
-        return channels * height * width, self.out_channels  # type: ignore[return-value]
+    called = "Conv2d"
+    file_dims = 4
 
-    def adapter_columns_of_B(self, rank: int, lora_groups: bool) -> int:
-        groups: int = self.groups  # type: ignore[assignment]
-        if not lora_groups:
-            return rank
-        if rank % groups:
+    @classmethod
+    def adapts(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Conv2d)
+
+    @classmethod
+    def factor_shapes(cls, layer: Any, rank: int, adalora: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+        height, width = layer.kernel_size
+        if adalora:
+            d_in = layer.in_channels // layer.groups * height * width
+            return (rank, d_in), (layer.out_channels, rank)
+        if rank % layer.groups:
             raise ValueError(
-                f"A Conv2d with groups={groups} takes a LoRA rank divisible by its groups, but r={rank}. "
+                f"A Conv2d with groups={layer.groups} takes a LoRA rank divisible by its groups, but r={rank}. "
                 "Set another rank for it in `rank_pattern`, or leave it out with `exclude_modules`."
             )
-        return rank // groups
+        return (rank, layer.in_channels * height * width), (layer.out_channels, rank // layer.groups)
+
+    def to_file(self, factor: str, tensor: Tensor, adalora: bool) -> Tensor:
+        """Plain LoRA's factors are kernels: A (r, channels, height, width), B (d_out, r / groups, 1, 1)."""
+        if adalora:
+            return tensor
+        kernel: Any = self.kernel_size if factor == "A" else (1, 1)
+        return tensor.view(tensor.shape[0], -1, *kernel)
+
+    @classmethod
+    def from_file(cls, factor: str, tensor: Tensor) -> Tensor:
+        return tensor.flatten(1)
+
+    def as_lora(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Every group gets its own k rows of a dense A, which are 0 for the channels of other groups."""
+        groups: int = self.groups  # type: ignore[assignment]
+        if groups == 1:
+            return A, B
+        dense = A.new_zeros(groups, len(A), groups, A.shape[1])
+        for group in range(groups):
+            dense[group, :, group] = A
+        return dense.reshape(groups * len(A), -1), B
 
     def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
         """``output`` plus the adapter's output for ``x`` (batch, in_channels, height, width)."""

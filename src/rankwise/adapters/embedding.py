@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,8 +13,21 @@ from rankwise.adapters.layer import AdapterLayer
 class EmbeddingAdapters(AdapterLayer):
     """For ``nn.Embedding``: weight (entries, d_out); A is (r, entries), B (d_out, r)."""
 
-    def adapter_widths(self, lora_groups: bool) -> tuple[int, int]:
-        return self.num_embeddings, self.embedding_dim  # type: ignore[return-value]
+    called = "Embedding"
+    file_prefix = "lora_embedding_"
+    base_in_file = True  # as PEFT writes it when the vocabulary was resized
+
+    @classmethod
+    def adapts(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Embedding)
+
+    @classmethod
+    def factor_shapes(cls, layer: Any, rank: int, adalora: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (rank, layer.num_embeddings), (layer.embedding_dim, rank)
+
+    @classmethod
+    def file_name(cls, path: str, factor: str, adalora: bool) -> str:
+        return f"{path}.lora_{factor}" if factor == "E" else f"{path}.{cls.file_prefix}{factor}"
 
     def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
         """``output`` (..., d_out) plus the adapter's output for the indices ``x`` (...)."""
@@ -23,7 +38,8 @@ class EmbeddingAdapters(AdapterLayer):
     def shape_like_weight(self, delta: Tensor) -> Tensor:
         return delta.T
 
-    def reset_factors(self, A: Tensor, B: Tensor, gaussian: bool) -> None:
+    @classmethod
+    def reset_factors(cls, A: Tensor, B: Tensor, gaussian: bool) -> None:
         """An embedding starts with A = 0 and B normal, as its A is looked up and not multiplied."""
         nn.init.zeros_(A)
         nn.init.normal_(B)

@@ -7,6 +7,10 @@ An adapted layer is the base layer itself, given a subclass in place: its weight
 
 and its output is that of the base layer plus ``scaling * B diag(E) A`` applied to the input. For a convolution
 d_in is ``in_channels * kernel height * kernel width``, for an embedding the number of entries.
+
+A new kind of base layer is a subclass of `AdapterLayer` in a file of its own, and a line in ``KINDS``. The class says
+which layers it adapts, which shapes their factors have, what they are called in a file, and how they act. What is
+asked of layers that are not adapted yet takes the layer as an argument.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from rankwise.parallel.ddp import note_use, take_part
 
 
 class AdapterLayer(InPlace, nn.Module):
-    """Base of the mixins, one for each kind of base layer. `attach` prepares the attributes; see the module."""
+    """Base of the mixins, one for each kind of base layer. `prepare` makes the attributes; see the module."""
 
     lora_A: nn.ParameterDict
     lora_B: nn.ParameterDict
@@ -35,7 +39,12 @@ class AdapterLayer(InPlace, nn.Module):
     adapters_enabled: bool
     before_merge: Any  # the packed weight that `unmerge` puts back, while something is merged into it
 
+    called: ClassVar[str]  # what messages call such layers
+    in_all_linear: ClassVar[bool] = False  # whether `target_modules="all-linear"` means it
     requantizes: ClassVar[bool] = False  # merging unpacks the base weight and packs it again, which rounds it
+    file_prefix: ClassVar[str] = "lora_"  # of A and B in a file
+    file_dims: ClassVar[int] = 2  # dimensions of plain LoRA's A and B in a file
+    base_in_file: ClassVar[bool] = False  # whether a file may hold its base weight, too
 
     _own_attributes: ClassVar[tuple[str, ...]] = (
         *("lora_A", "lora_B", "lora_E", "scaling", "dropout_rate", "kept"),
@@ -58,13 +67,24 @@ class AdapterLayer(InPlace, nn.Module):
 
     # What a kind of base layer says of itself.
 
-    def adapter_widths(self, lora_groups: bool) -> tuple[int, int]:
-        """(d_in, d_out) of the factors; ``lora_groups``: as plain LoRA lays out a grouped convolution."""
+    @classmethod
+    def adapts(cls, layer: nn.Module) -> bool:
+        """Whether ``layer`` is of this kind."""
         raise NotImplementedError
 
-    def adapter_columns_of_B(self, rank: int, lora_groups: bool) -> int:
-        """Columns of B for ``rank`` rows of A: the same, but for grouped convolutions in plain LoRA."""
-        return rank
+    @classmethod
+    def factor_shapes(cls, layer: Any, rank: int, adalora: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of A and B at rank ``rank``: (r, d_in) and (d_out, r), unless plain LoRA has another layout.
+
+        Raises:
+            ValueError: the layer can't have this rank.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def rank_of(cls, layer: Any, A: Tensor) -> int:
+        """The rank at which `factor_shapes` gives A its rows."""
+        return len(A)
 
     def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
         """``output`` plus adapter ``name``'s output for the input ``x``."""
@@ -74,13 +94,34 @@ class AdapterLayer(InPlace, nn.Module):
         """A (d_out, d_in) matrix in the shape of the base weight."""
         return delta
 
-    def reset_factors(self, A: Tensor, B: Tensor, gaussian: bool) -> None:
+    @classmethod
+    def reset_factors(cls, A: Tensor, B: Tensor, gaussian: bool) -> None:
         """Plain LoRA's start: B = 0 and A Kaiming-uniform, or normal with deviation 1/r if ``gaussian``."""
         if gaussian:
             nn.init.normal_(A, std=1 / max(A.shape[0], 1))
         elif A.numel():
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         nn.init.zeros_(B)
+
+    # What a file in PEFT's format calls the factors, and how it lays them out.
+
+    @classmethod
+    def file_name(cls, path: str, factor: str, adalora: bool) -> str:
+        """The name of ``factor`` ("A", "B" or "E") of the layer at ``path``."""
+        return f"{path}.lora_{factor}" if adalora else f"{path}.lora_{factor}.weight"
+
+    def to_file(self, factor: str, tensor: Tensor, adalora: bool) -> Tensor:
+        """A factor as a file has it."""
+        return tensor
+
+    @classmethod
+    def from_file(cls, factor: str, tensor: Tensor) -> Tensor:
+        """A factor as a layer has it: what `to_file` was given."""
+        return tensor
+
+    def as_lora(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """AdaLoRA's A and B, with E folded in, in plain LoRA's layout."""
+        return A, B
 
     # Adapters.
 

@@ -15,8 +15,16 @@ from rankwise.adapters.layer import AdapterLayer
 class LinearAdapters(AdapterLayer):
     """For ``nn.Linear``: weight (d_out, d_in)."""
 
-    def adapter_widths(self, lora_groups: bool) -> tuple[int, int]:
-        return self.in_features, self.out_features  # type: ignore[return-value]
+    called = "Linear"
+    in_all_linear = True
+
+    @classmethod
+    def adapts(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear)
+
+    @classmethod
+    def factor_shapes(cls, layer: Any, rank: int, adalora: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (rank, layer.in_features), (layer.out_features, rank)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self._fusable(x)
@@ -61,9 +69,17 @@ class LinearAdapters(AdapterLayer):
 class Conv1DAdapters(LinearAdapters):
     """For ``transformers.pytorch_utils.Conv1D``: weight (d_in, d_out)."""
 
-    def adapter_widths(self, lora_groups: bool) -> tuple[int, int]:
-        weight: Tensor = self.weight  # type: ignore[assignment]  # asked of layers that are not adapted yet, too
-        return weight.shape[0], weight.shape[1]
+    called = "Transformers' Conv1D"
+
+    @classmethod
+    def adapts(cls, layer: nn.Module) -> bool:
+        kind = type(layer)
+        return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+    @classmethod
+    def factor_shapes(cls, layer: Any, rank: int, adalora: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+        d_in, d_out = layer.weight.shape
+        return (rank, d_in), (d_out, rank)
 
     def shape_like_weight(self, delta: Tensor) -> Tensor:
         return delta.T

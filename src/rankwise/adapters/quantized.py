@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.layer import AdapterLayer, cant_merge_into
+from rankwise.adapters.layer import cant_merge_into
 from rankwise.adapters.linear import LinearAdapters
 
 
@@ -21,6 +21,10 @@ class Bnb4bitAdapters(LinearAdapters):
     weight: Any
 
     requantizes = True
+
+    @classmethod
+    def adapts(cls, layer: nn.Module) -> bool:
+        return _is_bitsandbytes(layer, "Linear4bit")
 
     def base_weight(self) -> Tensor:
         import bitsandbytes
@@ -56,6 +60,10 @@ class Bnb8bitAdapters(LinearAdapters):
     weight: Any
 
     requantizes = True
+
+    @classmethod
+    def adapts(cls, layer: nn.Module) -> bool:
+        return _is_bitsandbytes(layer, "Linear8bitLt")
 
     def base_weight(self) -> Tensor:
         import bitsandbytes
@@ -104,6 +112,11 @@ class Bnb8bitAdapters(LinearAdapters):
 class PackedLinearAdapters(LinearAdapters):
     """For linear layers that hold no ``weight`` but packed numbers in ``qweight``, as GPTQ's and AWQ's do."""
 
+    @classmethod
+    def adapts(cls, layer: nn.Module) -> bool:
+        widths = getattr(layer, "in_features", None)
+        return isinstance(getattr(layer, "qweight", None), Tensor) and isinstance(widths, int)
+
     def _fusable(self, x: Tensor) -> str | None:
         return None
 
@@ -113,18 +126,10 @@ class PackedLinearAdapters(LinearAdapters):
             raise ValueError(cant_merge_into(self._original_class.__name__))
 
 
-def quantized_adapters_for(layer: nn.Module) -> type[AdapterLayer] | None:
-    """The mixin for a quantized layer, or None if it is none that needs one of its own."""
-    kinds = {cls.__name__ for cls in type(layer).__mro__ if cls.__module__.startswith("bitsandbytes.")}
-    if "Linear4bit" in kinds:
-        return Bnb4bitAdapters
-    if "Linear8bitLt" in kinds:
-        return Bnb8bitAdapters
-    if isinstance(getattr(layer, "qweight", None), Tensor) and isinstance(
-        getattr(layer, "in_features", None), int
-    ):
-        return PackedLinearAdapters
-    return None
+def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
+    return any(
+        cls.__name__ == name and cls.__module__.startswith("bitsandbytes.") for cls in type(layer).__mro__
+    )
 
 
 # On CPUs with AVX512-BF16, evaluation makes bitsandbytes lay 4-bit weights out in another way, through which no

@@ -229,24 +229,23 @@ def _start(layer: nn.Module, config: LoraConfig, path: str) -> Factors:
         raise ValueError(f"{path!r} is a {type(layer).__name__}, which can't be adapted.")
     adalora = isinstance(config, AdaLoraConfig)
     rank = config.init_r if adalora else pattern_value(config.rank_pattern or {}, path, config.r)  # type: ignore
-    d_in, d_out = mixin.adapter_widths(layer, lora_groups=not adalora)  # type: ignore[arg-type]
-    _check_rank(rank, d_in, d_out, path)
-    columns = mixin.adapter_columns_of_B(layer, rank, lora_groups=not adalora)  # type: ignore[arg-type]
+    shape_A, shape_B = mixin.factor_shapes(layer, rank, adalora)
+    _check_rank(rank, shape_A[1], shape_B[0], path)
     options = factor_options(layer)
-    A, B = torch.empty(rank, d_in, **options), torch.empty(d_out, columns, **options)
+    A, B = torch.empty(shape_A, **options), torch.empty(shape_B, **options)
     scaling = base_scaling(config, path, rank)
     if not adalora:
         gaussian = config.init_lora_weights == "gaussian"
-        mixin.reset_factors(layer, A, B, gaussian)  # type: ignore[arg-type]
+        mixin.reset_factors(A, B, gaussian)
         if config.init_lora_weights is False:
             nn.init.normal_(A, std=1 / rank)
             nn.init.normal_(B, std=1 / rank)
         return Factors(A, B, None, scaling)
     if config.gated:
-        mixin.reset_factors(layer, A, B, gaussian=False)  # type: ignore[arg-type]
-        return Factors(A, B, torch.full((rank, 1), gate(config), **options), scaling)  # type: ignore[arg-type]
+        mixin.reset_factors(A, B, gaussian=False)
+        return Factors(A, B, torch.full((len(A), 1), gate(config), **options), scaling)  # type: ignore[arg-type]
     deviation = ADALORA_STD if config.init_lora_weights else 1.0
-    E = torch.zeros(rank, 1, **options) if config.init_lora_weights else torch.randn(rank, 1, **options)
+    E = torch.zeros(len(A), 1, **options) if config.init_lora_weights else torch.randn(len(A), 1, **options)
     return Factors(A.normal_(std=deviation), B.normal_(std=deviation), E, scaling)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from rankwise.adapters import AdapterLayer, adapters_for
+from rankwise.adapters import AdapterLayer, adapters_for, kinds_in_words
 from rankwise.adapters.saved import SavedModule
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.config.suggest import suggestion
@@ -36,7 +36,6 @@ _HEADS: Mapping[str, tuple[str, ...]] = {
 }
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-_SUPPORTED = "only Linear, Transformers' Conv1D, Conv2d and Embedding layers can be adapted"
 
 
 def _table(*rows: tuple[str, str]) -> dict[str, list[str] | str]:
@@ -241,7 +240,8 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return adapters_for(module) is not None and not isinstance(module, (nn.Conv2d, nn.Embedding))
+    kind = adapters_for(module)
+    return kind is not None and kind.in_all_linear
 
 
 def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
@@ -410,7 +410,10 @@ def _cannot_adapt(path: str, module: nn.Module, config: LoraConfig) -> str:
         name.rpartition(".")[2] for name, each in module.named_modules() if name and _is_linear(each)
     )
     if not inner:
-        return f"{path!r} is a {kind}: {_SUPPORTED}. Narrow `target_modules`, or use `exclude_modules`."
+        return (
+            f"{path!r} is a {kind}: only {kinds_in_words()} layers can be adapted. Narrow `target_modules`, or use "
+            "`exclude_modules`."
+        )
     names = [name for name, _ in inner.most_common(8)]
     if isinstance(config.target_modules, str):
         mend = f"make {config.target_modules!r} match only layers, for example r'.*\\.({'|'.join(names)})'"

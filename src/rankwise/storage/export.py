@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from rankwise.adapters import AdapterLayer
 from rankwise.attach.attachment import adapter_layers, base_scaling
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.files.atomic import write_folder
 from rankwise.model import PeftModel
-from rankwise.storage import OWNED, PREFIX, WEIGHTS_NAME, AdapterFile, read_adapter, read_model_adapter
+from rankwise.storage import OWNED, PREFIX, WEIGHTS_NAME, read_adapter, read_model_adapter
 
 
 def save_as_lora(
@@ -65,21 +66,24 @@ def save_as_lora(
     """
     if isinstance(adapter, PeftModel):
         file = read_model_adapter(adapter, adapter_name)
-        kernels = _kernels(adapter, adapter_name)
+        layers = adapter_layers(adapter, adapter_name)
     else:
-        file, kernels = read_adapter(Path(adapter)), {}
+        file, layers = read_adapter(Path(adapter)), {}
     if not isinstance(file.config, AdaLoraConfig):
         raise ValueError(f"{file.source} is a plain LoRA adapter already.")
-    factors = {path: _folded(file.config, path, own, kernels.get(path)) for path, own in file.factors.items()}
+    factors = {path: _folded(file.config, path, own, layers.get(path)) for path, own in file.factors.items()}
     factors = {path: (A, B) for path, (A, B) in factors.items() if len(A)}
     if not factors:
         raise ValueError(f"{file.source} has rank 0 in all layers, so there is nothing to export.")
     if pad:
-        factors = _padded(factors, kernels)
+        factors = _padded(factors)
     config = _lora_config(file.config, {path: len(A) for path, (A, _) in factors.items()}, dict(file.factors))
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in file.others.items()}
     for path, (A, B) in factors.items():
-        tensors |= _named(path, A.to(dtype or A.dtype), B.to(dtype or B.dtype), file, kernels.get(path))
+        for factor, tensor in (("A", A), ("B", B)):
+            made = layers[path].to_file(factor, tensor, adalora=False) if path in layers else tensor
+            name = file.kinds[path].file_name(path, factor, adalora=False)
+            tensors[PREFIX + name] = made.to(dtype or made.dtype)
 
     def write(folder: Path) -> None:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_NAME,
@@ -90,40 +94,16 @@ def save_as_lora(
     return config
 
 
-Kernel = tuple[int, int, int]  # height, width, groups of a convolution
-
-
-def _kernels(model: nn.Module, adapter: str) -> dict[str, Kernel]:
-    return {
-        path: (*layer.kernel_size, layer.groups)  # type: ignore[misc]
-        for path, layer in adapter_layers(model, adapter).items()
-        if isinstance(layer, nn.Conv2d)
-    }
-
-
 def _folded(
-    config: AdaLoraConfig, path: str, own: Mapping[str, Tensor], kernel: Kernel | None
+    config: AdaLoraConfig, path: str, own: Mapping[str, Tensor], layer: AdapterLayer | None
 ) -> tuple[Tensor, Tensor]:
     """A (k, d_in) with E and the scale in it, and B (d_out, k), of one layer."""
     A, B = own["A"] * (own["E"] * base_scaling(config, path, config.init_r)), own["B"]
-    groups = kernel[2] if kernel else 1
-    return (A, B) if groups == 1 else _ungrouped(A, B, kernel)  # type: ignore[arg-type]
+    return (A, B) if layer is None else layer.as_lora(A, B)
 
 
-def _ungrouped(A: Tensor, B: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """A grouped convolution's factors in plain LoRA's layout: every group has its own k rows of a dense A."""
-    height, width, groups = kernel
-    rank, channels = A.shape[0], A.shape[1] // (height * width)
-    dense = A.new_zeros(groups, rank, groups, channels, height * width)
-    for group in range(groups):
-        dense[group, :, group] = A.view(rank, channels, height * width)
-    return dense.reshape(groups * rank, -1), B
-
-
-def _padded(
-    factors: dict[str, tuple[Tensor, Tensor]], kernels: Mapping[str, Kernel]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    if any(kernel[2] > 1 for kernel in kernels.values()):
+def _padded(factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    if any(len(A) != B.shape[1] for A, B in factors.values()):
         raise ValueError("`pad` is not for adapters of grouped convolutions: export without it.")
     rank = max(len(A) for A, _ in factors.values())
 
@@ -160,11 +140,3 @@ def _lora_config(config: AdaLoraConfig, ranks: dict[str, int], adapted: dict[str
         revision=config.revision,
         inference_mode=True,
     )
-
-
-def _named(path: str, A: Tensor, B: Tensor, file: AdapterFile, kernel: Kernel | None) -> dict[str, Tensor]:
-    if path in file.embeddings:
-        return {f"{PREFIX}{path}.lora_embedding_A": A, f"{PREFIX}{path}.lora_embedding_B": B}
-    if kernel:
-        A, B = A.view(len(A), -1, *kernel[:2]), B[:, :, None, None]
-    return {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}

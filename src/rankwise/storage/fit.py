@@ -69,13 +69,15 @@ def _fit_rest(
 ) -> None:
     """Check single parameters: biases if ``config`` trains them, embeddings; any if there is no ``config``."""
     own = {plain_name(name): value for name, value in model.named_parameters(remove_duplicate=False)}
-    embeddings = [*output_embeddings(model), *(m for m in modules.values() if isinstance(m, nn.Embedding))]
+    outputs = {id(module) for module in output_embeddings(model)}
     for name, tensor in rest.items():
         if name not in own:
             raise ValueError(f"{file.source}: the model has no {name!r}.{suggestion(name, own)}")
         if own[name].shape != tensor.shape:
             raise ValueError(_shape_message(file, name, tensor, own[name].shape))
-        embeds = any(modules.get(name.rpartition(".")[0]) is each for each in embeddings)
+        module = modules.get(name.rpartition(".")[0], model)
+        kind = adapters_for(module)
+        embeds = id(module) in outputs or (kind is not None and kind.base_in_file)
         bias = config is not None and config.bias != "none" and name.endswith("bias")
         if (
             not (config is None or bias or embeds)
@@ -141,23 +143,24 @@ def _fit(
             f"{file.source} adapts {path!r}, but here it is a {type(layer).__name__}, which can't be."
         )
     adalora = isinstance(config, AdaLoraConfig)
-    A, B = factors["A"].flatten(1), factors["B"].flatten(1)
-    rank = A.shape[0]
-    if not adalora and rank != pattern_value(config.rank_pattern or {}, path, config.r):
+    found = {name: mixin.from_file(name, tensor) for name, tensor in factors.items()}
+    rows = len(found["A"])
+    rank = config.init_r if adalora else pattern_value(config.rank_pattern or {}, path, config.r)  # type: ignore
+    if not adalora and mixin.rank_of(layer, found["A"]) != rank:
         raise ValueError(
-            f"{file.source}: {path!r} has rank {rank}, but {CONFIG_NAME} gives it rank "
-            f"{pattern_value(config.rank_pattern or {}, path, config.r)} by `r` and `rank_pattern`."
+            f"{file.source}: {path!r} has rank {mixin.rank_of(layer, found['A'])}, but {CONFIG_NAME} gives it rank "
+            f"{rank} by `r` and `rank_pattern`."
         )
-    d_in, d_out = mixin.adapter_widths(layer, lora_groups=not adalora)  # type: ignore[arg-type]
-    columns = mixin.adapter_columns_of_B(layer, rank, lora_groups=not adalora)  # type: ignore[arg-type]
-    for name, tensor, shape in (("A", A, (rank, d_in)), ("B", B, (d_out, columns))):
-        if tensor.shape != shape:
-            raise ValueError(_shape_message(file, f"{path}.lora_{name}", tensor, shape))
-    if adalora and factors["E"].shape != (rank, 1):
-        raise ValueError(_shape_message(file, f"{path}.lora_E", factors["E"], (rank, 1)))
+    shape_A, shape_B = mixin.factor_shapes(layer, rank, adalora)
+    if adalora:  # cut to the triplets that stay
+        shape_A, shape_B = (rows, shape_A[1]), (shape_B[0], rows)
+    shapes = {"A": shape_A, "B": shape_B, "E": (rows, 1)}
+    for name, tensor in found.items():
+        if tensor.shape != shapes[name]:
+            raise ValueError(_shape_message(file, f"{path}.lora_{name}", tensor, shapes[name]))
     # Copies: what was read may still lie in the file, which somebody may change.
     options = {**factor_options(layer), "copy": True}
-    made = {name: tensor.to(**options) for name, tensor in {**factors, "A": A, "B": B}.items()}
+    made = {name: tensor.to(**options) for name, tensor in found.items()}
     for name, tensor in made.items():  # again: a number may have been too large for the dtype
         if tensor.dtype != factors[name].dtype:
             check_finite(file.source, f"{path}.lora_{name}", tensor)

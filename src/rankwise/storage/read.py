@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.adapters import KINDS, AdapterLayer, factor_name
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
 from rankwise.files.atomic import read_folder
 from rankwise.files.tensors import check_finite, read_pickle, read_tensor_file
@@ -25,8 +25,6 @@ from rankwise.storage.names import (
     WEIGHTS_NAME,
 )
 
-_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[ABE])(?:\.weight)?")
-
 
 @dataclass
 class AdapterFile:
@@ -36,7 +34,7 @@ class AdapterFile:
     config: LoraConfig
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> {"A": …, "B": …, "E": …}
     others: dict[str, Tensor] = field(default_factory=dict)  # biases and modules saved whole
-    embeddings: set[str] = field(default_factory=set)  # paths of factors that are an embedding's
+    kinds: dict[str, type[AdapterLayer]] = field(default_factory=dict)  # path -> as its names tell it
     history: RankHistory | None = None
     training: dict[str, Tensor] | None = None  # content of TRAINING_STATE_NAME
     training_source: str = ""
@@ -114,13 +112,13 @@ def sort_tensors(source: str, config: LoraConfig, tensors: Mapping[str, Tensor])
     file = AdapterFile(source, config)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        if match := _FACTOR.fullmatch(name):
-            own = file.factors.setdefault(match["path"], {})
-            if match["factor"] in own:
-                raise ValueError(f"{source} holds lora_{match['factor']} of {match['path']!r} twice.")
-            own[match["factor"]] = tensor
-            if match["embedding"]:
-                file.embeddings.add(match["path"])
+        if found := factor_name(name):
+            own = file.factors.setdefault(found.path, {})
+            if found.factor in own:
+                raise ValueError(f"{source} holds lora_{found.factor} of {found.path!r} twice.")
+            own[found.factor] = tensor
+            if found.factor != "E":
+                file.kinds[found.path] = found.kind
         else:
             file.others[name] = tensor
     return file
@@ -138,6 +136,7 @@ def check_factors(file: AdapterFile, cut: bool = True) -> None:
     """Check kinds, numbers and dimensions of the factors; if ``cut`` to `rank_pattern`, also the ranks."""
     adalora = isinstance(file.config, AdaLoraConfig)
     wanted = {"A", "B", "E"} if adalora else {"A", "B"}
+    dims = {2} if adalora else {kind.file_dims for kind in KINDS} | {2}
     if not file.factors and not file.others:
         raise ValueError(f"{file.source} holds no adapter tensors.")
     for path, factors in file.factors.items():
@@ -151,7 +150,7 @@ def check_factors(file: AdapterFile, cut: bool = True) -> None:
                 raise ValueError(
                     f"{file.source}: lora_{name} of {path!r} is {tensor.dtype}, not floating point."
                 )
-            if tensor.dim() != 2 and (adalora or tensor.dim() != 4):
+            if tensor.dim() not in dims:
                 raise ValueError(
                     f"{file.source}: lora_{name} of {path!r} should be a matrix, but has shape {tuple(tensor.shape)}."
                 )

@@ -95,12 +95,12 @@ def adapter_tensors(
     adalora = isinstance(config, AdaLoraConfig)
     for path, layer in layers.items():
         for key in layer.adapter_parameters(adapter):
+            factor = key.removeprefix("lora_")
             tensor = _portable(state[f"{path}.{key}.{adapter}"])
             if path in kept:
-                tensor = tensor[:, kept[path]] if key == "lora_B" else tensor[kept[path]]
-            tensors[_file_key(layer, path, key, adalora)] = _file_shape(
-                layer, key, tensor, adalora
-            ).contiguous()
+                tensor = tensor[:, kept[path]] if factor == "B" else tensor[kept[path]]
+            name = PREFIX + layer.file_name(path, factor, adalora)
+            tensors[name] = layer.to_file(factor, tensor, adalora).contiguous()
     for path, module in saved_modules(model).items():
         inside = f"{path}.modules_to_save.{adapter}."
         for name in module.modules_to_save[adapter].state_dict() if adapter in module.modules_to_save else ():
@@ -177,18 +177,6 @@ def _config_to_save(
         pattern = {f"{path}.lora_E": mask.tolist() + spare[path] for path, mask in kept.items()}
         changes["rank_pattern"] = pattern if pruned else None  # PEFT warns about every pattern that it reads
     return replace(config, **changes)
-
-
-def _file_key(layer: nn.Module, path: str, key: str, adalora: bool) -> str:
-    if isinstance(layer, nn.Embedding) and key != "lora_E":
-        return f"{PREFIX}{path}.{key.replace('lora_', 'lora_embedding_')}"
-    return f"{PREFIX}{path}.{key}" if adalora else f"{PREFIX}{path}.{key}.weight"
-
-
-def _file_shape(layer: nn.Module, key: str, tensor: Tensor, adalora: bool) -> Tensor:
-    if not isinstance(layer, nn.Conv2d) or adalora:
-        return tensor
-    return tensor.view(tensor.shape[0], -1, *(layer.kernel_size if key == "lora_A" else (1, 1)))
 
 
 def _portable(value: Tensor | str) -> Tensor:
