@@ -65,6 +65,19 @@ def train(
     return losses
 
 
+def train_with_half_the_layers(
+    forward: nn.Module, model: Any, data: list[dict[str, torch.Tensor]]
+) -> list[float]:
+    """As `train`, but every other step leaves all layers out but the first; ``forward`` may wrap ``model``."""
+    layers, optimizer = model.model.layers, optimizer_for(model)
+    losses = []
+    for step, batch in enumerate(data):
+        model.model.layers = layers[:1] if step % 2 else layers
+        losses += train(forward, optimizer, [batch])
+    model.model.layers = layers
+    return losses
+
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ACCELERATE = (
     *(sys.executable, "-m", "accelerate.commands.launch"),

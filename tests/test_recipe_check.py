@@ -8,6 +8,8 @@ import pytest
 
 from rankwise.config.suggest import nearest
 from rankwise.recipes import RecipeError, load_recipe
+from rankwise.recipes.data.rows import read_tables
+from rankwise.recipes.models import model_place
 from recipe_world import write_recipe, write_table
 
 
@@ -148,7 +150,10 @@ def test_paths_are_also_looked_for_beside_the_recipe(world: Path, monkeypatch: p
     elsewhere = world / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    load_recipe(write_recipe(world, Path("model"), data__train="reviews.csv"))
+    recipe = load_recipe(write_recipe(world, Path("model"), data__train="reviews.csv"))
+    assert model_place(recipe).path == world / "model"
+    (table,) = read_tables(recipe)
+    assert table.place.path == world / "reviews.csv" and len(table.rows) == 60
 
 
 def test_overrides_must_be_pairs(world: Path) -> None:

@@ -374,12 +374,14 @@ def test_the_perplexity_is_exact_whatever_the_batches(world: Path, model: Path, 
 
 
 @pytest.mark.parametrize("name", ["pairs", "messages", "text"])
-def test_the_printed_python_lines_run(world: Path, model: Path, name: str) -> None:
-    _, said = run(world, model, form(world, name))
+def test_the_printed_python_lines_write_what_the_run_has_shown(world: Path, model: Path, name: str) -> None:
+    result, said = run(world, model, form(world, name))
     lines = [line.removeprefix("  ") for line in said.partition("In Python:\n")[2].splitlines()]
     scope: dict[str, Any] = {"print": lambda value: scope.__setitem__("printed", value)}
     exec("\n".join(lines), scope)
-    assert isinstance(scope["printed"], str)
+    sample = result.samples[0]
+    assert sample["prompt"] in scope["printed"] and sample["after"] != sample["before"]
+    assert scope["printed"].strip().endswith(sample["after"]) and sample["after"]
 
 
 def test_memory_can_be_saved_without_changing_the_loss(world: Path, model: Path, plain: Result) -> None:

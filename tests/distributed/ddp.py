@@ -15,7 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import rankwise as rw
-from one_run import adapted, batches, optimizer_for, train
+from one_run import adapted, batches, optimizer_for, train, train_with_half_the_layers
 from tiny import bert
 
 dist.init_process_group("gloo")
@@ -132,14 +132,7 @@ def unused_layers_stay_allowed() -> dict[str, Any]:
     """With find_unused_parameters=True, a layer that is left out of one forward pass is no mistake."""
     model = adapted()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    layers = model.model.layers
-    optimizer = optimizer_for(model)
-    losses = []
-    for step, batch in enumerate(batches(RANK, 2)):
-        model.model.layers = layers[:1] if step % 2 else layers
-        losses += train(wrapped, optimizer, [batch])
-    model.model.layers = layers
-    return of_run(model, losses)
+    return of_run(model, train_with_half_the_layers(wrapped, model, batches(RANK, 2)))
 
 
 cases: dict[str, Any] = {

