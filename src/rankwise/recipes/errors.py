@@ -46,6 +46,11 @@ class RecipeError(ValueError):
         return "\n".join([f"{head} {len(lines)} problems:", *(f"  {line}" for line in lines)])
 
 
+def refusal(where: str, message: str, source: str | None = None) -> RecipeError:
+    """The error, to be raised, of a single problem; arguments as those of `Problem` and `RecipeError`."""
+    return RecipeError([Problem(where, message)], source)
+
+
 def raise_problems(problems: Iterable[Problem], source: str | None = None) -> None:
     """Raise `RecipeError` if there is any problem."""
     gathered = list(problems)

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems, refusal
 from rankwise.recipes.problems import adapter_problems, schedule_problems, translated
 from rankwise.recipes.recipe import BaseRecipe
 from rankwise.recipes.tasks import TASKS, load_task
@@ -38,9 +38,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data_needed:
     name = data.get("task")
     if not isinstance(name, str) or name not in TASKS:
         message = "is missing." if name is None else f"there is no task {name!r}."
-        raise RecipeError(
-            [Problem(_located("task", lines), f"{message} {did_you_mean(str(name), TASKS)}")], str(path)
-        )
+        raise refusal(_located("task", lines), f"{message} {did_you_mean(str(name), TASKS)}", str(path))
     task = load_task(name)
     try:
         recipe = task.Recipe.model_validate(data)

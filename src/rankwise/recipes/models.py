@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.errors import refusal
 from rankwise.recipes.places import Place, find_place
 from rankwise.recipes.recipe import BaseRecipe
 
@@ -34,8 +34,7 @@ def load_tokenizer(recipe: BaseRecipe) -> Any:
     tokenizer = load_processor(recipe, "AutoTokenizer")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            message = "its tokenizer has no padding token, and no end token to use as one."
-            raise RecipeError([Problem("model", message)])
+            raise refusal("model", "its tokenizer has no padding token, and no end token to use as one.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -55,8 +54,7 @@ def token_limit(wanted: int | None, tokenizer: Any, config: Any, most: int | Non
     limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     takes = min((int(limit) for limit in limits if limit and limit < 10**6), default=None)
     if wanted is not None and takes is not None and wanted > takes:
-        message = f"is {wanted}, but the model takes at most {takes} tokens."
-        raise RecipeError([Problem("data.max_length", message)])
+        raise refusal("data.max_length", f"is {wanted}, but the model takes at most {takes} tokens.")
     return wanted or min((limit for limit in (takes, most) if limit), default=512)
 
 
@@ -97,15 +95,14 @@ def load_model(recipe: BaseRecipe, auto_class: str, config: Any, *, weights: boo
             with torch.device("meta"):
                 return auto.from_config(config, **options)
         except ValueError as error:
-            raise RecipeError([Problem("model", _first_line(error))]) from error
+            raise refusal("model", _first_line(error)) from error
     dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     model, report = _from_pretrained(
         recipe, auto_class, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
     )
     foreign = {name for name, *_ in report["mismatched_keys"]} - set(_head_parameters(model))
     if foreign:
-        message = f"its weights do not fit its config.json: {', '.join(sorted(foreign)[:3])}."
-        raise RecipeError([Problem("model", message)])
+        raise refusal("model", f"its weights do not fit its config.json: {', '.join(sorted(foreign)[:3])}.")
     model._rankwise_new_weights = sorted(
         {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     )
@@ -152,13 +149,12 @@ def _from_pretrained(recipe: BaseRecipe, auto_class: str, **options: Any) -> Any
     except ImportError as error:
         if place.path is None or not is_gguf(place.path):
             raise
-        message = 'a .gguf file is read with the package gguf. Install it: pip install ".[language]"'
-        raise RecipeError([Problem("model", message)]) from error
+        raise refusal(
+            "model", 'a .gguf file is read with the package gguf. Install it: pip install ".[language]"'
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         what = "as a model" if place.path else "as a folder here or a model on the Hugging Face hub"
-        raise RecipeError(
-            [Problem("model", f"{place.name!r} can't be loaded {what}: {_first_line(error)}")]
-        ) from error
+        raise refusal("model", f"{place.name!r} can't be loaded {what}: {_first_line(error)}") from error
 
 
 def is_gguf(path: Path) -> bool:

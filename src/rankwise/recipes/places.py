@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from rankwise.config.suggest import nearest
-from rankwise.recipes.errors import Problem, RecipeError, did_you_mean
+from rankwise.recipes.errors import did_you_mean, refusal
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGE_PREFIX = "pypi:"
@@ -56,7 +56,7 @@ def find_place(reference: str, key: str, beside: Path | None = None) -> Place:
             return Place(reference, candidate.resolve())
     if _may_be_hub_name(reference, beside or Path()):
         return Place(reference, None)
-    raise RecipeError([Problem(key, _nothing_there(reference, path, beside))])
+    raise refusal(key, _nothing_there(reference, path, beside))
 
 
 def find_in_package(reference: str, key: str) -> Path:
@@ -72,8 +72,8 @@ def find_in_package(reference: str, key: str) -> Path:
     try:
         distribution = importlib.metadata.distribution(name)
     except (importlib.metadata.PackageNotFoundError, ValueError):
-        raise RecipeError(
-            [Problem(key, f"the package {name!r} is not installed. Install it: pip install {name or 'NAME'}")]
+        raise refusal(
+            key, f"the package {name!r} is not installed. Install it: pip install {name or 'NAME'}"
         ) from None
     files = [PurePosixPath(str(file).replace("\\", "/")) for file in distribution.files or []]
     found = _paths_ending_in(inside, files) if inside else _model_folders(distribution, files)
@@ -82,11 +82,11 @@ def find_in_package(reference: str, key: str) -> Path:
     if inside:
         folders = {str(parent) for file in files for parent in file.parents if str(parent) != "."}
         hint = did_you_mean(inside, sorted(folders)) if not found else f"It could be {_listed(found)}."
-        raise RecipeError([Problem(key, f"the package {name!r} has no single path {inside!r}. {hint}")])
+        raise refusal(key, f"the package {name!r} has no single path {inside!r}. {hint}")
     hint = "It holds no config.json of one, and no .gguf file."
     if found:
         hint = f"It has {_listed(found)}: say pypi:{name}/{found[0]}"
-    raise RecipeError([Problem(key, f"the package {name!r} is not one model. {hint}")])
+    raise refusal(key, f"the package {name!r} is not one model. {hint}")
 
 
 def _paths_ending_in(inside: str, files: list[PurePosixPath]) -> list[PurePosixPath]:

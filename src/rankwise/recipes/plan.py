@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.attach.attachment import adapter_layers
 from rankwise.method.schedule import BudgetSchedule
-from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.errors import refusal
 from rankwise.recipes.memory.estimate import Memory, estimate_memory
 from rankwise.recipes.models import head_modules
 from rankwise.recipes.recipe import BaseRecipe, TrainingSection, config_class
@@ -289,8 +289,8 @@ def attach(recipe: BaseRecipe, model: Any, total_step: int) -> tuple[Any, Any]:
     try:
         config = config_class(recipe.method)(**fields)
     except (TypeError, ValueError) as error:
-        raise RecipeError([Problem("adapter", str(error))], str(recipe.source)) from error
+        raise refusal("adapter", str(error), str(recipe.source)) from error
     try:
         return rankwise.get_peft_model(model, config), config
     except ValueError as error:  # a TypeError would be a fault of ours
-        raise RecipeError([Problem("adapter", str(error))], str(recipe.source)) from error
+        raise refusal("adapter", str(error), str(recipe.source)) from error

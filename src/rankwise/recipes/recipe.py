@@ -14,7 +14,7 @@ import pydantic
 from pydantic import Field, PrivateAttr
 
 from rankwise.method.schedule import BudgetSchedule, check_length
-from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.errors import refusal
 
 
 class Section(pydantic.BaseModel):
@@ -51,7 +51,7 @@ class ScheduleSection(Section):
         try:
             return BudgetSchedule.resolve(self.tinit, self.tfinal, total_step, self.deltaT)
         except ValueError as error:
-            raise RecipeError([Problem("schedule", str(error))]) from error
+            raise refusal("schedule", str(error)) from error
 
 
 SchedulerName = Literal[

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.attach.prepare import checkpointing_name
-from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.errors import refusal
 from rankwise.recipes.interrupt import Interruption
 from rankwise.recipes.memory.estimate import Memory
 from rankwise.recipes.models import model_place, new_weights, quiet
@@ -223,7 +223,7 @@ def _refusals(recipe: BaseRecipe) -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError) as error:
-        raise RecipeError([Problem("training", str(error))], str(recipe.source)) from error
+        raise refusal("training", str(error), str(recipe.source)) from error
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:

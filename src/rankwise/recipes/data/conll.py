@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rankwise.recipes.data.tables import Table
-from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.errors import refusal
 from rankwise.recipes.places import Place
 
 SUFFIXES = (".conll", ".iob", ".iob2", ".bio")
@@ -36,11 +36,11 @@ def read_conll(place: Place, key: str, tokens: str, tags: str) -> Table:
     try:
         sentences = list(_sentences(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError([Problem(key, f"{place.name!r} can't be read as UTF-8 text: {error}")]) from error
+        raise refusal(key, f"{place.name!r} can't be read as UTF-8 text: {error}") from error
     except ValueError as error:
-        raise RecipeError([Problem(key, str(error))]) from error
+        raise refusal(key, str(error)) from error
     if not sentences:
-        raise RecipeError([Problem(key, f"{place.name!r} has no sentences.")])
+        raise refusal(key, f"{place.name!r} has no sentences.")
     rows = {tokens: [words for _, words, _ in sentences], tags: [marks for _, _, marks in sentences]}
     lines = [f"{path.name}, line {line}" for line, _, _ in sentences]
     return Table(place, datasets.Dataset.from_dict(rows), lines)

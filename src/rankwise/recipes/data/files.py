@@ -17,7 +17,7 @@ import pydantic
 from rankwise.recipes.data.rows import DataSection, bad_rows
 from rankwise.recipes.data.tables import SUFFIXES as TABLES
 from rankwise.recipes.data.tables import Table, column_problems, missing_column, read_table
-from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.errors import Problem, RecipeError, refusal
 from rankwise.recipes.places import Place
 from rankwise.recipes.preparing import tracked
 
@@ -132,13 +132,12 @@ def _saved_dataset(folder: Path, key: str, columns: Sequence[str], split: str) -
     rows = datasets.load_from_disk(str(folder))
     if isinstance(rows, datasets.DatasetDict):
         if split not in rows:
-            message = f"the dataset {folder.name} has no split {split!r}, but {', '.join(rows)}."
-            raise RecipeError([Problem(key, message)])
+            raise refusal(key, f"the dataset {folder.name} has no split {split!r}, but {', '.join(rows)}.")
         rows = rows[split]
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
         place = Place(folder.name, folder)
-        raise RecipeError([Problem(key, missing_column(missing[0], place, rows.column_names))])
+        raise refusal(key, missing_column(missing[0], place, rows.column_names))
     return rows.select_columns(list(columns))
 
 
@@ -149,7 +148,7 @@ def _read_folder(kind: Kind, place: Place, key: str, columns: Sequence[str]) -> 
     found = kind.rows_of_folder(folder)
     files, *_ = found.values()
     if not files:
-        raise RecipeError([Problem(key, _nothing_in(folder, kind))])
+        raise refusal(key, _nothing_in(folder, kind))
     rows = datasets.Dataset.from_dict(
         {name: [str(value) for value in values] for name, values in zip(columns, found.values(), strict=True)}
     )

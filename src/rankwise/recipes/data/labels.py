@@ -8,7 +8,7 @@ from typing import Any
 
 from rankwise.recipes.data.rows import bad_rows
 from rankwise.recipes.data.tables import Table
-from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
+from rankwise.recipes.errors import did_you_mean, raise_problems, refusal
 
 # The label of a token that is read but not learned: PyTorch's cross entropy leaves it out.
 IGNORED = -100
@@ -60,21 +60,22 @@ def label_names(
         names = [str(name) for name in wanted]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise RecipeError([Problem("data.labels", f"{twice!r} is there twice.")])
+            raise refusal("data.labels", f"{twice!r} is there twice.")
         return names
     named = getattr(table.rows.features[column], "names", None)
     names = list(named or set(words))
     if not named:
         names.sort(key=(lambda name: (int(name), name)) if all(map(_is_whole, names)) else None)
     if len(names) < 2:
-        message = f"{table.place.name} has only the label {names[0]!r} in {column!r}: two are needed."
-        raise RecipeError([Problem("data.label", message)])
-    if not named and too_many(words):
-        message = (
-            f"{table.place.name} has {len(names)} different labels in {column!r} for {len(words)} examples, such as "
-            f"{words[0]!r:.50}. Name the column with the labels; if it is this one, list them in `data.labels`."
+        raise refusal(
+            "data.label", f"{table.place.name} has only the label {names[0]!r} in {column!r}: two are needed."
         )
-        raise RecipeError([Problem("data.label", message)])
+    if not named and too_many(words):
+        raise refusal(
+            "data.label",
+            f"{table.place.name} has {len(names)} different labels in {column!r} for {len(words)} examples, such as "
+            f"{words[0]!r:.50}. Name the column with the labels; if it is this one, list them in `data.labels`.",
+        )
     return names
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rankwise.recipes.data.splits import mixed_order, split_sizes
 from rankwise.recipes.data.tables import Table, column_problems, read_table
-from rankwise.recipes.errors import Problem, RecipeError, raise_problems
+from rankwise.recipes.errors import Problem, RecipeError, raise_problems, refusal
 from rankwise.recipes.places import Place, find_place
 from rankwise.recipes.recipe import BaseRecipe, Section
 
@@ -138,11 +138,10 @@ def rows_with_text(table: Table, column: str, notes: list[str], key: str = "data
     texts = table.rows[column]
     for row, text in enumerate(texts):
         if text is not None and not isinstance(text, str):
-            message = f"{table.where(row)}: a text is expected, but {column!r} holds {text!r:.50}."
-            raise RecipeError([Problem(key, message)])
+            raise refusal(key, f"{table.where(row)}: a text is expected, but {column!r} holds {text!r:.50}.")
     rows = [row for row, text in enumerate(texts) if text and text.strip()]
     if not rows:
-        raise RecipeError([Problem(key, f"no row of {table.place.name} has a text in {column!r}.")])
+        raise refusal(key, f"no row of {table.place.name} has a text in {column!r}.")
     empty = sorted(set(range(len(texts))) - set(rows))
     if empty:
         notes.append(f"{count_rows(len(empty))} without text left out ({listed_rows(table, empty)}).")
@@ -215,10 +214,10 @@ def fitting_rows(
     notes.append(f"{of_all} {things} longer than {limit} {done} ({listed_rows(table, long)}).")
     dropped = set() if policy == "truncate" else set(long)
     if len(dropped) == len(rows):
-        message = (
-            f"all {things} of {table.place.name} are longer than {limit}. Raise the limit, or say truncate."
+        raise refusal(
+            "data.too_long",
+            f"all {things} of {table.place.name} are longer than {limit}. Raise the limit, or say truncate.",
         )
-        raise RecipeError([Problem("data.too_long", message)])
     return [row for row in rows if row not in dropped]
 
 
@@ -248,15 +247,16 @@ def hold_out(
     order = mixed_order([0] * len(train) if label is None else list(train[label]), data.split_seed)
     if len(sets) == 2:
         if data.train_size is not None and data.train_size > len(train):
-            message = f"is {data.train_size}, but there are only {count_rows(len(train))}."
-            raise RecipeError([Problem("data.train_size", message)])
+            raise refusal(
+                "data.train_size", f"is {data.train_size}, but there are only {count_rows(len(train))}."
+            )
         return train.select(order[: data.train_size]), sets[1]
     try:
         held_out = 0.1 if data.held_out is None else data.held_out
         count, held = split_sizes(len(train), held_out, data.train_size)
     except ValueError as error:
         key = "data.train_size" if data.train_size else "data.held_out"
-        raise RecipeError([Problem(key, str(error))]) from error
+        raise refusal(key, str(error)) from error
     return train.select(order[:count]), train.select(sorted(order[len(order) - held :]))
 
 

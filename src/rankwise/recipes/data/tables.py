@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankwise.recipes.errors import Problem, RecipeError, did_you_mean
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, refusal
 from rankwise.recipes.places import Place
 
 SUFFIXES = {
@@ -72,20 +72,15 @@ def columns_of(place: Place, key: str) -> list[str] | None:
         return list(FOLDER_COLUMNS)
     kind = SUFFIXES.get(path.suffix.lower())
     if kind is None:
-        raise RecipeError(
-            [
-                Problem(
-                    key,
-                    f"{place.name!r} is no kind of file that can be read. {_KINDS}, a folder, or a hub name.",
-                )
-            ]
+        raise refusal(
+            key, f"{place.name!r} is no kind of file that can be read. {_KINDS}, a folder, or a hub name."
         )
     try:
         columns = {"csv": _csv_columns, "json": _json_columns, "parquet": _parquet_columns}[kind](path)
     except (OSError, ValueError) as error:
-        raise RecipeError([Problem(key, f"{place.name!r} can't be read as {kind}: {error}")]) from error
+        raise refusal(key, f"{place.name!r} can't be read as {kind}: {error}") from error
     if columns is not None and not columns:
-        raise RecipeError([Problem(key, f"{place.name!r} is empty.")])
+        raise refusal(key, f"{place.name!r} is empty.")
     return columns
 
 
@@ -153,12 +148,12 @@ def read_table(
             else:
                 rows = _load_file(datasets, place.path, cache)
         except Exception as error:
-            raise RecipeError([Problem(key, _unreadable(place, error))]) from error
+            raise refusal(key, _unreadable(place, error)) from error
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise RecipeError([Problem(key, missing_column(name, place, rows.column_names)) for name in missing])
     if len(rows) == 0:
-        raise RecipeError([Problem(key, f"{place.name} has no rows.")])
+        raise refusal(key, f"{place.name} has no rows.")
     return Table(place, rows.select_columns(list(dict.fromkeys(columns))))
 
 
@@ -347,13 +342,8 @@ def _class_folders(path: Path, key: str) -> dict[str, list[Path]]:
         tables = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
         if tables:
             hint = f" It holds {', '.join(tables[:5])}: name the file."
-        raise RecipeError(
-            [
-                Problem(
-                    key,
-                    f"the folder {str(path)!r} has no sub-folders with .txt files, one for each label.{hint}",
-                )
-            ]
+        raise refusal(
+            key, f"the folder {str(path)!r} has no sub-folders with .txt files, one for each label.{hint}"
         )
     return found
 
@@ -383,7 +373,7 @@ def read_text_files(place: Place, key: str, column: str) -> Table:
     folder = place.path or Path()
     paths = sorted(path for path in folder.rglob("*.txt") if path.is_file())
     if not paths:
-        raise RecipeError([Problem(key, f"the folder {str(folder)!r} has no .txt files.")])
+        raise refusal(key, f"the folder {str(folder)!r} has no .txt files.")
     texts, names, notes = _texts(paths, folder)
     return Table(place, datasets.Dataset.from_dict({column: texts}), names, notes)
 

@@ -27,7 +27,7 @@ from rankwise.recipes.data.rows import (
 )
 from rankwise.recipes.data.splits import shortest_first
 from rankwise.recipes.data.tables import Table, quiet_datasets
-from rankwise.recipes.errors import Problem, RecipeError, raise_problems
+from rankwise.recipes.errors import Problem, raise_problems, refusal
 from rankwise.recipes.memory.batches import longest, text_batch
 from rankwise.recipes.models import load_model, load_tokenizer, padding_config, token_limit
 from rankwise.recipes.tasks import Metric, TaskData
@@ -122,9 +122,7 @@ def _words(recipe: Recipe, table: Table, rows: Sequence[int]) -> list[str]:
     found = label_words(table, recipe.data.label, rows)
     if not recipe.data.labels and too_many(found) and all(map(_is_number, found)):
         message = f"{table.place.name} has {len(set(found))} different numbers in {recipe.data.label!r}."
-        raise RecipeError(
-            [Problem("data.label", f"{message} To learn numbers, say problem_type: regression.")]
-        )
+        raise refusal("data.label", f"{message} To learn numbers, say problem_type: regression.")
     return found
 
 

@@ -33,7 +33,7 @@ from rankwise.recipes.data.rows import (
 )
 from rankwise.recipes.data.splits import shortest_first
 from rankwise.recipes.data.tables import Table, column_problems, read_table
-from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_problems
+from rankwise.recipes.errors import Problem, did_you_mean, raise_problems, refusal
 from rankwise.recipes.memory.batches import longest, text_batch
 from rankwise.recipes.models import (
     load_model,
@@ -123,8 +123,9 @@ def read_data(recipe: Recipe) -> TaskData:
     tags = [_words_of_tags(data, table, rows) for table, rows in zip(tables, kept, strict=True)]
     names = list(data.labels or _tag_names(tables[0], tags[0].values()))
     if has_entities(names) and importlib.util.find_spec("seqeval") is None:
-        message = 'measuring entities needs the package seqeval. Install it: pip install ".[language]"'
-        raise RecipeError([Problem("task", message)])
+        raise refusal(
+            "task", 'measuring entities needs the package seqeval. Install it: pip install ".[language]"'
+        )
     sets = [
         _tokens(data, tokenizer, limit, table, _numbers(table, each, names), notes)
         for table, each in zip(tables, tags, strict=True)
@@ -148,9 +149,7 @@ def _rows_with_words(data: TaggedData, table: Table, notes: list[str]) -> list[i
             wrong[row] = f"has {len(words)} words and {len(tags)} tags"
     raise_problems(bad_rows("data.tags", table, list(wrong), lambda row: wrong[row]))
     if len(empty) == len(table.rows):
-        raise RecipeError(
-            [Problem("data.tokens", f"no row of {table.place.name} has words in {data.tokens!r}.")]
-        )
+        raise refusal("data.tokens", f"no row of {table.place.name} has words in {data.tokens!r}.")
     if empty:
         notes.append(f"{count_rows(len(empty))} without words left out ({listed_rows(table, empty)}).")
     return sorted(set(range(len(table.rows))) - set(empty))
@@ -183,8 +182,9 @@ def _tag_names(table: Table, tags: Iterable[Sequence[str]]) -> list[str]:
     """The tags that occur, by kind of entity: first ``O``, then ``B-LOC``, ``I-LOC``, ``B-PER`` and so on."""
     found = {tag for row in tags for tag in row}
     if len(found) < 2:
-        message = f"{table.place.name} has only the tag {next(iter(found))!r}: two are needed."
-        raise RecipeError([Problem("data.tags", message)])
+        raise refusal(
+            "data.tags", f"{table.place.name} has only the tag {next(iter(found))!r}: two are needed."
+        )
     if all(tag.isdecimal() for tag in found):
         return sorted(found, key=int)
     return sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2], tag))
@@ -257,7 +257,7 @@ def processor(recipe: Recipe) -> Any:
     tokenizer = load_tokenizer(recipe)
     if not tokenizer.is_fast:
         message = "its tokenizer is a slow one, which can't tell the words that its tokens belong to."
-        raise RecipeError([Problem("model", f"{message} Take a model with a tokenizer.json.")])
+        raise refusal("model", f"{message} Take a model with a tokenizer.json.")
     if getattr(tokenizer, "add_prefix_space", None) is False:
         # Such as RoBERTa's: a word alone is another one than the same word after a space.
         tokenizer = load_processor(recipe, "AutoTokenizer", add_prefix_space=True)

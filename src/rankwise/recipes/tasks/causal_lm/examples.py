@@ -19,7 +19,7 @@ from rankwise.recipes.data.rows import (
     rows_with_text,
 )
 from rankwise.recipes.data.tables import Table, column_problems, read_table, read_text_files
-from rankwise.recipes.errors import Problem, RecipeError, raise_problems
+from rankwise.recipes.errors import Problem, raise_problems, refusal
 from rankwise.recipes.places import Place
 from rankwise.recipes.preparing import tracked
 from rankwise.recipes.tasks.causal_lm.language import (
@@ -127,7 +127,7 @@ def check_tokenizer(data: LanguageData, tokenizer: Any) -> None:
     if data.is_chat and not tokenizer.chat_template:
         key = "data.chat" if data.chat else "data.messages"
         message = "the model's tokenizer has no chat template. Take a model that was trained on chats"
-        raise RecipeError([Problem(key, f"{message}, or name the columns `prompt` and `completion`.")])
+        raise refusal(key, f"{message}, or name the columns `prompt` and `completion`.")
     if (
         data.is_chat
         and data.loss_on == "completion"
@@ -135,7 +135,7 @@ def check_tokenizer(data: LanguageData, tokenizer: Any) -> None:
         and not marks_answers(tokenizer)
     ):
         message = "the model's tokenizer is a slow one, which can't tell the turns of a chat apart. Say loss_on: all"
-        raise RecipeError([Problem("data.loss_on", f"{message}.")])
+        raise refusal("data.loss_on", f"{message}.")
 
 
 def read_examples(data: LanguageData, table: Table, notes: list[str]) -> Any:
@@ -158,7 +158,7 @@ def read_examples(data: LanguageData, table: Table, notes: list[str]) -> Any:
     rows = set.intersection(*found_in)
     if not rows:
         names = " and in ".join(repr(name) for name in data.columns.values())
-        raise RecipeError([Problem("data.prompt", f"no row of {table.place.name} has a text in {names}.")])
+        raise refusal("data.prompt", f"no row of {table.place.name} has a text in {names}.")
     kept = table.rows.select(sorted(rows))
     columns = {key.removeprefix("data."): list(kept[column]) for key, column in data.columns.items()}
     return datasets.Dataset.from_dict({**columns, "row": sorted(rows)})
@@ -177,9 +177,7 @@ def _chats(table: Table, column: str, notes: list[str]) -> dict[int, list[Messag
             chats[row] = [{"role": turn["role"], "content": turn["content"]} for turn in value]
     raise_problems(bad_rows("data.messages", table, list(wrong), lambda row: f"{column!r}: {wrong[row]}"))
     if not chats:
-        raise RecipeError(
-            [Problem("data.messages", f"no row of {table.place.name} has messages in {column!r}.")]
-        )
+        raise refusal("data.messages", f"no row of {table.place.name} has messages in {column!r}.")
     if empty:
         notes.append(f"{count_rows(len(empty))} without messages left out ({listed_rows(table, empty)}).")
     return chats
@@ -232,7 +230,7 @@ def split_into_tokens(
         for row in silent:
             del labels[row]
     if not labels:
-        raise RecipeError([Problem("data", f"nothing of {table.place.name} is left to learn from.")])
+        raise refusal("data", f"nothing of {table.place.name} is left to learn from.")
     ids = [encoded[row].ids for row in labels]
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": list(labels.values())})
 

@@ -36,7 +36,7 @@ from rankwise.recipes.data.rows import (
     rows_with_text,
 )
 from rankwise.recipes.data.tables import Table, quiet_datasets
-from rankwise.recipes.errors import Problem, RecipeError, did_you_mean
+from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, refusal
 from rankwise.recipes.memory.batches import speech_batch
 from rankwise.recipes.models import load_model, load_processor, model_config
 from rankwise.recipes.recipe import Section
@@ -207,16 +207,14 @@ def _positions(recipe: Recipe, config: Any) -> int:
     try:
         return whisper.window_positions(recipe.data.max_seconds, config)
     except ValueError as error:
-        raise RecipeError([Problem("data.max_seconds", f"{error}.")]) from error
+        raise refusal("data.max_seconds", f"{error}.") from error
 
 
 def _most_tokens(recipe: Recipe, config: Any) -> int:
     """Tokens of the longest transcript."""
     most, wanted = int(config.max_target_positions), recipe.data.max_tokens
     if wanted is not None and wanted > most:
-        raise RecipeError(
-            [Problem("data.max_tokens", f"is {wanted}, but the model takes at most {most} tokens.")]
-        )
+        raise refusal("data.max_tokens", f"is {wanted}, but the model takes at most {most} tokens.")
     return wanted or most
 
 
@@ -225,10 +223,10 @@ def _most_tokens(recipe: Recipe, config: Any) -> int:
 
 def _refuse_other_models(recipe: Recipe, config: Any) -> None:
     if config.model_type != "whisper":
-        message = (
-            f"{recipe.model!r} is a {config.model_type} model; speech-recognition trains Whisper models."
+        raise refusal(
+            "model",
+            f"{recipe.model!r} is a {config.model_type} model; speech-recognition trains Whisper models.",
         )
-        raise RecipeError([Problem("model", message)])
 
 
 def processor(recipe: Recipe) -> Any:
@@ -240,18 +238,23 @@ def processor(recipe: Recipe) -> Any:
     known = _generation_config(recipe)
     if whisper.is_multilingual(config, known):
         if generation.language is None:
-            message = "is missing: the model knows many languages. Say which one is spoken."
-            raise RecipeError([Problem("generation.language", message)])
+            raise refusal(
+                "generation.language", "is missing: the model knows many languages. Say which one is spoken."
+            )
         if not hasattr(known, "lang_to_id"):
-            message = f"{recipe.model!r} has no generation_config.json with its languages: copy the original model's."
-            raise RecipeError([Problem("model", message)])
+            raise refusal(
+                "model",
+                f"{recipe.model!r} has no generation_config.json with its languages: copy the original model's.",
+            )
         found.tokenizer.language = whisper.language_code(generation.language)
         found.tokenizer.task = generation.task or "transcribe"
     else:
         for key in ("language", "task"):
             if getattr(generation, key) is not None:
-                message = "is for multilingual models, but this one knows only English. Take the line out."
-                raise RecipeError([Problem(f"generation.{key}", message)])
+                raise refusal(
+                    f"generation.{key}",
+                    "is for multilingual models, but this one knows only English. Take the line out.",
+                )
         found.tokenizer.language = found.tokenizer.task = None
     found.tokenizer.set_prefix_tokens(predict_timestamps=False)
     return found
@@ -342,8 +345,10 @@ def _set_generation(recipe: Recipe, data: TaskData, processor: Any, model: Any) 
     settings.num_beams = wanted.num_beams
     room = int(model.config.max_target_positions) - len(processor.tokenizer.prefix_tokens)
     if wanted.max_new_tokens is not None and wanted.max_new_tokens > room:
-        message = f"is {wanted.max_new_tokens}, but the model takes at most {room} tokens."
-        raise RecipeError([Problem("generation.max_new_tokens", message)])
+        raise refusal(
+            "generation.max_new_tokens",
+            f"is {wanted.max_new_tokens}, but the model takes at most {room} tokens.",
+        )
     longest = max(map(len, data.evaluation["labels"]))
     # A model that does not know when to stop repeats itself: no use in waiting for all that it could say.
     settings.max_new_tokens = wanted.max_new_tokens or min(room, 2 * longest)
