@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,12 @@ def padding_config(recipe: BaseRecipe, tokenizer: Any) -> Any:
     if tokenizer is not None:
         config.pad_token_id = tokenizer.pad_token_id
     return config
+
+
+def name_labels(config: Any, names: Sequence[str]) -> None:
+    """Let a model's configuration know its labels, by number."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
 
 
 def load_model(recipe: BaseRecipe, auto_class: str, config: Any, *, weights: bool) -> Any:

@@ -193,38 +193,54 @@ def source_of(value: Any) -> str | bytes | None:
 # --- bad files ---------------------------------------------------------------------------------------------------
 
 
-def examine(
-    kind: Kind, table: Table, rows: Sequence[int], look: Callable[[str | bytes], Found]
-) -> dict[int, Found | str]:
-    """Look at the file of each of ``rows``, many at a time.
+def usable_files(
+    kind: Kind,
+    table: Table,
+    rows: Sequence[int],
+    look: Callable[[str | bytes], Found],
+    policy: str | int | float,
+    notes: list[str],
+) -> dict[int, Found]:
+    """Look at the file of each of ``rows``, many at a time, and do with those that can't be used what a recipe says.
 
     Args:
         kind: the kind of files.
         table: what `read_files` read.
         rows: the rows.
         look: what to find out; raises a ValueError where a file can't be used.
+        policy: the recipe's ``bad_files``.
+        notes: gets the count and the list of what is left out.
 
     Returns:
-        What was found for each row; what is wrong with it, as text, where it can't be used.
+        What was found, for each row whose file can be used.
+
+    Raises:
+        RecipeError: more files can't be used than ``policy`` forgives.
     """
     column = table.rows.select(rows)[table.rows.column_names[0]]
+    found: dict[int, Found] = {}
+    wrong: dict[int, str] = {}
 
-    def at(value: Any) -> Found | str:
+    def at(value: Any) -> Found | ValueError:
         source = source_of(value)
-        if source is None:
-            return f"names no {kind.name}"
         try:
+            if source is None:
+                raise ValueError(f"names no {kind.name}")
             return look(source)
         except ValueError as error:
-            return (
-                f"{_shown(source, table)!r} {error}"
-                if isinstance(source, str)
-                else f"its {kind.name} {error}"
-            )
+            named = _shown(source, table) if isinstance(source, str) else None
+            start = f"{named!r} " if named else f"its {kind.name} " if source else ""
+            return ValueError(f"{start}{error}")
 
     with ThreadPoolExecutor() as pool:
-        found = tracked(pool.map(at, column), f"checking {kind.name}s", total=len(rows))
-        return dict(zip(rows, found, strict=True))
+        looked = tracked(pool.map(at, column), f"checking {kind.name}s", total=len(rows))
+        for row, result in zip(rows, looked, strict=True):
+            if isinstance(result, ValueError):
+                wrong[row] = str(result)
+            else:
+                found[row] = result
+    _leave_out(kind, table, wrong, policy, len(rows), notes)
+    return found
 
 
 def _shown(path: str, table: Table) -> str:
@@ -234,27 +250,10 @@ def _shown(path: str, table: Table) -> str:
     return str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
 
 
-def leave_out(
-    kind: Kind,
-    table: Table,
-    wrong: dict[int, str],
-    policy: str | int | float,
-    out_of: int,
-    notes: list[str],
+def _leave_out(
+    kind: Kind, table: Table, wrong: dict[int, str], policy: str | int | float, out_of: int, notes: list[str]
 ) -> None:
-    """Do with files that can't be used what a recipe says.
-
-    Args:
-        kind: the kind of files.
-        table: the table.
-        wrong: the rows whose file can't be used, and why.
-        policy: the recipe's ``bad_files``.
-        out_of: how many rows there are.
-        notes: gets the count and the list of what is left out.
-
-    Raises:
-        RecipeError: there are more of them than ``policy`` forgives.
-    """
+    """Note the rows that are ``wrong``, and why; or refuse them, where they are more than ``policy`` forgives."""
     if not wrong:
         return
     forgiven = 0 if policy == "error" else _FORGIVEN if policy == "skip" else policy

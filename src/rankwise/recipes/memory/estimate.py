@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rankwise.attach.attachment import adapter_layers, saved_modules
@@ -107,20 +107,11 @@ class Memory:
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as data for JSON, in bytes."""
+        batches = {"batch": self.batch, "evaluation_batch": self.evaluation_batch}
         return {
-            "weights": dict(self.weights),
-            "adapters": self.adapters,
-            "modules_to_save": self.modules_to_save,
-            "gradients": self.gradients,
-            "optimizer": self.optimizer,
-            "run_state": self.run_state,
-            "buckets": self.buckets,
-            "activations": self.activations,
-            "evaluation": self.evaluation,
+            **asdict(self),
+            **{key: {name: list(shape) for name, shape in batch.items()} for key, batch in batches.items()},
             "total": {"training": self.training, "evaluation": self.evaluating},
-            "processes": self.processes,
-            "batch": {name: list(shape) for name, shape in self.batch.items()},
-            "evaluation_batch": {name: list(shape) for name, shape in self.evaluation_batch.items()},
             "notes": list(self.notes),
         }
 

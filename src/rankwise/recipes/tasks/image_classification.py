@@ -22,19 +22,19 @@ from rankwise.recipes.data.files import (
     FilesSection,
     Kind,
     beside,
-    examine,
     files_problems,
-    leave_out,
     read_files,
+    usable_files,
 )
 from rankwise.recipes.data.labels import label_names, label_numbers, label_words
 from rankwise.recipes.data.rows import RowsRecipe, check_sources, hold_out, read_tables
 from rankwise.recipes.data.tables import Table, quiet_datasets
 from rankwise.recipes.errors import Problem
 from rankwise.recipes.memory.batches import image_batch
-from rankwise.recipes.models import load_model, load_processor, model_config
+from rankwise.recipes.models import load_model, load_processor, model_config, name_labels
 from rankwise.recipes.tasks import Metric, TaskData
 from rankwise.recipes.tasks.text_classification import classification_metrics
+from rankwise.recipes.tasks.usage import pipeline_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +106,10 @@ def read_data(recipe: Recipe) -> TaskData:
     with quiet_datasets():
         tables = read_tables(recipe, functools.partial(read_files, KIND))
         notes = [note for table in tables for note in table.notes]
-        kept = [_usable(recipe, table, notes) for table in tables]
+        kept = [
+            list(usable_files(KIND, table, range(len(table.rows)), pictures.size, data.bad_files, notes))
+            for table in tables
+        ]
         words = [label_words(table, data.label, rows) for table, rows in zip(tables, kept, strict=True)]
         names = label_names(data.labels, tables[0], data.label, words[0])
         sets = [
@@ -115,14 +118,6 @@ def read_data(recipe: Recipe) -> TaskData:
         ]
         train, evaluation = hold_out(data, sets, notes, label="labels")
     return TaskData(train, evaluation, notes, names)
-
-
-def _usable(recipe: Recipe, table: Table, notes: list[str]) -> list[int]:
-    """The rows whose picture can be opened."""
-    found = examine(KIND, table, range(len(table.rows)), pictures.size)
-    wrong = {row: result for row, result in found.items() if isinstance(result, str)}
-    leave_out(KIND, table, wrong, recipe.data.bad_files, len(found), notes)
-    return [row for row in found if row not in wrong]
 
 
 def _examples(recipe: Recipe, table: Table, rows: Sequence[int], labels: Sequence[int]) -> Any:
@@ -142,9 +137,7 @@ def processor(recipe: Recipe) -> Any:
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
     """The model with a new head of the data's labels."""
     config = model_config(recipe)
-    names = data.labels or ()
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: i for i, name in enumerate(names)}
+    name_labels(config, data.labels or ())
     config.problem_type = "single_label_classification"
     return load_model(recipe, "AutoModelForImageClassification", config, weights=weights)
 
@@ -199,17 +192,5 @@ def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:
     """Lines that classify a picture with the saved adapter."""
     value = data.evaluation[0]["image"]
     file = value if isinstance(value, str) else (value.get("path") or "your-picture.jpg")
-    lines = (
-        "import rankwise as rw",
-        "from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline",
-        "",
-        f"folder = {folder!r}",
-        "base = AutoModelForImageClassification.from_pretrained(",
-        f"    {base!r}, config=AutoConfig.from_pretrained(folder)",
-        ")",
-        "model = rw.PeftModel.from_pretrained(base, folder)",
-        "processor = AutoImageProcessor.from_pretrained(folder)",
-        'predict = pipeline("image-classification", model=model, image_processor=processor)',
-        f"print(predict({file!r}))",
-    )
-    return "\n".join(lines)
+    model, processor = "AutoModelForImageClassification", ("image_processor", "AutoImageProcessor")
+    return pipeline_lines("image-classification", model, processor, base, folder, file)

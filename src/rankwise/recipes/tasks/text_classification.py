@@ -10,7 +10,7 @@ label: stars              # the column with the label
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -29,8 +29,9 @@ from rankwise.recipes.data.splits import shortest_first
 from rankwise.recipes.data.tables import Table, quiet_datasets
 from rankwise.recipes.errors import Problem, raise_problems, refusal
 from rankwise.recipes.memory.batches import longest, text_batch
-from rankwise.recipes.models import load_model, load_tokenizer, padding_config, token_limit
+from rankwise.recipes.models import load_model, load_tokenizer, name_labels, padding_config, token_limit
 from rankwise.recipes.tasks import Metric, TaskData
+from rankwise.recipes.tasks.usage import pipeline_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,8 +170,7 @@ def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) 
     if data.labels is None:
         config.num_labels, config.problem_type = 1, "regression"
     else:
-        config.id2label = dict(enumerate(data.labels))
-        config.label2id = {name: i for i, name in enumerate(data.labels)}
+        name_labels(config, data.labels)
         config.problem_type = "single_label_classification"
     return load_model(recipe, "AutoModelForSequenceClassification", config, weights=weights)
 
@@ -275,17 +275,6 @@ def _values(prediction: Any) -> Any:
 def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:
     """Lines that classify a text with the saved adapter."""
     extra = ', function_to_apply="none"' if recipe.is_regression else ""
-    lines: Iterable[str] = (
-        "import rankwise as rw",
-        "from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline",
-        "",
-        f"folder = {folder!r}",
-        "base = AutoModelForSequenceClassification.from_pretrained(",
-        f"    {base!r}, config=AutoConfig.from_pretrained(folder)",
-        ")",
-        "model = rw.PeftModel.from_pretrained(base, folder)",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f'predict = pipeline("text-classification", model=model, tokenizer=tokenizer{extra})',
-        f"print(predict({str(data.evaluation[0]['text'])[:60]!r}))",
-    )
-    return "\n".join(lines)
+    model, tokenizer = "AutoModelForSequenceClassification", ("tokenizer", "AutoTokenizer")
+    text = str(data.evaluation[0]["text"])[:60]
+    return pipeline_lines("text-classification", model, tokenizer, base, folder, text, extra)

@@ -40,12 +40,14 @@ from rankwise.recipes.models import (
     load_processor,
     load_tokenizer,
     model_config,
+    name_labels,
     padding_config,
     token_limit,
 )
 from rankwise.recipes.places import Place
 from rankwise.recipes.preparing import tracked
 from rankwise.recipes.tasks import Metric, TaskData
+from rankwise.recipes.tasks.usage import pipeline_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -267,9 +269,7 @@ def processor(recipe: Recipe) -> Any:
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
     """The model with a new head of the data's tags."""
     config = padding_config(recipe, processor)
-    names = data.labels or ()
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: i for i, name in enumerate(names)}
+    name_labels(config, data.labels or ())
     return load_model(recipe, "AutoModelForTokenClassification", config, weights=weights)
 
 
@@ -358,17 +358,5 @@ def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:
     """Lines that tag a text with the saved adapter."""
     extra = ', aggregation_strategy="first"' if has_entities(list(data.labels or ())) else ""
     text = processor(recipe).decode(data.evaluation[0]["input_ids"], skip_special_tokens=True)
-    lines = (
-        "import rankwise as rw",
-        "from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, pipeline",
-        "",
-        f"folder = {folder!r}",
-        "base = AutoModelForTokenClassification.from_pretrained(",
-        f"    {base!r}, config=AutoConfig.from_pretrained(folder)",
-        ")",
-        "model = rw.PeftModel.from_pretrained(base, folder)",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f'tag = pipeline("token-classification", model=model, tokenizer=tokenizer{extra})',
-        f"print(tag({text[:100]!r}))",
-    )
-    return "\n".join(lines)
+    model, tokenizer = "AutoModelForTokenClassification", ("tokenizer", "AutoTokenizer")
+    return pipeline_lines("token-classification", model, tokenizer, base, folder, text[:100], extra)

@@ -22,10 +22,9 @@ from rankwise.recipes.data.files import (
     FilesSection,
     Kind,
     beside,
-    examine,
     files_problems,
-    leave_out,
     read_files,
+    usable_files,
 )
 from rankwise.recipes.data.rows import (
     RowsRecipe,
@@ -164,10 +163,7 @@ def _examples(recipe: Recipe, table: Table, config: Any, tokenizer: Any, notes: 
     """A dataset with the columns ``audio`` (path or contents), ``text`` and ``labels`` (token numbers)."""
     data = recipe.data
     rows = rows_with_text(table, data.text, notes)
-    found = examine(KIND, table, rows, audio.seconds)
-    wrong = {row: result for row, result in found.items() if isinstance(result, str)}
-    leave_out(KIND, table, wrong, data.bad_files, len(rows), notes)
-    lengths = {row: result for row, result in found.items() if not isinstance(result, str)}
+    lengths = usable_files(KIND, table, rows, audio.seconds, data.bad_files, notes)
     window = _positions(recipe, config) / 50
     rows = _fitting(recipe, table, lengths, window, "clips", "seconds", notes)
     most = _most_tokens(recipe, config)
