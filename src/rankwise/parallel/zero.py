@@ -8,7 +8,8 @@ processes first.
 
 DeepSpeed steps the optimizer once for each of its vectors, so the adapter may be stepped in several goes.
 
-Nothing here imports DeepSpeed: it marks the parameters that it has taken over.
+Nothing here imports DeepSpeed: it marks the parameters that it has taken over. Its `safe_get_full_grad` won't do: while
+the optimizer steps, it raises an error (stages 1 and 2), or its gradients are neither unscaled nor clipped (stage 3).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Examples that are files, sound or pictures: named by a table, held by a dataset, or lying in a folder.
 
 A file is a path, or its contents where a dataset holds them. Files that can't be used are left out, counted and listed.
+
+``imagefolder`` of ``datasets`` takes a class called "test" for a split, and gives no labels where classes have folders.
 """
 
 from __future__ import annotations

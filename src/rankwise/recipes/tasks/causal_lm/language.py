@@ -1,4 +1,8 @@
-"""Texts as tokens for language models: prompts with completions, chats, plain text in blocks; and their perplexity."""
+"""Texts as tokens for language models: prompts with completions, chats, plain text in blocks; and their perplexity.
+
+TRL's ``SFTTrainer`` splits a prompt together with its completion, other than it is split when the model writes; and it
+drops rows without naming them.
+"""
 
 from __future__ import annotations
 
