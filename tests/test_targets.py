@@ -13,14 +13,9 @@ import torch
 from torch import nn
 
 from rankwise.adapters import prepare_layer
-from rankwise.attach.targets import (
-    _ADALORA_DEFAULTS,
-    _DEFAULTS,
-    find_targets,
-    find_tied,
-    modules_to_save_paths,
-    pattern_value,
-)
+from rankwise.attach.defaults import ADALORA_DEFAULTS, DEFAULTS
+from rankwise.attach.matching import pattern_value
+from rankwise.attach.targets import find_targets, find_tied, modules_to_save_paths
 from rankwise.config import AdaLoraConfig, LoraConfig
 
 
@@ -182,8 +177,8 @@ def test_default_targets_of_adalora_are_those_of_peft(kind: str) -> None:
 def test_default_names_agree_with_peft_for_every_architecture_that_it_knows() -> None:
     constants = pytest.importorskip("peft.utils.constants")
     for theirs, ours in [
-        (constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _DEFAULTS),
-        (constants.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING, _ADALORA_DEFAULTS),
+        (constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, DEFAULTS),
+        (constants.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING, ADALORA_DEFAULTS),
     ]:
         for kind, names in theirs.items():
             assert same_names(ours[kind]) == same_names(names), kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from rankwise.adapters.inplace import add_methods, has_forward_of_its_own, remove_methods
-from rankwise.adapters.kinds import KINDS, adapters_for, factor_name, kinds_in_words
+from rankwise.adapters.kinds import KINDS, adapters_for, factor_name, in_all_linear, kinds_in_words
 from rankwise.adapters.layer import AdapterLayer
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "AdapterLayer",
     "adapters_for",
     "factor_name",
+    "in_all_linear",
     "kinds_in_words",
     "prepare_layer",
     "restore_layer",

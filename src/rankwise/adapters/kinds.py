@@ -30,6 +30,12 @@ def adapters_for(layer: nn.Module) -> type[AdapterLayer] | None:
     return next((kind for kind in KINDS if kind.adapts(layer)), None)
 
 
+def in_all_linear(layer: nn.Module) -> bool:
+    """Whether `target_modules="all-linear"` means it."""
+    kind = adapters_for(layer)
+    return kind is not None and kind.in_all_linear
+
+
 def kinds_in_words() -> str:
     """What can be adapted, for messages: "Linear, Conv2d and Embedding"."""
     *most, last = dict.fromkeys(kind.called for kind in KINDS)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rankwise.adapters import AdapterLayer, adapters_for, prepare_layer, restore_layer
 from rankwise.adapters.saved import SavedModule, prepare_saved_module, restore_saved_module
-from rankwise.attach.targets import find_targets, modules_to_save_paths, pattern_value
+from rankwise.attach.matching import pattern_value
+from rankwise.attach.targets import find_targets, modules_to_save_paths
 from rankwise.config import AdaLoraConfig, LoraConfig
 
 _Prepared = TypeVar("_Prepared")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankwise.attach.targets import pattern_value
+from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME
 from rankwise.report.header import TensorInfo
 from rankwise.storage import PREFIX, WEIGHTS_NAME

@@ -16,12 +16,12 @@ from rankwise.attach.attachment import (
     factor_options,
     plain_name,
 )
+from rankwise.attach.matching import pattern_value
 from rankwise.attach.targets import (
     find_targets,
     modules_to_save_paths,
     output_embeddings,
     own_modules,
-    pattern_value,
 )
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
 from rankwise.config.suggest import suggestion

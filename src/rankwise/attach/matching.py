@@ -1,0 +1,79 @@
+"""How the names and patterns of a configuration match the paths of modules."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from rankwise.config import LoraConfig
+
+_T = TypeVar("_T")
+
+
+def pattern_value(patterns: Mapping[str, _T], path: str, default: _T) -> _T:
+    r"""What ``rank_pattern`` or ``alpha_pattern`` says of ``path``: the first key that matches the path's end.
+
+    Example:
+        >>> pattern_value({"layers.0.q": 4, r"layers\.\d+\.q": 2}, "model.layers.0.q", 8)
+        4
+        >>> pattern_value({"layers.0.q": 4, r"layers\.\d+\.q": 2}, "model.layers.1.q", 8)
+        2
+        >>> pattern_value({"q": 4}, "model.layers.1.qq", 8)
+        8
+    """
+    for key, value in patterns.items():
+        if pattern_matches(key, path):
+            return value
+    return patterns.get(path, default)
+
+
+def matcher(names: list[str] | str) -> Callable[[str], bool]:
+    """Whether a path is, or ends with, one of the names; or matches the expression as a whole."""
+    if isinstance(names, str):
+        expression = re.compile(names)
+        return lambda path: expression.fullmatch(path) is not None
+    exact, ends = frozenset(names), tuple(f".{name}" for name in names)
+    return lambda path: path in exact or path.endswith(ends)
+
+
+def by_ends(paths: Iterable[str]) -> dict[str, list[str]]:
+    """The paths by everything that a name in a list could match: the whole path, and each of its ends."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split(".")
+        for first in range(len(parts)):
+            found.setdefault(".".join(parts[first:]), []).append(path)
+    return found
+
+
+def in_layers(path: str, names: list[str] | str, config: LoraConfig) -> bool:
+    """Whether ``path`` lies in one of ``layers_to_transform``, or is named in full."""
+    wanted = config.layers_to_transform
+    if wanted is None or (isinstance(names, list) and path in names):
+        return True
+    if config.layers_pattern is None:
+        expressions = [r".*?\.[^.]*\.(?P<index>\d+)\.", r"[^.]*\.(?P<index>\d+)\."]
+    else:
+        given = config.layers_pattern
+        expressions = [
+            rf"(?:^|.*?\.){each}\.(?P<index>\d+)\." for each in ([given] if isinstance(given, str) else given)
+        ]
+    found = next((match for each in expressions if (match := re.match(each, path))), None)
+    return found is not None and int(found["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def within(path: str, outer: Iterable[str]) -> bool:
+    """Whether ``path`` is one of ``outer`` or lies in one."""
+    return any(path == each or path.startswith(f"{each}.") for each in outer)
+
+
+@functools.lru_cache(maxsize=16384)
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def pattern_matches(key: str, path: str) -> bool:
+    """Whether a key of a pattern means ``path``: as an expression for its end."""
+    return _compiled(key).match(path) is not None

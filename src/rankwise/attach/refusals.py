@@ -1,0 +1,169 @@
+"""What is refused or told of a configuration's targets, and in which words."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from rankwise.adapters import adapters_for, in_all_linear, kinds_in_words
+from rankwise.attach.defaults import HEADS
+from rankwise.attach.matching import by_ends, matcher, pattern_matches, within
+from rankwise.attach.unused_layers import check_fast_path, why_ignored
+from rankwise.config import AdaLoraConfig, LoraConfig
+from rankwise.config.suggest import suggestion
+
+
+def check_names(modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
+    """Each name in a list must match something, outside of ``modules_to_save`` if that names it, too."""
+    targets = config.target_modules if isinstance(config.target_modules, list) else []
+    excluded = config.exclude_modules if isinstance(config.exclude_modules, list) else []
+    matches = by_ends(modules)
+    implied = HEADS.get(config.task_type or "", ())
+    listed = tuple(name for name in config.modules_to_save or () if name not in implied)
+    saved = [path for path in modules if listed and path.endswith(listed)]
+    for name in targets:
+        if name in matches and all(within(path, saved) for path in matches[name]):
+            raise ValueError(
+                f"`target_modules` names {name!r}, but all that it matches is in `modules_to_save` and trains "
+                f"whole (such as {matches[name][0]!r}): take it out of one of them."
+            )
+    missing = [name for name in targets if name not in matches]
+    if len(missing) < len(targets):
+        _warn_of_missing("target_modules", missing, modules)
+    _warn_of_missing("exclude_modules", [name for name in excluded if name not in matches], modules)
+
+
+def check_heads(model: nn.Module, saved: list[str], config: LoraConfig) -> None:
+    """Tell of a task whose head the model does not have."""
+    implied = HEADS.get(config.task_type or "", ())
+    if implied and not saved and not config.inference_mode:
+        held = [name for name, _ in model.named_children()]
+        warnings.warn(
+            f"`task_type` is {config.task_type}, but the model has no module called {' or '.join(implied)}: no "
+            f"head will train. If it has one, name it in `modules_to_save`; the model holds {some(held, 12)}.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_missing(field: str, names: list[str], modules: Mapping[str, nn.Module]) -> None:
+    for name in names:
+        warnings.warn(
+            f"`{field}` names {name!r}, but the model has no such module.{nearest_name(name, modules)}",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def check_layer(model: nn.Module, path: str, module: nn.Module, config: LoraConfig) -> None:
+    """Refuse a layer that can't be adapted, or whose adapter would do nothing.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if adapters_for(module) is None:
+        raise ValueError(_cannot_adapt(path, module, config))
+    if any(isinstance(each, UninitializedParameter) for each in module.parameters(recurse=False)):
+        raise ValueError(f"{path!r} has no shape yet: run the model once before it is adapted.")
+    reason = why_ignored(model, path, config)
+    if reason:
+        raise ValueError(f"{path!r} can't be adapted: {reason} Name it in `exclude_modules`.")
+    check_fast_path(model, path)
+
+
+def adaptable(
+    model: nn.Module, targets: Mapping[str, nn.Module], config: LoraConfig
+) -> Iterator[tuple[str, nn.Module]]:
+    """Of targets that nobody named, those that can be adapted; it is said if others look as if they could."""
+    left_out: dict[str, list[str]] = {}
+    for path, module in targets.items():
+        reason = why_ignored(model, path, config) if adapters_for(module) is not None else None
+        if reason:
+            left_out.setdefault(reason, []).append(path)
+        elif adapters_for(module) is not None:
+            check_layer(model, path, module, config)
+            yield path, module
+    for reason, paths in left_out.items():
+        warnings.warn(f"{some(paths)} can't be adapted: {reason} Left out.", UserWarning, stacklevel=3)
+
+
+def _cannot_adapt(path: str, module: nn.Module, config: LoraConfig) -> str:
+    kind = type(module).__name__
+    inner = Counter(
+        name.rpartition(".")[2] for name, each in module.named_modules() if name and in_all_linear(each)
+    )
+    if not inner:
+        return (
+            f"{path!r} is a {kind}: only {kinds_in_words()} layers can be adapted. Narrow `target_modules`, or use "
+            "`exclude_modules`."
+        )
+    names = [name for name, _ in inner.most_common(8)]
+    if isinstance(config.target_modules, str):
+        mend = f"make {config.target_modules!r} match only layers, for example r'.*\\.({'|'.join(names)})'"
+    else:
+        mend = f"name the layers in it instead: {', '.join(names)}"
+    return f"{path!r} is a {kind}, which holds other modules: {mend}."
+
+
+def nothing_found(
+    modules: Mapping[str, nn.Module],
+    matched: list[str],
+    saved: list[str],
+    names: list[str] | str,
+    config: LoraConfig,
+) -> str:
+    """Why no layer is adapted: what matched, and what took it away."""
+    shown = repr(names) if isinstance(names, str) else some(names)
+    if matched:
+        why = [f"`exclude_modules`={config.exclude_modules!r}"] if config.exclude_modules else []
+        why += [f"the modules that train whole ({some(saved)})"] if saved else []
+        left = f"{' and '.join(why)} leave nothing of it" if why else "nothing of it can be adapted"
+        return f"`target_modules` ({shown}) matches {some(matched)}, but {left}."
+    if any(map(matcher(names), modules)):
+        return (
+            f"`target_modules` ({shown}) matches layers, but none in `layers_to_transform`="
+            f"{config.layers_to_transform!r} with `layers_pattern`={config.layers_pattern!r}."
+        )
+    if isinstance(names, str):
+        what, hints = f"the expression {shown} matches no whole path in the model", ""
+    else:
+        what = f"{shown} matches no module of the model"
+        hints = "".join(nearest_name(name, modules) for name in names[:4])
+    return f"`target_modules`: {what}.{hints} Its linear layers are called {linear_names(modules)}."
+
+
+def check_patterns(targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
+    """Keys of rank_pattern and alpha_pattern that match no target are told: they have no effect."""
+    ranks: dict[str, Any] = {} if isinstance(config, AdaLoraConfig) else config.rank_pattern
+    ends = by_ends(targets)
+    for field, patterns in (("rank_pattern", ranks), ("alpha_pattern", config.alpha_pattern)):
+        for key in patterns:
+            if key not in ends and not any(pattern_matches(key, path) for path in targets):
+                warnings.warn(
+                    f"`{field}` has {key!r}, which matches no adapted layer.{nearest_name(key, targets)}",
+                    UserWarning,
+                    stacklevel=4,
+                )
+
+
+def nearest_name(name: str, paths: Iterable[str]) -> str:
+    """A suggestion among the paths' ends that have as many parts as ``name``."""
+    parts = name.count(".") + 1
+    return suggestion(name, dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
+
+
+def linear_names(modules: Mapping[str, nn.Module], most: int = 12) -> str:
+    """What the model's linear layers are called, the most frequent names first."""
+    counts = Counter(path.rpartition(".")[2] for path, module in modules.items() if in_all_linear(module))
+    return ", ".join(name for name, _ in counts.most_common(most)) or "nothing: it has none"
+
+
+def some(names: list[str], most: int = 6) -> str:
+    """The first names, and how many there are more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
