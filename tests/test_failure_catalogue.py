@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import rankwise as rw
+import rankwise.report
 from tiny import bert, llama, token_batches, told
 
 STEPS, TARGETS = 10, ["q_proj", "v_proj", "down_proj"]
@@ -631,3 +632,58 @@ def test_no_way_to_see_what_happened_to_the_ranks(tmp_path: Path) -> None:
     rank_history_plot(history, tmp_path / "history.png")
     rank_heatmap(loaded.rank_summary(), tmp_path / "ranks.png")
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("history.png", "ranks.png"))
+
+
+# Files and names
+
+
+class TwoHeads(nn.Module):
+    """As DistilBERT's classifier: the name of one module ends with the letters of the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.pre_classifier, self.classifier = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.pre_classifier(self.body(x)).relu())
+
+
+def test_modules_to_save_classifier_takes_pre_classifier_too(tmp_path: Path) -> None:
+    fields = {"r": 2, "target_modules": ["body", "pre_classifier"], "modules_to_save": ["classifier"]}
+    with pytest.warns(UserWarning, match="'pre_classifier' won't train whole, as PEFT would have it"):
+        model = rw.get_peft_model(TwoHeads(), rw.LoraConfig(**fields))
+    assert [path for path, module in model.named_modules() if hasattr(module, "lora_A")] == fields[
+        "target_modules"
+    ]
+    with torch.no_grad():
+        model.classifier.modules_to_save["default"].bias.add_(1.0)
+        model.pre_classifier.lora_B["default"].add_(1.0)
+    model.save_pretrained(tmp_path)
+    loaded = rw.PeftModel.from_pretrained(TwoHeads(), tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(loaded(x), model(x))
+    report = rw.report.inspect_adapter(tmp_path)
+    assert [module.path for module in report.saved_modules] == ["classifier"]
+
+
+def test_modules_to_save_classifier_in_a_file_of_pefts_holds_pre_classifier_too(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    fields = {"r": 2, "target_modules": ["body"], "modules_to_save": ["classifier"]}
+    theirs = peft.get_peft_model(TwoHeads(), peft.LoraConfig(**fields))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    assert [module.path for module in rw.report.inspect_adapter(tmp_path / "theirs").saved_modules] == [
+        "classifier",
+        "pre_classifier",
+    ]
+    x = torch.randn(3, 4)
+    loaded = rw.PeftModel.from_pretrained(TwoHeads(), tmp_path / "theirs")
+    assert torch.allclose(loaded(x), theirs(x), atol=1e-6)
+    loaded.save_pretrained(tmp_path / "again")
+    again = rw.PeftModel.from_pretrained(TwoHeads(), tmp_path / "again")
+    assert torch.equal(again(x), loaded(x))
+    assert again.peft_config["default"].modules_to_save == ["classifier", "pre_classifier"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from rankwise.config import LoraConfig
@@ -29,13 +29,39 @@ def pattern_value(patterns: Mapping[str, _T], path: str, default: _T) -> _T:
     return patterns.get(path, default)
 
 
-def matcher(names: list[str] | str) -> Callable[[str], bool]:
+def matcher(names: Sequence[str] | str) -> Callable[[str], bool]:
     """Whether a path is, or ends with, one of the names; or matches the expression as a whole."""
     if isinstance(names, str):
         expression = re.compile(names)
         return lambda path: expression.fullmatch(path) is not None
     exact, ends = frozenset(names), tuple(f".{name}" for name in names)
     return lambda path: path in exact or path.endswith(ends)
+
+
+def saved_module_of(name: str, names: Sequence[str], is_module: Callable[[str], bool]) -> str | None:
+    """Which module that trains whole, by ``names``, a tensor in a file belongs to: the outermost.
+
+    Names mean whole components of a path. PEFT compares ends of letters, so that its file may hold more.
+
+    Example:
+        >>> saved_module_of("bert.classifier.weight", ["classifier"], lambda path: True)
+        'bert.classifier'
+        >>> saved_module_of("pre_classifier.weight", ["classifier"], lambda path: True)  # PEFT has saved it
+        'pre_classifier'
+        >>> saved_module_of("encoder.weight", ["classifier"], lambda path: True) is None
+        True
+    """
+    outer = [name[: match.start()] for match in re.finditer(r"\.", name)]
+    for means in (matcher(names), by_letters(names)):
+        if found := next((path for path in outer if means(path) and is_module(path)), None):
+            return found
+    return None
+
+
+def by_letters(names: Sequence[str]) -> Callable[[str], bool]:
+    """Whether PEFT takes a path for one of ``modules_to_save``: it ends with one of the names, as letters."""
+    ends = tuple(names)
+    return lambda path: path.endswith(ends)
 
 
 def by_ends(paths: Iterable[str]) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from rankwise.adapters import adapters_for, in_all_linear, kinds_in_words
 from rankwise.attach.defaults import HEADS
-from rankwise.attach.matching import by_ends, matcher, pattern_matches, within
+from rankwise.attach.matching import by_ends, by_letters, matcher, pattern_matches, within
 from rankwise.attach.unused_layers import check_fast_path, why_ignored
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.config.suggest import suggestion
@@ -24,8 +24,8 @@ def check_names(modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
     excluded = config.exclude_modules if isinstance(config.exclude_modules, list) else []
     matches = by_ends(modules)
     implied = HEADS.get(config.task_type or "", ())
-    listed = tuple(name for name in config.modules_to_save or () if name not in implied)
-    saved = [path for path in modules if listed and path.endswith(listed)]
+    listed = matcher([name for name in config.modules_to_save or () if name not in implied])
+    saved = [path for path in modules if listed(path)]
     for name in targets:
         if name in matches and all(within(path, saved) for path in matches[name]):
             raise ValueError(
@@ -38,11 +38,22 @@ def check_names(modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
     _warn_of_missing("exclude_modules", [name for name in excluded if name not in matches], modules)
 
 
-def check_heads(model: nn.Module, saved: list[str], config: LoraConfig) -> None:
-    """Tell of a task whose head the model does not have."""
+def check_heads(modules: Mapping[str, nn.Module], saved: list[str], config: LoraConfig) -> None:
+    """Tell of a task whose head the model does not have, and of modules that train whole only in PEFT."""
+    if config.inference_mode:
+        return
     implied = HEADS.get(config.task_type or "", ())
-    if implied and not saved and not config.inference_mode:
-        held = [name for name, _ in model.named_children()]
+    taken_by_peft = by_letters([*(config.modules_to_save or ()), *implied])
+    more = [path for path in modules if taken_by_peft(path) and not within(path, saved)]
+    if saved and more:
+        warnings.warn(
+            f"{some(more)} won't train whole, as PEFT would have it: its name only ends with the letters of another "
+            "in `modules_to_save`. Name it there if it should.",
+            UserWarning,
+            stacklevel=3,
+        )
+    if implied and not saved:
+        held = [path for path in modules if "." not in path]
         warnings.warn(
             f"`task_type` is {config.task_type}, but the model has no module called {' or '.join(implied)}: no "
             f"head will train. If it has one, name it in `modules_to_save`; the model holds {some(held, 12)}.",

@@ -54,7 +54,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     if chosen_by_user and not config.inference_mode:
         check_names(modules, config)
     saved = modules_to_save_paths(model, config)
-    check_heads(model, saved, config)
+    check_heads(modules, saved, config)
     matches = frozenset(names).__contains__ if config.target_modules == "all-linear" else matcher(names)
     excluded = matcher(config.exclude_modules or [])
     matched = [path for path in modules if matches(path) and in_layers(path, names, config)]
@@ -74,7 +74,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 def modules_to_save_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     """The modules that train whole: those in ``modules_to_save``, and the heads that ``task_type`` implies.
 
-    A name matches the end of a path, as in PEFT: "classifier" takes "pre_classifier", too.
+    A name is a whole path or its last parts: "classifier" leaves "pre_classifier" alone.
 
     Raises:
         ValueError: a listed name matches nothing, or a mere list of modules.
@@ -88,14 +88,14 @@ def modules_to_save_paths(model: nn.Module, config: LoraConfig) -> list[str]:
     paths = list(modules)
     implied = HEADS.get(config.task_type or "", ())
     for name in config.modules_to_save or ():
-        if name not in implied and not any(path.endswith(name) for path in paths):
+        if name not in implied and not any(map(matcher([name]), paths)):
             raise ValueError(
                 f"`modules_to_save` names {name!r}, but the model has no such module.{nearest_name(name, paths)}"
             )
-    names = (*(config.modules_to_save or ()), *implied)
+    means = matcher([*(config.modules_to_save or ()), *implied])
     found: list[str] = []
     for path in paths:
-        if path.endswith(names) and not within(path, found):
+        if means(path) and not within(path, found):
             found.append(path)
     for path in found:
         if isinstance(modules[path], _CONTAINERS):

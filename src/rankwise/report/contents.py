@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankwise.attach.matching import pattern_value
+from rankwise.attach.matching import pattern_value, saved_module_of
 from rankwise.config import CONFIG_NAME
 from rankwise.report.header import TensorInfo
 from rankwise.storage import PREFIX, WEIGHTS_NAME
@@ -77,7 +77,7 @@ def sort_tensors(folder: Path, config: Mapping[str, Any], header: Mapping[str, T
                 tensors.embeddings.add(match["path"])
         elif match := _ADDED.fullmatch(name):
             tensors.added[match["path"]] += tensor.size
-        elif head := _head_of(name, heads):
+        elif head := saved_module_of(name, heads, lambda path: True):
             tensors.saved[head] += 0 if _COPIES.fullmatch(name.removeprefix(f"{head}.")) else tensor.size
         elif name.endswith(".bias"):
             tensors.biases += tensor.size
@@ -89,14 +89,6 @@ def sort_tensors(folder: Path, config: Mapping[str, Any], header: Mapping[str, T
     if not tensors.factors and (tensors.others or not tensors.saved):
         raise ValueError(f"{source} holds no LoRA tensors, but {_found(header)}. It is another kind of file.")
     return tensors
-
-
-def _head_of(name: str, heads: list[str]) -> str | None:
-    """The path of the module in ``modules_to_save`` that a tensor belongs to."""
-    for head in heads:
-        if match := re.match(rf"(?:.+\.)?{re.escape(head)}(?=\.)", name):
-            return match[0]
-    return None
 
 
 def _found(header: Mapping[str, TensorInfo]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ from rankwise.attach.attachment import (
     factor_options,
     plain_name,
 )
-from rankwise.attach.matching import pattern_value
+from rankwise.attach.matching import matcher, pattern_value, saved_module_of
 from rankwise.attach.targets import (
     find_targets,
     modules_to_save_paths,
@@ -44,7 +43,7 @@ def fit_all(
     heads: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for name, tensor in file.others.items():
-        path = _head_of(name, config, modules)
+        path = saved_module_of(name, config.modules_to_save or (), modules.__contains__)
         inner = name if path is None else name.removeprefix(f"{path}.")
         if path is None:
             rest[name.replace(".base_layer.", ".")] = tensor
@@ -58,6 +57,13 @@ def fit_all(
             raise ValueError(f"{file.source} adapts {inside!r}, but also holds all of {path!r}.")
     _fit_rest(model, modules, rest, file, None if all_parameters else config)
     return layers, heads, rest
+
+
+def with_all_heads(config: LoraConfig, heads: Iterable[str]) -> LoraConfig:
+    """The configuration with what PEFT's file holds of modules that only end like the names in it."""
+    names = config.modules_to_save or []
+    more = [path for path in heads if not matcher(names)(path)]
+    return replace(config, modules_to_save=[*names, *more]) if more else config
 
 
 def _fit_rest(
@@ -113,7 +119,7 @@ def _check_all_heads(
     file: AdapterFile,
 ) -> None:
     """Refuse a file that lacks one of the modules in `modules_to_save`: a head that is not trained tells nothing."""
-    named = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in modules)]
+    named = [name for name in config.modules_to_save or () if any(map(matcher([name]), modules))]
     wanted = (
         modules_to_save_paths(model, replace(config, modules_to_save=named, task_type=None)) if named else ()
     )
@@ -172,13 +178,6 @@ def _shape_message(file: AdapterFile, name: str, tensor: Tensor, shape: Iterable
         f"{file.source}: {name} is {tuple(tensor.shape)}, but this model takes {tuple(shape)}. The adapter belongs "
         "to a model of other shapes: load the base model that it was trained on."
     )
-
-
-def _head_of(name: str, config: LoraConfig, modules: Mapping[str, nn.Module]) -> str | None:
-    """The outermost module in `modules_to_save` that holds ``name``; names match as in `modules_to_save_paths`."""
-    wanted = tuple(config.modules_to_save or ())
-    ends = (match.start() for match in re.finditer(r"\.", name))
-    return next((name[:end] for end in ends if name[:end].endswith(wanted) and name[:end] in modules), None)
 
 
 def _fit_head(module: nn.Module, path: str, tensors: Mapping[str, Tensor], file: AdapterFile) -> None:

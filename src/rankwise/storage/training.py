@@ -21,7 +21,7 @@ from rankwise.files.tensors import check_finite
 from rankwise.parallel.sharded import laid_out
 from rankwise.run.controller import BUFFERS, Controller
 from rankwise.run.state import RunState
-from rankwise.storage.fit import fit_all
+from rankwise.storage.fit import fit_all, with_all_heads
 from rankwise.storage.names import (
     EXTRA_STATE,
 )
@@ -91,7 +91,7 @@ def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) 
             changes["total_step"] = None
     uncut.config = file.config_with(**changes)
     layers, heads, rest = fit_all(model, uncut, uncut.config, all_parameters=True)
-    return Attachment(adapter, uncut.config, layers, heads, rest)  # type: ignore[arg-type]
+    return Attachment(adapter, with_all_heads(uncut.config, heads), layers, heads, rest)  # type: ignore[arg-type]
 
 
 def _run_state(file: AdapterFile, layers: list[str]) -> RunState:

@@ -21,7 +21,7 @@ from rankwise.attach.attachment import (
 from rankwise.config import AdaLoraConfig
 from rankwise.parallel.sharded import laid_out, local, local_like
 from rankwise.run.controller import Controller
-from rankwise.storage.fit import fit_all
+from rankwise.storage.fit import fit_all, with_all_heads
 from rankwise.storage.names import (
     NO_SCHEDULE,
 )
@@ -40,7 +40,7 @@ def plan_from_file(model: nn.Module, file: AdapterFile, adapter: str, trainable:
         changes["total_step"] = None
     config = file.config_with(**changes)
     layers, heads, rest = fit_all(model, file, config)
-    return Attachment(adapter, config, layers, heads, rest)  # type: ignore[arg-type]
+    return Attachment(adapter, with_all_heads(config, heads), layers, heads, rest)  # type: ignore[arg-type]
 
 
 def prepare_values(
