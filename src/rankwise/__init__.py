@@ -12,6 +12,7 @@ from rankwise.model import PeftModel, get_peft_model
 from rankwise.run.history import RankHistory, RankRecord
 from rankwise.run.state import AllocationState
 from rankwise.run.summary import LayerRank, RankSummary
+from rankwise.storage.compress import compress_adapter, compression_curve
 from rankwise.storage.export import save_as_lora
 
 __version__ = "0.1.0"
@@ -27,6 +28,8 @@ __all__ = [
     "RankHistory",
     "RankRecord",
     "RankSummary",
+    "compress_adapter",
+    "compression_curve",
     "get_peft_model",
     "prepare_model_for_kbit_training",
     "save_as_lora",

@@ -7,8 +7,9 @@ from rankwise.cli.app import app
 from rankwise.cli.train import train  # isort: skip
 from rankwise.cli.plan import plan  # isort: skip
 from rankwise.cli.inspect import inspect  # isort: skip
+from rankwise.cli.compress import compress  # isort: skip
 
-__all__ = ["app", "inspect", "main", "plan", "train"]
+__all__ = ["app", "compress", "inspect", "main", "plan", "train"]
 
 
 def main() -> None:

@@ -129,6 +129,20 @@ def write_file(path: Path, data: bytes | str) -> None:
             _flush_done(path.parent)
 
 
+def refuse_existing(path: Path) -> None:
+    """Refuse a place where something is already.
+
+    Raises:
+        FileExistsError: it is a file, or a folder that is not empty.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        what = "is there already" if path.is_file() else "is not empty"
+        raise FileExistsError(
+            f"{str(path)!r} {what}. Give another place, or say that it may be replaced: `overwrite=True`, on the "
+            "command line `--overwrite`."
+        )
+
+
 def recover(folder: Path) -> None:
     """Tidy what a killed save left in a folder; call it before reading one.
 

@@ -1,0 +1,131 @@
+"""``rankwise compress``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from rankwise.cli.app import app
+from rankwise.cli.failures import failures
+
+if TYPE_CHECKING:
+    from rankwise.storage.compress import Compression
+
+
+@app.command(epilog="Example: `rankwise compress output/reviews --rank 4 -o output/reviews-rank4`")
+def compress(
+    adapter: Annotated[
+        Path,
+        typer.Argument(metavar="ADAPTER", help="A LoRA or AdaLoRA adapter's folder.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT", help="The folder to write.", show_default=False),
+    ] = None,
+    rank: Annotated[
+        float | None,
+        typer.Option(
+            "--rank", metavar="R", help="As many parameters as LoRA of this rank has.", show_default=False
+        ),
+    ] = None,
+    parameters: Annotated[
+        int | None,
+        typer.Option("--parameters", metavar="N", help="At most so many parameters.", show_default=False),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep",
+            metavar="SHARE",
+            help="Keep this share of the update's squared norm, as 0.95.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what each size would lose; write nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, for programs.")] = False,
+) -> None:
+    """Cut an adapter to a size, with the least loss that LoRA of that size can have.
+
+    Give one of --rank, --parameters and --keep. Each layer gets its own rank: what stays is decided over all layers
+    together, by what it is worth for its size. Shows the share of the update's squared norm that is lost, in each layer
+    and in all. The result is a plain LoRA adapter that PEFT and rankwise load.
+    """
+    with failures(ValueError, TypeError, OSError):
+        from rankwise.storage.compress import Spectra, compress_adapter
+        from rankwise.storage.updates import read_updates
+
+        goal: dict[str, Any] = {"rank": rank, "parameters": parameters, "keep": keep}
+        given = any(value is not None for value in goal.values())
+        if dry_run:
+            spectra = Spectra(read_updates(adapter))
+            curve = spectra.curve()
+            if given:
+                curve.append(spectra.compression(spectra.ranks(**goal)))
+            show_curve(sorted(curve, key=lambda each: each.parameters), as_json)
+            return
+        if not given or output is None:
+            missing = "-o OUT, the folder to write" if given else "--rank, --parameters or --keep"
+            raise ValueError(
+                f"{missing} is missing. --dry-run shows what each size would lose, and writes nothing."
+            )
+        compression = compress_adapter(output, adapter, **goal, overwrite=overwrite)
+        show(compression, output, as_json)
+
+
+def show(compression: Compression, output: Path, as_json: bool) -> None:
+    """Print what became of each layer, and of all."""
+    if as_json:
+        print(json.dumps(compression.to_dict(), indent=2))
+        return
+    from rich.table import Table
+
+    from rankwise.run.summary import paths_that_fit
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name in ("layer", "rank", "before", "parameters", "lost"):
+        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    layers = compression.layers
+    for path, layer in zip(paths_that_fit([each.path for each in layers], 60), layers, strict=True):
+        table.add_row(
+            path, str(layer.rank), str(layer.rank_before), f"{layer.parameters:,}", f"{layer.lost:.2%}"
+        )
+    console = Console()
+    console.print(table)
+    before = compression.parameters_before
+    console.print(
+        f"\n{compression.parameters:,} of {before:,} parameters ({compression.parameters / before:.0%}); lost "
+        f"{compression.lost:.2%} of the update's squared norm. Saved to {output}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def show_curve(curve: list[Compression], as_json: bool) -> None:
+    """Print what each size would lose."""
+    if as_json:
+        points = [{"parameters": each.parameters, "lost": each.lost} for each in curve]
+        print(json.dumps(points, indent=2))
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name in ("parameters", "of the present", "average rank", "lost"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for each in curve:
+        mean = sum(layer.rank for layer in each.layers) / len(each.layers)
+        table.add_row(
+            f"{each.parameters:,}",
+            f"{each.parameters / each.parameters_before:.0%}",
+            f"{mean:.1f}",
+            f"{each.lost:.2%}",
+            "█" * round(30 * each.lost),
+        )
+    Console().print(table)

@@ -1,0 +1,108 @@
+"""Which singular directions stay when a budget is to be met: squared singular values and widths in, ranks out.
+
+Cutting a layer's update to its first k singular directions is the best that can be done with rank k (Eckart and Young,
+1936), and loses the sum of the other squared singular values. Over several layers these losses add up, while a rank
+costs each layer its own width, so directions are taken by square per parameter, over all layers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+Squares = Mapping[str, Sequence[float]]  # layer -> squared singular values, falling
+
+
+def ranks_for_budget(squares: Squares, widths: Mapping[str, int], budget: int) -> dict[str, int]:
+    """The ranks of at most ``budget`` parameters that keep the most.
+
+    Directions are taken by square per parameter while they fit. Where widths differ much, the one that did not fit can
+    be worth more than what is taken instead of it, and so can one rank for all layers: the best of these is returned.
+
+    Args:
+        squares: the squared singular values of each layer, falling.
+        widths: parameters that one rank takes in each layer, at least 1.
+        budget: parameters in all, at least 0.
+
+    Returns:
+        The rank of each layer, 0 included.
+
+    Example:
+        >>> ranks_for_budget({"q": [9.0, 1.0], "v": [4.0, 3.0]}, {"q": 10, "v": 10}, budget=30)
+        {'q': 1, 'v': 2}
+        >>> ranks_for_budget({"small": [1.0], "large": [50.0]}, {"small": 10, "large": 1000}, budget=1000)
+        {'small': 0, 'large': 1}
+    """
+    nothing = dict.fromkeys(squares, 0)
+    greedy, missed = _filled(squares, widths, budget, nothing)
+    found = [greedy]
+    if missed is not None:
+        path, number = missed
+        start = nothing | {path: number + 1}
+        if parameters_of(start, widths) <= budget:
+            found.append(_filled(squares, widths, budget, start)[0])
+    equal = budget // max(parameters_of(dict.fromkeys(squares, 1), widths), 1)
+    start = {path: min(equal, len(values)) for path, values in squares.items()}
+    found.append(_filled(squares, widths, budget, start)[0])
+    return max(found, key=lambda ranks: kept_by(squares, ranks))
+
+
+def ranks_for_share(squares: Squares, widths: Mapping[str, int], share: float) -> dict[str, int]:
+    """The ranks of few parameters that keep at least ``share`` of the sum of all squares.
+
+    Directions are taken by square per parameter until the share is reached; then those that it does without go again.
+
+    Args:
+        squares: the squared singular values of each layer, falling.
+        widths: parameters that one rank takes in each layer, at least 1.
+        share: in (0, 1].
+
+    Example:
+        >>> ranks_for_share({"q": [9.0, 1.0], "v": [4.0, 3.0]}, {"q": 10, "v": 10}, share=0.9)
+        {'q': 1, 'v': 2}
+    """
+    wanted = share * kept_by(squares, {path: len(values) for path, values in squares.items()})
+    wanted -= 1e-12 * wanted  # sums of one set of numbers in two orders may differ in the last digits
+    ranks, kept = dict.fromkeys(squares, 0), 0.0
+    for path, number in _by_worth(squares, widths):
+        if kept >= wanted:
+            break
+        ranks[path] = number + 1
+        kept += squares[path][number]
+    for path in sorted(ranks, key=lambda each: -widths[each]):
+        while ranks[path] and kept - squares[path][ranks[path] - 1] >= wanted:
+            ranks[path] -= 1
+            kept -= squares[path][ranks[path]]
+    return ranks
+
+
+def kept_by(squares: Squares, ranks: Mapping[str, int]) -> float:
+    """The sum of the squares that ranks keep."""
+    return sum(sum(squares[path][:rank]) for path, rank in ranks.items())
+
+
+def parameters_of(ranks: Mapping[str, int], widths: Mapping[str, int]) -> int:
+    """How many parameters ranks take."""
+    return sum(rank * widths[path] for path, rank in ranks.items())
+
+
+def _by_worth(squares: Squares, widths: Mapping[str, int]) -> list[tuple[str, int]]:
+    """All directions with something in them, the largest square per parameter first; equal ones in the given order."""
+    directions = [(path, i) for path, values in squares.items() for i, value in enumerate(values) if value]
+    return sorted(directions, key=lambda each: -squares[each[0]][each[1]] / widths[each[0]])
+
+
+def _filled(
+    squares: Squares, widths: Mapping[str, int], budget: int, start: Mapping[str, int]
+) -> tuple[dict[str, int], tuple[str, int] | None]:
+    """Ranks that start at ``start`` and fill the budget, and the first direction that did not fit."""
+    ranks, missed = dict(start), None
+    left = budget - parameters_of(ranks, widths)
+    for path, number in _by_worth(squares, widths):
+        if number < ranks[path]:
+            continue
+        if widths[path] > left:
+            missed = missed or (path, number)
+        else:
+            ranks[path] = number + 1
+            left -= widths[path]
+    return ranks, missed

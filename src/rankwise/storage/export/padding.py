@@ -1,0 +1,42 @@
+"""One rank for all layers, by triplets of zeros, for servers that take only one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankwise.storage.updates import Update, Updates, acting
+
+
+def padded(updates: Updates, rank: int | None = None) -> dict[str, Update]:
+    """Every layer at one rank, those at rank 0 too: servers that stack layers miss one that is left out.
+
+    Args:
+        updates: of layers that are no grouped convolutions.
+        rank: at least the largest rank; None for that.
+
+    Raises:
+        ValueError: all layers are at rank 0, or one is a grouped convolution.
+    """
+    acting(updates)
+    grouped = next((path for path, update in updates.layers.items() if update.grouped), None)
+    if grouped is not None:
+        raise ValueError(
+            f"{updates.source}: {grouped!r} is a grouped convolution, whose ranks can't be padded: export without it."
+        )
+    rank = rank or max(update.rank for update in updates.layers.values())
+    return {path: _padded(update, rank) for path, update in updates.layers.items()}
+
+
+def _padded(update: Update, rank: int) -> Update:
+    missing = rank - update.rank
+    return Update(
+        torch.cat([update.A, _zeros(missing, update.A.shape[1], update.A)]),
+        torch.cat([update.B, _zeros(update.B.shape[0], missing, update.B)], 1),
+        update.kind,
+        update.kernel,
+    )
+
+
+def _zeros(rows: int, columns: int, like: Tensor) -> Tensor:
+    return like.new_zeros(rows, columns)

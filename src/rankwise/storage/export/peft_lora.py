@@ -1,0 +1,61 @@
+"""An adapter as a plain LoRA adapter with a rank for each layer, which PEFT and most LoRA servers load."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rankwise.config import AdaLoraConfig, LoraConfig
+from rankwise.storage.export.padding import padded
+from rankwise.storage.updates import acting, read_updates, write_lora
+
+if TYPE_CHECKING:
+    from rankwise.model import PeftModel
+
+
+def save_as_lora(
+    save_directory: str | os.PathLike[str],
+    adapter: PeftModel | str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    pad: bool = False,
+    dtype: torch.dtype | None = None,
+) -> LoraConfig:
+    """Write an AdaLoRA adapter as a plain LoRA adapter with a rank per layer, exactly.
+
+    Layers at rank 0 are left out; with ``pad`` they stay, as zeros.
+
+    Args:
+        save_directory: the folder to write; made if need be, replaced as a whole.
+        adapter: an adapted model, or an adapter folder. Of a folder, only linear layers and embeddings can be
+            exported, because it doesn't say which layers are convolutions.
+        adapter_name: which adapter of the model.
+        pad: give all layers the same rank, for servers that take only one.
+        dtype: of the written factors, such as ``torch.bfloat16``; as they are if None.
+
+    Returns:
+        The configuration that was written.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the adapter is no AdaLoRA adapter, or has rank 0 in all layers.
+        OSError: it can't be written; what was there before is whole.
+
+    Example:
+        >>> import tempfile, torch, rankwise as rw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> config = rw.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["0", "2"])
+        >>> model = rw.get_peft_model(model, config)
+        >>> model.finalize_ranks()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     rw.save_as_lora(folder, model).r
+        2
+    """
+    updates = read_updates(adapter, adapter_name)
+    if not isinstance(updates.config, AdaLoraConfig):
+        raise ValueError(f"{updates.source} is a plain LoRA adapter already.")
+    layers = padded(updates) if pad else acting(updates)
+    return write_lora(Path(save_directory), updates, layers, dtype)
