@@ -7,9 +7,11 @@ from rankwise.cli.app import app
 from rankwise.cli.train import train  # isort: skip
 from rankwise.cli.plan import plan  # isort: skip
 from rankwise.cli.inspect import inspect  # isort: skip
+from rankwise.cli.predict import predict  # isort: skip
+from rankwise.cli.evaluate import evaluate  # isort: skip
 from rankwise.cli.compress import compress  # isort: skip
 
-__all__ = ["app", "compress", "inspect", "main", "plan", "train"]
+__all__ = ["app", "compress", "evaluate", "inspect", "main", "plan", "predict", "train"]
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pydantic
 import yaml
@@ -32,8 +32,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data_needed:
     Raises:
         RecipeError: with all that is wrong, each problem with its key and line.
     """
-    path = Path(path)
-    data, lines = _read(path)
+    data, lines = read_recipe(Path(path))
+    return check_recipe(data, lines, Path(path), overrides, data_needed=data_needed)
+
+
+def check_recipe(
+    data: DictConfig,
+    lines: Mapping[str, int],
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    data_needed: bool = True,
+) -> BaseRecipe:
+    """Apply overrides to a recipe's data and check it whole, as `load_recipe` does.
+
+    Args:
+        data: the recipe's keys.
+        lines: the line of each dotted key in ``path``; keys that were not in the file have none.
+        path: where it came from, for messages and for paths that count from the recipe's folder.
+        overrides: of `load_recipe`.
+        data_needed: of `load_recipe`.
+
+    Raises:
+        RecipeError: with all that is wrong.
+    """
     data = _override(data, overrides, path)
     name = data.get("task")
     if not isinstance(name, str) or name not in TASKS:
@@ -52,8 +74,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data_needed:
     return recipe
 
 
-def _read(path: Path) -> tuple[DictConfig, dict[str, int]]:
-    """The recipe's data, and the line of every key."""
+def read_recipe(path: Path) -> tuple[DictConfig, dict[str, int]]:
+    """The recipe's data as it stands in the file, unchecked, and the line of every key.
+
+    Raises:
+        RecipeError: there is no such file, or it is no YAML with keys.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -87,7 +113,7 @@ def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, 
             yield from _key_lines(value, f"{name}.")
 
 
-def _override(data: Any, overrides: Sequence[str], path: Path) -> dict[str, Any]:
+def _override(data: Any, overrides: Sequence[str], path: Path) -> Any:
     """Apply overrides and resolve references such as ``${training.seed}``."""
     try:
         for override in overrides:
@@ -100,7 +126,7 @@ def _override(data: Any, overrides: Sequence[str], path: Path) -> dict[str, Any]
                     f"An override is key=value, such as training.max_steps=50, but this is {override!r}."
                 )
             data = OmegaConf.merge(data, OmegaConf.from_dotlist([override]))
-        return cast(dict[str, Any], OmegaConf.to_container(data, resolve=True, throw_on_missing=True))
+        return OmegaConf.to_container(data, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(_one_line(error), str(path)) from error
 

@@ -143,7 +143,7 @@ def _train(
         before = output.results.get("before") if checkpoint else None
         samples = output.results.get("samples") or [] if checkpoint else []
         if before is None and checkpoint is None:
-            before = _evaluate(trainer, metrics)
+            before = evaluate_with(trainer, metrics)
             _make_ready_to_train(trainer)
             samples = write_samples(recipe, data, processor, model)
         started = _started(output, before, samples)
@@ -152,7 +152,7 @@ def _train(
             return _interrupted(output, console, interruption.number, before or {}, trainer)
         if is_main_process():
             save(model, processor, output.folder)
-        after = _evaluate(trainer, metrics)
+        after = evaluate_with(trainer, metrics)
         seconds = time.monotonic() - started
         samples = before_and_after(samples, write_samples(recipe, data, processor, model))
 
@@ -233,7 +233,8 @@ def save(model: Any, processor: Any, folder: Path) -> None:
     model.save_pretrained(str(folder))
 
 
-def _evaluate(trainer: Any, metrics: Sequence[Metric]) -> dict[str, float]:
+def evaluate_with(trainer: Any, metrics: Sequence[Metric]) -> dict[str, float]:
+    """The loss and the metrics of a trainer's model on its held-out examples."""
     found = trainer.evaluate()
     keys = dict.fromkeys(["loss", *(metric.key for metric in metrics)])
     return {key: float(found[f"eval_{key}"]) for key in keys if f"eval_{key}" in found}

@@ -86,7 +86,14 @@ def files_problems(kind: Kind, place: Place, key: str, wanted: dict[str, str]) -
 
 
 def read_files(
-    kind: Kind, place: Place, key: str, columns: Sequence[str], split: str, subset: str | None = None
+    kind: Kind,
+    place: Place,
+    key: str,
+    columns: Sequence[str],
+    split: str,
+    subset: str | None = None,
+    *,
+    rest: bool = False,
 ) -> Table:
     """Read a table whose first column holds files: paths that are absolute, or contents.
 
@@ -97,20 +104,21 @@ def read_files(
         columns: the column with the files, then the others to keep.
         split: of a dataset that has several.
         subset: of a dataset on the hub that has several.
+        rest: keep all other columns, too.
 
     Raises:
         RecipeError: it can't be read, is empty, or lacks a column.
     """
     path, column = place.path, columns[0]
     if path is None or path.is_file():
-        table = read_table(place, key, columns, split, subset)
+        table = read_table(place, key, columns, split, subset, rest=rest)
         folder = path.parent if path else Path()
     elif (metadata := _metadata(path)) is not None:
-        named = read_table(metadata, key, ["file_name", *columns[1:]], split)
+        named = read_table(metadata, key, ["file_name", *columns[1:]], split, rest=rest)
         table = Table(metadata, named.rows.rename_columns({"file_name": column}))
         folder = path
     elif _is_saved_dataset(path):
-        table, folder = Table(place, _saved_dataset(path, key, columns, split)), path
+        table, folder = Table(place, _saved_dataset(path, key, columns, split, rest)), path
     else:
         return _read_folder(kind, place, key, columns)
     return Table(table.place, _with_sources(table.rows, column, folder), notes=table.notes)
@@ -128,7 +136,7 @@ def _is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SAVED_DATASET)
 
 
-def _saved_dataset(folder: Path, key: str, columns: Sequence[str], split: str) -> Any:
+def _saved_dataset(folder: Path, key: str, columns: Sequence[str], split: str, rest: bool) -> Any:
     import datasets
 
     rows = datasets.load_from_disk(str(folder))
@@ -140,7 +148,7 @@ def _saved_dataset(folder: Path, key: str, columns: Sequence[str], split: str) -
     if missing:
         place = Place(folder.name, folder)
         raise refusal(key, missing_column(missing[0], place, rows.column_names))
-    return rows.select_columns(list(columns))
+    return rows if rest else rows.select_columns(list(columns))
 
 
 def _read_folder(kind: Kind, place: Place, key: str, columns: Sequence[str]) -> Table:
@@ -169,7 +177,8 @@ def _with_sources(rows: Any, column: str, folder: Path) -> Any:
 
     feature = rows.features[column]
     if isinstance(feature, (datasets.Audio, datasets.Image)):
-        return rows.cast_column(column, type(feature)(decode=False))
+        files_first = sorted(rows.column_names, key=lambda name: name != column)
+        return rows.cast_column(column, type(feature)(decode=False)).select_columns(files_first)
     if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
         return rows
     # Not Path.resolve(), which would ask the file system about every file.
@@ -230,7 +239,7 @@ def usable_files(
                 raise ValueError(f"names no {kind.name}")
             return look(source)
         except ValueError as error:
-            named = _shown(source, table) if isinstance(source, str) else None
+            named = shown_path(source, table) if isinstance(source, str) else None
             start = f"{named!r} " if named else f"its {kind.name} " if source else ""
             return ValueError(f"{start}{error}")
 
@@ -241,18 +250,18 @@ def usable_files(
                 wrong[row] = str(result)
             else:
                 found[row] = result
-    _leave_out(kind, table, wrong, policy, len(rows), notes)
+    leave_out(kind, table, wrong, policy, len(rows), notes)
     return found
 
 
-def _shown(path: str, table: Table) -> str:
+def shown_path(path: str, table: Table) -> str:
     """A path as the table has it, if it lies in the table's folder."""
     place = table.place.path or Path()
     folder = place if place.is_dir() else place.parent
     return str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
 
 
-def _leave_out(
+def leave_out(
     kind: Kind, table: Table, wrong: dict[int, str], policy: str | int | float, out_of: int, notes: list[str]
 ) -> None:
     """Note the rows that are ``wrong``, and why; or refuse them, where they are more than ``policy`` forgives."""

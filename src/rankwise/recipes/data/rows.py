@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from rankwise.recipes.data.splits import mixed_order, split_sizes
 from rankwise.recipes.data.tables import Table, column_problems, read_table
@@ -40,6 +40,9 @@ class DataSection(Section):
     subset: str | None = None
     train_split: str = "train"
     eval_split: str | None = None
+
+    # All of `train` is held out: an adapter is measured on new data, and nothing trains.
+    _nothing_trains: bool = PrivateAttr(default=False)
 
     @pydantic.model_validator(mode="after")
     def _one_source_of_held_out_rows(self) -> DataSection:
@@ -242,6 +245,8 @@ def hold_out(
         RecipeError: there are not enough rows.
     """
     train = sets[0]
+    if data._nothing_trains:
+        return train.select([0]), train  # the trainer wants an example, and will not look at it
     if len(sets) == 1 and text:
         train = _without_repeats(train, text, notes)
     order = mixed_order([0] * len(train) if label is None else list(train[label]), data.split_seed)

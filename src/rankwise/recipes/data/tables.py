@@ -123,7 +123,13 @@ def _only_near(name: str, columns: Sequence[str]) -> str:
 
 
 def read_table(
-    place: Place, key: str, columns: Sequence[str], split: str, subset: str | None = None
+    place: Place,
+    key: str,
+    columns: Sequence[str],
+    split: str,
+    subset: str | None = None,
+    *,
+    rest: bool = False,
 ) -> Table:
     """Read columns of a source into memory.
 
@@ -133,6 +139,7 @@ def read_table(
         columns: the columns to keep.
         split: of a dataset from the hub.
         subset: of a dataset from the hub that has several.
+        rest: keep all others, too.
 
     Raises:
         RecipeError: it can't be read, or is empty.
@@ -154,7 +161,7 @@ def read_table(
         raise RecipeError([Problem(key, missing_column(name, place, rows.column_names)) for name in missing])
     if len(rows) == 0:
         raise refusal(key, f"{place.name} has no rows.")
-    return Table(place, rows.select_columns(list(dict.fromkeys(columns))))
+    return Table(place, rows if rest else rows.select_columns(list(dict.fromkeys(columns))))
 
 
 def _load_file(datasets: Any, path: Path, cache: str) -> Any:

@@ -164,7 +164,7 @@ def _examples(recipe: Recipe, table: Table, config: Any, tokenizer: Any, notes: 
     data = recipe.data
     rows = rows_with_text(table, data.text, notes)
     lengths = usable_files(KIND, table, rows, audio.seconds, data.bad_files, notes)
-    window = _positions(recipe, config) / 50
+    window = window_seconds(recipe, config)
     rows = _fitting(recipe, table, lengths, window, "clips", "seconds", notes)
     most = _most_tokens(recipe, config)
     texts = table.rows.select(rows)[data.text]
@@ -196,6 +196,11 @@ def _fitting(
         things=things,
         said=lambda row: f"has {sizes[row]:.4g} {unit}, {most:g} fit",
     )
+
+
+def window_seconds(recipe: Recipe, config: Any) -> float:
+    """Seconds that are heard of a clip."""
+    return _positions(recipe, config) / 50
 
 
 def _positions(recipe: Recipe, config: Any) -> int:
@@ -286,7 +291,7 @@ def trainer_arguments(
     """Clips that are decoded when they are needed, features batch by batch, and the word error rate."""
     from rankwise.recipes.tasks.speech_recognition.trainer import SpeechTrainer
 
-    _set_generation(recipe, data, processor, model)
+    set_generation(recipe, processor, model, longest=max(map(len, data.evaluation["labels"])))
     train, evaluation, collate = _batches(recipe, data, processor, model)
     pad = processor.tokenizer.pad_token_id
     normalize = whisper.normalizer(processor.tokenizer, recipe.writes)
@@ -315,7 +320,7 @@ def _batches(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> tupl
     from rankwise.recipes.tasks.speech_recognition.trainer import SpeechCollator
 
     extractor = processor.feature_extractor
-    window = _positions(recipe, model.config) / 50
+    window = window_seconds(recipe, model.config)
     strict = recipe.data.bad_files == "error"
     decode = functools.partial(audio.decode, rate=extractor.sampling_rate, longest=window)
     train, evaluation = (
@@ -332,8 +337,19 @@ def _padded(ids: Any, pad: int) -> Any:
     return np.where(ids == -100, pad, ids)
 
 
-def _set_generation(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> None:
-    """How the model writes in evaluation."""
+def set_generation(recipe: Recipe, processor: Any, model: Any, longest: int | None = None) -> None:
+    """Set in the model's generation config how it writes.
+
+    Args:
+        recipe: may say so.
+        processor: has the language and the task.
+        model: changed.
+        longest: tokens of the longest transcript, if it is known: a model that does not know when to stop repeats
+            itself, and there is no use in waiting for all that it could say.
+
+    Raises:
+        RecipeError: the recipe wants more tokens than the model takes.
+    """
     settings, wanted = model.generation_config, recipe.generation
     settings.forced_decoder_ids = None  # of older checkpoints: it would overrule language and task
     if processor.tokenizer.language is not None:
@@ -345,9 +361,7 @@ def _set_generation(recipe: Recipe, data: TaskData, processor: Any, model: Any) 
             "generation.max_new_tokens",
             f"is {wanted.max_new_tokens}, but the model takes at most {room} tokens.",
         )
-    longest = max(map(len, data.evaluation["labels"]))
-    # A model that does not know when to stop repeats itself: no use in waiting for all that it could say.
-    settings.max_new_tokens = wanted.max_new_tokens or min(room, 2 * longest)
+    settings.max_new_tokens = wanted.max_new_tokens or (room if longest is None else min(room, 2 * longest))
     settings.max_length = None
 
 

@@ -1,0 +1,45 @@
+"""The arguments that commands on a trained adapter share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+Adapter = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ADAPTER", help="The adapter's folder, written by rankwise or by PEFT.", show_default=False
+    ),
+]
+DataFile = Annotated[str, typer.Argument(metavar="FILE", help="The data.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Replace keys of the adapter's recipe, as in `data.text=review` or `model=models/bert`.",
+        show_default=False,
+    ),
+]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        metavar="RECIPE.yaml",
+        help="The recipe of the adapter, for a folder without one, as PEFT's.",
+        show_default=False,
+    ),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Examples in a batch.", show_default=False)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")]
+
+
+def say_notes(console: Console, notes: Iterable[str]) -> None:
+    """Print what the user should know, a line each."""
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

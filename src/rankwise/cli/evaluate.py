@@ -1,0 +1,58 @@
+"""``rankwise evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rankwise.cli.adapters import Adapter, BatchSize, DataFile, Overrides, Overwrite, RecipeOption, say_notes
+from rankwise.cli.app import app
+from rankwise.cli.failures import failures
+
+
+@app.command()
+def evaluate(
+    adapter: Adapter,
+    file: DataFile,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="OUT.json", help="Write the metrics as JSON, too.", show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON, for programs.")] = False,
+    recipe: RecipeOption = None,
+    batch_size: BatchSize = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure an adapter on new data, with its task's own metrics.
+
+    FILE is what `data.train` may be in a recipe: a table or a folder, with what is to be predicted.
+
+    Example:
+        rankwise evaluate output/reviews new-reviews.csv -o metrics.json
+    """
+    with failures():
+        from rankwise.files.atomic import write_file
+        from rankwise.recipes.predicting.measure import evaluate as measure
+        from rankwise.recipes.predicting.write import check_free
+
+        if out is not None:
+            check_free(out, [".json"], overwrite=overwrite, reads=[file])
+        console = Console(stderr=True)
+        found = measure(adapter, file, overrides or (), recipe=recipe, batch_size=batch_size, console=console)
+        say_notes(console, found.notes)
+        text = json.dumps(found.to_dict(), indent=2)
+        if out is not None:
+            write_file(out, f"{text}\n")
+    if as_json:
+        print(text)
+    else:
+        title = f"On {found.examples:,} examples of {file}"
+        Console().print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+        Console().print(found.table())

@@ -1,0 +1,106 @@
+"""The task's own metrics on new data."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise.recipes.models import quiet
+from rankwise.recipes.predicting.saved import open_adapter
+from rankwise.recipes.preparing import preparing
+from rankwise.recipes.run import evaluate_with, training_arguments
+from rankwise.recipes.tasks import Metric, load_task
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `evaluate` found.
+
+    Args:
+        adapter: the adapter's folder.
+        file: the data.
+        examples: how many examples were evaluated, after those that can't be used were left out.
+        values: the metrics by key.
+        metrics: how to show them.
+        notes: what the user should know about the data, a sentence each.
+    """
+
+    adapter: str
+    file: str
+    examples: int
+    values: dict[str, float]
+    metrics: Sequence[Metric]
+    notes: Sequence[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "adapter": self.adapter,
+            "file": self.file,
+            "examples": self.examples,
+            "metrics": self.values,
+            "notes": list(self.notes),
+        }
+
+    def table(self) -> Any:
+        """The metrics for a terminal: a table of ``rich``."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
+        for metric in self.metrics:
+            table.add_row(metric.title, f"[bold]{self.values[metric.key]:{metric.style}}[/]")
+        return table
+
+
+def evaluate(
+    adapter: str | Path,
+    file: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    recipe: str | Path | None = None,
+    batch_size: int | None = None,
+    console: Console | None = None,
+) -> Measured:
+    """Measure an adapter on new data with its task's metrics, as ``rankwise train`` does on held-out data.
+
+    Args:
+        adapter: the adapter's folder, of ``rankwise train`` or of PEFT.
+        file: the data, with the columns that the adapter was trained on.
+        overrides: ``key=value`` for the recipe in the folder.
+        recipe: a recipe in place of the folder's.
+        batch_size: examples in a batch; None for the recipe's.
+        console: where to show how far it is; None for the standard error.
+
+    Raises:
+        RecipeError: the folder, the data or the model can't be used.
+    """
+    from rich.console import Console
+    from transformers import PrinterCallback, Trainer
+
+    from rankwise.recipes.progress import LiveProgress
+
+    console = console or Console(stderr=True)
+    size = [] if batch_size is None else [f"training.per_device_eval_batch_size={batch_size}"]
+    with quiet():
+        saved = open_adapter(adapter, str(file), [*overrides, *size], recipe)
+        task = load_task(saved.recipe.task)
+        with preparing(console, "reading the data"):
+            data = task.read_data(saved.recipe)
+            processor = task.processor(saved.recipe)
+            model = saved.model(processor)
+            for_task, notes = task.trainer_arguments(saved.recipe, data, processor, model)
+        trainer_class = for_task.pop("trainer", Trainer)
+        metrics = task.metrics(saved.recipe)
+        with tempfile.TemporaryDirectory() as nowhere, LiveProgress(console, []) as progress:
+            arguments = training_arguments(saved.recipe, 1, Path(nowhere), trainer_class)
+            trainer = trainer_class(model=model, args=arguments, callbacks=[progress], **for_task)
+            trainer.remove_callback(PrinterCallback)
+            values = evaluate_with(trainer, metrics)
+    shown = [metric for metric in metrics if metric.key in values]
+    return Measured(str(adapter), str(file), len(data.evaluation), values, shown, [*data.notes, *notes])

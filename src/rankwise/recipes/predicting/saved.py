@@ -1,0 +1,213 @@
+"""From an adapter's folder to the recipe and the model that it belongs to: rankwise's folders, and PEFT's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rankwise.recipes.errors import Problem, RecipeError
+from rankwise.recipes.load import check_recipe, read_recipe
+from rankwise.recipes.models import new_weights
+from rankwise.recipes.recipe import BaseRecipe
+from rankwise.recipes.tasks import TASKS, TaskData, load_task
+
+_CONFIG, _RECIPE = "adapter_config.json", "recipe.yaml"
+_TASK_OF_TYPE = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "CAUSAL_LM": "causal-lm",
+}
+_TASK_OF_CLASS = {
+    r".*ForSequenceClassification": "text-classification",
+    r".*ForTokenClassification": "token-classification",
+    r".*ForImageClassification": "image-classification",
+    r"Whisper.*": "speech-recognition",
+    r".*(ForCausalLM|LMHeadModel)": "causal-lm",
+}
+# What chooses rows to train on has no meaning where nothing trains.
+_ABOUT_TRAINING = ("eval", "held_out", "train_size", "eval_split", "subset", "train_split")
+_WITH_LABELS = ("text-classification", "token-classification", "image-classification")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter's folder, and a recipe that reads new data in the place of training data.
+
+    Args:
+        folder: the adapter's.
+        recipe: of its task.
+        labels: the names of its labels by number; None if its task has none.
+    """
+
+    folder: Path
+    recipe: BaseRecipe
+    labels: Sequence[str] | None
+
+    def model(self, processor: Any) -> Any:
+        """The base model with the adapter, ready to predict.
+
+        Raises:
+            RecipeError: the adapter and the model do not belong together.
+        """
+        from rankwise.model import PeftModel
+
+        data = TaskData(train=(), evaluation=(), labels=self.labels)
+        base = load_task(self.recipe.task).new_model(self.recipe, data, processor, weights=True)
+        random = new_weights(base)
+        try:
+            model = PeftModel.from_pretrained(base, self.folder)
+        except (ValueError, TypeError, OSError) as error:
+            raise RecipeError(str(error)) from error
+        trained = tensor_shapes(self.folder)
+        missing = [name for name in random if f"base_model.model.{name}" not in trained]
+        if missing:
+            raise RecipeError(
+                f"{self.folder}: neither the base model {self.recipe.model!r} nor the adapter has the weights "
+                f"{', '.join(missing[:3])}: predictions would be random. Name the model that the adapter was trained "
+                "on, with model=…; or train again with these modules in `modules_to_save`."
+            )
+        return model.eval()
+
+
+def open_adapter(
+    folder: str | Path,
+    file: str,
+    overrides: Sequence[str] = (),
+    recipe: str | Path | None = None,
+    *,
+    truth_needed: bool = True,
+) -> SavedAdapter:
+    """Find out what an adapter does, and make a recipe that reads ``file``.
+
+    Args:
+        folder: written by ``rankwise train``, or by PEFT.
+        file: the new data: whatever ``data.train`` may be in a recipe of the task.
+        overrides: ``key=value`` for the recipe, as in `load_recipe`.
+        recipe: the recipe that the adapter was trained with, if there is none in the folder.
+        truth_needed: the data must hold what is to be predicted.
+
+    Raises:
+        RecipeError: it is no adapter's folder, what it does can't be told, or the data lacks columns.
+    """
+    folder = Path(folder).expanduser()
+    config = _adapter_config(folder)
+    path = Path(recipe) if recipe is not None else folder / _RECIPE
+    if recipe is not None or path.is_file():
+        data, lines = read_recipe(path)
+    else:
+        path = folder / _CONFIG
+        data, lines = _recipe_of_config(folder, config, overrides), {}
+    section: Any = OmegaConf.to_container(data.get("data") or OmegaConf.create({}))
+    kept = {key: value for key, value in section.items() if key not in _ABOUT_TRAINING}
+    data["data"] = {**kept, "train": str(file)}
+    labels = _labels(folder, data) if data.get("task") in _WITH_LABELS else None
+    if labels is not None:
+        data["data"]["labels"] = labels
+    made = check_recipe(data, lines, path, overrides, data_needed=truth_needed)
+    own: Any = made
+    own.data._nothing_trains = True
+    chosen = getattr(own.data, "labels", None)
+    return SavedAdapter(folder, made, None if chosen is None else [str(name) for name in chosen])
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    path = folder / _CONFIG
+    if not path.is_file():
+        hint = "" if folder.is_dir() else " There is no such folder."
+        raise RecipeError(
+            f"{str(folder)!r} holds no {_CONFIG}, so it is no adapter's folder.{hint} Give the `output` of a run."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} can't be read: {error}") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"{path} must hold an object with the adapter's fields.")
+    return config
+
+
+def _recipe_of_config(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
+    """A recipe as far as PEFT's configuration tells it; overrides may name what it does not."""
+    given = {key.strip(): value for key, _, value in (override.partition("=") for override in overrides)}
+    task = given.get("task") or _task(config)
+    base = given.get("model") or config.get("base_model_name_or_path")
+    missing = []
+    if not task:
+        kinds = ", ".join(TASKS)
+        missing.append(
+            Problem("task", f"{_CONFIG} does not say it. Add task=…, one of {kinds}; or --recipe FILE.")
+        )
+    if not base:
+        missing.append(Problem("model", f"{_CONFIG} names no base model. Add model=…, or --recipe FILE."))
+    if missing:
+        raise RecipeError(missing, str(folder))
+    data: dict[str, Any] = {"model": base, "task": task, "adapter": {}, "data": {}, "output": str(folder)}
+    rows = _head_rows(folder) if task == "text-classification" else None
+    if rows == 1:
+        data["problem_type"] = "regression"
+    return OmegaConf.create(data)
+
+
+def _task(config: Mapping[str, Any]) -> str | None:
+    """The task by the kind that the adapter was made for, or by the class of its model."""
+    if config.get("task_type") in _TASK_OF_TYPE:
+        return _TASK_OF_TYPE[config["task_type"]]
+    name = str((config.get("auto_mapping") or {}).get("base_model_class") or "")
+    return next((task for pattern, task in _TASK_OF_CLASS.items() if re.fullmatch(pattern, name)), None)
+
+
+def _labels(folder: Path, data: DictConfig) -> list[str] | None:
+    """The names of the labels that an adapter was trained on; None if a recipe says them, or they are numbers."""
+    if data.get("problem_type") == "regression":
+        return None
+    try:
+        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+        return [str(names[number]) for number in sorted(names, key=int)] or None
+    except (OSError, ValueError, AttributeError):
+        pass
+    rows = _head_rows(folder)
+    if data["data"].get("labels") or rows is None:
+        return None
+    return _base_labels(str(data.get("model")), rows) or [f"LABEL_{number}" for number in range(rows)]
+
+
+def _base_labels(model: str, count: int) -> list[str] | None:
+    """The base model's own names, if there are as many."""
+    from transformers import AutoConfig
+
+    try:
+        names = AutoConfig.from_pretrained(model, local_files_only=Path(model).exists()).id2label
+    except (OSError, ValueError):
+        return None
+    return [str(names[number]) for number in sorted(names)] if len(names) == count else None
+
+
+def _head_rows(folder: Path) -> int | None:
+    """How many outputs the head in an adapter's file has: its last layer is the one with the fewest."""
+    rows = [
+        shape[0]
+        for name, shape in tensor_shapes(folder).items()
+        if len(shape) == 2 and name.endswith(".weight") and re.search(r"\.(classifier|score)\b", name)
+        if ".lora_" not in name
+    ]
+    return min(rows, default=None)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes in an adapter's ``adapter_model.safetensors``, from its header; empty if there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise RecipeError(f"{path} can't be read: {error}") from error

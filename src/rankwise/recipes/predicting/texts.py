@@ -1,0 +1,38 @@
+"""Labels or numbers for texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rankwise.recipes.models import token_limit
+from rankwise.recipes.predicting.job import Job, likeliest
+
+
+def columns(recipe: Any) -> dict[str, str]:
+    """The recipe's keys of the columns that are read, and the columns."""
+    return {key: name for key, name in recipe.data.columns.items() if key != "data.label"}
+
+
+def predict(job: Job) -> list[dict[str, Any] | None]:
+    """For each row its label, the label's probability and all probabilities; in regression a number."""
+    data, rows = job.recipe.data, job.usable_texts(job.recipe.data.text)
+    kept = job.table.rows.select(rows)
+    texts = list(kept[data.text])
+    pairs = [] if data.text_pair is None else [[pair or "" for pair in kept[data.text_pair]]]
+    limit = token_limit(data.max_length, job.processor, job.model.config)
+    encoded = job.processor(texts, *pairs, truncation=True, max_length=limit) if texts else {}
+    examples = [{name: encoded[name][i] for name in encoded} for i in range(len(texts))]
+    sizes = [len(example["input_ids"]) for example in examples]
+    cut = sum(size >= limit for size in sizes)
+    if cut:
+        job.notes.append(f"{cut:,} of {len(rows):,} texts reach {limit} tokens; what is beyond is not read.")
+
+    def of_batch(batch: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        inputs = job.processor.pad(batch, return_tensors="pt").to(job.model.device)
+        logits = job.model(**inputs).logits
+        if job.saved.labels is None:
+            return [{"": value} for value in logits.float().reshape(-1).tolist()]
+        return list(likeliest(logits, job.saved.labels))
+
+    return job.spread(rows, job.run(examples, sizes, of_batch))

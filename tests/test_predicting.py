@@ -1,0 +1,370 @@
+"""Predictions and metrics of a saved adapter on new data: for every task, for PEFT's folders, and for wrong ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from image_world import save_tiny_vit, write_image_recipe, write_photos
+from language_world import chats, questions, save_language_model, write_language_recipe, write_lines
+from rankwise.cli import app
+from rankwise.recipes import RecipeError, evaluate, load_recipe, predict, train
+from recipe_world import MOODS, rows, save_tiny_model, write_recipe, write_table
+from speech_world import save_tiny_whisper, write_manifest, write_speech_recipe
+
+
+def call(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+def trained(recipe: Path) -> dict[str, float]:
+    """Train a recipe whose held-out examples are a file; returns the metrics in the end."""
+    return dict(train(load_recipe(recipe), console=Console(file=StringIO())).after)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
+    """A world with an adapter in ``out``, trained on ``reviews.csv`` and measured on ``new.csv``."""
+    world = tmp_path_factory.mktemp("reviews")
+    write_table(world / "reviews.csv")
+    write_table(world / "new.csv", 31, seed=4)
+    changes = {"data__held_out": None, "data__eval": str(world / "new.csv"), "data__max_length": 6}
+    trained(write_recipe(world, bert, **changes))
+    return world
+
+
+def written_metrics(world: Path) -> dict[str, float]:
+    return dict(json.loads((world / "out" / "results.json").read_text())["after"])
+
+
+# --- every task --------------------------------------------------------------------------------------------------
+
+
+def text_world(world: Path, bert: Path) -> tuple[Path, str]:
+    write_table(world / "reviews.csv")
+    write_table(world / "new.csv", 30, seed=4)
+    return write_recipe(world, bert, data__held_out=None, data__eval=str(world / "new.csv")), "new.csv"
+
+
+def number_world(world: Path, bert: Path) -> tuple[Path, str]:
+    write_table(world / "reviews.csv")
+    write_table(world / "new.csv", 30, seed=4)
+    numbers = {"data__label": "rating", "problem_type": "regression"}
+    return write_recipe(
+        world, bert, data__held_out=None, data__eval=str(world / "new.csv"), **numbers
+    ), "new.csv"
+
+
+def tag_world(world: Path, bert: Path) -> tuple[Path, str]:
+    moods = {word for words in MOODS.values() for word in words}
+
+    def sentences(seed: int) -> list[dict[str, Any]]:
+        split = [text.split() for text, _, _ in rows(30, seed)]
+        return [
+            {"tokens": words, "tags": ["B-M" if word in moods else "O" for word in words]} for words in split
+        ]
+
+    write_lines(world / "old.jsonl", sentences(1))
+    write_lines(world / "new.jsonl", sentences(2))
+    data = {"train": str(world / "old.jsonl"), "eval": str(world / "new.jsonl")}
+    return write_recipe(world, bert, task="token-classification", data=data), "new.jsonl"
+
+
+def language_world(world: Path, bert: Path) -> tuple[Path, str]:
+    model = save_language_model(world / "llama")
+    write_lines(world / "old.jsonl", questions()[:40])
+    write_lines(world / "new.jsonl", questions()[40:52])
+    columns = {"prompt": "question", "completion": "answer"}
+    data = {"train": str(world / "old.jsonl"), "eval": str(world / "new.jsonl"), **columns}
+    path = write_language_recipe(world, model, data)
+    path.write_text(path.read_text().replace("held_out: 0.25", "loss_on: completion"))
+    return path, "new.jsonl"
+
+
+def chat_world(world: Path, bert: Path) -> tuple[Path, str]:
+    model = save_language_model(world / "llama", max_position_embeddings=256)
+    write_lines(world / "old.jsonl", chats()[:40])
+    write_lines(world / "new.jsonl", chats()[40:52])
+    data = {"train": str(world / "old.jsonl"), "eval": str(world / "new.jsonl"), "messages": "messages"}
+    path = write_language_recipe(world, model, data)
+    path.write_text(path.read_text().replace("held_out: 0.25", "loss_on: all"))
+    return path, "new.jsonl"
+
+
+def speech_world(world: Path, bert: Path) -> tuple[Path, str]:
+    model = save_tiny_whisper(world / "whisper")
+    write_manifest(world)
+    write_manifest(world / "new", 7)
+    data = {"data__held_out": None, "data__eval": str(world / "new" / "manifest.csv")}
+    return write_speech_recipe(world, model, **data), "new/manifest.csv"
+
+
+def photo_world(world: Path, bert: Path) -> tuple[Path, str]:
+    model = save_tiny_vit(world / "vit")
+    write_photos(world, 24)
+    (world / "new").mkdir()
+    write_photos(world / "new", 9)
+    data = {"data__held_out": None, "data__eval": str(world / "new" / "photos.csv")}
+    data |= {"data__train": str(world / "photos.csv")}
+    return write_image_recipe(world, model, **data), "new/photos.csv"
+
+
+WORLDS = [text_world, number_world, tag_world, language_world, chat_world, speech_world, photo_world]
+
+
+@pytest.mark.parametrize("make", WORLDS, ids=lambda make: make.__name__)
+def test_each_task_is_measured_as_in_training_and_predicts_each_row(
+    make: Callable[[Path, Path], tuple[Path, str]], tmp_path: Path, bert: Path
+) -> None:
+    recipe, new = make(tmp_path, bert)
+    after = trained(recipe)
+    measured = evaluate(tmp_path / "out", tmp_path / new, console=Console(quiet=True))
+    assert measured.values == pytest.approx(after, rel=1e-5)
+    found = predict(
+        tmp_path / "out", tmp_path / new, batch_size=4, max_new_tokens=5, console=Console(quiet=True)
+    )
+    one_by_one = predict(
+        tmp_path / "out", tmp_path / new, batch_size=1, max_new_tokens=5, console=Console(quiet=True)
+    )
+    assert len(found.columns["prediction"]) == measured.examples
+    CHECKS[make.__name__](found.columns, after)
+    same = [
+        a == b for a, b in zip(found.columns["prediction"], one_by_one.columns["prediction"], strict=True)
+    ]
+    if make is number_world:
+        assert found.columns["prediction"] == pytest.approx(one_by_one.columns["prediction"], rel=1e-4)
+    else:
+        assert all(same), "what else is in the batch changes a prediction"
+
+
+def share_right(columns: Any, truth: str) -> float:
+    pairs = list(zip(columns[truth], columns["prediction"], strict=True))
+    return sum(true == guess for true, guess in pairs) / len(pairs)
+
+
+def check_texts(columns: Any, after: dict[str, float]) -> None:
+    assert share_right(columns, "label") == pytest.approx(after["accuracy"])
+    assert all(1 / 3 <= score <= 1 for score in columns["prediction_score"])
+
+
+def check_numbers(columns: Any, after: dict[str, float]) -> None:
+    errors = [
+        (float(true) - guess) ** 2
+        for true, guess in zip(columns["rating"], columns["prediction"], strict=True)
+    ]
+    assert sum(errors) / len(errors) == pytest.approx(after["mse"], rel=1e-4)
+
+
+def check_tags(columns: Any, after: dict[str, float]) -> None:
+    pairs = [
+        pair
+        for true, guess in zip(columns["tags"], columns["prediction"], strict=True)
+        for pair in zip(true, guess, strict=True)
+    ]
+    assert sum(true == guess for true, guess in pairs) / len(pairs) == pytest.approx(after["accuracy"])
+
+
+def check_written(columns: Any, after: dict[str, float]) -> None:
+    assert all(isinstance(text, str) for text in columns["prediction"])
+    assert any(columns["prediction"])
+
+
+def check_heard(columns: Any, after: dict[str, float]) -> None:
+    import jiwer
+
+    assert columns["audio"][0] == "clips/00.wav"
+    # The tiny model says the same about all: what counts is that its words are those that were measured.
+    wer = jiwer.wer(columns["text"], [text or " " for text in columns["prediction"]])
+    assert wer >= 0 and all(isinstance(text, str) for text in columns["prediction"])
+
+
+def check_photos(columns: Any, after: dict[str, float]) -> None:
+    assert columns["image"][0] == "photos/red/00.png"
+    assert share_right(columns, "label") == pytest.approx(after["accuracy"])
+
+
+CHECKS: dict[str, Callable[[Any, dict[str, float]], None]] = {
+    "text_world": check_texts,
+    "number_world": check_numbers,
+    "tag_world": check_tags,
+    "language_world": check_written,
+    "chat_world": check_written,
+    "speech_world": check_heard,
+    "photo_world": check_photos,
+}
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl"])
+def test_the_table_has_all_columns_of_the_data_and_needs_no_labels(
+    reviews: Path, tmp_path: Path, name: str
+) -> None:
+    lines = ["id,text", "007,good fine film", "008,", '009,"bad, very bad"']
+    (tmp_path / "new.csv").write_text("\n".join(lines), encoding="utf-8")
+    code, _, said = call(
+        "predict", reviews / "out", tmp_path / "new.csv", "-o", tmp_path / name, "--probabilities"
+    )
+    assert code == 0, said
+    assert "1 row without text in 'text': no prediction (new.csv, line 3)." in said
+    if name.endswith(".csv"):
+        found = list(csv.DictReader((tmp_path / name).open(encoding="utf-8")))
+    else:
+        found = [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in found] == ["007", "008", "009"]
+    assert not found[1]["prediction"] and found[2]["text"] == "bad, very bad"
+    chances = {name: float(found[0][f"prediction_probability_{name}"]) for name in MOODS}
+    assert sum(chances.values()) == pytest.approx(1, abs=1e-5)
+    assert found[0]["prediction"] == max(chances, key=chances.__getitem__)
+
+
+def test_without_a_file_the_rows_go_to_the_standard_output_and_nothing_else_does(reviews: Path) -> None:
+    code, out, _ = call("predict", reviews / "out", reviews / "new.csv", "--column", "mood")
+    assert code == 0
+    assert [json.loads(line)["mood"] in MOODS for line in out.splitlines()] == [True] * 31
+
+
+def test_a_sentence_longer_than_the_model_takes_gets_a_tag_for_every_word(tmp_path: Path, bert: Path) -> None:
+    recipe, _ = tag_world(tmp_path, bert)
+    trained(recipe)
+    write_lines(tmp_path / "long.jsonl", [{"tokens": ["good", "film"] * 50}, {"tokens": []}])
+    found = predict(tmp_path / "out", tmp_path / "long.jsonl", console=Console(quiet=True))
+    long, empty = found.columns["prediction"]
+    assert len(long) == 100 and set(long) <= {"B-M", "O"} and empty is None
+
+
+def test_broken_pictures_get_no_prediction_and_a_folder_needs_no_labels(tmp_path: Path, bert: Path) -> None:
+    recipe, _ = photo_world(tmp_path, bert)
+    trained(recipe)
+    folder = tmp_path / "new" / "photos"
+    picture = next(folder.rglob("*.png"))
+    whole = picture.read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) - 25])
+    found = predict(tmp_path / "out", folder, console=Console(quiet=True))
+    guesses = dict(zip(found.columns["image"], found.columns["prediction"], strict=True))
+    assert len(guesses) == 10 and guesses["cut.png"] is None
+    assert "cut.png" in " ".join(found.notes)
+
+
+# --- PEFT's folders ----------------------------------------------------------------------------------------------
+
+
+def peft_folder(folder: Path, bert: Path, **config: Any) -> Path:
+    """An adapter that PEFT made and saved, with a random head of three labels, and the logits of a text with it."""
+    import peft
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(3)
+    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+    lora = peft.LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False, **config)
+    peft.get_peft_model(base, lora).save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_of_peft_needs_no_recipe(tmp_path: Path, bert: Path) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = peft_folder(tmp_path / "peft", bert, task_type="SEQ_CLS")
+    write_table(tmp_path / "new.csv", 9)
+    found = predict(folder, tmp_path / "new.csv", probabilities=True, console=Console(quiet=True))
+    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+    model = peft.PeftModel.from_pretrained(base, folder).eval()
+    tokens = AutoTokenizer.from_pretrained(bert)(
+        list(found.columns["text"]), padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        chances = model(**tokens).logits.softmax(-1)
+    mine = [found.columns[f"prediction_probability_LABEL_{i}"] for i in range(3)]
+    assert torch.allclose(torch.tensor(mine).T, chances, atol=1e-5)
+
+
+def test_what_a_folder_of_peft_does_not_say_can_be_said(tmp_path: Path, bert: Path, reviews: Path) -> None:
+    folder = peft_folder(tmp_path / "peft", bert, modules_to_save=["classifier"])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"auto_mapping": None, "base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"(?s)2 problems.*Add task=….*Add model=…"):
+        predict(folder, reviews / "new.csv")
+    overrides = ["task=text-classification", f"model={bert}"]
+    said = predict(folder, reviews / "new.csv", overrides, console=Console(quiet=True))
+    by_recipe = predict(
+        folder, reviews / "new.csv", recipe=reviews / "recipe.yaml", console=Console(quiet=True)
+    )
+    assert len(said.columns["prediction"]) == len(by_recipe.columns["prediction"]) == 31
+
+
+def test_a_head_that_nobody_trained_is_refused(tmp_path: Path, bert: Path, reviews: Path) -> None:
+    folder = peft_folder(tmp_path / "peft", bert)
+    with pytest.raises(
+        RecipeError, match=r"weights classifier\.bias, classifier\.weight: predictions would be random"
+    ):
+        predict(folder, reviews / "new.csv", recipe=reviews / "recipe.yaml")
+
+
+# --- what the user must mend -------------------------------------------------------------------------------------
+
+
+def test_what_can_not_be_written_or_read_is_said_before_anything_runs(reviews: Path, tmp_path: Path) -> None:
+    out, new = reviews / "out", reviews / "new.csv"
+    taken = tmp_path / "taken.csv"
+    taken.write_text("mine")
+    table = tmp_path / "other.csv"
+    table.write_text("review,prediction\ngood,x\n")
+    wrong: list[tuple[list[object], str]] = [
+        (
+            ["predict", out, new, "-o", tmp_path / "p.xlsx"],
+            "its ending says the format: give .csv, .tsv, .jsonl",
+        ),
+        (["predict", out, new, "-o", taken], "is there already. To replace it, add --overwrite"),
+        (["predict", out, new, "-o", new, "--overwrite"], "is read by this very command"),
+        (["predict", out, new, "-o", tmp_path / "no" / "p.csv"], "Make it first"),
+        (["predict", tmp_path, new], "holds no adapter_config.json, so it is no adapter's folder"),
+        (["predict", out, tmp_path / "nothing.csv"], "there is no file or folder"),
+        (
+            ["predict", out, table],
+            "has no column 'text'; it has review, prediction. Name the column: data.text=NAME",
+        ),
+        (
+            ["predict", out, table, "data.text=review"],
+            "Give the predictions another name, with --column NAME",
+        ),
+        (["predict", out, new, "model=/nowhere"], "there is no file or folder '/nowhere'"),
+        (["evaluate", out, table, "data.text=review"], "other.csv has no column 'label'"),
+        (["evaluate", out, new, "-o", tmp_path / "m.csv"], "give .json"),
+    ]
+    for words, message in wrong:
+        code, _, said = call(*words)
+        assert code == 2 and message in said, f"{words}: {said}"
+    assert taken.read_text() == "mine"
+
+
+def test_a_label_that_the_adapter_does_not_know_is_named(reviews: Path, tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_text("text,label\ngood film,positive\nbad film,horrible\n")
+    with pytest.raises(RecipeError, match="line 3 has the unknown label 'horrible'"):
+        evaluate(reviews / "out", tmp_path / "new.csv", console=Console(quiet=True))
+
+
+def test_metrics_are_printed_and_written(reviews: Path, tmp_path: Path) -> None:
+    code, out, said = call("evaluate", reviews / "out", reviews / "new.csv", "-o", tmp_path / "m.json")
+    assert code == 0, said
+    assert "On 31 examples of" in out and "accuracy" in out
+    metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
+    assert metrics == pytest.approx(written_metrics(reviews), rel=1e-5)
