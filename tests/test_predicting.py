@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -317,6 +318,22 @@ def test_a_head_that_nobody_trained_is_refused(tmp_path: Path, bert: Path, revie
         RecipeError, match=r"weights classifier\.bias, classifier\.weight: predictions would be random"
     ):
         predict(folder, reviews / "new.csv", recipe=reviews / "recipe.yaml")
+
+
+def test_weights_that_were_random_and_frozen_in_training_are_made_anew_and_told(
+    tmp_path: Path, bert: Path
+) -> None:
+    from transformers import BertConfig, BertModel
+
+    shutil.copytree(bert, tmp_path / "model")
+    BertModel(BertConfig.from_pretrained(bert), add_pooling_layer=False).save_pretrained(tmp_path / "model")
+    write_table(tmp_path / "reviews.csv")
+    write_table(tmp_path / "new.csv", 30, seed=4)
+    changes = {"data__held_out": None, "data__eval": str(tmp_path / "new.csv")}
+    after = trained(write_recipe(tmp_path, tmp_path / "model", **changes))
+    measured = evaluate(tmp_path / "out", tmp_path / "new.csv", console=Console(quiet=True))
+    assert measured.values == pytest.approx(after, rel=1e-5)
+    assert "No file holds the weights of bert.pooler.dense" in " ".join(measured.notes)
 
 
 # --- what the user must mend -------------------------------------------------------------------------------------

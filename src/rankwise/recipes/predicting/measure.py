@@ -93,8 +93,9 @@ def evaluate(
         with preparing(console, "reading the data"):
             data = task.read_data(saved.recipe)
             processor = task.processor(saved.recipe)
-            model = saved.model(processor)
-            for_task, notes = task.trainer_arguments(saved.recipe, data, processor, model)
+            notes = list(data.notes)
+            model = saved.model(processor, notes)
+            for_task, more = task.trainer_arguments(saved.recipe, data, processor, model)
         trainer_class = for_task.pop("trainer", Trainer)
         metrics = task.metrics(saved.recipe)
         with tempfile.TemporaryDirectory() as nowhere, LiveProgress(console, []) as progress:
@@ -103,4 +104,4 @@ def evaluate(
             trainer.remove_callback(PrinterCallback)
             values = evaluate_with(trainer, metrics)
     shown = [metric for metric in metrics if metric.key in values]
-    return Measured(str(adapter), str(file), len(data.evaluation), values, shown, [*data.notes, *notes])
+    return Measured(str(adapter), str(file), len(data.evaluation), values, shown, [*notes, *more])

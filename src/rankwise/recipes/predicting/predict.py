@@ -97,10 +97,11 @@ def predict(
             table, shown = _read(saved, _WAYS[own.task])
             _check_free(column, shown)
             processor = load_task(own.task).processor(own)
-            model = saved.model(processor)
+            notes = list(table.notes)
+            model = saved.model(processor, notes)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         size = own.training.per_device_eval_batch_size if batch_size is None else batch_size
-        job = Job(saved, table, model.to(device or "cpu"), processor, size, max_new_tokens, list(table.notes))
+        job = Job(saved, table, model.to(device or "cpu"), processor, size, max_new_tokens, notes)
         with preparing(console, "predicting"):
             found = _WAYS[own.task].predict(job)
     if not any(found):

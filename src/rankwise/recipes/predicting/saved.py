@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rankwise.recipes.errors import Problem, RecipeError
 from rankwise.recipes.load import check_recipe, read_recipe
-from rankwise.recipes.models import new_weights
+from rankwise.recipes.models import head_modules, new_weights
 from rankwise.recipes.recipe import BaseRecipe
 from rankwise.recipes.tasks import TASKS, TaskData, load_task
 
@@ -43,34 +43,50 @@ class SavedAdapter:
         folder: the adapter's.
         recipe: of its task.
         labels: the names of its labels by number; None if its task has none.
+        is_own: ``rankwise train`` wrote the folder.
     """
 
     folder: Path
     recipe: BaseRecipe
     labels: Sequence[str] | None
+    is_own: bool
 
-    def model(self, processor: Any) -> Any:
+    def model(self, processor: Any, notes: list[str]) -> Any:
         """The base model with the adapter, ready to predict.
+
+        Args:
+            processor: the task's.
+            notes: gets a sentence about weights that no file holds.
 
         Raises:
             RecipeError: the adapter and the model do not belong together.
         """
+        from transformers import set_seed
+
         from rankwise.model import PeftModel
 
         data = TaskData(train=(), evaluation=(), labels=self.labels)
+        set_seed(self.recipe.training.seed)  # weights that are random and frozen are then those of the run
         base = load_task(self.recipe.task).new_model(self.recipe, data, processor, weights=True)
-        random = new_weights(base)
+        random, heads = new_weights(base), head_modules(base)
         try:
             model = PeftModel.from_pretrained(base, self.folder)
         except (ValueError, TypeError, OSError) as error:
             raise RecipeError(str(error)) from error
-        trained = tensor_shapes(self.folder)
-        missing = [name for name in random if f"base_model.model.{name}" not in trained]
-        if missing:
+        held = tensor_shapes(self.folder)
+        missing = [name for name in random if f"base_model.model.{name}" not in held]
+        untrained = [name for name in missing if name.partition(".")[0] in heads or not self.is_own]
+        if untrained:
             raise RecipeError(
                 f"{self.folder}: neither the base model {self.recipe.model!r} nor the adapter has the weights "
-                f"{', '.join(missing[:3])}: predictions would be random. Name the model that the adapter was trained "
-                "on, with model=…; or train again with these modules in `modules_to_save`."
+                f"{', '.join(untrained[:3])}: predictions would be random. Name the model that the adapter was "
+                "trained on, with model=…; or train again with these modules in `modules_to_save`."
+            )
+        if missing:
+            modules = dict.fromkeys(name.rpartition(".")[0] for name in missing)
+            notes.append(
+                f"No file holds the weights of {', '.join(modules)}, which were random and frozen in training: they "
+                "are made anew from its seed. To keep them, train with them in adapter.modules_to_save."
             )
         return model.eval()
 
@@ -113,7 +129,8 @@ def open_adapter(
     own: Any = made
     own.data._nothing_trains = True
     chosen = getattr(own.data, "labels", None)
-    return SavedAdapter(folder, made, None if chosen is None else [str(name) for name in chosen])
+    names = None if chosen is None else [str(name) for name in chosen]
+    return SavedAdapter(folder, made, names, is_own=(folder / _RECIPE).is_file())
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
