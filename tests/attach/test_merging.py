@@ -1,0 +1,84 @@
+"""Merging adds the update to the base weight, to the last bit where it can be undone, or refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rankwise as rw
+from rankwise.attach.attachment import adapter_layers
+from rankwise.attach.merging import merge, refuse_shared_copies
+
+
+def adapted(adalora: bool = False, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    options: dict[str, Any] = {"lora_alpha": 6, "target_modules": ["0", "2"], **changes}
+    if adalora:
+        config: Any = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=9, **options)
+    else:
+        config = rw.LoraConfig(r=3, **options)
+    model = rw.get_peft_model(model, config).eval()
+    for layer in adapter_layers(model).values():
+        nn.init.normal_(layer.lora_B["default"])
+    return model
+
+
+@pytest.mark.parametrize("adalora", [False, True])
+def test_a_merged_weight_is_the_base_plus_scale_times_B_E_A(adalora: bool) -> None:
+    model = adapted(adalora)
+    expected = {}
+    for path, layer in adapter_layers(model).items():
+        A, B = layer.lora_A["default"].detach(), layer.lora_B["default"].detach()
+        E = layer.lora_E["default"].detach().flatten() if adalora else torch.ones(len(A), dtype=A.dtype)
+        scale = 6 / (4 + 1e-5) if adalora else 6 / 3
+        expected[path] = layer.weight.detach() + scale * B @ torch.diag(E) @ A
+    inputs = torch.randn(7, 6, dtype=torch.float64)
+    before = model(inputs)
+    merge(model, ["default"], safe_merge=True)
+    for path, layer in adapter_layers(model).items():
+        torch.testing.assert_close(layer.weight.detach(), expected[path], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(inputs), before, rtol=1e-12, atol=1e-12)
+
+
+def test_only_the_named_adapters_are_merged() -> None:
+    model = adapted()
+    model.add_adapter("other", rw.LoraConfig(r=2, target_modules=["2"], init_lora_weights=False))
+    model.set_adapter("other")
+    weights = [layer.weight.detach().clone() for layer in adapter_layers(model).values()]
+    merge(model, ["other"], safe_merge=False)
+    after = [layer.weight.detach() for layer in adapter_layers(model).values()]
+    assert torch.equal(after[0], weights[0]) and not torch.equal(after[1], weights[1])
+
+
+def test_what_is_not_finite_is_refused_by_name_before_any_weight_changes() -> None:
+    model = adapted()
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        adapter_layers(model)["2"].lora_A["default"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="'2'"):
+        merge(model, ["default"], safe_merge=True)
+    assert torch.equal(model[0].weight, before["0.weight"]) and torch.equal(
+        model[2].weight, before["2.weight"]
+    )
+
+
+def test_a_weight_that_another_module_shares_is_refused_with_both_names() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+    model["second"].weight = model["first"].weight
+    rw.get_peft_model(model, rw.LoraConfig(r=2, target_modules=["first"]))
+    with pytest.raises(ValueError, match="'first' is shared with 'second'"):
+        merge(model, ["default"], safe_merge=False)
+
+
+def test_a_copy_is_not_put_in_place_of_a_module_that_shares_weights() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 4), "tied": nn.Linear(4, 4)})
+    model["tied"].weight = model["head"].weight
+    rw.get_peft_model(model, rw.LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"]))
+    with pytest.raises(ValueError, match="'head.*is shared with 'tied"):
+        refuse_shared_copies(model, ["default"])
+    refuse_shared_copies(model, [])

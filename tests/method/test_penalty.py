@@ -1,0 +1,53 @@
+"""The orthogonality penalty and its gradient, where both are known in closed form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from rankwise.method.penalty import orthogonality_gradients, orthogonality_penalty
+
+
+def orthonormal_rows(rank: int, width: int) -> Any:
+    torch.manual_seed(0)
+    return torch.linalg.qr(torch.randn(width, rank, dtype=torch.float64)).Q.T.contiguous()
+
+
+@pytest.mark.parametrize("stretch", [0.0, 0.5, 2.0])
+def test_of_stretched_orthonormal_factors_it_is_the_distance_of_the_squared_stretch_from_1(
+    stretch: float,
+) -> None:
+    """||c^2 I - I||_F = |c^2 - 1| sqrt(r), for rows and for columns."""
+    A, B = stretch * orthonormal_rows(4, 9), orthonormal_rows(3, 5).T
+    expected = abs(stretch**2 - 1) * math.sqrt(4) / 2  # the mean with B's, which is 0
+    assert orthogonality_penalty([A], [B]).item() == pytest.approx(expected, abs=1e-12)
+    assert orthogonality_penalty([B.T], [A.T]).item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_the_gradient_of_stretched_orthonormal_factors_points_along_them(columns: bool) -> None:
+    """d/dA |c^2 - 1| sqrt(r) with A = c Q is 2 A sign(c^2 - 1) / sqrt(r)."""
+    for stretch in (0.5, 2.0):
+        matrix = stretch * orthonormal_rows(4, 9)
+        matrix = matrix.T if columns else matrix
+        (gradient,) = orthogonality_gradients([matrix], columns, weight=0.3, count=6)
+        expected = 0.3 / 6 * 2 * matrix * math.copysign(1, stretch**2 - 1) / math.sqrt(4)
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_matrices_of_many_shapes_get_their_own_gradients_in_their_order() -> None:
+    torch.manual_seed(1)
+    matrices = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5), (3, 4), (2, 5), (1, 7))]
+    together = orthogonality_gradients(matrices, False, weight=1.0, count=8)
+    for matrix, gradient in zip(matrices, together, strict=True):
+        (alone,) = orthogonality_gradients([matrix], False, weight=1.0, count=8)
+        torch.testing.assert_close(gradient, alone)
+
+
+def test_half_precision_is_widened_and_nothing_is_penalized_of_nothing() -> None:
+    assert orthogonality_penalty([], []).item() == 0
+    (gradient,) = orthogonality_gradients([torch.ones(2, 3).bfloat16()], False, weight=1.0, count=1)
+    assert gradient.dtype == torch.float32 and gradient.isfinite().all()

@@ -1,0 +1,78 @@
+"""Which of several optimizers' steps are steps of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.optim import SGD, Optimizer
+
+from rankwise.run.whose_step import Turns
+
+
+def sgd() -> SGD:
+    return SGD([torch.zeros(1)])
+
+
+def counted(
+    turns: Turns,
+    steps: list[tuple[Optimizer, list[int]]],
+    trains: Callable[[int], bool] = lambda number: True,
+) -> list[bool]:
+    found = []
+    for optimizer, holds in steps:
+        assert turns.begin(optimizer)
+        found.append(turns.end(optimizer, holds, trains))
+    return found
+
+
+def test_every_step_of_the_only_optimizer_counts() -> None:
+    assert counted(Turns(), [(sgd(), [0, 1, 2])] * 3) == [True] * 3
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_of_several_that_share_the_parameters_one_counts_an_iteration(parts: int) -> None:
+    optimizers = [(sgd(), [number]) for number in range(parts)]
+    assert counted(Turns(), optimizers * 4) == [True, *[False] * (parts - 1)] * 4
+
+
+def test_the_lead_passes_to_the_one_with_an_earlier_parameter_and_its_first_step_is_no_second_one() -> None:
+    late, early = (sgd(), [1]), (sgd(), [0])
+    assert counted(Turns(), [late, early, late, early, late]) == [True, False, False, True, False]
+
+
+def test_an_optimizer_with_nothing_that_trains_counts_nothing_and_does_not_lead() -> None:
+    turns = Turns()
+    head, adapter = (sgd(), []), (sgd(), [0])
+    assert counted(turns, [head, adapter, head, adapter]) == [False, True, False, True]
+    assert turns.leader == 0
+
+
+def test_when_the_leaders_parameter_is_frozen_another_leads() -> None:
+    turns = Turns()
+    first, second = (sgd(), [0]), (sgd(), [1])
+    assert counted(turns, [first, second]) == [True, False]
+    assert counted(turns, [first, second] * 2, trains=lambda number: number != 0) == [False, True] * 2
+
+
+def test_one_that_steps_twice_while_the_leader_does_not_leads_from_then_on() -> None:
+    turns = Turns()
+    leader, other = (sgd(), [0]), (sgd(), [1])
+    assert counted(turns, [leader, other, other, other]) == [True, False, True, True]
+    assert turns.leader == 1
+
+
+def test_a_run_that_goes_on_knows_its_leader() -> None:
+    first, second = (sgd(), [0]), (sgd(), [3])
+    assert counted(Turns(leader=0), [second, first, second, first]) == [False, True, False, True]
+
+
+@pytest.mark.parametrize("in_a_list", [False, True])
+def test_an_optimizer_inside_another_takes_no_turn_of_its_own(in_a_list: bool) -> None:
+    inner, outer, turns = sgd(), sgd(), Turns()
+    outer.held = [inner] if in_a_list else inner  # type: ignore[attr-defined]
+    assert turns.begin(outer)
+    assert not turns.begin(inner)
+    assert not turns.end(inner, [0], lambda number: True)
+    assert turns.end(outer, [0], lambda number: True)
