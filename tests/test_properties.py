@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise.method.allocation import allocate
+from rankwise.method.layout import TripletLayout
 from rankwise.method.penalty import orthogonality_gradients, orthogonality_penalty
 from rankwise.method.schedule import nearest_schedule
-from rankwise.method.scores import TripletLayout, flatten, triplet_scores, update_scores
+from rankwise.method.scores import flatten, triplet_scores, update_scores
 
 seeds = st.integers(0, 2**32 - 1)
 shares = st.floats(0, 0.95)

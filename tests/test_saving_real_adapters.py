@@ -48,7 +48,7 @@ def set_version(model, version):
         mask = model.rankwise_mask
         mask.fill_(True)
         mask[: 1 + version % 3] = False
-        for layer, kept in zip(model._rankwise_controller.layers.values(), mask.split(4)):
+        for layer, kept in zip(model._rankwise_controller.triplets.layers.values(), mask.split(4)):
             layer.lora_E["default"].mul_(kept[:, None])
     controller = model._rankwise_controller
     controller.step = version

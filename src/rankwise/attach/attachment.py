@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,6 @@ _Prepared = TypeVar("_Prepared")
 
 PEFT_EPSILON = 1e-5  # PEFT's AdaLoRA scale is lora_alpha / (init_r + 1e-5)
 _RANK_THAT_NEVER_HURTS = 1024  # useless in a layer with smaller widths, but no reason to stop
-ADALORA_STD = 0.02  # of the start of A and B
 
 
 @dataclass
@@ -78,14 +78,9 @@ def base_scaling(config: LoraConfig, path: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
-def gate(config: AdaLoraConfig) -> float:
-    """E of a gate that is open: it makes the update's scale LoRA's at rank ``target_r``, whatever there is to spare.
-
-    Example:
-        >>> gate(AdaLoraConfig(init_r=12, target_r=8))
-        1.5
-    """
-    return config.init_r / (math.sqrt(config.target_r) if config.use_rslora else config.target_r)
+def trained_factors(config: LoraConfig) -> tuple[str, ...]:
+    """Which of "lora_A", "lora_E" and "lora_B" train."""
+    return config.form.trained if isinstance(config, AdaLoraConfig) else ("lora_A", "lora_B")
 
 
 def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attachment:
@@ -242,12 +237,10 @@ def _start(layer: nn.Module, config: LoraConfig, path: str) -> Factors:
             nn.init.normal_(A, std=1 / rank)
             nn.init.normal_(B, std=1 / rank)
         return Factors(A, B, None, scaling)
-    if config.gated:
-        mixin.reset_factors(A, B, gaussian=False)
-        return Factors(A, B, torch.full((len(A), 1), gate(config), **options), scaling)  # type: ignore[arg-type]
-    deviation = ADALORA_STD if config.init_lora_weights else 1.0
-    E = torch.zeros(len(A), 1, **options) if config.init_lora_weights else torch.randn(len(A), 1, **options)
-    return Factors(A.normal_(std=deviation), B.normal_(std=deviation), E, scaling)
+    E = torch.empty(len(A), 1, **options)
+    gate = config.form.gate(config.init_r, config.target_r, config.use_rslora)  # type: ignore[attr-defined]
+    config.form.start(A, E, B, functools.partial(mixin.reset_factors, gaussian=False), gate)  # type: ignore
+    return Factors(A, B, E, scaling)
 
 
 def _check_rank(rank: int, d_in: int, d_out: int, path: str) -> None:

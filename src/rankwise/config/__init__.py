@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from rankwise.config.lora import CONFIG_NAME, TASK_TYPES, AdaLoraConfig, LoraConfig
+from rankwise.config.adalora import AdaLoraConfig
+from rankwise.config.lora import CONFIG_NAME, TASK_TYPES, LoraConfig
 
 __all__ = ["CONFIG_NAME", "TASK_TYPES", "AdaLoraConfig", "LoraConfig"]

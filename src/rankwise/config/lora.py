@@ -1,4 +1,4 @@
-"""Configurations: what to adapt, with how many ranks, on which schedule; their checks and their JSON.
+"""What every configuration says: which layers to adapt, with which scale; its checks and its JSON.
 
 Field names, meanings and defaults are those of Hugging Face PEFT, so a script or an ``adapter_config.json``
 moves over as it is. What PEFT accepts and then ignores, or fails on in the middle of a run, is refused here,
@@ -7,12 +7,9 @@ when the configuration is made or changed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import math
 import os
-import warnings
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -22,7 +19,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 from rankwise.config.checks import (
     Default,
     check_flag,
-    check_kept_ranks,
     check_layer_indices,
     check_names,
     check_names_or_pattern,
@@ -39,15 +35,13 @@ from rankwise.config.checks import (
 )
 from rankwise.config.names import CheckedKeywords, check_extra, field_names, unknown_keyword
 from rankwise.files.atomic import write_file
-from rankwise.method.schedule import BudgetSchedule, check_length
 
 CONFIG_NAME = "adapter_config.json"
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 _BIASES = ("none", "all", "lora_only")
-_PEFT_DEFAULT_R = 8
+PEFT_DEFAULT_R = 8
 _PEFT_DEFAULT_ALPHA = 8
-_GATED_ALPHA = 32  # at most
 
 # Starts that only matter before training. Any other has changed the base weights, which are not in the file.
 _STARTS_OF_NO_CONSEQUENCE = ("eva", "mica", "orthogonal")
@@ -101,7 +95,7 @@ class LoraConfig(CheckedKeywords):
 
     peft_type: ClassVar[str] = "LORA"
 
-    r: int = _PEFT_DEFAULT_R
+    r: int = PEFT_DEFAULT_R
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     lora_alpha: float = _PEFT_DEFAULT_ALPHA
@@ -198,11 +192,6 @@ class LoraConfig(CheckedKeywords):
             raise ValueError(
                 f"`layers_pattern`={pattern!r} needs `layers_to_transform`, which says what to count."
             )
-
-    @property
-    def gated(self) -> bool:
-        """Whether the adapter has gates that do not train; see `AdaLoraConfig`."""
-        return False
 
     @staticmethod
     def _checked_start(value: Any) -> bool | str:
@@ -305,208 +294,13 @@ class LoraConfig(CheckedKeywords):
         return path
 
 
-@dataclass(kw_only=True)
-class AdaLoraConfig(LoraConfig):
-    """An AdaLoRA adapter: ranks start at ``init_r`` and end at ``target_r`` on average, where they help.
-
-    Args:
-        init_r: rank of every layer at the start, at least 1.
-        target_r: average rank in the end, from 1 to ``init_r``. Equal ranks mean that nothing is pruned.
-        tinit: warm-up, in steps (int) or as a fraction of the run (float in [0, 1)).
-        tfinal: last phase, in steps or as a fraction, in which no rank changes.
-        deltaT: steps between two allocations, at least 1.
-        beta1: decay of the running sensitivity, in (0, 1).
-        beta2: decay of the running uncertainty, in (0, 1).
-        orth_reg_weight: weight of the orthogonality penalty, at least 0; None: 0 with "gated", else 0.5.
-        total_step: optimizer steps of the whole run. None: a trainer that knows it fills it in.
-        lora_alpha: the update is scaled by ``lora_alpha / target_r`` with "gated", else by ``lora_alpha / init_r``,
-            however many ranks are pruned. None: four times ``target_r``, at most 32, with "gated" and without
-            ``use_rslora``; else 8.
-        use_rslora: scale by ``lora_alpha / sqrt(target_r)`` instead; only with "gated".
-        init_lora_weights: "gated", or the method of the paper; see below.
-        rank_pattern: the result of a run: for each ``"<module path>.lora_E"`` a list of ``init_r`` booleans,
-            True for the ranks that stay.
-        r: no field of AdaLoRA, taken with a warning for compatibility.
-
-    Two forms of the method share this class. ``init_lora_weights="gated"``, the default, starts and learns as LoRA
-    does: B = 0, A as in LoRA, and E is a gate that does not train, open until its rank is pruned for good. Ranks are
-    scored by what closing their gate would cost by the gradient, per parameter, and the budget counts parameters:
-    in the end there are no more than LoRA of rank ``target_r`` has. LoRA's learning rates are right for it.
-    With ``True`` (PEFT's value) it is the method of the paper as PEFT has it, number for number: E = 0 at the start,
-    A and B normal, everything trains and is scored, and ranks are counted. It needs a much larger learning rate.
-    "gaussian" is the same as True, and False starts at random, for tests.
-
-    Raises:
-        TypeError, ValueError: as LoraConfig; also a schedule without a step for pruning.
-
-    Example:
-        >>> config = AdaLoraConfig(init_r=12, target_r=8, tinit=0.1, tfinal=0.3, target_modules=["q_proj"])
-        >>> config.with_total_step(3000).resolved_schedule()
-        BudgetSchedule(tinit=300, tfinal=900, total_step=3000, deltaT=1)
-        >>> AdaLoraConfig(delta_t=10)
-        Traceback (most recent call last):
-        ...
-        TypeError: AdaLoraConfig has no field `delta_t`. Did you mean `deltaT`?
-    """
-
-    peft_type: ClassVar[str] = "ADALORA"
-
-    r: int = field(default=Default(_PEFT_DEFAULT_R), repr=False)
-    init_r: int = 12
-    target_r: int = 8
-    tinit: int | float = 0
-    tfinal: int | float = 0
-    deltaT: int = 1
-    beta1: float = 0.85
-    beta2: float = 0.85
-    lora_alpha: float = None  # type: ignore[assignment]  # a number once it is checked, as the next
-    orth_reg_weight: float = None  # type: ignore[assignment]
-    total_step: int | None = None
-    init_lora_weights: bool | Literal["gaussian", "gated"] = "gated"
-    rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
-
-    @property
-    def gated(self) -> bool:
-        """Whether E is a gate that does not train, and the budget counts parameters; see the class."""
-        return self.init_lora_weights == "gated"
-
-    def resolved_schedule(self) -> BudgetSchedule:
-        """The schedule in whole steps.
-
-        Raises:
-            ValueError: ``total_step`` is not known yet, or the phases overlap.
-        """
-        if self.total_step is None:
-            raise ValueError(
-                "The schedule needs the number of optimizer steps: pass `total_step` to AdaLoraConfig, or "
-                "call `model.set_total_step(n)` before training."
-            )
-        return BudgetSchedule.resolve(self.tinit, self.tfinal, self.total_step, self.deltaT)
-
-    def with_total_step(self, total_step: int) -> AdaLoraConfig:
-        """A checked copy for a run of ``total_step`` optimizer steps; fractions stay fractions."""
-        return dataclasses.replace(self, total_step=total_step)
-
-    def _check(self) -> None:
-        default = self.__dict__["lora_alpha"] is None or isinstance(self.__dict__["lora_alpha"], Default)
-        if default:
-            self.__dict__["lora_alpha"] = self._default_alpha()
-        super()._check()
-        if default:
-            self.__dict__["lora_alpha"] = Default(self.lora_alpha)  # goes on following the other fields
-        self._check_schedule()
-        for name in ("beta1", "beta2"):
-            value = self.__dict__[name] = check_number(name, self.__dict__[name])
-            if not 0 < value < 1:
-                raise ValueError(f"`{name}` must be between 0 and 1, both excluded, but is {value}.")
-        if self.__dict__["orth_reg_weight"] is None:
-            self.__dict__["orth_reg_weight"] = 0.0 if self.gated else 0.5
-        weight = self.__dict__["orth_reg_weight"] = check_number("orth_reg_weight", self.orth_reg_weight)
-        if weight < 0:
-            raise ValueError(f"`orth_reg_weight` must be at least 0, but is {weight}.")
-        if self.use_rslora and not self.gated:
-            raise ValueError(
-                "`use_rslora` does not go with the paper's form of AdaLoRA, whose scale is lora_alpha / init_r. "
-                "For a greater one, increase `lora_alpha`; or leave `init_lora_weights` at 'gated'."
-            )
-        if self.alpha_pattern:
-            raise ValueError("`alpha_pattern` belongs to LoraConfig: AdaLoRA has one `lora_alpha` for all.")
-
-    def _default_alpha(self) -> int:
-        if not self.gated or self.use_rslora:
-            return _PEFT_DEFAULT_ALPHA
-        # A layer's ranks pull together, so that from 8 on more of them have to pull less. See docs/quality.md.
-        return min(4 * check_whole("target_r", self.target_r, least=1), _GATED_ALPHA)
-
-    @staticmethod
-    def _checked_start(value: Any) -> bool | str:
-        if value == "gated":
-            return "gated"
-        return check_start(
-            value, "'gated' (LoRA's start, with gates), True (the paper's start) or False (random)"
-        )
-
-    def _check_rank(self) -> None:
-        values = self.__dict__
-        values["init_r"] = check_whole("init_r", self.init_r, least=1)
-        values["target_r"] = check_whole("target_r", self.target_r, least=1)
-        if self.target_r > self.init_r and not self.inference_mode:
-            raise ValueError(
-                f"`target_r`={self.target_r} is greater than `init_r`={self.init_r}, but ranks only fall: "
-                f"set init_r to at least {self.target_r} (1.5 times target_r is usual)."
-            )
-        values["rank_pattern"] = check_kept_ranks(self.rank_pattern, self.init_r)
-        if not isinstance(self.r, Default):
-            r = check_whole("r", self.r, least=1)
-            values["r"] = Default(_PEFT_DEFAULT_R)
-            warnings.warn(
-                f"`r={r}` has no effect in AdaLoraConfig, where ranks start at init_r={self.init_r} and end "
-                f"at target_r={self.target_r} on average. For an average rank of {r}, set target_r={r} and "
-                f"init_r={math.ceil(1.5 * r)}, and leave `r` out.",
-                UserWarning,
-                stacklevel=6,
-            )
-
-    def _check_schedule(self) -> None:
-        values = self.__dict__
-        for name in ("tinit", "tfinal"):
-            values[name] = check_number(name, values[name])
-        values["deltaT"] = check_whole("deltaT", self.deltaT, least=None if self.inference_mode else 1)
-        if self.total_step is not None:
-            values["total_step"] = check_whole("total_step", self.total_step, least=None)
-        if self.inference_mode:
-            return
-        for name in ("tinit", "tfinal"):
-            check_length(name, values[name])
-        if self.total_step is not None:
-            self.resolved_schedule()
-        elif self._in_fractions() and self.tinit + self.tfinal >= 1:
-            raise ValueError(
-                f"The schedule leaves no step for pruning: tinit={self.tinit} and tfinal={self.tfinal} are "
-                "fractions of the run, and must be less than 1 together."
-            )
-
-    def _in_fractions(self) -> bool:
-        return isinstance(self.tinit, float) and isinstance(self.tfinal, float)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration under PEFT's names, ready for JSON; fractions become steps once they are known.
-
-        PEFT reads it if ``total_step`` is set: it knows no other AdaLoRA adapter.
-        """
-        data = super().to_dict()
-        data["r"] = _PEFT_DEFAULT_R
-        if self.total_step is not None:
-            with contextlib.suppress(ValueError):  # in inference mode the schedule may be anything
-                schedule = self.resolved_schedule()
-                data.update(tinit=schedule.tinit, tfinal=schedule.tfinal)
-        return data
-
-    @classmethod
-    def _from_file(cls, values: dict[str, Any], extra: dict[str, Any]) -> None:
-        """Take what PEFT's AdaLoRA ignores: the kind of start, `r`, `use_rslora` and `alpha_pattern`."""
-        start = values.setdefault("init_lora_weights", True)  # PEFT's default
-        if isinstance(start, str) and start not in ("gaussian", "gated"):
-            extra["init_lora_weights"] = start
-            values["init_lora_weights"] = True
-        if values.get("r", _PEFT_DEFAULT_R) == _PEFT_DEFAULT_R:
-            values.pop("r", None)
-        for name in ("use_rslora", "alpha_pattern"):
-            if values.get(name) and not (name == "use_rslora" and start == "gated"):
-                warnings.warn(
-                    f"`{name}` in the file has no effect on an AdaLoRA adapter, in PEFT as here: left out.",
-                    UserWarning,
-                    stacklevel=3,
-                )
-                del values[name]
-
-
 # -- files and messages
 
 
 def _kind_of_adapter(peft_type: Any, source: str) -> type[Any]:
     name = getattr(peft_type, "value", peft_type)
-    kinds = {kind.peft_type: kind for kind in (LoraConfig, AdaLoraConfig)}
+    own: tuple[type[Any], ...] = (LoraConfig, *LoraConfig.__subclasses__())
+    kinds = {kind.peft_type: kind for kind in own}
     if not isinstance(name, str):
         raise TypeError(f"{source}: `peft_type` must be one of {', '.join(kinds)}, but is {short(name)}.")
     if name not in kinds:

@@ -13,7 +13,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from rankwise.method.scores import TripletLayout, flatten, triplet_scores
+from rankwise.method.layout import TripletLayout
+from rankwise.method.scores import flatten, triplet_scores
 
 
 class Importance(Protocol):

@@ -16,127 +16,12 @@ however many layers there are, and nothing leaves the device.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class TripletLayout:
-    """Where the triplets of all layers lie in flat vectors.
-
-    Args:
-        ranks: r of every layer, the number of its triplets.
-        widths_in: columns of every A (r, width_in).
-        widths_out: rows of every B (width_out, r).
-
-    The flat *element* vector holds all A, then all E, then all B, in layer order; the flat *triplet* vector holds
-    each layer's triplets in layer order.
-
-    Example:
-        >>> layout = TripletLayout(ranks=(2, 1), widths_in=(3, 3), widths_out=(4, 4))
-        >>> layout.triplets, layout.elements
-        (3, 24)
-    """
-
-    ranks: tuple[int, ...]
-    widths_in: tuple[int, ...]
-    widths_out: tuple[int, ...]
-    _blocks: dict[tuple[str, int, int], tuple[list[int], list[int]]] = field(
-        init=False, repr=False, compare=False, default_factory=dict
-    )
-    _on_device: dict[tuple[str, int, int, torch.device], Tensor] = field(
-        init=False, repr=False, compare=False, default_factory=dict
-    )
-
-    def __post_init__(self) -> None:
-        position = 0
-        for kind, widths in (("A", self.widths_in), ("E", (1,) * len(self.ranks)), ("B", self.widths_out)):
-            triplet = 0
-            for rank, width in zip(self.ranks, widths, strict=True):
-                starts, triplets = self._blocks.setdefault((kind, rank, width), ([], []))
-                starts.append(position)
-                triplets.extend(range(triplet, triplet + rank))
-                position += rank * width
-                triplet += rank
-
-    @property
-    def triplets(self) -> int:
-        """The number of triplets of all layers."""
-        return sum(self.ranks)
-
-    @property
-    def elements(self) -> int:
-        """The number of elements of all A, E and B."""
-        widths = zip(self.ranks, self.widths_in, self.widths_out, strict=True)
-        return sum(rank * (width_in + 1 + width_out) for rank, width_in, width_out in widths)
-
-    def round_robin(self) -> list[int]:
-        """All triplets, every layer's first one first, then every layer's second one, and so on."""
-        keyed = [
-            (index, layer, index + sum(self.ranks[:layer]))
-            for layer, rank in enumerate(self.ranks)
-            for index in range(rank)
-        ]
-        return [triplet for _, _, triplet in sorted(keyed)]
-
-    @functools.cached_property
-    def costs(self) -> list[int]:
-        """The numbers that each triplet has in A and B, in triplet order.
-
-        Example:
-            >>> TripletLayout(ranks=(2, 1), widths_in=(3, 5), widths_out=(4, 4)).costs
-            [7, 7, 9]
-        """
-        widths = zip(self.ranks, self.widths_in, self.widths_out, strict=True)
-        return [width_in + width_out for rank, width_in, width_out in widths for _ in range(rank)]
-
-    def costs_on(self, device: torch.device) -> Tensor:
-        """`costs` as a tensor, (triplets,), int64."""
-        key = ("costs", 0, 0, device)
-        if key not in self._on_device:
-            self._on_device[key] = torch.tensor(self.costs, device=device, dtype=torch.int64)
-        return self._on_device[key]
-
-    def sum_of_columns(self, products: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Column sums of one (width_out, r) matrix for each layer, (triplets,), float32 on ``device``.
-
-        Example:
-            >>> layout = TripletLayout(ranks=(2, 1), widths_in=(3, 3), widths_out=(4, 4))
-            >>> layout.sum_of_columns([torch.ones(4, 2), torch.zeros(4, 1)], torch.device("cpu"))
-            tensor([4., 4., 0.])
-        """
-        total = torch.zeros(self.triplets, device=device)
-        layers: dict[tuple[int, int], list[int]] = {}
-        for layer, shape in enumerate(zip(self.ranks, self.widths_out, strict=True)):
-            layers.setdefault(shape, []).append(layer)
-        for (rank, width), members in layers.items():
-            block = torch.stack([products[layer].to(device, torch.float32) for layer in members])
-            total.index_copy_(0, self._triplets_of(("B", rank, width), device), block.sum(1).flatten())
-        return total
-
-    def mean_per_triplet(self, elements: Tensor) -> Tensor:
-        """Sum over A, E and B of the mean element of each triplet: (elements,) -> (triplets,)."""
-        total = elements.new_zeros(self.triplets)
-        for (kind, rank, width), (starts, _) in self._blocks.items():
-            size = rank * width
-            if not size:
-                continue
-            block = torch.stack([elements[start : start + size] for start in starts])
-            means = (
-                block.view(-1, width, rank).mean(1) if kind == "B" else block.view(-1, rank, width).mean(2)
-            )
-            total.index_add_(0, self._triplets_of((kind, rank, width), elements.device), means.flatten())
-        return total
-
-    def _triplets_of(self, block: tuple[str, int, int], device: torch.device) -> Tensor:
-        key = (*block, device)
-        if key not in self._on_device:
-            self._on_device[key] = torch.tensor(self._blocks[block][1], device=device, dtype=torch.int64)
-        return self._on_device[key]
+from rankwise.method.layout import TripletLayout
 
 
 def flatten(matrices: Sequence[Tensor], device: torch.device) -> Tensor:

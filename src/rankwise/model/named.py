@@ -20,10 +20,12 @@ from rankwise.attach.attachment import (
     refuse_overlap,
     saved_modules,
     train_biases,
+    trained_factors,
 )
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.model.merged import MergesAdapters
-from rankwise.run.controller import BUFFERS, Controller
+from rankwise.run.controller import Controller
+from rankwise.run.triplets import BUFFERS
 
 
 class NamesAdapters(MergesAdapters):
@@ -63,9 +65,7 @@ class NamesAdapters(MergesAdapters):
             for name in layer.lora_A:
                 trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
                 for key, parameter in layer.adapter_parameters(name).items():
-                    parameter.requires_grad_(
-                        trains and not (key == "lora_E" and self.peft_config[name].gated)
-                    )
+                    parameter.requires_grad_(trains and key in trained_factors(self.peft_config[name]))
         for module in saved_modules(self).values():
             held = [name for name in names if name in module.modules_to_save]
             module.active_adapter = held[0] if held else None

@@ -15,7 +15,7 @@ from rankwise.attach.attachment import adapter_layers
 from rankwise.model.held import HoldsAdapters
 from rankwise.parallel import zero
 from rankwise.parallel.sharded import is_sharded
-from rankwise.run.controller import BUFFERS
+from rankwise.run.triplets import BUFFERS
 from rankwise.storage.names import EXTRA_STATE
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rankwise.config import AdaLoraConfig
 from rankwise.method.schedule import BudgetSchedule
 from rankwise.run.history import RankHistory
 
@@ -19,6 +21,7 @@ _LAYOUT = (
     2  # of the packed tensor: [_LAYOUT, the counters, the schedule, target_r, the weights' bits, the history]
 )
 _WHOLE = 11
+_FORMS = ("paper", "gated")  # by their number in the packed tensor
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class RunWeights:
     beta2: float
     orth_reg_weight: float
 
+    @classmethod
+    def of(cls, config: AdaLoraConfig) -> RunWeights:
+        """Those of a configuration."""
+        return cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
+
 
 @dataclass(frozen=True)
 class RunState:
@@ -71,7 +79,7 @@ class RunState:
         leader: number of the parameter whose optimizer counts the steps; None before the first.
         schedule: None if the length of the run is not known.
         target_r: average rank in the end.
-        gated: E is a gate; see `AdaLoraConfig`.
+        form: name of the form of the method.
         weights: the other settings.
         history: the allocations so far.
     """
@@ -82,7 +90,7 @@ class RunState:
     leader: int | None
     schedule: BudgetSchedule | None
     target_r: int
-    gated: bool
+    form: str
     weights: RunWeights
     history: RankHistory
 
@@ -93,7 +101,7 @@ class RunState:
         whole = [_LAYOUT, self.step, self.fixed, self.automatic, leader]
         whole += [plan.tinit, plan.tfinal, plan.total_step, plan.deltaT] if plan else [0] * 4
         bits = torch.tensor([float(value) for value in vars(self.weights).values()], dtype=torch.float64)
-        head = torch.tensor([*whole, self.target_r, self.gated], dtype=torch.int64)
+        head = torch.tensor([*whole, self.target_r, _FORMS.index(self.form)], dtype=torch.int64)
         return torch.cat([head, bits.view(torch.int64), self.history.to_tensor()])
 
     @classmethod
@@ -105,7 +113,7 @@ class RunState:
 
         Example:
             >>> from rankwise.method.schedule import BudgetSchedule
-            >>> state = RunState(3, False, True, 0, BudgetSchedule(1, 2, 9), 4, True,
+            >>> state = RunState(3, False, True, 0, BudgetSchedule(1, 2, 9), 4, "gated",
             ...                  RunWeights(8, 0.1, 0.8, 0.9, 0.5), RankHistory(["fc"]))
             >>> RunState.from_tensor(["fc"], state.to_tensor()) == state
             True
@@ -118,12 +126,12 @@ class RunState:
             )
         packed = packed.cpu()
         whole = packed[:_WHOLE].tolist()
-        layout, step, fixed, automatic, leader, tinit, tfinal, total, deltaT, target, gated = whole
+        layout, step, fixed, automatic, leader, tinit, tfinal, total, deltaT, target, form = whole
         if layout != _LAYOUT:
             raise ValueError(
                 f"The state of the run has layout {layout}; this version of rankwise reads {_LAYOUT}."
             )
-        flags = {fixed, automatic, gated} <= {0, 1}
+        flags = {fixed, automatic} <= {0, 1} and 0 <= form < len(_FORMS)
         sensible = step >= 0 and flags and leader >= -1 and target >= 1
         weights = packed[_WHOLE:start].view(torch.float64)
         if not sensible or not weights.isfinite().all():
@@ -136,7 +144,38 @@ class RunState:
             leader=None if leader < 0 else leader,
             schedule=BudgetSchedule(tinit, tfinal, total, deltaT) if total else None,
             target_r=target,
-            gated=bool(gated),
+            form=_FORMS[form],
             weights=RunWeights(*weights.tolist()),
             history=history,
         )
+
+    def check_same_run(self, here: RunState, schedule: BudgetSchedule | None) -> None:
+        """See that a run which stands ``here`` may go on from this state.
+
+        Args:
+            here: the run that is to go on.
+            schedule: its schedule, with the length of this state's run where it has none yet; None: nothing is pruned.
+
+        Raises:
+            ValueError: they are different runs.
+        """
+        was: dict[str, Any] = {
+            "lora_alpha": self.weights.lora_alpha,
+            "target_r": self.target_r,
+            "form": self.form,
+        }
+        now: dict[str, Any] = {
+            "lora_alpha": here.weights.lora_alpha,
+            "target_r": here.target_r,
+            "form": here.form,
+        }
+        if schedule and self.schedule:
+            was |= vars(self.schedule)
+            now |= vars(schedule)
+        differing = [name for name in now if now[name] != was[name]]
+        if differing:
+            raise ValueError(
+                f"This is the state of a run with {', '.join(f'{name}={was[name]}' for name in differing)}, but "
+                f"here the adapter has {', '.join(f'{name}={now[name]}' for name in differing)}. A run goes on "
+                "only with the configuration that it began with."
+            )

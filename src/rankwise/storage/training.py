@@ -19,8 +19,9 @@ from rankwise.attach.attachment import (
 from rankwise.config import AdaLoraConfig
 from rankwise.files.tensors import check_finite
 from rankwise.parallel.sharded import laid_out
-from rankwise.run.controller import BUFFERS, Controller
+from rankwise.run.controller import Controller
 from rankwise.run.state import RunState
+from rankwise.run.triplets import BUFFERS
 from rankwise.storage.fit import fit_all, with_all_heads
 from rankwise.storage.names import (
     EXTRA_STATE,

@@ -1,0 +1,52 @@
+"""The form of the paper, number for number as Hugging Face PEFT has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from rankwise.method.forms.form import Form
+from rankwise.method.importance import ElementImportance, Importance
+from rankwise.method.layout import TripletLayout
+
+_DEVIATION = 0.02  # of the start of A and B
+
+
+class PaperForm(Form):
+    """E holds singular values that start at 0 and train (Zhang et al., 2023, https://arxiv.org/abs/2303.10512).
+
+    Args:
+        random: start with a random E and larger factors, so that the update is not 0; for tests.
+
+    Example:
+        >>> PaperForm().trained
+        ('lora_A', 'lora_E', 'lora_B')
+    """
+
+    name: ClassVar[str] = "paper"
+    trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_E", "lora_B")
+    counts_parameters: ClassVar[bool] = False
+    grows_back: ClassVar[bool] = True
+    takes_rslora: ClassVar[bool] = False
+    orth_reg_weight: ClassVar[float] = 0.5
+
+    def __init__(self, random: bool = False) -> None:
+        self.random = random
+
+    def lora_alpha(self, target_r: float, use_rslora: bool) -> int:
+        return 8
+
+    def gate(self, init_r: int, target_r: float, use_rslora: bool) -> float:
+        return 1.0
+
+    def start(
+        self, A: Tensor, E: Tensor, B: Tensor, as_lora: Callable[[Tensor, Tensor], None], gate: float
+    ) -> None:
+        nn.init.normal_(E) if self.random else nn.init.zeros_(E)
+        for factor in (A, B):
+            nn.init.normal_(factor, std=1.0 if self.random else _DEVIATION)
+
+    def importance(self, layout: TripletLayout) -> Importance:
+        return ElementImportance(layout)

@@ -1,0 +1,172 @@
+"""The triplets of one adapter, wherever they are: factors in the layers, masks and scores in buffers of the model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters import AdapterLayer
+from rankwise.method.layout import TripletLayout
+from rankwise.parallel.sharded import gather, local, local_like
+from rankwise.parallel.zero import ZeroParts
+
+BUFFERS = ("rankwise_sensitivity", "rankwise_uncertainty", "rankwise_mask", "rankwise_skipped")
+
+
+class Triplets:
+    """All triplets of one adapter of one model.
+
+    What must survive a checkpoint lies in buffers of the model, see `BUFFERS`, so that the model's own
+    ``state_dict`` carries it through any trainer.
+
+    Args:
+        model: the adapted model; it holds this object, and not the other way round, so that it can be freed.
+        layers: module path -> adapted layer, in model order.
+        adapter: the adapter's name.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, AdapterLayer], adapter: str) -> None:
+        self._model = weakref.ref(model)
+        self.layers, self.adapter = layers, adapter
+        factors = [layer.adapter_parameters(adapter) for layer in layers.values()]
+        self.layout = TripletLayout(
+            ranks=tuple(f["lora_A"].shape[0] for f in factors),
+            widths_in=tuple(f["lora_A"].shape[1] for f in factors),
+            widths_out=tuple(f["lora_B"].shape[0] for f in factors),
+        )
+        self._indices: dict[Any, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_indices": {}, "_model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._model = weakref.ref(state["_model"])
+
+    @property
+    def model(self) -> nn.Module:
+        """The adapted model."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("The adapted model does not exist any more.")
+        return model
+
+    # Buffers.
+
+    def register_buffers(self, entries: int) -> None:
+        """Give the model the buffers, with all triplets kept and running averages of ``entries`` zeros."""
+        device = self._device()
+        values = (
+            torch.zeros(entries, device=device),
+            torch.zeros(entries, device=device),
+            torch.ones(self.layout.triplets, dtype=torch.bool, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
+        for name, value in zip(BUFFERS, values, strict=True):
+            self.model.register_buffer(name, value)
+
+    def remove_buffers(self) -> None:
+        """Take the buffers off the model."""
+        for name in BUFFERS:
+            delattr(self.model, name)
+
+    def buffer(self, name: str) -> Tensor:
+        """One of `BUFFERS`, without its prefix: as it should be, on the device of the factors."""
+        buffer = self.model.get_buffer(f"rankwise_{name}")
+        if buffer.is_floating_point() and buffer.dtype != torch.float32:  # model.half() casts buffers too
+            buffer.data = buffer.data.float()
+        device = self._device()
+        if buffer.device != device and device.type != "meta":  # the model was moved without its buffers
+            buffer.data = buffer.data.to(device)
+        return buffer
+
+    @property
+    def mask(self) -> Tensor:
+        """Which triplets the last allocation kept, (triplets,), bool."""
+        return self.buffer("mask")
+
+    def _device(self) -> torch.device:
+        device: torch.device = next(iter(self.layers.values())).lora_A[self.adapter].device
+        return device
+
+    # Factors.
+
+    def factors(self, key: str) -> list[nn.Parameter]:
+        """All A, all E or all B ("lora_A", "lora_E", "lora_B"), in layer order."""
+        return [getattr(layer, key)[self.adapter] for layer in self.layers.values()]
+
+    def close(self, kept: Tensor, parts: ZeroParts | None) -> None:
+        """Set E to 0 where ``kept``, (triplets,), bool, is False.
+
+        Args:
+            kept: the triplets that stay.
+            parts: the adapter's A, E and B as DeepSpeed ZeRO holds them, if it does.
+        """
+        E = self.factors("lora_E")
+        masks = kept.to(E[0].dtype)[:, None].split(self.layout.ranks)
+        if parts is not None:
+            parts.multiply(range(len(E), 2 * len(E)), masks)
+            return
+        torch._foreach_mul_(
+            [local(one) for one in E], [local_like(mask, one) for mask, one in zip(masks, E, strict=True)]
+        )
+
+    def fix(self) -> None:
+        """From here on the forward pass uses the kept triplets only, and a layer without any is its base."""
+        kept = self.mask.cpu().split(self.layout.ranks)
+        for layer, mask in zip(self.layers.values(), kept, strict=True):
+            if mask.all():
+                layer.kept.pop(self.adapter, None)
+            else:
+                layer.kept[self.adapter] = mask.nonzero().flatten().to(layer.lora_A[self.adapter].device)
+
+    def unfix(self) -> None:
+        """The forward pass uses all triplets."""
+        for layer in self.layers.values():
+            layer.kept.pop(self.adapter, None)
+
+    # Ranks.
+
+    def ranks(self, mask: Tensor | None = None) -> Tensor:
+        """Rank of every layer, (layers,), int64, by the last allocation or by ``mask``, (triplets,), bool."""
+
+        def layers() -> list[int]:
+            return [number for number, rank in enumerate(self.layout.ranks) for _ in range(rank)]
+
+        mask = self.mask if mask is None else mask
+        counts = torch.zeros(len(self.layers), dtype=torch.int64, device=mask.device)
+        return counts.index_add_(0, self.index("layers", layers, mask.device), mask.to(torch.int64))
+
+    def kept(self, fixed: bool, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Module path -> (r,) bool on the CPU: the triplets that a saved adapter holds.
+
+        In the pruning phase a triplet that has grown back since the last allocation still acts, so it is kept:
+        its E is looked up in ``state``, a whole state dictionary of the model, or else in the model.
+
+        Args:
+            fixed: nothing grows back any more.
+            state: as said.
+        """
+        masks = self.mask.cpu().split(self.layout.ranks)
+        if fixed:
+            return dict(zip(self.layers, masks, strict=True))
+        own = state and [state[f"{path}.lora_E.{self.adapter}"] for path in self.layers]
+        grown = [E.detach().flatten().cpu() != 0 for E in own or gather(self.factors("lora_E"))]
+        return {path: mask | more for path, mask, more in zip(self.layers, masks, grown, strict=True)}
+
+    def spread(self, per_layer: list[bool], device: torch.device) -> Tensor:
+        """One value for each layer -> one for each triplet, (triplets,), bool."""
+        values = [
+            value for value, rank in zip(per_layer, self.layout.ranks, strict=True) for _ in range(rank)
+        ]
+        return torch.tensor(values, device=device)
+
+    def index(self, name: str, values: Callable[[], list[int]], device: torch.device) -> Tensor:
+        """Whole numbers on a device, made once."""
+        if (name, device) not in self._indices:
+            self._indices[name, device] = torch.tensor(values(), device=device)
+        return self._indices[name, device]
