@@ -54,6 +54,7 @@ def start(*words: object, **options: object) -> subprocess.Popen[str]:
         ),
         (["plan"], ["RECIPE.yaml", "--json", "without training"]),
         (["inspect"], ["FOLDER", "--json", "--plot"]),
+        (["report"], ["ADAPTER", "--output", "--overwrite", "rankwise report adapter"]),
     ],
 )
 def test_help_says_what_there_is(words: list[str], said: list[str]) -> None:

@@ -10,8 +10,9 @@ from rankwise.cli.inspect import inspect  # isort: skip
 from rankwise.cli.predict import predict  # isort: skip
 from rankwise.cli.evaluate import evaluate  # isort: skip
 from rankwise.cli.compress import compress  # isort: skip
+from rankwise.cli.report import report  # isort: skip
 
-__all__ = ["app", "compress", "evaluate", "inspect", "main", "plan", "predict", "train"]
+__all__ = ["app", "compress", "evaluate", "inspect", "main", "plan", "predict", "report", "train"]
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ is imported only when it is used.
 """
 
 from rankwise.report.grid import GridPosition, grid_position
+from rankwise.report.html import render_report, write_report
 from rankwise.report.inspect import AdapterReport, inspect_adapter, render_terminal, save_heatmap
 from rankwise.report.plots import rank_heatmap, rank_history_plot
 
@@ -15,6 +16,8 @@ __all__ = [
     "inspect_adapter",
     "rank_heatmap",
     "rank_history_plot",
+    "render_report",
     "render_terminal",
     "save_heatmap",
+    "write_report",
 ]

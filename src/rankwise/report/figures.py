@@ -1,0 +1,261 @@
+"""The charts of a report page, as the plain data that Plotly draws.
+
+Colours that must fit a light and a dark page (text, lines, rank 0) are set in the page; here are those of the data:
+Okabe and Ito's for runs and kinds, which stay apart for every kind of colour vision, and each with a dash of its own.
+"""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rankwise.report.grid import RankGrid, grid_position, kind_order, rank_colour, rank_grids, short_kinds
+from rankwise.report.runs import Run
+from rankwise.run.summary import shorten
+
+Figure = dict[str, Any]  # Plotly's: {"data": [...], "layout": {...}}
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_MOST_LINES = 600  # layers whose spectra are drawn
+_ROW, _LONGEST_LABEL = 24, 24  # pixels of a heat map's row; characters of its labels
+
+
+def heatmap(run: Run, grid: RankGrid, largest: int, scale: bool) -> tuple[Figure, list[list[int]]]:
+    """Ranks of one stack of blocks, block number down and kind of module across.
+
+    Args:
+        run: whose layers are in ``grid``.
+        grid: the stack.
+        largest: the end of the colour scale, for all heat maps of a page.
+        scale: whether to draw the colour scale below.
+
+    Returns:
+        The figure with the last ranks, and for each cell the layer's place in ``run.adapter.layers``, -1 for none:
+        by it the page puts in the ranks of other steps.
+    """
+    index = {layer.path: number for number, layer in enumerate(run.adapter.layers)}
+    rows, columns = range(len(grid.rows)), range(len(grid.columns))
+    cells = [[index[grid.cells[r, c].path] if (r, c) in grid.cells else -1 for c in columns] for r in rows]
+    ranks = run.records[-1].ranks
+    titles = short_kinds(grid.columns)
+    small = len(grid.columns) > 24 or len(grid.rows) > 64
+    row = _ROW if not small else max(3, min(_ROW, 1200 // len(grid.rows)))
+    trace = {
+        "type": "heatmap",
+        "z": [[ranks[cell] if cell >= 0 else None for cell in line] for line in cells],
+        "zmin": -0.5,
+        "zmax": largest + 0.5,
+        "colorscale": colour_scale(largest),
+        "xgap": 0 if small else 2,
+        "ygap": 0 if small else 2,
+        "customdata": [[shorten(f"{r} {c}".strip(), 60) for c in grid.columns] for r in grid.rows]
+        if small
+        else [[_plain(grid.cells[r, c].path) if (r, c) in grid.cells else "" for c in columns] for r in rows],
+        "hovertemplate": "%{customdata}<br>rank %{z}<extra></extra>",
+        "hoverongaps": False,
+        "texttemplate": "" if small else "%{z}",
+        "showscale": scale,
+        "colorbar": {
+            "orientation": "h",
+            "y": 0,
+            "yanchor": "top",
+            "ypad": 8,
+            "thickness": 10,
+            "outlinewidth": 0,
+            "tickformat": "d",
+            "title": {"text": "rank", "side": "bottom"},
+        },
+    }
+    heading = 0 if grid.loose else 12 + 5 * max(len(title) for title in titles)
+    layout = {
+        "height": row * len(grid.rows) + heading + 20 + (64 if scale else 0),
+        "margin": {"l": 8, "r": 8, "t": heading + 6, "b": 70 if scale else 8},
+        "xaxis": _ticks([_plain(title) for title in titles], side="top", tickangle=-45)
+        if not grid.loose
+        else {"visible": False, "fixedrange": True},
+        "yaxis": _ticks([_plain(shorten(name, _LONGEST_LABEL)) for name in grid.rows], autorange="reversed"),
+    }
+    return {"data": [trace], "layout": layout}, cells
+
+
+def grids_of(run: Run) -> list[RankGrid]:
+    """A run's layers laid out as pictures."""
+    return rank_grids(run.adapter.summary().layers)
+
+
+def colour_scale(largest: int) -> list[list[Any]]:
+    """Plotly's form of steps of one colour for each rank from 0 to ``largest``; rank 0's is set in the page.
+
+    Example:
+        >>> colour_scale(1)
+        [[0.0, '#808080'], [0.5, '#808080'], [0.5, 'rgb(33,145,140)'], [1.0, 'rgb(33,145,140)']]
+    """
+    colours = ["#808080"]
+    for rank in range(1, largest + 1):
+        colours.append("rgb({},{},{})".format(*rank_colour(rank, largest)))
+    count = len(colours)
+    edges = ((at / count, colour) for number, colour in enumerate(colours) for at, colour in
+             ((number, colour), (number + 1, colour)))  # fmt: skip
+    return [[round(at, 6), colour] for at, colour in edges]
+
+
+def budget(runs: Sequence[Run]) -> Figure | None:
+    """The budget and the ranks that are left, over the steps; None where no run has a history."""
+    data = []
+    for number, run in enumerate(runs):
+        if len(run.records) < 2:
+            continue
+        steps = [record.step for record in run.records]
+        budgets = [record.budget for record in run.records]
+        line = {"shape": "hv", "color": _colour(number), "width": 2.5}
+        data.append(_line(_of(run, "budget", runs), steps, budgets, line))
+        ranks = [sum(record.ranks) for record in run.records]
+        if ranks != budgets:
+            line = {"shape": "hv", "color": _colour(number), "width": 1.5, "dash": "dot"}
+            data.append(_line(_of(run, "ranks left", runs), steps, ranks, line))
+    return _chart(data, "optimizer step", "ranks", yaxis={"rangemode": "tozero"})
+
+
+def loss(runs: Sequence[Run]) -> Figure | None:
+    """The loss in training and on held-out data, over the steps; None where none was logged."""
+    data = []
+    for number, run in enumerate(runs):
+        for key, said, style in (
+            ("loss", "training", {"width": 1.5}),
+            ("eval_loss", "held out", {"width": 2.5, "dash": "dash"}),
+        ):
+            steps, values = series(run, key)
+            if steps:
+                trace = _line(_of(run, said, runs), steps, values, {"color": _colour(number), **style})
+                trace["mode"] = "lines+markers" if key == "eval_loss" or len(steps) < 3 else "lines"
+                data.append(trace)
+    return _chart(data, "optimizer step", "loss")
+
+
+def series(run: Run, key: str) -> tuple[list[int], list[float]]:
+    """The steps and values of what a run logged under a name; of a step logged twice the last holds."""
+    logged = {entry["step"]: entry[key] for entry in run.log if key in entry}
+    return list(logged), list(logged.values())
+
+
+def spectra(run: Run) -> Figure | None:
+    """The singular values of every layer's update, a line each, coloured by kind; None where they aren't known."""
+    paths = [layer.path for layer in run.adapter.layers if run.spectra.get(layer.path)]
+    step = -(-len(paths) // _MOST_LINES) or 1
+    lines: dict[str, tuple[list[Any], list[Any], list[Any]]] = {}
+    for path in paths[::step]:
+        values = run.spectra[path]
+        x, y, said = lines.setdefault(_kind(path), ([], [], []))
+        x += [*range(1, len(values) + 1), None]
+        y += [*(float(f"{value:.4g}") if value > 0 else None for value in values), None]
+        said += [_plain(path)] * len(values) + [None]
+    names = _short_names(lines)
+    data = [
+        {
+            **_line(names[kind], x, y, {"color": _colour(number), "width": 1, "dash": _dash(number)}),
+            "mode": "lines+markers",
+            "marker": {"size": 4},
+            "text": said,
+            "opacity": 0.75,
+            "hovertemplate": "%{text}<br>singular value %{x}: %{y}<extra></extra>",
+        }
+        for number, (kind, (x, y, said)) in enumerate(lines.items())
+    ]
+    figure = _chart(data, "singular value", "size", yaxis={"type": "log", "dtick": "D2", "tickformat": "~g"})
+    if figure is not None:
+        figure["layout"]["xaxis"] |= {"tickformat": "d", "rangemode": "tozero", "tick0": 1}
+        longest = max(len(values) for values in run.spectra.values())
+        figure["layout"]["xaxis"]["dtick"] = -(-longest // 12)
+    return figure
+
+
+def parameters(runs: Sequence[Run]) -> Figure:
+    """How many parameters the adapter has in each kind of module, a bar for each run."""
+    counts = [kind_parameters(run) for run in runs]
+    names = _short_names(dict.fromkeys(kind for each in counts for kind in each))
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": _plain(run.name),
+            "y": [shorten(names[kind], 28) for kind in names],
+            "x": [each.get(kind, 0) for kind in names],
+            "marker": {"color": _colour(number)},
+            "hovertemplate": "%{y}: %{x:,} parameters<extra>" + _plain(run.name) + "</extra>",
+        }
+        for number, (run, each) in enumerate(zip(runs, counts, strict=True))
+    ]
+    figure = _chart(data, "parameters", "", yaxis={"autorange": "reversed"}) or {}
+    figure["layout"]["height"] = 110 + len(names) * (14 + 16 * len(runs))
+    return figure
+
+
+def kind_parameters(run: Run) -> dict[str, int]:
+    """The adapter's parameters by kind of module, in the order in which data flows; whole modules by their names."""
+    counts: Counter[str] = Counter()
+    for layer in run.adapter.layers:
+        counts[_kind(layer.path)] += layer.parameters
+    ordered = {kind: counts[kind] for kind in sorted(counts, key=kind_order)}
+    return ordered | {f"{module.path} (whole)": module.parameters for module in run.adapter.saved_modules}
+
+
+def _of(run: Run, what: str, runs: Sequence[Run]) -> str:
+    return what if len(runs) == 1 else f"{run.name}: {what}"
+
+
+def _kind(path: str) -> str:
+    return grid_position(path).kind
+
+
+def _short_names(kinds: Iterable[str]) -> dict[str, str]:
+    given = list(kinds)
+    return {kind: _plain(short) for kind, short in zip(given, short_kinds(given), strict=True)}
+
+
+def _line(name: str, x: Sequence[Any], y: Sequence[Any], line: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": _plain(name),
+        "x": list(x),
+        "y": list(y),
+        "line": line,
+    }
+
+
+def _chart(data: list[dict[str, Any]], x: str, y: str, yaxis: dict[str, Any] | None = None) -> Figure | None:
+    if not data:
+        return None
+    layout = {
+        "height": 340,
+        "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
+        "xaxis": {"title": {"text": x}, "automargin": True, "zeroline": False},
+        "yaxis": {"title": {"text": y}, "automargin": True, "zeroline": False, **(yaxis or {})},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "showlegend": len(data) > 1,
+    }
+    return {"data": data, "layout": layout}
+
+
+def _ticks(names: Sequence[str], **more: Any) -> dict[str, Any]:
+    """An axis with a name at each cell; at every second, third, ... where there are too many."""
+    every = -(-len(names) // 64)
+    shown = range(0, len(names), every)
+    axis = {"tickvals": list(shown), "ticktext": [names[at] for at in shown], "automargin": True}
+    return {**axis, "fixedrange": True, "showgrid": False, "zeroline": False, **more}
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _dash(number: int) -> str:
+    return _DASHES[number % len(_DASHES)]
+
+
+def _plain(text: str) -> str:
+    """Text that Plotly shows as it is: it takes tags for markup."""
+    return html.escape(text, quote=False)

@@ -1,0 +1,183 @@
+"""A report as one HTML page that needs no network: Plotly's library, the data and the style are in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rankwise.files.atomic import write_file
+from rankwise.report import figures
+from rankwise.report.grid import RankGrid, largest_rank, short_kinds
+from rankwise.report.runs import Run, read_runs
+from rankwise.report.spectra import effective_rank
+
+_MOST_ROWS = 1000  # of a table
+_MOST_ENTRIES = 40  # of a log in a table
+
+
+def write_report(
+    folders: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Write a page about one or several adapters: ranks over the steps, budget, loss, spectra, parameters, recipes.
+
+    Args:
+        folders: adapter folders or trainers' checkpoints, written by rankwise or by PEFT.
+        path: the file to write, whole or not at all.
+        overwrite: replace the file if it exists.
+
+    Raises:
+        FileExistsError: the file exists.
+        ImportError: jinja2 is not installed.
+        ValueError: a folder holds no adapter, or a broken one, or one without layers.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder. Give the name of a file, such as {path / 'report.html'}.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{path} exists. To replace it, add --overwrite; to keep it, choose another name."
+        )
+    write_file(path, render_report(folders))
+
+
+def render_report(folders: Sequence[str | os.PathLike[str]]) -> str:
+    """The page that `write_report` writes, as text.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+        ValueError: no folder is given, or one can't be used.
+    """
+    if not folders:
+        raise ValueError("A report needs at least one adapter's folder.")
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError('Reports need jinja2: pip install "rankwise[report]"') from error
+    runs = read_runs(folders)
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["thousands"] = "{:,}".format
+    environment.filters["short"] = "{:.4g}".format
+    environment.filters["place"] = _place
+    page = Page(runs)
+    return environment.get_template("report.html.jinja").render(page=page, runs=runs, asset=_asset)
+
+
+class Page:
+    """What the template asks for.
+
+    Args:
+        runs: the runs on the page.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = runs
+        self.figures: dict[str, figures.Figure] = {}
+        self.frames: list[dict[str, Any]] = []
+        self._largest = max(largest_rank(run.adapter.summary().layers) for run in runs)
+        for number, run in enumerate(runs):
+            self._add_heatmaps(number, run)
+        self._add("budget", figures.budget(runs))
+        self._add("loss", figures.loss(runs))
+        self._add("parameters", figures.parameters(runs))
+        for number, run in enumerate(runs):
+            self._add(f"spectra-{number}", figures.spectra(run))
+
+    def _add(self, name: str, figure: figures.Figure | None) -> None:
+        if figure is not None:
+            self.figures[name] = figure
+
+    def _add_heatmaps(self, number: int, run: Run) -> None:
+        grids = figures.grids_of(run)
+        cells = {}
+        for place, grid in enumerate(grids):
+            name = f"ranks-{number}-{place}"
+            last = place == len(grids) - 1
+            self.figures[name], cells[name] = figures.heatmap(run, grid, self._largest, last)
+        self.frames.append(
+            {
+                "steps": [record.step for record in run.records],
+                "budgets": [record.budget for record in run.records],
+                "ranks": [record.ranks for record in run.records],
+                "cells": cells,
+            }
+        )
+
+    @property
+    def data(self) -> str:
+        """Figures and frames as JSON that can't end the script element that it stands in."""
+        text = json.dumps(
+            {"figures": self.figures, "frames": self.frames}, separators=(",", ":"), allow_nan=False
+        )
+        return text.replace("<", "\\u003c")
+
+    @property
+    def steps(self) -> list[int]:
+        """The moments that the slider goes through: those of all runs."""
+        return sorted({record.step for run in self.runs for record in run.records})
+
+    def grids(self, run: Run) -> list[RankGrid]:
+        """A run's layers laid out as tables."""
+        return figures.grids_of(run)
+
+    def headings(self, grid: RankGrid) -> list[str]:
+        """A table's headings."""
+        return short_kinds(grid.columns)
+
+    def layers(self, run: Run) -> list[dict[str, Any]]:
+        """A row for each layer, up to a number that a page can take."""
+        rows = []
+        for layer in run.adapter.layers[:_MOST_ROWS]:
+            values = run.spectra.get(layer.path)
+            rows.append(
+                {
+                    "layer": layer,
+                    "norm": sum(value**2 for value in values) ** 0.5 if values is not None else None,
+                    "effective": effective_rank(values) if values is not None else None,
+                }
+            )
+        return rows
+
+    def log(self, run: Run) -> tuple[list[str], list[dict[str, Any]]]:
+        """Names and entries of what was logged: losses, held-out metrics and the budget, thinned for a table."""
+        names = dict.fromkeys(key for entry in run.log for key in entry)
+        shown = [key for key in names if key in ("loss", "budget", "total_rank") or _is_metric(key)]
+        entries = [entry for entry in run.log if any(key in entry for key in shown)]
+        every = -(-len(entries) // _MOST_ENTRIES) or 1
+        thin = [entry for at, entry in enumerate(entries) if at % every == 0 or at == len(entries) - 1]
+        return shown, thin
+
+    def metrics(self) -> list[tuple[str, list[tuple[float | None, float | None]]]]:
+        """For each metric its name, and of each run the value before and after."""
+        names = dict.fromkeys(key for run in self.runs for side in (run.before, run.after) for key in side)
+        return [(name, [(run.before.get(name), run.after.get(name)) for run in self.runs]) for name in names]
+
+    def kinds(self) -> list[tuple[str, list[int | None]]]:
+        """For each kind of module its name, and of each run the parameters."""
+        counts = [figures.kind_parameters(run) for run in self.runs]
+        names = dict.fromkeys(kind for each in counts for kind in each)
+        return [(name, [each.get(name) for each in counts]) for name in names]
+
+
+def _is_metric(key: str) -> bool:
+    return key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))
+
+
+def _place(name: str) -> str:
+    """A model's name, or the end of its path: whoever gets the page need not know the folders of who wrote it.
+
+    Example:
+        >>> _place("/home/me/models/bert"), _place("org/bert")
+        ('models/bert', 'org/bert')
+    """
+    path = Path(name)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else name
+
+
+def _asset(name: str) -> str:
+    return (files("rankwise.report") / "page" / name).read_text(encoding="utf-8")

@@ -1,0 +1,123 @@
+"use strict";
+(() => {
+  const { figures, frames } = JSON.parse(document.getElementById("data").textContent);
+  const steps = [...new Set(frames.flatMap((frame) => frame.steps))].sort((a, b) => a - b);
+  const charts = [...document.querySelectorAll(".chart")];
+  const coarse = matchMedia("(pointer: coarse)").matches; // fingers scroll the page, they don't zoom charts
+  const options = { displayModeBar: false, responsive: true, scrollZoom: false };
+
+  /** The page's colours, as they are now: light, dark or print. */
+  function colours() {
+    const style = getComputedStyle(document.documentElement);
+    return (name) => style.getPropertyValue(`--${name}`).trim();
+  }
+
+  function layoutOf(figure) {
+    const colour = colours();
+    const axis = { gridcolor: colour("grid"), linecolor: colour("line"), tickcolor: colour("line") };
+    return {
+      ...figure.layout,
+      autosize: true,
+      dragmode: coarse ? false : "zoom",
+      template: {
+        layout: {
+          paper_bgcolor: "rgba(0,0,0,0)",
+          plot_bgcolor: "rgba(0,0,0,0)",
+          font: { color: colour("ink"), size: 12, family: getComputedStyle(document.body).fontFamily },
+          hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
+          xaxis: axis,
+          yaxis: axis,
+        },
+      },
+    };
+  }
+
+  /** Rank 0 takes the page's grey, which recedes on light and on dark. */
+  function dataOf(figure) {
+    const empty = colours()("empty");
+    return figure.data.map((trace) =>
+      trace.type !== "heatmap"
+        ? trace
+        : { ...trace, colorscale: trace.colorscale.map(([at, c], i) => [at, i < 2 ? empty : c]) },
+    );
+  }
+
+  function draw() {
+    for (const chart of charts) {
+      const figure = figures[chart.id];
+      Plotly.react(chart, dataOf(figure), layoutOf(figure), options);
+    }
+  }
+
+  /** The newest record of a run at a step; its first, before it began. */
+  function recordAt(frame, step) {
+    let at = 0;
+    while (at + 1 < frame.steps.length && frame.steps[at + 1] <= step) at++;
+    return at;
+  }
+
+  function show(position) {
+    const step = steps[position];
+    document.getElementById("where").textContent = step.toLocaleString("en");
+    document.getElementById("step").setAttribute("aria-valuetext", `step ${step}`);
+    frames.forEach((frame, run) => {
+      const at = recordAt(frame, step);
+      const ranks = frame.ranks[at];
+      const left = ranks.reduce((sum, rank) => sum + rank, 0).toLocaleString("en");
+      document.querySelector(`.at[data-run="${run}"]`).textContent =
+        frame.steps.length > 1 ? `rank ${left}, budget ${frame.budgets[at].toLocaleString("en")}` : `rank ${left}`;
+      for (const [id, cells] of Object.entries(frame.cells)) {
+        const trace = figures[id].data[0];
+        trace.z = cells.map((row) => row.map((cell) => (cell < 0 ? null : ranks[cell])));
+        Plotly.restyle(id, { z: [trace.z] });
+      }
+    });
+  }
+
+  draw();
+  const slider = document.getElementById("step");
+  if (slider) {
+    const play = document.getElementById("play");
+    let timer = null;
+    const stop = () => {
+      clearInterval(timer);
+      timer = null;
+      play.textContent = "▶";
+      play.setAttribute("aria-label", "Play the steps");
+    };
+    const go = (position) => {
+      slider.value = position;
+      show(position);
+    };
+    slider.addEventListener("input", () => {
+      stop();
+      show(Number(slider.value));
+    });
+    play.addEventListener("click", () => {
+      if (timer !== null) return stop();
+      const last = steps.length - 1;
+      const stride = Math.max(1, Math.round(steps.length / 60));
+      if (Number(slider.value) >= last) go(0);
+      play.textContent = "❚❚";
+      play.setAttribute("aria-label", "Stop");
+      timer = setInterval(() => {
+        go(Math.min(last, Number(slider.value) + stride));
+        if (Number(slider.value) >= last) stop();
+      }, 120);
+    });
+    show(steps.length - 1);
+  }
+
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  const printed = matchMedia("print");
+  printed.addEventListener("change", draw);
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("details:not([open])")];
+    for (const each of opened) each.open = true;
+    for (const chart of charts) Plotly.Plots.resize(chart);
+  });
+  addEventListener("afterprint", () => {
+    for (const each of opened) each.open = false;
+  });
+})();

@@ -1,0 +1,163 @@
+"""All that a folder tells of a run: the adapter, its ranks over the steps, its updates' spectra, recipe and metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankwise.report.inspect import AdapterReport, inspect_adapter
+from rankwise.report.spectra import update_spectra
+from rankwise.run.history import RankRecord
+
+_MOST_RANKS = 120_000  # numbers of a history that a page takes: enough for 210 layers at 500 moments
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as a page shows it.
+
+    Args:
+        name: a short name, unlike those of other runs on the page.
+        adapter: what is in the folder.
+        records: the ranks over the run, in the order of ``adapter.layers``; only the last where none were saved.
+        spectra: singular values of the updates by module path; empty where they can't be computed.
+        log: what was logged over the run, each entry with its ``step``.
+        before: metrics before training.
+        after: metrics after training.
+        recipe: the text of the run's recipe, if there is one.
+        notes: what is missing, and why.
+    """
+
+    name: str
+    adapter: AdapterReport
+    records: list[RankRecord]
+    spectra: dict[str, list[float]] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    recipe: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """Read adapter folders, or trainers' checkpoints, one run each.
+
+    Raises:
+        ValueError: one holds no adapter, or a broken one, or one without layers; the message says how to mend it.
+    """
+    paths = [Path(folder) for folder in folders]
+    return [_read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Names for folders: as few of their last parts as tell them apart.
+
+    Example:
+        >>> short_names([Path("runs/a/out"), Path("runs/b/out")])
+        ['a/out', 'b/out']
+        >>> short_names([Path("out"), Path("out")])
+        ['out (1)', 'out (2)']
+    """
+    parts = [path.absolute().parts for path in paths]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.absolute().name} ({number})" for number, path in enumerate(paths, 1)]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    adapter = inspect_adapter(folder)
+    if not adapter.layers:
+        raise ValueError(f"{folder} adapts no layers: there are no ranks to report.")
+    notes = list(adapter.notes)
+    try:
+        spectra = update_spectra(folder)
+    except (OSError, TypeError, ValueError) as error:
+        spectra = {}
+        notes.append(f"The spectra of the updates are left out: {error}")
+    results = _results(folder)
+    log = results.get("log") or _json_object(folder / "trainer_state.json").get("log_history")
+    return Run(
+        name,
+        adapter,
+        _records(adapter),
+        spectra,
+        read_log(log),
+        _numbers(results.get("before")),
+        _numbers(results.get("after")),
+        _recipe(folder),
+        notes,
+    )
+
+
+def _records(adapter: AdapterReport) -> list[RankRecord]:
+    """The history, thinned evenly to what a page can take, with its ends; or where the ranks are now."""
+    now = [layer.rank for layer in adapter.layers]
+    history = adapter.history
+    if history is None or not history.records:
+        step = adapter.checkpoint.step if adapter.checkpoint is not None else None
+        return [RankRecord(step or 0, sum(now), now)]
+    places = {path: index for index, path in enumerate(history.layers)}
+    order = [places[layer.path] for layer in adapter.layers]
+    records = history.records
+    most = max(2, _MOST_RANKS // len(order))
+    if len(records) > most:
+        records = [records[round(each * (len(records) - 1) / (most - 1))] for each in range(most)]
+    return [RankRecord(each.step, each.budget, [each.ranks[index] for index in order]) for each in records]
+
+
+def read_log(entries: Any) -> list[dict[str, Any]]:
+    """The entries of a trainer's log that have a step; what is no finite number in them is left out.
+
+    Example:
+        >>> read_log([{"step": 10, "loss": 0.5, "note": "x"}, {"loss": 1.0}])
+        [{'step': 10, 'loss': 0.5}]
+    """
+    found = (
+        (_numbers(entry) for entry in entries if isinstance(entry, dict)) if isinstance(entries, list) else ()
+    )
+    return [entry for entry in found if "step" in entry]
+
+
+def _numbers(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {}
+    return {
+        str(key): value
+        for key, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """What ``rankwise train`` wrote beside a finished adapter; for a checkpoint, only where its run began."""
+    own = _json_object(folder / "results.json")
+    if own or not (folder / "trainer_state.json").is_file():
+        return own
+    return {"before": _json_object(folder.parent / "results.json").get("before")}
+
+
+def _recipe(folder: Path) -> str:
+    for path in (folder / "recipe.yaml", folder.absolute().parent / "recipe.yaml"):
+        checkpoint = path.parent == folder or (folder / "trainer_state.json").is_file()
+        try:
+            if checkpoint and path.is_file():
+                return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+    return ""
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object; empty where there is none that can be read: it is an extra, not the adapter."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
