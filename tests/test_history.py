@@ -177,3 +177,13 @@ def test_a_refused_record_changes_nothing() -> None:
         with pytest.raises(ValueError):
             history.record(step, 6, ranks)
     assert history == filled()
+
+
+def test_in_a_notebook_a_history_shows_its_ends_and_at_most_12_moments() -> None:
+    long = RankHistory(["fc<1>", "fc2"])
+    for step in range(100):
+        long.record(step, 200 - step, [8, step % 9])
+    page = long._repr_html_()
+    assert page.count("step ") == 12 and "step 0<" in page and "step 99<" in page
+    assert "fc&lt;1&gt;" in page and "fc<1>" not in page
+    assert "nothing is recorded" in RankHistory(["fc"])._repr_html_()

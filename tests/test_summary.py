@@ -80,3 +80,18 @@ def test_bars_tell_nothing_from_something_and_something_from_all(init_r: int) ->
 @pytest.mark.parametrize("width", [1, 2, 3, 10, 47])
 def test_shortening_keeps_to_the_width(width: int) -> None:
     assert len(shorten("model.language_model.layers.11.self_attn.q_proj", width)) == min(width, 47)
+
+
+def test_in_a_notebook_every_layer_has_a_row_and_names_are_no_markup() -> None:
+    table = summary("encoder.<b>layer", count=3)
+    page = table._repr_html_()
+    assert page.count("<tr>") == 1 + 3 and table.totals() in page
+    assert "<b>" not in page and "encoder.&lt;b&gt;layer.2" in page
+    assert "importance" in page and "12 of 12" in page
+
+
+def test_bars_shrink_before_paths_are_cut() -> None:
+    table = RankSummary([LayerRank("a" * 50, 12, 24, 0.5, 64)], budget=24)
+    assert "a" * 50 in table.to_lines(107)[1] and table.to_lines(107)[1].count("█") == 12
+    assert "a" * 50 in table.to_lines(95)[1] and table.to_lines(95)[1].count("█") < 12
+    assert max(map(len, table.to_lines(60)[:-1])) <= 60

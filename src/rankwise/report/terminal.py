@@ -8,11 +8,10 @@ from collections.abc import Iterator
 
 from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.report.grid import RankGrid, ink_on, largest_rank, rank_colour, rank_grids, short_kinds
-from rankwise.run.summary import LayerRank, RankSummary, paths_that_fit, rank_bar, shorten
+from rankwise.run.summary import LayerRank, RankSummary, shorten
 
 try:
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.table import Table
     from rich.text import Text
 except ImportError as error:
     raise ImportError('Pictures in the terminal need rich: pip install "rankwise[report]"') from error
@@ -114,44 +113,24 @@ def rank_table(summary: RankSummary) -> _RankTable:
 
 
 class _RankTable:
+    """The summary's own lines, in colours."""
+
     def __init__(self, summary: RankSummary) -> None:
         self.summary = summary
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        layers = self.summary.layers
-        known = any(math.isfinite(layer.importance) for layer in layers)
-        largest = largest_rank(layers)
-        bar = min(largest, 24)
-        room = options.max_width - (2 + 7 + 2 + 12 + (12 if known else 0))
-        longest = max((len(layer.path) for layer in layers), default=0)
-        bar = max(min(bar, 8), min(bar, room - longest))
-        room = max(16, room - bar)
-        names = paths_that_fit([layer.path for layer in layers], room)
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("layer", no_wrap=True)
-        table.add_column("rank", justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        if known:
-            table.add_column("importance", justify="right", no_wrap=True)
-        table.add_column("parameters", justify="right", no_wrap=True)
-        for name, layer in zip(names, layers, strict=True):
-            cells = [
-                Text(name),
-                Text(f"{layer.rank}/{layer.init_r}"),
-                _bar(layer, largest, bar),
-            ]
-            if known:
-                cells.append(Text(f"{layer.importance:.3g}" if math.isfinite(layer.importance) else "-"))
-            table.add_row(*cells, Text(f"{layer.parameters:,}"), style="dim" if layer.rank == 0 else "")
-        yield table
-        yield Text(self.summary.totals(), style="dim")
-
-
-def _bar(layer: LayerRank, largest: int, width: int) -> Text:
-    bar = rank_bar(layer.rank, layer.init_r, largest, width)
-    full = bar.count("█")
-    red, green, blue = rank_colour(max(layer.rank, largest // 3), largest)  # the darkest are lost on black
-    return Text(bar[:full], f"rgb({red},{green},{blue})").append(bar[full:], "dim default")
+        head, *lines, totals = self.summary.to_lines(options.max_width)
+        largest = largest_rank(self.summary.layers)
+        yield Text(head, "bold", no_wrap=True)
+        for line, layer in zip(lines, self.summary.layers, strict=True):
+            text = Text(line, "" if layer.rank else "dim", no_wrap=True)
+            red, green, blue = rank_colour(
+                max(layer.rank, largest // 3), largest
+            )  # the darkest are lost on black
+            text.highlight_regex("█+", f"rgb({red},{green},{blue})")
+            text.highlight_regex("░+", "dim")
+            yield text
+        yield Text(totals, style="dim")
 
 
 def rank_picture(summary: RankSummary) -> _RankPicture:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rankwise.files.atomic import write_file
+from rankwise.run.notebook import history_html
 
 _LAYOUT = 1  # of the packed tensor: [_LAYOUT, layers, records, then step, budget and ranks of every record]
 
@@ -230,6 +231,10 @@ class RankHistory:
 
     def __repr__(self) -> str:
         return f"RankHistory({len(self.layers)} layers, {len(self)} records)"
+
+    def _repr_html_(self) -> str:
+        """The history as HTML, for notebooks."""
+        return history_html(self)
 
     def _forget_from(self, step: int) -> None:
         while self._pending and self._pending[-1][0] >= step:

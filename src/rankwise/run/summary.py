@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rankwise.run.notebook import summary_html
+
 _WIDTH = 100  # columns of the text table, at most
-_BAR = 24  # columns of a bar, at most
+_BAR, _LEAST_BAR = 24, 8  # columns of a bar, at most and, where paths are long, at least
+_LEAST_PATH = 16  # columns of a path, at least
 
 
 @dataclass(frozen=True)
@@ -97,22 +99,43 @@ class RankSummary:
             parts.append(f"{_layers(empty)} at rank 0")
         return ", ".join([*parts, f"{self.parameters:,} parameters"])
 
+    def to_lines(self, width: int = _WIDTH) -> list[str]:
+        """The table's lines: headings, a line for each layer, the sums.
+
+        Args:
+            width: columns that the table may take. Bars shrink before paths are cut.
+        """
+        largest = max((layer.init_r for layer in self.layers), default=0)
+        known = any(math.isfinite(layer.importance) for layer in self.layers)
+        numbers = [["rank", *(f"{layer.rank}/{layer.init_r}" for layer in self.layers)]]
+        if known:
+            numbers.append(["importance", *(_importance(layer.importance) for layer in self.layers)])
+        numbers.append(["parameters", *(f"{layer.parameters:,}" for layer in self.layers)])
+        widths = [max(map(len, column)) for column in numbers]
+        room = width - sum(widths) - 2 * (len(widths) + 1)
+        longest = max((len(layer.path) for layer in self.layers), default=0)
+        bar = min(largest, _BAR)
+        bar = max(min(bar, _LEAST_BAR), min(bar, room - longest))
+        paths = [
+            "layer",
+            *paths_that_fit([layer.path for layer in self.layers], max(_LEAST_PATH, room - bar)),
+        ]
+        bars = ["", *(rank_bar(layer.rank, layer.init_r, largest, bar) for layer in self.layers)]
+        (rank, *others), left = numbers, max(map(len, paths))
+        lines = [
+            "  ".join([path.ljust(left), first.rjust(widths[0]), drawn.ljust(bar)])
+            for path, first, drawn in zip(paths, rank, bars, strict=True)
+        ]
+        for column, wide in zip(others, widths[1:], strict=True):
+            lines = [f"{line}  {cell:>{wide}}" for line, cell in zip(lines, column, strict=True)]
+        return [*lines, self.totals()]
+
     def __str__(self) -> str:
-        columns = _columns(self.layers)
-        widths = [max(len(cell) for cell in column) for column in columns]
-        widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-        align: list[Callable[[str, int], str]] = [
-            str.ljust,
-            str.rjust,
-            str.ljust,
-            *[str.rjust] * len(columns),
-        ]
-        columns[0] = [columns[0][0], *paths_that_fit(columns[0][1:], widths[0])]
-        rows = [
-            "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=False))
-            for row in zip(*columns, strict=True)
-        ]
-        return "\n".join([*rows, self.totals()])
+        return "\n".join(self.to_lines())
+
+    def _repr_html_(self) -> str:
+        """The same as HTML, for notebooks."""
+        return summary_html(self)
 
 
 def rank_bar(rank: int, init_r: int, largest: int, width: int = _BAR) -> str:
@@ -166,20 +189,6 @@ def paths_that_fit(paths: list[str], width: int) -> list[str]:
             break
         shorter = rests
     return [shorten(path, width) for path in shorter]
-
-
-def _columns(layers: list[LayerRank]) -> list[list[str]]:
-    """Path, rank, bar, importance (if any is known) and parameters, each with its heading."""
-    largest = max((layer.init_r for layer in layers), default=0)
-    columns = [
-        ["layer", *(layer.path for layer in layers)],
-        ["rank", *(f"{layer.rank}/{layer.init_r}" for layer in layers)],
-        ["", *(rank_bar(layer.rank, layer.init_r, largest) for layer in layers)],
-    ]
-    if any(math.isfinite(layer.importance) for layer in layers):
-        columns.append(["importance", *(_importance(layer.importance) for layer in layers)])
-    columns.append(["parameters", *(f"{layer.parameters:,}" for layer in layers)])
-    return columns
 
 
 def _importance(value: float) -> str:

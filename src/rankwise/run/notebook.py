@@ -1,0 +1,93 @@
+"""Summaries and histories as HTML for notebooks: tables that take the notebook's own colours, light or dark."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rankwise.run.history import RankHistory
+    from rankwise.run.summary import RankSummary
+
+_MOMENTS = 12  # columns of a history, at most
+_BOX = "max-height:420px;overflow:auto"  # a model of hundreds of layers scrolls
+_HUE = "33,145,140"  # see-through, so that the notebook's ink stays legible on it
+
+
+def summary_html(summary: RankSummary) -> str:
+    """A row for each layer: its rank with a bar, its importance if any is known, its parameters.
+
+    Example:
+        >>> from rankwise.run.summary import LayerRank, RankSummary
+        >>> page = summary_html(RankSummary([LayerRank("fc1", 1, 4, 0.5, 16)], budget=4))
+        >>> "fc1" in page and "1 of 4" in page
+        True
+    """
+    known = any(math.isfinite(layer.importance) for layer in summary.layers)
+    largest = max((layer.init_r for layer in summary.layers), default=0) or 1
+    head = ["layer", "rank", *(["importance"] if known else []), "parameters"]
+    rows = []
+    for layer in summary.layers:
+        share = f"{100 * layer.rank / largest:.3g}%"
+        bar = f"background:linear-gradient(90deg,rgba({_HUE},.45) {share},transparent {share})"
+        importance = f"{layer.importance:.3g}" if math.isfinite(layer.importance) else "-"
+        cells = [_cell(f"{layer.rank} of {layer.init_r}", f"{bar};min-width:9em")]
+        cells += [_cell(importance)] if known else []
+        rows.append(_row(layer.path, [*cells, _cell(f"{layer.parameters:,}")]))
+    return _table(head, rows, summary.totals())
+
+
+def history_html(history: RankHistory) -> str:
+    """A row for each layer and a column for each of at most 12 moments of the run, darker where the rank is larger.
+
+    Example:
+        >>> from rankwise.run.history import RankHistory
+        >>> history = RankHistory(["fc1", "fc2"])
+        >>> history.record(0, 8, [4, 4])
+        >>> history.record(10, 4, [4, 0])
+        >>> "step 10" in history_html(history)
+        True
+    """
+    records = history.records
+    if not records:
+        return _table(["layer"], [_row(path, []) for path in history.layers], "nothing is recorded yet")
+    last = len(records) - 1
+    count = min(len(records), _MOMENTS)
+    shown = [records[round(at * last / max(1, count - 1))] for at in range(count)]
+    largest = max(max(record.ranks, default=0) for record in records) or 1
+    rows = [_row("budget", [_cell(f"{record.budget:,}") for record in shown])]
+    for index, path in enumerate(history.layers):
+        ranks = (record.ranks[index] for record in shown)
+        rows.append(
+            _row(
+                path,
+                [_cell(f"{rank}", f"background:rgba({_HUE},{0.6 * rank / largest:.2f})") for rank in ranks],
+            )
+        )
+    head = ["layer", *(f"step {record.step:,}" for record in shown)]
+    return _table(head, rows, f"{len(history.layers):,} layers, {len(records):,} records")
+
+
+def _table(head: Sequence[str], rows: Iterable[str], caption: str) -> str:
+    titles = "".join(
+        f'<th scope="col" style="text-align:{_side(at)}">{name}</th>' for at, name in enumerate(head)
+    )
+    body = "".join(rows)
+    return (
+        f'<div style="{_BOX}"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"<div>{html.escape(caption)}</div>"
+    )
+
+
+def _side(column: int) -> str:
+    return "right" if column else "left"
+
+
+def _row(path: str, cells: Iterable[str]) -> str:
+    return f'<tr><th scope="row" style="text-align:left">{html.escape(path)}</th>{"".join(cells)}</tr>'
+
+
+def _cell(text: str, style: str = "") -> str:
+    return f'<td style="text-align:right;padding:2px 8px;{style}">{text}</td>'
