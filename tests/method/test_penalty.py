@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 
+from cases import random_cases, random_factors, random_layout, seeds
 from rankwise.method.penalty import orthogonality_gradients, orthogonality_penalty
 
 
@@ -51,3 +55,28 @@ def test_half_precision_is_widened_and_nothing_is_penalized_of_nothing() -> None
     assert orthogonality_penalty([], []).item() == 0
     (gradient,) = orthogonality_gradients([torch.ones(2, 3).bfloat16()], False, weight=1.0, count=1)
     assert gradient.dtype == torch.float32 and gradient.isfinite().all()
+
+
+@random_cases(150)
+@given(seeds, st.floats(1e-3, 10), st.sampled_from([0.02, 1.0]))
+def test_the_penaltys_gradient_is_autograds(seed: int, weight: float, scale: float) -> None:
+    torch.manual_seed(seed)
+    layout = random_layout(random.Random(seed))
+    count = len(layout.ranks)
+    factors = [(matrix.double() * scale).requires_grad_() for matrix in random_factors(layout, 1.0)]
+    A, B = factors[:count], factors[2 * count :]
+    norms = [torch.linalg.matrix_norm(a @ a.T - torch.eye(a.shape[0], dtype=a.dtype)) for a in A]
+    norms += [torch.linalg.matrix_norm(b.T @ b - torch.eye(b.shape[1], dtype=b.dtype)) for b in B]
+    loss = weight * torch.stack(norms).mean()
+    loss.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(weight * orthogonality_penalty(A, B), loss)
+        for matrices, columns in ((A, False), (B, True)):
+            ours = orthogonality_gradients(matrices, columns, weight, count=2 * count)
+            for matrix, gradient in zip(matrices, ours, strict=True):
+                torch.testing.assert_close(gradient, matrix.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_penaltys_gradient_at_an_orthonormal_matrix_is_zero_and_not_nan() -> None:
+    (gradient,) = orthogonality_gradients([torch.eye(3, 5)], False, weight=1.0, count=1)
+    assert torch.equal(gradient, torch.zeros(3, 5))

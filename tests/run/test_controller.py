@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import random
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from torch import Tensor, nn
 
 import rankwise as rw
+from cases import random_cases, schedules, seeds
 
 STEPS, BETA1, BETA2 = 14, 0.8, 0.6
 OPTIONS: dict[str, Any] = {
@@ -112,3 +117,87 @@ def test_a_pruned_rank_grows_back_in_the_papers_form_only() -> None:
                 grown |= bool((closed_before & ~closed).any())
             closed_before = closed
         assert closed_before is not None and grown == grows
+
+
+# A whole run: the pure parts connected, in a model that trains.
+
+
+@st.composite
+def runs(draw: Any) -> dict[str, Any]:
+    schedule = draw(schedules(longest=12))
+    init_r = draw(st.integers(1, 5))
+    return {
+        "tinit": schedule.tinit,
+        "tfinal": schedule.tfinal,
+        "total_step": schedule.total_step,
+        "deltaT": draw(st.integers(1, 4)),
+        "init_r": init_r,
+        "target_r": draw(st.integers(1, init_r)),
+        "orth_reg_weight": draw(st.sampled_from([0.0, 0.5])),
+        "init_lora_weights": draw(st.sampled_from(["gated", True])),
+    }
+
+
+def train(options: dict[str, Any], rate: float, seed: int, extra_steps: int) -> Any:
+    """Random data, with now and then a gradient that is NaN, infinite or not there."""
+    generator = random.Random(seed)
+    torch.manual_seed(seed)
+    layers = [nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Linear(4, 3)]
+    model = rw.get_peft_model(
+        nn.Sequential(*layers), rw.AdaLoraConfig(target_modules=["0", "2", "3"], **options)
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=rate)
+    kept = []
+    for _ in range(options["total_step"] + extra_steps):
+        before = [parameter.detach().clone() for parameter in trained]
+        model(torch.randn(4, 6)).square().mean().backward()
+        trouble = generator.random()
+        victim = generator.choice(trained)
+        if trouble < 0.1 and victim.grad is not None:
+            victim.grad.view(-1)[0] = generator.choice([math.nan, math.inf])
+        elif trouble < 0.2:
+            victim.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+        if trouble < 0.1:  # as one who watches over a run does
+            for parameter, value in zip(trained, before, strict=True):
+                parameter.data.copy_(value)
+        kept.append(model.rankwise_mask.clone())
+    return model, kept
+
+
+@random_cases(40)
+@given(runs(), st.sampled_from([0.0, 1e-3, 0.5]), seeds, st.integers(0, 3))
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_meets_every_budget_exactly_and_its_last_phase_changes_nothing(
+    options: dict[str, Any], rate: float, seed: int, extra_steps: int
+) -> None:
+    model, kept = train(options, rate, seed, extra_steps)
+    schedule = rw.AdaLoraConfig(**options).resolved_schedule()
+    initial, target = 3 * options["init_r"], 3 * options["target_r"]
+    records = model.rank_history.records
+    gated, costs = options["init_lora_weights"] == "gated", (6 + 5, 5 + 4, 4 + 3)
+    for record in records:
+        assert record.budget == schedule.budget(record.step, initial, target)
+        if gated:
+            spent = sum(cost * rank for cost, rank in zip(costs, record.ranks, strict=True))
+            allowance = record.budget * sum(costs) * options["init_r"] // initial
+            assert allowance - max(costs) < spent <= allowance
+        else:
+            assert sum(record.ranks) == record.budget
+    if target < initial:
+        last = max(schedule.last_allocation, 1)
+        pruning = range(schedule.tinit + 1, last + 1)
+        assert [record.step for record in records] == [0] + [s for s in pruning if schedule.allocates(s)]
+    for step, mask in enumerate(kept, 1):
+        if step >= schedule.last_allocation:
+            assert torch.equal(mask, kept[-1])
+    state = model.allocation_state
+    assert state.budget == target
+    assert gated or model.rank_summary().total_rank == target
+    assert state.step == options["total_step"] + extra_steps
+
+    again, _ = train(options, rate, seed, extra_steps)
+    assert again.rank_history == model.rank_history
+    assert torch.equal(again.rankwise_mask, model.rankwise_mask)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import random
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import rankwise as rw
+from cases import random_cases, schedules, seeds
 from rankwise.method.schedule import BudgetSchedule, Phase, check_length, nearest_schedule
 
 anytime = settings(deadline=None)  # a busy machine is no failure
+shares = st.floats(0, 0.95)
 
 
-@st.composite
-def schedules(draw: st.DrawFn) -> BudgetSchedule:
-    total = draw(st.integers(1, 2000))
-    tinit = draw(st.integers(0, total - 1))
-    tfinal = draw(st.integers(0, total - tinit - 1))
-    return BudgetSchedule(tinit, tfinal, total, draw(st.integers(1, 50)))
+def interesting_steps(schedule: rw.BudgetSchedule, generator: random.Random) -> list[int]:
+    """The borders of the phases with their neighbours, and some steps in between and beyond."""
+    borders = [0, schedule.tinit, schedule.last_allocation, schedule.total_step, schedule.total_step + 100]
+    near = {border + offset for border in borders for offset in (-1, 0, 1)}
+    within = {generator.randint(0, schedule.total_step + 100) for _ in range(60)}
+    return sorted(step for step in near | within if step >= 0)
 
 
 budgets = st.integers(0, 3000).flatmap(lambda target: st.tuples(st.integers(target, 3000), st.just(target)))
 
 
 @anytime
-@given(schedules(), budgets)
+@given(schedules(longest=2000), budgets)
 def test_budget_never_rises_and_stays_between_target_and_initial(
     schedule: BudgetSchedule, budget: tuple[int, int]
 ) -> None:
@@ -36,7 +41,7 @@ def test_budget_never_rises_and_stays_between_target_and_initial(
 
 
 @anytime
-@given(schedules(), budgets)
+@given(schedules(longest=2000), budgets)
 def test_nothing_is_pruned_in_warm_up_and_the_last_phase_is_constant(
     schedule: BudgetSchedule, budget: tuple[int, int]
 ) -> None:
@@ -52,7 +57,7 @@ def test_nothing_is_pruned_in_warm_up_and_the_last_phase_is_constant(
 
 
 @anytime
-@given(schedules(), budgets)
+@given(schedules(longest=2000), budgets)
 def test_the_last_pruning_step_always_allocates_and_meets_the_target(
     schedule: BudgetSchedule, budget: tuple[int, int]
 ) -> None:
@@ -62,7 +67,7 @@ def test_the_last_pruning_step_always_allocates_and_meets_the_target(
 
 
 @anytime
-@given(schedules())
+@given(schedules(longest=2000))
 def test_between_two_allocations_lie_at_most_delta_steps(schedule: BudgetSchedule) -> None:
     chosen = [step for step in range(1, schedule.total_step + 1) if schedule.allocates(step)]
     assert all(after - before <= schedule.deltaT for before, after in zip(chosen, chosen[1:], strict=False))
@@ -70,7 +75,7 @@ def test_between_two_allocations_lie_at_most_delta_steps(schedule: BudgetSchedul
 
 
 @anytime
-@given(schedules(), budgets)
+@given(schedules(longest=2000), budgets)
 def test_budgets_and_allocation_steps_are_those_of_peft(
     schedule: BudgetSchedule, budget: tuple[int, int]
 ) -> None:
@@ -129,3 +134,76 @@ def test_values_that_are_no_steps_are_refused_by_name(name: str, value: object) 
 def test_lengths_that_are_neither_steps_nor_fractions_are_refused(value: object) -> None:
     with pytest.raises((TypeError, ValueError), match="`tfinal`"):
         check_length("tfinal", value)  # type: ignore[arg-type]
+
+
+@random_cases(400)
+@given(schedules(), st.integers(0, 10**6), st.integers(0, 10**6), seeds)
+def test_the_budget_falls_from_initial_to_target_and_never_rises(
+    schedule: rw.BudgetSchedule, one: int, other: int, seed: int
+) -> None:
+    target, initial = sorted((one, other))
+    steps = interesting_steps(schedule, random.Random(seed))
+    budgets = [schedule.budget(step, initial, target) for step in steps]
+    assert budgets == sorted(budgets, reverse=True)
+    for step, budget in zip(steps, budgets, strict=True):
+        if step <= schedule.tinit:
+            assert budget == initial
+        elif step >= schedule.last_allocation:
+            assert budget == target
+        else:
+            length = schedule.last_allocation - schedule.tinit
+            exact = target + (initial - target) * (1 - Fraction(step - schedule.tinit, length)) ** 3
+            assert target <= budget <= initial
+            assert abs(budget - exact) <= 1 + 1e-6
+
+
+@random_cases(400)
+@given(schedules(), seeds)
+def test_phases_follow_each_other_and_ranks_move_in_the_pruning_phase_only(
+    schedule: rw.BudgetSchedule, seed: int
+) -> None:
+    steps = [step for step in interesting_steps(schedule, random.Random(seed)) if step > 0]
+    order = [list(rw.Phase).index(schedule.phase(step)) for step in steps]
+    assert order == sorted(order)
+    assert schedule.allocates(schedule.last_allocation)
+    for step in steps:
+        if schedule.allocates(step):
+            assert schedule.phase(step) is rw.Phase.PRUNING
+            assert step == schedule.last_allocation or step % schedule.deltaT == 0
+
+
+@random_cases(1000)
+@given(st.integers(0, 500), st.integers(0, 500), st.integers(1, 500))
+def test_three_numbers_make_a_schedule_or_are_refused_with_one_that_works(
+    tinit: int, tfinal: int, total_step: int
+) -> None:
+    options = {"tinit": tinit, "tfinal": tfinal, "total_step": total_step}
+    if tinit < total_step - tfinal:
+        assert rw.AdaLoraConfig(**options).resolved_schedule().last_allocation > tinit
+        return
+    with pytest.raises(ValueError, match="leaves no step for pruning") as refusal:
+        rw.AdaLoraConfig(**options)
+    assert f"tinit={tinit} must be less than total_step - tfinal = {total_step} - {tfinal}" in str(
+        refusal.value
+    )
+    nearest = nearest_schedule(tinit, tfinal, total_step)
+    if nearest is not None:
+        rw.AdaLoraConfig(tinit=nearest[0], tfinal=nearest[1], total_step=total_step)
+        assert f"tinit={nearest[0]}, tfinal={nearest[1]}" in str(refusal.value)
+
+
+@random_cases(400)
+@given(shares, shares, st.integers(1, 10_000))
+def test_fractions_of_the_run_make_a_schedule_or_are_refused(
+    warm_up: float, final: float, total_step: int
+) -> None:
+    try:
+        config = rw.AdaLoraConfig(tinit=warm_up, tfinal=final)
+        schedule = config.with_total_step(total_step).resolved_schedule()
+    except ValueError as refusal:
+        short = round(warm_up * total_step) >= total_step - round(final * total_step)
+        assert warm_up + final >= 1 or short, refusal
+        return
+    assert schedule.tinit < schedule.last_allocation
+    assert abs(schedule.tinit - warm_up * total_step) <= 0.5
+    assert abs(schedule.tfinal - final * total_step) <= 0.5
