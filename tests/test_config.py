@@ -400,7 +400,6 @@ def test_unknown_fields_that_change_nothing_are_kept(field: dict[str, Any]) -> N
         ("use_dora", True),
         ("lora_bias", True),
         ("layer_replication", [[0, 2]]),
-        ("target_parameters", ["experts.gate"]),
         ("trainable_token_indices", [1]),
         ("alora_invocation_tokens", [5]),
         ("use_qalora", True),

@@ -7,16 +7,19 @@ from torch import nn
 from rankwise.adapters.inplace import add_methods, has_forward_of_its_own, remove_methods
 from rankwise.adapters.kinds import KINDS, adapters_for, factor_name, in_all_linear, kinds_in_words
 from rankwise.adapters.layer import AdapterLayer
+from rankwise.adapters.parameter import ParameterSlot, slot_of
 
 __all__ = [
     "KINDS",
     "AdapterLayer",
+    "ParameterSlot",
     "adapters_for",
     "factor_name",
     "in_all_linear",
     "kinds_in_words",
     "prepare_layer",
     "restore_layer",
+    "slot_of",
 ]
 
 
@@ -38,5 +41,6 @@ def prepare_layer(layer: nn.Module) -> AdapterLayer:
 
 def restore_layer(layer: AdapterLayer) -> None:
     """Give the layer its class back and forget its adapters."""
+    mixin: type[AdapterLayer] = type(layer)._mixin
     remove_methods(layer)
-    AdapterLayer.clean(layer)
+    mixin.clean(layer)

@@ -46,7 +46,7 @@ class Conv2dAdapters(AdapterLayer):
         return tensor.view(tensor.shape[0], -1, *kernel)
 
     @classmethod
-    def from_file(cls, factor: str, tensor: Tensor) -> Tensor:
+    def from_file(cls, layer: Any, factor: str, tensor: Tensor, adalora: bool) -> Tensor:
         return tensor.flatten(1)
 
     def as_lora(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

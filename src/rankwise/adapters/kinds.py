@@ -11,6 +11,7 @@ from rankwise.adapters.conv import Conv2dAdapters
 from rankwise.adapters.embedding import EmbeddingAdapters
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.linear import Conv1DAdapters, LinearAdapters
+from rankwise.adapters.parameter import ParameterAdapters
 from rankwise.adapters.quantized import Bnb4bitAdapters, Bnb8bitAdapters, PackedLinearAdapters
 
 # The first that takes a layer has it: quantized layers come before the linear ones that they are, too.
@@ -27,6 +28,8 @@ KINDS: tuple[type[AdapterLayer], ...] = (
 
 def adapters_for(layer: nn.Module) -> type[AdapterLayer] | None:
     """The mixin that adapts this kind of layer, or None if there is none."""
+    if ParameterAdapters.adapts(layer):  # no kind of layer: found by the names of parameters
+        return ParameterAdapters
     return next((kind for kind in KINDS if kind.adapts(layer)), None)
 
 

@@ -84,7 +84,12 @@ class AdapterLayer(InPlace, nn.Module):
     @classmethod
     def rank_of(cls, layer: Any, A: Tensor) -> int:
         """The rank at which `factor_shapes` gives A its rows."""
-        return len(A)
+        return len(A) // cls.blocks(layer)
+
+    @classmethod
+    def blocks(cls, layer: Any) -> int:
+        """How many matrices of its own rank the layer holds: rows of A and columns of B lie block by block."""
+        return 1
 
     def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
         """``output`` plus adapter ``name``'s output for the input ``x``."""
@@ -115,8 +120,8 @@ class AdapterLayer(InPlace, nn.Module):
         return tensor
 
     @classmethod
-    def from_file(cls, factor: str, tensor: Tensor) -> Tensor:
-        """A factor as a layer has it: what `to_file` was given."""
+    def from_file(cls, layer: Any, factor: str, tensor: Tensor, adalora: bool) -> Tensor:
+        """A factor as ``layer`` has it: what `to_file` was given."""
         return tensor
 
     def as_lora(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,7 +204,7 @@ class AdapterLayer(InPlace, nn.Module):
             ValueError: it will not.
         """
         acting = self._not_yet_merged(names)
-        if acting and not isinstance(self._parameters.get("weight"), nn.Parameter):
+        if acting and not isinstance(self.held_weight(), nn.Parameter):
             raise ValueError(
                 f"The weight of a {type(self).__name__} is computed from other parameters (by weight_norm?), so "
                 "nothing can be merged into it. Remove the parametrization first, or keep the adapter unmerged."
@@ -235,7 +240,7 @@ class AdapterLayer(InPlace, nn.Module):
         self.merged_adapters = []
 
     def _refuse_packed_or_absent(self) -> None:
-        weight: Any = self._parameters["weight"]
+        weight: Any = self.held_weight()
         if weight.is_meta:
             raise ValueError(
                 f"the weight of this {type(self).__name__} is not here (offloaded by Accelerate?), so nothing can be "
@@ -256,6 +261,10 @@ class AdapterLayer(InPlace, nn.Module):
         for name in names:
             moved = moved + sign * self.delta_weight(name).to(wide)
         return moved.to(weight.dtype)
+
+    def held_weight(self) -> nn.Parameter | None:
+        """The parameter that is adapted, if there is one."""
+        return self._parameters.get("weight")
 
     def base_weight(self) -> Tensor:
         """The base weight as a dense tensor."""

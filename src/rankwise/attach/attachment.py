@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters import AdapterLayer, adapters_for, prepare_layer, restore_layer
+from rankwise.adapters import AdapterLayer, ParameterSlot, adapters_for, prepare_layer, restore_layer
+from rankwise.adapters.owner import SLOTS
 from rankwise.adapters.saved import SavedModule, prepare_saved_module, restore_saved_module
 from rankwise.attach.matching import pattern_value
+from rankwise.attach.parameters import in_model_order, layer_at
 from rankwise.attach.targets import find_targets, modules_to_save_paths
 from rankwise.config import AdaLoraConfig, LoraConfig
 
@@ -61,8 +63,13 @@ def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
 
 
 def plain_name(name: str) -> str:
-    """The name of a module or parameter without what ``torch.compile`` and ``checkpoint_wrapper`` put into it."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    """The name of a module or parameter without what ``torch.compile`` and ``checkpoint_wrapper`` put into it.
+
+    An adapted parameter's factors are found under the parameter's own name.
+    """
+    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod.", f"{SLOTS}."):
+        name = name.replace(wrapper, "")
+    return name
 
 
 def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +97,8 @@ def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attac
         ValueError: the name is unusable, nothing or something that can't be adapted matches, a rank is unfit.
     """
     check_adapter_name(model, adapter)
+    if config.target_parameters and isinstance(config, AdaLoraConfig):
+        raise ValueError("`target_parameters` goes with LoraConfig only.")
     targets = find_targets(model, config)
     heads = modules_to_save_paths(model, config)
     layers = {path: _start(layer, config, path) for path, layer in targets.items()}
@@ -142,7 +151,7 @@ def apply_attachment(model: nn.Module, attachment: Attachment) -> None:
     if not adapter_layers(model) and not saved_modules(model):
         model.requires_grad_(False)
     for path, factors in attachment.layers.items():
-        layer = _named(path, prepare_layer, model.get_submodule(path))
+        layer = _named(path, prepare_layer, layer_at(model, path))
         layer.add_adapter(name, factors.A, factors.B, factors.E, factors.scaling, config.lora_dropout)
     for path, tensors in attachment.saved_modules.items():
         module = _named(path, prepare_saved_module, model.get_submodule(path))
@@ -233,6 +242,8 @@ def _start(layer: nn.Module, config: LoraConfig, path: str) -> Factors:
     if not adalora:
         gaussian = config.init_lora_weights == "gaussian"
         mixin.reset_factors(A, B, gaussian)
+        if gaussian and len(A) > rank:  # a stack's, whose deviation is that of one matrix
+            A.mul_(len(A) / rank)
         if config.init_lora_weights is False:
             nn.init.normal_(A, std=1 / rank)
             nn.init.normal_(B, std=1 / rank)
@@ -264,6 +275,7 @@ def factor_options(layer: nn.Module) -> dict[str, Any]:
 
 def _execution_device(layer: nn.Module) -> Any:
     """Where a layer computes whose weight Accelerate brings in for each forward pass."""
+    layer = layer.owner if isinstance(layer, ParameterSlot) else layer
     hook = vars(layer).get("_hf_hook")
     hooks = [hook, *getattr(hook, "hooks", ())]
     devices = (getattr(each, "execution_device", None) for each in hooks)
@@ -275,9 +287,13 @@ def _resolved(
 ) -> LoraConfig:
     """The configuration with what was found spelled out, so that it means the same wherever it is read."""
     changes: dict[str, Any] = {}
+    slots = [path for path, layer in targets.items() if isinstance(layer, ParameterSlot)]
     if config.target_modules is None or config.target_modules == "all-linear":
-        changes["target_modules"] = _names_for(model, list(targets), heads)
+        layers = [path for path in targets if path not in slots]
+        changes["target_modules"] = _names_for(model, layers, heads)
         changes["exclude_modules"] = None
+    if config.target_parameters:
+        changes["target_parameters"] = in_model_order(config.target_parameters, slots)
     if heads:
         changes["modules_to_save"] = heads
     if not config.base_model_name_or_path:

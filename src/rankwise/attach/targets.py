@@ -7,14 +7,16 @@ without calling the layer, so that an adapter would do nothing) is said or refus
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from rankwise.adapters import AdapterLayer, in_all_linear
+from rankwise.adapters import AdapterLayer, ParameterSlot, in_all_linear
+from rankwise.adapters.owner import SLOTS, ParameterOwner
 from rankwise.adapters.saved import SavedModule
 from rankwise.attach.defaults import ADALORA_DEFAULTS, DEFAULTS, HEADS
 from rankwise.attach.matching import in_layers, matcher, within
+from rankwise.attach.parameters import find_parameters, layer_at, tell_of_experts
 from rankwise.attach.refusals import (
     adaptable,
     check_heads,
@@ -31,7 +33,7 @@ _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The layers that ``config`` adapts in ``model``, by path, in the model's order.
+    """The layers that ``config`` adapts in ``model``, by path, in the model's order; then its parameters' slots.
 
     A layer reachable by several paths is found once, by the first. Layers in ``modules_to_save``, or in the
     heads that ``task_type`` implies, are never among them.
@@ -50,10 +52,33 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         ['0', '2']
     """
     modules = own_modules(model)
+    saved = modules_to_save_paths(model, config)
+    layers = {} if _only_parameters(model, config) else _find_layers(model, modules, saved, config)
+    slots = find_parameters(modules, config, layers, saved)
+    if config.target_modules == "all-linear" and not config.inference_mode:
+        tell_of_experts(modules, slots)
+    targets = {**layers, **slots}
+    check_patterns(targets, config)
+    return targets
+
+
+def parameter_targets(model: nn.Module, config: LoraConfig) -> dict[str, ParameterSlot]:
+    """The parameters that ``config`` adapts, by path; see `find_parameters`."""
+    return find_parameters(own_modules(model), config, (), modules_to_save_paths(model, config))
+
+
+def _only_parameters(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether no layer is meant: said so, or nothing said of an architecture without defaults."""
+    unknown = config.target_modules is None and (_model_type(model) or "") not in _defaults(config)
+    return bool(config.target_parameters) and (config.target_modules == [] or unknown)
+
+
+def _find_layers(
+    model: nn.Module, modules: Mapping[str, nn.Module], saved: list[str], config: LoraConfig
+) -> dict[str, nn.Module]:
     names, chosen_by_user = _target_names(model, config)
     if chosen_by_user and not config.inference_mode:
         check_names(modules, config)
-    saved = modules_to_save_paths(model, config)
     check_heads(modules, saved, config)
     matches = frozenset(names).__contains__ if config.target_modules == "all-linear" else matcher(names)
     excluded = matcher(config.exclude_modules or [])
@@ -67,7 +92,6 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         targets = dict(adaptable(model, targets, config))
     if not targets:
         raise ValueError(nothing_found(modules, matched, saved, names, config))
-    check_patterns(targets, config)
     return targets
 
 
@@ -121,8 +145,11 @@ def find_tied(model: nn.Module, targets: Iterable[str]) -> dict[str, list[str]]:
             owners.setdefault(id(parameter), []).append(path)
     tied: dict[str, list[str]] = {}
     for path in targets:
-        held = model.get_submodule(path).parameters(recurse=False)
-        others = dict.fromkeys(other for each in held for other in owners[id(each)] if other != path)
+        layer, holder = layer_at(model, path), path
+        held = list(layer.parameters(recurse=False))
+        if isinstance(layer, ParameterSlot):
+            held, holder = [layer.weight], path.rpartition(".")[0]
+        others = dict.fromkeys(other for each in held for other in owners[id(each)] if other != holder)
         if others:
             tied[path] = list(others)
     return tied
@@ -139,8 +166,9 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
         holder = own.get(parent, model)
         inside_adapter = parent and parent not in own
         factors = isinstance(holder, AdapterLayer) and last in ("lora_A", "lora_B", "lora_E")
+        slots = isinstance(holder, ParameterOwner) and last == SLOTS
         copies = isinstance(holder, SavedModule) and last == "modules_to_save"
-        if path and not (inside_adapter or factors or copies):
+        if path and not (inside_adapter or factors or slots or copies):
             own[path] = module
     return own
 
@@ -176,11 +204,15 @@ def _target_names(model: nn.Module, config: LoraConfig) -> tuple[list[str] | str
     if config.target_modules is not None:
         return config.target_modules, True
     kind = _model_type(model)
-    known = ADALORA_DEFAULTS if isinstance(config, AdaLoraConfig) else DEFAULTS
-    if kind not in known:
+    known = _defaults(config)
+    if kind is None or kind not in known:
         about = f"the architecture {kind!r}" if kind else "a model without `config.model_type`"
         raise ValueError(
             f"There are no default targets for {about}: set `target_modules`, for example to "
             f"'all-linear' or to some of its linear layers: {linear_names(own_modules(model))}."
         )
     return known[kind], False
+
+
+def _defaults(config: LoraConfig) -> Mapping[str, list[str] | str]:
+    return ADALORA_DEFAULTS if isinstance(config, AdaLoraConfig) else DEFAULTS

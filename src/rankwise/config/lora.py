@@ -60,7 +60,11 @@ class LoraConfig(CheckedKeywords):
     Args:
         r: rank, at least 1.
         target_modules: which layers to adapt: a list of names (the whole path, or its last parts), a regular
-            expression for whole paths, ``"all-linear"``, or None for the known defaults of an architecture.
+            expression for whole paths, ``"all-linear"``, or None for the known defaults of an architecture. An empty
+            list adapts none, for ``target_parameters`` alone.
+        target_parameters: names of parameters to adapt that belong to no such layer, such as the experts of a mixture
+            of experts: a list of whole names, or their last parts (``"experts.down_proj"``). A parameter of three
+            dimensions is a stack of matrices, each with a rank of its own; not with ``lora_dropout``.
         exclude_modules: names, or a regular expression, of layers to leave alone.
         lora_alpha: the update is scaled by ``lora_alpha / r``; greater than 0.
         lora_dropout: chance in [0, 1) to drop an element of the adapter's input in training.
@@ -97,6 +101,7 @@ class LoraConfig(CheckedKeywords):
 
     r: int = PEFT_DEFAULT_R
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     lora_alpha: float = _PEFT_DEFAULT_ALPHA
     lora_dropout: float = 0.0
@@ -144,6 +149,10 @@ class LoraConfig(CheckedKeywords):
         values["lora_dropout"] = check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` must be in [0, 1), but is {self.lora_dropout}.")
+        if self.lora_dropout and self.target_parameters:
+            raise ValueError(
+                f"`lora_dropout`={self.lora_dropout} does not go with `target_parameters`, as in PEFT: set it to 0."
+            )
         for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
             values[name] = check_flag(name, values[name])
         values["bias"] = check_one_of("bias", self.bias, _BIASES)
@@ -165,7 +174,14 @@ class LoraConfig(CheckedKeywords):
         targets = check_names_or_pattern("target_modules", self.target_modules)
         if isinstance(targets, str) and targets.lower() == "all-linear":
             targets = "all-linear"
-        if targets is not None and not targets:
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"`target_parameters` must be a list of names; write [{self.target_parameters!r}]. Expressions are "
+                "not taken here, as in PEFT."
+            )
+        parameters = check_names("target_parameters", self.target_parameters) or None
+        self.__dict__["target_parameters"] = parameters
+        if targets is not None and not targets and not parameters:
             raise ValueError("`target_modules` is empty: name a module, or leave it out for the defaults.")
         self.__dict__["target_modules"] = targets
         self.__dict__["exclude_modules"] = (

@@ -57,7 +57,6 @@ _REFUSED = frozenset(
         "lora_bias",
         "megatron_config",
         "monteclora_config",
-        "target_parameters",
         "trainable_token_indices",
         "use_bdlora",
         "use_dora",

@@ -21,11 +21,13 @@ from rankwise.attach.targets import (
     modules_to_save_paths,
     output_embeddings,
     own_modules,
+    parameter_targets,
 )
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
 from rankwise.config.suggest import suggestion
 from rankwise.files.tensors import check_finite
-from rankwise.storage.read import AdapterFile
+from rankwise.storage.nesting import by_owner
+from rankwise.storage.read import AdapterFile, name_parameters
 
 _DOUBLES = (
     "original_module.",
@@ -38,6 +40,7 @@ def fit_all(
 ) -> tuple[dict[str, Factors], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Layers, modules saved whole and single parameters of the file, all checked to fit the model."""
     modules = {plain_name(path): module for path, module in own_modules(model).items()}
+    modules |= _slots(model, config, file)
     _check_all_layers(model, config, file)
     layers = {path: _fit(modules, path, factors, config, file) for path, factors in file.factors.items()}
     heads: dict[str, dict[str, Tensor]] = {}
@@ -64,6 +67,20 @@ def with_all_heads(config: LoraConfig, heads: Iterable[str]) -> LoraConfig:
     names = config.modules_to_save or []
     more = [path for path in heads if not matcher(names)(path)]
     return replace(config, modules_to_save=[*names, *more]) if more else config
+
+
+def _slots(model: nn.Module, config: LoraConfig, file: AdapterFile) -> dict[str, nn.Module]:
+    """The adapted parameters' slots by path; the file's factors get these paths."""
+    if not config.target_parameters:
+        return {}
+    try:
+        slots = parameter_targets(model, replace(config, inference_mode=True))
+    except ValueError as error:
+        raise ValueError(f"{file.source}: {error}") from None
+    owners = by_owner(map(plain_name, slots))
+    if not isinstance(config, AdaLoraConfig):
+        name_parameters(file, lambda owner: [path.rpartition(".")[2] for path in owners.get(owner, ())])
+    return {plain_name(path): slot for path, slot in slots.items()}
 
 
 def _fit_rest(
@@ -149,9 +166,17 @@ def _fit(
             f"{file.source} adapts {path!r}, but here it is a {type(layer).__name__}, which can't be."
         )
     adalora = isinstance(config, AdaLoraConfig)
-    found = {name: mixin.from_file(name, tensor) for name, tensor in factors.items()}
+    found = dict(factors)
+    if file.laid_out:
+        found = {name: mixin.from_file(layer, name, tensor, adalora) for name, tensor in factors.items()}
     rows = len(found["A"])
     rank = config.init_r if adalora else pattern_value(config.rank_pattern or {}, path, config.r)  # type: ignore
+    matrices = mixin.blocks(layer)
+    if not adalora and matrices * rank != rows and rows % rank == 0 and matrices > 1:
+        raise ValueError(
+            f"{file.source}: {path!r} is adapted as a stack of {rows // rank} matrices, but this model's has "
+            f"{matrices} (experts): the adapter belongs to another model."
+        )
     if not adalora and mixin.rank_of(layer, found["A"]) != rank:
         raise ValueError(
             f"{file.source}: {path!r} has rank {mixin.rank_of(layer, found['A'])}, but {CONFIG_NAME} gives it rank "

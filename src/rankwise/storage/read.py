@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from rankwise.adapters import KINDS, AdapterLayer, factor_name
+from rankwise.adapters.parameter import stacked_columns
+from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
 from rankwise.files.atomic import read_folder
 from rankwise.files.tensors import check_finite, read_pickle, read_tensor_file
@@ -24,6 +26,7 @@ from rankwise.storage.names import (
     TRAINING_STATE_NAME,
     WEIGHTS_NAME,
 )
+from rankwise.storage.nesting import named_by_targets, unnested_paths
 
 
 @dataclass
@@ -35,6 +38,8 @@ class AdapterFile:
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> {"A": …, "B": …, "E": …}
     others: dict[str, Tensor] = field(default_factory=dict)  # biases and modules saved whole
     kinds: dict[str, type[AdapterLayer]] = field(default_factory=dict)  # path -> as its names tell it
+    nested: dict[str, str] = field(default_factory=dict)  # path of a parameter -> its path in a LoRA file
+    laid_out: bool = True  # as in a file, and not as in a layer
     history: RankHistory | None = None
     training: dict[str, Tensor] | None = None  # content of TRAINING_STATE_NAME
     training_source: str = ""
@@ -88,6 +93,9 @@ def _check_same_run(file: AdapterFile) -> None:
     pattern = kept_by_pattern(file.config)
     for path, factors in file.factors.items():
         for name, tensor in factors.items():
+            if path in file.nested and name == "B":
+                rank = pattern_value(file.config.rank_pattern or {}, path, file.config.r)
+                tensor = stacked_columns(tensor, max(len(factors["A"]) // rank, 1))
             whole = (file.training or {}).get(f"{path}.lora_{name}")
             if whole is not None and whole.dim() == 2 and path in pattern:
                 kept = torch.tensor(pattern[path])
@@ -121,7 +129,19 @@ def sort_tensors(source: str, config: LoraConfig, tensors: Mapping[str, Tensor])
                 file.kinds[found.path] = found.kind
         else:
             file.others[name] = tensor
+    if config.target_parameters and not isinstance(config, AdaLoraConfig):
+        name_parameters(file, named_by_targets(config.target_parameters))
     return file
+
+
+def name_parameters(file: AdapterFile, names_of: Callable[[str], Sequence[str]]) -> None:
+    """Give the factors of parameters their own paths; ``names_of`` as `unnested_paths` takes it."""
+    as_in_file = {path: file.nested.get(path, path) for path in file.factors}
+    paths = unnested_paths(as_in_file.values(), names_of)
+    renamed = {path: paths.get(in_file, in_file) for path, in_file in as_in_file.items()}
+    file.factors = {renamed[path]: factors for path, factors in file.factors.items()}
+    file.kinds = {renamed[path]: kind for path, kind in file.kinds.items()}
+    file.nested = {parameter: in_file for in_file, parameter in paths.items()}
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:

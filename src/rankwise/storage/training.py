@@ -83,6 +83,7 @@ def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) 
         key.replace(".modules_to_save.", "."): tensor
         for key, tensor in (file.training or {}).items() if key not in buffers
     })  # fmt: skip
+    uncut.laid_out = False
     check_factors(uncut, cut=False)
     fit_all(model, file, file.config)
     changes: dict[str, Any] = {"inference_mode": False}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapters import ParameterSlot
 from rankwise.attach.attachment import (
     adapter_layers,
     bias_names,
@@ -18,6 +19,7 @@ from rankwise.attach.attachment import (
     plain_state,
     saved_modules,
 )
+from rankwise.attach.parameters import in_model_order
 from rankwise.attach.targets import (
     own_modules,
 )
@@ -35,6 +37,7 @@ from rankwise.storage.names import (
     TRAINING_STATE_NAME,
     WEIGHTS_NAME,
 )
+from rankwise.storage.nesting import nested_paths
 from rankwise.storage.read import AdapterFile, sort_tensors
 from rankwise.storage.training import training_keys
 
@@ -69,6 +72,13 @@ def write_adapter(
     tensors = adapter_tensors(model, adapter, config, state, kept)
     tensors |= {PREFIX + name: _portable(state[key]) for key, name in (more or {}).items()}
     saved_config = _config_to_save(config, controller, kept)
+    if config.target_parameters:
+        slots = [
+            path for path, layer in adapter_layers(model, adapter).items() if isinstance(layer, ParameterSlot)
+        ]
+        saved_config = replace(
+            saved_config, target_parameters=in_model_order(config.target_parameters, slots)
+        )
 
     def write(temporary: Path) -> None:
         write_tensor_file(temporary / WEIGHTS_NAME, tensors)
@@ -93,13 +103,16 @@ def adapter_tensors(
     tensors: dict[str, Tensor] = {}
     layers = adapter_layers(model, adapter)
     adalora = isinstance(config, AdaLoraConfig)
+    names = (
+        {} if adalora else nested_paths(p for p, each in layers.items() if isinstance(each, ParameterSlot))
+    )
     for path, layer in layers.items():
         for key in layer.adapter_parameters(adapter):
             factor = key.removeprefix("lora_")
             tensor = _portable(state[f"{path}.{key}.{adapter}"])
             if path in kept:
                 tensor = tensor[:, kept[path]] if factor == "B" else tensor[kept[path]]
-            name = PREFIX + layer.file_name(path, factor, adalora)
+            name = PREFIX + layer.file_name(names.get(path, path), factor, adalora)
             tensors[name] = layer.to_file(factor, tensor, adalora).contiguous()
     for path, module in saved_modules(model).items():
         inside = f"{path}.modules_to_save.{adapter}."

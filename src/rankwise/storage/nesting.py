@@ -1,0 +1,76 @@
+"""How a LoRA file in PEFT's format names the factors of adapted parameters.
+
+PEFT wraps a module once for every parameter of it that is adapted, in the order in which the module holds them, and
+a wrapper's name is the module's. So with two parameters ``a`` and ``b`` the factors of ``a`` are found at
+``<module>.base_layer`` and those of ``b`` at ``<module>``. In rankwise they are at ``<module>.a`` and ``<module>.b``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+_INNER = ".base_layer"
+
+
+def nested_paths(parameters: Iterable[str]) -> dict[str, str]:
+    """What a file calls each of these adapted parameters, which are in the order of their modules.
+
+    Example:
+        >>> nested_paths(["mlp.experts.up", "mlp.experts.down"])
+        {'mlp.experts.up': 'mlp.experts.base_layer', 'mlp.experts.down': 'mlp.experts'}
+    """
+    return {
+        path: owner + _INNER * depth
+        for owner, paths in by_owner(parameters).items()
+        for depth, path in enumerate(reversed(paths))
+    }
+
+
+def unnested_paths(found: Iterable[str], names_of: Callable[[str], Sequence[str]]) -> dict[str, str]:
+    """Path of the parameter for each path in a file that is one's; paths that are none's are left out.
+
+    Args:
+        found: paths in a file.
+        names_of: names of the adapted parameters of the module at a path, in its order.
+
+    Example:
+        >>> unnested_paths(["q", "experts", "experts.base_layer"], {"experts": ["up", "down"], "q": []}.__getitem__)
+        {'experts': 'experts.down', 'experts.base_layer': 'experts.up'}
+    """
+    depths: dict[str, dict[int, str]] = {}
+    for path in found:
+        owner, depth = path, 0
+        while owner.endswith(_INNER):
+            owner, depth = owner.removesuffix(_INNER), depth + 1
+        depths.setdefault(owner, {})[depth] = path
+    return {
+        members[depth]: f"{owner}.{name}"
+        for owner, members in depths.items()
+        if set(members) == set(range(len(names := names_of(owner))))
+        for depth, name in enumerate(reversed(names))
+    }
+
+
+def named_by_targets(targets: Sequence[str]) -> Callable[[str], list[str]]:
+    """``names_of`` for `unnested_paths` where no model is at hand: ``target_parameters``, taken to be in order.
+
+    Example:
+        >>> named_by_targets(["experts.up", "experts.down", "router.weight"])("layers.0.experts")
+        ['up', 'down']
+    """
+
+    def names_of(owner: str) -> list[str]:
+        names = dict.fromkeys(target.rpartition(".")[2] for target in targets)
+        return [
+            name for name in names if any(f".{owner}.{name}".endswith(f".{target}") for target in targets)
+        ]
+
+    return names_of
+
+
+def by_owner(parameters: Iterable[str]) -> dict[str, list[str]]:
+    """Paths of parameters by the path of the module that holds them."""
+    owners: dict[str, list[str]] = {}
+    for path in parameters:
+        owners.setdefault(path.rpartition(".")[0], []).append(path)
+    return owners
