@@ -12,12 +12,11 @@ from torch import nn
 from rankwise.adapters.inplace import InPlace, add_methods
 from rankwise.attach.attachment import plan_attachment
 from rankwise.config import LoraConfig
-from rankwise.model.ranks import AllocatesRanks
+from rankwise.model.shared import SharesAdapters
 from rankwise.model.state import CarriesRun
-from rankwise.model.stored import StoresAdapters
 
 
-class PeftModel(InPlace, StoresAdapters, AllocatesRanks, CarriesRun):
+class PeftModel(InPlace, SharesAdapters, CarriesRun):
     """Mixin that an adapted model's class is made of; see `get_peft_model`.
 
     The model stays what it is: the same object, still an instance of its own class, with its own ``forward``,

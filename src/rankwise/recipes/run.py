@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.attach.prepare import checkpointing_name
+from rankwise.recipes.card import card_of
 from rankwise.recipes.errors import refusal
 from rankwise.recipes.interrupt import Interruption
 from rankwise.recipes.memory.estimate import Memory
@@ -161,6 +162,9 @@ def _train(
     result = Result(output.folder, None, before or {}, after, trainable, kept, samples)
     if is_main_process():
         _write_final_results(output, trainer, result, seconds)
+        steps = trainer.state.global_step
+        facts = card_of(recipe, metrics, result.before, after, len(data.evaluation), steps)
+        model.create_or_update_model_card(output.folder, facts)
     _show_result(console, result, model, metrics, len(data.evaluation), seconds)
     _show_next_steps(console, recipe, data, output.folder)
     return result

@@ -1,0 +1,67 @@
+"""What the model card of a run tells of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+
+from rankwise.recipes.places import find_place
+from rankwise.recipes.recipe import BaseRecipe
+from rankwise.recipes.tasks import Metric
+from rankwise.storage.card import CardMetric, Training
+
+# The hub's names, where they are not ours.
+_PIPELINES = {"speech-recognition": "automatic-speech-recognition", "causal-lm": "text-generation"}
+_METRICS = {"macro_f1": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}
+
+
+def card_of(
+    recipe: BaseRecipe,
+    metrics: Sequence[Metric],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    held_out: int,
+    steps: int,
+) -> Training:
+    """The facts for the card of a run that is done. Paths of this machine are not among them.
+
+    Args:
+        recipe: the run's.
+        metrics: how to show the metrics.
+        before: the metrics before training.
+        after: the metrics in the end.
+        held_out: how many examples they were measured on.
+        steps: optimizer steps of the run.
+    """
+    sources = {key: getattr(getattr(recipe, "data", None), key, None) for key in ("train", "evaluation")}
+    places = [find_place(name, "data", recipe.folder) for name in sources.values() if name is not None]
+    measured = [
+        CardMetric(
+            key=_METRICS.get(metric.key, metric.key),
+            title=metric.title,
+            value=after[metric.key],
+            shown=format(after[metric.key], metric.style),
+            before=format(before[metric.key], metric.style) if metric.key in before else "",
+        )
+        for metric in metrics
+        if math.isfinite(after.get(metric.key, math.nan))
+    ]
+    own = recipe.training
+    batch = own.per_device_train_batch_size * own.gradient_accumulation_steps
+    settings = {
+        "method": recipe.method,
+        "optimizer steps": f"{steps:,}",
+        "examples in a step": f"{batch:,} for each process",
+        "learning rate": f"{own.learning_rate:g}, {own.lr_scheduler_type}",
+        "optimizer": own.optim,
+        "seed": own.seed,
+    }
+    shown = [place.name if place.path is None else PurePath(place.name).name for place in places]
+    return Training(
+        pipeline_tag=_PIPELINES.get(recipe.task, recipe.task),
+        data=f"{held_out:,} held-out examples" + (f" of {shown[-1]}" if shown else ""),
+        datasets=[place.name for place in places if place.path is None],
+        metrics=measured,
+        settings=settings,
+    )
