@@ -54,6 +54,7 @@ def start(*words: object, **options: object) -> subprocess.Popen[str]:
         ),
         (["plan"], ["RECIPE.yaml", "--json", "without training"]),
         (["inspect"], ["FOLDER", "--json", "--plot"]),
+        (["watch"], ["OUTPUT", "--once", "--every", "rankwise watch output"]),
         (["report"], ["ADAPTER", "--output", "--overwrite", "rankwise report adapter"]),
     ],
 )

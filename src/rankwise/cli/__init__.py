@@ -11,8 +11,9 @@ from rankwise.cli.predict import predict  # isort: skip
 from rankwise.cli.evaluate import evaluate  # isort: skip
 from rankwise.cli.compress import compress  # isort: skip
 from rankwise.cli.report import report  # isort: skip
+from rankwise.cli.watch import watch  # isort: skip
 
-__all__ = ["app", "compress", "evaluate", "inspect", "main", "plan", "predict", "report", "train"]
+__all__ = ["app", "compress", "evaluate", "inspect", "main", "plan", "predict", "report", "train", "watch"]
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 output/
 recipe.yaml            the recipe with its overrides and defaults; trains the same run again
-results.json           metrics before and after, the loss curve, sizes; "finished" says whether it is done
+results.json           metrics before and after, log and ranks, kept up to date; "finished" says whether it is done
 adapter_config.json    the adapter, when training is done
 …
 checkpoint-500/        what resuming needs

@@ -1,8 +1,10 @@
-"""Transformers callbacks of a recipe: a live progress bar, and stopping with a checkpoint when asked to."""
+"""Transformers callbacks of a recipe: a live progress bar, results on disk as it goes, and stopping when asked to."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +21,9 @@ from rich.progress import (
 from rich.table import Column
 from transformers import TrainerCallback
 
+from rankwise.integrations.common import adapted_model
 from rankwise.recipes.interrupt import Interruption
+from rankwise.recipes.output import Output
 
 
 class LiveProgress(TrainerCallback):
@@ -120,6 +124,40 @@ class LiveProgress(TrainerCallback):
         if state is not None:
             parts += [str(state.phase), f"budget {state.budget:,}→{state.target:,}"]
         return "  ".join(parts)
+
+
+class KeepResults(TrainerCallback):
+    """Keeps ``results.json`` up to date with the log and the ranks, for those who watch the run from elsewhere.
+
+    Args:
+        output: the run's output folder.
+    """
+
+    every = 2.0  # seconds between two writes, at least: a run that logs at every step must not be slowed down
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self._written = -math.inf
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Write what is known by now."""
+        adapted = adapted_model(model)
+        if adapted is None or "loss" not in (logs or {}):
+            return
+        ranks = adapted.rank_summary()  # in every process, as it may gather what they hold
+        if not state.is_world_process_zero or time.monotonic() - self._written < self.every:
+            return
+        self._written = time.monotonic()
+        now = {
+            "steps": state.global_step,
+            "total_steps": state.max_steps,
+            "ranks": ranks.to_dict(),
+            "log": state.log_history,
+        }
+        with contextlib.suppress(OSError):  # a full disk is for the next checkpoint to tell
+            self.output.write_results({**self.output.results, **now, "finished": False})
 
 
 class StopWhenAsked(TrainerCallback):

@@ -118,7 +118,7 @@ def _train(
     # The model with its adapters, and the trainer.
     from transformers import PrinterCallback, Trainer, set_seed
 
-    from rankwise.recipes.progress import LiveProgress, StopWhenAsked
+    from rankwise.recipes.progress import KeepResults, LiveProgress, StopWhenAsked
 
     set_seed(recipe.training.seed)
     with console.status("loading the model"):
@@ -136,8 +136,9 @@ def _train(
     metrics = task.metrics(recipe)
     with LiveProgress(console, [(metric.key, metric.title, metric.style) for metric in metrics]) as progress:
         stop = StopWhenAsked(interruption, progress.say)
+        callbacks = [stop, progress, KeepResults(output)]
         with _refusals(recipe):
-            trainer = trainer_class(model=model, args=arguments, callbacks=[stop, progress], **for_task)
+            trainer = trainer_class(model=model, args=arguments, callbacks=callbacks, **for_task)
         trainer.remove_callback(PrinterCallback)
 
         # How good it is before, the training itself, the adapter on disk, and how good it is then.

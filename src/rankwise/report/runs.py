@@ -82,7 +82,7 @@ def _read_run(folder: Path, name: str) -> Run:
         spectra = {}
         notes.append(f"The spectra of the updates are left out: {error}")
     results = _results(folder)
-    log = results.get("log") or _json_object(folder / "trainer_state.json").get("log_history")
+    log = results.get("log") or json_object(folder / "trainer_state.json").get("log_history")
     return Run(
         name,
         adapter,
@@ -137,10 +137,10 @@ def _numbers(values: Any) -> dict[str, Any]:
 
 def _results(folder: Path) -> dict[str, Any]:
     """What ``rankwise train`` wrote beside a finished adapter; for a checkpoint, only where its run began."""
-    own = _json_object(folder / "results.json")
+    own = json_object(folder / "results.json")
     if own or not (folder / "trainer_state.json").is_file():
         return own
-    return {"before": _json_object(folder.parent / "results.json").get("before")}
+    return {"before": json_object(folder.parent / "results.json").get("before")}
 
 
 def _recipe(folder: Path) -> str:
@@ -154,7 +154,7 @@ def _recipe(folder: Path) -> str:
     return ""
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; empty where there is none that can be read: it is an extra, not the adapter."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

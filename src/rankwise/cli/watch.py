@@ -1,0 +1,73 @@
+"""``rankwise watch``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from rankwise.cli.app import app
+from rankwise.cli.failures import failures
+
+
+@app.command(epilog="An example: rankwise watch output/reviews")
+def watch(
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="The run's output folder.", show_default=False)
+    ],
+    once: Annotated[bool, typer.Option("--once", help="Show where the run is, and leave.")] = False,
+    every: Annotated[
+        float, typer.Option("--every", metavar="SECONDS", min=0.1, help="How often to look.")
+    ] = 2.0,
+) -> None:
+    """Watch a run that goes on elsewhere: its step, losses, budget, and the rank of every layer.
+
+    It reads the output folder of `rankwise train`, which is brought up to date whenever the run logs; or the
+    checkpoints of any trainer. It ends with the run, or with Ctrl-C, and leaves the run alone. In a pipe, it prints a
+    line for each change.
+    """
+    with failures(ValueError, TypeError, OSError):
+        from rankwise.report.watch import read_run_now
+
+        console = Console()
+        now = read_run_now(folder)
+        if once or now.finished:
+            console.print(_view(now))
+            return
+        if not console.is_terminal:
+            _print_changes(console, folder, every)
+            return
+        with Live(_view(now), console=console, refresh_per_second=4) as live:
+            while not now.finished:
+                time.sleep(every)
+                now = read_run_now(folder)
+                live.update(_view(now))
+
+
+def _print_changes(console: Console, folder: Path, every: float) -> None:
+    from rankwise.report.watch import read_run_now
+
+    shown = None
+    while True:
+        now = read_run_now(folder)
+        if (now.step, now.finished) != shown:
+            console.print(now.line(), highlight=False, soft_wrap=True)
+            shown = (now.step, now.finished)
+        if now.finished:
+            console.print("", _view(now), sep="\n")
+            return
+        time.sleep(every)
+
+
+def _view(now: Any) -> Group:
+    from rankwise.report.terminal import rank_picture
+
+    parts = [Text(now.line(), "bold"), Text(f"{now.source}", "dim")]
+    if now.ranks is None:
+        return Group(*parts, Text("Nothing is logged yet."))
+    return Group(*parts, Text(""), rank_picture(now.ranks), Text(now.ranks.totals(), "dim"))

@@ -1,0 +1,149 @@
+"""A run that is going on elsewhere, as its output folder tells of it: the step, loss, budget and ranks by now."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.config import CONFIG_NAME
+from rankwise.report.inspect import inspect_adapter
+from rankwise.report.runs import json_object, read_log
+from rankwise.run.summary import LayerRank, RankSummary
+from rankwise.storage import checkpoint_step
+
+RESULTS = "results.json"  # what `rankwise train` writes as it goes
+
+
+@dataclass(frozen=True)
+class RunNow:
+    """Where a run is.
+
+    Args:
+        step: the optimizer step that the folder tells of.
+        total_steps: how many the run has, where the folder tells.
+        ranks: of every layer; None before the first.
+        log: what was logged, each entry with its ``step``.
+        finished: whether the run is done.
+        source: the file or folder that tells all this.
+        age: seconds since it was written.
+    """
+
+    step: int
+    total_steps: int | None
+    ranks: RankSummary | None
+    log: list[dict[str, Any]]
+    finished: bool
+    source: Path
+    age: float
+
+    def line(self) -> str:
+        """One line: step, phase and budget, losses."""
+        last = {key: value for entry in self.log for key, value in entry.items()}
+        parts = [f"step {self.step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")]
+        parts += [
+            f"{said} {last[key]:.4f}"
+            for key, said in (("loss", "loss"), ("eval_loss", "held out"))
+            if key in last
+        ]
+        if "budget" in last:
+            parts.append(f"budget {last['budget']:,.0f}")
+        return ", ".join([*parts, "finished" if self.finished else f"written {_ago(self.age)}"])
+
+
+def read_run_now(folder: str | os.PathLike[str]) -> RunNow:
+    """Look where a run is by its output folder: that of ``rankwise train``, or of any trainer that saves checkpoints.
+
+    Raises:
+        ValueError: there is no such folder, or nothing of a run in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"There is no folder {folder}. Give the run's output folder, once the run has begun."
+        )
+    results = json_object(folder / RESULTS)
+    checkpoint = _newest_checkpoint(folder)
+    step = results.get("steps")
+    own = isinstance(step, int) and (checkpoint is None or step >= (checkpoint_step(checkpoint) or 0))
+    if own and (ranks := _summary(results.get("ranks"))) is not None:
+        return RunNow(
+            int(results["steps"]),
+            _whole(results.get("total_steps")),
+            ranks,
+            read_log(results.get("log")),
+            results.get("finished") is True,
+            folder / RESULTS,
+            _age(folder / RESULTS),
+        )
+    if checkpoint is not None:
+        return _of_adapter(checkpoint, finished=False)
+    if (folder / CONFIG_NAME).is_file():
+        return _of_adapter(folder, finished=True)
+    if results or (folder / "recipe.yaml").is_file():
+        return RunNow(0, None, None, [], False, folder, _age(folder))
+    raise ValueError(
+        f"{folder} tells of no run: it has no {RESULTS} of `rankwise train`, no checkpoint and no adapter. Give the "
+        "`output` of a recipe, or a trainer's `output_dir` that has a checkpoint."
+    )
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: its last file, the trainer's state, is there."""
+    steps = {path: checkpoint_step(path) for path in folder.iterdir()}
+    whole = {
+        path: step
+        for path, step in steps.items()
+        if step is not None and (path / "trainer_state.json").is_file() and (path / CONFIG_NAME).is_file()
+    }
+    return max(whole, key=whole.__getitem__, default=None)
+
+
+def _of_adapter(folder: Path, finished: bool) -> RunNow:
+    report = inspect_adapter(folder)
+    state = json_object(folder / "trainer_state.json")
+    records = report.history.records if report.history is not None else []
+    step = _whole(state.get("global_step")) or (records[-1].step if records else 0)
+    log, total = read_log(state.get("log_history")), _whole(state.get("max_steps"))
+    return RunNow(step, total, report.summary(), log, finished, folder, _age(folder))
+
+
+def _summary(data: Any) -> RankSummary | None:
+    """What `RankSummary.to_dict` gave; None for anything else."""
+    try:
+        layers = [
+            LayerRank(
+                str(each["path"]),
+                int(each["rank"]),
+                int(each["init_r"]),
+                math.nan if each["importance"] is None else float(each["importance"]),
+                int(each["parameters"]),
+            )
+            for each in data["layers"]
+        ]
+        return RankSummary(layers, int(data["budget"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _age(path: Path) -> float:
+    return max(0.0, time.time() - path.stat().st_mtime)
+
+
+def _ago(seconds: float) -> str:
+    """How long ago, for people.
+
+    Example:
+        >>> _ago(3.2), _ago(150), _ago(9000)
+        ('3 s ago', '2 min ago', '2 h ago')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s ago"
+    return f"{seconds / 60:.0f} min ago" if seconds < 6000 else f"{seconds / 3600:.0f} h ago"
