@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rankwise.report.grid import (
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 _INK = "#222222"
 _MUTED = "#6b6b6b"
 _EMPTY = "#e4e4e4"  # rank 0
-_HATCH = "#b4b4b4"
-_GAP = 0.45  # inches between panels
-_WIDEST = 15.0  # inches of panels side by side before they go on below
+_WIDEST = 30  # columns of panels side by side before they go on below
+_LARGEST = 24.0  # inches of a picture's side, at most: cells shrink, and then go without numbers
 _MOST_COLUMNS = 1500  # moments drawn in a history
 
 
@@ -51,25 +50,36 @@ def rank_heatmap(
         ImportError: matplotlib is not installed.
         ValueError: there are no layers, or matplotlib does not know the file's ending.
     """
+    _save(heatmap_figure(ranks, title), path)
+
+
+def heatmap_figure(ranks: RankSummary | Mapping[str, int], title: str = "Rank of each layer") -> Figure:
+    """The figure that `rank_heatmap` writes, for those who show it elsewhere.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there are no layers.
+    """
     summary = ranks if isinstance(ranks, RankSummary) else _summary_of(ranks)
     if not summary.layers:
         raise ValueError("There are no adapted layers to draw.")
-    grids = rank_grids(summary.layers)
+    lines = _lines(rank_grids(summary.layers))
     largest = largest_rank(summary.layers)
-    panels = [_Panel(grid) for grid in grids]
-    width, height = _place(panels)
-    below, above = 0.75, 0.65
-    width = max(width, 4.6)
-    figure = _figure(width, height + below + above)
-    for panel in panels:
-        left, top = panel.left / width, (panel.top + above) / (height + below + above)
-        box = (left, 1 - top - panel.inner[1] / figure.get_figheight(), panel.inner[0] / width)
-        axes = figure.add_axes((*box, panel.inner[1] / figure.get_figheight()))
-        _draw_grid(axes, panel, largest)
+    widths = [sum(0.46 * len(grid.columns) + _margin(grid) for grid in line) for line in lines]
+    heights = [max(0.32 * len(grid.rows) + _heading_height(grid) for grid in line) for line in lines]
+    figure = _figure(max(4.6, max(widths)), sum(heights) + 1.4)
     _heading(figure, title, summary.totals() if isinstance(ranks, RankSummary) else "")
-    zero = any(layer.rank == 0 for layer in summary.layers)
-    _scale(figure, largest, zero)
-    _save(figure, path)
+    axes: list[Axes] = []
+    for line, part in zip(
+        lines, figure.subfigures(len(lines), 1, height_ratios=heights, squeeze=False), strict=True
+    ):
+        shares = [max(2, len(grid.columns)) for grid in line]
+        panels = part[0].subplots(1, len(line), width_ratios=shares, squeeze=False)[0]
+        for panel, grid in zip(panels, line, strict=True):
+            _draw_grid(panel, grid, largest, max(len(each.rows) for each in line))
+            axes.append(panel)
+    _scale(figure, axes[-len(lines[-1]) :], largest, any(layer.rank == 0 for layer in summary.layers))
+    return figure
 
 
 def rank_history_plot(
@@ -92,117 +102,75 @@ def rank_history_plot(
     if not records or not history.layers:
         raise ValueError("The rank history is empty: there is nothing to draw.")
     groups = _groups(history.layers)
-    order = [index for _, members in groups for index in members]
-    row = min(0.3, max(0.045, 5.5 / len(order)))
-    rows = max(row * len(order) + 0.1 * (len(groups) - 1), 0.6)
-    budget, between, above, below = 1.5, 0.28, 0.85, 1.25
-    figure = _figure(10.0, budget + between + rows + above + below)
-    tall = figure.get_figheight()
-    left, wide = 0.2, 0.77
-    top = figure.add_axes((left, (below + rows + between) / tall, wide, budget / tall))
-    main = figure.add_axes((left, below / tall, wide, rows / tall), sharex=top)
+    rows = max(min(0.3 * len(history.layers), 5.5), 0.12 * len(groups), 0.6)
+    figure = _figure(10.0, rows + 3.4)
+    top, main = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, rows])
     edges = _edges(records)
-    _draw_budget(top, records, edges)
     largest = max(max(record.ranks) for record in records) or 1
-    _draw_history(main, groups, records, edges, largest, history.layers, row)
-    last = records[-1]
-    _heading(figure, title, f"{len(order):,} layers, rank {records[0].budget:,} → {sum(last.ranks):,}")
-    _scale(figure, largest, any(0 in record.ranks for record in records), hatch="")
+    _draw_budget(top, records, edges)
+    _draw_history(main, groups, records, edges, largest)
+    _heading(
+        figure,
+        title,
+        f"{len(history.layers):,} layers, rank {records[0].budget:,} → {sum(records[-1].ranks):,}",
+    )
+    _scale(figure, [main], largest, any(0 in record.ranks for record in records))
     _save(figure, path)
 
 
-class _Panel:
-    """A grid with its place on the page, in inches."""
-
-    def __init__(self, grid: RankGrid) -> None:
-        self.grid = grid
-        self.titles = short_kinds(grid.columns)
-        across, down = len(grid.columns), len(grid.rows)
-        self.cell = (min(0.46, max(0.1, 40 / across)), min(0.32, max(0.07, 24 / down)))
-        self.rows = [shorten(row, 40) for row in grid.rows]
-        self.label = 0.085 * max(map(len, self.rows)) + 0.15
-        longest = max(map(len, self.titles))
-        self.heading = (0.044 * longest + 0.16 if longest else 0.06) + 0.32
-        self.lean = 0.05 * len(self.titles[-1])  # how far the last, slanted heading leans out
-        self.inner = (self.cell[0] * across, self.cell[1] * down)
-        self.left = self.top = 0.0
-
-    @property
-    def width(self) -> float:
-        return self.label + max(self.inner[0] + self.lean, 0.085 * len(self.grid.title))
+def _lines(grids: list[RankGrid]) -> list[list[RankGrid]]:
+    """The grids side by side, on several lines if need be."""
+    lines: list[list[RankGrid]] = [[]]
+    for grid in grids:
+        if lines[-1] and sum(len(each.columns) + 3 for each in lines[-1]) + len(grid.columns) > _WIDEST:
+            lines.append([])
+        lines[-1].append(grid)
+    return lines
 
 
-def _place(panels: list[_Panel]) -> tuple[float, float]:
-    """Put the panels side by side, on several lines if need be; returns the width and height taken."""
-    x = y = width = 0.0
-    line: list[_Panel] = []
-    for panel in [*panels, None]:
-        if line and (panel is None or x + panel.width > _WIDEST):
-            heading = max(member.heading for member in line)
-            for member in line:
-                member.top, member.heading = y + heading, heading
-            y += heading + max(member.inner[1] for member in line) + _GAP
-            x, line = 0.0, []
-        if panel is not None:
-            panel.left = x + panel.label
-            x += panel.width + _GAP
-            width = max(width, x - _GAP)
-            line.append(panel)
-    return width, y - _GAP
+def _margin(grid: RankGrid) -> float:
+    """Roughly the inches that row labels and a slanted last heading take; the layout itself measures them."""
+    return 0.085 * min(40, max(map(len, grid.rows))) + 0.05 * len(short_kinds(grid.columns)[-1]) + 0.4
 
 
-def _draw_grid(axes: Axes, panel: _Panel, largest: int) -> None:
-    grid = panel.grid
+def _heading_height(grid: RankGrid) -> float:
+    """Roughly the inches that the title and the slanted headings take."""
+    return 0.05 * max(map(len, short_kinds(grid.columns))) + 0.6
+
+
+def _draw_grid(axes: Axes, grid: RankGrid, largest: int, tall: int) -> None:
+    """One panel, on an axis of ``tall`` rows, so that cells are of one height beside other panels."""
     down, across = len(grid.rows), len(grid.columns)
-    size = 72 * min(panel.cell[1] * 0.45, panel.cell[0] * 0.3)
-    for (row, column), layer in grid.cells.items():
-        _draw_cell(axes, row, column, layer.rank, largest, size)
-    axes.set_xlim(0, across)
-    axes.set_ylim(down, 0)
-    every = max(1, math.ceil(0.13 / panel.cell[1]))
-    ticks = range(0, down, every)
-    axes.set_yticks([row + 0.5 for row in ticks], [panel.rows[row] for row in ticks])
-    axes.xaxis.tick_top()
-    if not grid.loose:
-        labels = axes.set_xticks([column + 0.5 for column in range(across)], panel.titles)
-        for label in labels:
-            label.label2.set(rotation=40, ha="left", rotation_mode="anchor")
-    else:
-        axes.set_xticks([])
-    _quiet(axes)
-    axes.tick_params(labelsize=9 if panel.cell[1] > 0.2 else 7.5)
-    lift = 72 * (panel.heading - 0.2)
-    axes.annotate(
-        grid.title,
-        (0, 1),
-        xytext=(0, lift),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        weight="bold",
-        size=10,
-        color=_INK,
+    cells = [
+        [
+            grid.cells[row, column].rank if (row, column) in grid.cells else math.nan
+            for column in range(across)
+        ]
+        for row in range(down)
+    ]
+    small = across > _LARGEST / 0.2 or down > _LARGEST / 0.16
+    edge: dict[str, Any] = {} if small else {"edgecolor": "white", "linewidth": 1.2}
+    axes.pcolormesh(cells, **_colours(largest), **edge)
+    if not small:
+        for (row, column), layer in grid.cells.items():
+            ink = ink_on(rank_colour(layer.rank, largest)) if layer.rank else _INK
+            where: dict[str, Any] = {"ha": "center", "va": "center", "size": 8, "color": ink}
+            axes.text(column + 0.5, row + 0.52, str(layer.rank), **where)
+    axes.set_ylim(tall, 0)
+    every = max(1, -(-down // 100))
+    axes.set_yticks(
+        [row + 0.5 for row in range(0, down, every)], [shorten(row, 40) for row in grid.rows[::every]]
     )
-
-
-def _draw_cell(axes: Axes, row: int, column: int, rank: int, largest: int, size: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    colour = rank_colour(rank, largest)
-    face: Any = tuple(part / 255 for part in colour) if rank else _EMPTY
-    line = min(1.2, size / 6)
-    if rank == 0:
-        axes.add_patch(
-            Rectangle((column, row), 1, 1, facecolor=face, edgecolor=_HATCH, hatch="////", linewidth=0)
-        )
-        face = "none"
-    axes.add_patch(Rectangle((column, row), 1, 1, facecolor=face, edgecolor="white", linewidth=line))
-    if size >= 4:
-        ink = ink_on(colour) if rank else _INK
-        text = axes.text(
-            column + 0.5, row + 0.52, str(rank), ha="center", va="center", size=min(size, 9), color=ink
-        )
-        if rank == 0:
-            text.set_bbox({"facecolor": _EMPTY, "edgecolor": "none", "pad": 0.8})
+    axes.xaxis.tick_top()
+    if grid.loose:
+        axes.set_xticks([])
+    else:
+        axes.set_xticks([column + 0.5 for column in range(across)], short_kinds(grid.columns))
+        axes.tick_params(axis="x", labelrotation=40)
+        for label in axes.get_xticklabels():
+            label.set(ha="left", rotation_mode="anchor")
+    _quiet(axes)
+    axes.set_title(grid.title, loc="left", weight="bold", size=10, color=_INK)
 
 
 def _draw_budget(axes: Axes, records: list[RankRecord], edges: list[float]) -> None:
@@ -218,13 +186,11 @@ def _draw_budget(axes: Axes, records: list[RankRecord], edges: list[float]) -> N
     axes.tick_params(colors=_MUTED, labelsize=9, labelbottom=False, length=3)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.annotate(
-        f"{budgets[0]:,}", (edges[0], budgets[0]), (4, 3), textcoords="offset points", size=9, color=_INK
-    )
-    if len(budgets) > 1:
-        end = (edges[-1], budgets[-1])
+    for at, budget, align in ((edges[0], budgets[0], "left"), (edges[-1], budgets[-1], "right"))[
+        : len(budgets)
+    ]:
         axes.annotate(
-            f"{budgets[-1]:,}", end, (-2, 3), textcoords="offset points", size=9, color=_INK, ha="right"
+            f"{budget:,}", (at, budget), (0, 3), textcoords="offset points", size=9, color=_INK, ha=align
         )
 
 
@@ -234,45 +200,26 @@ def _draw_history(
     records: list[RankRecord],
     edges: list[float],
     largest: int,
-    layers: list[str],
-    row: float,
 ) -> None:
-    """One band of rows for each group, with a little space between bands."""
-    from matplotlib.colors import ListedColormap
+    """A band of rows for each group, with a white line between bands."""
     from matplotlib.ticker import MaxNLocator
 
-    colours = ListedColormap([_EMPTY, *(_rgb(rank, largest) for rank in range(1, largest + 1))])
-    space = 0.1 / row
-    y = 0.0
-    ticks: list[tuple[float, str]] = []
-    for name, members in groups:
-        rows = [[record.ranks[index] for record in records] for index in members]
-        bottoms = [y + line for line in range(len(members) + 1)]
-        axes.pcolormesh(edges, bottoms, rows, cmap=colours, vmin=-0.5, vmax=largest + 0.5)
-        ticks.append((y + len(members) / 2, name))
-        _number_ends(axes, y, [grid_position(layers[index]).layer for index in members], row)
-        y += len(members) + space
-    axes.set_ylim(y - space, 0)
+    order = [index for _, members in groups for index in members]
+    rows = [[record.ranks[index] for record in records] for index in order]
+    axes.pcolormesh(edges, range(len(order) + 1), rows, **_colours(largest))
+    ticks, y = [], 0
+    for _, members in groups:
+        ticks.append(y + len(members) / 2)
+        y += len(members)
+        axes.axhline(y, color="white", linewidth=2)
+    axes.set_ylim(len(order), 0)
     axes.set_xlim(edges[0], edges[-1])
-    axes.set_yticks([at for at, _ in ticks], [shorten(name, 40) for _, name in ticks])
+    axes.set_yticks(ticks, [shorten(name, 40) for name, _ in groups])
     _quiet(axes)
-    axes.tick_params(labelsize=9)
     axes.tick_params(axis="x", length=3, color="#bbbbbb")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("optimizer step; block numbers at the right", color=_INK, size=9)
-
-
-def _number_ends(axes: Axes, top: float, numbers: list[int | None], row: float) -> None:
-    """Write a band's first and last block number at its right end, if there is room for both."""
-    if len(numbers) < 2 or row * len(numbers) < 0.24:
-        return
-    for number, at, align in ((numbers[0], top, "top"), (numbers[-1], top + len(numbers), "bottom")):
-        if number is not None:
-            place = (1.006, at)
-            axes.text(
-                *place, str(number), transform=axes.get_yaxis_transform(), va=align, size=7, color=_MUTED
-            )
+    axes.set_xlabel("optimizer step", color=_INK, size=9)
 
 
 def _groups(layers: list[str]) -> list[tuple[str, list[int]]]:
@@ -326,9 +273,12 @@ def _summary_of(ranks: Mapping[str, int]) -> RankSummary:
     return RankSummary(layers, budget=largest * len(layers))
 
 
-def _rgb(rank: int, largest: int) -> tuple[float, float, float]:
-    red, green, blue = rank_colour(rank, largest)
-    return red / 255, green / 255, blue / 255
+def _colours(largest: int) -> dict[str, Any]:
+    """A colour for each rank from 0 to ``largest``, as arguments of what draws."""
+    from matplotlib.colors import ListedColormap, Normalize
+
+    ranks = [tuple(part / 255 for part in rank_colour(rank, largest)) for rank in range(1, largest + 1)]
+    return {"cmap": ListedColormap([_EMPTY, *ranks]), "norm": Normalize(-0.5, largest + 0.5)}
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -337,51 +287,36 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Plots need matplotlib: pip install "rankwise[report]"') from error
-    figure = Figure(figsize=(width, height), facecolor="white")
+    size = (min(width, _LARGEST), min(height, _LARGEST))
+    figure = Figure(figsize=size, facecolor="white", layout="constrained", dpi=160)
     FigureCanvasAgg(figure)
     return figure
 
 
 def _quiet(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, colors=_INK, pad=3)
+    axes.tick_params(length=0, colors=_INK, pad=3, labelsize=9)
 
 
 def _heading(figure: Figure, title: str, below: str) -> None:
-    """The title, at the left edge of what is drawn, and a line of facts below it."""
-    tall = figure.get_figheight()
-    figure.text(0, 1 - 0.02 / tall, title, size=14, weight="bold", color=_INK, va="top")
-    figure.text(0, 1 - 0.33 / tall, below, size=9.5, color=_MUTED, va="top")
+    figure.suptitle(title, x=0.01, ha="left", size=14, weight="bold", color=_INK)
+    if below:
+        figure.supxlabel(below, x=0.01, ha="left", size=9.5, color=_MUTED)
 
 
-def _scale(figure: Figure, largest: int, zero: bool, hatch: str = "////") -> None:
-    """The key to the colours, at the foot: rank 0 apart, then 1 to the largest."""
-    wide, tall = figure.get_size_inches()
-    axes = figure.add_axes((0, 0.22 / tall, min(1.0, 4.0 / wide), 0.16 / tall))
-    step = 4.0 / (largest + 1.4)
-    axes.set_xlim(0, largest + 1.4)
-    axes.set_ylim(1, 0)
-    from matplotlib.patches import Rectangle
+def _scale(figure: Figure, axes: Sequence[Axes], largest: int, zero: bool) -> None:
+    """The key to the colours, below the last panels."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.ticker import MaxNLocator
 
-    for rank in range(1, largest + 1):
-        axes.add_patch(Rectangle((rank + 0.4, 0), 1, 1, facecolor=_rgb(rank, largest), linewidth=0))
-    axes.add_patch(Rectangle((0, 0), 1, 1, facecolor=_EMPTY, edgecolor=_HATCH, hatch=hatch, linewidth=0))
-    every = max(1, math.ceil(0.28 / step))
-    marks = [rank for rank in range(1, largest + 1) if (largest - rank) % every == 0]
-    axes.set_xticks([0.5, *(rank + 0.9 for rank in marks)], ["0", *map(str, marks)])
-    _quiet(axes)
-    axes.set_yticks([])
-    axes.tick_params(labelsize=8.5, pad=2)
-    axes.annotate(
-        "rank" + ("  (0: pruned away, nothing added to the base layer)" if zero else ""),
-        (0, 1),
-        xytext=(0, 4),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        size=8.5,
-        color=_MUTED,
-    )
+    said = "rank" + ("  (0: pruned away, nothing added to the base layer)" if zero else "")
+    where: dict[str, Any] = {"location": "bottom", "aspect": 40, "shrink": 0.9, "pad": 0.03}
+    bar = axes[0].figure.colorbar(ScalarMappable(**_colours(largest)), ax=list(axes), **where)
+    bar.ax.xaxis.set_major_locator(MaxNLocator(min(largest, 12), integer=True))
+    bar.set_label(said, size=8.5, color=_MUTED)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8.5, colors=_INK)
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    figure.savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.25)
+    figure.savefig(path)
