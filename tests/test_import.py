@@ -1,10 +1,17 @@
-"""`import rankwise` stays fast and needs nothing but PyTorch and safetensors."""
+"""`import rankwise` stays fast, needs nothing but PyTorch and safetensors, and its chapters import inward only."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import rankwise
+
+SOURCE = Path(rankwise.__file__).parent
 
 REPEATS = 5
 ALLOWED_RATIO = 1.3
@@ -88,3 +95,38 @@ def test_the_core_works_where_no_optional_library_is_installed():
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
     """)
+
+
+CHAPTERS = (
+    "method files config parallel adapters attach run storage integrations model report recipes cli".split()
+)
+
+
+def imports_of_chapters() -> Iterator[tuple[Path, str, str]]:
+    """Each import that runs when a file is imported: the file, its chapter, and the chapter that it imports."""
+    for file in sorted(SOURCE.glob("*/**/*.py")):
+        chapter = file.relative_to(SOURCE).parts[0]
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                library, _, rest = name.partition(".")
+                other = rest.partition(".")[0]
+                if library == "rankwise" and (SOURCE / other).is_dir() and other != chapter:
+                    yield file, chapter, other
+
+
+def test_chapters_import_only_those_further_inside() -> None:
+    """So that none of them runs in a circle, and the method can be read and tested without a model."""
+    assert {folder.name for folder in SOURCE.iterdir() if (folder / "__init__.py").is_file()} == set(CHAPTERS)
+    found = list(imports_of_chapters())
+    assert len(found) > 100
+    outward = [
+        f"{file} imports {other}"
+        for file, chapter, other in found
+        if CHAPTERS.index(other) > CHAPTERS.index(chapter)
+    ]
+    assert not outward

@@ -14,7 +14,7 @@ class Conv2dAdapters(AdapterLayer):
     """For ``nn.Conv2d``: weight (d_out, in_channels / groups, kernel height, kernel width).
 
     AdaLoRA's update has exactly the weight's shape: A is (r, in_channels / groups * height * width). Plain LoRA
-    follows PEFT's layout, which for ``groups`` > 1 is not a change of the weight: A is a dense convolution over
+    follows PEFT's layout, which for ``groups`` > 1 is not a change of the weight. A is a dense convolution over
     all input channels, B a grouped one with (d_out, r / groups); such an adapter can't be merged.
     """
 

@@ -1,6 +1,6 @@
 """The charts of a report page, as the plain data that Plotly draws.
 
-Colours that must fit a light and a dark page (text, lines, rank 0) are set in the page; here are those of the data:
+Colours that must fit a light and a dark page (text, lines, rank 0) are set in the page. Here are those of the data:
 Okabe and Ito's for runs and kinds, which stay apart for every kind of colour vision, and each with a dash of its own.
 """
 

@@ -1,7 +1,7 @@
 """An adapter cut to a size of your choice, with the least loss that LoRA of that size can have.
 
-The update B A of a layer is decomposed exactly without forming it: with A' = Q_A R_A and B = Q_B R_B, two thin QRs, and
-R_B R_A' = U S V', an SVD of rank × rank numbers, the singular vectors of B A are Q_B U and Q_A V. Which directions stay
+The update B A of a layer is decomposed exactly without forming it. With A' = Q_A R_A and B = Q_B R_B, two thin QRs, and
+R_B R_A' = U S V', an SVD of rank × rank numbers, its singular vectors are Q_B U and Q_A V. Which directions stay
 is decided over all layers at once, by square per parameter.
 """
 
