@@ -687,3 +687,37 @@ def test_modules_to_save_classifier_in_a_file_of_pefts_holds_pre_classifier_too(
     again = rw.PeftModel.from_pretrained(TwoHeads(), tmp_path / "again")
     assert torch.equal(again(x), loaded(x))
     assert again.peft_config["default"].modules_to_save == ["classifier", "pre_classifier"]
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:5e8f\nsize 4096\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_config.json", "adapter_model.safetensors", "rank_history.json", "training_state.safetensors"],
+)
+def test_an_adapter_folder_cloned_without_git_lfs_is_called_cut_off(name: str, tmp_path: Path) -> None:
+    model = train(adapted(), 3)
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / name).write_text(POINTER)
+    said = rf"{name} is a Git LFS pointer, not the file itself\. Fetch it with: git lfs pull"
+    with pytest.raises(ValueError, match=said):
+        rw.PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-3", is_trainable=True)
+    with pytest.raises(ValueError, match=said):
+        model.load_checkpoint(tmp_path / "checkpoint-3")
+    if "config" in name or "model" in name:
+        with pytest.raises(ValueError, match=said):
+            rw.report.inspect_adapter(tmp_path / "checkpoint-3")
+    if "config" in name:
+        with pytest.raises(ValueError, match=said):
+            rw.LoraConfig.from_pretrained(tmp_path / "checkpoint-3")
+    if "history" in name:
+        assert "git lfs pull" in rw.report.inspect_adapter(tmp_path / "checkpoint-3").notes[0]
+
+
+def test_a_pickle_cloned_without_git_lfs_is_named_a_pointer(tmp_path: Path) -> None:
+    adapted(whole=rw.LoraConfig(r=2, target_modules=TARGETS)).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_model.bin").write_text(POINTER)
+    with pytest.raises(ValueError, match="git lfs pull"):
+        rw.PeftModel.from_pretrained(llama(), tmp_path)

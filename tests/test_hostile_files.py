@@ -404,7 +404,7 @@ DAMAGE: dict[str, list[tuple[str, Callable[[Path], None], str]]] = {
          "first|rank_pattern"),
     ],
     "adalora in training": [
-        ("state empty", content(STATE, lambda _: b""), "training_state.safetensors can't be read"),
+        ("state empty", content(STATE, lambda _: b""), "training_state.safetensors is broken or cut off"),
         ("state cut off", content(STATE, lambda data: data[: len(data) // 2]), "can't be read as safetensors"),
         ("a bit flipped", content(STATE, lambda d: flip(d, len(d) - 5)), "damaged"),
         ("state a folder", replaced_by(Path.mkdir, STATE), "should be a file"),

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import rankwise as rw
-from rankwise.report.inspect import inspect_adapter, render_terminal, save_heatmap
+from rankwise.report.inspect import inspect_adapter
+from rankwise.report.show import render_terminal, save_heatmap
 from rankwise.run.history import RankHistory
 from tiny import bert, llama, token_batches
 
@@ -345,13 +346,13 @@ def test_a_folder_that_is_none(tmp_path: Path, lora: Path) -> None:
 def test_a_folder_of_adapters_points_to_the_latest(lora: Path) -> None:
     for name in ("checkpoint-9", "checkpoint-10"):
         shutil.copytree(lora, lora.parent / "run" / name)
-    with pytest.raises(ValueError, match=r"Inspect .*checkpoint-10\."):
+    with pytest.raises(ValueError, match=r"Give .*checkpoint-10\."):
         inspect_adapter(lora.parent / "run")
 
 
 def test_a_whole_model_is_told_apart(lora: Path) -> None:
     (lora / CONFIG).unlink()
-    with pytest.raises(ValueError, match=r"adapter_config\.json is missing"):
+    with pytest.raises(ValueError, match=r"but no adapter_config\.json"):
         inspect_adapter(lora)
     (lora / WEIGHTS).unlink()
     (lora / "config.json").write_text("{}")
@@ -362,11 +363,11 @@ def test_a_whole_model_is_told_apart(lora: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        (b"{", "no valid JSON"),
-        (b"[1]", "must hold an object"),
-        (b"\xff\xfe", "no UTF-8"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "must hold a JSON object"),
+        (b"\xff\xfe", "utf-8"),
         (b"version https://git-lfs.github.com/spec/v1\noid x", "git lfs pull"),
-        (b"[" * 100_000, "no valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
     ],
 )
 def test_a_broken_configuration(lora: Path, text: bytes, wrong: str) -> None:
@@ -413,7 +414,7 @@ def test_adalora_called_lora_and_a_pattern_of_other_layers(tmp_path: Path) -> No
     with pytest.raises(ValueError, match='Set it to "ADALORA"'):
         inspect_adapter(folder)
     reconfigure(folder, peft_type="ADALORA", rank_pattern={**pattern, "gone.lora_E": [True]})
-    with pytest.raises(ValueError, match="names 'gone', but"):
+    with pytest.raises(ValueError, match="names 'gone', of which"):
         inspect_adapter(folder)
     key = next(iter(pattern))
     reconfigure(folder, rank_pattern={**pattern, key: [True] * 4 + [False] * 2})
@@ -485,7 +486,16 @@ def test_names_that_peft_will_not_find_are_noted(lora: Path) -> None:
     assert "PEFT will not find them" in inspect_adapter(lora).notes[0]
 
 
-def test_only_the_header_is_read(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "frombuffer", lambda *_, **__: pytest.fail("a tensor was read"))
-        assert inspect_adapter(lora).total_rank == 4
+def test_only_the_header_is_read(own: Path) -> None:
+    data = bytearray((own / WEIGHTS).read_bytes())
+    data[-7] ^= 8
+    (own / WEIGHTS).write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        rw.PeftModel.from_pretrained(llama(), own)
+    assert inspect_adapter(own).total_rank == 28
+
+
+def test_lora_of_a_grouped_convolution_is_no_contradiction(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    rw.get_peft_model(model, rw.LoraConfig(r=4, target_modules=["0"])).save_pretrained(tmp_path)
+    assert [(each.kind, each.rank) for each in inspect_adapter(tmp_path).layers] == [("conv", 4)]

@@ -30,7 +30,8 @@ def inspect(
 ) -> None:
     """Show what is in an adapter's folder: base model, method, rank of every layer, parameters, file sizes."""
     with failures(ValueError, TypeError, OSError):
-        from rankwise.report.inspect import inspect_adapter, render_terminal, save_heatmap
+        from rankwise.report.inspect import inspect_adapter
+        from rankwise.report.show import render_terminal, save_heatmap
 
         report = inspect_adapter(folder)
         if as_json:

@@ -35,6 +35,7 @@ from rankwise.config.checks import (
 )
 from rankwise.config.names import CheckedKeywords, check_extra, field_names, unknown_keyword
 from rankwise.files.atomic import write_file
+from rankwise.files.json_file import read_json
 
 CONFIG_NAME = "adapter_config.json"
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -291,12 +292,7 @@ class LoraConfig(CheckedKeywords):
             raise FileNotFoundError(
                 f"{os.fspath(folder)!r} is not the folder of an adapter: no {CONFIG_NAME}."
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-            data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_object)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not valid JSON ({error}).") from None
-        return cls.from_dict(data, source=str(path))
+        return cls.from_dict(read_json(path), source=str(path))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``adapter_config.json`` into a folder, made if need be, and return the file's path.
@@ -340,16 +336,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return int(value) if isinstance(value, Default) else value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number")
-
-
-def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {double!r} appears twice")
-    return found

@@ -3,36 +3,86 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rankwise.files.pointers import refuse_pointer
+
 CHECKSUM = "rankwise_crc32"  # in the metadata of a safetensors file
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's shape and dtype (``"float32"``), as a file's header has them."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except Exception as error:  # whatever a broken file raises
+        refuse_pointer(path)
+        raise ValueError(
+            f"{path} is broken or cut off: it can't be read as safetensors ({error}). Copy it again, or use an earlier "
+            "checkpoint."
+        ) from None
+
+
+def read_tensor_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and dtypes of the tensors in a safetensors file, without a tensor being read.
+
+    Raises:
+        ValueError: it is empty, cut off, or not such a file.
+    """
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        dtypes = {name: each.get_dtype() for name, each in slices.items()}
+        return {
+            name: TensorInfo(tuple(each.get_shape()), _DTYPES.get(dtypes[name], dtypes[name].lower()))
+            for name, each in slices.items()
+        }
 
 
 def read_tensor_file(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
-    They stay in the file until they are used: copy what is to be kept.
+    A file with a checksum, as rankwise writes it, is read as a whole, to compare it. The tensors still share the
+    file's memory, which somebody may change: copy what is to be kept.
 
     Raises:
         ValueError: it is empty, cut off, not such a file, or damaged.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}
-            expected = (file.metadata() or {}).get(CHECKSUM)
-    except Exception as error:  # whatever a broken file raises
-        raise ValueError(
-            f"{path} can't be read as safetensors ({error}). It is empty, cut off or another kind of file: copy it "
-            "again, or use an earlier checkpoint."
-        ) from None
+    with _opened(path) as file:
+        tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        expected = (file.metadata() or {}).get(CHECKSUM)
     if expected is not None and expected != checksum(tensors):
         raise ValueError(
             f"{path} is damaged: its tensors are not those that were saved. Copy it again, or use an earlier "
@@ -72,6 +122,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         _refuse_compressed(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken pickle raises
+        refuse_pointer(path)
         raise ValueError(f"{path} can't be read as a file of tensors only ({error}).") from None
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise ValueError(f"{path} must hold a dictionary of tensors by name.")

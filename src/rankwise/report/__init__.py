@@ -6,8 +6,9 @@ is imported only when it is used.
 
 from rankwise.report.grid import GridPosition, grid_position
 from rankwise.report.html import render_report, write_report
-from rankwise.report.inspect import AdapterReport, inspect_adapter, render_terminal, save_heatmap
+from rankwise.report.inspect import AdapterReport, inspect_adapter
 from rankwise.report.plots import rank_heatmap, rank_history_plot
+from rankwise.report.show import render_terminal, save_heatmap
 
 __all__ = [
     "AdapterReport",

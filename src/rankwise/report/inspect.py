@@ -12,16 +12,17 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rankwise.attach.matching import saved_module_of
 from rankwise.config import CONFIG_NAME
 from rankwise.files.atomic import read_folder
-from rankwise.report.contents import InspectedLayer, read_layers, sort_tensors
+from rankwise.files.tensors import TensorInfo
 from rankwise.report.grid import grid_position, kind_order
-from rankwise.report.header import check_folder, read_config, read_header
+from rankwise.report.layers import InspectedLayer, read_layers
 from rankwise.run.history import RankHistory
 from rankwise.run.summary import LayerRank, RankSummary
 from rankwise.storage import (
@@ -31,10 +32,8 @@ from rankwise.storage import (
     TRAINING_STATE_NAME,
     WEIGHTS_NAME,
     checkpoint_step,
+    read_header,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -165,23 +164,28 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterReport:
         ValueError: it holds no adapter, or one that is broken, cut off or mislabelled; the message names the
             file, what is wrong with it and how to mend that.
     """
-    path = Path(folder)
-    check_folder(path)
-    return read_folder(path, OWNED, _read)
+    try:
+        return read_folder(Path(folder), OWNED, _read)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
 
 
 def _read(folder: Path) -> AdapterReport:
-    config = read_config(folder)
     header = read_header(folder)
-    tensors = sort_tensors(folder, config, header)
+    config = header.config
+    rest = _rest(config, header.contents.others)
+    if not header.contents.factors and (rest.others or not rest.saved):
+        raise ValueError(
+            f"{folder / WEIGHTS_NAME} holds no LoRA tensors, but {_found(header.tensors)}. It is another kind of file."
+        )
     adalora = config["peft_type"] == "ADALORA"
-    layers = read_layers(folder, config, tensors)
+    layers = read_layers(folder, header, rest.added)
     history, notes = _history(folder, layers)
-    notes = [*_mismatches(config, layers), *tensors.notes, *notes]
+    notes = [*_mismatches(config, layers), *_unprefixed(header.tensors), *notes]
     if adalora:
         notes += _unfinished(config, layers, history)
     dtypes: Counter[str] = Counter()
-    for tensor in header.values():
+    for tensor in header.tensors.values():
         dtypes[tensor.dtype] += tensor.size
     return AdapterReport(
         folder=str(folder),
@@ -194,12 +198,12 @@ def _read(folder: Path) -> AdapterReport:
         lora_alpha=config["lora_alpha"],
         target_modules=_targets(config),
         layers=_in_order(layers, history),
-        saved_modules=[SavedModule(path, size) for path, size in sorted(tensors.saved.items())],
-        bias_parameters=tensors.biases,
-        other_parameters=tensors.others,
+        saved_modules=[SavedModule(path, size) for path, size in sorted(rest.saved.items())],
+        bias_parameters=rest.biases,
+        other_parameters=rest.others,
         dtypes=dict(dtypes),
         files={each.name: each.stat().st_size for each in sorted(folder.iterdir()) if each.is_file()},
-        schedule={name: config.get(name) for name in _SCHEDULE} if adalora else None,
+        schedule={name: config.get(name) for name in SCHEDULE} if adalora else None,
         checkpoint=_checkpoint(folder),
         resumable=(folder / TRAINING_STATE_NAME).is_file(),
         history=history,
@@ -207,7 +211,44 @@ def _read(folder: Path) -> AdapterReport:
     )
 
 
-_SCHEDULE = ("tinit", "tfinal", "total_step", "deltaT")
+SCHEDULE = ("tinit", "tfinal", "total_step", "deltaT")
+_ADDED = re.compile(r"(?P<path>.+)\.lora_(magnitude_vector(\.weight)?|[AB]\.bias)")  # DoRA; `lora_bias`
+_COPIES = re.compile(r"(.*\.)?(original_module|modules_to_save)\..+")  # PEFT's bias="all" saves heads twice
+
+
+@dataclass
+class _Rest:
+    """How many numbers there are beside the factors, by what they are for."""
+
+    added: Counter[str] = field(default_factory=Counter)  # by path of the layer that they belong to
+    saved: Counter[str] = field(default_factory=Counter)  # by path of the module saved whole
+    biases: int = 0
+    others: int = 0
+
+
+def _rest(config: Mapping[str, Any], others: Mapping[str, TensorInfo]) -> _Rest:
+    rest = _Rest()
+    heads = [name for name in config.get("modules_to_save") or [] if isinstance(name, str)]
+    for name, tensor in others.items():
+        if match := _ADDED.fullmatch(name):
+            rest.added[match["path"]] += tensor.size
+        elif head := saved_module_of(name, heads, lambda path: True):
+            rest.saved[head] += 0 if _COPIES.fullmatch(name.removeprefix(f"{head}.")) else tensor.size
+        elif name.endswith(".bias"):
+            rest.biases += tensor.size
+        else:
+            rest.others += tensor.size
+    return rest
+
+
+def _found(header: Mapping[str, TensorInfo]) -> str:
+    return f"{len(header):,} others, such as {next(iter(header))!r}" if header else "nothing at all"
+
+
+def _unprefixed(header: Mapping[str, TensorInfo]) -> list[str]:
+    odd = next((key for key in header if not key.startswith(PREFIX)), None)
+    told = f"{odd!r} and maybe more do not begin with {PREFIX!r}: PEFT will not find them."
+    return [] if odd is None else [told]
 
 
 def _in_order(layers: list[InspectedLayer], history: RankHistory | None) -> list[InspectedLayer]:
@@ -305,149 +346,3 @@ def _unfinished(
     if budget <= target:
         return []
     return [f"Saved before pruning was done: the budget is {budget:,}, its target {target:,}."]
-
-
-# For people.
-
-
-def render_terminal(report: AdapterReport, console: Console) -> None:
-    """Print a report: facts, the picture of the ranks, the table with bars, files, notes.
-
-    Raises:
-        ImportError: rich is not installed.
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    from rankwise.report.terminal import (
-        rank_picture,
-        rank_table,
-    )  # first, for its message where rich is missing
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, said in _facts(report):
-        table.add_row(name, Text(said))
-    console.print(table)
-    summary = report.summary()
-    if report.layers:
-        console.print("", rank_picture(summary), "", rank_table(summary), sep="\n")
-    for note in report.notes:
-        console.print(Text("\nnote  ", "bold yellow").append(note, "default not bold"))
-
-
-def save_heatmap(report: AdapterReport, path: str | os.PathLike[str]) -> None:
-    """Draw a report's ranks as a heat map; see `rank_heatmap`.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: the adapter has no layers, or matplotlib does not know the file's ending.
-    """
-    from rankwise.report.plots import rank_heatmap
-
-    rank_heatmap(report.summary(), path, title=f"Rank of each layer: {Path(report.folder).absolute().name}")
-
-
-def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
-    yield "adapter", report.folder
-    if report.checkpoint is not None:
-        yield "checkpoint", _checkpoint_line(report.checkpoint)
-    yield "base model", report.base_model or "not recorded"
-    details = ", ".join(
-        filter(None, (report.task_type, report.written_by and f"saved by {report.written_by}"))
-    )
-    yield "method", report.method + (f" ({details})" if details else "")
-    targets = report.target_modules
-    yield (
-        "adapts",
-        ", ".join(targets) if isinstance(targets, list) else targets or "the architecture's defaults",
-    )
-    yield "rank", _rank_line(report)
-    yield "scale", _scale_line(report)
-    if report.schedule is not None:
-        yield "schedule", _schedule_line(report.schedule)
-    if report.history is not None:
-        yield "history", _history_line(report.history)
-    yield "parameters", _parameters_line(report)
-    for module in report.saved_modules:
-        yield "saved whole", f"{module.path} ({module.parameters:,} parameters)"
-    yield "files", ", ".join(f"{name} {_bytes(size)}" for name, size in report.files.items())
-    if report.resumable:
-        yield (
-            "training",
-            f"can go on: {TRAINING_STATE_NAME} is there (leave it out when you share the adapter)",
-        )
-
-
-def _checkpoint_line(checkpoint: Checkpoint) -> str:
-    line = "a trainer's checkpoint"
-    if checkpoint.step is not None:
-        line += f" at step {checkpoint.step:,}"
-        line += f" of {checkpoint.total_steps:,}" if checkpoint.total_steps else ""
-    return line + (f" (epoch {checkpoint.epoch:.2f})" if checkpoint.epoch is not None else "")
-
-
-def _rank_line(report: AdapterReport) -> str:
-    count = len(report.layers)
-    mean = f", {report.total_rank / count:.1f} on average" if count else ""
-    line = f"{report.total_rank:,} in {count:,} layer{'' if count == 1 else 's'}{mean}"
-    if report.target_r is None:
-        return line
-    target = f"target {report.target:,} of average size"
-    return f"{line}; from {report.budget:,} at the start ({report.init_r} each), {target}"
-
-
-def _scale_line(report: AdapterReport) -> str:
-    if report.scale is not None:
-        return f"{report.scale:.4g} (lora_alpha {report.lora_alpha:g})"
-    scales = [layer.scale for layer in report.layers]
-    if not scales:
-        return f"none (lora_alpha {report.lora_alpha:g})"
-    return (
-        f"{min(scales):.4g} to {max(scales):.4g}, by layer (lora_alpha {report.lora_alpha:g} or its pattern)"
-    )
-
-
-def _schedule_line(schedule: Mapping[str, Any]) -> str:
-    tinit, tfinal, total, every = (schedule[name] for name in _SCHEDULE)
-    if not all(isinstance(value, int) for value in (tinit, tfinal, total)):
-        known = (f"{name}={value}" for name, value in schedule.items() if value is not None)
-        return ", ".join(known) or "not recorded"
-    step = f"every {every:,} steps" if isinstance(every, int) and every > 1 else "every step"
-    return f"warm-up to step {tinit:,}, pruning {step} to {total - tfinal:,}, final to {total:,}"
-
-
-def _history_line(history: RankHistory) -> str:
-    records = history.records
-    if not records:
-        return "empty"
-    count = len(records)
-    return f"{count:,} record{'' if count == 1 else 's'}, step {records[0].step:,} to {records[-1].step:,}"
-
-
-def _parameters_line(report: AdapterReport) -> str:
-    parts = [
-        (sum(layer.parameters for layer in report.layers), "in adapted layers"),
-        (sum(module.parameters for module in report.saved_modules), "in modules saved whole"),
-        (report.bias_parameters, "in biases"),
-        (report.other_parameters, "in other tensors"),
-    ]
-    said = ", ".join(f"{count:,} {what}" for count, what in parts if count)
-    dtypes = ", ".join(sorted(report.dtypes))
-    return f"{report.parameters:,} {dtypes}" + (f": {said}" if said else "")
-
-
-def _bytes(size: int) -> str:
-    """A file's size for people.
-
-    Example:
-        >>> _bytes(512), _bytes(81_400), _bytes(2_300_000)
-        ('512 B', '81.4 kB', '2.3 MB')
-    """
-    amount = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 999.5 or unit == "GB":
-            break
-        amount /= 1000
-    return f"{amount:,.0f} {unit}" if unit == "B" else f"{amount:,.1f} {unit}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rankwise.files.atomic import write_file
+from rankwise.files.pointers import refuse_pointer
 from rankwise.run.notebook import history_html
 
 _LAYOUT = 1  # of the packed tensor: [_LAYOUT, layers, records, then step, budget and ranks of every record]
@@ -165,6 +166,7 @@ class RankHistory:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not a rank history: it is no UTF-8 text ({error}).") from error
+        refuse_pointer(Path(path))
         return cls.from_json(text, str(path))
 
     def to_tensor(self) -> torch.Tensor:

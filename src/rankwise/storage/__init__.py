@@ -22,7 +22,7 @@ from rankwise.storage.names import (
     WEIGHTS_NAME,
     checkpoint_step,
 )
-from rankwise.storage.read import AdapterFile, read_adapter
+from rankwise.storage.read import AdapterFile, AdapterHeader, read_adapter, read_header
 from rankwise.storage.training import plan_from_training_state, prepare_training_state, trains_more
 from rankwise.storage.values import plan_from_file, prepare_values
 from rankwise.storage.write import embedding_keys, gathered_state, read_model_adapter, write_adapter
@@ -36,6 +36,7 @@ __all__ = [
     "TRAINING_STATE_NAME",
     "WEIGHTS_NAME",
     "AdapterFile",
+    "AdapterHeader",
     "checkpoint_step",
     "embedding_keys",
     "gathered_state",
@@ -44,6 +45,7 @@ __all__ = [
     "prepare_training_state",
     "prepare_values",
     "read_adapter",
+    "read_header",
     "read_model_adapter",
     "trains_more",
     "write_adapter",

@@ -1,8 +1,7 @@
-"""Reading an adapter folder, and all checks of it that need no model."""
+"""Reading an adapter folder, whole or as far as its header goes, and all checks of it that need no model."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,13 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.adapters import KINDS, AdapterLayer, factor_name
+from rankwise.adapters import KINDS, AdapterLayer
 from rankwise.adapters.parameter import stacked_columns
 from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
 from rankwise.files.atomic import read_folder
-from rankwise.files.tensors import check_finite, read_pickle, read_tensor_file
+from rankwise.files.tensors import (
+    TensorInfo,
+    check_finite,
+    read_pickle,
+    read_tensor_file,
+    read_tensor_header,
+)
 from rankwise.run.history import RankHistory
+from rankwise.storage.contents import (
+    Contents,
+    check_complete,
+    check_pattern_names,
+    common_rank,
+    sort_by_use,
+)
+from rankwise.storage.folder import check_folder, holds, read_config
 from rankwise.storage.names import (
     HISTORY_NAME,
     OWNED,
@@ -27,6 +40,61 @@ from rankwise.storage.names import (
     WEIGHTS_NAME,
 )
 from rankwise.storage.nesting import named_by_targets, unnested_paths
+
+_CONVERT = (
+    "import torch; from safetensors.torch import save_file; "
+    "tensors = torch.load('adapter_model.bin', map_location='cpu', weights_only=True); "
+    "save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, "
+    "'adapter_model.safetensors', metadata={'format': 'pt'})"
+)
+
+
+@dataclass
+class AdapterHeader:
+    """What an adapter folder tells before any tensor is read.
+
+    Args:
+        config: the content of the configuration's file, in which there may be fields that rankwise doesn't know.
+        tensors: shapes and dtypes, by the names in the file.
+        contents: the same by what they are for.
+        ranks: of the tensors of each layer, by path.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    contents: Contents[TensorInfo]
+    ranks: dict[str, int]
+
+
+def read_header(folder: Path) -> AdapterHeader:
+    """Read an adapter folder as far as the header of its tensors; call it within `read_folder`.
+
+    Raises:
+        FileNotFoundError: it is no adapter folder.
+        ValueError: a file is missing, broken, cut off or mislabelled; the message names it.
+    """
+    check_folder(folder)
+    config = read_config(folder)
+    path = folder / WEIGHTS_NAME
+    if not holds(folder, WEIGHTS_NAME):
+        raise ValueError(_no_header(folder))
+    tensors = read_tensor_header(path)
+    contents = sort_by_use(str(path), tensors)
+    check_complete(str(path), str(folder / CONFIG_NAME), config["peft_type"], contents.factors)
+    ranks = {
+        layer: common_rank(str(path), layer, own, contents.kinds[layer])
+        for layer, own in contents.factors.items()
+    }
+    return AdapterHeader(config, tensors, contents, ranks)
+
+
+def _no_header(folder: Path) -> str:
+    if not holds(folder, PICKLE_NAME):
+        return f"{folder} is incomplete: it has {CONFIG_NAME}, but no {WEIGHTS_NAME}."
+    return (
+        f"{folder} has its tensors only as {PICKLE_NAME}: a pickle, which has no header to read and can run code "
+        f'when it is opened. If you trust it, convert it, in that folder: python -c "{_CONVERT}"'
+    )
 
 
 @dataclass
@@ -63,29 +131,22 @@ def read_adapter(folder: Path, training_state: bool = False) -> AdapterFile:
 
 
 def _read(folder: Path, training_state: bool) -> AdapterFile:
+    check_folder(folder)
     config = LoraConfig.from_pretrained(folder)
     tensors, source = _read_tensors(folder)
     file = sort_tensors(source, config, tensors)
     check_factors(file)
-    if _holds(folder, HISTORY_NAME):
+    if holds(folder, HISTORY_NAME):
         file.history = RankHistory.load(folder / HISTORY_NAME)
         if set(file.history.layers) != set(file.factors):
             raise ValueError(
                 f"{folder / HISTORY_NAME} is of other layers than {source}: one is another adapter's."
             )
-    if training_state and _holds(folder, TRAINING_STATE_NAME):
+    if training_state and holds(folder, TRAINING_STATE_NAME):
         file.training_source = str(folder / TRAINING_STATE_NAME)
         file.training = read_tensor_file(folder / TRAINING_STATE_NAME)
         _check_same_run(file)
     return file
-
-
-def _holds(folder: Path, name: str) -> bool:
-    """Whether a folder has this file; what has its name and is something else is refused."""
-    path = folder / name
-    if os.path.lexists(path) and not path.is_file():
-        raise ValueError(f"{path} should be a file, but is a folder, a device or a link that leads nowhere.")
-    return path.is_file()
 
 
 def _check_same_run(file: AdapterFile) -> None:
@@ -117,18 +178,8 @@ def _check_same_run(file: AdapterFile) -> None:
 
 def sort_tensors(source: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> AdapterFile:
     """Tensors under PEFT's names, sorted into layers' factors and others; ``source`` is where they come from."""
-    file = AdapterFile(source, config)
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if found := factor_name(name):
-            own = file.factors.setdefault(found.path, {})
-            if found.factor in own:
-                raise ValueError(f"{source} holds lora_{found.factor} of {found.path!r} twice.")
-            own[found.factor] = tensor
-            if found.factor != "E":
-                file.kinds[found.path] = found.kind
-        else:
-            file.others[name] = tensor
+    contents = sort_by_use(source, tensors)
+    file = AdapterFile(source, config, contents.factors, contents.others, contents.kinds)
     if config.target_parameters and not isinstance(config, AdaLoraConfig):
         name_parameters(file, named_by_targets(config.target_parameters))
     return file
@@ -145,9 +196,9 @@ def name_parameters(file: AdapterFile, names_of: Callable[[str], Sequence[str]])
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
-    if _holds(folder, WEIGHTS_NAME):
+    if holds(folder, WEIGHTS_NAME):
         return read_tensor_file(folder / WEIGHTS_NAME), str(folder / WEIGHTS_NAME)
-    if not _holds(folder, PICKLE_NAME):
+    if not holds(folder, PICKLE_NAME):
         raise FileNotFoundError(f"{str(folder)!r} holds no {WEIGHTS_NAME}, so it is not a whole adapter.")
     return read_pickle(folder / PICKLE_NAME), str(folder / PICKLE_NAME)
 
@@ -155,16 +206,13 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
 def check_factors(file: AdapterFile, cut: bool = True) -> None:
     """Check kinds, numbers and dimensions of the factors; if ``cut`` to `rank_pattern`, also the ranks."""
     adalora = isinstance(file.config, AdaLoraConfig)
-    wanted = {"A", "B", "E"} if adalora else {"A", "B"}
     dims = {2} if adalora else {kind.file_dims for kind in KINDS} | {2}
     if not file.factors and not file.others:
         raise ValueError(f"{file.source} holds no adapter tensors.")
+    config_path = str(Path(file.source).with_name(CONFIG_NAME))
+    check_complete(file.source, config_path, file.config.peft_type, file.factors)
     for path, factors in file.factors.items():
-        if set(factors) != wanted:
-            raise ValueError(
-                f"{file.source}: {path!r} has the factors {sorted(factors)}, but {file.config.peft_type} takes "
-                f"{sorted(wanted)}. The file is incomplete or mislabelled in {CONFIG_NAME}."
-            )
+        common_rank(file.source, path, factors, file.kinds[path])
         for name, tensor in factors.items():
             if not tensor.is_floating_point():
                 raise ValueError(
@@ -172,7 +220,7 @@ def check_factors(file: AdapterFile, cut: bool = True) -> None:
                 )
             if tensor.dim() not in dims:
                 raise ValueError(
-                    f"{file.source}: lora_{name} of {path!r} should be a matrix, but has shape {tuple(tensor.shape)}."
+                    f"{file.source}: lora_{name} of {path!r} has the shape {tuple(tensor.shape)}, which no layer takes."
                 )
             check_finite(file.source, f"lora_{name} of {path!r}", tensor)
     if adalora and not file.factors:
@@ -184,11 +232,7 @@ def check_factors(file: AdapterFile, cut: bool = True) -> None:
 def _check_rank_pattern(file: AdapterFile) -> None:
     config: AdaLoraConfig = file.config  # type: ignore[assignment]
     pattern = kept_by_pattern(config)
-    unknown = sorted(set(pattern) - set(file.factors))
-    if unknown:
-        raise ValueError(
-            f"{CONFIG_NAME}: `rank_pattern` names {unknown[0]!r}, of which {file.source} has no tensors."
-        )
+    check_pattern_names(file.source, pattern, file.factors)
     for path, factors in file.factors.items():
         rank = sum(pattern[path]) if path in pattern else config.init_r
         shapes = {name: tuple(tensor.shape) for name, tensor in factors.items()}

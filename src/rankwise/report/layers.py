@@ -1,0 +1,115 @@
+"""The layers of an adapter as its header and its configuration tell them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.attach.matching import pattern_value
+from rankwise.config import CONFIG_NAME
+from rankwise.storage import PREFIX, WEIGHTS_NAME, AdapterHeader
+from rankwise.storage.contents import check_pattern_names
+
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    """One adapted layer.
+
+    Args:
+        path: the module's path in the base model.
+        kind: ``"linear"``, ``"conv"`` or ``"embedding"``.
+        rank: triplets in the file (of a file not cut down: those that the configuration keeps).
+        init_r: the rank that the configuration gives it at the start.
+        scale: the number that B A, or B diag(E) A, is multiplied by.
+        parameters: numbers in its tensors.
+    """
+
+    path: str
+    kind: str
+    rank: int
+    init_r: int
+    scale: float
+    parameters: int
+
+
+def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -> list[InspectedLayer]:
+    """The adapted layers, in the file's order; ``added``: numbers beside the factors, by path.
+
+    Raises:
+        ValueError: the tensors contradict the configuration.
+    """
+    config, contents = header.config, header.contents
+    kept = _kept(folder, config)
+    check_pattern_names(str(folder / WEIGHTS_NAME), kept, contents.factors)
+    layers = []
+    for path, factors in contents.factors.items():
+        rank = (
+            _kept_rank(folder, path, header.ranks[path], kept[path]) if path in kept else header.ranks[path]
+        )
+        kind = "conv" if len(factors["A"].shape) > 2 else contents.kinds[path].called.lower()
+        first = _first_rank(folder, config, path, kept)
+        size = sum(tensor.size for tensor in factors.values()) + added.get(path, 0)
+        layers.append(InspectedLayer(path, kind, rank, first, _scale(folder, config, path, first), size))
+    return layers
+
+
+def _kept(folder: Path, config: Mapping[str, Any]) -> dict[str, list[bool]]:
+    """AdaLoRA's ``rank_pattern``, by module path."""
+    pattern = config.get("rank_pattern") or {}
+    if config["peft_type"] != "ADALORA":
+        return {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{folder / CONFIG_NAME}: `rank_pattern` must be an object, but is {pattern!r:.60}.")
+    kept = {}
+    for key, flags in pattern.items():
+        path, found, _ = key.removeprefix(PREFIX).rpartition(".lora_E")
+        if not found or not isinstance(flags, list) or not all(isinstance(flag, bool) for flag in flags):
+            raise ValueError(
+                f"{folder / CONFIG_NAME}: `rank_pattern` must have a list of true and false for each "
+                f"`<module path>.lora_E`, but has {key!r}: {flags!r:.60}."
+            )
+        kept[path] = flags
+    return kept
+
+
+def _kept_rank(folder: Path, path: str, rank: int, flags: list[bool]) -> int:
+    if rank not in (sum(flags), len(flags)):
+        raise ValueError(
+            f"{folder / CONFIG_NAME} keeps {sum(flags)} of {len(flags)} ranks of {path!r}, but {WEIGHTS_NAME} holds "
+            f"{rank}. The two files are not of one adapter: copy both from one place."
+        )
+    return sum(flags)
+
+
+def _first_rank(folder: Path, config: Mapping[str, Any], path: str, kept: Mapping[str, list[bool]]) -> int:
+    if config["peft_type"] == "ADALORA":
+        return len(kept[path]) if path in kept else int(config["init_r"])
+    return int(_pattern(folder, config, "rank_pattern", path, config["r"]))
+
+
+def _pattern(folder: Path, config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:
+    patterns = config.get(name) or {}
+    try:
+        value = pattern_value(patterns, path, default)
+    except (AttributeError, TypeError, re.error) as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: `{name}` is broken ({error}).") from error
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: `{name}` must hold numbers, but has {value!r:.40} for {path!r}."
+        )
+    return value
+
+
+def _scale(folder: Path, config: Mapping[str, Any], path: str, rank: int) -> float:
+    """What the update B A is multiplied by; PEFT's AdaLoRA knows neither ``alpha_pattern`` nor ``use_rslora``."""
+    if config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "gated":  # with its open gates
+        target = config["target_r"]
+        return float(config["lora_alpha"] / (math.sqrt(target) if config.get("use_rslora") else target))
+    if config["peft_type"] == "ADALORA":
+        return float(config["lora_alpha"] / (config["init_r"] + 1e-5))
+    alpha = _pattern(folder, config, "alpha_pattern", path, config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)) if rank else 0.0

@@ -1,0 +1,158 @@
+"""What an adapter's folder holds, for people: facts, tables and pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise.report.inspect import SCHEDULE, AdapterReport, Checkpoint
+from rankwise.run.history import RankHistory
+from rankwise.storage import TRAINING_STATE_NAME
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def render_terminal(report: AdapterReport, console: Console) -> None:
+    """Print a report: facts, the picture of the ranks, the table with bars, files, notes.
+
+    Raises:
+        ImportError: rich is not installed.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from rankwise.report.terminal import (
+        rank_picture,
+        rank_table,
+    )  # first, for its message where rich is missing
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, said in _facts(report):
+        table.add_row(name, Text(said))
+    console.print(table)
+    summary = report.summary()
+    if report.layers:
+        console.print("", rank_picture(summary), "", rank_table(summary), sep="\n")
+    for note in report.notes:
+        console.print(Text("\nnote  ", "bold yellow").append(note, "default not bold"))
+
+
+def save_heatmap(report: AdapterReport, path: str | os.PathLike[str]) -> None:
+    """Draw a report's ranks as a heat map; see `rank_heatmap`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the adapter has no layers, or matplotlib does not know the file's ending.
+    """
+    from rankwise.report.plots import rank_heatmap
+
+    rank_heatmap(report.summary(), path, title=f"Rank of each layer: {Path(report.folder).absolute().name}")
+
+
+def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
+    yield "adapter", report.folder
+    if report.checkpoint is not None:
+        yield "checkpoint", _checkpoint_line(report.checkpoint)
+    yield "base model", report.base_model or "not recorded"
+    details = ", ".join(
+        filter(None, (report.task_type, report.written_by and f"saved by {report.written_by}"))
+    )
+    yield "method", report.method + (f" ({details})" if details else "")
+    targets = report.target_modules
+    yield (
+        "adapts",
+        ", ".join(targets) if isinstance(targets, list) else targets or "the architecture's defaults",
+    )
+    yield "rank", _rank_line(report)
+    yield "scale", _scale_line(report)
+    if report.schedule is not None:
+        yield "schedule", _schedule_line(report.schedule)
+    if report.history is not None:
+        yield "history", _history_line(report.history)
+    yield "parameters", _parameters_line(report)
+    for module in report.saved_modules:
+        yield "saved whole", f"{module.path} ({module.parameters:,} parameters)"
+    yield "files", ", ".join(f"{name} {_bytes(size)}" for name, size in report.files.items())
+    if report.resumable:
+        yield (
+            "training",
+            f"can go on: {TRAINING_STATE_NAME} is there (leave it out when you share the adapter)",
+        )
+
+
+def _checkpoint_line(checkpoint: Checkpoint) -> str:
+    line = "a trainer's checkpoint"
+    if checkpoint.step is not None:
+        line += f" at step {checkpoint.step:,}"
+        line += f" of {checkpoint.total_steps:,}" if checkpoint.total_steps else ""
+    return line + (f" (epoch {checkpoint.epoch:.2f})" if checkpoint.epoch is not None else "")
+
+
+def _rank_line(report: AdapterReport) -> str:
+    count = len(report.layers)
+    mean = f", {report.total_rank / count:.1f} on average" if count else ""
+    line = f"{report.total_rank:,} in {count:,} layer{'' if count == 1 else 's'}{mean}"
+    if report.target_r is None:
+        return line
+    target = f"target {report.target:,} of average size"
+    return f"{line}; from {report.budget:,} at the start ({report.init_r} each), {target}"
+
+
+def _scale_line(report: AdapterReport) -> str:
+    if report.scale is not None:
+        return f"{report.scale:.4g} (lora_alpha {report.lora_alpha:g})"
+    scales = [layer.scale for layer in report.layers]
+    if not scales:
+        return f"none (lora_alpha {report.lora_alpha:g})"
+    return (
+        f"{min(scales):.4g} to {max(scales):.4g}, by layer (lora_alpha {report.lora_alpha:g} or its pattern)"
+    )
+
+
+def _schedule_line(schedule: Mapping[str, Any]) -> str:
+    tinit, tfinal, total, every = (schedule[name] for name in SCHEDULE)
+    if not all(isinstance(value, int) for value in (tinit, tfinal, total)):
+        known = (f"{name}={value}" for name, value in schedule.items() if value is not None)
+        return ", ".join(known) or "not recorded"
+    step = f"every {every:,} steps" if isinstance(every, int) and every > 1 else "every step"
+    return f"warm-up to step {tinit:,}, pruning {step} to {total - tfinal:,}, final to {total:,}"
+
+
+def _history_line(history: RankHistory) -> str:
+    records = history.records
+    if not records:
+        return "empty"
+    count = len(records)
+    return f"{count:,} record{'' if count == 1 else 's'}, step {records[0].step:,} to {records[-1].step:,}"
+
+
+def _parameters_line(report: AdapterReport) -> str:
+    parts = [
+        (sum(layer.parameters for layer in report.layers), "in adapted layers"),
+        (sum(module.parameters for module in report.saved_modules), "in modules saved whole"),
+        (report.bias_parameters, "in biases"),
+        (report.other_parameters, "in other tensors"),
+    ]
+    said = ", ".join(f"{count:,} {what}" for count, what in parts if count)
+    dtypes = ", ".join(sorted(report.dtypes))
+    return f"{report.parameters:,} {dtypes}" + (f": {said}" if said else "")
+
+
+def _bytes(size: int) -> str:
+    """A file's size for people.
+
+    Example:
+        >>> _bytes(512), _bytes(81_400), _bytes(2_300_000)
+        ('512 B', '81.4 kB', '2.3 MB')
+    """
+    amount = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 999.5 or unit == "GB":
+            break
+        amount /= 1000
+    return f"{amount:,.0f} {unit}" if unit == "B" else f"{amount:,.1f} {unit}"
