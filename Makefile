@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY ?= passive
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-deepspeed lint format types check constraints clean
+.PHONY: help quickstart test test-slow test-deepspeed test-trackers lint format types check constraints clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
@@ -38,6 +38,9 @@ test-slow: $(VENV)/.slow ## run the tests that take minutes
 
 test-deepspeed: $(VENV)/.deepspeed ## run the tests with DeepSpeed, which is installed apart (Linux)
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) $(PYTEST) tests/test_deepspeed.py -m "slow or not slow"
+
+test-trackers: $(VENV)/.trackers ## run the tests with Weights & Biases, MLflow and trackio, which are installed apart
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(VENV)/trackers/bin/python -m pytest $(PYTEST_ARGS) tests/test_trackers.py -m slow
 
 lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .
@@ -92,6 +95,15 @@ $(VENV)/.slow: $(VENV)/.test
 $(VENV)/.deepspeed: $(VENV)/.test
 	DS_BUILD_OPS=0 $(PIP) install --quiet --no-deps --upgrade --target $(VENV)/deepspeed \
 	  deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
+	@touch $@
+
+# In an environment of their own that sees the other's packages: trainers would report to them wherever they are installed.
+$(VENV)/.trackers: $(VENV)/.test
+	$(PYTHON) -m venv $(VENV)/trackers
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(VENV)/trackers/lib/python*/site-packages)/tests.pth
+	$(VENV)/trackers/bin/python -m pip install --quiet --constraint constraints.txt wandb==0.31.0 mlflow-skinny==3.17.2 \
+	  brotli==1.2.1 orjson==3.13.0 python-multipart==0.0.34
+	$(VENV)/trackers/bin/python -m pip install --quiet --no-deps trackio==0.43.0 gradio-client==2.7.2  # wants an older Pillow
 	@touch $@
 
 $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt

@@ -4,8 +4,8 @@ Attaching an adapter to a Transformers model is enough: every Trainer made after
 its default callbacks. It does nothing for models that are not adapted.
 
 Trainer loads an adapter folder only into PEFT's own class; for any other model it looks for full weights. So its
-two loading methods are given a way for adapted models. Both are methods that Trainer's documentation invites
-subclasses to override.
+two loading methods are given a way for adapted models; and `log`, which knows the trackers, sends them the ranks. All
+are methods that Trainer's documentation invites subclasses to override.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import trainer as transformers_trainer
 from transformers.trainer_callback import TrainerCallback
 
 from rankwise.integrations.common import adapted_model, fit_total_step, rank_metrics, tell_if_unfinished
+from rankwise.integrations.trackers import RankPictures
 from rankwise.storage import WEIGHTS_NAME
 
 
@@ -63,6 +64,7 @@ def install() -> None:
     for trainer in _with_subclasses(transformers_trainer.Trainer):
         _replace(trainer, "_load_from_checkpoint", _resuming)
         _replace(trainer, "_load_best_model", _loading_best)
+    _replace(transformers_trainer.Trainer, "log", _picturing)  # subclasses' own call it
 
 
 def _with_subclasses(cls: type) -> Iterator[type]:
@@ -100,6 +102,17 @@ def _loading_best(original: Callable[..., None]) -> Callable[..., None]:
             original(self)
 
     return _load_best_model
+
+
+def _picturing(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        original(self, logs, *args, **kwargs)
+        pictures = vars(self).get("_rankwise_pictures") or RankPictures(self)
+        self._rankwise_pictures = pictures
+        pictures.after_log(logs)
+
+    return log
 
 
 def _load(trainer: Any, folder: str, model: Any) -> bool:

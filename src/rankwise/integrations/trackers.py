@@ -1,0 +1,158 @@
+"""Pictures and histograms of the ranks for experiment trackers, beside the numbers that a trainer sends to them.
+
+They go to whatever Trainer's ``report_to`` names: TensorBoard, Weights & Biases, MLflow, trackio. A tracker's own
+callback holds the library and the run, so there is nothing to set up; pictures need matplotlib, histograms nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from rankwise.integrations.common import adapted_model
+from rankwise.run.summary import RankSummary
+
+_PICTURES = 20  # in a run: a picture of a large model takes a second to draw
+_NAME = "ranks"
+
+
+class RankPictures:
+    """Sends the ranks of a trainer's model to its trackers, when they have changed, some 20 times in a run.
+
+    Args:
+        trainer: a Transformers Trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._sent: list[int] = []
+        self._step = -1
+        self._broken = False
+
+    def after_log(self, logs: dict[str, Any]) -> None:
+        """Send the ranks, if it is time to.
+
+        Args:
+            logs: what has just been logged; its last entry of a run has ``train_runtime``.
+        """
+        state = self._trainer.state
+        last = "train_runtime" in logs
+        adapted = adapted_model(self._trainer.model)
+        if (
+            adapted is None
+            or adapted.allocation_state is None
+            or self._broken
+            or not (last or "loss" in logs)
+        ):
+            return
+        every = max(1, state.max_steps // _PICTURES)
+        senders = _senders(self._trainer.callback_handler.callbacks)
+        if not senders or not (last or self._step < 0 or state.global_step - self._step >= every):
+            return
+        summary = adapted.rank_summary()  # in every process, as it may gather what they hold
+        ranks = [layer.rank for layer in summary.layers]
+        if not state.is_world_process_zero or ranks == self._sent:
+            return
+        self._sent, self._step = ranks, state.global_step
+        try:
+            picture = _picture(summary, state.global_step)
+            for send in senders:
+                send(ranks, picture, state.global_step)
+        except Exception as error:  # whatever a tracker raises: a run must not end for a picture
+            self._broken = True
+            warnings.warn(f"The trackers get no more pictures of the ranks: {error!r}", stacklevel=4)
+
+
+Sender = Callable[[list[int], Any, int], None]
+
+
+def _senders(callbacks: Iterable[Any]) -> list[Sender]:
+    """What sends ranks and a picture of a step, one for each tracker among a trainer's callbacks."""
+    found = []
+    for callback in callbacks:
+        for kind in type(callback).__mro__:
+            make = _TRACKERS.get(kind.__name__)
+            if make is not None:
+                found.append(make(callback))
+                break
+    return found
+
+
+def _picture(summary: RankSummary, step: int) -> Any:
+    """The heat map as a picture of Pillow's, which matplotlib brings along; None where that is not installed."""
+    try:
+        from PIL import Image
+
+        # The one import that points outward, as pictures are wanted only when a tracker asks for them.
+        from rankwise.report.plots import heatmap_figure
+
+        figure = heatmap_figure(summary, f"Rank of each layer after step {step:,}")
+    except ImportError:
+        return None
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return Image.open(file).convert("RGB")
+
+
+def _to_tensorboard(callback: Any) -> Sender:
+    def send(ranks: list[int], picture: Any, step: int) -> None:
+        writer = callback.tb_writer
+        if writer is None:
+            return
+        writer.add_histogram(f"{_NAME}/histogram", torch.tensor(ranks), step)
+        if picture is not None:
+            width, height = picture.size
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            writer.add_image(f"{_NAME}/heatmap", pixels.view(height, width, 3), step, dataformats="HWC")
+
+    return send
+
+
+def _to_wandb(callback: Any) -> Sender:
+    def send(ranks: list[int], picture: Any, step: int) -> None:
+        wandb = callback._wandb
+        if wandb is None or wandb.run is None:
+            return
+        values = {f"{_NAME}/histogram": wandb.Histogram(ranks), "train/global_step": step}
+        if picture is not None:
+            values[f"{_NAME}/heatmap"] = wandb.Image(picture)
+        wandb.log(values)
+
+    return send
+
+
+def _to_mlflow(callback: Any) -> Sender:
+    def send(ranks: list[int], picture: Any, step: int) -> None:
+        mlflow = callback._ml_flow
+        if mlflow is None or mlflow.active_run() is None:
+            return
+        counts = {str(rank): ranks.count(rank) for rank in sorted(set(ranks))}  # it has no histograms
+        mlflow.log_dict({"step": step, "layers_by_rank": counts}, f"{_NAME}/step-{step:06}.json")
+        if picture is not None:
+            mlflow.log_image(picture, f"{_NAME}/step-{step:06}.png")
+
+    return send
+
+
+def _to_trackio(callback: Any) -> Sender:
+    def send(ranks: list[int], picture: Any, step: int) -> None:
+        trackio = callback._trackio
+        values = {f"{_NAME}/histogram": trackio.Histogram(ranks), "train/global_step": step}
+        if picture is not None:
+            values[f"{_NAME}/heatmap"] = trackio.Image(picture)
+        trackio.log(values)
+
+    return send
+
+
+# By the names of Transformers' callbacks, which hold each library and its run.
+_TRACKERS: dict[str, Callable[[Any], Sender]] = {
+    "TensorBoardCallback": _to_tensorboard,
+    "WandbCallback": _to_wandb,
+    "MLflowCallback": _to_mlflow,
+    "TrackioCallback": _to_trackio,
+}
