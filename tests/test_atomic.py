@@ -19,7 +19,10 @@ from pathlib import Path
 import pytest
 
 import rankwise.files.atomic as atomic
+import rankwise.files.stage as stage
 from rankwise.files.atomic import read_folder, recover, write_file, write_folder
+from rankwise.files.locks import only_one
+from rankwise.files.stage import HOST
 
 needs_signals = pytest.mark.skipif(
     os.name == "nt", reason="Windows has no SIGKILL and no limit on file sizes."
@@ -28,12 +31,13 @@ needs_signals = pytest.mark.skipif(
 CONFIG, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
 OWNED = (CONFIG, WEIGHTS, STATE)
 
-# The module without its package and what that imports: quick to start, and safe to fork.
+# The module without all else that its package imports: quick to start, and safe to fork.
 LOAD = """
-import errno, importlib.util, json, os, pathlib, signal, sys
-spec = importlib.util.spec_from_file_location("atomic", sys.argv[1])
-atomic = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(atomic)
+import errno, json, os, pathlib, signal, sys, types
+package = types.ModuleType("rankwise")
+package.__path__ = [str(pathlib.Path(sys.argv[1]).parents[1])]
+sys.modules["rankwise"] = package
+from rankwise.files import atomic
 """
 
 SAVER = """
@@ -333,11 +337,11 @@ def test_a_save_waits_while_another_process_replaces_files_but_not_for_ever(
 ) -> None:
     save(tmp_path, 1)
     thread = threading.Thread(target=save, args=(tmp_path, 2))
-    with atomic._only_one(tmp_path, patience=1):
+    with only_one(tmp_path, patience=1):
         thread.start()
         thread.join(0.2)
         assert read(tmp_path) == whole(1)
-        monkeypatch.setattr(atomic, "_PATIENCE", 0.05)
+        monkeypatch.setattr(stage, "PATIENCE", 0.05)
         with pytest.raises(
             TimeoutError, match="another process is replacing its files. The previous version"
         ):
@@ -506,7 +510,7 @@ def test_a_folder_from_elsewhere_can_not_make_recovery_touch_other_files(tmp_pat
         path.mkdir()
     (secret / CONFIG).write_text("secret")
     for number in range(4):
-        stage = folder / f".rankwise-{atomic._HOST}-0000000{number}"
+        stage = folder / f".rankwise-{HOST}-0000000{number}"
         (stage / "old" / "out").mkdir(parents=True)
         (stage / "old" / CONFIG).write_text("")
         (stage / "old" / "out" / "keys").write_text("")

@@ -26,8 +26,9 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import methods
     import registry
     import results
-    import run
     import sentences
+
+    import run
 
     yield SimpleNamespace(methods=methods, registry=registry, results=results, run=run, sentences=sentences)
     for name in MODULES:

@@ -120,10 +120,12 @@ def check_adapter_name(model: nn.Module, adapter: str) -> None:
 
 
 def refuse_overlap(model: nn.Module, attachment: Attachment) -> None:
-    """See that no module is adapted by one adapter and trains whole, or as a part of one, in another.
+    """Refuse an adapter if it adapts a module that trains whole in another one, or the other way round.
+
+    What lies in a module that trains whole does so, too.
 
     Raises:
-        ValueError: one is.
+        ValueError: there is such a module.
     """
     layers, saved = list(adapter_layers(model)), list(saved_modules(model))
     pairs = [(path, other) for path in attachment.layers for other in saved if _lies_in(path, other)]
@@ -174,7 +176,7 @@ def _named(path: str, prepare: Callable[[nn.Module], _Prepared], module: nn.Modu
 
 
 def follow(model: nn.Module, adapter: str, active: list[str], enabled: bool) -> None:
-    """Let what adapter ``adapter`` has added to the model act no more than the rest of it does."""
+    """Give the places where ``adapter`` is the model's present state: which adapters act, and whether any may."""
     for layer in adapter_layers(model, adapter).values():
         layer.active_adapters, layer.adapters_enabled = list(active), enabled
     for module in saved_modules(model).values():

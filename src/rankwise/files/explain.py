@@ -1,0 +1,51 @@
+"""What goes wrong in writing, in words that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rankwise.files.stage import PREFIX, HeldError
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what went wrong while writing into an OSError that says what is the matter and what to do."""
+    existed = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    try:
+        yield
+    except Exception as error:
+        number = _errno_of(error)
+        if number is None:
+            raise
+        kept = "The previous version there is whole." if existed else "Nothing was written there."
+        if isinstance(error, HeldError):
+            kept = f"Its files are held in {path}/{PREFIX}* until the next save or load moves them back."
+        raise OSError(number, _message(path, number, error, kept)) from error
+
+
+def _errno_of(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno or errno.EIO
+    # safetensors writes in Rust, and has only the text of what the system said.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found.group(1)) if found else None
+
+
+def _said_by(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
+def _message(path: Path, number: int, error: Exception, kept: str) -> str:
+    why, mend = {
+        errno.ENOSPC: ("the disk is full", "Free space on it"),
+        errno.EDQUOT: ("the disk quota is used up", "Free space within the quota"),
+        errno.EFBIG: ("a file would be larger than the limit for files", "Raise the limit (`ulimit -f`)"),
+        errno.EROFS: ("the file system is read-only", "Mount it for writing"),
+    }.get(number, (_said_by(error), "Set that right"))
+    return f"Could not save to {path}: {why}. {kept} {mend}, or save to another place, and save again."

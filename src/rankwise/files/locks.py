@@ -1,0 +1,59 @@
+"""Locks on files and folders, where the system has them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+
+def open_lock(stage: Path) -> int:
+    """Open the lock file of a stage, made if need be."""
+    return os.open(stage / "lock", os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def try_lock(file: int) -> bool | None:
+    """Lock an open file: True if that worked, False if another process has it, None if it can't be done."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+    return None
+
+
+def unlock(file: int) -> None:
+    """Unlock and close an open file."""
+    # Closing is not enough if the process was forked meanwhile.
+    if sys.platform != "win32":
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
+
+
+@contextmanager
+def only_one(folder: Path, patience: float) -> Iterator[None]:
+    """Be the only process that replaces files of ``folder``, where folders can be locked."""
+    if os.name == "nt":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        end = time.monotonic() + patience
+        while try_lock(handle) is False:
+            if time.monotonic() > end:
+                raise TimeoutError(errno.ETIMEDOUT, "another process is replacing its files")
+            time.sleep(0.005)
+        yield
+    finally:
+        unlock(handle)
