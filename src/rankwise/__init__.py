@@ -6,6 +6,8 @@ Names and file formats are those of Hugging Face PEFT; see the README.
 from __future__ import annotations
 
 from rankwise.attach.prepare import prepare_model_for_kbit_training
+from rankwise.attach.probe import LayerSpectrum, Probe, probe
+from rankwise.attach.rank_plan import RankPlan
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.model import PeftModel, get_peft_model
@@ -22,15 +24,19 @@ __all__ = [
     "AllocationState",
     "BudgetSchedule",
     "LayerRank",
+    "LayerSpectrum",
     "LoraConfig",
     "PeftModel",
     "Phase",
+    "Probe",
     "RankHistory",
+    "RankPlan",
     "RankRecord",
     "RankSummary",
     "compress_adapter",
     "compression_curve",
     "get_peft_model",
     "prepare_model_for_kbit_training",
+    "probe",
     "save_as_lora",
 ]

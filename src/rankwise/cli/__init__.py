@@ -5,6 +5,7 @@ from __future__ import annotations
 from rankwise.cli.app import app
 
 from rankwise.cli.train import train  # isort: skip
+from rankwise.cli.probe import probe  # isort: skip
 from rankwise.cli.plan import plan  # isort: skip
 from rankwise.cli.inspect import inspect  # isort: skip
 from rankwise.cli.predict import predict  # isort: skip
@@ -13,7 +14,19 @@ from rankwise.cli.compress import compress  # isort: skip
 from rankwise.cli.report import report  # isort: skip
 from rankwise.cli.watch import watch  # isort: skip
 
-__all__ = ["app", "compress", "evaluate", "inspect", "main", "plan", "predict", "report", "train", "watch"]
+__all__ = [
+    "app",
+    "compress",
+    "evaluate",
+    "inspect",
+    "main",
+    "plan",
+    "predict",
+    "probe",
+    "report",
+    "train",
+    "watch",
+]
 
 
 def main() -> None:

@@ -157,6 +157,9 @@ def _settled(recipe: BaseRecipe) -> dict[str, Any]:
         reference = plain["data"].get(key)
         if isinstance(reference, str):
             plain["data"][key] = find_place(reference, f"data.{key}", recipe.folder).reference
+    if "plan" in plain["adapter"]:
+        reference = plain["adapter"]["plan"]
+        plain["adapter"]["plan"] = find_place(reference, "adapter.plan", recipe.folder).reference
     if recipe.method == "lora":
         del plain["schedule"]
     return plain

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rankwise.attach.attachment import adapter_layers
+from rankwise.attach.rank_plan import RankPlan
 from rankwise.method.schedule import BudgetSchedule
 from rankwise.recipes.errors import refusal
 from rankwise.recipes.memory.estimate import Memory, estimate_memory
 from rankwise.recipes.models import head_modules
+from rankwise.recipes.places import find_place
 from rankwise.recipes.recipe import BaseRecipe, TrainingSection, config_class
 from rankwise.recipes.tasks import NO_DATA, TaskData, load_task
 
@@ -279,7 +281,7 @@ def attach(recipe: BaseRecipe, model: Any, total_step: int) -> tuple[Any, Any]:
     """
     import rankwise
 
-    fields = dict(recipe.adapter_fields)
+    fields = planned_fields(recipe)
     fields["task_type"] = load_task(recipe.task).TASK_TYPE
     # The head that a task puts on a model is new, so it trains, unless the recipe says what trains whole.
     fields.setdefault("modules_to_save", head_modules(model) or None)
@@ -294,3 +296,22 @@ def attach(recipe: BaseRecipe, model: Any, total_step: int) -> tuple[Any, Any]:
         return rankwise.get_peft_model(model, config), config
     except ValueError as error:  # a TypeError would be a fault of ours
         raise refusal("adapter", str(error), str(recipe.source)) from error
+
+
+def planned_fields(recipe: BaseRecipe) -> dict[str, Any]:
+    """The fields of the adapter section, with those that its ``plan`` gives: the layers are then the plan's.
+
+    Raises:
+        RecipeError: there is no such plan, or it can't be used.
+    """
+    fields = dict(recipe.adapter_fields)
+    name = fields.pop("plan", None)
+    if name is None:
+        return fields
+    place = find_place(name, "adapter.plan", recipe.folder)
+    fields.pop("target_modules", None)  # those that were probed
+    try:
+        plan = RankPlan.load(place.path or name)
+        return plan.adalora_fields(fields) if recipe.method == "adalora" else plan.lora_fields(fields)
+    except (TypeError, ValueError, OSError) as error:
+        raise refusal("adapter.plan", str(error), str(recipe.source)) from error

@@ -120,7 +120,8 @@ def adapter_problems(adapter: Any) -> Iterator[Problem]:
         return
     fields = {key: value for key, value in adapter.items() if key != "method"}
     valid = adapter_keys(method)
-    unknown = [key for key in fields if key not in valid]
+    unknown = [key for key in fields if key not in (*valid, "plan")]
+    yield from _plan_problems(fields)
     for key in unknown:
         if key in ScheduleSection.model_fields:
             yield Problem(f"adapter.{key}", f"belongs into the section `schedule`: schedule.{key}.")
@@ -134,12 +135,26 @@ def adapter_problems(adapter: Any) -> Iterator[Problem]:
             yield Problem(f"adapter.{key}", "is set by the task. Take the line out.")
         else:
             yield Problem(f"adapter.{key}", f"unknown key. {_key_hint(str(key), valid)}")
+    if fields.get("plan") and "init_r" in fields:
+        fields.setdefault("target_r", 1)  # the plan's, which is not read yet
     try:
         config_class(method)(**{key: value for key, value in fields.items() if key in valid})
     except (TypeError, ValueError) as error:
         named = re.search(r"`(\w+)`", str(error))
         key = f"adapter.{named[1]}" if named and named[1] in fields else "adapter"
         yield Problem(key, str(error))
+
+
+def _plan_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+    """A plan of ranks is a file, and no key beside it says what it says."""
+    plan = fields.get("plan")
+    if plan is None:
+        return
+    if not isinstance(plan, str):
+        yield Problem("adapter.plan", f"must be a file of `rankwise probe`, but is {plan!r}.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if fields.get(key):
+            yield Problem(f"adapter.{key}", "is given by `plan`. Take one of the two out.")
 
 
 def schedule_problems(recipe: BaseRecipe, data: Mapping[str, Any]) -> Iterator[Problem]:

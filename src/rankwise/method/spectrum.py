@@ -1,0 +1,127 @@
+"""The largest singular values of a gradient that is never held: a sketch of it, in the memory of its adapter.
+
+For a layer y = W x the gradient of a batch is G = sum over tokens of (dL/dy) x', a matrix of W's size. Its first
+directions are found by going over the same batches twice (Halko, Martinsson and Tropp, 2011). The first time
+Y = G Omega is summed up, with Omega random and only k columns wide, and Q is an orthonormal basis of Y. The second time
+it is Q' G, whose singular values are those of G as far as Q holds them. Both are sums over tokens, so that no matrix of
+W's size is formed. Where W is so small that G takes no more room, G itself is summed up, and all is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+OVERSAMPLING = 8  # columns of the sketch beyond the directions that are asked for
+
+
+class GradientSketch:
+    """Sums up x and dL/dy of a layer, batch by batch, in two passes over the same batches.
+
+    Args:
+        d_out: rows of the weight.
+        d_in: columns of the weight.
+        directions: how many singular values are wanted, at least 1.
+        generator: of the random matrix; its device is where the sketch lives.
+        dtype: float32 or float64.
+
+    Attributes:
+        exact: whether the gradient itself is summed up.
+        passes: over the batches: one, or two.
+        finished: whether all passes were made.
+
+    Example:
+        >>> x, dy = torch.randn(50, 30), torch.randn(50, 20)
+        >>> sketch = GradientSketch(20, 30, directions=20, generator=torch.Generator())
+        >>> for _ in range(sketch.passes):
+        ...     sketch.add(x, dy)
+        ...     sketch.end_pass()
+        >>> exact = torch.linalg.svdvals(dy.T @ x)
+        >>> bool(torch.allclose(sketch.singular_values(), exact, rtol=1e-4))
+        True
+    """
+
+    def __init__(
+        self,
+        d_out: int,
+        d_in: int,
+        directions: int,
+        generator: torch.Generator,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        size = min(directions + OVERSAMPLING, d_out, d_in)
+        self.exact = d_out * d_in <= size * (d_out + d_in)
+        self.passes = 1 if self.exact else 2
+        self.directions = min(directions, d_out, d_in)
+        options = {"dtype": dtype, "device": generator.device}
+        self._wide: Tensor | None = None  # Omega (d_in, k), then Q (d_out, k)
+        if not self.exact:
+            self._wide = torch.randn(d_in, size, generator=generator, **options)  # type: ignore[call-overload]
+        self._sum = torch.zeros(d_out, d_in if self.exact else size, **options)  # type: ignore[call-overload]
+        self._in_second, self._square = False, 0.0
+        self.finished = False
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds: at most (directions + 8) (d_out + d_in)."""
+        return int(self._sum.numel()) + (0 if self._wide is None else int(self._wide.numel()))
+
+    def add(self, x: Tensor, dy: Tensor) -> None:
+        """Add tokens: x (..., d_in) and dL/dy (..., d_out), of any dtype."""
+        dtype = self._sum.dtype
+        x, dy = x.reshape(-1, x.shape[-1]).to(dtype), dy.reshape(-1, dy.shape[-1]).to(dtype)
+        if self._wide is None:
+            self._sum.addmm_(dy.T, x)
+        elif self._in_second:
+            self._sum.addmm_((dy @ self._wide).T, x)
+        else:
+            self._sum.addmm_(dy.T, x @ self._wide)
+
+    def end_pass(self) -> None:
+        """All batches were added once."""
+        if self._wide is None or self._in_second:
+            self.finished = True
+            return
+        # Of G times a normal vector the squared length is that of G, on average.
+        self._square = float(self._sum.square().sum()) / self._sum.shape[1]
+        d_in = len(self._wide)
+        self._wide = torch.linalg.qr(self._sum).Q
+        self._sum = self._sum.new_zeros(self._wide.shape[1], d_in)
+        self._in_second = True
+
+    def sum_of_squares(self) -> float:
+        """Of the numbers that were summed up: 0 if no gradient came, and not finite if one was not."""
+        return float(self._sum.square().sum())
+
+    def singular_values(self) -> Tensor:
+        """The largest singular values of the sum, falling: exact ones, or a little too small."""
+        values: Tensor = torch.linalg.svdvals(self._sum)
+        return values[: self.directions]
+
+    def square(self) -> float:
+        """The sum of all squared singular values: exact, or an unbiased estimate, at least what was found."""
+        found = self.sum_of_squares()
+        return found if self.exact else max(found, self._square)
+
+
+def effective_rank(singular_values: Sequence[float]) -> float:
+    """How many directions a matrix acts in: exp of the entropy of its singular values (Roy and Vetterli, 2007).
+
+    Args:
+        singular_values: at least 0, in any order.
+
+    Returns:
+        From 1, if one direction holds all, to their number, if all are equal; 0 if all are 0.
+
+    Example:
+        >>> effective_rank([3.0, 0.0]), round(effective_rank([2.0, 2.0, 2.0]), 6), effective_rank([0.0])
+        (1.0, 3.0, 0.0)
+    """
+    values = torch.tensor(singular_values, dtype=torch.float64)
+    total = float(values.sum())
+    if total <= 0:
+        return 0.0
+    shares = values / total
+    return float(torch.special.entr(shares).sum().exp())
