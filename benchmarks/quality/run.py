@@ -33,7 +33,7 @@ from tasks import Sources
 def train(run: Run, sources: Sources) -> dict[str, Any]:
     """Train, and measure."""
     import torch
-    from methods import METHODS, after_step, penalty, trained_parameters
+    from methods import METHODS, trained_parameters
     from registry import make_task
     from tasks import evaluated
 
@@ -44,27 +44,35 @@ def train(run: Run, sources: Sources) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = METHODS[run.method](model, task, run.rank, task.batches(run.seed))
-    model.eval()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=0.0)
-    warmup = max(1, task.steps // 20)
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (task.steps - step) / (task.steps - warmup))
-    )
     started = time.perf_counter()
-    for step, batch in enumerate(task.batches(run.seed), 1):
-        (task.loss(model, batch) + penalty(model)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        decay.step()
-        after_step(model, step)
-        optimizer.zero_grad()
+    fit(model, task, run.rate, run.seed)
     seconds = time.perf_counter() - started
     return {
         "parameters": trained_parameters(model),
         "seconds": round(seconds, 1),
         **{name: round(value, 6) for name, value in evaluated(task, model).items()},
     }
+
+
+def fit(model: Any, task: Any, rate: float, seed: int) -> None:
+    """Train an adapted model on a task's batches: the same batches, schedule and clipping for every method."""
+    import torch
+    from methods import after_step, penalty
+
+    model.eval()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    warmup = max(1, task.steps // 20)
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (task.steps - step) / (task.steps - warmup))
+    )
+    for step, batch in enumerate(task.batches(seed), 1):
+        (task.loss(model, batch) + penalty(model)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay.step()
+        after_step(model, step)
+        optimizer.zero_grad()
 
 
 def wanted(asked: argparse.Namespace, found: Results) -> Iterator[Run]:
