@@ -170,6 +170,20 @@ class AdapterLayer(InPlace, nn.Module):
             return False
         return name not in self.kept or self.kept[name].numel() > 0
 
+    def block_ranks(self, name: str) -> list[int]:
+        """Triplets of adapter ``name`` that act in each of the layer's `blocks`."""
+        kept = self.kept_of_stack(name)
+        acts = torch.ones(len(self.lora_A[name]), dtype=torch.bool) if kept is None else kept
+        return [int(part.sum()) for part in acts.tensor_split(self.blocks(self))]
+
+    def kept_of_stack(self, name: str) -> Tensor | None:
+        """Which triplets act, (r,), bool, on the CPU, of a layer of several blocks that has lost some; else None."""
+        if self.blocks(self) == 1 or name not in self.kept:
+            return None
+        mask = torch.zeros(len(self.lora_A[name]), dtype=torch.bool)
+        mask[self.kept[name].cpu()] = True
+        return mask
+
     def delta_weight(self, name: str) -> Tensor:
         """``scaling * B diag(E) A`` in the shape of the base weight, in the factors' dtype."""
         A, B = self.factors(name)

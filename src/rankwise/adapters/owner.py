@@ -67,6 +67,8 @@ def add_slot(owner: nn.Module, name: str, slot: nn.Module) -> None:
         add_methods(owner, ParameterOwner)
     slots: Any = owner._modules[SLOTS]
     slots[name] = slot
+    for each in [each for each in owner._parameters if each in slots]:  # in the order of the parameters
+        slots[each] = slots.pop(each)
 
 
 def remove_slot(owner: nn.Module, name: str) -> None:

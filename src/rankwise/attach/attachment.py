@@ -27,12 +27,16 @@ _RANK_THAT_NEVER_HURTS = 1024  # useless in a layer with smaller widths, but no 
 
 @dataclass
 class Factors:
-    """One layer's share of an adapter: A (r, d_in), B (d_out, r), for AdaLoRA E (r, 1), and its scale."""
+    """One layer's share of an adapter: A (r, d_in), B (d_out, r), for AdaLoRA E (r, 1), and its scale.
+
+    Of the triplets of a stack of matrices, which has as many for each, only those ``kept``, (r,), bool, may count.
+    """
 
     A: Tensor
     B: Tensor
     E: Tensor | None
     scaling: float
+    kept: Tensor | None = None
 
 
 @dataclass
@@ -97,8 +101,6 @@ def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attac
         ValueError: the name is unusable, nothing or something that can't be adapted matches, a rank is unfit.
     """
     check_adapter_name(model, adapter)
-    if config.target_parameters and isinstance(config, AdaLoraConfig):
-        raise ValueError("`target_parameters` goes with LoraConfig only.")
     targets = find_targets(model, config)
     heads = modules_to_save_paths(model, config)
     layers = {path: _start(layer, config, path) for path, layer in targets.items()}
@@ -155,6 +157,8 @@ def apply_attachment(model: nn.Module, attachment: Attachment) -> None:
     for path, factors in attachment.layers.items():
         layer = _named(path, prepare_layer, layer_at(model, path))
         layer.add_adapter(name, factors.A, factors.B, factors.E, factors.scaling, config.lora_dropout)
+        if factors.kept is not None:
+            layer.kept[name] = factors.kept.nonzero().flatten().to(factors.A.device)
     for path, tensors in attachment.saved_modules.items():
         module = _named(path, prepare_saved_module, model.get_submodule(path))
         module.add_copy(name)

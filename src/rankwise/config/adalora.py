@@ -35,7 +35,7 @@ class AdaLoraConfig(LoraConfig):
         use_rslora: scale by ``lora_alpha / sqrt(target_r)`` instead; only with "gated".
         init_lora_weights: "gated", or the method of the paper; see below.
         rank_pattern: the result of a run: for each ``"<module path>.lora_E"`` a list of ``init_r`` booleans,
-            True for the ranks that stay.
+            True for the ranks that stay. A stack of matrices has as many for each, one matrix after the other.
         r: no field of AdaLoRA, taken with a warning for compatibility.
 
     Two forms of the method share this class. ``init_lora_weights="gated"``, the default, starts and learns as LoRA
@@ -143,7 +143,9 @@ class AdaLoraConfig(LoraConfig):
                 f"`target_r`={self.target_r} is greater than `init_r`={self.init_r}, but ranks only fall: "
                 f"set init_r to at least {self.target_r} (1.5 times target_r is usual)."
             )
-        values["rank_pattern"] = check_kept_ranks(self.rank_pattern, self.init_r)
+        values["rank_pattern"] = check_kept_ranks(
+            self.rank_pattern, self.init_r, bool(self.target_parameters)
+        )
         if not isinstance(self.r, Default):
             r = check_whole("r", self.r, least=1)
             values["r"] = Default(PEFT_DEFAULT_R)

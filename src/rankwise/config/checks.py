@@ -137,8 +137,11 @@ def check_pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
     return {key: check(f"{name}[{key!r}]", each) for key, each in value.items()}
 
 
-def check_kept_ranks(value: Any, init_r: int) -> dict[str, list[bool]] | None:
-    """AdaLoRA's rank_pattern; a trailing adapter name, which older files have, is taken off its keys."""
+def check_kept_ranks(value: Any, init_r: int, stacks: bool = False) -> dict[str, list[bool]] | None:
+    """AdaLoRA's rank_pattern; a trailing adapter name, which older files have, is taken off its keys.
+
+    With ``stacks`` a mask may have ``init_r`` booleans for each of several matrices.
+    """
     if value is None:
         return None
     if not isinstance(value, Mapping):
@@ -152,7 +155,7 @@ def check_kept_ranks(value: Any, init_r: int) -> dict[str, list[bool]] | None:
             raise TypeError(f"`rank_pattern[{key!r}]` must be a list of booleans, but is {short(mask)}.")
         if not all(isinstance(each, bool) for each in mask):
             raise TypeError(f"`rank_pattern[{key!r}]` must be a list of booleans, but is {short(mask)}.")
-        if len(mask) != init_r:
+        if len(mask) != init_r and not (stacks and mask and len(mask) % init_r == 0):
             raise ValueError(f"`rank_pattern[{key!r}]` must have init_r={init_r} booleans, not {len(mask)}.")
         if match[1] in kept:
             raise ValueError(f"`rank_pattern` has {match[1]!r} twice, once with an adapter's name.")

@@ -21,6 +21,8 @@ class TripletLayout:
         ranks: r of every layer, the number of its triplets.
         widths_in: columns of every A (r, width_in).
         widths_out: rows of every B (width_out, r).
+        blocks: how many matrices, each with a rank of its own, every layer holds: its triplets lie block by block,
+            as many in each. None: one each.
 
     The flat *element* vector holds all A, then all E, then all B, in layer order; the flat *triplet* vector holds
     each layer's triplets in layer order.
@@ -34,6 +36,7 @@ class TripletLayout:
     ranks: tuple[int, ...]
     widths_in: tuple[int, ...]
     widths_out: tuple[int, ...]
+    blocks: tuple[int, ...] | None = None
     _blocks: dict[tuple[str, int, int], tuple[list[int], list[int]]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
@@ -63,13 +66,23 @@ class TripletLayout:
         widths = zip(self.ranks, self.widths_in, self.widths_out, strict=True)
         return sum(rank * (width_in + 1 + width_out) for rank, width_in, width_out in widths)
 
+    @functools.cached_property
+    def block_ranks(self) -> tuple[int, ...]:
+        """Triplets of every block, layer by layer.
+
+        Example:
+            >>> TripletLayout(ranks=(2, 6), widths_in=(3, 3), widths_out=(4, 4), blocks=(1, 3)).block_ranks
+            (2, 2, 2, 2)
+        """
+        counts = self.blocks or (1,) * len(self.ranks)
+        return tuple(rank // n for rank, n in zip(self.ranks, counts, strict=True) for _ in range(n))
+
     def round_robin(self) -> list[int]:
-        """All triplets, every layer's first one first, then every layer's second one, and so on."""
-        keyed = [
-            (index, layer, index + sum(self.ranks[:layer]))
-            for layer, rank in enumerate(self.ranks)
-            for index in range(rank)
-        ]
+        """All triplets, every block's first one first, then every block's second one, and so on."""
+        keyed, start = [], 0
+        for block, rank in enumerate(self.block_ranks):
+            keyed += [(index, block, start + index) for index in range(rank)]
+            start += rank
         return [triplet for _, _, triplet in sorted(keyed)]
 
     @functools.cached_property

@@ -51,6 +51,27 @@ def orthogonality_gradients(
     return gradients
 
 
+def in_blocks(matrices: Sequence[Tensor], blocks: Sequence[int], columns: bool) -> list[Tensor]:
+    """The blocks of each matrix: of so many rows, or columns, in equal parts.
+
+    Example:
+        >>> [each.shape for each in in_blocks([torch.ones(6, 4), torch.ones(2, 4)], [3, 1], columns=False)]
+        [torch.Size([2, 4]), torch.Size([2, 4]), torch.Size([2, 4]), torch.Size([2, 4])]
+    """
+    pairs = zip(matrices, blocks, strict=True)
+    return [part for matrix, count in pairs for part in matrix.tensor_split(count, 1 if columns else 0)]
+
+
+def out_of_blocks(parts: Sequence[Tensor], blocks: Sequence[int], columns: bool) -> list[Tensor]:
+    """Undo `in_blocks`."""
+    found, start = [], 0
+    for count in blocks:
+        own = parts[start : start + count]
+        found.append(own[0] if count == 1 else torch.cat(list(own), 1 if columns else 0))
+        start += count
+    return found
+
+
 def _error_and_norm(stack: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
     """M M^T - I (or M^T M - I) of every matrix in (n, …, …), as (n, r, r), and its Frobenius norm, (n,)."""
     error = stack.mT @ stack if columns else stack @ stack.mT

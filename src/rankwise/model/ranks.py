@@ -10,6 +10,7 @@ from rankwise.model.held import HoldsAdapters
 from rankwise.run.history import RankHistory
 from rankwise.run.state import AllocationState
 from rankwise.run.summary import LayerRank, RankSummary
+from rankwise.run.triplets import block_names
 
 
 class AllocatesRanks(HoldsAdapters):
@@ -68,15 +69,17 @@ class AllocatesRanks(HoldsAdapters):
         layers = adapter_layers(self, name)
         config = self.peft_config[name]
         allocated = controller.allocated_ranks() if controller else {}
-        scores = controller.layer_importance() if controller else [float("nan")] * len(layers)
+        scores = iter(controller.layer_importance() if controller else ())
         rows = []
-        for (path, layer), score in zip(layers.items(), scores, strict=True):
-            factors = layer.adapter_parameters(name)
-            held = factors["lora_A"].shape[0]
-            rank = allocated.get(path, held)
+        for path, layer in layers.items():
+            factors, blocks = layer.adapter_parameters(name), layer.blocks(layer)
+            held = factors["lora_A"].shape[0] // blocks
+            size = sum(p.numel() for p in factors.values()) // blocks
             start = config.init_r if isinstance(config, AdaLoraConfig) else held
-            size = sum(p.numel() for p in factors.values())
-            rows.append(LayerRank(path, rank, start, score, size * rank // held if held else 0))
+            for block, own in zip(block_names(path, blocks), layer.block_ranks(name), strict=True):
+                rank = allocated.get(block, own)
+                parameters = size * rank // held if held else 0
+                rows.append(LayerRank(block, rank, start, next(scores, float("nan")), parameters))
         return RankSummary(rows, budget=sum(row.init_r for row in rows))
 
     def orthogonal_penalty(self) -> Tensor:

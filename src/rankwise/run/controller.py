@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from rankwise.adapters import AdapterLayer
 from rankwise.config import AdaLoraConfig
 from rankwise.method.allocation import allocate
-from rankwise.method.penalty import orthogonality_penalty
+from rankwise.method.penalty import in_blocks, orthogonality_penalty
 from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.parallel.sharded import gather
 from rankwise.run.history import RankHistory
@@ -52,16 +52,21 @@ class Controller:
         self.step = 0
         self.fixed = False  # the choice of ranks is final
         self.automatic = True  # steps are counted here, and not by calls of update_and_allocate
-        self.history = RankHistory(list(layers))
-        self.history.record(0, self.initial, list(self.triplets.layout.ranks))
+        self.history = RankHistory(self.triplets.names)
+        self.history.record(0, self.initial, list(self.triplets.layout.block_ranks))
         self._tell = Told()
         self._tell_of_unused_penalty()
-        self._penalty = AddedPenalty(len(layers))
+        self._penalty = AddedPenalty(self.triplets.layout.blocks or (1,) * len(layers))
         self._optimizers = Optimizers(self.triplets, self._tell)
         self._heard = False  # an optimizer's steps are heard of, so that scores need no call by hand
         importance = config.form.importance(self.triplets.layout)
         self._scoring = Scoring(self.triplets, importance, (config.beta1, config.beta2), self._tell)
         self.triplets.register_buffers(importance.entries if self.prunes else 0)
+        if any(
+            adapter in layer.kept for layer in layers.values()
+        ):  # the choice was made before it was loaded
+            self.triplets.mask.copy_(self.triplets.acting())
+            self._fix()
         listen(self)
 
     def detach(self) -> None:
@@ -85,8 +90,8 @@ class Controller:
 
     @property
     def target(self) -> int:
-        """Triplets in the end: ``target_r`` per layer, or all if the adapter has no more than that."""
-        return min(self.config.target_r * len(self.triplets.layers), self.initial)
+        """Triplets in the end: ``target_r`` per block, or all if the adapter has no more than that."""
+        return min(self.config.target_r * len(self.triplets.layout.block_ranks), self.initial)
 
     @property
     def prunes(self) -> bool:
@@ -266,16 +271,21 @@ class Controller:
     def _allocate(self, budget: int) -> None:
         """Keep what ``budget``, in triplets of average size, is enough for."""
         triplets, layout, form = self.triplets, self.triplets.layout, self.config.form
-        mask, scores = triplets.mask, self._scoring.per_triplet()
+        mask, scores, final = triplets.mask, self._scoring.per_triplet(), budget == self.target
         costs = layout.costs_on(mask.device) if form.counts_parameters else None
         if not form.grows_back:
             scores = scores.nan_to_num(nan=0.0).masked_fill(~mask, -torch.inf)
+        unreached = triplets.unreached()
+        if unreached is not None:
+            scores = scores.masked_fill(unreached, -torch.inf)
         allowance = budget if costs is None else budget * sum(layout.costs) // self.initial
         frozen = self._scoring.frozen()
         if any(frozen):
             budget, allowance, scores = self._leave_out(frozen, budget, scores, costs)
         tie_order = triplets.index("tie_order", layout.round_robin, mask.device)
         chosen = allocate(scores, allowance, tie_order, costs)
+        if final and unreached is not None:  # and what is left over is no use to them
+            chosen &= ~unreached
         mask.copy_(chosen if form.grows_back else mask & chosen)
         triplets.close(mask, self._optimizers.zero_parts())
         self.history.record(self.step, budget, triplets.ranks())
@@ -290,10 +300,11 @@ class Controller:
         """
         frozen_triplets = self.triplets.spread(frozen, scores.device)
         held = self.triplets.mask & frozen_triplets
-        ranks = self.triplets.layout.ranks
-        layers = [rank for rank, is_frozen in zip(ranks, frozen, strict=True) if not is_frozen]
-        initial = sum(layers)
-        target = min(self.config.target_r * len(layers), initial)
+        layout = self.triplets.layout
+        counts = layout.blocks or (1,) * len(layout.ranks)
+        initial = sum(rank for rank, is_frozen in zip(layout.ranks, frozen, strict=True) if not is_frozen)
+        blocks = sum(count for count, is_frozen in zip(counts, frozen, strict=True) if not is_frozen)
+        target = min(self.config.target_r * blocks, initial)
         share = target if budget == self.target else self._budget_of(initial, target)
         finite = torch.finfo(scores.dtype)
         scores = scores.nan_to_num(nan=finite.min, posinf=finite.max)
@@ -330,21 +341,24 @@ class Controller:
     # What others ask.
 
     def allocated_ranks(self) -> dict[str, int]:
-        """Module path -> rank by the last allocation."""
-        return dict(zip(self.triplets.layers, self.triplets.ranks().tolist(), strict=True))
+        """Name of each block (mostly the module's path) -> rank by the last allocation."""
+        return dict(zip(self.triplets.names, self.triplets.ranks().tolist(), strict=True))
 
     def kept_triplets(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Module path -> (r,) bool on the CPU: the triplets that a saved adapter holds; see `Triplets.kept`."""
         return self.triplets.kept(self.fixed, state)
 
     def layer_importance(self) -> list[float]:
-        """Sum of the scores of each layer's kept triplets; NaN where nothing is scored."""
-        return self._scoring.per_layer() if self.prunes else [float("nan")] * len(self.triplets.layers)
+        """Sum of the scores of each block's kept triplets; NaN where nothing is scored."""
+        return self._scoring.per_block() if self.prunes else [float("nan")] * len(self.triplets.names)
 
     def penalty(self) -> Tensor:
         """The orthogonality penalty as it stands, a 0-dim float32 tensor, without its weight."""
+        blocks = self.triplets.layout.blocks or (1,) * len(self.triplets.layers)
         A, B = self.triplets.factors("lora_A"), self.triplets.factors("lora_B")
-        return orthogonality_penalty(gather(A), gather(B))
+        return orthogonality_penalty(
+            in_blocks(gather(A), blocks, columns=False), in_blocks(gather(B), blocks, columns=True)
+        )
 
     # The state that is not in the buffers.
 
@@ -371,7 +385,7 @@ class Controller:
         Raises:
             ValueError: it is damaged, or of a run with other layers, another schedule, target or scale.
         """
-        state = RunState.from_tensor(list(self.triplets.layers), packed)
+        state = RunState.from_tensor(self.triplets.names, packed)
         schedule = self.schedule
         if schedule is None and state.schedule is not None:
             schedule = self.config.with_total_step(state.schedule.total_step).resolved_schedule()

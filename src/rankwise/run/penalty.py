@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankwise.method.penalty import orthogonality_gradients
+from rankwise.method.penalty import in_blocks, orthogonality_gradients, out_of_blocks
 from rankwise.parallel.sharded import gather, local, local_like
 from rankwise.parallel.zero import ZeroParts
 
@@ -21,11 +21,11 @@ class AddedPenalty:
     """The penalty of one adapter, whose ``weight`` in the loss adds nothing if it is 0.
 
     Args:
-        layers: how many layers are adapted.
+        blocks: how many matrices, each with a rank of its own, every adapted layer holds.
     """
 
-    def __init__(self, layers: int) -> None:
-        self._layers = layers
+    def __init__(self, blocks: Sequence[int]) -> None:
+        self._blocks, self._layers = tuple(blocks), len(blocks)
         # The first gradient that it was added to, and that gradient's version after it.
         self._added_to: tuple[weakref.ref[Tensor], int] | None = None
 
@@ -41,17 +41,19 @@ class AddedPenalty:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         penalized = [
-            ([p for p in factors if p.grad is not None and id(p) in held], columns)
+            ([(p, n) for p, n in zip(factors, self._blocks, strict=True) if p.grad is not None and id(p) in held],
+             columns)
             for factors, columns in ((A, False), (B, True))
-        ]
-        first = next((p.grad for parameters, _ in penalized for p in parameters), None)
+        ]  # fmt: skip
+        first = next((p.grad for pairs, _ in penalized for p, _ in pairs), None)
         if first is None or self._holds_it(first):
             return
         version, signed = first._version, _signed(weight, optimizer)
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled
-        for parameters, columns in penalized:
-            if parameters:
-                added = orthogonality_gradients(gather(parameters), columns, signed, 2 * self._layers)
+        for pairs, columns in penalized:
+            if pairs:
+                parameters, counts = [p for p, _ in pairs], [n for _, n in pairs]
+                added = self._gradients(gather(parameters), counts, columns, signed)
                 if scale is not None:
                     torch._foreach_mul_(added, scale)
                 gradients = [parameter.grad for parameter in parameters]
@@ -82,8 +84,15 @@ class AddedPenalty:
         for columns in (False, True):
             own = [number for number in numbers if (number >= 2 * layers) == columns]
             matrices = [whole[number] for number in own]
-            added = orthogonality_gradients(matrices, columns, signed, 2 * layers)
+            added = self._gradients(matrices, [self._blocks[n % layers] for n in own], columns, signed)
             parts.add_to_gradients(pieces, dict(zip(own, added, strict=True)))
+
+    def _gradients(
+        self, matrices: Sequence[Tensor], counts: Sequence[int], columns: bool, weight: float
+    ) -> list[Tensor]:
+        parts = in_blocks(matrices, counts, columns)
+        gradients = orthogonality_gradients(parts, columns, weight, 2 * sum(self._blocks))
+        return out_of_blocks(gradients, counts, columns)
 
     def _holds_it(self, gradient: Tensor) -> bool:
         """Whether nothing has changed since the penalty was added, as in an optimizer inside another's step."""

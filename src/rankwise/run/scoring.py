@@ -44,10 +44,10 @@ class Scoring:
         triplets = self._triplets
         return self.importance.per_triplet(triplets.buffer("sensitivity"), triplets.buffer("uncertainty"))
 
-    def per_layer(self) -> list[float]:
-        """Sum of the scores of each layer's kept triplets."""
+    def per_block(self) -> list[float]:
+        """Sum of the scores of each block's kept triplets."""
         scores = self.per_triplet() * self._triplets.mask
-        return [float(part.sum()) for part in scores.cpu().split(self._triplets.layout.ranks)]
+        return [float(part.sum()) for part in scores.cpu().split(self._triplets.layout.block_ranks)]
 
     def frozen(self) -> list[bool]:
         """Which layers don't train, and so keep the triplets that they have."""

@@ -37,6 +37,7 @@ class Triplets:
             ranks=tuple(f["lora_A"].shape[0] for f in factors),
             widths_in=tuple(f["lora_A"].shape[1] for f in factors),
             widths_out=tuple(f["lora_B"].shape[0] for f in factors),
+            blocks=tuple(layer.blocks(layer) for layer in layers.values()),
         )
         self._indices: dict[Any, Tensor] = {}
 
@@ -46,6 +47,13 @@ class Triplets:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._model = weakref.ref(state["_model"])
+
+    @property
+    def names(self) -> list[str]:
+        """A name for every block: the layer's path, and the block's number in it where there are several."""
+        return [
+            name for path, layer in self.layers.items() for name in block_names(path, layer.blocks(layer))
+        ]
 
     @property
     def model(self) -> nn.Module:
@@ -129,17 +137,42 @@ class Triplets:
         for layer in self.layers.values():
             layer.kept.pop(self.adapter, None)
 
+    def acting(self) -> Tensor:
+        """Which triplets the layers use, (triplets,), bool, on the CPU."""
+        ones = [torch.ones(rank, dtype=torch.bool) for rank in self.layout.ranks]
+        found = [layer.kept_of_stack(self.adapter) for layer in self.layers.values()]
+        return torch.cat([one if kept is None else kept for one, kept in zip(ones, found, strict=True)])
+
+    def unreached(self) -> Tensor | None:
+        """Triplets, (triplets,), bool, of experts that no token has reached; None if there are no experts.
+
+        Nothing has moved in such a matrix of a stack: all of its triplets add exactly 0. Where that is so of all
+        layers, nothing is known of any.
+        """
+        blocks = self.layout.blocks or ()
+        if all(count == 1 for count in blocks):
+            return None
+        device = self.mask.device
+        E, B = gather(self.factors("lora_E")), gather(self.factors("lora_B"))
+        moved = [(e.detach().flatten() != 0) & (b.detach() != 0).any(0) for e, b in zip(E, B, strict=True)]
+        adds = torch.cat([each.to(device) for each in moved])
+        sizes = torch.tensor(self.layout.block_ranks, device=device)
+        several = [count > 1 for count in blocks for _ in range(count)]
+        idle = torch.tensor(several, device=device) & (self.ranks(adds) == 0)
+        return idle.repeat_interleave(sizes) & adds.any()
+
     # Ranks.
 
     def ranks(self, mask: Tensor | None = None) -> Tensor:
-        """Rank of every layer, (layers,), int64, by the last allocation or by ``mask``, (triplets,), bool."""
+        """Rank of every block, (blocks,), int64, by the last allocation or by ``mask``, (triplets,), bool."""
+        ranks = self.layout.block_ranks
 
-        def layers() -> list[int]:
-            return [number for number, rank in enumerate(self.layout.ranks) for _ in range(rank)]
+        def blocks() -> list[int]:
+            return [number for number, rank in enumerate(ranks) for _ in range(rank)]
 
         mask = self.mask if mask is None else mask
-        counts = torch.zeros(len(self.layers), dtype=torch.int64, device=mask.device)
-        return counts.index_add_(0, self.index("layers", layers, mask.device), mask.to(torch.int64))
+        counts = torch.zeros(len(ranks), dtype=torch.int64, device=mask.device)
+        return counts.index_add_(0, self.index("blocks", blocks, mask.device), mask.to(torch.int64))
 
     def kept(self, fixed: bool, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Module path -> (r,) bool on the CPU: the triplets that a saved adapter holds.
@@ -170,3 +203,13 @@ class Triplets:
         if (name, device) not in self._indices:
             self._indices[name, device] = torch.tensor(values(), device=device)
         return self._indices[name, device]
+
+
+def block_names(path: str, blocks: int) -> list[str]:
+    """What the blocks of the layer at ``path`` are called.
+
+    Example:
+        >>> block_names("mlp.experts.up", 2), block_names("q_proj", 1)
+        (['mlp.experts.up.0', 'mlp.experts.up.1'], ['q_proj'])
+    """
+    return [path] if blocks == 1 else [f"{path}.{number}" for number in range(blocks)]

@@ -27,7 +27,7 @@ from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
 from rankwise.config.suggest import suggestion
 from rankwise.files.tensors import check_finite
 from rankwise.storage.nesting import by_owner
-from rankwise.storage.read import AdapterFile, name_parameters
+from rankwise.storage.read import AdapterFile, kept_by_pattern, name_parameters
 
 _DOUBLES = (
     "original_module.",
@@ -173,16 +173,15 @@ def _fit(
     rank = config.init_r if adalora else pattern_value(config.rank_pattern or {}, path, config.r)  # type: ignore
     matrices = mixin.blocks(layer)
     if not adalora and matrices * rank != rows and rows % rank == 0 and matrices > 1:
-        raise ValueError(
-            f"{file.source}: {path!r} is adapted as a stack of {rows // rank} matrices, but this model's has "
-            f"{matrices} (experts): the adapter belongs to another model."
-        )
+        raise ValueError(_other_stack(file, path, rows // rank, matrices))
     if not adalora and mixin.rank_of(layer, found["A"]) != rank:
         raise ValueError(
             f"{file.source}: {path!r} has rank {mixin.rank_of(layer, found['A'])}, but {CONFIG_NAME} gives it rank "
             f"{rank} by `r` and `rank_pattern`."
         )
     shape_A, shape_B = mixin.factor_shapes(layer, rank, adalora)
+    if adalora and matrices > 1:
+        _check_stack(file, path, matrices, config)
     if adalora:  # cut to the triplets that stay
         shape_A, shape_B = (rows, shape_A[1]), (shape_B[0], rows)
     shapes = {"A": shape_A, "B": shape_B, "E": (rows, 1)}
@@ -196,6 +195,21 @@ def _fit(
         if tensor.dtype != factors[name].dtype:
             check_finite(file.source, f"{path}.lora_{name}", tensor)
     return Factors(made["A"], made["B"], made.get("E"), base_scaling(config, path, rank))
+
+
+def _check_stack(file: AdapterFile, path: str, matrices: int, config: LoraConfig) -> None:
+    init_r: int = config.init_r  # type: ignore[attr-defined]
+    listed = kept_by_pattern(config).get(path)
+    held = len(file.factors[path]["A"] if listed is None else listed) // init_r
+    if held != matrices:
+        raise ValueError(_other_stack(file, path, held, matrices))
+
+
+def _other_stack(file: AdapterFile, path: str, held: int, matrices: int) -> str:
+    return (
+        f"{file.source}: {path!r} is adapted as a stack of {held} matrices, but this model's has {matrices} (experts): "
+        "the adapter belongs to another model."
+    )
 
 
 def _shape_message(file: AdapterFile, name: str, tensor: Tensor, shape: Iterable[int]) -> str:

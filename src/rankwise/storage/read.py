@@ -23,6 +23,7 @@ from rankwise.files.tensors import (
     read_tensor_header,
 )
 from rankwise.run.history import RankHistory
+from rankwise.run.triplets import block_names
 from rankwise.storage.contents import (
     Contents,
     check_complete,
@@ -138,7 +139,9 @@ def _read(folder: Path, training_state: bool) -> AdapterFile:
     check_factors(file)
     if holds(folder, HISTORY_NAME):
         file.history = RankHistory.load(folder / HISTORY_NAME)
-        if set(file.history.layers) != set(file.factors):
+        if set(file.history.layers) != {
+            name for path in file.factors for name in names_of_blocks(file, path)
+        }:
             raise ValueError(
                 f"{folder / HISTORY_NAME} is of other layers than {source}: one is another adapter's."
             )
@@ -241,6 +244,13 @@ def _check_rank_pattern(file: AdapterFile) -> None:
                 f"{file.source}: {path!r} should have {rank} triplets by {CONFIG_NAME} "
                 f"({'`rank_pattern`' if path in pattern else '`init_r`'}), but its tensors are {shapes}."
             )
+
+
+def names_of_blocks(file: AdapterFile, path: str) -> list[str]:
+    """What the blocks of AdaLoRA's layer at ``path`` are called; see `block_names`."""
+    config: AdaLoraConfig = file.config  # type: ignore[assignment]
+    kept = kept_by_pattern(config).get(path, [])
+    return block_names(path, max(len(kept) // config.init_r, 1))
 
 
 def kept_by_pattern(config: LoraConfig) -> dict[str, list[bool]]:

@@ -26,7 +26,7 @@ from rankwise.storage.fit import fit_all, with_all_heads
 from rankwise.storage.names import (
     EXTRA_STATE,
 )
-from rankwise.storage.read import AdapterFile, check_factors, sort_tensors
+from rankwise.storage.read import AdapterFile, check_factors, names_of_blocks, sort_tensors
 
 
 def training_keys(model: nn.Module, adapter: str) -> dict[str, str]:
@@ -89,7 +89,8 @@ def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) 
     changes: dict[str, Any] = {"inference_mode": False}
     if isinstance(file.config, AdaLoraConfig):
         changes["rank_pattern"] = None
-        if _run_state(file, list(uncut.factors)).schedule is None:
+        blocks = [name for path in uncut.factors for name in names_of_blocks(file, path)]
+        if _run_state(file, blocks).schedule is None:
             changes["total_step"] = None
     uncut.config = file.config_with(**changes)
     layers, heads, rest = fit_all(model, uncut, uncut.config, all_parameters=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from rankwise.attach.attachment import (
     plain_name,
     saved_modules,
 )
-from rankwise.config import AdaLoraConfig
+from rankwise.attach.parameters import in_model_order
+from rankwise.attach.targets import parameter_targets
+from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.parallel.sharded import laid_out, local, local_like
 from rankwise.run.controller import Controller
 from rankwise.storage.fit import fit_all, with_all_heads
@@ -40,7 +43,27 @@ def plan_from_file(model: nn.Module, file: AdapterFile, adapter: str, trainable:
         changes["total_step"] = None
     config = file.config_with(**changes)
     layers, heads, rest = fit_all(model, file, config)
+    if config.target_parameters:
+        stacks = [path for path, kept in kept_by_pattern(config).items() if len(kept) > config.init_r]  # type: ignore
+        for path in stacks:
+            layers[path] = _stacked(layers[path], kept_by_pattern(config)[path], config, trainable)
+        found = map(plain_name, parameter_targets(model, replace(config, inference_mode=True)))
+        config = replace(config, target_parameters=in_model_order(config.target_parameters, found))
     return Attachment(adapter, with_all_heads(config, heads), layers, heads, rest)  # type: ignore[arg-type]
+
+
+def _stacked(factors: Factors, kept: Sequence[bool], config: LoraConfig, trainable: bool) -> Factors:
+    """A stack's factors, of which a file has the triplets that stay, with as many triplets for each matrix.
+
+    To train on, they are as many as the run began with; otherwise no more than need be.
+    """
+    rows = torch.tensor(kept).view(-1, config.init_r)  # type: ignore[attr-defined]
+    if not trainable:
+        rows = torch.arange(int(rows.sum(1).max())) < rows.sum(1, keepdim=True)
+    flat = rows.flatten()
+    made = [_spread(value, is_B, flat) for value, is_B in ((factors.A, False), (factors.B, True))]
+    E = None if factors.E is None else _spread(factors.E, False, flat)
+    return Factors(made[0].contiguous(), made[1].contiguous(), E, factors.scaling, flat)
 
 
 def prepare_values(

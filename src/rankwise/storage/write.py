@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters import ParameterSlot
+from rankwise.adapters import AdapterLayer, ParameterSlot
 from rankwise.attach.attachment import (
     adapter_layers,
     bias_names,
@@ -71,7 +71,7 @@ def write_adapter(
     kept = controller.kept_triplets(state) if controller else {}
     tensors = adapter_tensors(model, adapter, config, state, kept)
     tensors |= {PREFIX + name: _portable(state[key]) for key, name in (more or {}).items()}
-    saved_config = _config_to_save(config, controller, kept)
+    saved_config = _config_to_save(config, controller, kept, adapter_layers(model, adapter))
     if config.target_parameters:
         slots = [
             path for path, layer in adapter_layers(model, adapter).items() if isinstance(layer, ParameterSlot)
@@ -110,8 +110,9 @@ def adapter_tensors(
         for key in layer.adapter_parameters(adapter):
             factor = key.removeprefix("lora_")
             tensor = _portable(state[f"{path}.{key}.{adapter}"])
-            if path in kept:
-                tensor = tensor[:, kept[path]] if factor == "B" else tensor[kept[path]]
+            stays = kept.get(path, layer.kept_of_stack(adapter) if adalora else None)
+            if stays is not None:
+                tensor = tensor[:, stays] if factor == "B" else tensor[stays]
             name = PREFIX + layer.file_name(names.get(path, path), factor, adalora)
             tensors[name] = layer.to_file(factor, tensor, adalora).contiguous()
     for path, module in saved_modules(model).items():
@@ -137,6 +138,7 @@ def read_model_adapter(model: Any, adapter: str) -> AdapterFile:
     state = plain_state(model.state_dict())
     kept = controller.kept_triplets(state) if controller else {}
     tensors = adapter_tensors(model, adapter, config, state, kept)
+    config = _config_to_save(config, controller, kept, adapter_layers(model, adapter))
     return sort_tensors(f"The adapter {adapter!r}", config, tensors)
 
 
@@ -174,7 +176,10 @@ def gathered_state(model: nn.Module, adapter: str, bias: str, more: Iterable[str
 
 
 def _config_to_save(
-    config: LoraConfig, controller: Controller | None, kept: Mapping[str, Tensor]
+    config: LoraConfig,
+    controller: Controller | None,
+    kept: Mapping[str, Tensor],
+    layers: Mapping[str, AdapterLayer],
 ) -> LoraConfig:
     if not isinstance(config, AdaLoraConfig):
         return replace(config, inference_mode=True)
@@ -185,11 +190,20 @@ def _config_to_save(
     elif config.total_step is None:  # PEFT takes no adapter without a schedule
         changes |= {"tinit": 0, "tfinal": 0, "total_step": NO_SCHEDULE}
     if controller:
-        spare = {path: [False] * (config.init_r - len(mask)) for path, mask in kept.items()}
-        pruned = any(spare[path] or not mask.all() for path, mask in kept.items())
-        pattern = {f"{path}.lora_E": mask.tolist() + spare[path] for path, mask in kept.items()}
-        changes["rank_pattern"] = pattern if pruned else None  # PEFT warns about every pattern that it reads
+        pattern = {
+            f"{path}.lora_E": _filled_up(mask, layers[path].blocks(layers[path]), config.init_r)
+            for path, mask in kept.items()
+        }
+        pruned = not all(map(all, pattern.values()))
+        # PEFT warns about every pattern that it reads; it reads none of an adapter of parameters.
+        changes["rank_pattern"] = pattern if pruned or config.target_parameters else None
     return replace(config, **changes)
+
+
+def _filled_up(mask: Tensor, blocks: int, init_r: int) -> list[bool]:
+    """A layer's mask as a file has it: ``init_r`` booleans for each block, however many ranks are held."""
+    rows: list[list[bool]] = mask.view(blocks, -1).tolist()
+    return [each for row in rows for each in (*row, *[False] * (init_r - len(row)))]
 
 
 def _portable(value: Tensor | str) -> Tensor:
