@@ -135,6 +135,18 @@ def test_what_the_user_must_mend_leaves_with_2_and_writes_nothing(trained: Path,
     assert sorted(each.name for each in tmp_path.iterdir()) == ["page.html"]
 
 
+def test_the_spectra_drawn_are_those_of_every_layer_under_its_kind(page: str, trained: Path) -> None:
+    lines = data_of(page)["figures"]["spectra-0"]["data"]
+    spectra = update_spectra(trained)
+    assert {line["text"]: len(line["y"]) for line in lines} == {
+        path: len(values) for path, values in spectra.items() if values
+    }
+    for line in lines:
+        assert line["y"] == pytest.approx(spectra[line["text"]], rel=1e-3)
+        assert line["text"].endswith(line["name"])
+    assert sum(line["showlegend"] for line in lines) == len({line["name"] for line in lines})
+
+
 def test_names_from_files_are_text_and_never_markup(trained: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -145,25 +145,29 @@ def spectra(run: Run) -> Figure | None:
     """The singular values of every layer's update, a line each, coloured by kind; None where they aren't known."""
     paths = [layer.path for layer in run.adapter.layers if run.spectra.get(layer.path)]
     step = -(-len(paths) // _MOST_LINES) or 1
-    lines: dict[str, tuple[list[Any], list[Any], list[Any]]] = {}
+    kinds = list(dict.fromkeys(_kind(path) for path in paths))
+    names, seen = _short_names(kinds), set[str]()
+    data = []
     for path in paths[::step]:
-        values = run.spectra[path]
-        x, y, said = lines.setdefault(_kind(path), ([], [], []))
-        x += [*range(1, len(values) + 1), None]
-        y += [*(float(f"{value:.4g}") if value > 0 else None for value in values), None]
-        said += [_plain(path)] * len(values) + [None]
-    names = _short_names(lines)
-    data = [
-        {
-            **_line(names[kind], x, y, {"color": _colour(number), "width": 1, "dash": _dash(number)}),
-            "mode": "lines+markers",
-            "marker": {"size": 4},
-            "text": said,
-            "opacity": 0.75,
-            "hovertemplate": "%{text}<br>singular value %{x}: %{y}<extra></extra>",
-        }
-        for number, (kind, (x, y, said)) in enumerate(lines.items())
-    ]
+        kind = _kind(path)
+        number = kinds.index(kind)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": names[kind],
+                "legendgroup": names[kind],
+                "showlegend": kind not in seen,
+                "x0": 1,
+                "y": [float(f"{value:.4g}") if value > 0 else None for value in run.spectra[path]],
+                "line": {"color": _colour(number), "width": 1, "dash": _dash(number)},
+                "marker": {"size": 4},
+                "opacity": 0.75,
+                "text": _plain(path),
+                "hovertemplate": "%{text}<br>singular value %{x}: %{y}<extra></extra>",
+            }
+        )
+        seen.add(kind)
     figure = _chart(data, "singular value", "size", yaxis={"type": "log", "dtick": "D2", "tickformat": "~g"})
     if figure is not None:
         figure["layout"]["xaxis"] |= {"tickformat": "d", "rangemode": "tozero", "tick0": 1}

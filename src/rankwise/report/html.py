@@ -14,9 +14,10 @@ from rankwise.report import figures
 from rankwise.report.grid import RankGrid, largest_rank, short_kinds
 from rankwise.report.runs import Run, read_runs
 from rankwise.report.spectra import effective_rank
+from rankwise.run.history import RankRecord
 
 _MOST_ROWS = 1000  # of a table
-_MOST_ENTRIES = 40  # of a log in a table
+_MOST_ENTRIES = 40  # of a log or a history in a table
 
 
 def write_report(
@@ -79,7 +80,8 @@ class Page:
         self.runs = runs
         self.figures: dict[str, figures.Figure] = {}
         self.frames: list[dict[str, Any]] = []
-        self._largest = max(largest_rank(run.adapter.summary().layers) for run in runs)
+        ever = max(max(record.ranks) for run in runs for record in run.records)
+        self._largest = max(ever, *(largest_rank(run.adapter.summary().layers) for run in runs))
         for number, run in enumerate(runs):
             self._add_heatmaps(number, run)
         self._add("budget", figures.budget(runs))
@@ -148,9 +150,11 @@ class Page:
         names = dict.fromkeys(key for entry in run.log for key in entry)
         shown = [key for key in names if key in ("loss", "budget", "total_rank") or _is_metric(key)]
         entries = [entry for entry in run.log if any(key in entry for key in shown)]
-        every = -(-len(entries) // _MOST_ENTRIES) or 1
-        thin = [entry for at, entry in enumerate(entries) if at % every == 0 or at == len(entries) - 1]
-        return shown, thin
+        return shown, _thinned(entries)
+
+    def moments(self, run: Run) -> list[RankRecord]:
+        """The history, thinned for a table."""
+        return _thinned(run.records)
 
     def metrics(self) -> list[tuple[str, list[tuple[float | None, float | None]]]]:
         """For each metric its name, and of each run the value before and after."""
@@ -162,6 +166,11 @@ class Page:
         counts = [figures.kind_parameters(run) for run in self.runs]
         names = dict.fromkeys(kind for each in counts for kind in each)
         return [(name, [each.get(name) for each in counts]) for name in names]
+
+
+def _thinned(entries: list[Any]) -> list[Any]:
+    every = -(-len(entries) // _MOST_ENTRIES) or 1
+    return [entry for at, entry in enumerate(entries) if at % every == 0 or at == len(entries) - 1]
 
 
 def _is_metric(key: str) -> bool:

@@ -14,7 +14,7 @@ from rankwise.report.inspect import AdapterReport, inspect_adapter
 from rankwise.report.spectra import update_spectra
 from rankwise.run.history import RankRecord
 
-_MOST_RANKS = 120_000  # numbers of a history that a page takes: enough for 210 layers at 500 moments
+_MOST_RANKS = 60_000  # numbers of histories that a page takes: two runs of 210 layers at 140 moments each
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
         ValueError: one holds no adapter, or a broken one, or one without layers; the message says how to mend it.
     """
     paths = [Path(folder) for folder in folders]
-    return [_read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
+    most = _MOST_RANKS // max(1, len(paths))
+    return [_read_run(path, name, most) for path, name in zip(paths, short_names(paths), strict=True)]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -71,7 +72,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [f"{path.absolute().name} ({number})" for number, path in enumerate(paths, 1)]
 
 
-def _read_run(folder: Path, name: str) -> Run:
+def _read_run(folder: Path, name: str, most_ranks: int) -> Run:
     adapter = inspect_adapter(folder)
     if not adapter.layers:
         raise ValueError(f"{folder} adapts no layers: there are no ranks to report.")
@@ -86,7 +87,7 @@ def _read_run(folder: Path, name: str) -> Run:
     return Run(
         name,
         adapter,
-        _records(adapter),
+        _records(adapter, most_ranks),
         spectra,
         read_log(log),
         _numbers(results.get("before")),
@@ -96,7 +97,7 @@ def _read_run(folder: Path, name: str) -> Run:
     )
 
 
-def _records(adapter: AdapterReport) -> list[RankRecord]:
+def _records(adapter: AdapterReport, most_ranks: int) -> list[RankRecord]:
     """The history, thinned evenly to what a page can take, with its ends; or where the ranks are now."""
     now = [layer.rank for layer in adapter.layers]
     history = adapter.history
@@ -106,7 +107,7 @@ def _records(adapter: AdapterReport) -> list[RankRecord]:
     places = {path: index for index, path in enumerate(history.layers)}
     order = [places[layer.path] for layer in adapter.layers]
     records = history.records
-    most = max(2, _MOST_RANKS // len(order))
+    most = max(2, most_ranks // len(order))
     if len(records) > most:
         records = [records[round(each * (len(records) - 1) / (most - 1))] for each in range(most)]
     return [RankRecord(each.step, each.budget, [each.ranks[index] for index in order]) for each in records]
