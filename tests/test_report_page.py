@@ -220,8 +220,8 @@ def test_a_model_of_many_layers_and_a_long_run_fit(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             blocks = [
-                nn.ModuleDict({f"proj{k}": nn.Linear(4, 4, bias=False) for k in range(30)})
-                for _ in range(100)
+                nn.ModuleDict({f"proj{k}": nn.Linear(4, 4, bias=False) for k in range(25)})
+                for _ in range(40)
             ]
             self.layers = nn.ModuleList(blocks)
 
