@@ -70,10 +70,12 @@ def test_the_slider_goes_through_the_ranks_of_the_history(page: str, trained: Pa
     assert sorted(cells) == list(range(len(history.layers)))
 
 
-def test_every_number_of_the_charts_is_in_a_table(page: str, trained: Path) -> None:
+def test_what_the_charts_show_is_in_tables(page: str, trained: Path) -> None:
     results = json.loads((trained / "results.json").read_text())
     for layer in results["ranks"]["layers"]:
         assert re.search(rf"{re.escape(layer['path'])}</th><td>{layer['rank']}</td>", page)
+    for values in update_spectra(trained).values():
+        assert ", ".join(f"{value:.3g}" for value in values) in page
     for key in ("accuracy", "macro_f1"):
         assert f"{results['after'][key]:.4g}" in page
     assert "target_modules" in page  # the recipe
@@ -220,8 +222,7 @@ def test_a_model_of_many_layers_and_a_long_run_fit(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             blocks = [
-                nn.ModuleDict({f"proj{k}": nn.Linear(4, 4, bias=False) for k in range(25)})
-                for _ in range(40)
+                nn.ModuleDict({f"proj{k}": nn.Linear(4, 4, bias=False) for k in range(25)}) for _ in range(40)
             ]
             self.layers = nn.ModuleList(blocks)
 

@@ -17,6 +17,7 @@ from rankwise.report.spectra import effective_rank
 from rankwise.run.history import RankRecord
 
 _MOST_ROWS = 1000  # of a table
+_MOST_VALUES = 16  # singular values of a layer in a table
 _MOST_ENTRIES = 40  # of a log or a history in a table
 
 
@@ -141,6 +142,7 @@ class Page:
                     "layer": layer,
                     "norm": sum(value**2 for value in values) ** 0.5 if values is not None else None,
                     "effective": effective_rank(values) if values is not None else None,
+                    "singular": _listed(values or []),
                 }
             )
         return rows
@@ -166,6 +168,17 @@ class Page:
         counts = [figures.kind_parameters(run) for run in self.runs]
         names = dict.fromkeys(kind for each in counts for kind in each)
         return [(name, [each.get(name) for each in counts]) for name in names]
+
+
+def _listed(values: list[float]) -> str:
+    """The first values, for a table.
+
+    Example:
+        >>> _listed([2.0, 0.12345])
+        '2, 0.123'
+    """
+    more = ", …" if len(values) > _MOST_VALUES else ""
+    return ", ".join(f"{value:.3g}" for value in values[:_MOST_VALUES]) + more
 
 
 def _thinned(entries: list[Any]) -> list[Any]:
