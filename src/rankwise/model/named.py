@@ -60,22 +60,19 @@ class NamesAdapters(MergesAdapters):
                 "Changing the acting adapter takes the merged one out of the weights.", stacklevel=2
             )
             self.unmerge_adapter()
+        train = [name for name in names if not (inference_mode or self.peft_config[name].inference_mode)]
         for layer in adapter_layers(self).values():
             layer.active_adapters = list(names)
             for name in layer.lora_A:
-                trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
+                own = trained_factors(self.peft_config[name]) if name in train else ()
                 for key, parameter in layer.adapter_parameters(name).items():
-                    parameter.requires_grad_(trains and key in trained_factors(self.peft_config[name]))
+                    parameter.requires_grad_(key in own)
         for module in saved_modules(self).values():
-            held = [name for name in names if name in module.modules_to_save]
-            module.active_adapter = held[0] if held else None
+            module.active_adapter = next((name for name in names if name in module.modules_to_save), None)
             for name, copy in module.modules_to_save.items():
-                trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
-                copy.requires_grad_(trains)
+                copy.requires_grad_(name in train)
         for name, config in self.peft_config.items():
-            train_biases(
-                self, config, name, name in names and not inference_mode and not config.inference_mode
-            )
+            train_biases(self, config, name, name in train)
 
     def _refuse_two_copies(self, names: list[str]) -> None:
         for path, module in saved_modules(self).items():
