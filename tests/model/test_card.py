@@ -78,9 +78,9 @@ def test_an_adapter_goes_to_the_hub_and_comes_back_and_a_changed_card_stays_ther
         environment = {
             **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
             "HF_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1",
-            "PYTHONPATH": os.pathsep.join([str(Path(rw.__file__).parents[1]), str(Path(__file__).parent)]),
+            "PYTHONPATH": os.pathsep.join([str(Path(rw.__file__).parents[1]), str(Path(__file__).parents[1])]),
         }  # fmt: skip
-        script = Path(__file__).parent / "fake_hub.py"
+        script = Path(__file__).parents[1] / "fake_hub.py"
         done = subprocess.run(
             [sys.executable, str(script), str(tmp_path / "saved"), "someone/poems"],
             env=environment, capture_output=True, text=True,

@@ -379,7 +379,7 @@ def test_accelerate_launch_with_fsdp2_is_one_process(
     same_adapter(alone["folder"], tmp_path / "saved")
 
 
-# How large the difference is: `pytest -s tests/test_distributed.py -m slow -k difference` prints it.
+# How large the difference is: `pytest -s tests/parallel/test_distributed.py -m slow -k difference` prints it.
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from recipe_world import save_tiny_model, write_recipe, write_table
 from tiny import bert, llama
 
 GIB = 2**30
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "memory.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 
 
 def adapted(model: nn.Module, targets: list[str] | str, **changes: Any) -> nn.Module:
