@@ -10,11 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
-
-import rankwise as rw
-from one_run import adapted, batches, optimizer_for
-from rankwise.parallel import zero
 from test_distributed import (
     Outcome,
     alone,  # noqa: F401
@@ -24,6 +19,11 @@ from test_distributed import (
     same_after_resuming,
     same_run,
 )
+from torch import nn
+
+import rankwise as rw
+from one_run import adapted, batches, optimizer_for
+from rankwise.parallel import zero
 from tiny import llama
 
 STAGES = [1, 2, 3]

@@ -1,0 +1,43 @@
+"""The summary and the history of an adapted model's ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rankwise as rw
+from block_world import adalora, block, lora, train
+
+
+def test_summary_and_history_after_training() -> None:
+    model = rw.get_peft_model(block(), adalora(target_r=1, deltaT=2))
+    assert [(row.path, row.rank, row.init_r) for row in model.rank_summary().layers] == [
+        ("body.first", 4, 4),
+        ("body.second", 4, 4),
+    ]
+    train(model, 12)
+    summary, history = model.rank_summary(), model.rank_history
+    assert history.layers == ["body.first", "body.second"]
+    assert [record.step for record in history.records] == [0, 4, 6, 8, 9]
+    assert history.records[0].budget == 8 and list(history.records[0].ranks) == [4, 4]
+    assert all(record.budget == sum(record.ranks) for record in history.records)
+    assert list(history.records[-1].ranks) == [row.rank for row in summary.layers]
+    assert summary.total_rank == 2 and summary.budget == 8
+    sizes = {"body.first": 6 + 8 + 1, "body.second": 8 + 6 + 1}
+    assert summary.parameters == sum(row.rank * sizes[row.path] for row in summary.layers)
+    assert all(row.importance >= 0 for row in summary.layers)
+    assert "rank 2 of 8" in str(summary)
+
+
+def test_summary_of_a_loaded_adapter_and_of_plain_lora(tmp_path: Path) -> None:
+    model = rw.get_peft_model(block(), adalora(target_r=1))
+    train(model, 12)
+    model.save_pretrained(tmp_path)
+    loaded = rw.PeftModel.from_pretrained(block(), tmp_path)
+    here, there = loaded.rank_summary(), model.rank_summary()
+    assert [(row.path, row.rank, row.init_r, row.parameters) for row in here.layers] == [
+        (row.path, row.rank, row.init_r, row.parameters) for row in there.layers
+    ]
+    assert loaded.rank_history.records == model.rank_history.records
+    assert loaded.allocation_state is None
+    plain = rw.get_peft_model(block(), lora(rank_pattern={"first": 5})).rank_summary()
+    assert [(row.rank, row.init_r) for row in plain.layers] == [(5, 5), (2, 2)]
