@@ -15,7 +15,7 @@ from rankwise.run.history import RankHistory, RankRecord
 from rankwise.run.state import AllocationState
 from rankwise.run.summary import LayerRank, RankSummary
 from rankwise.storage.compress import compress_adapter, compression_curve
-from rankwise.storage.export import save_as_lora
+from rankwise.storage.export import export_adapter, save_as_lora
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "RankSummary",
     "compress_adapter",
     "compression_curve",
+    "export_adapter",
     "get_peft_model",
     "prepare_model_for_kbit_training",
     "probe",

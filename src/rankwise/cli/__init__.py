@@ -11,6 +11,7 @@ from rankwise.cli.inspect import inspect  # isort: skip
 from rankwise.cli.predict import predict  # isort: skip
 from rankwise.cli.evaluate import evaluate  # isort: skip
 from rankwise.cli.compress import compress  # isort: skip
+from rankwise.cli.export import export  # isort: skip
 from rankwise.cli.report import report  # isort: skip
 from rankwise.cli.watch import watch  # isort: skip
 
@@ -18,6 +19,7 @@ __all__ = [
     "app",
     "compress",
     "evaluate",
+    "export",
     "inspect",
     "main",
     "plan",

@@ -2,6 +2,88 @@
 
 from __future__ import annotations
 
-from rankwise.storage.export.peft_lora import save_as_lora
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
 
-__all__ = ["save_as_lora"]
+import torch
+
+from rankwise.files.atomic import refuse_existing
+from rankwise.storage.export.base import base_path, read_base_shape
+from rankwise.storage.export.exported import Exported
+from rankwise.storage.export.gguf import export_for_llama_cpp
+from rankwise.storage.export.merged import export_merged
+from rankwise.storage.export.peft_lora import save_as_lora
+from rankwise.storage.export.sglang import export_for_sglang
+from rankwise.storage.export.vllm import export_for_vllm
+from rankwise.storage.updates import acting, read_updates, write_lora
+
+if TYPE_CHECKING:
+    from rankwise.model import PeftModel
+
+__all__ = ["Exported", "Target", "export_adapter", "save_as_lora"]
+
+Target = Literal["peft-lora", "vllm", "sglang", "gguf", "merged"]
+
+
+def export_adapter(
+    output: str | os.PathLike[str],
+    adapter: PeftModel | str | os.PathLike[str],
+    to: Target,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    adapter_name: str = "default",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a LoRA or AdaLoRA adapter in the form that a server reads; exactly, up to rounding to ``dtype``.
+
+    Args:
+        output: the folder to write; for "gguf" the file.
+        adapter: an adapted model, or an adapter folder that rankwise or PEFT wrote. Of an AdaLoRA folder, only linear
+            layers and embeddings can be exported, because it doesn't say which layers are convolutions.
+        to: "peft-lora" (plain LoRA with a rank for each layer), "vllm", "sglang" (and LoRAX: one rank, with zeros),
+            "gguf" (llama.cpp and Ollama) or "merged" (a whole model in the base's dtype).
+        base: the base model's folder, or for "gguf" also its ``.gguf`` file; where the adapter says that it is if None.
+        adapter_name: which adapter of the model.
+        dtype: of the written factors, such as ``torch.bfloat16``; as they are if None. Not for "merged".
+        overwrite: replace what is at ``output``.
+
+    Returns:
+        What was written, and what the server has to be told.
+
+    Raises:
+        FileNotFoundError: there is no such adapter folder, or no base model where one is needed.
+        FileExistsError: there is something at ``output``, and ``overwrite`` is False.
+        ValueError: the server can't take this adapter; the message says why, and what to do instead.
+        OSError: it can't be written; what was there before is whole.
+
+    Example:
+        >>> import tempfile, torch, rankwise as rw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> config = rw.LoraConfig(r=5, use_rslora=True, target_modules=["0", "2"])
+        >>> model = rw.get_peft_model(model, config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     exported = rw.export_adapter(folder, model, "vllm")
+        >>> exported.notes[0].partition("--lora-modules")[0]
+        'vllm serve BASE --enable-lora --max-lora-rank 8 '
+    """
+    if to not in get_args(Target):
+        raise ValueError(f"`to` must be one of {', '.join(get_args(Target))}, but is {to!r}.")
+    path, base = Path(output), None if base is None else Path(base)
+    if not overwrite:
+        refuse_existing(path)
+    updates = read_updates(adapter, adapter_name)
+    if to == "vllm":
+        return export_for_vllm(path, updates, dtype)
+    if to == "sglang":
+        shape = None if base is None else read_base_shape(base_path(updates, base, "this export"))
+        return export_for_sglang(path, updates, dtype, shape)
+    if to == "gguf":
+        return export_for_llama_cpp(path, updates, dtype, base)
+    if to == "merged":
+        if dtype is not None:
+            raise ValueError("`dtype` does not go with 'merged', which keeps the dtypes of the base model.")
+        return export_merged(path, updates, base)
+    write_lora(path, updates, acting(updates), dtype)
+    return Exported(path, ("PEFT: PeftModel.from_pretrained(base, folder)",))

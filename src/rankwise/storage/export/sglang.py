@@ -1,0 +1,113 @@
+"""For SGLang and LoRAX, as read in their sources (SGLang's main branch of November 2026, LoRAX's of May 2026).
+
+Both scale every layer by ``lora_alpha / r`` and stack the layers of a kind, so that every tensor must have rank ``r``.
+SGLang joins q, k and v of a layer, and gate and up, and expects the others where it finds one. LoRAX drops a kind of
+projection in all layers if it is missing in one. So all layers get one rank, and layers that are missing get factors
+of zeros, which change nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.storage.export.base import BaseShape
+from rankwise.storage.export.exported import Exported, refuse_convolutions, refuse_whole_tensors
+from rankwise.storage.export.padding import padded
+from rankwise.storage.updates import Update, Updates, lora_config, named_tensors, write_lora_folder
+
+_LAYER = re.compile(r"(.+\.)(\d+)(\..+)")
+_SERVER = "SGLang"
+
+
+def export_for_sglang(
+    folder: Path, updates: Updates, dtype: torch.dtype | None = None, base: BaseShape | None = None
+) -> Exported:
+    """Write a folder that SGLang and LoRAX load.
+
+    Args:
+        folder: made if need be.
+        updates: of the adapter.
+        dtype: of the written factors; as they are if None.
+        base: the base model's shape, where known: how many layers there are, and how wide q and v.
+
+    Raises:
+        ValueError: the adapter holds what SGLang takes not, or lacks what can't be added without ``base``.
+        OSError: it can't be written; what was there before is whole.
+    """
+    refuse_whole_tensors(updates, _SERVER)
+    layers = padded(updates)
+    refuse_convolutions(updates, layers, _SERVER)
+    layers = _with_companions(_with_all_layers(layers, base), updates, base)
+    rank = next(iter(layers.values())).rank
+    config = lora_config(updates, dict.fromkeys(layers, rank))
+    config.target_modules = sorted({path.rpartition(".")[2] for path in layers})
+    tensors: dict[str, Tensor] = {}
+    for path, update in layers.items():
+        tensors |= named_tensors(path, update, dtype)
+    write_lora_folder(folder, config, tensors)
+    names = " ".join(config.target_modules)
+    return Exported(
+        folder,
+        (
+            f"python -m sglang.launch_server --model-path BASE --enable-lora --lora-paths NAME={folder} "
+            f"--max-lora-rank {rank} --lora-target-modules {names}",
+        ),
+    )
+
+
+def _with_all_layers(layers: Mapping[str, Update], base: BaseShape | None) -> dict[str, Update]:
+    """With zeros for every layer that lacks a projection that another has."""
+    numbered = {path: match for path in layers if (match := _LAYER.fullmatch(path))}
+    count = base.layers if base else 1 + max((int(match[2]) for match in numbered.values()), default=-1)
+    complete = dict(layers)
+    for path, match in numbered.items():
+        for number in range(count):
+            complete.setdefault(f"{match[1]}{number}{match[3]}", _zeros_like(layers[path]))
+    return complete
+
+
+def _with_companions(
+    layers: Mapping[str, Update], updates: Updates, base: BaseShape | None
+) -> dict[str, Update]:
+    """With zeros for the projections that SGLang joins with those that are there."""
+    complete = dict(layers)
+    for path in layers:
+        parent, _, name = path.rpartition(".")
+        for other, width in _companions(name, base).items():
+            companion = f"{parent}.{other}"
+            if companion in complete:
+                continue
+            same_width = {
+                "k_proj": "v_proj",
+                "v_proj": "k_proj",
+                "up_proj": "gate_proj",
+                "gate_proj": "up_proj",
+            }
+            twin = layers.get(f"{parent}.{same_width.get(other)}")
+            width = width or (len(twin.B) if twin else None)
+            if width is None:
+                raise ValueError(
+                    f"{updates.source} adapts {path!r} without its {other}, which {_SERVER} expects beside it. Name "
+                    "the base model's folder with `--base`, so that zeros of its size can be added; or adapt "
+                    f"{other}, too."
+                )
+            complete[companion] = _zeros_like(layers[path], width)
+    return complete
+
+
+def _companions(name: str, base: BaseShape | None) -> dict[str, Any]:
+    """What SGLang expects beside a projection: name -> rows of its weight, None where unknown."""
+    if name in ("q_proj", "k_proj", "v_proj"):
+        return {"q_proj": base and base.q_width, "v_proj": base and base.kv_width}
+    return {"gate_proj": None, "up_proj": None} if name in ("gate_proj", "up_proj") else {}
+
+
+def _zeros_like(update: Update, width: int | None = None) -> Update:
+    B = update.B if width is None else update.B.new_zeros(width, update.rank)
+    return Update(torch.zeros_like(update.A), torch.zeros_like(B), update.kind, update.kernel)

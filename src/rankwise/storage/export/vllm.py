@@ -1,0 +1,43 @@
+"""For vLLM, as read in 0.32.
+
+It scales every layer by ``lora_alpha / r``; versions since about 0.30 also follow ``rank_pattern`` and
+``alpha_pattern``, older ones drop them without a word. With alpha equal to the rank in every layer, the scale is 1
+however it is read. Factors of different ranks are padded by vLLM itself to ``--max-lora-rank``, which must be one of
+`MAX_LORA_RANKS`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rankwise.storage.export.exported import Exported, refuse_convolutions, refuse_whole_tensors
+from rankwise.storage.updates import Updates, acting, write_lora
+
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_HEADS = ("classifier", "score")
+
+
+def export_for_vllm(folder: Path, updates: Updates, dtype: torch.dtype | None = None) -> Exported:
+    """Write a folder that vLLM loads.
+
+    Raises:
+        ValueError: the adapter holds what vLLM takes not.
+        OSError: it can't be written; what was there before is whole.
+    """
+    refuse_whole_tensors(updates, "vLLM", _HEADS)
+    layers = acting(updates)
+    refuse_convolutions(updates, layers, "vLLM")
+    top = max(update.rank for update in layers.values())
+    if top > MAX_LORA_RANKS[-1]:
+        raise ValueError(
+            f"{updates.source} has rank {top} in a layer, and vLLM takes at most {MAX_LORA_RANKS[-1]}. Cut it with "
+            "`rankwise compress` first."
+        )
+    write_lora(folder, updates, layers, dtype)
+    least = next(rank for rank in MAX_LORA_RANKS if rank >= top)
+    notes = [f"vllm serve BASE --enable-lora --max-lora-rank {least} --lora-modules NAME={folder}"]
+    if updates.others:
+        notes.append("The trained head goes along, which older versions of vLLM refuse.")
+    return Exported(folder, tuple(notes))
