@@ -31,7 +31,7 @@ def adalora(folder: Path, targets: list[str], rank_0: str = "nothing", **options
     controller = model._rankwise_controller
     generator = torch.Generator().manual_seed(3)
     kept = {}
-    for number, (path, layer) in enumerate(controller.layers.items()):
+    for number, (path, layer) in enumerate(controller.triplets.layers.items()):
         for parameter in layer.adapter_parameters("default").values():
             parameter.data.normal_(std=0.3, generator=generator)
         kept[path] = torch.arange(4) < (0 if re.search(rank_0, path) else 1 + number % 4)

@@ -43,7 +43,7 @@ def _pruned(model: nn.Module, targets: list[str], rank_0: str, **options: Any) -
     controller = adapted._rankwise_controller
     generator = torch.Generator().manual_seed(3)
     kept = {}
-    for number, (path, layer) in enumerate(controller.layers.items()):
+    for number, (path, layer) in enumerate(controller.triplets.layers.items()):
         for parameter in layer.adapter_parameters("default").values():
             parameter.data.normal_(std=0.3, generator=generator)
         kept[path] = torch.arange(4) < (0 if path.endswith(rank_0) else 1 + number % 4)
