@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
@@ -18,7 +20,9 @@ from typer.testing import CliRunner
 import rankwise as rw
 from rankwise.cli import app
 from rankwise.method.truncation import kept_by, parameters_of, ranks_for_budget, ranks_for_share
+from rankwise.recipes import load_recipe, train
 from rankwise.storage.updates import read_updates
+from recipe_world import save_tiny_model, write_recipe, write_table
 
 peft = pytest.importorskip("peft")
 
@@ -270,3 +274,21 @@ def test_factors_that_do_not_fit_the_configuration_are_refused(tmp_path: Path) -
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="should have rank 4"):
         rw.compress_adapter(tmp_path / "cut", folder, rank=1)
+
+
+def test_with_data_the_metric_is_measured_before_and_after(tmp_path: Path) -> None:
+    world = save_tiny_model(tmp_path / "bert").parent
+    write_table(world / "reviews.csv")
+    write_table(world / "new.csv", 31, seed=4)
+    train(load_recipe(write_recipe(world, world / "bert")), console=Console(file=StringIO()))
+    words = ("compress", world / "out", "--keep", 0.5, "-o", tmp_path / "cut", "--data", world / "new.csv")
+    code, out, err = run(*words, "--json")
+    assert code == 0, err
+    before, after = json.loads(out)["metrics"]
+    for folder, metrics in ((world / "out", before), (tmp_path / "cut", after)):
+        code, out, _ = run("evaluate", folder, world / "new.csv", "--json")
+        assert code == 0 and json.loads(out)["metrics"] == metrics
+    assert before != after
+    assert not (tmp_path / "cut" / "results.json").exists()
+    code, out, _ = run(*words, "--overwrite")
+    assert code == 0 and "before" in out and "31 examples" in out

@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from rankwise.cli.adapters import Adapter, Overwrite, RecipeOption
 from rankwise.cli.app import app
 from rankwise.cli.failures import failures
 
 if TYPE_CHECKING:
+    from rankwise.recipes.predicting.measure import Measured
     from rankwise.storage.compress import Compression
 
 
 @app.command(epilog="Example: `rankwise compress output/reviews --rank 4 -o output/reviews-rank4`")
 def compress(
-    adapter: Annotated[
-        Path,
-        typer.Argument(metavar="ADAPTER", help="A LoRA or AdaLoRA adapter's folder.", show_default=False),
-    ],
+    adapter: Adapter,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="OUT", help="The folder to write.", show_default=False),
@@ -48,7 +47,17 @@ def compress(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what each size would lose; write nothing.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Measure before and after on this data, as `rankwise evaluate`.",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: RecipeOption = None,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, for programs.")] = False,
 ) -> None:
     """Cut an adapter to a size, with the least loss that LoRA of that size can have.
@@ -76,14 +85,40 @@ def compress(
                 f"{missing} is missing. --dry-run shows what each size would lose, and writes nothing."
             )
         compression = compress_adapter(output, adapter, **goal, overwrite=overwrite)
-        show(compression, output, as_json)
-
-
-def show(compression: Compression, output: Path, as_json: bool) -> None:
-    """Print what became of each layer, and of all."""
+        measured = None if data is None else _measure(adapter, output, data, recipe)
     if as_json:
-        print(json.dumps(compression.to_dict(), indent=2))
+        metrics = {} if measured is None else {"metrics": [each.values for each in measured]}
+        print(json.dumps(compression.to_dict() | metrics, indent=2))
         return
+    show(compression, output)
+    if measured is not None:
+        show_metrics(*measured)
+
+
+def _measure(adapter: Path, output: Path, data: str, recipe: Path | None) -> tuple[Measured, Measured]:
+    """The metrics of the adapter and of what it was cut to."""
+    from rankwise.recipes.predicting.measure import evaluate
+
+    return evaluate(adapter, data, recipe=recipe), evaluate(output, data, recipe=recipe)
+
+
+def show_metrics(before: Measured, after: Measured) -> None:
+    """Print metrics side by side."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="right" if name else "left")
+    for metric in before.metrics:
+        values = (each.values[metric.key] for each in (before, after))
+        table.add_row(metric.title, *(format(value, metric.style) for value in values))
+    console = Console()
+    console.print(f"\nOn {before.examples:,} examples of {before.file}", markup=False, highlight=False)
+    console.print(table)
+
+
+def show(compression: Compression, output: Path) -> None:
+    """Print what became of each layer, and of all."""
     from rich.table import Table
 
     from rankwise.run.summary import paths_that_fit

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from rankwise.cli.adapters import Adapter, Overwrite
 from rankwise.cli.app import app
 from rankwise.cli.failures import failures
 
@@ -33,10 +34,7 @@ class Precision(str, Enum):
 
 @app.command(epilog="Example: `rankwise export output/reviews --to vllm -o output/reviews-vllm`")
 def export(
-    adapter: Annotated[
-        Path,
-        typer.Argument(metavar="ADAPTER", help="A LoRA or AdaLoRA adapter's folder.", show_default=False),
-    ],
+    adapter: Adapter,
     to: Annotated[Target, typer.Option("--to", help="Which server is to read it.", show_default=False)],
     output: Annotated[
         Path,
@@ -61,7 +59,7 @@ def export(
         Precision | None,
         typer.Option("--dtype", help="Of the written factors; as they are if left out.", show_default=False),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter in the form that a server reads.
 

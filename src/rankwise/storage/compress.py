@@ -20,10 +20,14 @@ from torch import Tensor
 from rankwise.config.checks import check_number, check_whole
 from rankwise.files.atomic import refuse_existing
 from rankwise.method.truncation import kept_by, parameters_of, ranks_for_budget, ranks_for_share
+from rankwise.storage.names import OWNED
 from rankwise.storage.updates import Update, Updates, read_updates, write_lora
 
 if TYPE_CHECKING:
     from rankwise.model import PeftModel
+
+_OF_TRAINING = ("results.json", "trainer_state.json")
+_COMPANIONS = (".json", ".yaml", ".txt", ".jinja", ".model")
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,8 @@ def compress_adapter(
     """Cut a LoRA or AdaLoRA adapter to a size, and write it as plain LoRA with a rank for each layer.
 
     What stays of each layer is the best approximation of its rank, and the ranks are chosen over all layers together.
-    Biases and modules saved whole are written as they are. Give one of ``rank``, ``parameters`` and ``keep``.
+    Biases and modules saved whole are written as they are, and what lies beside the adapter to use it with (tokenizer,
+    labels, recipe) goes along. Give one of ``rank``, ``parameters`` and ``keep``.
 
     Args:
         save_directory: the folder to write; made if need be.
@@ -212,7 +217,8 @@ def compress_adapter(
         refuse_existing(Path(save_directory))
     spectra = Spectra(read_updates(adapter, adapter_name))
     ranks = spectra.ranks(rank, parameters, keep)
-    write_lora(Path(save_directory), spectra.updates, spectra.cut(ranks), dtype)
+    own = _companions(Path(adapter)) if isinstance(adapter, (str, os.PathLike)) else []
+    write_lora(Path(save_directory), spectra.updates, spectra.cut(ranks), dtype, own)
     return spectra.compression(ranks)
 
 
@@ -229,6 +235,15 @@ def compression_curve(
         FileNotFoundError, ValueError: as `compress_adapter`.
     """
     return Spectra(read_updates(adapter, adapter_name)).curve()
+
+
+def _companions(folder: Path) -> list[Path]:
+    """The files beside an adapter that it is used with, and not those that tell of its training."""
+    return [
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix in _COMPANIONS and path.name not in (*OWNED, *_OF_TRAINING)
+    ]
 
 
 def principal(update: Update) -> tuple[Update, Tensor]:

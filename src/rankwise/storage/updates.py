@@ -7,6 +7,7 @@ no product is formed and nothing is approximated. Written again with alpha equal
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,7 +127,11 @@ def acting(updates: Updates) -> dict[str, Update]:
 
 
 def write_lora(
-    folder: Path, updates: Updates, layers: Mapping[str, Update], dtype: torch.dtype | None = None
+    folder: Path,
+    updates: Updates,
+    layers: Mapping[str, Update],
+    dtype: torch.dtype | None = None,
+    companions: Iterable[Path] = (),
 ) -> LoraConfig:
     """Write ``layers`` as a plain LoRA adapter, with all else as in ``updates``, all or nothing.
 
@@ -135,6 +140,7 @@ def write_lora(
         updates: what ``layers`` were made from.
         layers: updates of ranks from 1; a layer of ``updates`` that is not among them is no target.
         dtype: of the written factors; as they are if None.
+        companions: files to copy into the folder.
 
     Returns:
         The configuration that was written: ``lora_alpha`` equals the rank in every layer.
@@ -153,17 +159,21 @@ def write_lora(
     nested = nested_paths(stacks)
     for path, update in stacks.items():
         tensors |= named_tensors(nested[path], update, dtype)
-    write_lora_folder(folder, config, tensors)
+    write_lora_folder(folder, config, tensors, companions)
     return config
 
 
-def write_lora_folder(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+def write_lora_folder(
+    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], companions: Iterable[Path] = ()
+) -> None:
     """Write a configuration and tensors under PEFT's names as an adapter folder, all or nothing."""
 
     def write(temporary: Path) -> None:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / WEIGHTS_NAME,
                   metadata={"format": "pt"})  # fmt: skip
         config.save_pretrained(temporary)
+        for file in companions:
+            shutil.copyfile(file, temporary / file.name)
 
     write_folder(folder, write, owned=OWNED)
 

@@ -10,6 +10,8 @@ from rankwise.storage.updates import Update, Updates
 
 MERGE_INSTEAD = "Export the merged model instead, which any server loads: `--to merged`."
 
+IN_PYTHON = "In Python: load base and adapter, `model.merge_and_unload().save_pretrained(folder)`."
+
 
 @dataclass(frozen=True)
 class Exported:

@@ -20,7 +20,7 @@ from torch import Tensor
 from rankwise.adapters.embedding import EmbeddingAdapters
 from rankwise.files.atomic import write_folder
 from rankwise.storage.export.base import base_path, read_base_config
-from rankwise.storage.export.exported import Exported
+from rankwise.storage.export.exported import IN_PYTHON, Exported
 from rankwise.storage.updates import Update, Updates
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -28,7 +28,6 @@ _INDEX = "model.safetensors.index.json"
 _NOT_COPIED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
 _CONV1D = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  # their weights are (d_in, d_out)
 _AT_ONCE = 2**20  # numbers of a weight
-_IN_PYTHON = "In Python: load base and adapter, `model.merge_and_unload().save_pretrained(folder)`."
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _read_places(folder: Path) -> dict[str, _Place]:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
-            f"{folder} holds no .safetensors files, in which merging finds its weights. {_IN_PYTHON}"
+            f"{folder} holds no .safetensors files, in which merging finds its weights. {IN_PYTHON}"
         )
     places: dict[str, _Place] = {}
     for file in files:
@@ -120,7 +119,7 @@ def _name_in(places: Mapping[str, _Place], name: str, updates: Updates, source: 
         return found[0]
     raise ValueError(
         f"{updates.source} changes {name!r}, which {source} does not hold: it is another model's, new (a head), or "
-        f"shared with another weight. {_IN_PYTHON}"
+        f"shared with another weight. {IN_PYTHON}"
     )
 
 

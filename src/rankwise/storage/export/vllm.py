@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from rankwise.storage.export.exported import Exported, refuse_convolutions, refuse_whole_tensors
+from rankwise.storage.export.exported import IN_PYTHON, Exported, refuse_convolutions, refuse_whole_tensors
 from rankwise.storage.updates import Updates, acting, write_lora
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -27,6 +27,11 @@ def export_for_vllm(folder: Path, updates: Updates, dtype: torch.dtype | None = 
         OSError: it can't be written; what was there before is whole.
     """
     refuse_whole_tensors(updates, "vLLM", _HEADS)
+    if updates.stacks:
+        path = next(iter(updates.stacks))
+        raise ValueError(
+            f"{updates.source} adapts the experts {path!r}, which is not tried with vLLM. {IN_PYTHON}"
+        )
     layers = acting(updates)
     refuse_convolutions(updates, layers, "vLLM")
     top = max(update.rank for update in layers.values())
