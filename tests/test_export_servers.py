@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import rankwise as rw
 from rankwise.cli import app
-from tiny import bert, llama, token_batches
+from tiny import bert, llama, mix_ranks, token_batches
 
 peft = pytest.importorskip("peft")
 PREFIX = "base_model.model."
@@ -27,15 +27,7 @@ def adalora(folder: Path, targets: list[str], rank_0: str = "nothing", **options
     """Write an adapter whose ranks differ, with the layers whose paths contain ``rank_0`` at 0; its logits."""
     config = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=9, lora_alpha=6, target_modules=targets)
     model = rw.get_peft_model(options.pop("model", None) or llama(**options), config)
-    model.finalize_ranks()
-    controller = model._rankwise_controller
-    generator = torch.Generator().manual_seed(3)
-    kept = {}
-    for number, (path, layer) in enumerate(controller.triplets.layers.items()):
-        for parameter in layer.adapter_parameters("default").values():
-            parameter.data.normal_(std=0.3, generator=generator)
-        kept[path] = torch.arange(4) < (0 if re.search(rank_0, path) else 1 + number % 4)
-    controller.take_over(kept)
+    mix_ranks(model, lambda number, path: 0 if re.search(rank_0, path) else 1 + number % 4)
     model.save_pretrained(folder)
     return model.eval()(**BATCH).logits.detach()
 

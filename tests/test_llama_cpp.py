@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import rankwise as rw
+from tiny import mix_ranks
 
 pytest.importorskip("xllamacpp", reason="`make test-servers` installs llama.cpp")
 gguf = pytest.importorskip("gguf")
@@ -115,14 +116,7 @@ def test_smollm2_writes_the_same_tokens_with_mixed_ranks_and_without_padding(
     assert_same(of_llama_cpp(base), plain)
     config = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules="all-linear")
     adapted = rw.get_peft_model(model, config)
-    adapted.finalize_ranks()
-    generator = torch.Generator().manual_seed(3)
-    kept = {}
-    for number, (path, layer) in enumerate(adapted._rankwise_controller.triplets.layers.items()):
-        for parameter in layer.adapter_parameters("default").values():
-            parameter.data.normal_(std=0.15, generator=generator)
-        kept[path] = torch.arange(4) < number % 5
-    adapted._rankwise_controller.take_over(kept)
+    mix_ranks(adapted, lambda number, path: number % 5, std=0.15)
     adapted.save_pretrained(tmp_path / "adapter")
     expected = of_transformers(adapted.eval())
     adapted.unload()

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import rankwise as rw
+from tiny import mix_ranks
 
 PROMPT = [3, 17, 90, 41, 7]
 TOKENS = 12
@@ -90,16 +91,10 @@ def test_vllm_writes_the_tokens_of_transformers_with_mixed_ranks_padded_and_not(
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     config = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=targets)
     adapted = rw.get_peft_model(base(), config)
-    adapted.finalize_ranks()
-    generator = torch.Generator().manual_seed(3)
-    kept = {}
-    for number, (path, layer) in enumerate(adapted._rankwise_controller.triplets.layers.items()):
-        for parameter in layer.adapter_parameters("default").values():
-            parameter.data.normal_(std=0.3, generator=generator)
-        kept[path] = torch.arange(4) < number % 5  # the first is q of layer 0, at rank 0
-    adapted._rankwise_controller.take_over(kept)
+    mix_ranks(adapted, lambda number, path: number % 5)  # the first is q of layer 0, at rank 0
     adapted.save_pretrained(tmp_path / "adalora")
 
+    generator = torch.Generator().manual_seed(3)
     patterns = {"rank_pattern": {"q_proj": 9}, "alpha_pattern": {"v_proj": 30}}
     lora = peft.LoraConfig(
         r=3, lora_alpha=7, use_rslora=True, target_modules=["q_proj", "v_proj"], **patterns

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,3 +57,16 @@ def token_batches(
         ids = torch.stack(columns, 1)
         batches.append({"input_ids": ids, "labels": ids.clone()})
     return batches
+
+
+def mix_ranks(adapted: Any, rank_of: Callable[[int, str], int], std: float = 0.3, seed: int = 3) -> None:
+    """Give an AdaLoRA adapter weights that show, and each layer the rank that its number and path give it."""
+    adapted.finalize_ranks()
+    controller = adapted._rankwise_controller
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for number, (path, layer) in enumerate(controller.triplets.layers.items()):
+        for parameter in layer.adapter_parameters("default").values():
+            parameter.data.normal_(std=std, generator=generator)
+        kept[path] = torch.arange(adapted.peft_config["default"].init_r) < rank_of(number, path)
+    controller.take_over(kept)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import rankwise as rw
-from tiny import bert, llama, token_batches
+from tiny import bert, llama, mix_ranks, token_batches
 
 peft = pytest.importorskip("peft")
 
@@ -39,15 +39,7 @@ def _pruned(model: nn.Module, targets: list[str], rank_0: str, **options: Any) -
         init_r=4, target_r=2, total_step=9, lora_alpha=6, target_modules=targets, **options
     )
     adapted = rw.get_peft_model(model, config)
-    adapted.finalize_ranks()
-    controller = adapted._rankwise_controller
-    generator = torch.Generator().manual_seed(3)
-    kept = {}
-    for number, (path, layer) in enumerate(controller.triplets.layers.items()):
-        for parameter in layer.adapter_parameters("default").values():
-            parameter.data.normal_(std=0.3, generator=generator)
-        kept[path] = torch.arange(4) < (0 if path.endswith(rank_0) else 1 + number % 4)
-    controller.take_over(kept)
+    mix_ranks(adapted, lambda number, path: 0 if path.endswith(rank_0) else 1 + number % 4)
     return adapted.eval()
 
 
