@@ -152,3 +152,67 @@ def test_smollm2_writes_the_same_tokens_with_an_adapter_of_peft(
 
     rw.export_adapter(tmp_path / "adapter.gguf", tmp_path / "adapter", "gguf", base=base)
     assert_same(of_llama_cpp(base, tmp_path / "adapter.gguf"), expected)
+
+
+def write_base(path: Path, model: Any, architecture: str, paired: bool) -> None:
+    """A small model of Transformers as llama.cpp has it, with a made-up vocabulary."""
+    config, writer = model.config, gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, config.vocab_size))]
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(words)
+    writer.add_token_scores([0.0] * len(words))
+    writer.add_token_types([kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.NORMAL] * (len(words) - 3)])
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[architecture], config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        if paired and name.split(".")[-2] in heads:
+            count = heads[name.split(".")[-2]]
+            tensor = (
+                tensor.view(count, 2, len(tensor) // count // 2, -1).transpose(1, 2).reshape(tensor.shape)
+            )
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_embeddings_output_layers_and_both_orders_of_q_and_k_come_out_right(
+    tmp_path: Path, architecture: str
+) -> None:
+    import peft
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    kinds: Any = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    sizes = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    of_config, of_model = kinds[architecture]
+    torch.manual_seed(0)
+    model = of_model(of_config(**sizes, **heads, initializer_range=0.1, tie_word_embeddings=False)).eval()
+    model.save_pretrained(tmp_path / "base")
+    write_base(tmp_path / "base.gguf", model, architecture, paired=architecture == "llama")
+    plain = of_transformers(model)
+    assert_same(of_llama_cpp(tmp_path / "base.gguf"), plain)
+    targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "embed_tokens", "lm_head"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.2, generator=generator)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = of_transformers(adapted.eval())
+    assert expected[0] != plain[0]
+    rw.export_adapter(tmp_path / "adapter.gguf", tmp_path / "adapter", "gguf", base=tmp_path / "base.gguf")
+    assert_same(of_llama_cpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf"), expected)

@@ -1,4 +1,4 @@
-"""For SGLang and LoRAX, as read in their sources (SGLang's main branch of November 2026, LoRAX's of May 2026).
+"""For SGLang and LoRAX, as read in their main branches of 2026.
 
 Both scale every layer by ``lora_alpha / r`` and stack the layers of a kind, so that every tensor must have rank ``r``.
 SGLang joins q, k and v of a layer, and gate and up, and expects the others where it finds one. LoRAX drops a kind of
