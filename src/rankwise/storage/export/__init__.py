@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from rankwise.files.atomic import refuse_existing
-from rankwise.storage.export.base import base_path, read_base_shape
 from rankwise.storage.export.exported import Exported
-from rankwise.storage.export.gguf import export_for_llama_cpp
-from rankwise.storage.export.merged import export_merged
 from rankwise.storage.export.peft_lora import save_as_lora
-from rankwise.storage.export.sglang import export_for_sglang
-from rankwise.storage.export.vllm import export_for_vllm
 from rankwise.storage.updates import acting, read_updates, write_lora
 
 if TYPE_CHECKING:
@@ -74,16 +69,26 @@ def export_adapter(
     if not overwrite:
         refuse_existing(path)
     updates = read_updates(adapter, adapter_name)
+    # Each target's own file is read when it is asked for, so that `import rankwise` stays fast.
     if to == "vllm":
+        from rankwise.storage.export.vllm import export_for_vllm
+
         return export_for_vllm(path, updates, dtype)
     if to == "sglang":
+        from rankwise.storage.export.base import base_path, read_base_shape
+        from rankwise.storage.export.sglang import export_for_sglang
+
         shape = None if base is None else read_base_shape(base_path(updates, base, "this export"))
         return export_for_sglang(path, updates, dtype, shape)
     if to == "gguf":
+        from rankwise.storage.export.gguf import export_for_llama_cpp
+
         return export_for_llama_cpp(path, updates, dtype, base)
     if to == "merged":
         if dtype is not None:
             raise ValueError("`dtype` does not go with 'merged', which keeps the dtypes of the base model.")
+        from rankwise.storage.export.merged import export_merged
+
         return export_merged(path, updates, base)
     write_lora(path, updates, acting(updates), dtype)
     return Exported(path, ("PEFT: PeftModel.from_pretrained(base, folder)",))
