@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -18,10 +17,10 @@ from rankwise.attach.matching import pattern_value
 from rankwise.attach.parameters import in_model_order, layer_at
 from rankwise.attach.targets import find_targets, modules_to_save_paths
 from rankwise.config import AdaLoraConfig, LoraConfig
+from rankwise.method.scale import adalora_scale, lora_scale
 
 _Prepared = TypeVar("_Prepared")
 
-PEFT_EPSILON = 1e-5  # PEFT's AdaLoRA scale is lora_alpha / (init_r + 1e-5)
 _RANK_THAT_NEVER_HURTS = 1024  # useless in a layer with smaller widths, but no reason to stop
 
 
@@ -84,9 +83,9 @@ def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
 def base_scaling(config: LoraConfig, path: str, rank: int) -> float:
     """The factor before B diag(E) A, as PEFT has it: see `LoraConfig` and `AdaLoraConfig`."""
     if isinstance(config, AdaLoraConfig):
-        return config.lora_alpha / (config.init_r + PEFT_EPSILON)
+        return adalora_scale(config.lora_alpha, config.init_r)
     alpha = pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
-    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    return lora_scale(alpha, rank, config.use_rslora)
 
 
 def trained_factors(config: LoraConfig) -> tuple[str, ...]:

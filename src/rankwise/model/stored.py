@@ -97,9 +97,8 @@ class StoresAdapters(NamesAdapters):
     ) -> None:
         controller = self._controller_of(name)
         state = plain_state(self.state_dict() if state_dict is None else state_dict)
-        state.setdefault(
-            storage.EXTRA_STATE, self.get_extra_state()
-        )  # DeepSpeed leaves it out of what it gathers
+        if storage.EXTRA_STATE not in state:  # DeepSpeed leaves it out of what it gathers
+            state[storage.EXTRA_STATE] = self.get_extra_state()
         checkpoint = storage.checkpoint_step(folder) is not None
         if controller is not None and not checkpoint:
             controller.tell_if_unfinished()

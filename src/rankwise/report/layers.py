@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME
+from rankwise.method.scale import adalora_scale, lora_scale
 from rankwise.storage import PREFIX, WEIGHTS_NAME, AdapterHeader
 from rankwise.storage.contents import check_pattern_names
 
@@ -107,9 +107,8 @@ def _pattern(folder: Path, config: Mapping[str, Any], name: str, path: str, defa
 def _scale(folder: Path, config: Mapping[str, Any], path: str, rank: int) -> float:
     """What the update B A is multiplied by; PEFT's AdaLoRA knows neither ``alpha_pattern`` nor ``use_rslora``."""
     if config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "gated":  # with its open gates
-        target = config["target_r"]
-        return float(config["lora_alpha"] / (math.sqrt(target) if config.get("use_rslora") else target))
+        return lora_scale(config["lora_alpha"], config["target_r"], bool(config.get("use_rslora")))
     if config["peft_type"] == "ADALORA":
-        return float(config["lora_alpha"] / (config["init_r"] + 1e-5))
+        return adalora_scale(config["lora_alpha"], config["init_r"])
     alpha = _pattern(folder, config, "alpha_pattern", path, config["lora_alpha"])
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)) if rank else 0.0
+    return lora_scale(alpha, rank, bool(config.get("use_rslora"))) if rank else 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from rankwise.method.forms.form import Form
 from rankwise.method.importance import GateImportance, Importance
 from rankwise.method.layout import TripletLayout
+from rankwise.method.scale import lora_scale
 
 _MOST_ALPHA = 32
 
@@ -36,7 +36,7 @@ class GatedForm(Form):
 
     def gate(self, init_r: int, target_r: float, use_rslora: bool) -> float:
         """An open gate makes the scale LoRA's at rank ``target_r``, whatever there is to spare."""
-        return init_r / (math.sqrt(target_r) if use_rslora else target_r)
+        return lora_scale(init_r, target_r, use_rslora)
 
     def start(
         self, A: Tensor, E: Tensor, B: Tensor, as_lora: Callable[[Tensor, Tensor], None], gate: float
