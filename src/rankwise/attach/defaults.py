@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# The heads that a task type implies, which train whole.
+# The heads that a task type implies, which train whole. DistilBERT's pre_classifier is as new as its classifier.
 HEADS: Mapping[str, tuple[str, ...]] = {
     "SEQ_CLS": ("pre_classifier", "classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),

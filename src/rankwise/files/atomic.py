@@ -1,9 +1,9 @@
 """Saving that can be killed at any moment: a folder shows its old files or its new ones, never a mix.
 
-A folder can't simply be swapped for a finished copy of itself: it may be a mount point or some process's
-current directory, it may hold checkpoints, and others write into it while a save runs (in a distributed run,
-Transformers' Trainer writes the other ranks' files into the very folder that rank 0 saves to). So only the
-files of the save are replaced, all of them by a single rename:
+A folder can't simply be swapped for a finished copy of itself. It may be a mount point or some process's current
+directory, and it may hold checkpoints. Others write into it while a save runs: in a distributed run, Transformers'
+Trainer writes the other ranks' files into the very folder that rank 0 saves to. So only the files of the save are
+replaced, all of them by a single rename:
 
 1. the new files are written and flushed in a hidden folder, the *stage*, beside links to the old ones::
 
@@ -17,10 +17,11 @@ files of the save are replaced, all of them by a single rename:
 4. every link becomes the new file itself, which again changes nothing, and the stage goes.
 
 A folder that does not exist yet is written aside and renamed into place. What a killed process leaves is
-readable by anything, and is tidied by the next save or load. On Windows, or on a file system without symbolic
-links (FAT), the old files are moved into the stage, ``adapter_config.json`` first, and the new ones out of it,
-``adapter_config.json`` last: a kill among those renames leaves a folder that no reader takes for an adapter,
-rather than a mix, until :func:`recover` completes it.
+readable by anything, and is tidied by the next save or load.
+
+On Windows, or on a file system without symbolic links (FAT), the old files are moved into the stage and the new ones
+out of it. ``adapter_config.json`` goes first and comes last. A kill among those renames leaves a folder that no
+reader takes for an adapter, rather than a mix, until :func:`recover` completes it.
 
 A reader that opens two files one after the other can still get one from before a save and one from after it,
 however the save is done; :func:`read_folder` notices and reads again.
