@@ -696,3 +696,25 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         save(tmp_path / "output", 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "output"]
     assert_tidy(tmp_path / "output")
+
+
+def test_a_file_written_within_the_save_of_a_folder_is_part_of_it(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    make = stage.Stage.make
+    monkeypatch.setattr(stage.Stage, "make", lambda folder: made.append(folder) or make(folder))
+    save(quick_path, 1)
+    made.clear()
+
+    def write(new: Path) -> None:
+        write_file(new / CONFIG, json.dumps({"version": 2}))
+        write_file(new / "more" / STATE, "")
+        assert read(quick_path)[CONFIG] == 1
+        raise KeyError("broken off")
+
+    with pytest.raises(KeyError, match="broken off"):
+        write_folder(quick_path, write, OWNED)
+    assert read(quick_path) == whole(1)
+    assert made == [quick_path], "one stage for all of it"
+    assert_tidy(quick_path)

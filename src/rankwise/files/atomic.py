@@ -110,6 +110,7 @@ def write_file(path: Path, data: bytes | str) -> None:
     path = Path(path).absolute()
     content = data.encode() if isinstance(data, str) else data
     if in_stage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         return
     with explained(path):
