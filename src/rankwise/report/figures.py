@@ -211,7 +211,14 @@ def _of(run: Run, what: str, runs: Sequence[Run]) -> str:
 
 
 def _kind(path: str) -> str:
-    return grid_position(path).kind
+    """The kind of module, of which a block may have several: experts are one kind.
+
+    Example:
+        >>> _kind("model.layers.0.mlp.experts.7.w1"), _kind("model.layers.0.mlp.experts.down_proj.7")
+        ('mlp.experts.w1', 'mlp.experts.down_proj')
+    """
+    kind = grid_position(path).kind
+    return ".".join(part for part in kind.split(".") if not part.isdecimal()) or kind
 
 
 def _short_names(kinds: Iterable[str]) -> dict[str, str]:
