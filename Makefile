@@ -44,7 +44,7 @@ test-trackers: $(VENV)/.trackers ## run the tests with Weights & Biases, MLflow 
 
 test-servers: $(VENV)/.slow $(VENV)/.llama_cpp $(VENV)/.vllm ## run exported adapters in llama.cpp and vLLM, which are installed apart
 	PYTHONPATH=$(abspath $(VENV)/llama_cpp) VLLM_PYTHON=$(abspath $(VENV)/vllm/bin/python) \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_llama_cpp.py tests/test_vllm.py -m "slow or not slow"
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/storage/test_llama_cpp.py tests/storage/test_vllm.py
 
 lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .

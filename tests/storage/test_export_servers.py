@@ -1,4 +1,4 @@
-"""Exports follow the rules of the servers that read them; `tests/servers` runs the servers themselves."""
+"""Exports follow the rules of the servers that read them; `make test-servers` runs llama.cpp and vLLM themselves."""
 
 from __future__ import annotations
 
