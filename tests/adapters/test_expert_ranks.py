@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from torch.nn import functional as F
 
 import rankwise as rw
 from expert_world import EXPERTS, some_tokens, tiny_moe
+from one_run import launch
+from rankwise.recipes import load_recipe, plan_memory
+from rankwise.report.grid import rank_grids
+from rankwise.report.inspect import inspect_adapter
 
 FORMS = ["gated", True]
 STEPS = 12
@@ -237,3 +242,56 @@ def test_an_adapter_of_another_number_of_experts_is_refused(trained: Any, tmp_pa
 def test_a_mask_of_several_matrices_needs_parameters() -> None:
     with pytest.raises(ValueError, match="must have init_r=4 booleans, not 8"):
         rw.AdaLoraConfig(init_r=4, target_r=2, rank_pattern={"a.lora_E": [True] * 8})
+
+
+def test_inspecting_a_folder_shows_every_expert(trained: Any, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path / "adalora")
+    found = inspect_adapter(tmp_path / "adalora")
+    assert {layer.path: layer.rank for layer in found.layers} == ranks(trained)
+    assert found.history is not None and not found.notes
+    whole = {grid.title: (len(grid.rows), len(grid.columns)) for grid in rank_grids(found.layers)}
+    assert whole["model.layers.*.mlp.experts.down_proj"] == (2, 4)
+    rw.save_as_lora(tmp_path / "lora", trained)
+    largest: dict[str, int] = {}
+    for path, rank in ranks(trained).items():
+        stack = path.rpartition(".")[0] if "experts" in path else path
+        largest[stack] = max(largest.get(stack, 0), rank)
+    as_lora = inspect_adapter(tmp_path / "lora").layers
+    assert {layer.path: layer.rank for layer in as_lora} == {
+        path: largest[path.rpartition(".")[0] if "experts" in path else path] for path in ranks(trained)
+    }
+
+
+# Many processes
+
+
+def test_processes_with_experts_that_no_token_reaches_do_what_one_does(tmp_path: Path) -> None:
+    launch("experts.py", tmp_path)
+    first, second = (json.loads((tmp_path / f"process-{number}.json").read_text()) for number in (0, 1))
+    assert first == second
+    alone = first.pop("alone")
+    assert len(first) == 4
+    for name, result in first.items():
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-4), name
+        assert result["history"] == alone["history"], name
+        loaded = rw.PeftModel.from_pretrained(tiny_moe("mixtral", num_local_experts=8), tmp_path / name)
+        assert [layer.rank for layer in loaded.rank_summary().layers] == alone["history"][-1], name
+
+
+# What a recipe plans
+
+
+def test_the_plan_of_a_recipe_counts_the_experts(tmp_path: Path) -> None:
+    tiny_moe("olmoe").save_pretrained(tmp_path / "base")
+    recipe = Path(__file__).parents[2] / "recipes" / "mixture-of-experts.yaml"
+
+    def planned(*changes: str) -> Any:
+        settings = [f"model={tmp_path / 'base'}", "data.max_length=8", *changes]
+        return plan_memory(load_recipe(recipe, settings, data_needed=False))
+
+    with pytest.warns(UserWarning, match="experts of this model are none"):
+        without = planned("adapter.target_parameters=null")
+    found = planned()
+    # A and B of 4 experts in 2 layers, at 8 ranks: 16 wide in and 48 out, and 24 in and 16 out
+    assert (found.gradients - without.gradients) // 4 == 2 * 4 * 8 * (16 + 48 + 24 + 16)
+    assert found.activations and without.activations

@@ -23,11 +23,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 _ALIGNMENT = 16  # bytes: grouped products take rows of a multiple of it only
 
+_NOTHING = torch.empty(0)
+
 
 class SummedWeight(Tensor):
     """``base + left @ right``: base (..., n, m), left (..., n, k), right (..., k, m).
 
-    As a tensor it is the base weight; operations see the sum.
+    It has the base weight's shape, dtype and device; operations see the sum.
 
     Example:
         >>> base, left, right = torch.zeros(2, 3, 4), torch.ones(2, 3, 1), torch.ones(2, 1, 4)
@@ -44,7 +46,8 @@ class SummedWeight(Tensor):
     @staticmethod
     def make(base: Tensor, left: Tensor, right: Tensor) -> SummedWeight:
         """The sum of ``base`` and ``left @ right``, all of one number of dimensions, 2 or 3."""
-        made = base.as_subclass(SummedWeight)
+        # Of its own it has nothing: the base weight may be of a kind that takes no subclass, as fake tensors are.
+        made: SummedWeight = Tensor._make_subclass(SummedWeight, _NOTHING)
         made.base, made.left, made.right, made._pieces = base, left, right, None
         return made
 

@@ -188,7 +188,7 @@ def make_plan(
     trainable, everything = model.get_nb_trainable_parameters()
     target, at_end = initial, trainable
     if schedule is not None:
-        target = config.target_r * len(layers)
+        target = config.target_r * sum(layer.blocks(layer) for layer in layers.values())
         at_end -= round(factor_parameters(model) * (1 - target / initial))
     return Plan(
         recipe=recipe,

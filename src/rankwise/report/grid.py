@@ -104,13 +104,21 @@ class RankGrid:
 def rank_grids(layers: Iterable[LayerRank]) -> list[RankGrid]:
     """Lay the layers of a model out: one grid for each stack of blocks, and one for layers outside of any.
 
+    The experts of a mixture have a grid for each of their parameters, with a column for each expert.
+
     Example:
         >>> paths = [f"h.{number}.{kind}" for kind in ("fc", "attn") for number in (0, 10, 1)]
         >>> layers = [LayerRank(path, 4, 8, 0.0, 64) for path in paths]
         >>> [grid] = rank_grids(layers)
         >>> grid.title, grid.rows, grid.columns
         ('h', ['0', '1', '10'], ['attn', 'fc'])
+        >>> paths = [f"h.{number}.experts.up.{expert}" for number in (0, 1) for expert in range(4)]
+        >>> [grid] = rank_grids([LayerRank(path, 4, 8, 0.0, 64) for path in paths])
+        >>> grid.title, grid.rows, grid.columns
+        ('h.*.experts.up', ['0', '1'], ['0', '1', '2', '3'])
     """
+    layers = list(layers)
+    experts = _expert_kinds(grid_position(layer.path).kind for layer in layers)
     stacks: dict[str, list[tuple[tuple[int, ...], str, LayerRank]]] = {}
     loose: list[LayerRank] = []
     for layer in layers:
@@ -121,6 +129,9 @@ def rank_grids(layers: Iterable[LayerRank]) -> list[RankGrid]:
         parts = stack.split(".")
         outer = tuple(int(part) for part in parts if part.isdecimal())
         title = ".".join("*" if part.isdecimal() else part for part in parts)
+        if kind in experts:
+            parameter, _, kind = kind.rpartition(".")
+            title = f"{title}.*.{parameter}"
         stacks.setdefault(title, []).append(((*outer, number), kind, layer))
     grids = [_stack_grid(title, members) for title, members in stacks.items()]
     if loose:
@@ -129,6 +140,12 @@ def rank_grids(layers: Iterable[LayerRank]) -> list[RankGrid]:
             RankGrid("other layers" if grids else "layers", [each.path for each in loose], [""], cells)
         )
     return grids
+
+
+def _expert_kinds(kinds: Iterable[str]) -> set[str]:
+    """Those kinds that are one expert's share of a parameter: numbered from 0, in something called experts."""
+    found = {kind for kind in kinds if kind.rpartition(".")[2].isdecimal() and "expert" in kind.lower()}
+    return {kind for kind in found if f"{kind.rpartition('.')[0]}.0" in found}
 
 
 def _stack_grid(title: str, members: list[tuple[tuple[int, ...], str, LayerRank]]) -> RankGrid:

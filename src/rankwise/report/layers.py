@@ -11,8 +11,10 @@ from typing import Any
 from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME
 from rankwise.method.scale import adalora_scale, lora_scale
+from rankwise.run.triplets import block_names
 from rankwise.storage import PREFIX, WEIGHTS_NAME, AdapterHeader
 from rankwise.storage.contents import check_pattern_names
+from rankwise.storage.nesting import named_by_targets, unnested_paths
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class InspectedLayer:
 
     Args:
         path: the module's path in the base model.
-        kind: ``"linear"``, ``"conv"`` or ``"embedding"``.
+        kind: ``"linear"``, ``"conv"``, ``"embedding"`` or ``"parameter"``: one matrix of a stack, such as an expert.
         rank: triplets in the file (of a file not cut down: those that the configuration keeps).
         init_r: the rank that the configuration gives it at the start.
         scale: the number that B A, or B diag(E) A, is multiplied by.
@@ -46,15 +48,40 @@ def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -
     kept = _kept(folder, config)
     check_pattern_names(str(folder / WEIGHTS_NAME), kept, contents.factors)
     layers = []
+    targets = [name for name in config.get("target_parameters") or () if isinstance(name, str)]
+    parameters = unnested_paths(contents.factors, named_by_targets(targets)) if targets else {}
     for path, factors in contents.factors.items():
         rank = (
             _kept_rank(folder, path, header.ranks[path], kept[path]) if path in kept else header.ranks[path]
         )
         kind = "conv" if len(factors["A"].shape) > 2 else contents.kinds[path].called.lower()
-        first = _first_rank(folder, config, path, kept)
+        named = parameters.get(path, path)
+        first = _first_rank(folder, config, named, kept)
         size = sum(tensor.size for tensor in factors.values()) + added.get(path, 0)
-        layers.append(InspectedLayer(path, kind, rank, first, _scale(folder, config, path, first), size))
+        ranks = _of_each_matrix(config, targets, named, rank, first, kept.get(path))
+        if ranks is None:
+            layers.append(
+                InspectedLayer(named, kind, rank, first, _scale(folder, config, named, first), size)
+            )
+            continue
+        first = config["init_r"] if path in kept else first
+        scale = _scale(folder, config, named, first)
+        for name, own in zip(block_names(named, len(ranks)), ranks, strict=True):
+            part = size * own // max(rank, 1)
+            layers.append(InspectedLayer(name, "parameter", own, first, scale, part))
     return layers
+
+
+def _of_each_matrix(
+    config: Mapping[str, Any], targets: list[str], path: str, rank: int, first: int, flags: list[bool] | None
+) -> list[int] | None:
+    """Ranks of the matrices in an adapted parameter, such as experts; None if it is none."""
+    if not any(f".{path}".endswith(f".{name}") for name in targets):
+        return None
+    if flags is None:  # of a LoRA: all alike
+        return [first] * (rank // first) if first and rank % first == 0 else None
+    start = config["init_r"]
+    return [sum(flags[place : place + start]) for place in range(0, len(flags), start)]
 
 
 def _kept(folder: Path, config: Mapping[str, Any]) -> dict[str, list[bool]]:

@@ -92,7 +92,7 @@ class FakeRun:
         if checkpointing:
             enable_checkpointing(self.model, {"use_reentrant": False})
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        with self._fake, LiveBytes(self._known) as live:
+        with self._fake, _GroupedProducts(), LiveBytes(self._known) as live:
             if accumulates:
                 for parameter in trained:
                     parameter.grad = torch.empty_like(parameter)
@@ -105,7 +105,7 @@ class FakeRun:
     def evaluation_peak(self, batch: Mapping[str, Tensor]) -> int:
         """The most bytes that a forward pass in evaluation holds, caches of keys and values included."""
         self.model.eval()
-        with self._fake, torch.no_grad(), LiveBytes(self._known) as live:
+        with self._fake, _GroupedProducts(), torch.no_grad(), LiveBytes(self._known) as live:
             self._loss(batch)
         peak: int = live.peak
         return peak
@@ -121,6 +121,23 @@ class FakeRun:
         with torch.autocast("cpu", dtype=self.autocast):
             loss = convert_outputs_to_fp32(self.model.forward)(**inputs).loss  # as Accelerate does
         return loss
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Gives grouped products of fake tensors their shapes: PyTorch's own rule takes nothing but bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        a, b = args[:2]
+        offsets: Any = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
+        groups = () if a.dim() + b.dim() == 5 else (offsets.shape[0] if a.dim() == 2 else a.shape[0],)
+        return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 
 
 def _without_numbers(model: nn.Module, fake: FakeTensorMode) -> list[Tensor]:
