@@ -170,8 +170,13 @@ class Case:
         kind = library.AdaLoraConfig if "init_r" in self.options else library.LoraConfig
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = library.get_peft_model(self.base(), kind(**self.options))
+            model = library.get_peft_model(self.base(), kind(**self.options), **self.computes(library))
         return model
+
+    def computes(self, library: Any) -> dict[str, Any]:
+        """What makes a library compute as PEFT does, to compare their logits: PEFT's float32, whatever the base."""
+        half = self.dtype != torch.float32
+        return {"adapter_compute_dtype": torch.float32} if library is rw and half else {}
 
 
 def _lora(name: str, model: str = "llama", *, dtype: Any = torch.float32, mergeable: bool = True,
@@ -388,7 +393,7 @@ def _saved_by_peft(theirs: Any, folder: Path, **options: Any) -> None:
 def _rankwise_loads(folder: Path, case: Case, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return rw.PeftModel.from_pretrained(case.base(), folder, **options)
+        return rw.PeftModel.from_pretrained(case.base(), folder, **case.computes(rw), **options)
 
 
 def _their_paths(model: nn.Module) -> set[str]:

@@ -33,7 +33,10 @@ class AdapterLayer(InPlace, nn.Module):
     lora_E: nn.ParameterDict
     scaling: dict[str, float]
     dropout_rate: dict[str, float]
-    kept: dict[str, Tensor]  # adapter -> indices of the triplets that stay, once some are gone for good
+    kept: dict[
+        str, int | Tensor
+    ]  # once some triplets are gone for good: the first n act, or those with these indices
+    adapter_compute_dtype: dict[str, torch.dtype]  # where it is not that of input and output
     active_adapters: list[str]
     merged_adapters: list[str]
     adapters_enabled: bool
@@ -47,7 +50,7 @@ class AdapterLayer(InPlace, nn.Module):
     base_in_file: ClassVar[bool] = False  # whether a file may hold its base weight, too
 
     _own_attributes: ClassVar[tuple[str, ...]] = (
-        *("lora_A", "lora_B", "lora_E", "scaling", "dropout_rate", "kept"),
+        *("lora_A", "lora_B", "lora_E", "scaling", "dropout_rate", "kept", "adapter_compute_dtype"),
         *("active_adapters", "merged_adapters", "adapters_enabled", "before_merge"),
     )
 
@@ -55,7 +58,7 @@ class AdapterLayer(InPlace, nn.Module):
         """Make the attributes, empty; the first adapter is added after it."""
         for name in ("lora_A", "lora_B", "lora_E"):
             setattr(self, name, nn.ParameterDict())
-        self.scaling, self.dropout_rate, self.kept = {}, {}, {}
+        self.scaling, self.dropout_rate, self.kept, self.adapter_compute_dtype = {}, {}, {}, {}
         self.active_adapters, self.merged_adapters = [], []
         self.adapters_enabled = True
         self.before_merge = None
@@ -142,7 +145,8 @@ class AdapterLayer(InPlace, nn.Module):
 
     def remove_adapter(self, name: str) -> None:
         """Forget adapter ``name``; it must not be merged."""
-        for held in (self.lora_A, self.lora_B, self.lora_E, self.scaling, self.dropout_rate, self.kept):
+        factors = (self.lora_A, self.lora_B, self.lora_E)
+        for held in (*factors, self.scaling, self.dropout_rate, self.kept, self.adapter_compute_dtype):
             held.pop(name) if name in held else None
         if name in self.active_adapters:
             self.active_adapters.remove(name)
@@ -159,16 +163,18 @@ class AdapterLayer(InPlace, nn.Module):
         A, B = self.lora_A[name], self.lora_B[name]
         E = self.lora_E[name] if name in self.lora_E else None
         if name in self.kept:
-            kept = self.kept[name] = self.kept[name].to(A.device)
-            A, B = A[kept], B[:, kept]
-            E = None if E is None else E[kept]
+            kept = self.kept[name]
+            chosen = slice(kept) if isinstance(kept, int) else kept.to(A.device)
+            A, B = A[chosen], B[:, chosen]
+            E = None if E is None else E[chosen]
         return (A if E is None else A * E), B
 
     def acts(self, name: str) -> bool:
         """Whether adapter ``name`` has any triplet here: a layer at rank 0 is its base layer."""
         if name not in self.lora_A or not self.lora_A[name].numel():
             return False
-        return name not in self.kept or self.kept[name].numel() > 0
+        kept = self.kept.get(name, 1)
+        return kept > 0 if isinstance(kept, int) else kept.numel() > 0
 
     def block_ranks(self, name: str) -> list[int]:
         """Triplets of adapter ``name`` that act in each of the layer's `blocks`."""
@@ -190,14 +196,24 @@ class AdapterLayer(InPlace, nn.Module):
         return self.shape_like_weight((B @ A) * self.scaling[name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = super().forward(x, *args, **kwargs)
-        if self.adapters_enabled:
-            for name in [each for each in self.active_adapters if each not in self.merged_adapters]:
-                if self.acts(name):
-                    output = self.add_adapter_output(output, x, name)
-                else:
-                    output = take_part(output, self._trained_here(name))
+        output = self.base_forward(x, *args, **kwargs)
+        for name in self._active_unmerged():
+            if self.acts(name):
+                output = self.add_adapter_output(output, x, name)
+            else:
+                output = take_part(output, self._trained_here(name))
         return output
+
+    def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer makes of ``x`` without adapters."""
+        output: Tensor = super().forward(x, *args, **kwargs)
+        return output
+
+    def _active_unmerged(self) -> list[str]:
+        """The active adapters whose output has to be added."""
+        if not self.adapters_enabled:
+            return []
+        return [name for name in self.active_adapters if name not in self.merged_adapters]
 
     def _trained_here(self, name: str) -> list[nn.Parameter]:
         bias = self._parameters.get("bias")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,11 +10,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from rankwise.adapters.branch import Down, Up, add_up, hidden_of, without_autocast
 from rankwise.adapters.layer import AdapterLayer
+from rankwise.adapters.ready import ready
+from rankwise.parallel.ddp import note_use, take_part
 
 
 class LinearAdapters(AdapterLayer):
-    """For ``nn.Linear``: weight (d_out, d_in)."""
+    """For ``nn.Linear``: weight (d_out, d_in).
+
+    An adapter computes in the dtypes that the layer's input and output have, or in its `adapter_compute_dtype`.
+    """
 
     called = "Linear"
     in_all_linear = True
@@ -26,43 +33,70 @@ class LinearAdapters(AdapterLayer):
     def factor_shapes(cls, layer: Any, rank: int, adalora: bool) -> tuple[tuple[int, int], tuple[int, int]]:
         return (rank, layer.in_features), (layer.out_features, rank)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = self._fusable(x)
-        if name is None or args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        A, B = self.factors(name)
-        fused: Tensor = _FusedLinear.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, A, B, self.scaling[name]
-        )
-        return fused
+    @property
+    def makes_new_tensors(self) -> bool:
+        """Whether nobody else holds what the base layer gives out: its output, and the gradient of its input."""
+        return self._original_class is nn.Linear
 
-    def _fusable(self, x: Tensor) -> str | None:
-        """The one adapter that acts, if base layer and adapter can be computed in one go."""
-        if not self.adapters_enabled or self.merged_adapters or len(self.active_adapters) != 1:
-            return None
-        name, weight = self.active_adapters[0], self.weight
-        plain = self._original_class is nn.Linear and type(weight) in (nn.Parameter, Tensor)
-        if not plain or not self.acts(name) or (self.training and self.dropout_rate[name]):
-            return None
-        if weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
-            return None
-        if (
-            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        ):  # vmap, jvp and the like
-            return None
-        if not x.dtype == weight.dtype == self.lora_A[name].dtype or torch.is_autocast_enabled(x.device.type):
-            return None
-        return name
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = self._active_unmerged()
+        if not names or not self._by_hand(names):
+            return super().forward(x, *args, **kwargs)
+        hidden = {}
+        for name in names:
+            if self.acts(name):
+                x, hidden[name] = self._down(x, name)
+        output = self.base_forward(x, *args, **kwargs)
+        for name in names:
+            if name in hidden:
+                output = self._up(output, hidden[name], name)
+            else:
+                output = take_part(output, self._trained_here(name))
+        return output
+
+    def _by_hand(self, names: list[str]) -> bool:
+        """Whether `Down` and `Up` compute, and no composition that compilers and transforms can take apart."""
+        if torch.compiler.is_compiling() or any(name in self.adapter_compute_dtype for name in names):
+            return False
+        return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+    def _down(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        kept, rate = self.kept.get(name), self.dropout_rate[name] if self.training else 0.0
+        folded, gates = ready(self, name, "A", x.dtype)
+        if not torch.is_grad_enabled():
+            note_use(self._trained_here(name))
+            return x, hidden_of(x, folded if kept is None else folded[_places(kept)], rate)[0]
+        E = self.lora_E[name] if name in self.lora_E else None
+        down: tuple[Tensor, Tensor] = Down.apply(  # type: ignore[no-untyped-call]
+            x, self.lora_A[name], E, kept, folded, gates, rate, self.makes_new_tensors
+        )
+        return down
+
+    def _up(self, output: Tensor, hidden: Tensor, name: str) -> Tensor:
+        scaling, kept = self.scaling[name], self.kept.get(name)
+        made = ready(self, name, "B", output.dtype).factor
+        if not torch.is_grad_enabled():
+            made = made if kept is None else made[:, _places(kept)]
+            return add_up(output, hidden.to(output.dtype), made, None, scaling, self.makes_new_tensors)
+        up: Tensor = Up.apply(  # type: ignore[no-untyped-call]
+            output, hidden, self.lora_B[name], kept, made, scaling, self.makes_new_tensors
+        )
+        return up
 
     def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
         """``output`` (..., d_out) plus the adapter's output for ``x`` (..., d_in)."""
         A, B = self.factors(name)
-        hidden = F.linear(self._adapter_input(x, name), A)
-        scaling = self.scaling[name]
-        if output.dtype != hidden.dtype:
-            return (output + F.linear(hidden * scaling, B)).to(output.dtype)  # rounded once, as in PEFT
-        width = output.shape[-1]
-        added = torch.addmm(output.reshape(-1, width), hidden.reshape(-1, B.shape[1]), B.T, alpha=scaling)
+        scaling, dtype = self.scaling[name], self.adapter_compute_dtype.get(name)
+        with without_autocast(x) if dtype else nullcontext():
+            x = F.dropout(x.to(dtype or x.dtype), self.dropout_rate[name], self.training)
+            hidden = F.linear(x, A.to(x.dtype))
+            if dtype:
+                added = F.linear(hidden * scaling, B.to(dtype))
+                return (output + added).to(output.dtype)  # rounded once
+        hidden, width = hidden.to(output.dtype), output.shape[-1]
+        added = torch.addmm(
+            output.reshape(-1, width), hidden.reshape(-1, B.shape[1]), B.to(output.dtype).T, alpha=scaling
+        )
         return added.view(output.shape)
 
 
@@ -81,43 +115,14 @@ class Conv1DAdapters(LinearAdapters):
         d_in, d_out = layer.weight.shape
         return (rank, d_in), (d_out, rank)
 
+    @property
+    def makes_new_tensors(self) -> bool:
+        return True  # this class and no subclass of it is adapted
+
     def shape_like_weight(self, delta: Tensor) -> Tensor:
         return delta.T
 
 
-class _FusedLinear(torch.autograd.Function):
-    """``x W^T + bias + scaling * (x A^T) B^T`` with frozen W and bias, in as few passes over x as it takes.
-
-    Written as a composition, the output and the input's gradient would each be made twice and added.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
-    ) -> Tensor:
-        output = F.linear(x, weight, bias)
-        flat = x.reshape(-1, x.shape[-1])
-        hidden = flat @ A.T
-        output.view(-1, output.shape[-1]).addmm_(hidden, B.T, alpha=scaling)
-        ctx.save_for_backward(x, weight, A, B, hidden)
-        ctx.scaling = scaling
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, hidden = ctx.saved_tensors
-        flat = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():  # for a second derivative, as the one kept knows nothing of x and A
-            hidden = flat @ A.T
-        gradient = gradient.reshape(-1, gradient.shape[-1])
-        to_x, _, _, to_A, to_B, _ = ctx.needs_input_grad
-        gradient_x = gradient_A = gradient_B = None
-        if to_B:
-            gradient_B = (gradient.T @ hidden).mul_(ctx.scaling)
-        if to_x or to_A:
-            gradient_hidden = (gradient @ B).mul_(ctx.scaling)
-            if to_A:
-                gradient_A = gradient_hidden.T @ flat
-            if to_x:
-                gradient_x = (gradient @ weight).addmm_(gradient_hidden, A).view(x.shape)
-        return gradient_x, None, None, gradient_A, gradient_B, None
+def _places(kept: int | Tensor) -> slice | Tensor:
+    """Where the triplets that act are."""
+    return slice(kept) if isinstance(kept, int) else kept

@@ -111,7 +111,7 @@ class ParameterAdapters(AdapterLayer):
     is_transposed: bool
     parameter_name: str
     _places: dict[
-        str, tuple[Tensor, Tensor, Tensor]
+        str, tuple[int | Tensor, Tensor, Tensor]
     ]  # adapter -> its `kept`, and what `_stacked_places` made of it
 
     @classmethod
@@ -164,11 +164,6 @@ class ParameterAdapters(AdapterLayer):
         idle = [name for name in self._active_unmerged() if name in self.lora_A and not self.acts(name)]
         return [parameter for name in idle for parameter in self._trained_here(name)]
 
-    def _active_unmerged(self) -> list[str]:
-        if not self.adapters_enabled:
-            return []
-        return [name for name in self.active_adapters if name not in self.merged_adapters]
-
     def _acting(self) -> list[str]:
         return [name for name in self._active_unmerged() if self.acts(name)]
 
@@ -203,7 +198,7 @@ class ParameterAdapters(AdapterLayer):
         if known is None or known[0] is not kept or known[1].device != self.lora_A[name].device:
             rank = len(self.lora_A[name]) // self.matrices
             mask = torch.zeros(self.matrices * rank, dtype=torch.bool)
-            mask[kept.cpu()] = True
+            mask[slice(kept) if isinstance(kept, int) else kept.cpu()] = True
             mask = mask.view(self.matrices, rank)
             front = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
                 :, : int(mask.sum(1).max())

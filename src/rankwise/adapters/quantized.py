@@ -26,6 +26,10 @@ class Bnb4bitAdapters(LinearAdapters):
     def adapts(cls, layer: nn.Module) -> bool:
         return _is_bitsandbytes(layer, "Linear4bit")
 
+    @property
+    def makes_new_tensors(self) -> bool:
+        return _is_of_bitsandbytes(self)
+
     def base_weight(self) -> Tensor:
         import bitsandbytes
 
@@ -64,6 +68,10 @@ class Bnb8bitAdapters(LinearAdapters):
     @classmethod
     def adapts(cls, layer: nn.Module) -> bool:
         return _is_bitsandbytes(layer, "Linear8bitLt")
+
+    @property
+    def makes_new_tensors(self) -> bool:
+        return _is_of_bitsandbytes(self)
 
     def base_weight(self) -> Tensor:
         import bitsandbytes
@@ -117,9 +125,6 @@ class PackedLinearAdapters(LinearAdapters):
         widths = getattr(layer, "in_features", None)
         return isinstance(getattr(layer, "qweight", None), Tensor) and isinstance(widths, int)
 
-    def _fusable(self, x: Tensor) -> str | None:
-        return None
-
     @torch.no_grad()
     def check_merge(self, names: list[str], finite: bool = False) -> None:
         if self._not_yet_merged(names):
@@ -130,6 +135,11 @@ def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
     return any(
         cls.__name__ == name and cls.__module__.startswith("bitsandbytes.") for cls in type(layer).__mro__
     )
+
+
+def _is_of_bitsandbytes(layer: LinearAdapters) -> bool:
+    """Whether a layer is bitsandbytes' own, and of no class that was derived from it."""
+    return layer._original_class.__module__.startswith("bitsandbytes.")
 
 
 # On CPUs with AVX512-BF16, evaluation makes bitsandbytes lay 4-bit weights out in another way, through which no

@@ -187,6 +187,26 @@ def follow(model: nn.Module, adapter: str, active: list[str], enabled: bool) -> 
             module.adapters_enabled = enabled
 
 
+def check_compute_dtype(dtype: Any) -> None:
+    """See that ``dtype`` is one that an adapter can compute in, or None.
+
+    Raises:
+        TypeError: it isn't.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            f"`adapter_compute_dtype` must be a floating-point dtype, such as torch.float32, or None, but is {dtype!r}."
+        )
+
+
+def set_compute_dtype(model: nn.Module, adapter: str, dtype: torch.dtype | None) -> None:
+    """Let an adapter compute in ``dtype``, or with None in those of each layer's input and output."""
+    for layer in adapter_layers(model, adapter).values():
+        layer.adapter_compute_dtype.pop(adapter, None)
+        if dtype is not None:
+            layer.adapter_compute_dtype[adapter] = dtype
+
+
 def detach(model: nn.Module, adapter: str) -> None:
     """Take one adapter out; layers that hold no other get their class back."""
     for layer in adapter_layers(model).values():

@@ -7,16 +7,18 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from rankwise.adapters.inplace import InPlace, add_methods
-from rankwise.attach.attachment import plan_attachment
+from rankwise.adapters.ready import OncePerPass
+from rankwise.attach.attachment import check_compute_dtype, plan_attachment, set_compute_dtype
 from rankwise.config import LoraConfig
 from rankwise.model.shared import SharesAdapters
 from rankwise.model.state import CarriesRun
 
 
-class PeftModel(InPlace, SharesAdapters, CarriesRun):
+class PeftModel(InPlace, OncePerPass, SharesAdapters, CarriesRun):
     """Mixin that an adapted model's class is made of; see `get_peft_model`.
 
     The model stays what it is: the same object, still an instance of its own class, with its own ``forward``,
@@ -40,7 +42,8 @@ class PeftModel(InPlace, SharesAdapters, CarriesRun):
             adapter_name: the name it gets, "default" if left out.
             is_trainable: whether to train it on. If the folder holds the state of an unfinished run, the run
                 goes on from there. Otherwise the model is put into evaluation mode.
-            options: ``revision``, ``subfolder``, ``cache_dir``, ``token`` for the hub.
+            options: ``adapter_compute_dtype``, as for `get_peft_model`; and ``revision``, ``subfolder``,
+                ``cache_dir``, ``token`` for the hub.
 
         Raises:
             FileNotFoundError: there is no such adapter.
@@ -85,7 +88,13 @@ class PeftModel(InPlace, SharesAdapters, CarriesRun):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
 
-def get_peft_model(model: Any, peft_config: LoraConfig, adapter_name: str = "default", **unused: Any) -> Any:
+def get_peft_model(
+    model: Any,
+    peft_config: LoraConfig,
+    adapter_name: str = "default",
+    adapter_compute_dtype: torch.dtype | None = None,
+    **unused: Any,
+) -> Any:
     """Attach an adapter to ``model``, in place, and return ``model``.
 
     Only the adapted layers change; all other parameters are frozen. The model stays an instance of its own
@@ -96,11 +105,14 @@ def get_peft_model(model: Any, peft_config: LoraConfig, adapter_name: str = "def
         model: any ``nn.Module``.
         peft_config: an `AdaLoraConfig` or a `LoraConfig`.
         adapter_name: the adapter's name.
+        adapter_compute_dtype: what the adapter's products in linear layers are computed in. None: in the dtypes that
+            the layer's input and output have. With ``torch.float32`` a bfloat16 base costs what it costs in PEFT,
+            which computes so.
         unused: ``mixed``, ``autocast_adapter_dtype``, ``revision`` and ``low_cpu_mem_usage``, as in PEFT, at
             their defaults.
 
     Raises:
-        TypeError: not a module or not such a configuration.
+        TypeError: not a module, not such a configuration, or a dtype that is none to compute in.
         ValueError: nothing matches ``target_modules``, or something that can't be adapted; the model is then as
             before.
 
@@ -122,9 +134,11 @@ def get_peft_model(model: Any, peft_config: LoraConfig, adapter_name: str = "def
             f"{' of another library' if hasattr(peft_config, 'peft_type') else ''}."
         )
     _check_unused(unused)
+    check_compute_dtype(adapter_compute_dtype)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, peft_config)
         model.set_adapter(adapter_name)
+        set_compute_dtype(model, adapter_name, adapter_compute_dtype)
         return model
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -138,6 +152,7 @@ def get_peft_model(model: Any, peft_config: LoraConfig, adapter_name: str = "def
     except BaseException:
         adapted._strip()
         raise
+    set_compute_dtype(model, adapter_name, adapter_compute_dtype)
     return model
 
 

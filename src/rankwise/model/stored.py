@@ -9,10 +9,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rankwise import storage
-from rankwise.attach.attachment import Attachment, plain_state
+from rankwise.attach.attachment import Attachment, check_compute_dtype, plain_state, set_compute_dtype
 from rankwise.files.hub import find_adapter_folder
 from rankwise.model.named import NamesAdapters
 from rankwise.parallel import zero
@@ -114,14 +115,17 @@ class StoresAdapters(NamesAdapters):
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
+        adapter_compute_dtype: torch.dtype | None = None,
         **hub_options: Any,
     ) -> None:
         """Attach one more adapter from a folder or the hub; `set_adapter` makes it act.
 
         One whose run goes on (``is_trainable``, and the folder holds the state of a run) acts and trains at once.
+        ``adapter_compute_dtype`` is as for `get_peft_model`.
 
         Raises: as `from_pretrained`.
         """
+        check_compute_dtype(adapter_compute_dtype)
         file = storage.read_adapter(find_adapter_folder(model_id, **hub_options), training_state=is_trainable)
         if file.training is None:
             attachment = storage.plan_from_file(self, file, adapter_name, is_trainable)
@@ -133,6 +137,7 @@ class StoresAdapters(NamesAdapters):
                 self._go_on(attachment, file)
             elif file.history is not None:
                 self._rankwise_histories[adapter_name] = file.history
+        set_compute_dtype(self, adapter_name, adapter_compute_dtype)
 
     def _go_on(self, attachment: Attachment, file: storage.AdapterFile) -> None:
         name = attachment.adapter

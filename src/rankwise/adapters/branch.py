@@ -1,0 +1,203 @@
+"""The adapter's branch of a linear layer, ``scaling * (x A^T) B^T``, in as few passes over wide tensors as it takes.
+
+It is cut in two, with the base layer between: `Down` goes from the layer's input to ``hidden`` (tokens, r) and hands
+the input on to the base layer, `Up` adds ``hidden B^T`` to what the base layer makes. So in the backward pass `Down`
+receives what the base layer has computed for the input, and adds its own share to that. Written as a composition,
+the output and the input's gradient would each be made twice and added.
+
+Every product is computed in the dtype of the wide tensor that it reads, so that none is copied: under autocast x may
+be float32 and the output bfloat16. What is saved for the backward pass is x itself, which layers with the same input
+share, and ``hidden``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Kept = int | Tensor | None  # which triplets act: the first n, those with these indices, all
+
+
+class Down(torch.autograd.Function):
+    """x (..., d_in) as it is, and ``hidden = dropout(x) (A * E)^T`` (tokens, r), in the dtype of x.
+
+    Takes x; A (r, d_in) and E (r, 1) or None, to which the gradients go; which triplets act; A with the gates folded
+    in, in the dtype of x, and the gates, as `gates_of` has them; the rate of dropout; and whether the gradient that
+    comes for x is a new tensor, which may be added to in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, E: Tensor | None, kept: Kept, folded: Tensor, gates: Tensor | None,
+        rate: float, in_place: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        hidden, mask = hidden_of(x, folded, rate)
+        to_x, to_A, to_E = ctx.needs_input_grad[:3]
+        if not to_x:
+            ctx.mark_non_differentiable(x)
+        saved_x = x if to_A or to_E else None
+        ctx.save_for_backward(saved_x, A, E, mask, folded if to_x else None, gates if to_A else None)
+        ctx.shape, ctx.kept, ctx.in_place = x.shape, kept, in_place
+        ctx.upscale = 1 / (1 - rate) if rate < 1 else 0.0
+        ctx.set_materialize_grads(False)
+        return x, hidden
+
+    @staticmethod
+    def backward(ctx: Any, from_base: Tensor | None, from_hidden: Tensor | None) -> tuple[Any, ...]:
+        x, A, E, mask, folded, gates = ctx.saved_tensors
+        to_x, to_A, to_E = ctx.needs_input_grad[:3]
+        nothing = (None,) * 5
+        if from_hidden is None:
+            return from_base, None, None, *nothing
+        if torch.is_grad_enabled():  # for a second derivative
+            x = from_hidden.new_zeros(ctx.shape, requires_grad=True) if x is None else x
+
+            def hidden(x: Tensor, A: Tensor, E: Tensor | None) -> Tensor:
+                own, thinned = gates_of(A, E, ctx.kept), x if mask is None else x * mask * ctx.upscale
+                return _flat(thinned) @ (A if own is None else A * own).to(x.dtype).T
+
+            own, *rest = _differentiated(hidden, (x, A, E), (to_x, to_A, to_E), from_hidden)
+            return own if from_base is None or own is None else from_base + own, *rest, *nothing
+        gradient_x = gradient_A = gradient_E = None
+        if to_x:
+            acting = how_many_act(ctx.kept, len(folded))
+            gradient_x = _add_share(ctx, from_base, from_hidden[:, :acting], folded[:acting], mask)
+        if to_A or to_E:
+            matrix = from_hidden.T @ _flat(x if mask is None else x * mask)
+            if mask is not None:
+                matrix.mul_(ctx.upscale)
+            if to_A:
+                gradient_A = matrix if gates is None else matrix * gates
+            if to_E:
+                gradient_E = _sums_of_rows(matrix.to(A.dtype), A)
+        return gradient_x, gradient_A, gradient_E, *nothing
+
+
+class Up(torch.autograd.Function):
+    """``output + scaling * hidden B^T``, for an output (..., d_out) and in its dtype.
+
+    Takes the output and hidden (tokens, r); B (d_out, r), to which the gradient goes; which triplets act; B in the
+    output's dtype; the scaling; and whether the output is a new tensor, which may be added to in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        hidden: Tensor,
+        B: Tensor,
+        kept: Kept,
+        ready: Tensor,
+        scaling: float,
+        in_place: bool,
+    ) -> Tensor:
+        hidden = hidden.to(output.dtype)
+        ctx.save_for_backward(hidden, B, ready)
+        ctx.kept, ctx.scaling = kept, scaling
+        ctx.set_materialize_grads(False)
+        return add_up(output, hidden, ready, kept, scaling, in_place)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
+        hidden, B, ready = ctx.saved_tensors
+        to_hidden, to_B = ctx.needs_input_grad[1:3]
+        nothing = (None,) * 4
+        if gradient is None:
+            return None, None, None, *nothing
+        flat = _flat(gradient)
+        if torch.is_grad_enabled():  # for a second derivative
+
+            def added(hidden: Tensor, B: Tensor) -> Tensor:
+                acting = how_many_act(ctx.kept, B.shape[1])
+                product: Tensor = ctx.scaling * hidden[:, :acting] @ B[:, :acting].to(hidden.dtype).T
+                return product
+
+            return gradient, *_differentiated(added, (hidden, B), (to_hidden, to_B), flat), *nothing
+        gradient_hidden = gradient_B = None
+        if to_hidden:
+            gradient_hidden = torch.addmm(ready[:1], flat, ready, beta=0, alpha=ctx.scaling)
+        if to_B:  # with beta=0 only the product counts, and alpha costs no operation of its own
+            gradient_B = torch.addmm(ready, flat.T, hidden, beta=0, alpha=ctx.scaling)
+        return gradient, gradient_hidden, gradient_B, *nothing
+
+
+def hidden_of(x: Tensor, A: Tensor, rate: float) -> tuple[Tensor, Tensor | None]:
+    """``dropout(x) A^T`` (tokens, r), and where dropout has left x as it is: bool, of x's shape, None if nowhere."""
+    dropped, mask = torch.native_dropout(x, rate, True) if rate else (x, None)
+    with without_autocast(x):
+        return _flat(dropped) @ A.T, mask
+
+
+def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float, in_place: bool) -> Tensor:
+    """``output + scaling * hidden B^T``; hidden (tokens, r) and B (d_out, r) are in the output's dtype."""
+    acting = how_many_act(kept, B.shape[1])
+    hidden, B = hidden[:, :acting], B[:, :acting]
+    if in_place and output.is_contiguous():
+        added: Tensor = (
+            output.detach()
+        )  # to autograd a tensor of its own, which following layers may change in place
+        added.view(-1, output.shape[-1]).addmm_(hidden, B.T, alpha=scaling)
+        return added
+    with without_autocast(output):
+        moved = torch.addmm(_flat(output), hidden, B.T, alpha=scaling)
+    return moved.view(output.shape)
+
+
+def how_many_act(kept: Kept, rank: int) -> int:
+    """How many of the first of ``rank`` triplets to compute with; those between them that don't act are zeros."""
+    return kept if isinstance(kept, int) else rank
+
+
+def gates_of(A: Tensor, E: Tensor | None, kept: Kept) -> Tensor | None:
+    """What A's rows are multiplied by, (r, 1): E, with zeros for triplets that don't act. None: they all act."""
+    if kept is None:
+        return E
+    acts = torch.zeros(A.shape[0], 1, dtype=A.dtype, device=A.device)
+    if isinstance(kept, int):
+        acts[:kept] = 1
+    else:
+        acts[kept.to(A.device)] = 1
+    return acts if E is None else E * acts
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which what is computed on x's device keeps its dtype."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _add_share(
+    ctx: Any, from_base: Tensor | None, from_hidden: Tensor, A: Tensor, mask: Tensor | None
+) -> Tensor:
+    """The input's gradient: what comes from the base layer, plus the branch's own."""
+    if mask is not None:
+        own = (from_hidden @ A).mul_(_flat(mask)).view(ctx.shape)
+        return own.mul_(ctx.upscale) if from_base is None else from_base.add(own, alpha=ctx.upscale)
+    if from_base is None:
+        return (from_hidden @ A).view(ctx.shape)
+    if ctx.in_place and from_base.is_contiguous():
+        from_base.view(-1, A.shape[1]).addmm_(from_hidden, A)
+        return from_base
+    return torch.addmm(_flat(from_base), from_hidden, A).view(ctx.shape)
+
+
+def _sums_of_rows(one: Tensor, other: Tensor) -> Tensor:
+    """``(one * other).sum(1, keepdim=True)`` of two matrices in one operation, as a batch of products of vectors."""
+    return torch.bmm(one[:, None, :], other[:, :, None])[:, :, 0]
+
+
+def _differentiated(
+    compute: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], gradient: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``compute(*inputs)``, themselves in a graph; None where none is needed."""
+    wanted = [each for each, need in zip(inputs, needs, strict=True) if need and each is not None]
+    found = iter(torch.autograd.grad(compute(*inputs), wanted, gradient, create_graph=True))
+    return [next(found) if need else None for need in needs]

@@ -1,0 +1,182 @@
+"""Factors made ready for computing, once in a forward pass of the whole model.
+
+The factors are float32 parameters, the layers may compute in bfloat16, and A is used with its gates folded in. Layer
+by layer that would be three small operations each. Here it is a handful for all of them: what one pass has asked for
+is made in one go when the next begins.
+
+What is made lives as long as the pass, and no longer. To keep it until the factors change one would have to know when
+they do, and nobody can tell: fused and 8-bit optimizers, DeepSpeed and ``.data`` change parameters without counting
+their versions up. Outside of a pass (a part of the model is called, a checkpoint computes again), and for factors
+that are not here when it begins (sharded ones), a layer makes its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters.branch import gates_of
+from rankwise.parallel.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from rankwise.adapters.layer import AdapterLayer
+
+
+class Use(NamedTuple):
+    """A layer uses a factor of an adapter in a dtype."""
+
+    layer: int  # its id
+    adapter: str
+    factor: str  # "A" or "B"
+    dtype: torch.dtype
+
+
+class Ready(NamedTuple):
+    """A factor to compute with; nothing of it is in a graph.
+
+    Of triplets that don't act, A's rows and gates are 0, and so are B's columns where E trains: then all gradients
+    have zeros there without anybody putting them in.
+    """
+
+    factor: Tensor  # A with the gates folded in, or B
+    gates: Tensor | None  # of A: what its rows were multiplied by, (r, 1), in the dtype of the parameter
+
+
+Uses = dict[Use, "AdapterLayer"]
+
+_now = threading.local()  # .made and .asked: of the pass that this thread is in
+_last: WeakKeyDictionary[nn.Module, Uses] = WeakKeyDictionary()  # what a model's last pass has asked for
+
+
+class OncePerPass:
+    """Mixin of adapted models: a call of the model is a pass."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # which sees all layers at once anyway
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with _pass(self):  # type: ignore[arg-type]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _pass(model: nn.Module) -> Iterator[None]:
+    around = vars(_now).copy()
+    here = {use: layer for use, layer in _last.get(model, {}).items() if _is_here(layer, use.adapter)}
+    _now.made, _now.asked = _made(here), {}
+    try:
+        yield
+        _last[model] = _now.asked
+    finally:
+        vars(_now).clear()
+        vars(_now).update(around)
+
+
+def ready(layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) -> Ready:
+    """Factor "A" or "B" of an adapter in ``dtype``, ready to compute with."""
+    use = Use(id(layer), adapter, factor, dtype)
+    in_pass = hasattr(_now, "asked")
+    found: Ready | None = _now.made.get(use) if in_pass else None
+    if found is None:
+        asked = _Asked(layer, adapter, factor, dtype)
+        if asked.is_as_it_is:
+            return Ready(asked.parameter.detach(), None)
+        found = _made({use: layer})[use]
+    if in_pass:
+        _now.made[use], _now.asked[use] = found, layer
+    return found
+
+
+def _is_here(layer: AdapterLayer, adapter: str) -> bool:
+    if adapter not in layer.lora_A or not layer.acts(adapter):
+        return False
+    A = layer.lora_A[adapter]
+    return not (A.is_meta or is_sharded(A))
+
+
+class _Asked:
+    """A factor that is asked for, on its way to `Ready`."""
+
+    def __init__(self, layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) -> None:
+        self.parameter: Tensor = (layer.lora_A if factor == "A" else layer.lora_B)[adapter]
+        self.E: Tensor | None = layer.lora_E[adapter] if adapter in layer.lora_E else None
+        self.kept = layer.kept.get(adapter)
+        self.dtype = dtype
+        self.is_A = factor == "A"
+        self.cut_B = not self.is_A and self.kept is not None and self.E is not None and self.E.requires_grad
+        self.factor = self.parameter
+        self.gates: Tensor | None = None
+
+    @property
+    def is_as_it_is(self) -> bool:
+        """Whether the parameter itself is what to compute with."""
+        folds = self.is_A and (self.E is not None or self.kept is not None)
+        return not folds and not self.cut_B and self.parameter.dtype == self.dtype
+
+
+@torch.no_grad()
+def _made(uses: Mapping[Use, AdapterLayer]) -> dict[Use, Ready]:
+    """What is asked for, in a few operations for all together."""
+    every = [_Asked(layer, use.adapter, use.factor, use.dtype) for use, layer in uses.items()]
+    _set_gates([each for each in every if each.is_A])
+    _cut([each for each in every if each.cut_B])
+    gated = [(each, each.gates) for each in every if each.gates is not None]
+    if gated:
+        folded = torch._foreach_mul([each.factor for each, _ in gated], [gates for _, gates in gated])
+        for (each, _), factor in zip(gated, folded, strict=True):
+            each.factor = factor
+    cast = [each for each in every if each.factor.dtype != each.dtype]
+    for each, copy in zip(cast, _copies([(e.factor, e.factor.shape, e.dtype) for e in cast]), strict=True):
+        each.factor = copy
+    return {use: Ready(each.factor.detach(), each.gates) for use, each in zip(uses, every, strict=True)}
+
+
+def _set_gates(every: Sequence[_Asked]) -> None:
+    """Find what the rows of every A are multiplied by."""
+    first = []
+    for each in every:
+        if each.E is None or not isinstance(each.kept, int):
+            each.gates = gates_of(each.parameter, each.E, each.kept)
+        elif each.E.requires_grad:  # the optimizer's momentum moves gates that were closed
+            first.append((each, each.E, each.kept))
+        else:
+            each.gates = each.E
+    copies = _copies([(E[:kept], E.shape, E.dtype) for _, E, kept in first])
+    for (each, _, _), copy in zip(first, copies, strict=True):
+        each.gates = copy
+
+
+def _cut(every: Sequence[_Asked]) -> None:
+    """Set the columns of every B to 0 that don't act."""
+    first = [(each, each.parameter, each.kept) for each in every if isinstance(each.kept, int)]
+    copies = _copies([(B[:, :kept], B.shape, each.dtype) for each, B, kept in first])
+    for (each, _, _), copy in zip(first, copies, strict=True):
+        each.factor = copy
+    for each in every:
+        if isinstance(each.kept, Tensor):
+            acts = torch.zeros_like(each.parameter[0]).index_fill_(0, each.kept.to(each.parameter.device), 1)
+            each.factor = each.parameter * acts
+
+
+def _copies(wanted: Sequence[tuple[Tensor, torch.Size, torch.dtype]]) -> list[Tensor]:
+    """Copies of matrices, each in the upper left corner of one of a shape and dtype that has zeros elsewhere."""
+    made: dict[int, Tensor] = {}
+    groups: dict[Any, list[int]] = {}
+    for place, (source, _, dtype) in enumerate(wanted):
+        groups.setdefault((source.device, dtype), []).append(place)
+    for (device, dtype), places in groups.items():
+        sizes = [wanted[place][1].numel() for place in places]
+        pieces = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
+        made |= {place: piece.view(wanted[place][1]) for place, piece in zip(places, pieces, strict=True)}
+        sources = [wanted[place][0] for place in places]
+        corners = [
+            made[place][: source.shape[0], : source.shape[1]]
+            for place, source in zip(places, sources, strict=True)
+        ]
+        torch._foreach_copy_(corners, sources)
+    return [made[place] for place in range(len(wanted))]

@@ -1,0 +1,329 @@
+"""The adapter's branch of a linear layer: its dtypes, what it costs, what it saves, and which triplets it pays for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from costs import Operations, saved_for_backward
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import rankwise as rw
+from tiny import llama, token_batches
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = {"hidden_size": 64, "intermediate_size": 128}
+LAYERS = 2 * len(TARGETS)
+IDS = token_batches(1, size=4, length=64)[0]["input_ids"]
+PRECISIONS = {
+    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, False),
+    "float32, autocast": (torch.float32, True),
+    "bfloat16, autocast": (torch.bfloat16, True),
+}
+
+
+# --- what it costs -------------------------------------------------------------------------------------------------
+
+
+def step(model: Any, autocast: bool) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+
+
+def cost(model: Any, autocast: bool) -> tuple[int, int]:
+    """Operations of a step, and bytes that it saves for its backward pass, parameters not counted."""
+    step(model, autocast)  # what a pass asks for is ready in the next
+    model.zero_grad()
+    with saved_for_backward(model) as saved:
+        step(model, autocast)
+    model.zero_grad()
+    with Operations() as operations:
+        step(model, autocast)
+    return operations.count, saved.bytes
+
+
+def frozen(model: Any) -> Any:
+    model.requires_grad_(False).enable_input_require_grads()
+    return model
+
+
+def lora(model: Any) -> Any:
+    return rw.get_peft_model(model, rw.LoraConfig(r=8, target_modules=TARGETS))
+
+
+def pruning(model: Any, **form: Any) -> Any:
+    fields = {
+        "init_r": 12,
+        "target_r": 8,
+        "total_step": 100,
+        "tinit": 1,
+        "tfinal": 10,
+        "orth_reg_weight": 0.0,
+    }
+    return rw.get_peft_model(model, rw.AdaLoraConfig(**fields, target_modules=TARGETS, **form))
+
+
+def final(model: Any, **form: Any) -> Any:
+    """Every layer has had triplets pruned, of which the last are closed."""
+    model = pruning(model, **form)
+    for module in model.modules():
+        if hasattr(module, "lora_E"):
+            module.lora_E["default"].data[8:] = 0
+            module.kept["default"] = 8
+    return model
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_operations_and_saved_bytes_of_a_step_stay_within_bounds(precision: str) -> None:
+    dtype, autocast = PRECISIONS[precision]
+    made = {
+        each: cost(each(llama(**SIZES).to(dtype)).train(), autocast)
+        for each in (frozen, lora, pruning, final)
+    }
+    operations = {each: (count - made[frozen][0]) / LAYERS for each, (count, _) in made.items()}
+    saved = {each: size - made[frozen][1] for each, (_, size) in made.items()}
+    most = 7.0 if precision == "float32" else 9.5
+    assert max(operations.values()) <= most
+    assert operations[final] <= operations[pruning] and operations[lora] <= operations[pruning]
+    assert saved[final] <= saved[pruning]
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(
+        llama(**SIZES).to(dtype), peft.LoraConfig(r=8, target_modules=TARGETS)
+    ).train()
+    count, size = cost(theirs, autocast)
+    assert operations[final] <= (count - made[frozen][0]) / LAYERS - (1.5 if precision == "float32" else 4)
+    if precision == "bfloat16":  # a float32 copy of each input less
+        assert made[lora][1] <= 0.66 * size
+    else:
+        assert made[lora][1] <= size
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_papers_form_stays_within_bounds_though_its_gates_train(precision: str) -> None:
+    dtype, autocast = PRECISIONS[precision]
+    floor, _ = cost(frozen(llama(**SIZES).to(dtype)), autocast)
+    for phase in (pruning, final):
+        count, _ = cost(phase(llama(**SIZES).to(dtype), init_lora_weights=True).train(), autocast)
+        assert (count - floor) / LAYERS <= (8 if precision == "float32" else 10)
+
+
+def test_layers_with_the_same_input_save_it_once_and_layers_at_rank_0_nothing() -> None:
+    layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+    rw.get_peft_model(
+        layers,
+        rw.AdaLoraConfig(init_r=2, target_r=1, total_step=100, tfinal=10, target_modules=["0", "1", "2"]),
+    )
+    x, saved = torch.randn(500, 64, requires_grad=True), set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() >= x.numel():
+            saved.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def run() -> int:
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            made = [layer(x) for layer in layers]
+        return len(saved) if made[0].requires_grad else -1
+
+    assert run() == 1
+    for layer in layers:
+        layer.kept["default"] = 0
+    assert run() == 0
+
+
+# --- what it computes ----------------------------------------------------------------------------------------------
+
+
+def layer_of(dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
+    """A linear layer with an adapter of the paper's form with random factors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
+    config = rw.AdaLoraConfig(
+        init_r=4,
+        target_r=2,
+        total_step=100,
+        tfinal=10,
+        init_lora_weights=True,
+        target_modules=["0"],
+        **fields,
+    )
+    rw.get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    return model
+
+
+def gradients(model: Any, x: Tensor, compute: Any = None) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    output = (compute or model)(x)
+    (output.float() if output.dtype != torch.float64 else output).square().sum().backward()
+    made = [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+    model.zero_grad()
+    return [output.detach(), *made]
+
+
+@pytest.mark.parametrize("kept", [1, 3, torch.tensor([1, 3])], ids=["first", "most", "some"])
+@pytest.mark.parametrize("trains", [True, False], ids=["gates train", "gates are frozen"])
+def test_only_the_kept_triplets_act_and_the_others_get_gradients_of_zero(kept: Any, trains: bool) -> None:
+    model = layer_of()
+    layer, x = model[0], torch.randn(7, 6, dtype=torch.float64)
+    E = layer.lora_E["default"].requires_grad_(trains)
+    closed = torch.ones(4, dtype=torch.bool)
+    closed[slice(kept) if isinstance(kept, int) else kept] = False
+    if not trains:
+        E.data[closed] = 0  # as closing gates leaves them; those that train may have moved since
+    layer.kept["default"] = kept
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+
+    def composed(x: Tensor) -> Tensor:
+        gates = E * (~closed)[:, None]
+        return layer.base_forward(x) + layer.scaling["default"] * x @ (B @ (gates * A)).T
+
+    torch.testing.assert_close(gradients(model, x), gradients(model, x, composed))
+    model(x).sum().backward()
+    assert not A.grad[closed].any() and not B.grad[:, closed].any() and A.grad[~closed].all()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), composed(x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_is_as_near_to_the_exact_gradients_as_half_precision_is(
+    dtype: torch.dtype, autocast: bool
+) -> None:
+    model, x = layer_of(dtype), torch.randn(50, 6).to(dtype)
+    exact = gradients(copy.deepcopy(model).double(), x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        made = gradients(model, x)
+    assert [each.dtype for each in made[2:]] == [torch.float32] * 3
+    for one, other in zip(made, exact, strict=True):
+        assert (one - other).norm() < (0.02 if dtype == torch.bfloat16 or autocast else 1e-5) * other.norm()
+
+
+def test_computing_in_float32_is_asked_for_by_name_and_nearer_to_exact(tmp_path: Any) -> None:
+    base, x = nn.Sequential(nn.Linear(64, 64)).bfloat16(), torch.randn(50, 64).bfloat16()
+    config = rw.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    torch.manual_seed(3)
+    model = rw.get_peft_model(base, config, adapter_compute_dtype=torch.float32)
+    own = model[0].lora_A["default"], model[0].lora_B["default"]
+    exact = own[1].double() @ own[0].double()
+    exact = x.double() @ exact.T * model[0].scaling["default"] + model[0].base_forward(x).double()
+    near = (model(x).double() - exact).norm()
+    model.save_pretrained(tmp_path)
+    for dtype in (None, torch.float32):
+        loaded = rw.PeftModel.from_pretrained(
+            nn.Sequential(_plain(base)), tmp_path, adapter_compute_dtype=dtype
+        )
+        assert torch.equal(loaded(x), model(x)) == (dtype is not None)
+        assert dtype is not None or near <= (loaded(x).double() - exact).norm()
+    with pytest.raises(TypeError, match="adapter_compute_dtype.*torch.int8"):
+        rw.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config, adapter_compute_dtype=torch.int8)
+
+
+def _plain(model: Any) -> nn.Linear:
+    plain = nn.Linear(64, 64).bfloat16()
+    plain.weight.data, plain.bias.data = model[0].weight.data.clone(), model[0].bias.data.clone()
+    return plain
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_checkpointing_with_dropout_gives_the_same_gradients(dtype: torch.dtype, reentrant: bool) -> None:
+    model, x = layer_of(dtype, lora_dropout=0.4).train(), torch.randn(20, 6).to(dtype)
+    torch.manual_seed(7)
+    straight = gradients(model, x)
+    torch.manual_seed(7)
+    again = gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=reentrant))
+    torch.testing.assert_close(straight, again, rtol=0, atol=0)
+
+
+def test_dropout_saves_its_input_and_where_it_let_it_through() -> None:
+    model, x = layer_of(torch.float32, lora_dropout=0.4).train(), torch.randn(500, 6, requires_grad=True)
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() == x.numel():
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    assert sorted(tensor.element_size() for tensor in saved.values()) == [1, 4]
+
+
+class Shared(nn.Linear):
+    """A user's layer that gives out what it also holds, so that nobody may write into it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x + super().forward(x)
+        return self.seen
+
+
+def test_what_a_users_layer_gives_out_is_not_written_into() -> None:
+    model = nn.Sequential(Shared(6, 6)).double()
+    rw.get_peft_model(model, rw.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    layer, x = model[0], torch.randn(4, 6, dtype=torch.float64)
+    update = layer.delta_weight("default").detach()
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            output = model(x)
+            torch.testing.assert_close(output - layer.seen, x @ update.T)
+
+    def composed(x: Tensor) -> Tensor:
+        delta = layer.scaling["default"] * layer.lora_B["default"] @ layer.lora_A["default"]
+        return x + nn.functional.linear(x, layer.weight + delta, layer.bias)
+
+    torch.testing.assert_close(gradients(model, x), gradients(model, x, composed))
+
+
+# --- factors made ready once in a pass ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["fused", "data", "part"])
+def test_a_changed_factor_acts_at_once_however_it_was_changed(how: str) -> None:
+    """Neither a fused optimizer nor ``.data`` counts a parameter's version up."""
+    model, x = layer_of(torch.bfloat16), torch.randn(50, 6).bfloat16()
+    for _ in range(2):
+        before = gradients(model, x)[0]
+    if how == "fused":
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.5, fused=True)
+        model(x).square().sum().backward()
+        optimizer.step()
+    else:
+        model[0].lora_B["default"].data.mul_(-1)
+    after = model[0](x) if how == "part" else model(x)
+    A, B, E = (model[0].adapter_parameters("default")[key] for key in ("lora_A", "lora_B", "lora_E"))
+    exact = model[0].base_forward(x) + model[0].scaling["default"] * x.float() @ (B @ (E * A)).T
+    torch.testing.assert_close(after.float(), exact, atol=0.3, rtol=0.05)
+    assert (after - before).norm() > 0.1 * before.norm()
+
+
+def test_a_failed_pass_leaves_nothing_behind() -> None:
+    from rankwise.adapters import ready
+
+    model, x = layer_of(torch.bfloat16), torch.randn(3, 6).bfloat16()
+    model(x)
+    with pytest.raises(RuntimeError):
+        model(x[:, :2])
+    assert not vars(ready._now)
+
+
+def test_adapters_may_change_between_two_passes() -> None:
+    model, x = layer_of(torch.bfloat16), torch.randn(3, 6).bfloat16()
+    base = model[0].base_forward(x)
+    alone = model(x)
+    model.add_adapter("other", rw.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model.set_adapter(["default", "other"])
+    both = model(x)
+    model.set_adapter("other")
+    torch.testing.assert_close(both - alone, model(x) - base, atol=0.1, rtol=0.1)
+    model.delete_adapter("default")
+    torch.testing.assert_close(both - alone, model(x) - base, atol=0.1, rtol=0.1)
+    assert torch.equal(model.unload()(x), base)
