@@ -187,7 +187,8 @@ class AdapterLayer(InPlace, nn.Module):
         if self.blocks(self) == 1 or name not in self.kept:
             return None
         mask = torch.zeros(len(self.lora_A[name]), dtype=torch.bool)
-        mask[self.kept[name].cpu()] = True
+        kept = self.kept[name]
+        mask[slice(kept) if isinstance(kept, int) else kept.cpu()] = True
         return mask
 
     def delta_weight(self, name: str) -> Tensor:
