@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rankwise.adapters.branch import gates_of
 from rankwise.parallel.sharded import is_sharded
@@ -52,6 +53,7 @@ Uses = dict[Use, "AdapterLayer"]
 
 _now = threading.local()  # .made and .asked: of the pass that this thread is in
 _last: WeakKeyDictionary[nn.Module, Uses] = WeakKeyDictionary()  # what a model's last pass has asked for
+_acting = WeakIdKeyDictionary()  # indices of triplets -> what `_where` made of them
 
 
 class OncePerPass:
@@ -138,9 +140,11 @@ def _made(uses: Mapping[Use, AdapterLayer]) -> dict[Use, Ready]:
 
 def _set_gates(every: Sequence[_Asked]) -> None:
     """Find what the rows of every A are multiplied by."""
-    first = []
+    first, some = [], []
     for each in every:
-        if each.E is None or not isinstance(each.kept, int):
+        if each.E is not None and isinstance(each.kept, Tensor):
+            some.append((each, each.E, _where(each.kept, each.parameter)))
+        elif each.E is None or each.kept is None:
             each.gates = gates_of(each.parameter, each.E, each.kept)
         elif each.E.requires_grad:  # the optimizer's momentum moves gates that were closed
             first.append((each, each.E, each.kept))
@@ -149,6 +153,10 @@ def _set_gates(every: Sequence[_Asked]) -> None:
     copies = _copies([(E[:kept], E.shape, E.dtype) for _, E, kept in first])
     for (each, _, _), copy in zip(first, copies, strict=True):
         each.gates = copy
+    if some:
+        gates = torch._foreach_mul([E for _, E, _ in some], [acts for _, _, acts in some])
+        for (each, _, _), gate in zip(some, gates, strict=True):
+            each.gates = gate
 
 
 def _cut(every: Sequence[_Asked]) -> None:
@@ -159,8 +167,15 @@ def _cut(every: Sequence[_Asked]) -> None:
         each.factor = copy
     for each in every:
         if isinstance(each.kept, Tensor):
-            acts = torch.zeros_like(each.parameter[0]).index_fill_(0, each.kept.to(each.parameter.device), 1)
-            each.factor = each.parameter * acts
+            each.factor = each.parameter * _where(each.kept, each.parameter.T).T
+
+
+def _where(kept: Tensor, A: Tensor) -> Tensor:
+    """1 for triplets that act, 0 for the others, (r, 1), like A (r, d_in); made once for the indices ``kept``."""
+    known = _acting.get(kept)
+    if known is None or known.device != A.device or known.dtype != A.dtype:
+        known = _acting[kept] = gates_of(A, None, kept)
+    return known  # type: ignore[no-any-return]
 
 
 def _copies(wanted: Sequence[tuple[Tensor, torch.Size, torch.dtype]]) -> list[Tensor]:
