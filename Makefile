@@ -6,12 +6,14 @@
 #   TORCH_INDEX  a package index to take PyTorch from, such as its CPU-only builds  [pip's own]
 #   JOBS         how many processes run the tests                                   [2]
 #   PYTEST_ARGS  more arguments for pytest, such as "-k schedule"
+#   BENCH_ARGS   arguments for benchmarks/speed.py, such as --fast or "--device cuda"
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 SHELL := /bin/bash
 BIN := $(VENV)/bin
@@ -22,7 +24,7 @@ export OMP_WAIT_POLICY ?= passive
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-deepspeed test-trackers test-servers lint format types check constraints clean
+.PHONY: help quickstart test test-slow test-deepspeed test-trackers test-servers lint format types check bench constraints clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
@@ -58,6 +60,9 @@ types: $(VENV)/.test ## check the types
 	$(BIN)/mypy
 
 check: lint types test ## all that a change must pass
+
+bench: $(VENV)/.test ## measure what a training step costs, beside PEFT
+	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
 
 constraints: $(VENV)/.test ## bring constraints.txt up to date with pyproject.toml
 	$(PIP) install --quiet uv

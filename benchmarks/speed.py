@@ -1,183 +1,299 @@
 """What a training step costs: PEFT's LoRA and AdaLoRA against rankwise's, on random models of real shapes.
 
-    python benchmarks/speed.py                    # both models, a table for each
-    python benchmarks/speed.py --models minilm --rounds 30 --threads 2
+    python benchmarks/speed.py                               # all tables
+    python benchmarks/speed.py --fast                        # fewer models, sizes and rounds
+    python benchmarks/speed.py --tables models --rounds 40 --device cuda
 
 A step is forward, backward, the optimizer's step and all that the method wants between. All adapters take turns in one
 process, and every time is divided by that of the frozen model in the same round (forward, and backward down to its
-embeddings), so that what else the machine does falls on all. The table has the medians over the rounds.
+embeddings), so that what else the machine does falls on all: the tables have the medians over the rounds. Operations
+(views are none) and bytes saved for the backward pass (parameters don't count) are those of a forward and a backward
+pass; they are the same on every machine. The peak is that of CUDA's allocator, above what is there before the step.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from costs import Operations, saved_for_backward
+from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
-Step = Callable[[Batch], None]
-RANK, SPARE = 8, 12
 LONG = 1_000_000  # steps: a schedule that stays in its phase for as long as is measured
-FLOOR = "frozen model"
 
 
-def minilm() -> tuple[Any, Batch, list[str]]:
-    """A BERT of MiniLM's shape, 16 sentences of 24 tokens, all six linear maps of a layer."""
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A random model of some shape, a batch for it, and what of it is adapted."""
+
+    title: str
+    make: Callable[[], tuple[nn.Module, Batch]]
+    targets: Sequence[str]
+
+
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _bert() -> tuple[nn.Module, Batch]:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=2
     )
-    ids = torch.randint(5, 30_000, (16, 24))
-    targets = [
-        "query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense",
-    ]  # fmt: skip
-    batch = {"input_ids": ids, "labels": torch.randint(0, 2, (16,))}
-    return BertForSequenceClassification(config), batch, targets
+    batch = {"input_ids": torch.randint(5, 30_000, (16, 24)), "labels": torch.randint(0, 2, (16,))}
+    return BertForSequenceClassification(config), batch
 
 
-def smollm2() -> tuple[Any, Batch, list[str]]:
-    """A Llama of SmolLM2-135M's shape, 4 texts of 64 tokens, all seven projections."""
+def _llama(size: int, length: int, **sizes: Any) -> tuple[nn.Module, Batch]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    config = LlamaConfig(**sizes)
+    ids = torch.randint(5, config.vocab_size - 5, (size, length))
+    return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+def small(layers: int = 4, width: int = 256) -> Model:
+    """A Llama of any depth and width, 2 texts of 128 tokens, all seven projections."""
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "vocab_size": 1000,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    return Model(f"{layers} layers of width {width}", partial(_llama, 2, 128, **sizes, **heads), LLAMA)
+
+
+MINILM = Model(
+    "A BERT of MiniLM's shape, 16 sentences of 24 tokens, all six linear maps of a layer",
+    _bert,
+    ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
+)
+SMOLLM2 = Model(
+    "A Llama of SmolLM2-135M's shape, 4 texts of 64 tokens, all seven projections",
+    partial(
+        _llama, 4, 64, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, vocab_size=49_152, tie_word_embeddings=True,
-    )  # fmt: skip
-    ids = torch.randint(5, 49_000, (4, 64))
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}, targets
+    ),
+    LLAMA,
+)  # fmt: skip
+MODELS = {"minilm": MINILM, "smollm2": SMOLLM2}
 
 
-MODELS = {"minilm": minilm, "smollm2": smollm2}
+def in_4_bit(model: nn.Module, targets: Sequence[str]) -> nn.Module:
+    """The adapted layers packed by bitsandbytes, the rest in bfloat16."""
+    import bitsandbytes
+
+    model.bfloat16()
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and path.endswith(tuple(targets)):
+            packed = bitsandbytes.nn.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                torch.bfloat16,
+                quant_type="nf4",
+            )
+            packed.load_state_dict(layer.state_dict())
+            model.set_submodule(path, packed)
+    return model
 
 
-def frozen(model: Any, targets: list[str]) -> Step:
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model trains."""
+
+    precision: str = "float32"
+    device: str = "cpu"
+    checkpointing: str | None = None  # "re-entrant" or "not re-entrant"
+    compiled: bool = False
+    processes: bool = False
+    rank: int = 8  # of LoRA, and in the end
+    spare: int = 12  # ranks of AdaLoRA to begin with
+
+    def model(self, made: nn.Module, targets: Sequence[str]) -> nn.Module:
+        """``made`` as it is before an adapter is attached."""
+        if self.precision == "4-bit":
+            made = in_4_bit(made, targets)
+        elif self.precision.startswith("bfloat16"):
+            made = made.bfloat16()
+        if self.checkpointing:
+            options = {"use_reentrant": self.checkpointing == "re-entrant"}
+            made.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        return made.to(self.device).train()
+
+    def forward(self, adapted: nn.Module) -> Callable[..., Any]:
+        """What to call."""
+        if self.compiled:
+            return torch.compile(adapted)
+        if self.processes and any(parameter.requires_grad for parameter in adapted.parameters()):
+            return nn.parallel.DistributedDataParallel(adapted)
+        return adapted
+
+
+PRECISIONS = ("float32", "bfloat16", "float32, autocast", "4-bit")
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A model in training: its steps."""
+
+    def __init__(self, adapted: Any, batch: Batch, setting: Setting, trains: bool = True) -> None:
+        self.model, self.setting = adapted, setting
+        self.batch = {name: tensor.to(setting.device) for name, tensor in batch.items()}
+        self.forward = setting.forward(adapted)
+        parameters = [p for p in adapted.parameters() if p.requires_grad] if trains else []
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
+
+    def gradients(self) -> None:
+        """A forward and a backward pass."""
+        half = self.setting.precision.endswith("autocast")
+        with torch.autocast(self.setting.device, dtype=torch.bfloat16) if half else nullcontext():
+            loss = self.forward(**self.batch).loss
+        loss.backward()
+
+    def step(self) -> None:
+        """All of a step."""
+        self.gradients()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.between()
+            self.optimizer.zero_grad()
+
+    def between(self) -> None:
+        """What has to be called after the optimizer."""
+
+
+class PeftAdaLora(Training):
+    """In the phase that prunes, every ten steps, as its documentation shows: with the penalty and the allocation."""
+
+    number = 1
+
+    def between(self) -> None:
+        self.number += 1
+        with torch.no_grad():
+            self.model.update_and_allocate(self.number)
+
+
+def frozen(model: Any, batch: Batch, targets: list[str], setting: Setting) -> Training:
     """No adapter at all: what any of them must take."""
     model.requires_grad_(False)
     model.enable_input_require_grads()
-
-    def step(batch: Batch) -> None:
-        model(**batch).loss.backward()
-
-    return step
+    return Training(model, batch, setting, trains=False)
 
 
-def plain(model: Any) -> Step:
-    """An ordinary step with all that trains."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def step(batch: Batch) -> None:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def peft_lora(model: Any, targets: list[str]) -> Step:
+def peft_lora(model: Any, batch: Batch, targets: list[str], setting: Setting) -> Training:
     """PEFT's LoRA."""
     import peft
 
-    return plain(
-        peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets))
-    )
+    config = peft.LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, target_modules=targets)
+    return Training(peft.get_peft_model(model, config), batch, setting)
 
 
-def peft_adalora(model: Any, targets: list[str]) -> Step:
-    """In the phase that prunes, every ten steps, as its documentation shows: with the penalty and the allocation."""
+def peft_adalora(model: Any, batch: Batch, targets: list[str], setting: Setting) -> Training:
+    """PEFT's AdaLoRA."""
     import peft
 
     config = peft.AdaLoraConfig(
-        init_r=SPARE, target_r=RANK, tinit=1, tfinal=10, deltaT=10, total_step=LONG, lora_alpha=2 * RANK,
-        target_modules=targets,
+        init_r=setting.spare, target_r=setting.rank, tinit=1, tfinal=10, deltaT=10, total_step=LONG,
+        lora_alpha=2 * setting.rank, target_modules=targets,
     )  # fmt: skip
     adapted = peft.get_peft_model(model, config).base_model  # which adds the penalty, task type or not
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
-    steps = iter(range(2, LONG))
-
-    def step(batch: Batch) -> None:
-        adapted(**batch).loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            adapted.update_and_allocate(next(steps))
-        optimizer.zero_grad()
-
-    return step
+    return PeftAdaLora(adapted, batch, setting)
 
 
-def rankwise_lora(model: Any, targets: list[str]) -> Step:
+def rankwise_lora(model: Any, batch: Batch, targets: list[str], setting: Setting) -> Training:
     """LoRA in rankwise."""
     import rankwise
 
-    return plain(
-        rankwise.get_peft_model(
-            model, rankwise.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets)
-        )
-    )
+    config = rankwise.LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, target_modules=targets)
+    return Training(rankwise.get_peft_model(model, config), batch, setting)
 
 
-def _adalora(model: Any, targets: list[str], **fields: Any) -> Any:
+def rankwise_adalora(
+    model: Any, batch: Batch, targets: list[str], setting: Setting, final: bool = False, **form: Any
+) -> Training:
+    """In the phase that prunes with all spare ranks still there, which is the dearest, or in the final phase."""
     import rankwise
 
     config = rankwise.AdaLoraConfig(
-        init_r=SPARE, target_r=RANK, tinit=1, tfinal=10, deltaT=10, total_step=LONG, lora_alpha=2 * RANK,
-        target_modules=targets, **fields,
+        init_r=setting.spare, target_r=setting.rank, tinit=1, tfinal=10, deltaT=10, total_step=LONG,
+        lora_alpha=2 * setting.rank, target_modules=targets, **form,
     )  # fmt: skip
-    return rankwise.get_peft_model(model, config)
+    adapted = rankwise.get_peft_model(model, config)
+    if final:
+        adapted.finalize_ranks()
+    return Training(adapted, batch, setting)
 
 
-def rankwise_pruning(model: Any, targets: list[str]) -> Step:
-    """In the phase that prunes, with all spare ranks still there: the dearest."""
-    return plain(_adalora(model, targets))
-
-
-def rankwise_pruned(model: Any, targets: list[str]) -> Step:
-    """In the final phase."""
-    adapted = _adalora(model, targets)
-    adapted.finalize_ranks()
-    return plain(adapted)
-
-
-def rankwise_paper(model: Any, targets: list[str]) -> Step:
-    """The paper's form, in the phase that prunes."""
-    return plain(_adalora(model, targets, init_lora_weights=True, orth_reg_weight=0.5))
-
-
-ADAPTERS: dict[str, Callable[[Any, list[str]], Step]] = {
+FLOOR = "frozen model"
+MAIN: dict[str, Callable[..., Training]] = {
     FLOOR: frozen,
-    f"PEFT LoRA, r {RANK}": peft_lora,
-    f"PEFT AdaLoRA, {SPARE} to {RANK}, pruning": peft_adalora,
-    f"rankwise LoRA, r {RANK}": rankwise_lora,
-    f"rankwise AdaLoRA, {SPARE} to {RANK}, pruning": rankwise_pruning,
-    f"rankwise AdaLoRA, {SPARE} to {RANK}, final phase": rankwise_pruned,
-    f"rankwise, the paper's form, {SPARE} to {RANK}, pruning": rankwise_paper,
+    "PEFT LoRA": peft_lora,
+    "rankwise LoRA": rankwise_lora,
+    "rankwise AdaLoRA, pruning": rankwise_adalora,
+    "rankwise AdaLoRA, final phase": partial(rankwise_adalora, final=True),
+}
+ALL = {
+    **MAIN,
+    "PEFT AdaLoRA, pruning": peft_adalora,
+    "rankwise, the paper's form, pruning": partial(
+        rankwise_adalora, init_lora_weights=True, orth_reg_weight=0.5
+    ),
 }
 
 
-def measure(name: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round, by adapter; the first three rounds, in which memory is first taken, are left out."""
-    steps: dict[str, Step] = {}
-    for adapter, attach in ADAPTERS.items():
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cost:
+    """What the steps of one adapter cost."""
+
+    seconds: list[float] = field(default_factory=list)
+    operations: int | None = None
+    saved: int | None = None
+    peak: int | None = None
+
+
+def measure(
+    model: Model, setting: Setting, adapters: dict[str, Callable[..., Training]], rounds: int
+) -> dict[str, Cost]:
+    """Steps of all adapters in turns; the first three rounds, in which memory is first taken, are left out."""
+    trainings: dict[str, Training] = {}
+    for name, attach in adapters.items():
         torch.manual_seed(0)
-        model, batch, targets = MODELS[name]()
+        made, batch = model.make()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            steps[adapter] = attach(model, targets)
-    found: dict[str, list[float]] = {adapter: [] for adapter in ADAPTERS}
+            trainings[name] = attach(setting.model(made, model.targets), batch, list(model.targets), setting)
+    costs = {name: Cost() for name in adapters}
     for number in range(rounds + 3):
-        for adapter in _rotated(list(ADAPTERS), number):
-            started = time.perf_counter()
-            steps[adapter](batch)
+        for name in _rotated(list(adapters), number):
+            seconds = _timed(trainings[name])
             if number >= 3:
-                found[adapter].append(time.perf_counter() - started)
-    return found
+                costs[name].seconds.append(seconds)
+    for name, training in trainings.items():
+        _count(training, costs[name])
+    return costs
 
 
 def _rotated(names: list[str], by: int) -> Iterator[str]:
@@ -186,14 +302,120 @@ def _rotated(names: list[str], by: int) -> Iterator[str]:
     yield from names[: by % len(names)]
 
 
-def table(found: dict[str, list[float]]) -> str:
-    """Markdown: the median ratio to the frozen model, and its quartiles."""
-    lines = ["| | times the frozen model's step | middle half of the rounds |", "| --- | --- | --- |"]
-    for adapter, seconds in found.items():
-        ratios = [mine / floor for mine, floor in zip(seconds, found[FLOOR], strict=True)]
+def _timed(training: Training) -> float:
+    """Seconds of a step, by the device's own clock where it has one."""
+    if training.setting.device != "cuda":
+        started = time.perf_counter()
+        training.step()
+        return time.perf_counter() - started
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    training.step()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1000
+
+
+def _count(training: Training, cost: Cost) -> None:
+    if training.setting.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        training.step()
+        cost.peak = torch.cuda.max_memory_allocated() - held
+    if training.setting.compiled:  # one operation then is whatever the compiler makes of many
+        return
+    training.model.zero_grad()  # adding to a gradient that is there would be an operation more
+    with saved_for_backward(training.model) as saved:
+        training.gradients()
+    training.model.zero_grad()
+    with Operations() as operations:
+        training.gradients()
+    cost.operations, cost.saved = operations.count, saved.bytes
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def table(costs: dict[str, Cost], adapted: int) -> str:
+    """Markdown: a row for each adapter. ``adapted``: how many layers are."""
+    floor = costs[FLOOR]
+    lines = [
+        "| | times the frozen model's step | middle half of the rounds | operations | a layer | saved, MB | peak, MB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, cost in costs.items():
+        ratios = [mine / other for mine, other in zip(cost.seconds, floor.seconds, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        lines.append(f"| {adapter} | {middle:.3f} | {low:.3f} to {high:.3f} |")
+        each = (
+            "" if cost.operations is None or floor.operations is None else cost.operations - floor.operations
+        )
+        lines.append(
+            f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {cost.operations or ''} | "
+            f"{each and f'{each / adapted:.1f}'} | {_mega(cost.saved)} | {_mega(cost.peak)} |"
+        )
     return "\n".join(lines)
+
+
+def _mega(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.2f}"
+
+
+def show(title: str, model: Model, setting: Setting, adapters: dict[str, Any], rounds: int) -> None:
+    """Measure, and print a table under a title."""
+    costs = measure(model, setting, adapters, rounds)
+    made, _ = model.make()
+    adapted = sum(path.endswith(tuple(model.targets)) for path, _ in made.named_modules())
+    seconds = statistics.median(costs[FLOOR].seconds)
+    if not setting.processes or torch.distributed.get_rank() == 0:
+        print(
+            f"\n### {title}\n\nThe frozen model's step: {seconds:.3f} s.\n\n{table(costs, adapted)}",
+            flush=True,
+        )
+
+
+def models(asked: argparse.Namespace, setting: Setting) -> None:
+    """The models of real shape, in each precision."""
+    for name in asked.models:
+        for precision in asked.precisions:
+            adapters = ALL if precision == "float32" else MAIN
+            title = f"{MODELS[name].title}: {precision}"
+            show(title, MODELS[name], replace(setting, precision=precision), adapters, asked.rounds)
+
+
+def growth(asked: argparse.Namespace, setting: Setting) -> None:
+    """How it grows with layers, width and ranks."""
+    rounds = max(asked.rounds // 2, 2)
+    for layers in (4, 16) if asked.fast else (4, 16, 64):
+        show(f"{layers} layers", small(layers, 64), setting, MAIN, rounds)
+    for width in (64, 256) if asked.fast else (64, 256, 1024):
+        show(f"4 layers of width {width}", small(4, width), setting, MAIN, rounds)
+    for rank in (4, 16) if asked.fast else (4, 16, 64):
+        ranks = replace(setting, rank=rank, spare=rank * 3 // 2)
+        show(f"4 layers of width 256, rank {rank} from {ranks.spare}", small(), ranks, MAIN, rounds)
+
+
+def settings(asked: argparse.Namespace, setting: Setting) -> None:
+    """With checkpointing of both kinds, compiled, and in two processes."""
+    bfloat16 = replace(setting, precision="bfloat16")
+    for kind in ("re-entrant", "not re-entrant"):
+        show(f"Checkpointing, {kind}", small(), replace(bfloat16, checkpointing=kind), MAIN, asked.rounds)
+    show("Compiled", small(2), replace(setting, compiled=True), MAIN, asked.rounds)
+    if setting.device == "cpu" or torch.cuda.device_count() > 1:
+        torch.multiprocessing.spawn(_process, (asked, setting), nprocs=2)
+
+
+def _process(number: int, asked: argparse.Namespace, setting: Setting) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(asked.port)}
+    cuda = setting.device == "cuda"
+    torch.set_num_threads(1)
+    if cuda:
+        torch.cuda.set_device(number)
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", rank=number, world_size=2)
+    show("Two processes", small(), replace(setting, processes=True), MAIN, asked.rounds)
+    torch.distributed.destroy_process_group()
+
+
+TABLES = {"models": models, "growth": growth, "settings": settings}
 
 
 def main() -> None:
@@ -201,20 +423,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=40, help="measured steps of each adapter, at least 2")
+    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="of the first kind of tables")
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
+    parser.add_argument("--rounds", type=int, help="measured steps of each adapter, at least 2")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--port", type=int, default=29_511, help="by which two processes find each other")
+    parser.add_argument("--fast", action="store_true", help="one model, fewer rounds and sizes")
     asked = parser.parse_args()
+    asked.models = asked.models or (["minilm"] if asked.fast else list(MODELS))
+    asked.rounds = asked.rounds or (4 if asked.fast else 8)
     if asked.rounds < 2:
         parser.error(f"--rounds must be at least 2, not {asked.rounds}")
     torch.set_num_threads(asked.threads)
-    for name in asked.models:
-        found = measure(name, asked.rounds)
-        floor = statistics.median(found[FLOOR])
-        print(
-            f"\n### {(MODELS[name].__doc__ or name).rstrip('.')}\n\nThe frozen model's step: {floor:.3f} s.\n"
-        )
-        print(table(found), flush=True)
+    for name in asked.tables:
+        TABLES[name](asked, Setting(device=asked.device))
 
 
 if __name__ == "__main__":
