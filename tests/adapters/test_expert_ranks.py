@@ -21,11 +21,11 @@ from rankwise.recipes import load_recipe, plan_memory
 from rankwise.report.grid import rank_grids
 from rankwise.report.inspect import inspect_adapter
 
-FORMS = ["gated", True]
+FORMS = ["principal", True]
 STEPS = 12
 
 
-def adalora(model: Any, form: Any = "gated", **options: Any) -> Any:
+def adalora(model: Any, form: Any = "principal", **options: Any) -> Any:
     fields = {"init_r": 4, "target_r": 2, "total_step": STEPS, "tfinal": 3, "target_modules": ["o_proj"]}
     torch.manual_seed(1)
     config = rw.AdaLoraConfig(

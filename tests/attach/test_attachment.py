@@ -84,13 +84,13 @@ def test_a_fresh_lora_update_has_pefts_scale(use_rslora: bool) -> None:
     assert [tuple(factors.B.shape) for factors in layers.values()] == [(5, 3), (4, 4)]
 
 
-@pytest.mark.parametrize("target_r", [1, 2, 4])
-def test_the_scale_of_an_open_gate_is_loras_at_the_target_rank(target_r: int) -> None:
-    config = AdaLoraConfig(init_r=4, target_r=target_r, lora_alpha=8, total_step=9, target_modules=["0"])
+@pytest.mark.parametrize("init_r", [2, 4])
+def test_the_scale_at_the_start_is_loras_at_the_initial_rank(init_r: int) -> None:
+    config = AdaLoraConfig(init_r=init_r, target_r=2, lora_alpha=8, total_step=9, target_modules=["0"])
     (factors,) = plan_attachment(block(), config, "one").layers.values()
     assert factors.E is not None
     gates = (factors.scaling * factors.E.double()).flatten().tolist()
-    assert gates == pytest.approx([8 / target_r] * 4, rel=1e-5)  # PEFT adds 0.00001 to init_r
+    assert gates == pytest.approx([8 / init_r] * init_r, rel=1e-5)  # PEFT adds 0.00001 to init_r
 
 
 def test_adaloras_own_scale_is_that_of_the_initial_rank_however_many_stay() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from rankwise.method.layout import TripletLayout
 LAYOUT = TripletLayout(ranks=(8,), widths_in=(50,), widths_out=(40,))
 
 
-def started(form: Any, gate: float) -> tuple[Tensor, Tensor, Tensor]:
+def started(form: Any, use_rslora: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """A, E and B in float64 after the form's start, with a plain LoRA's start of A = 3 and B = 0."""
     torch.manual_seed(0)
     A, E, B = (torch.full(shape, 9.0, dtype=torch.float64) for shape in ((8, 50), (8, 1), (40, 8)))
@@ -24,23 +23,27 @@ def started(form: Any, gate: float) -> tuple[Tensor, Tensor, Tensor]:
         nn.init.constant_(A, 3.0)
         nn.init.zeros_(B)
 
-    form.start(A, E, B, as_lora, gate)
+    form.start(A, E, B, as_lora, use_rslora)
     return A, E, B
 
 
-@pytest.mark.parametrize(("use_rslora", "expected"), [(False, 12 / 8), (True, 12 / math.sqrt(8))])
-def test_an_open_gate_makes_the_scale_loras_at_the_target_rank(use_rslora: bool, expected: float) -> None:
-    assert form_of("gated").gate(12, 8, use_rslora) == pytest.approx(expected, rel=1e-15)
+@pytest.mark.parametrize(("use_rslora", "power"), [(False, 1.0), (True, 0.5)])
+def test_gates_make_the_scale_loras_at_the_rank_that_a_layer_has_now(use_rslora: bool, power: float) -> None:
+    form, ranks = form_of("principal"), torch.tensor([8, 5, 2, 1])
+    gates = form.gates(8, ranks, use_rslora)
+    torch.testing.assert_close(16 / 8 * gates, 16 / ranks.float() ** power)
+    _, E, _ = started(form, use_rslora)
+    torch.testing.assert_close(E.flatten()[:1].float(), gates[:1])
 
 
-def test_the_gated_form_starts_as_lora_with_all_gates_open() -> None:
-    A, E, B = started(form_of("gated"), gate=1.5)
+def test_the_default_form_starts_as_lora_with_all_gates_open() -> None:
+    A, E, B = started(form_of("principal"))
     assert torch.equal(A, torch.full_like(A, 3.0)) and not B.any()
-    assert torch.equal(E, torch.full_like(E, 1.5))
+    assert torch.equal(E, torch.ones_like(E))
 
 
 def test_the_papers_form_starts_with_no_update_and_small_random_factors() -> None:
-    A, E, B = started(form_of(True), gate=1.0)
+    A, E, B = started(form_of(True))
     assert not E.any()
     for factor in (A, B):
         assert factor.std().item() == pytest.approx(0.02, rel=0.15)
@@ -48,20 +51,22 @@ def test_the_papers_form_starts_with_no_update_and_small_random_factors() -> Non
 
 
 def test_a_random_start_of_the_papers_form_changes_the_output() -> None:
-    A, E, B = started(form_of(False), gate=1.0)
+    A, E, B = started(form_of(False))
     assert (B @ torch.diag(E.flatten()) @ A).abs().max() > 1
 
 
 def test_what_trains_is_what_is_scored_or_decides_it() -> None:
-    for start in ("gated", True, False, "gaussian"):
+    for start in (True, False, "gaussian"):
         form = form_of(start)
         importance = form.importance(LAYOUT)
         assert set(importance.factors) <= set(form.trained) and importance.decisive in form.trained
-        assert form.importance(LAYOUT).entries in (LAYOUT.triplets, LAYOUT.elements)
+    assert form_of("principal").importance(LAYOUT) is None and form_of("principal").turns
 
 
-def test_a_left_out_alpha_grows_with_small_ranks_only() -> None:
-    gated, paper = form_of("gated"), form_of(True)
-    assert [gated.lora_alpha(rank, False) for rank in (1, 2, 8, 64)] == [4, 8, 32, 32]
-    assert gated.lora_alpha(64, True) == 8
+def test_what_is_left_out_follows_the_rank_that_is_wanted() -> None:
+    principal, paper = form_of("principal"), form_of(True)
+    assert [principal.lora_alpha(rank, False) for rank in (0.25, 1, 2, 8, 64)] == [2, 2, 4, 16, 128]
+    assert [principal.init_r(rank) for rank in (0.25, 1, 2, 4, 8, 64)] == [2, 4, 8, 16, 16, 128]
     assert [paper.lora_alpha(rank, False) for rank in (1, 64)] == [8, 8]
+    assert [paper.init_r(rank) for rank in (1, 8)] == [12, 12]
+    assert [principal.deltaT(steps) for steps in (5, 40, 6000)] == [1, 2, 300]

@@ -1,4 +1,4 @@
-"""What is scored: gates by what closing them would change, or every element as in the paper."""
+"""What is scored of each step: every element, as in the paper."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankwise.method.importance import ElementImportance, GateImportance
+from rankwise.method.importance import ElementImportance
 from rankwise.method.layout import TripletLayout
 
 CPU = torch.device("cpu")
 LAYOUT = TripletLayout(ranks=(2, 3, 2), widths_in=(4, 5, 4), widths_out=(3, 6, 3))
 
 
-def products_of_a_loss() -> tuple[dict[str, list[Tensor]], Tensor]:
-    """``w * dL/dw`` of A, E and B in float64 for a loss of ``B diag(E) A``, and those of all gates, flat."""
+def products_of_a_loss() -> dict[str, list[Tensor]]:
+    """``w * dL/dw`` of A, E and B in float64 for a loss of ``B diag(E) A``."""
     torch.manual_seed(0)
     shapes = list(zip(LAYOUT.ranks, LAYOUT.widths_in, LAYOUT.widths_out, strict=True))
     options: dict[str, Any] = {"dtype": torch.float64, "requires_grad": True}
@@ -27,32 +27,14 @@ def products_of_a_loss() -> tuple[dict[str, list[Tensor]], Tensor]:
         [(b @ torch.diag(e.flatten()) @ a).sin().sum() for a, e, b in zip(A, E, B, strict=True)]
     ).sum()
     loss.backward()
-    products = {
+    return {
         name: [(w * w.grad).detach() for w in factors]
         for name, factors in (("lora_A", A), ("lora_E", E), ("lora_B", B))
     }
-    return products, torch.cat([product.flatten() for product in products["lora_E"]])
-
-
-def test_a_gates_importance_is_what_closing_it_changes_in_the_loss_by_its_gradient() -> None:
-    products, effect = products_of_a_loss()
-    importance = GateImportance(LAYOUT)
-    measured, known = importance.measure([p for key in importance.factors for p in products[key]], CPU)
-    torch.testing.assert_close(measured.double(), effect, rtol=1e-5, atol=1e-6)
-    assert known is None and importance.entries == LAYOUT.triplets
-
-
-def test_a_triplets_score_is_for_each_of_its_parameters_and_grows_as_the_loss_does() -> None:
-    importance = GateImportance(LAYOUT)
-    sensitivity, uncertainty = torch.rand(2, LAYOUT.triplets, dtype=torch.float64)
-    costs = torch.tensor([7, 7, 11, 11, 11, 7, 7])
-    score = importance.per_triplet(sensitivity, uncertainty)
-    torch.testing.assert_close(score, (sensitivity * uncertainty).sqrt() / costs)
-    torch.testing.assert_close(importance.per_triplet(2 * sensitivity, 2 * uncertainty), 2 * score)
 
 
 def test_the_papers_importance_is_every_products_own() -> None:
-    products, _ = products_of_a_loss()
+    products = products_of_a_loss()
     importance = ElementImportance(LAYOUT)
     given = [p for key in importance.factors for p in products[key]]
     measured, known = importance.measure(given, CPU)
@@ -60,9 +42,9 @@ def test_the_papers_importance_is_every_products_own() -> None:
     assert known is None and importance.entries == LAYOUT.elements
 
 
-@pytest.mark.parametrize("kind", [GateImportance, ElementImportance])
+@pytest.mark.parametrize("kind", [ElementImportance])
 def test_factors_without_a_gradient_are_told_from_those_whose_gradient_is_zero(kind: Any) -> None:
-    products, _ = products_of_a_loss()
+    products = products_of_a_loss()
     importance = kind(LAYOUT)
     given: list[Tensor | None] = [p for key in importance.factors for p in products[key]]
     whole, _ = importance.measure(given, CPU)

@@ -39,16 +39,6 @@ def test_the_mean_of_a_triplet_is_that_of_its_row_its_gate_and_its_column(seed: 
     torch.testing.assert_close(layout.mean_per_triplet(flat), torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 
-@random_cases(100)
-@given(seeds)
-def test_sums_of_columns_come_back_in_the_order_of_the_layers(seed: int) -> None:
-    torch.manual_seed(seed)
-    layout = random_layout(random.Random(seed))
-    B = random_factors(layout, 1.0)[2 * len(layout.ranks) :]
-    expected = torch.cat([matrix.sum(0) for matrix in B])
-    torch.testing.assert_close(layout.sum_of_columns(B, CPU), expected)
-
-
 def test_a_triplet_costs_its_numbers_in_A_and_B() -> None:
     layout = TripletLayout(ranks=(2, 0, 1), widths_in=(3, 9, 5), widths_out=(4, 9, 1))
     assert layout.costs == [7, 7, 6]

@@ -173,7 +173,7 @@ class Mixed(nn.Module):
         self.narrow = nn.Linear(2, 9)
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "gated"])
+@pytest.mark.parametrize("method", ["lora", "adalora", "principal"])
 def test_spectra_are_those_of_the_change_that_merging_makes(method: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = Mixed(groups=1 if method == "lora" else 2).double()

@@ -34,19 +34,17 @@ def factors(model: Any, key: str) -> list[nn.Parameter]:
 
 
 class ByHand:
-    """Scores and choices of the run, from equations 6 to 11 of the paper or those of gates, in plain loops."""
+    """Choices of the run in plain loops: the paper's from its equations 6 to 11, ours from whole updates."""
 
-    def __init__(self, gated: bool) -> None:
-        self.gated = gated
+    def __init__(self, paper: bool) -> None:
+        self.paper = paper
         self.averages: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self.kept = [[True] * 4, [True] * 4]
+        self.strengths: list[Tensor] = []
 
     def score(self, model: Any, gradients: dict[tuple[str, int], Tensor]) -> None:
         for (key, layer), gradient in gradients.items():
-            if self.gated and key != "B":
-                continue
-            product = factors(model, key)[layer].detach() * gradient
-            importance = (product.sum(0) if self.gated else product).abs()
+            importance = (factors(model, key)[layer].detach() * gradient).abs()
             before = self.averages.get((key, layer), (torch.zeros_like(importance),) * 2)
             mean = BETA1 * before[0] + (1 - BETA1) * importance
             self.averages[key, layer] = (
@@ -54,32 +52,36 @@ class ByHand:
                 BETA2 * before[1] + (1 - BETA2) * (importance - mean).abs(),
             )
 
+    def look(self, model: Any) -> None:
+        self.strengths = [torch.linalg.svdvals(model[place].delta_weight("default")) for place in (0, 2)]
+
     def triplet(self, layer: int, number: int) -> float:
+        if not self.paper:
+            strengths = self.strengths[layer]
+            return float(strengths[number] ** 2 if number < len(strengths) else 0) / sum(WIDTHS[layer])
         products = {key: s * u for (key, place), (s, u) in self.averages.items() if place == layer}
-        if self.gated:
-            return float(products["B"][number].sqrt()) / sum(WIDTHS[layer])
         return float(
             products["A"][number].mean() + products["E"][number, 0] + products["B"][:, number].mean()
         )
 
     def choose(self, budget: int) -> None:
-        places = [(layer, number) for layer in (0, 1) for number in range(4)]
-        if self.gated:
-            places = [(layer, number) for layer, number in places if self.kept[layer][number]]
-        left = budget * sum(4 * sum(widths) for widths in WIDTHS) // 8 if self.gated else budget
+        ranks = [sum(layer) for layer in self.kept]
+        places = [(layer, number) for layer in (0, 1) for number in range(4 if self.paper else ranks[layer])]
+        left = budget if self.paper else budget * sum(4 * sum(widths) for widths in WIDTHS) // 8
         self.kept = [[False] * 4, [False] * 4]
         for layer, number in sorted(places, key=lambda place: -self.triplet(*place)):
-            left -= sum(WIDTHS[layer]) if self.gated else 1
+            left -= 1 if self.paper else sum(WIDTHS[layer])
             if left < 0:
                 break
             self.kept[layer][number] = True
 
 
-@pytest.mark.parametrize("start", ["gated", True, False])
+@pytest.mark.parametrize("start", ["principal", True, False])
 def test_a_run_scores_allocates_and_fixes_as_by_hand(start: str | bool) -> None:
-    model, hand = adapted(start), ByHand(start == "gated")
+    model, hand = adapted(start), ByHand(start != "principal")
     schedule = rw.AdaLoraConfig(**OPTIONS).resolved_schedule()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer.register_step_post_hook(lambda *_: hand.look(model))  # before the controller acts
     generator = torch.Generator().manual_seed(1)
     for step in range(1, STEPS + 1):
         inputs = torch.randn(8, 6, generator=generator, dtype=torch.float64)
@@ -92,7 +94,7 @@ def test_a_run_scores_allocates_and_fixes_as_by_hand(start: str | bool) -> None:
         }
         optimizer.step()
         optimizer.zero_grad()
-        if step <= schedule.last_allocation:
+        if hand.paper and step <= schedule.last_allocation:
             hand.score(model, gradients)
         if schedule.allocates(step):
             hand.choose(schedule.budget(step, 8, 4))
@@ -104,7 +106,7 @@ def test_a_run_scores_allocates_and_fixes_as_by_hand(start: str | bool) -> None:
 
 
 def test_a_pruned_rank_grows_back_in_the_papers_form_only() -> None:
-    for start, grows in ((True, True), ("gated", False)):
+    for start, grows in ((True, True), ("principal", False)):
         model = adapted(start)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
         closed_before, grown = None, False
@@ -134,7 +136,7 @@ def runs(draw: Any) -> dict[str, Any]:
         "init_r": init_r,
         "target_r": draw(st.integers(1, init_r)),
         "orth_reg_weight": draw(st.sampled_from([0.0, 0.5])),
-        "init_lora_weights": draw(st.sampled_from(["gated", True])),
+        "init_lora_weights": draw(st.sampled_from(["principal", True])),
     }
 
 
@@ -177,10 +179,10 @@ def test_a_run_meets_every_budget_exactly_and_its_last_phase_changes_nothing(
     schedule = rw.AdaLoraConfig(**options).resolved_schedule()
     initial, target = 3 * options["init_r"], 3 * options["target_r"]
     records = model.rank_history.records
-    gated, costs = options["init_lora_weights"] == "gated", (6 + 5, 5 + 4, 4 + 3)
+    ours, costs = options["init_lora_weights"] == "principal", (6 + 5, 5 + 4, 4 + 3)
     for record in records:
         assert record.budget == schedule.budget(record.step, initial, target)
-        if gated:
+        if ours:
             spent = sum(cost * rank for cost, rank in zip(costs, record.ranks, strict=True))
             allowance = record.budget * sum(costs) * options["init_r"] // initial
             assert allowance - max(costs) < spent <= allowance
@@ -195,7 +197,7 @@ def test_a_run_meets_every_budget_exactly_and_its_last_phase_changes_nothing(
             assert torch.equal(mask, kept[-1])
     state = model.allocation_state
     assert state.budget == target
-    assert gated or model.rank_summary().total_rank == target
+    assert ours or model.rank_summary().total_rank == target
     assert state.step == options["total_step"] + extra_steps
 
     again, _ = train(options, rate, seed, extra_steps)

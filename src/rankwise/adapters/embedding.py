@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +12,8 @@ from rankwise.adapters.layer import AdapterLayer
 
 class EmbeddingAdapters(AdapterLayer):
     """For ``nn.Embedding``: weight (entries, d_out); A is (r, entries), B (d_out, r)."""
+
+    starts_at_zero: ClassVar[str] = "lora_A"
 
     called = "Embedding"
     file_prefix = "lora_embedding_"

@@ -33,9 +33,8 @@ class AdapterLayer(InPlace, nn.Module):
     lora_E: nn.ParameterDict
     scaling: dict[str, float]
     dropout_rate: dict[str, float]
-    kept: dict[
-        str, int | Tensor
-    ]  # once some triplets are gone for good: the first n act, or those with these indices
+    # Once some triplets are gone for good: the first n act, or those with these indices.
+    kept: dict[str, int | Tensor]
     adapter_compute_dtype: dict[str, torch.dtype]  # where it is not that of input and output
     active_adapters: list[str]
     merged_adapters: list[str]
@@ -44,6 +43,7 @@ class AdapterLayer(InPlace, nn.Module):
 
     called: ClassVar[str]  # what messages call such layers
     in_all_linear: ClassVar[bool] = False  # whether `target_modules="all-linear"` means it
+    starts_at_zero: ClassVar[str] = "lora_B"  # the factor that makes LoRA's update 0 at the start
     requantizes: ClassVar[bool] = False  # merging unpacks the base weight and packs it again, which rounds it
     file_prefix: ClassVar[str] = "lora_"  # of A and B in a file
     file_dims: ClassVar[int] = 2  # dimensions of plain LoRA's A and B in a file

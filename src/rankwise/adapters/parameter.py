@@ -194,6 +194,8 @@ class ParameterAdapters(AdapterLayer):
     def _stacked_places(self, name: str) -> tuple[Tensor, Tensor]:
         """Where the kept triplets are, (n, k), filled up with any; and which are no filling, (n, k, 1), bool."""
         kept = self.kept[name]
+        if isinstance(kept, int):  # one matrix, whose first triplets these are
+            kept = self.kept[name] = torch.arange(kept)
         known = self._places.get(name)
         if known is None or known[0] is not kept or known[1].device != self.lora_A[name].device:
             rank = len(self.lora_A[name]) // self.matrices

@@ -274,8 +274,8 @@ def _start(layer: nn.Module, config: LoraConfig, path: str) -> Factors:
             nn.init.normal_(B, std=1 / rank)
         return Factors(A, B, None, scaling)
     E = torch.empty(len(A), 1, **options)
-    gate = config.form.gate(config.init_r, config.target_r, config.use_rslora)  # type: ignore[attr-defined]
-    config.form.start(A, E, B, functools.partial(mixin.reset_factors, gaussian=False), gate)  # type: ignore
+    as_lora = functools.partial(mixin.reset_factors, gaussian=False)
+    config.form.start(A, E, B, as_lora, config.use_rslora)  # type: ignore[attr-defined]
     return Factors(A, B, E, scaling)
 
 

@@ -9,10 +9,17 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from rankwise.config.checks import Default, check_kept_ranks, check_number, check_start, check_whole
+from rankwise.config.checks import (
+    Default,
+    check_kept_ranks,
+    check_number,
+    check_positive,
+    check_start,
+    check_whole,
+)
 from rankwise.config.lora import PEFT_DEFAULT_R, LoraConfig
 from rankwise.method.forms import Form, form_of
-from rankwise.method.schedule import BudgetSchedule, check_length
+from rankwise.method.schedule import BudgetSchedule, check_length, whole_steps
 
 
 @dataclass(kw_only=True)
@@ -20,28 +27,32 @@ class AdaLoraConfig(LoraConfig):
     """An AdaLoRA adapter: ranks start at ``init_r`` and end at ``target_r`` on average, where they help.
 
     Args:
-        init_r: rank of every layer at the start, at least 1.
-        target_r: average rank in the end, from 1 to ``init_r``. Equal ranks mean that nothing is pruned.
-        tinit: warm-up, in steps (int) or as a fraction of the run (float in [0, 1)).
-        tfinal: last phase, in steps or as a fraction, in which no rank changes.
-        deltaT: steps between two allocations, at least 1.
-        beta1: decay of the running sensitivity, in (0, 1).
+        init_r: rank of every layer at the start, at least 1. None: with "principal" twice ``target_r``, or up to four
+            times where that is no more than 16; else 12.
+        target_r: average rank in the end, greater than 0 and at most ``init_r``; below 1, such as 0.25, some layers
+            end without any. Equal ranks mean that nothing is pruned.
+        tinit: warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: a tenth of the run with
+            "principal", else 0.
+        tfinal: last phase, in which no rank changes, in steps or as a fraction. None: three tenths of the run with
+            "principal", else 0.
+        deltaT: steps between two allocations, at least 1. None: so many that there are twenty with "principal", else 1.
+        beta1: decay of the running sensitivity, in (0, 1); of no consequence with "principal", as the next.
         beta2: decay of the running uncertainty, in (0, 1).
-        orth_reg_weight: weight of the orthogonality penalty, at least 0; None: 0 with "gated", else 0.5.
+        orth_reg_weight: weight of the orthogonality penalty, at least 0; None: 0 with "principal", else 0.5.
         total_step: optimizer steps of the whole run. None: a trainer that knows it fills it in.
-        lora_alpha: the update is scaled by ``lora_alpha / target_r`` with "gated", else by ``lora_alpha / init_r``,
-            however many ranks are pruned. None: four times ``target_r``, at most 32, with "gated" and without
-            ``use_rslora``; else 8.
-        use_rslora: scale by ``lora_alpha / sqrt(target_r)`` instead; only with "gated".
-        init_lora_weights: "gated", or the method of the paper; see below.
+        lora_alpha: with "principal", the update of a layer that has k ranks left is scaled by ``lora_alpha / k``, as
+            LoRA's is; else by ``lora_alpha / init_r``, however many are pruned. None: twice ``target_r``, at least 2,
+            with "principal", else 8.
+        use_rslora: scale by ``lora_alpha / sqrt(k)`` instead; only with "principal".
+        init_lora_weights: "principal", or the method of the paper; see below.
         rank_pattern: the result of a run: for each ``"<module path>.lora_E"`` a list of ``init_r`` booleans,
             True for the ranks that stay. A stack of matrices has as many for each, one matrix after the other.
         r: no field of AdaLoRA, taken with a warning for compatibility.
 
-    Two forms of the method share this class. ``init_lora_weights="gated"``, the default, starts and learns as LoRA
-    does: B = 0, A as in LoRA, and E is a gate that does not train, open until its rank is pruned for good. Ranks are
-    scored by what closing their gate would cost by the gradient, per parameter, and the budget counts parameters:
-    in the end there are no more than LoRA of rank ``target_r`` has. LoRA's learning rates are right for it.
+    Two forms of the method share this class. ``init_lora_weights="principal"``, the default, starts and learns as LoRA
+    does, with A random and B = 0. Before each cut every layer's update is written in its principal directions, and
+    those go, over all layers, that hold least of it for each of their parameters. The budget counts parameters: in the
+    end there are no more than LoRA of rank ``target_r`` has. LoRA's learning rates are right for it.
     With ``True`` (PEFT's value) it is the method of the paper as PEFT has it, number for number: E = 0 at the start,
     A and B normal, everything trains and is scored, and ranks are counted. It needs a much larger learning rate.
     "gaussian" is the same as True, and False starts at random, for tests.
@@ -50,9 +61,9 @@ class AdaLoraConfig(LoraConfig):
         TypeError, ValueError: as LoraConfig; also a schedule without a step for pruning.
 
     Example:
-        >>> config = AdaLoraConfig(init_r=12, target_r=8, tinit=0.1, tfinal=0.3, target_modules=["q_proj"])
+        >>> config = AdaLoraConfig(init_r=16, target_r=4, target_modules=["q_proj"])
         >>> config.with_total_step(3000).resolved_schedule()
-        BudgetSchedule(tinit=300, tfinal=900, total_step=3000, deltaT=1)
+        BudgetSchedule(tinit=300, tfinal=900, total_step=3000, deltaT=90)
         >>> AdaLoraConfig(delta_t=10)
         Traceback (most recent call last):
         ...
@@ -62,17 +73,17 @@ class AdaLoraConfig(LoraConfig):
     peft_type: ClassVar[str] = "ADALORA"
 
     r: int = field(default=Default(PEFT_DEFAULT_R), repr=False)
-    init_r: int = 12
-    target_r: int = 8
-    tinit: int | float = 0
-    tfinal: int | float = 0
-    deltaT: int = 1
+    init_r: int = None  # type: ignore[assignment]  # a number once it is checked, as some of the next
+    target_r: float = 8
+    tinit: int | float | None = None
+    tfinal: int | float | None = None
+    deltaT: int | None = None
     beta1: float = 0.85
     beta2: float = 0.85
-    lora_alpha: float = None  # type: ignore[assignment]  # a number once it is checked, as the next
+    lora_alpha: float = None  # type: ignore[assignment]
     orth_reg_weight: float = None  # type: ignore[assignment]
     total_step: int | None = None
-    init_lora_weights: bool | Literal["gaussian", "gated"] = "gated"
+    init_lora_weights: bool | Literal["gaussian", "principal"] = "principal"  # type: ignore[assignment]
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
 
     @property
@@ -91,14 +102,25 @@ class AdaLoraConfig(LoraConfig):
                 "The schedule needs the number of optimizer steps: pass `total_step` to AdaLoraConfig, or "
                 "call `model.set_total_step(n)` before training."
             )
-        return BudgetSchedule.resolve(self.tinit, self.tfinal, self.total_step, self.deltaT)
+        total, form = self.total_step, self.form
+        tinit, tfinal = (
+            None if _left_out(length) else whole_steps(length, total)  # type: ignore[arg-type]
+            for length in (self.tinit, self.tfinal)
+        )
+        # What is left out takes its share of what the other leaves, so that they never meet.
+        if tfinal is None:
+            tfinal = round(form.tfinal * max(total - (tinit or 0), 0))
+        if tinit is None:
+            tinit = round(form.tinit * (total if _left_out(self.tfinal) else max(total - tfinal, 0)))
+        deltaT = form.deltaT(total - tinit - tfinal) if _left_out(self.deltaT) else self.deltaT
+        return BudgetSchedule(tinit, tfinal, total, deltaT)  # type: ignore[arg-type]
 
     def with_total_step(self, total_step: int) -> AdaLoraConfig:
         """A checked copy for a run of ``total_step`` optimizer steps; fractions stay fractions."""
         return dataclasses.replace(self, total_step=total_step)
 
     def _check(self) -> None:
-        default = self.__dict__["lora_alpha"] is None or isinstance(self.__dict__["lora_alpha"], Default)
+        default = _left_out(self.__dict__["lora_alpha"])
         if default:
             self.__dict__["lora_alpha"] = self._default_alpha()
         super()._check()
@@ -117,31 +139,36 @@ class AdaLoraConfig(LoraConfig):
         if self.use_rslora and not self.form.takes_rslora:
             raise ValueError(
                 "`use_rslora` does not go with the paper's form of AdaLoRA, whose scale is lora_alpha / init_r. "
-                "For a greater one, increase `lora_alpha`; or leave `init_lora_weights` at 'gated'."
+                "For a greater one, increase `lora_alpha`; or leave `init_lora_weights` at 'principal'."
             )
         if self.alpha_pattern:
             raise ValueError("`alpha_pattern` belongs to LoraConfig: AdaLoRA has one `lora_alpha` for all.")
 
-    def _default_alpha(self) -> int:
-        target_r = check_whole("target_r", self.target_r, least=1)
+    def _default_alpha(self) -> float:
+        target_r = check_positive("target_r", self.target_r)
         return form_of(self._checked_start(self.init_lora_weights)).lora_alpha(target_r, self.use_rslora)
 
     @staticmethod
     def _checked_start(value: Any) -> bool | str:
-        if value == "gated":
-            return "gated"
+        if value == "principal":
+            return "principal"
         return check_start(
-            value, "'gated' (LoRA's start, with gates), True (the paper's start) or False (random)"
+            value,
+            "'principal' (LoRA's start, cut in principal directions), True (the paper's form) or False (random)",
         )
 
     def _check_rank(self) -> None:
         values = self.__dict__
-        values["init_r"] = check_whole("init_r", self.init_r, least=1)
-        values["target_r"] = check_whole("target_r", self.target_r, least=1)
+        values["target_r"] = check_positive("target_r", self.target_r)
+        if _left_out(self.init_r):
+            form = form_of(self._checked_start(self.init_lora_weights))
+            values["init_r"] = Default(form.init_r(self.target_r))  # goes on following the other fields
+        else:
+            values["init_r"] = check_whole("init_r", self.init_r, least=1)
         if self.target_r > self.init_r and not self.inference_mode:
             raise ValueError(
                 f"`target_r`={self.target_r} is greater than `init_r`={self.init_r}, but ranks only fall: "
-                f"set init_r to at least {self.target_r} (1.5 times target_r is usual)."
+                f"set init_r to at least {math.ceil(self.target_r)} (two to four times target_r is usual)."
             )
         values["rank_pattern"] = check_kept_ranks(
             self.rank_pattern, self.init_r, bool(self.target_parameters)
@@ -152,7 +179,7 @@ class AdaLoraConfig(LoraConfig):
             warnings.warn(
                 f"`r={r}` has no effect in AdaLoraConfig, where ranks start at init_r={self.init_r} and end "
                 f"at target_r={self.target_r} on average. For an average rank of {r}, set target_r={r} and "
-                f"init_r={math.ceil(1.5 * r)}, and leave `r` out.",
+                f"init_r={2 * r}, and leave `r` out.",
                 UserWarning,
                 stacklevel=6,
             )
@@ -160,17 +187,27 @@ class AdaLoraConfig(LoraConfig):
     def _check_schedule(self) -> None:
         values = self.__dict__
         for name in ("tinit", "tfinal"):
-            values[name] = check_number(name, values[name])
-        values["deltaT"] = check_whole("deltaT", self.deltaT, least=None if self.inference_mode else 1)
+            if not _left_out(values[name]):
+                values[name] = check_number(name, values[name])
+        if not _left_out(self.deltaT):
+            values["deltaT"] = check_whole("deltaT", self.deltaT, least=None if self.inference_mode else 1)
         if self.total_step is not None:
             values["total_step"] = check_whole("total_step", self.total_step, least=None)
-        if self.inference_mode:
-            return
+        if not self.inference_mode:
+            self._check_phases()
+
+    def _check_phases(self) -> None:
         for name in ("tinit", "tfinal"):
-            check_length(name, values[name])
+            if not _left_out(self.__dict__[name]):
+                check_length(name, self.__dict__[name])
         if self.total_step is not None:
-            self.resolved_schedule()
-        elif self._in_fractions() and self.tinit + self.tfinal >= 1:
+            schedule = self.resolved_schedule()
+            for name in ("tinit", "tfinal", "deltaT"):
+                if _left_out(self.__dict__[name]):
+                    self.__dict__[name] = Default(
+                        getattr(schedule, name)
+                    )  # goes on following the other fields
+        elif self._in_fractions() and self.tinit + self.tfinal >= 1:  # type: ignore[operator]
             raise ValueError(
                 f"The schedule leaves no step for pruning: tinit={self.tinit} and tfinal={self.tfinal} are "
                 "fractions of the run, and must be less than 1 together."
@@ -189,23 +226,31 @@ class AdaLoraConfig(LoraConfig):
         if self.total_step is not None:
             with contextlib.suppress(ValueError):  # in inference mode the schedule may be anything
                 schedule = self.resolved_schedule()
-                data.update(tinit=schedule.tinit, tfinal=schedule.tfinal)
+                data.update(tinit=schedule.tinit, tfinal=schedule.tfinal, deltaT=schedule.deltaT)
         return data
 
     @classmethod
     def _from_file(cls, values: dict[str, Any], extra: dict[str, Any]) -> None:
         """Take what PEFT's AdaLoRA ignores: the kind of start, `r`, `use_rslora` and `alpha_pattern`."""
         start = values.setdefault("init_lora_weights", True)  # PEFT's default
-        if isinstance(start, str) and start not in ("gaussian", "gated"):
+        if (
+            start == "gated"
+        ):  # an earlier default, whose factors and scale are in the file: it goes on as this one
+            values["init_lora_weights"] = start = "principal"
+        elif isinstance(start, str) and start not in ("gaussian", "principal"):
             extra["init_lora_weights"] = start
             values["init_lora_weights"] = True
         if values.get("r", PEFT_DEFAULT_R) == PEFT_DEFAULT_R:
             values.pop("r", None)
         for name in ("use_rslora", "alpha_pattern"):
-            if values.get(name) and not (name == "use_rslora" and start == "gated"):
+            if values.get(name) and not (name == "use_rslora" and start == "principal"):
                 warnings.warn(
                     f"`{name}` in the file has no effect on an AdaLoRA adapter, in PEFT as here: left out.",
                     UserWarning,
                     stacklevel=3,
                 )
                 del values[name]
+
+
+def _left_out(value: Any) -> bool:
+    return value is None or isinstance(value, Default)

@@ -110,7 +110,7 @@ class LoraConfig(CheckedKeywords):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
-    init_lora_weights: bool | Literal["gaussian", "gated"] = True
+    init_lora_weights: bool | Literal["gaussian"] = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What is scored of an adapter: every element, as in the paper, or every gate.
+"""What is scored of an adapter, step by step: every element, as in the paper.
 
 A step's products ``w * dL/dw`` of the factors go in; out come the entries that the running averages are kept of, and
 from the averages one score per triplet. The averages themselves are in `rankwise.method.scores`.
@@ -66,47 +66,6 @@ class ElementImportance:
 
     def per_triplet(self, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
         return triplet_scores(self.layout, sensitivity, uncertainty)
-
-
-class GateImportance:
-    """Every triplet is scored as a whole, by what closing its gate would change in the loss.
-
-    With the update ``sum_i E_i b_i a_i^T``, the loss changes by about ``-E_i dL/dE_i`` when gate i closes, and
-    ``E_i dL/dE_i = b_i . dL/db_i``: so column sums of ``B * dL/dB`` are all that is needed, whatever E is. What a
-    triplet is worth is that, smoothed and weighted by its uncertainty as in the paper, for each of its parameters.
-
-    Example:
-        >>> layout = TripletLayout(ranks=(2,), widths_in=(1,), widths_out=(3,))
-        >>> products = [torch.tensor([[1.0, 0.0], [2.0, 0.0], [-4.0, 3.0]])]
-        >>> GateImportance(layout).measure(products, torch.device("cpu"))
-        (tensor([-1.,  3.]), None)
-    """
-
-    factors: ClassVar[tuple[str, ...]] = ("lora_B",)
-    decisive: ClassVar[str] = "lora_B"
-
-    def __init__(self, layout: TripletLayout) -> None:
-        self.layout = layout
-
-    @property
-    def entries(self) -> int:
-        return self.layout.triplets
-
-    def measure(
-        self, products: Sequence[Tensor | None], device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        layout = self.layout
-        sizes = list(map(operator.mul, layout.ranks, layout.widths_out))
-        shapes = zip(layout.widths_out, layout.ranks, strict=True)
-        filled = [
-            product.view(shape)
-            for product, shape in zip(_filled(products, sizes, device), shapes, strict=True)
-        ]
-        return layout.sum_of_columns(filled, device), _known(products, layout.ranks, device)
-
-    def per_triplet(self, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
-        costs = self.layout.costs_on(sensitivity.device)
-        return (sensitivity * uncertainty).sqrt_() / costs
 
 
 def _filled(products: Sequence[Tensor | None], sizes: Sequence[int], device: torch.device) -> list[Tensor]:

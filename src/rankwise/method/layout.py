@@ -6,7 +6,6 @@ Nothing in it leaves the device.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -102,23 +101,6 @@ class TripletLayout:
         if key not in self._on_device:
             self._on_device[key] = torch.tensor(self.costs, device=device, dtype=torch.int64)
         return self._on_device[key]
-
-    def sum_of_columns(self, products: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Column sums of one (width_out, r) matrix for each layer, (triplets,), float32 on ``device``.
-
-        Example:
-            >>> layout = TripletLayout(ranks=(2, 1), widths_in=(3, 3), widths_out=(4, 4))
-            >>> layout.sum_of_columns([torch.ones(4, 2), torch.zeros(4, 1)], torch.device("cpu"))
-            tensor([4., 4., 0.])
-        """
-        total = torch.zeros(self.triplets, device=device)
-        layers: dict[tuple[int, int], list[int]] = {}
-        for layer, shape in enumerate(zip(self.ranks, self.widths_out, strict=True)):
-            layers.setdefault(shape, []).append(layer)
-        for (rank, width), members in layers.items():
-            block = torch.stack([products[layer].to(device, torch.float32) for layer in members])
-            total.index_copy_(0, self._triplets_of(("B", rank, width), device), block.sum(1).flatten())
-        return total
 
     def mean_per_triplet(self, elements: Tensor) -> Tensor:
         """Sum over A, E and B of the mean element of each triplet: (elements,) -> (triplets,)."""

@@ -81,8 +81,8 @@ class BudgetSchedule:
             BudgetSchedule(tinit=100, tfinal=300, total_step=1000, deltaT=1)
         """
         return cls(
-            _whole_steps("tinit", tinit, total_step),
-            _whole_steps("tfinal", tfinal, total_step),
+            whole_steps(tinit, total_step, "tinit"),
+            whole_steps(tfinal, total_step, "tfinal"),
             total_step,
             deltaT,
         )
@@ -160,7 +160,16 @@ def check_length(name: str, value: int | float) -> None:
         )
 
 
-def _whole_steps(name: str, value: int | float, total_step: int) -> int:
+def whole_steps(value: int | float, total_step: int, name: str = "length") -> int:
+    """A phase's length in steps, from steps (int) or a fraction of ``total_step`` (float in [0, 1)).
+
+    Raises:
+        TypeError, ValueError: as `check_length`.
+
+    Example:
+        >>> whole_steps(0.1, total_step=1000), whole_steps(30, total_step=1000)
+        (100, 30)
+    """
     check_length(name, value)
     return round(value * total_step) if isinstance(value, float) else value
 

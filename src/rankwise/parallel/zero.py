@@ -15,7 +15,7 @@ the optimizer steps, it raises an error (stages 1 and 2), or its gradients are n
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, NamedTuple
@@ -190,6 +190,41 @@ class ZeroParts:
         torch.distributed.all_reduce(vector, group=self._group)
         return [places[number].view(shape) for number, shape in zip(numbers, shapes, strict=True)]
 
+    def whole(self, numbers: Sequence[int]) -> list[Tensor]:
+        """The masters of ``numbers``, whole; all processes call it together. What ZeRO doesn't step is as it is."""
+        stepped = [number for number in numbers if _is_stepped(self.parameters[number])]
+        pieces = [piece for piece in self._own_pieces() if piece.number in stepped]
+        masters = dict(zip(stepped, self.gathered(stepped, pieces, lambda piece: piece.master), strict=True))
+        return [masters.get(n, self.parameters[n].detach()) for n in numbers]
+
+    def _own_pieces(self) -> Iterator[Piece]:
+        """This process's pieces of all that ZeRO steps, with the master in the place of a gradient."""
+        for number in self._trained():
+            master, start = _master(self.parameters[number])
+            if master is not None:
+                yield Piece(number, start, master, master)
+
+    def any(self, here: bool) -> bool:
+        """Whether something is so in any process; all call it together."""
+        flag = torch.tensor(int(here), device=self.parameters[0].device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+    def remembered(self, optimizer: torch.optim.Optimizer, name: str) -> Iterator[Piece]:
+        """This process's pieces of what ``optimizer`` remembers as ``name``, in the place of gradients."""
+        for piece in self._own_pieces():
+            for vector, state in optimizer.state.items():
+                offset = _place_in(vector, piece.master)
+                value = state.get(name) if offset is not None else None
+                if isinstance(value, Tensor) and value.numel() == vector.numel():
+                    held = value.view(-1)[offset : offset + piece.master.numel()]  # type: ignore[operator]
+                    yield piece._replace(gradient=held)
+
+    def assign(self, values: Mapping[int, Tensor]) -> None:
+        """Give parameters new values, of their shapes: masters, and what is computed with, alike."""
+        for number, value in values.items():
+            self._write(self.parameters[number], value, lambda held, part: held.copy_(part))
+
     @staticmethod
     def add_to_gradients(pieces: Iterable[Piece], added: dict[int, Tensor]) -> None:
         """Add to the pieces' gradients: number -> a whole matrix."""
@@ -201,16 +236,19 @@ class ZeroParts:
     def multiply(self, numbers: Iterable[int], factors: Iterable[Tensor]) -> None:
         """Multiply whole parameters by ``factors``, of their shapes: masters, and what is computed with, alike."""
         for number, factor in zip(numbers, factors, strict=True):
-            parameter = self.parameters[number]
-            if not is_away(parameter):
-                parameter.data.mul_(factor.to(parameter))
-            if hasattr(parameter, "ds_tensor"):
-                part = _part_of_stage_3(parameter, factor)
-                parameter.ds_tensor.data.view(-1)[: part.numel()].mul_(part.to(parameter.ds_tensor))
-            master, start = _master(parameter) if _is_stepped(parameter) else (None, 0)
-            if master is not None:
-                part = factor.reshape(-1)[start : start + master.numel()]
-                master.mul_(part.to(master))
+            self._write(self.parameters[number], factor, lambda held, part: held.mul_(part))
+
+    @staticmethod
+    def _write(parameter: Any, value: Tensor, how: Callable[[Tensor, Tensor], object]) -> None:
+        """Change all that holds the parameter or a part of it by the corresponding part of ``value``."""
+        if not is_away(parameter):
+            how(parameter.data, value.to(parameter))
+        if hasattr(parameter, "ds_tensor"):
+            part = _part_of_stage_3(parameter, value)
+            how(parameter.ds_tensor.data.view(-1)[: part.numel()], part.to(parameter.ds_tensor))
+        master, start = _master(parameter) if _is_stepped(parameter) else (None, 0)
+        if master is not None:
+            how(master, value.reshape(-1)[start : start + master.numel()].to(master))
 
 
 def _vectors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

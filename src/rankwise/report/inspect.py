@@ -21,6 +21,7 @@ from rankwise.attach.matching import saved_module_of
 from rankwise.config import CONFIG_NAME
 from rankwise.files.atomic import read_folder
 from rankwise.files.tensors import TensorInfo
+from rankwise.method.forms import COUNTS_PARAMETERS
 from rankwise.report.grid import grid_position, kind_order
 from rankwise.report.layers import InspectedLayer, read_layers
 from rankwise.run.history import RankHistory
@@ -86,7 +87,7 @@ class AdapterReport:
     task_type: str | None
     written_by: str | None
     init_r: int
-    target_r: int | None
+    target_r: float | None
     lora_alpha: float
     target_modules: list[str] | str | None
     layers: list[InspectedLayer]
@@ -114,7 +115,7 @@ class AdapterReport:
     @property
     def target(self) -> int | None:
         """The sum of ranks that AdaLoRA aims at; None for LoRA."""
-        return None if self.target_r is None else self.target_r * len(self.layers)
+        return None if self.target_r is None else round(self.target_r * len(self.layers))
 
     @property
     def parameters(self) -> int:
@@ -340,8 +341,8 @@ def _unfinished(
     config: Mapping[str, Any], layers: list[InspectedLayer], history: RankHistory | None
 ) -> list[str]:
     """Where the budget is above its target. With gates it counts parameters, and only the history tells it."""
-    budget, target = sum(layer.rank for layer in layers), config["target_r"] * len(layers)
-    if config.get("init_lora_weights") == "gated":
+    budget, target = sum(layer.rank for layer in layers), round(config["target_r"] * len(layers))
+    if config.get("init_lora_weights") in COUNTS_PARAMETERS:
         budget = history.records[-1].budget if history is not None and history.records else target
     if budget <= target:
         return []

@@ -10,6 +10,7 @@ from typing import Any
 
 from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME
+from rankwise.method.forms import COUNTS_PARAMETERS
 from rankwise.method.scale import adalora_scale, lora_scale
 from rankwise.run.triplets import block_names
 from rankwise.storage import PREFIX, WEIGHTS_NAME, AdapterHeader
@@ -133,8 +134,10 @@ def _pattern(folder: Path, config: Mapping[str, Any], name: str, path: str, defa
 
 def _scale(folder: Path, config: Mapping[str, Any], path: str, rank: int) -> float:
     """What the update B A is multiplied by; PEFT's AdaLoRA knows neither ``alpha_pattern`` nor ``use_rslora``."""
-    if config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "gated":  # with its open gates
-        return lora_scale(config["lora_alpha"], config["target_r"], bool(config.get("use_rslora")))
+    start = config.get("init_lora_weights")
+    if config["peft_type"] == "ADALORA" and start in COUNTS_PARAMETERS:  # with its open gates
+        counted = max(rank, 1) if start == "principal" else config["target_r"]
+        return lora_scale(config["lora_alpha"], counted, bool(config.get("use_rslora")))
     if config["peft_type"] == "ADALORA":
         return adalora_scale(config["lora_alpha"], config["init_r"])
     alpha = _pattern(folder, config, "alpha_pattern", path, config["lora_alpha"])

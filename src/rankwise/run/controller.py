@@ -22,10 +22,11 @@ from rankwise.run.history import RankHistory
 from rankwise.run.hooks import Closure, listen, stop_listening
 from rankwise.run.optimizers import Optimizers
 from rankwise.run.penalty import AddedPenalty
-from rankwise.run.scoring import Scoring
+from rankwise.run.scoring import Scoring, Watch
 from rankwise.run.state import AllocationState, RunState, RunWeights
 from rankwise.run.told import Told
 from rankwise.run.triplets import Triplets
+from rankwise.run.turning import Turned
 
 
 class Controller:
@@ -60,8 +61,10 @@ class Controller:
         self._optimizers = Optimizers(self.triplets, self._tell)
         self._heard = False  # an optimizer's steps are heard of, so that scores need no call by hand
         importance = config.form.importance(self.triplets.layout)
-        self._scoring = Scoring(self.triplets, importance, (config.beta1, config.beta2), self._tell)
-        self.triplets.register_buffers(importance.entries if self.prunes else 0)
+        self._watch = Watch(self.triplets, self._tell)
+        if importance is not None:
+            self._watch = Scoring(self.triplets, importance, (config.beta1, config.beta2), self._tell)
+        self.triplets.register_buffers(self._watch.entries if self.prunes else 0)
         if any(
             adapter in layer.kept for layer in layers.values()
         ):  # the choice was made before it was loaded
@@ -91,7 +94,7 @@ class Controller:
     @property
     def target(self) -> int:
         """Triplets in the end: ``target_r`` per block, or all if the adapter has no more than that."""
-        return min(self.config.target_r * len(self.triplets.layout.block_ranks), self.initial)
+        return min(round(self.config.target_r * len(self.triplets.layout.block_ranks)), self.initial)
 
     @property
     def prunes(self) -> bool:
@@ -202,7 +205,7 @@ class Controller:
             self._advance(self.step + 1, scores_too=True)
         elif self._scores_at(self.step + 1):
             with torch.no_grad():
-                self._scoring.update(self.step)
+                self._watch.update(self.step)
         self._heard = True
 
     @torch.no_grad()
@@ -212,8 +215,8 @@ class Controller:
         if parts is None:
             return
         if self._scores_at(self.step + 1):
-            self._scoring.update_from_parts(parts, held, optimizer, self.step)
-        self._scoring.all_had_gradients()
+            self._watch.update_from_parts(parts, held, optimizer, self.step)
+        self._watch.all_had_gradients()
         if parts.stepped(held):
             if self.automatic:
                 self._advance(self.step + 1, scores_too=False)
@@ -250,10 +253,10 @@ class Controller:
                 self._fix()
         else:
             if scores_too and self._scores_at(step):
-                self._scoring.update(step)
+                self._watch.update(step)
             if schedule.allocates(step) or step > schedule.last_allocation:
                 if self._heard:
-                    self._scoring.tell_of_idle_layers()
+                    self._watch.tell_of_idle_layers()
                 self._allocate(schedule.budget(step, self.initial, self.target))
             if step >= schedule.last_allocation:
                 self._fix()
@@ -271,7 +274,10 @@ class Controller:
     def _allocate(self, budget: int) -> None:
         """Keep what ``budget``, in triplets of average size, is enough for."""
         triplets, layout, form = self.triplets, self.triplets.layout, self.config.form
-        mask, scores, final = triplets.mask, self._scoring.per_triplet(), budget == self.target
+        parts, final = self._optimizers.zero_parts(), budget == self.target
+        turned = Turned(triplets, parts) if form.turns else None
+        mask = triplets.mask if turned is None else turned.acts()
+        scores = self._scores(turned)
         costs = layout.costs_on(mask.device) if form.counts_parameters else None
         if not form.grows_back:
             scores = scores.nan_to_num(nan=0.0).masked_fill(~mask, -torch.inf)
@@ -279,16 +285,36 @@ class Controller:
         if unreached is not None:
             scores = scores.masked_fill(unreached, -torch.inf)
         allowance = budget if costs is None else budget * sum(layout.costs) // self.initial
-        frozen = self._scoring.frozen()
+        frozen = self._watch.frozen()
         if any(frozen):
             budget, allowance, scores = self._leave_out(frozen, budget, scores, costs)
         tie_order = triplets.index("tie_order", layout.round_robin, mask.device)
         chosen = allocate(scores, allowance, tie_order, costs)
         if final and unreached is not None:  # and what is left over is no use to them
             chosen &= ~unreached
-        mask.copy_(chosen if form.grows_back else mask & chosen)
-        triplets.close(mask, self._optimizers.zero_parts())
+        triplets.mask.copy_(chosen if form.grows_back else mask & chosen)
+        louder = self._louder()
+        if turned is not None and louder is not None:
+            turned.put_in(louder, self._optimizers.known())
+        triplets.close(triplets.mask, parts, louder)
         self.history.record(self.step, budget, triplets.ranks())
+
+    def _louder(self) -> Tensor | None:
+        """What the E that stay are to be multiplied by, (triplets,); None: 1."""
+        gates = self.config.form.gates(self.config.init_r, self.triplets.ranks(), self.config.use_rslora)
+        if gates is None:
+            return None
+        now = self.triplets.open_gates()
+        return torch.where(
+            now != 0, self.triplets.spread(gates) / now, 1.0
+        )  # 0: nothing was left of the layer
+
+    def _scores(self, turned: Turned | None) -> Tensor:
+        """One score for each triplet, (triplets,)."""
+        if turned is None:
+            return self._watch.per_triplet()
+        strengths = turned.strengths() * self.triplets.open_gates()
+        return strengths.square() / self.triplets.layout.costs_on(strengths.device)
 
     def _leave_out(
         self, frozen: list[bool], budget: int, scores: Tensor, costs: Tensor | None
@@ -298,13 +324,13 @@ class Controller:
         Returns:
             The whole budget in triplets, the same in what triplets cost, and the scores to allocate by.
         """
-        frozen_triplets = self.triplets.spread(frozen, scores.device)
+        frozen_triplets = self.triplets.spread_layers(frozen, scores.device)
         held = self.triplets.mask & frozen_triplets
         layout = self.triplets.layout
         counts = layout.blocks or (1,) * len(layout.ranks)
         initial = sum(rank for rank, is_frozen in zip(layout.ranks, frozen, strict=True) if not is_frozen)
         blocks = sum(count for count, is_frozen in zip(counts, frozen, strict=True) if not is_frozen)
-        target = min(self.config.target_r * blocks, initial)
+        target = min(round(self.config.target_r * blocks), initial)
         share = target if budget == self.target else self._budget_of(initial, target)
         finite = torch.finfo(scores.dtype)
         scores = scores.nan_to_num(nan=finite.min, posinf=finite.max)
@@ -350,7 +376,12 @@ class Controller:
 
     def layer_importance(self) -> list[float]:
         """Sum of the scores of each block's kept triplets; NaN where nothing is scored."""
-        return self._scoring.per_block() if self.prunes else [float("nan")] * len(self.triplets.names)
+        if not self.prunes:
+            return [float("nan")] * len(self.triplets.names)
+        turned = Turned(self.triplets, self._optimizers.zero_parts()) if self.config.form.turns else None
+        mask = self.triplets.mask if turned is None else turned.acts()
+        scores = self._scores(turned) * mask
+        return [float(part.sum()) for part in scores.cpu().split(self.triplets.layout.block_ranks)]
 
     def penalty(self) -> Tensor:
         """The orthogonality penalty as it stands, a 0-dim float32 tensor, without its weight."""
@@ -417,7 +448,7 @@ class Controller:
         if weight and not form.orth_reg_weight:
             self._tell(
                 f"`orth_reg_weight`={weight} belongs to the paper's form of AdaLoRA, which PEFT "
-                "has. This is the other form, which starts and learns as LoRA does, scales by lora_alpha / target_r, "
-                "and learns best without the penalty: leave `orth_reg_weight` out. For PEFT's form set "
+                "has. This is the other form, which starts and learns as LoRA does, and needs no penalty, as it turns "
+                "its layers into principal directions exactly: leave `orth_reg_weight` out. For PEFT's form set "
                 "`init_lora_weights=True`."
             )

@@ -60,6 +60,10 @@ class Optimizers:
         """Whether this optimizer trains any of this adapter."""
         return bool(self.held_by(optimizer) or self.in_parts(optimizer))
 
+    def known(self) -> list[Optimizer]:
+        """All optimizers that have stepped and still exist."""
+        return list(self._held)
+
     def held_by(self, optimizer: Optimizer) -> tuple[int, ...]:
         """Numbers, in `PREFERENCE`'s order, of the adapter's parameters that the optimizer holds."""
         triplets = self._triplets

@@ -1,9 +1,9 @@
-"""From the gradients of a step to the scores of triplets."""
+"""From the gradients of a step to the scores of triplets, where a form scores them; and which gradients there were."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,100 +12,53 @@ from torch.optim import Optimizer
 
 from rankwise.method.importance import Importance
 from rankwise.method.scores import update_scores
-from rankwise.parallel.sharded import gather
+from rankwise.parallel.sharded import gather, local
 from rankwise.parallel.zero import ZeroParts
 from rankwise.run.optimizers import ORDER
 from rankwise.run.triplets import Triplets
 
 
-class Scoring:
-    """Keeps the running averages of one adapter.
+class Watch:
+    """Looks at the gradients of each step: whether there are any, where there are none, and whether they are finite.
 
     Args:
         triplets: the adapter's.
-        importance: what is scored.
-        betas: ``beta1`` and ``beta2``.
         tell: says something to the user, once.
     """
 
-    def __init__(
-        self,
-        triplets: Triplets,
-        importance: Importance,
-        betas: tuple[float, float],
-        tell: Callable[[str], None],
-    ) -> None:
-        self._triplets, self.importance, self.betas, self._tell = triplets, importance, betas, tell
-        self._idle = set(range(len(triplets.layers)))  # layers that have had no gradient in any scored step
+    decisive = "lora_B"  # the factor without which, if it does not train, a layer keeps the ranks that it has
+
+    def __init__(self, triplets: Triplets, tell: Callable[[str], None]) -> None:
+        self._triplets, self._tell = triplets, tell
+        self._idle = set(range(len(triplets.layers)))  # layers that have had no gradient in any step
         self._told_of_skipped = False
 
-    def per_triplet(self) -> Tensor:
-        """One score for each triplet, (triplets,)."""
-        triplets = self._triplets
-        return self.importance.per_triplet(triplets.buffer("sensitivity"), triplets.buffer("uncertainty"))
-
-    def per_block(self) -> list[float]:
-        """Sum of the scores of each block's kept triplets."""
-        scores = self.per_triplet() * self._triplets.mask
-        return [float(part.sum()) for part in scores.cpu().split(self._triplets.layout.block_ranks)]
+    entries = 0
 
     def frozen(self) -> list[bool]:
         """Which layers don't train, and so keep the triplets that they have."""
-        return [not parameter.requires_grad for parameter in self._triplets.factors(self.importance.decisive)]
+        return [not parameter.requires_grad for parameter in self._triplets.factors(self.decisive)]
+
+    def per_triplet(self) -> Tensor:
+        """One score for each triplet, (triplets,): none better than another."""
+        return torch.zeros(self._triplets.layout.triplets, device=self._triplets.mask.device)
 
     def update(self, step: int) -> None:
         """Take in the gradients of step ``step``, which are still there."""
-        factors = [p for key in self.importance.factors for p in self._triplets.factors(key)]
-        gradients = [parameter.grad for parameter in factors]
-        if all(gradient is None for gradient in gradients):
-            self._tell(
-                "An optimizer stepped, but no adapter parameter has a gradient, so nothing is scored. If this goes "
-                "on, the adapter does not take part in the loss."
-            )
-            return
-        if self._idle:
-            count = len(self._triplets.layers)
-            self._idle -= {n % count for n, gradient in enumerate(gradients) if gradient is not None}
-        weights = [parameter.detach() for parameter in factors]
-        filled = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
-        if any(weight.element_size() < 4 for weight in weights):
-            weights, filled = [w.float() for w in weights], [g.float() for g in filled]
-        products = gather(torch._foreach_mul(weights, filled))
-        known = [None if g is None else product for g, product in zip(gradients, products, strict=True)]
-        self._move(known, step)
+        gradients = self._gradients(("lora_B",))
+        there = [local(gradient) for gradient in gradients if gradient is not None]
+        if there:
+            norms = torch._foreach_norm(there)
+            device = self._triplets.mask.device
+            self._count(torch.stack([norm.to(device) for norm in norms]).isfinite().all(), step)
 
     def update_from_parts(
         self, parts: ZeroParts, held: frozenset[int], optimizer: Optimizer, step: int
     ) -> None:
         """As `update`, where DeepSpeed ZeRO steps parts of the adapter: those numbered ``held``, now."""
-        layers = len(self._triplets.layers)
-        measured = [ORDER.index(key) * layers + n for key in self.importance.factors for n in range(layers)]
-        numbers = [number for number in measured if number in held]
-        pieces = parts.pieces(optimizer)
-        products = parts.gathered(numbers, pieces, lambda piece: piece.master * piece.gradient)
-        known = dict(zip(numbers, products, strict=True))
-        self._move([known.get(number) for number in measured], step)
-
-    def _move(self, products: list[Tensor | None], step: int) -> None:
-        """Move the averages on by weight times gradient of all that is measured; None where there is no gradient."""
-        sensitivity, uncertainty = (self._triplets.buffer(name) for name in ("sensitivity", "uncertainty"))
-        importance, known = self.importance.measure(products, sensitivity.device)
-        counted = update_scores(sensitivity, uncertainty, importance, *self.betas, known)
-        self._triplets.buffer("skipped").add_(~counted)
-        if (
-            sensitivity.device.type == "cpu" or step % 100 == 0
-        ):  # elsewhere reading it would wait for the device
-            self._tell_of_skipped_steps(step)
-
-    def _tell_of_skipped_steps(self, step: int) -> None:
-        if not self._told_of_skipped and int(self._triplets.buffer("skipped")):
-            self._told_of_skipped = True
-            warnings.warn(
-                f"Step {step}: the adapter's gradients hold NaN or infinite values, so the step is left out of "
-                "the importance scores. Further ones are left out too and counted in "
-                "`model.allocation_state.skipped_steps`. Lower the learning rate or clip gradients if they go on.",
-                stacklevel=2,
-            )
+        norms = [piece.gradient.norm() for piece in parts.pieces(optimizer) if piece.number in held]
+        bad = bool(norms) and not bool(torch.stack(norms).isfinite().all())
+        self._count(torch.tensor(not parts.any(bad), device=self._triplets.mask.device), step)
 
     def all_had_gradients(self) -> None:
         """Forget which layers have had none: DeepSpeed ZeRO has zeros there."""
@@ -122,3 +75,86 @@ class Scoring:
                 "gradient in any step so far, so it does not train: the loss goes round the layer, as TRL's goes round "
                 "`lm_head`. Leave it out of `target_modules`, or train it whole (`modules_to_save`)."
             )
+
+    def _gradients(self, keys: Sequence[str]) -> list[Any]:
+        """All gradients of some factors, in the order of layers; None where there is none."""
+        gradients = [p.grad for key in keys for p in self._triplets.factors(key)]
+        if all(gradient is None for gradient in gradients):
+            self._tell(
+                "An optimizer stepped, but no adapter parameter has a gradient, so nothing is scored. If this goes "
+                "on, the adapter does not take part in the loss."
+            )
+        elif self._idle:
+            count = len(self._triplets.layers)
+            self._idle -= {n % count for n, gradient in enumerate(gradients) if gradient is not None}
+        return gradients
+
+    def _count(self, finite: Tensor, step: int) -> None:
+        """Count a step whose gradients are not ``finite``, a 0-dim bool tensor, and say so after the first."""
+        skipped = self._triplets.buffer("skipped").add_(~finite)
+        if self._told_of_skipped or (skipped.device.type != "cpu" and step % 100):
+            return  # elsewhere reading it would wait for the device
+        if int(skipped):
+            self._told_of_skipped = True
+            warnings.warn(
+                f"Step {step}: the adapter's gradients hold NaN or infinite values, so the step is left out of "
+                "the importance scores. Further ones are left out too and counted in "
+                "`model.allocation_state.skipped_steps`. Lower the learning rate or clip gradients if they go on.",
+                stacklevel=2,
+            )
+
+
+class Scoring(Watch):
+    """Keeps the running averages of one adapter, too.
+
+    Args:
+        triplets: the adapter's.
+        importance: what is scored.
+        betas: ``beta1`` and ``beta2``.
+        tell: says something to the user, once.
+    """
+
+    def __init__(
+        self,
+        triplets: Triplets,
+        importance: Importance,
+        betas: tuple[float, float],
+        tell: Callable[[str], None],
+    ) -> None:
+        super().__init__(triplets, tell)
+        self.importance, self.betas = importance, betas
+        self.decisive, self.entries = importance.decisive, importance.entries
+
+    def per_triplet(self) -> Tensor:
+        """One score for each triplet, (triplets,)."""
+        triplets = self._triplets
+        return self.importance.per_triplet(triplets.buffer("sensitivity"), triplets.buffer("uncertainty"))
+
+    def update(self, step: int) -> None:
+        gradients = self._gradients(self.importance.factors)
+        if all(gradient is None for gradient in gradients):
+            return
+        weights = [p.detach() for key in self.importance.factors for p in self._triplets.factors(key)]
+        filled = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+        if any(weight.element_size() < 4 for weight in weights):
+            weights, filled = [w.float() for w in weights], [g.float() for g in filled]
+        products = gather(torch._foreach_mul(weights, filled))
+        known = [None if g is None else product for g, product in zip(gradients, products, strict=True)]
+        self._move(known, step)
+
+    def update_from_parts(
+        self, parts: ZeroParts, held: frozenset[int], optimizer: Optimizer, step: int
+    ) -> None:
+        layers = len(self._triplets.layers)
+        measured = [ORDER.index(key) * layers + n for key in self.importance.factors for n in range(layers)]
+        numbers = [number for number in measured if number in held]
+        pieces = parts.pieces(optimizer)
+        products = parts.gathered(numbers, pieces, lambda piece: piece.master * piece.gradient)
+        known = dict(zip(numbers, products, strict=True))
+        self._move([known.get(number) for number in measured], step)
+
+    def _move(self, products: list[Tensor | None], step: int) -> None:
+        """Move the averages on by weight times gradient of all that is measured; None where there is no gradient."""
+        sensitivity, uncertainty = (self._triplets.buffer(name) for name in ("sensitivity", "uncertainty"))
+        importance, known = self.importance.measure(products, sensitivity.device)
+        self._count(update_scores(sensitivity, uncertainty, importance, *self.betas, known), step)

@@ -21,7 +21,7 @@ _LAYOUT = (
     2  # of the packed tensor: [_LAYOUT, the counters, the schedule, target_r, the weights' bits, the history]
 )
 _WHOLE = 11
-_FORMS = ("paper", "gated")  # by their number in the packed tensor
+_FORMS = ("paper", "gated", "principal")  # by their number in the packed tensor
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class RunState:
     automatic: bool
     leader: int | None
     schedule: BudgetSchedule | None
-    target_r: int
+    target_r: float
     form: str
     weights: RunWeights
     history: RankHistory
@@ -101,7 +101,7 @@ class RunState:
         whole = [_LAYOUT, self.step, self.fixed, self.automatic, leader]
         whole += [plan.tinit, plan.tfinal, plan.total_step, plan.deltaT] if plan else [0] * 4
         bits = torch.tensor([float(value) for value in vars(self.weights).values()], dtype=torch.float64)
-        head = torch.tensor([*whole, self.target_r, _FORMS.index(self.form)], dtype=torch.int64)
+        head = torch.tensor([*whole, _packed_rank(self.target_r), _FORMS.index(self.form)], dtype=torch.int64)
         return torch.cat([head, bits.view(torch.int64), self.history.to_tensor()])
 
     @classmethod
@@ -113,7 +113,7 @@ class RunState:
 
         Example:
             >>> from rankwise.method.schedule import BudgetSchedule
-            >>> state = RunState(3, False, True, 0, BudgetSchedule(1, 2, 9), 4, "gated",
+            >>> state = RunState(3, False, True, 0, BudgetSchedule(1, 2, 9), 0.5, "principal",
             ...                  RunWeights(8, 0.1, 0.8, 0.9, 0.5), RankHistory(["fc"]))
             >>> RunState.from_tensor(["fc"], state.to_tensor()) == state
             True
@@ -132,7 +132,7 @@ class RunState:
                 f"The state of the run has layout {layout}; this version of rankwise reads {_LAYOUT}."
             )
         flags = {fixed, automatic} <= {0, 1} and 0 <= form < len(_FORMS)
-        sensible = step >= 0 and flags and leader >= -1 and target >= 1
+        sensible = step >= 0 and flags and leader >= -1 and target != 0
         weights = packed[_WHOLE:start].view(torch.float64)
         if not sensible or not weights.isfinite().all():
             raise ValueError("The state of the run holds numbers that no run has: it is damaged.")
@@ -143,7 +143,7 @@ class RunState:
             automatic=bool(automatic),
             leader=None if leader < 0 else leader,
             schedule=BudgetSchedule(tinit, tfinal, total, deltaT) if total else None,
-            target_r=target,
+            target_r=_rank(target),
             form=_FORMS[form],
             weights=RunWeights(*weights.tolist()),
             history=history,
@@ -179,3 +179,17 @@ class RunState:
                 f"here the adapter has {', '.join(f'{name}={now[name]}' for name in differing)}. A run goes on "
                 "only with the configuration that it began with."
             )
+
+
+# The average rank in the end is mostly whole. Any other lies in the packed tensor as the bits of a float, with the sign
+# turned, so that it is less than 0 and can be told from a whole one.
+
+
+def _packed_rank(rank: float) -> int:
+    if rank == int(rank):
+        return int(rank)
+    return -int(torch.tensor([rank], dtype=torch.float64).view(torch.int64))
+
+
+def _rank(packed: int) -> float:
+    return packed if packed > 0 else float(torch.tensor([-packed], dtype=torch.int64).view(torch.float64))

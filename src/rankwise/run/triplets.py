@@ -107,28 +107,40 @@ class Triplets:
         """All A, all E or all B ("lora_A", "lora_E", "lora_B"), in layer order."""
         return [getattr(layer, key)[self.adapter] for layer in self.layers.values()]
 
-    def close(self, kept: Tensor, parts: ZeroParts | None) -> None:
+    def close(self, kept: Tensor, parts: ZeroParts | None, louder: Tensor | None = None) -> None:
         """Set E to 0 where ``kept``, (triplets,), bool, is False.
 
         Args:
             kept: the triplets that stay.
             parts: the adapter's A, E and B as DeepSpeed ZeRO holds them, if it does.
+            louder: what the E that stay are multiplied by, (triplets,); None: 1.
         """
         E = self.factors("lora_E")
-        masks = kept.to(E[0].dtype)[:, None].split(self.layout.ranks)
+        by = kept.to(E[0].dtype) if louder is None else (kept * louder).to(E[0].dtype)
+        factors = by[:, None].split(self.layout.ranks)
         if parts is not None:
-            parts.multiply(range(len(E), 2 * len(E)), masks)
+            parts.multiply(range(len(E), 2 * len(E)), factors)
             return
         torch._foreach_mul_(
-            [local(one) for one in E], [local_like(mask, one) for mask, one in zip(masks, E, strict=True)]
+            [local(one) for one in E], [local_like(by, one) for by, one in zip(factors, E, strict=True)]
         )
+
+    def open_gates(self) -> Tensor:
+        """The largest E of each triplet's block, (triplets,), float32: what an open gate is; 0 if none is open."""
+        E = gather(self.factors("lora_E"))
+        gates = torch.cat([each.detach().flatten().to(self.mask.device, torch.float32) for each in E])
+        largest = torch.zeros(len(self.layout.block_ranks), device=gates.device)
+        return self.spread(largest.scatter_reduce_(0, self._blocks_on(gates.device), gates, "amax"))
 
     def fix(self) -> None:
         """From here on the forward pass uses the kept triplets only, and a layer without any is its base."""
         kept = self.mask.cpu().split(self.layout.ranks)
         for layer, mask in zip(self.layers.values(), kept, strict=True):
-            if mask.all():
+            rank = int(mask.sum())
+            if rank == len(mask):
                 layer.kept.pop(self.adapter, None)
+            elif layer.blocks(layer) == 1 and mask[:rank].all():
+                layer.kept[self.adapter] = rank
             else:
                 layer.kept[self.adapter] = mask.nonzero().flatten().to(layer.lora_A[self.adapter].device)
 
@@ -165,14 +177,9 @@ class Triplets:
 
     def ranks(self, mask: Tensor | None = None) -> Tensor:
         """Rank of every block, (blocks,), int64, by the last allocation or by ``mask``, (triplets,), bool."""
-        ranks = self.layout.block_ranks
-
-        def blocks() -> list[int]:
-            return [number for number, rank in enumerate(ranks) for _ in range(rank)]
-
         mask = self.mask if mask is None else mask
-        counts = torch.zeros(len(ranks), dtype=torch.int64, device=mask.device)
-        return counts.index_add_(0, self.index("blocks", blocks, mask.device), mask.to(torch.int64))
+        counts = torch.zeros(len(self.layout.block_ranks), dtype=torch.int64, device=mask.device)
+        return counts.index_add_(0, self._blocks_on(mask.device), mask.to(torch.int64))
 
     def kept(self, fixed: bool, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Module path -> (r,) bool on the CPU: the triplets that a saved adapter holds.
@@ -191,12 +198,24 @@ class Triplets:
         grown = [E.detach().flatten().cpu() != 0 for E in own or gather(self.factors("lora_E"))]
         return {path: mask | more for path, mask, more in zip(self.layers, masks, grown, strict=True)}
 
-    def spread(self, per_layer: list[bool], device: torch.device) -> Tensor:
+    def spread(self, per_block: Tensor) -> Tensor:
+        """One value for each block, (blocks,) -> one for each triplet, (triplets,)."""
+        return per_block[self._blocks_on(per_block.device)]
+
+    def spread_layers(self, per_layer: list[bool], device: torch.device) -> Tensor:
         """One value for each layer -> one for each triplet, (triplets,), bool."""
         values = [
             value for value, rank in zip(per_layer, self.layout.ranks, strict=True) for _ in range(rank)
         ]
         return torch.tensor(values, device=device)
+
+    def _blocks_on(self, device: torch.device) -> Tensor:
+        """The number of each triplet's block, (triplets,), int64."""
+
+        def blocks() -> list[int]:
+            return [number for number, rank in enumerate(self.layout.block_ranks) for _ in range(rank)]
+
+        return self.index("blocks", blocks, device)
 
     def index(self, name: str, values: Callable[[], list[int]], device: torch.device) -> Tensor:
         """Whole numbers on a device, made once."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from rankwise.method.importance import Importance
 from rankwise.method.layout import TripletLayout
 
+AsLora = Callable[[Tensor, Tensor], None]
+
 
 class Form(ABC):
     """One form of adaptive-rank LoRA: how it starts, what it scores, what a rank costs, what trains, which scale.
@@ -19,28 +21,30 @@ class Form(ABC):
     """
 
     name: ClassVar[str]
-    # The factors that train, and whether an optimizer may hold them.
-    trained: ClassVar[tuple[str, ...]]
-    # What a rank costs: its numbers in A and B, or one.
-    counts_parameters: ClassVar[bool]
-    # Whether a rank that was pruned may come back until the final phase.
-    grows_back: ClassVar[bool]
+    trained: ClassVar[tuple[str, ...]]  # of "lora_A", "lora_E" and "lora_B"
+    counts_parameters: ClassVar[bool]  # a rank costs its numbers in A and B; or else one
+    grows_back: ClassVar[bool]  # a pruned rank may come back until the final phase
+    turns: ClassVar[bool]  # layers are turned into their principal directions before each cut
     takes_rslora: ClassVar[bool]
-    # What the fields of a configuration are where they are left out.
+    # What the fields of a configuration are where they are left out; phases are fractions of the run.
     orth_reg_weight: ClassVar[float]
+    tinit: ClassVar[float]
+    tfinal: ClassVar[float]
 
     @abstractmethod
-    def lora_alpha(self, target_r: float, use_rslora: bool) -> int:
+    def init_r(self, target_r: float) -> int:
+        """``init_r`` where it is left out."""
+
+    @abstractmethod
+    def lora_alpha(self, target_r: float, use_rslora: bool) -> float:
         """``lora_alpha`` where it is left out."""
 
     @abstractmethod
-    def gate(self, init_r: int, target_r: float, use_rslora: bool) -> float:
-        """What E is multiplied by to give the update its scale, as ``lora_alpha / init_r`` is outside of it."""
+    def deltaT(self, steps: int) -> int:
+        """Steps between two allocations where it is left out, with ``steps`` of pruning."""
 
     @abstractmethod
-    def start(
-        self, A: Tensor, E: Tensor, B: Tensor, as_lora: Callable[[Tensor, Tensor], None], gate: float
-    ) -> None:
+    def start(self, A: Tensor, E: Tensor, B: Tensor, as_lora: AsLora, use_rslora: bool) -> None:
         """Fill A (r, d_in), E (r, 1) and B (d_out, r) in place.
 
         Args:
@@ -48,9 +52,13 @@ class Form(ABC):
             E: any values.
             B: any values.
             as_lora: fills A and B as plain LoRA would in such a layer.
-            gate: what `gate` gave.
+            use_rslora: the configuration's.
         """
 
     @abstractmethod
-    def importance(self, layout: TripletLayout) -> Importance:
-        """What is scored."""
+    def importance(self, layout: TripletLayout) -> Importance | None:
+        """What is scored of the gradients of each step; None: nothing."""
+
+    def gates(self, init_r: int, ranks: Tensor, use_rslora: bool) -> Tensor | None:
+        """E of the triplets that stay in layers of so many ranks, (layers,), after an allocation; None: as it is."""
+        return None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from rankwise.method.forms.form import Form
+from rankwise.method.forms.form import AsLora, Form
 from rankwise.method.importance import ElementImportance, Importance
 from rankwise.method.layout import TripletLayout
 
@@ -29,21 +28,25 @@ class PaperForm(Form):
     trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_E", "lora_B")
     counts_parameters: ClassVar[bool] = False
     grows_back: ClassVar[bool] = True
+    turns: ClassVar[bool] = False
     takes_rslora: ClassVar[bool] = False
     orth_reg_weight: ClassVar[float] = 0.5
+    tinit: ClassVar[float] = 0  # PEFT's, in steps
+    tfinal: ClassVar[float] = 0
 
     def __init__(self, random: bool = False) -> None:
         self.random = random
 
-    def lora_alpha(self, target_r: float, use_rslora: bool) -> int:
+    def init_r(self, target_r: float) -> int:
+        return 12
+
+    def lora_alpha(self, target_r: float, use_rslora: bool) -> float:
         return 8
 
-    def gate(self, init_r: int, target_r: float, use_rslora: bool) -> float:
-        return 1.0
+    def deltaT(self, steps: int) -> int:
+        return 1
 
-    def start(
-        self, A: Tensor, E: Tensor, B: Tensor, as_lora: Callable[[Tensor, Tensor], None], gate: float
-    ) -> None:
+    def start(self, A: Tensor, E: Tensor, B: Tensor, as_lora: AsLora, use_rslora: bool) -> None:
         nn.init.normal_(E) if self.random else nn.init.zeros_(E)
         for factor in (A, B):
             nn.init.normal_(factor, std=1.0 if self.random else _DEVIATION)

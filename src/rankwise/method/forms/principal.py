@@ -1,0 +1,77 @@
+"""LoRA's start and pace, and cuts in principal directions: the default."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from torch import Tensor
+
+from rankwise.method.forms.form import AsLora, Form
+from rankwise.method.importance import Importance
+from rankwise.method.layout import TripletLayout
+
+_CUTS = 20
+_MOST_TO_SPARE = 16
+
+
+class PrincipalForm(Form):
+    """B = 0 and A random, as in LoRA; before each cut every layer is turned into its principal directions.
+
+    Then the directions go, over all layers, whose singular value squared is least for each of their parameters: what
+    is cut is the least part of the update that a budget asks for (see `rankwise.method.principal`).
+
+    E does not train. It holds the scale, which is that of LoRA at the rank that a layer has now, ``lora_alpha / k``.
+    How far a step of Adam moves a layer goes with its scale times its ranks; so that is LoRA's in every layer, at any
+    time, however many ranks there are to spare or left.
+
+    Example:
+        >>> PrincipalForm().lora_alpha(target_r=8, use_rslora=False)
+        16
+    """
+
+    name: ClassVar[str] = "principal"
+    trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    counts_parameters: ClassVar[bool] = True
+    grows_back: ClassVar[bool] = False
+    turns: ClassVar[bool] = True
+    takes_rslora: ClassVar[bool] = True
+    orth_reg_weight: ClassVar[float] = 0.0
+    tinit: ClassVar[float] = 0.1
+    tfinal: ClassVar[float] = 0.3
+
+    def init_r(self, target_r: float) -> int:
+        """Four times ``target_r`` where that costs little, and no less than twice.
+
+        Example:
+            >>> [PrincipalForm().init_r(target_r) for target_r in (0.25, 1, 2, 8, 64)]
+            [2, 4, 8, 16, 128]
+        """
+        return math.ceil(max(min(4 * target_r, _MOST_TO_SPARE), 2 * target_r, 2))
+
+    def lora_alpha(self, target_r: float, use_rslora: bool) -> float:
+        """Twice the rank, as is usual for LoRA."""
+        return math.ceil(2 * max(target_r, 1))
+
+    def deltaT(self, steps: int) -> int:
+        """Twenty allocations, however long the run is."""
+        return max(1, steps // _CUTS)
+
+    def start(self, A: Tensor, E: Tensor, B: Tensor, as_lora: AsLora, use_rslora: bool) -> None:
+        as_lora(A, B)
+        E.fill_(math.sqrt(len(E)) if use_rslora else 1.0)
+
+    def importance(self, layout: TripletLayout) -> Importance | None:
+        """Nothing: what a direction is worth is seen when it may be cut."""
+        return None
+
+    def gates(self, init_r: int, ranks: Tensor, use_rslora: bool) -> Tensor:
+        """They make the scale ``lora_alpha / k`` in a layer of k ranks, or ``lora_alpha / sqrt(k)`` with rsLoRA.
+
+        Example:
+            >>> import torch
+            >>> PrincipalForm().gates(8, torch.tensor([8, 2, 0]), use_rslora=False)
+            tensor([1., 4., 8.])
+        """
+        acting = ranks.clamp_min(1).float()
+        return init_r / (acting.sqrt() if use_rslora else acting)

@@ -1,0 +1,177 @@
+"""Turning layers in a model: the update stays, and what optimizers remember moves along."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankwise as rw
+from rankwise.run.turning import Turned
+
+WIDTHS = (7, 9, 7)
+
+
+def _model(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(*WIDTHS[:2]), nn.Tanh(), nn.Linear(*WIDTHS[1:]))
+    options: dict[str, Any] = {"init_r": 4, "target_r": 2, "total_step": 20, "target_modules": ["0", "2"]}
+    model = rw.get_peft_model(layers.double(), rw.AdaLoraConfig(**{**options, **changes}))
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _layers(model: Any) -> list[Any]:
+    return [model[0], model[2]]
+
+
+def _pull(model: Any) -> list[Tensor]:
+    """Give A and B the gradients of ``<G, B A>`` for a fixed G in each layer, and return G."""
+    torch.manual_seed(1)
+    pulls = [
+        torch.randn(layer.out_features, layer.in_features, dtype=torch.float64) for layer in _layers(model)
+    ]
+    for layer, G in zip(_layers(model), pulls, strict=True):
+        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        A.grad, B.grad = B.detach().T @ G, G @ A.detach().T
+    return pulls
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "share"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.0, momentum=0.9), "momentum_buffer", 1.0),
+        (lambda p: torch.optim.AdamW(p, lr=0.0, weight_decay=0.0), "exp_avg", 0.1),
+        (lambda p: torch.optim.Adam(p, lr=0.0, foreach=True), "exp_avg", 0.1),
+        (lambda p: torch.optim.AdamW(p, lr=0.0, fused=True), "exp_avg", 0.1),
+    ],
+)
+def test_means_of_gradients_become_those_of_the_turned_factors(
+    make: Callable[[Any], torch.optim.Optimizer], name: str, share: float
+) -> None:
+    model = _model()
+    optimizer = make(_trained(model))
+    pulls = _pull(model)
+    optimizer.step()
+    before = [layer.delta_weight("default") for layer in _layers(model)]
+    louder = torch.tensor([2.0, 0.5])
+    with torch.no_grad():
+        Turned(model._rankwise_controller.triplets, None).put_in(louder.repeat_interleave(4), [optimizer])
+    for layer, G, by, update in zip(_layers(model), pulls, louder, before, strict=True):
+        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        torch.testing.assert_close(by * layer.delta_weight("default"), update)
+        # E, which multiplies both gradients by `by`, has not been changed here.
+        torch.testing.assert_close(optimizer.state[A][name], share * by * (B.T @ G).detach())
+        torch.testing.assert_close(optimizer.state[B][name], share * by * (G @ A.T).detach())
+
+
+def test_means_of_squares_stay_positive_and_of_the_size_of_the_turned_gradients() -> None:
+    model = _model()
+    optimizer = torch.optim.AdamW(_trained(model), lr=0.0, amsgrad=True)
+    for _ in range(3):
+        _pull(model)
+        optimizer.step()
+    with torch.no_grad():
+        Turned(model._rankwise_controller.triplets, None).put_in(torch.ones(8), [optimizer])
+    for layer in _layers(model):
+        for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+            for name in ("exp_avg_sq", "max_exp_avg_sq"):
+                assert bool((optimizer.state[factor][name] >= 0).all())
+                assert optimizer.state[factor][name].any()
+
+
+class Quantized(torch.optim.SGD):
+    """Remembers bytes of a gradient, as 8-bit optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("state1", torch.ones_like(parameter, dtype=torch.uint8))
+        return super().step(closure)
+
+
+def test_what_cannot_be_turned_is_forgotten_for_what_was_turned_only() -> None:
+    model = _model()
+    other = nn.Parameter(torch.zeros(3, 3))
+    optimizer = Quantized([*_trained(model), other], lr=0.0)
+    _pull(model)
+    optimizer.step()
+    with torch.no_grad():
+        Turned(model._rankwise_controller.triplets, None).put_in(torch.ones(8), [optimizer])
+    assert list(optimizer.state) == [other]
+
+
+def _optimizers() -> dict[str, Callable[[Any], torch.optim.Optimizer]]:
+    return {
+        "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
+        "Adam, foreach": lambda p: torch.optim.Adam(p, lr=1e-2, foreach=True),
+        "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+        "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+        "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-1),
+        "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, momentum=0.9),
+        "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-2),
+        "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    }
+
+
+@pytest.mark.parametrize("name", list(_optimizers()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_meets_its_budget_and_learns_with_every_optimizer(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12))
+    config = rw.AdaLoraConfig(
+        init_r=6, target_r=2, tinit=4, tfinal=20, total_step=60, target_modules=["0", "2"]
+    )
+    model = rw.get_peft_model(model, config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    optimizer = _optimizers()[name](_trained(model))
+    x, y = torch.randn(64, 12, dtype=dtype), torch.randn(64, 12, dtype=dtype)
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(60):
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+    summary = model.rank_summary()
+    gates = summary.total_rank
+    assert summary.parameters - gates <= 2 * 2 * (12 + 16)
+    assert losses[-1] < losses[0] and all(loss == loss for loss in losses)
+
+
+def test_with_enough_rank_to_keep_everything_cutting_changes_no_output() -> None:
+    """The update has rank 2, and 2 of 4 ranks stay: nothing may be lost by the cut."""
+    model = _model(tinit=0, tfinal=19)
+    for layer in _layers(model):
+        B = layer.lora_B["default"]
+        B.data[:, 2:] = B.data[:, :2]
+        layer.lora_A["default"].data[2:] *= 0
+    x = torch.randn(5, WIDTHS[0], dtype=torch.float64)
+    before = model(x).detach()
+    model.finalize_ranks()
+    assert model.rank_summary().total_rank == 4
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_layer_that_does_not_train_keeps_its_ranks_and_is_not_turned() -> None:
+    model = _model()
+    first = model[0]
+    for parameter in (first.lora_A["default"], first.lora_B["default"]):
+        parameter.requires_grad_(False)
+    before = {key: value.detach().clone() for key, value in first.state_dict().items() if "lora_" in key}
+    model.finalize_ranks()
+    assert {row.path: row.rank for row in model.rank_summary().layers} == {"0": 4, "2": 2}
+    assert all(torch.equal(first.state_dict()[key], value) for key, value in before.items())
