@@ -111,7 +111,7 @@ class ParameterAdapters(AdapterLayer):
     is_transposed: bool
     parameter_name: str
     _places: dict[
-        str, tuple[int | Tensor, Tensor, Tensor]
+        str, tuple[Tensor, Tensor, Tensor]
     ]  # adapter -> its `kept`, and what `_stacked_places` made of it
 
     @classmethod
@@ -200,7 +200,7 @@ class ParameterAdapters(AdapterLayer):
         if known is None or known[0] is not kept or known[1].device != self.lora_A[name].device:
             rank = len(self.lora_A[name]) // self.matrices
             mask = torch.zeros(self.matrices * rank, dtype=torch.bool)
-            mask[slice(kept) if isinstance(kept, int) else kept.cpu()] = True
+            mask[kept.cpu()] = True
             mask = mask.view(self.matrices, rank)
             front = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
                 :, : int(mask.sum(1).max())
