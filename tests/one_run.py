@@ -29,7 +29,7 @@ def adapted(
         before(model)
     fields = dict(
         init_r=4,
-        target_r=1,
+        target_r=0.75,  # so that layers end at rank 0
         lora_alpha=8,
         total_step=STEPS,
         tinit=2,

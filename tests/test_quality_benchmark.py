@@ -54,55 +54,63 @@ def test_results_survive_a_line_that_a_kill_cut_off(quality: Any, tmp_path: Path
     assert list(quality.results.read(file)) == [whole]
 
 
-def test_the_table_has_means_standard_errors_and_all_single_runs(quality: Any):
-    found = losses(quality, rankwise={5e-4: [1.0, 2.0, 3.0], 1e-3: [0.5], 2e-3: [0.7]})
-    row = quality.results.tables(found, [0, 1, 2]).splitlines()[-1]
-    assert row == "| rankwise | 10 | 2.0000 ± 0.5774 | 1.0000, 2.0000, 3.0000 | 0.5000 (1 run) at 0.001 |"
+def test_the_table_has_each_method_at_its_best_rate_and_how_forgiving_it_is(quality: Any):
+    found = losses(
+        quality, rankwise={1e-3: [0.9], 2e-3: [0.5, 0.6, 0.7], 4e-3: [0.8]}, LoRA={1e-3: [0.4], 2e-3: [0.5]}
+    )
+    lora, ours = quality.results.tables(found, 0).splitlines()[-2:]
+    assert (
+        ours
+        == "| rankwise | 10 | 0.002 | 0.6000 ± 0.0577 (3 runs) | 0.9000 | 0.8000 | 0.5000, 0.6000, 0.7000 |"
+    )
+    assert lora == "| LoRA | 10 | 0.001 (the last one tried) | 0.4000 (1 run) | - | 0.5000 | 0.4000 |"
 
 
-def test_pairs_have_the_same_data_and_count_relative_differences(quality: Any):
-    found = losses(quality, rankwise={5e-4: [0.8, 1.1]}, LoRA={5e-4: [1.0, 1.0, 1.0], 1e-3: [9.0]})
-    differences, said = quality.results.against(found, "rankwise", "LoRA")
-    assert differences == pytest.approx([0.2, -0.1])
-    assert "lower by 5.0% on average" in said and "lower in 1 of 2 pairs" in said
-
-
-def test_tuned_pairs_have_each_method_at_its_own_best_rate(quality: Any):
+def test_pairs_have_the_same_data_and_each_method_at_its_own_best_rate(quality: Any):
     found = losses(
         quality,
-        rankwise={5e-4: [1.0], 1e-3: [0.8, 0.6], 2e-3: [0.9]},
-        LoRA={5e-4: [1.2, 0.1], 1e-3: [1.1], 2e-3: [1.0, 1.0]},
+        rankwise={1e-3: [1.0], 2e-3: [0.8, 0.6], 4e-3: [0.9]},
+        LoRA={1e-3: [1.2, 0.1], 2e-3: [1.0, 1.0], 4e-3: [1.1]},
     )
-    differences, said = quality.results.against(found, "rankwise", "LoRA", tuned_on=0)
+    differences, said = quality.results.against(found, "rankwise", "LoRA", 0)
     assert differences == pytest.approx([0.2, 0.4])
-    assert "each at its best rate of the grid" in said
-    assert quality.results.against(found, "rankwise", "LoRA", rank=8)[0] == []
-    row = quality.results.grid(found, 0).splitlines()[-1]
-    assert row == "| task, 2, rankwise | 1.0000 | 0.8000 | 0.9000 |"
+    assert "lower by 30.0% on average" in said and "lower in 2 of 2 pairs" in said
 
 
-def test_a_diverged_run_is_never_the_best_of_the_grid(quality: Any):
-    found = losses(quality, LoRA={5e-4: [1.0], 1e-3: [0.9], 2e-3: [float("nan")]})
-    assert quality.results.best_rate(found, "task", "LoRA", 2, 0) == 1e-3
-    found.popitem()
-    assert quality.results.best_rate(found, "task", "LoRA", 2, 0) is None
+def test_a_method_whose_best_rate_is_the_last_one_tried_takes_no_part(quality: Any):
+    found = losses(quality, rankwise={1e-3: [0.1], 2e-3: [0.2]}, LoRA={1e-3: [1.2], 2e-3: [1.0], 4e-3: [1.1]})
+    assert quality.results.best_rate(found, "task", "rankwise", 2, 0) is None
+    assert quality.results.against(found, "rankwise", "LoRA", 0)[0] == []
 
 
-def test_every_run_is_wanted_once_all_seeds_at_the_ordinary_rate_first(quality: Any):
-    asked = argparse.Namespace(tasks=["task"], methods=["LoRA"], ranks=[2], seeds=[0, 1], grid=True)
-    found = losses(quality, LoRA={5e-4: [1.0], 1e-3: [0.9], 2e-3: [0.8]})
-    wanted = [(run.rate, run.seed) for run in quality.run.wanted(asked, found)]
-    assert wanted[:2] == [(5e-4, 0), (5e-4, 1)]
-    assert wanted[-1] == (2e-3, 1)  # the best rate of the first seed, for the others
-    asked.grid = False
-    assert [(run.rate, run.seed) for run in quality.run.wanted(asked, found)] == [(5e-4, 0), (5e-4, 1)]
+def test_the_search_goes_on_until_the_best_rate_has_a_worse_neighbour_on_each_side(quality: Any):
+    loss = {5e-4: 0.9, 1e-3: 0.8, 2e-3: 0.7, 4e-3: 0.6, 8e-3: 0.5, 1.6e-2: float("inf")}
+    tried = {rate: loss[rate] for rate in quality.results.START}
+    while (rate := quality.results.next_rate(tried)) is not None:
+        tried[rate] = loss[rate]
+    assert list(tried) == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+
+
+def test_a_diverged_run_is_never_the_best_but_ends_the_search(quality: Any):
+    found = losses(quality, LoRA={1e-3: [1.0], 2e-3: [0.9], 4e-3: [float("nan")]})
+    assert quality.results.best_rate(found, "task", "LoRA", 2, 0) == 2e-3
+
+
+def test_rates_are_tried_on_the_first_seed_and_the_others_run_at_the_best(quality: Any):
+    asked = argparse.Namespace(tasks=["task"], methods=["LoRA"], ranks=[2], seeds=[0, 1, 2])
+    wanted = lambda found: [(run.rate, run.seed) for run in quality.run.wanted(asked, found)]  # noqa: E731
+    assert wanted({}) == [(rate, 0) for rate in quality.results.START]
+    rising = losses(quality, LoRA={1e-3: [1.0], 2e-3: [0.9], 4e-3: [0.8]})
+    assert wanted(rising) == [(8e-3, 0)]
+    inside = losses(quality, LoRA={1e-3: [1.0], 2e-3: [0.7], 4e-3: [0.8]})
+    assert wanted(inside) == [(2e-3, 1), (2e-3, 2)]
 
 
 def test_the_tables_of_what_has_been_run_need_no_data():
     told = subprocess.run(
         [sys.executable, str(FOLDER / "run.py"), "--tables"], capture_output=True, text=True, check=True
     )
-    assert "**rankwise** against **PEFT LoRA**:" in told.stdout
+    assert "| method | parameters | best rate |" in told.stdout
 
 
 def test_a_missing_source_is_named():

@@ -25,20 +25,9 @@ def _spare(rank: int) -> int:
     return {2: 8, 8: 16}.get(rank, 2 * rank)
 
 
-def _schedule(task: Task) -> dict[str, Any]:
+def _phases(task: Task) -> dict[str, Any]:
     tenth = task.steps // 10
-    return {"tinit": tenth, "tfinal": 3 * tenth, "deltaT": max(1, task.steps // 60), "total_step": task.steps}
-
-
-def _adaptive(task: Task, rank: int) -> dict[str, Any]:
-    """The settings that PEFT's AdaLoRA and rankwise's share."""
-    return {
-        "init_r": _spare(rank),
-        "target_r": rank,
-        "target_modules": list(task.targets),
-        "modules_to_save": list(task.heads) or None,
-        **_schedule(task),
-    }
+    return {"tinit": tenth, "tfinal": 3 * tenth, "deltaT": max(1, task.steps // 60)}
 
 
 def _peft(model: nn.Module, task: Task, rank: int, lora_alpha: float | None = None, **options: Any) -> Model:
@@ -81,14 +70,31 @@ def _all_positions(layer_input: Any, model_input: Any, layer_name: str) -> Tenso
 def _peft_adalora(model: nn.Module, task: Task, rank: int, batches: Iterable[Batch]) -> Model:
     import peft
 
-    settings = {"lora_alpha": _alpha(rank), "orth_reg_weight": 0.1, **_adaptive(task, rank)}
-    return peft.get_peft_model(model, peft.AdaLoraConfig(**settings))
+    config = peft.AdaLoraConfig(
+        init_r=_spare(rank),
+        target_r=rank,
+        target_modules=list(task.targets),
+        modules_to_save=list(task.heads) or None,
+        lora_alpha=_alpha(rank),
+        orth_reg_weight=0.1,
+        total_step=task.steps,
+        **_phases(task),
+    )
+    return peft.get_peft_model(model, config)
 
 
 def _rankwise(model: nn.Module, task: Task, rank: int, **options: Any) -> Model:
+    """As its users call it: the rank that they would give LoRA, and everything else left out."""
     import rankwise
 
-    return rankwise.get_peft_model(model, rankwise.AdaLoraConfig(**_adaptive(task, rank), **options))
+    config = rankwise.AdaLoraConfig(
+        target_r=rank,
+        total_step=task.steps,
+        target_modules=list(task.targets),
+        modules_to_save=list(task.heads) or None,
+        **options,
+    )
+    return rankwise.get_peft_model(model, config)
 
 
 METHODS: dict[str, Method] = {
@@ -97,17 +103,18 @@ METHODS: dict[str, Method] = {
     "PEFT EVA": _peft_eva,
     "PEFT AdaLoRA": _peft_adalora,
     "rankwise": lambda model, task, rank, batches: _rankwise(model, task, rank),
-    # What the scale alone does: LoRA with rankwise's, and rankwise with LoRA's and rsLoRA's.
-    "PEFT LoRA, lora_alpha=32": lambda model, task, rank, batches: _peft(model, task, rank, lora_alpha=32),
-    "rankwise, lora_alpha=32": lambda model, task, rank, batches: _rankwise(model, task, rank, lora_alpha=32),
-    "rankwise, LoRA's lora_alpha": lambda model, task, rank, batches: _rankwise(
-        model, task, rank, lora_alpha=_alpha(rank)
-    ),
-    "rankwise, rsLoRA's scale": lambda model, task, rank, batches: _rankwise(
-        model, task, rank, lora_alpha=_alpha(rank), use_rslora=True
+    "rankwise, use_rslora=True": lambda model, task, rank, batches: _rankwise(
+        model, task, rank, use_rslora=True
     ),
     "rankwise, the paper's form": lambda model, task, rank, batches: _rankwise(
-        model, task, rank, lora_alpha=_alpha(rank), init_lora_weights=True, orth_reg_weight=0.1
+        model,
+        task,
+        rank,
+        init_r=_spare(rank),
+        lora_alpha=_alpha(rank),
+        init_lora_weights=True,
+        orth_reg_weight=0.1,
+        **_phases(task),
     ),
 }
 

@@ -50,14 +50,17 @@ def shuffled(plan: Any, shapes: dict[str, Any], seed: int) -> Any:
 
 def adapters(task: Task, plan: Any, rank: int, seed: int) -> Iterator[tuple[str, Any]]:
     """The four configurations."""
-    from methods import _adaptive
-
     import rankwise as rw
 
     heads = {"modules_to_save": list(task.heads) or None}
     alpha = {"lora_alpha": SCALE * rank}
     shapes = {path: tuple(task.load(seed).get_submodule(path).weight.shape) for path in plan.ranks}
-    yield "AdaLoRA", rw.AdaLoraConfig(**_adaptive(task, rank))
+    yield (
+        "AdaLoRA",
+        rw.AdaLoraConfig(
+            target_r=rank, total_step=task.steps, target_modules=list(task.targets), **alpha, **heads
+        ),
+    )
     yield "planned", plan.lora_config(r=rank, **alpha, **heads)
     yield "one rank", rw.LoraConfig(r=rank, target_modules=list(task.targets), **alpha, **heads)
     yield "shuffled", shuffled(plan, shapes, seed).lora_config(r=rank, **alpha, **heads)

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ORDINARY = 5e-4  # an ordinary learning rate of LoRA
-GRID = (5e-4, 1e-3, 2e-3)
+START = (1e-3, 2e-3, 4e-3)  # the rates that are tried first; the next ones are twice and half of these
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 
@@ -21,7 +20,7 @@ class Run:
 
     task: str
     method: str
-    rank: int
+    rank: float
     rate: float
     seed: int
 
@@ -47,136 +46,125 @@ def append(run: Run, measured: dict[str, Any], path: Path = RESULTS) -> None:
         file.write(json.dumps({"run": asdict(run), **measured}) + "\n")
 
 
-def best_rate(results: Results, task: str, method: str, rank: int, seed: int) -> float | None:
-    """The rate of the grid with the smallest held-out loss for one seed; None before all of them have run."""
-    runs = [Run(task, method, rank, rate, seed) for rate in GRID]
-    if any(run not in results for run in runs):
-        return None
-    return min(runs, key=lambda run: _finite(results[run]["loss"])).rate
+def curve(results: Results, task: str, method: str, rank: float, seed: int) -> dict[float, float]:
+    """Learning rate -> held-out loss of one seed, by rising rates; infinite where a run diverged."""
+    cell = {run.rate: row for run, row in results.items() if (run.task, run.method, run.rank) == (task, method, rank)
+            and run.seed == seed}  # fmt: skip
+    return {rate: _finite(cell[rate]["loss"]) for rate in sorted(cell)}
+
+
+def next_rate(losses: dict[float, float]) -> float | None:
+    """The rate to try next, from those tried; None once the best has a worse neighbour on each side.
+
+    Example:
+        >>> next_rate({1e-3: 0.5, 2e-3: 0.4, 4e-3: 0.3})
+        0.008
+        >>> next_rate({1e-3: 0.5, 2e-3: 0.4, 4e-3: 0.6}) is None
+        True
+    """
+    if not losses:
+        return START[0]
+    best = min(losses, key=losses.__getitem__)
+    return next((rate for rate in (2 * best, best / 2) if not _tried(losses, rate)), None)
+
+
+def best_rate(results: Results, task: str, method: str, rank: float, seed: int) -> float | None:
+    """The rate with the smallest held-out loss for one seed; None unless it lies inside of what was tried."""
+    losses = curve(results, task, method, rank, seed)
+    return min(losses, key=losses.__getitem__) if losses and next_rate(losses) is None else None
+
+
+def _tried(losses: dict[float, float], rate: float) -> bool:
+    return any(math.isclose(rate, other, rel_tol=1e-6) for other in losses)
 
 
 def _finite(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def tables(results: Results, seeds: Sequence[int]) -> str:
-    """Markdown: for each task and rank the means with standard errors, and all single runs at the ordinary rate."""
+def tables(results: Results, seed: int) -> str:
+    """Markdown: for each task and rank, every method at its best rate, and how much worse it is at half and double."""
     lines: list[str] = []
-    measures = {"accuracy", "wer"}
     for task, rank, mine in _cells(results):
-        second = next((name for name in measures if any(name in row for row in mine.values())), None)
         lines += [
-            "", f"### {task}, average rank {rank}", "",
-            f"| method | parameters | loss at {ORDINARY:g} |{f' {second} |' if second else ''} "
-            f"single runs at {ORDINARY:g} | loss at the best rate of the grid |",
-            "| --- | --- | --- | --- | --- |" + (" --- |" if second else ""),
+            "", f"### {task}, average rank {rank:g}", "",
+            "| method | parameters | best rate | loss | at half of it | at double | single runs |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]  # fmt: skip
         for method in _methods(mine):
-            rows = {run: row for run, row in mine.items() if run.method == method}
-            ordinary = [rows[run] for run in sorted(rows, key=_seed) if run.rate == ORDINARY]
-            if not ordinary:
+            losses = curve(results, task, method, rank, seed)
+            if not losses:
                 continue
-            losses = [row["loss"] for row in ordinary]
-            best = best_rate(results, task, method, rank, seeds[0])
-            at_best = [row["loss"] for run, row in rows.items() if run.rate == best]
+            best = min(losses, key=losses.__getitem__)
+            inside = next_rate(losses) is None
+            rows = [row for run, row in mine.items() if run.method == method and run.rate == best]
+            found = [row["loss"] for row in rows]
             cells = [
                 method,
-                f"{round(statistics.mean(row['parameters'] for row in ordinary)):,}",
-                with_error(losses),
-                *([with_error([row[second] for row in ordinary])] if second else []),
-                ", ".join(f"{loss:.4f}" for loss in losses),
-                "" if best is None else f"{with_error(at_best)} at {best:g}",
+                f"{round(statistics.mean(row['parameters'] for row in rows)):,}",
+                f"{best:g}" if inside else f"{best:g} (the last one tried)",
+                with_error(found),
+                *(_at(losses, rate) for rate in (best / 2, 2 * best)),
+                ", ".join(f"{loss:.4f}" for loss in found),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def against(
-    results: Results, ours: str, theirs: str, rank: int | None = None, tuned_on: int | None = None
-) -> tuple[list[float], str]:
-    """The differences of the held-out loss, theirs minus ours, of all pairs of runs.
+def _at(losses: dict[float, float], rate: float) -> str:
+    near = [loss for other, loss in losses.items() if math.isclose(rate, other, rel_tol=1e-6)]
+    return f"{near[0]:.4f}" if near else "-"
 
-    A pair has the same task, rank, seed, and so the same data in the same order. Each is divided by their loss.
+
+def against(results: Results, ours: str, theirs: str, seed: int) -> tuple[list[float], str]:
+    """The differences of the held-out loss, theirs minus ours, of all pairs of runs, each method at its best rate.
+
+    A pair has the same task, rank, seed, and so the same data in the same order. Each is divided by their loss. Cells
+    in which a method's best rate is the last one tried take no part: it is not tuned there.
 
     Args:
         results: all runs.
         ours: a method.
         theirs: another.
-        rank: only pairs of that rank.
-        tuned_on: a seed; each method has the rate of the grid that was best for it there. Both have the ordinary rate
-            if it is left out.
+        seed: the one that rates were chosen on.
     """
-
-    def run(task: str, method: str, rank: int, seed: int) -> Run:
-        rate = ORDINARY if tuned_on is None else best_rate(results, task, method, rank, tuned_on)
-        return Run(task, method, rank, math.nan if rate is None else rate, seed)
-
-    mine = [each for each in results if each.method == ours and rank in (None, each.rank)]
-    cells = dict.fromkeys((each.task, each.rank, each.seed) for each in mine)
-    pairs = [(run(task, ours, r, seed), run(task, theirs, r, seed)) for task, r, seed in cells]
-    found = [
-        (results[their]["loss"] - results[our]["loss"]) / results[their]["loss"]
-        for our, their in pairs
-        if our in results and their in results
-    ]
-    who = f"**{ours}** against **{theirs}**"
-    who += "" if rank is None else f" at average rank {rank}"
-    who += "" if tuned_on is None else ", each at its best rate of the grid"
+    found = []
+    for run in results:
+        if run.method != ours or run.rate != best_rate(results, run.task, ours, run.rank, seed):
+            continue
+        rate = best_rate(results, run.task, theirs, run.rank, seed)
+        other = results.get(Run(run.task, theirs, run.rank, math.nan if rate is None else rate, run.seed))
+        if other is not None:
+            found.append((other["loss"] - results[run]["loss"]) / other["loss"])
+    who = f"**{ours}** against **{theirs}**, each at its best rate"
     if not found:
         return [], f"{who}: no pairs yet"
     better = sum(difference > 0 for difference in found)
+    mean = statistics.mean(found)
     return found, (
-        f"{who}: held-out loss lower by {statistics.mean(found):.1%} on average "
+        f"{who}: held-out loss {'lower' if mean > 0 else 'higher'} by {abs(mean):.1%} on average "
         f"(standard error {_error(found):.1%}), and lower in {better} of {len(found)} pairs"
     )
 
 
-def grid(results: Results, seed: int) -> str:
-    """Markdown: the held-out loss of one seed at every rate of the grid, where there are others than the ordinary."""
-    lines = [
-        f"| task, average rank, method | {' | '.join(f'{rate:g}' for rate in GRID)} |",
-        "| --- |" + " --- |" * len(GRID),
-    ]
-    for task, rank, mine in _cells(results):
-        for method in _methods(mine):
-            rows = [mine.get(Run(task, method, rank, rate, seed)) for rate in GRID]
-            if any(row is not None for row in rows[1:]):
-                losses = ["" if row is None else f"{row['loss']:.4f}" for row in rows]
-                lines.append(f"| {task}, {rank}, {method} | {' | '.join(losses)} |")
-    return "\n".join(lines)
-
-
-# Who is set against whom: the default against all, and like against like where only the scale differs.
-PAIRS = (
-    *(("rankwise", f"PEFT {name}") for name in ("LoRA", "rsLoRA", "EVA", "AdaLoRA")),
-    ("rankwise, lora_alpha=32", "PEFT LoRA, lora_alpha=32"),
-    ("rankwise, LoRA's lora_alpha", "PEFT LoRA"),
-    ("rankwise, rsLoRA's scale", "PEFT rsLoRA"),
-)
-
-
 def report(results: Results, seeds: Sequence[int]) -> str:
-    """The tables, and below them the pairs, the grid, and what all runs took."""
-    compared = [against(results, *pair) for pair in PAIRS]
-    compared += [against(results, "rankwise", "PEFT LoRA", rank) for rank in (2, 8)]
-    compared += [against(results, *pair, tuned_on=seeds[0]) for pair in PAIRS]
+    """The tables, and below them the pairs, and what all runs took."""
+    others = [method for method in _methods(results) if method != "rankwise"]
+    compared = [against(results, "rankwise", other, seeds[0]) for other in others]
     pairs = [f"- {said}" for differences, said in compared if differences]
     hours = sum(row["seconds"] for row in results.values()) / 3600
     return "\n".join([
-        tables(results, seeds), "", *pairs, "", grid(results, seeds[0]), "",
+        tables(results, seeds[0]), "", *pairs, "",
         f"{len(results)} runs trained for {hours:.1f} hours in all, each with one thread.",
     ])  # fmt: skip
 
 
-def _cells(results: Results) -> Iterator[tuple[str, int, Results]]:
+def _cells(results: Results) -> Iterator[tuple[str, float, Results]]:
     """Every task and rank, with their results."""
     for task in dict.fromkeys(run.task for run in results):
         for rank in sorted({run.rank for run in results if run.task == task}):
-            yield (
-                task,
-                rank,
-                {run: row for run, row in results.items() if (run.task, run.rank) == (task, rank)},
-            )
+            own = {run: row for run, row in results.items() if (run.task, run.rank) == (task, rank)}
+            yield task, rank, own
 
 
 def _methods(results: Results) -> list[str]:
@@ -185,10 +173,6 @@ def _methods(results: Results) -> list[str]:
 
 def _place(method: str) -> tuple[bool, str]:
     return "rankwise" in method, method
-
-
-def _seed(run: Run) -> int:
-    return run.seed
 
 
 def _error(values: Iterable[float]) -> float:
@@ -201,4 +185,4 @@ def with_error(values: Sequence[float]) -> str:
     """The mean, and its standard error where there are more than one."""
     if len(values) < 2:
         return f"{values[0]:.4f} (1 run)"
-    return f"{statistics.mean(values):.4f} ± {_error(values):.4f}"
+    return f"{statistics.mean(values):.4f} ± {_error(values):.4f} ({len(values)} runs)"

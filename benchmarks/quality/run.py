@@ -8,8 +8,8 @@
 The second command makes all runs that are missing, then prints the tables; every finished run is a line in
 results.jsonl, so that it can be stopped and given again. All methods get the same data in the same order, batch,
 schedule (linear decay after a warm-up of 5 %), clipping (1.0), number of steps, and number of trained parameters in
-the end. First come all seeds at one ordinary learning rate of LoRA; then the other rates of a small grid with the
-first seed; then the other seeds at the rate that was best there.
+the end. Each method is tuned: on the first seed its learning rate goes up and down by factors of two until the best one
+has a worse neighbour on each side; then come the other seeds at that rate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import results as saved
-from results import GRID, ORDINARY, Results, Run
+from results import START, Results, Run
 from tasks import Sources
 
 
@@ -76,19 +76,18 @@ def fit(model: Any, task: Any, rate: float, seed: int) -> None:
 
 
 def wanted(asked: argparse.Namespace, found: Results) -> Iterator[Run]:
-    """All runs of a comparison that can be named yet, the more important ones first."""
+    """All runs of a comparison that can be named yet: rates on the first seed, then the other seeds at the best."""
     first, *others = asked.seeds
-    methods = asked.methods
-    for seed, rank, task, method in itertools.product(asked.seeds, asked.ranks, asked.tasks, methods):
-        yield Run(task, method, rank, ORDINARY, seed)
-    if not asked.grid:
-        return
-    for rate, rank, task, method in itertools.product(GRID, asked.ranks, asked.tasks, methods):
-        yield Run(task, method, rank, rate, first)
-    for seed, rank, task, method in itertools.product(others, asked.ranks, asked.tasks, methods):
+    for rank, task, method in itertools.product(asked.ranks, asked.tasks, asked.methods):
+        losses = saved.curve(found, task, method, rank, first)
+        more = saved.next_rate(losses)
+        untried = [rate for rate in START if rate not in losses]
+        for rate in untried or ([] if more is None else [more]):
+            yield Run(task, method, rank, rate, first)
         best = saved.best_rate(found, task, method, rank, first)
         if best is not None:
-            yield Run(task, method, rank, best, seed)
+            for seed in others:
+                yield Run(task, method, rank, best, seed)
 
 
 def _worker(job: tuple[Run, Sources, float]) -> tuple[Run, dict[str, Any] | None]:
@@ -132,9 +131,6 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8])
-    parser.add_argument(
-        "--grid", action=argparse.BooleanOptionalAction, default=True, help="also at the other learning rates"
-    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")

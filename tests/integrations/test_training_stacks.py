@@ -459,7 +459,8 @@ def test_sft_trainer_trains_the_adapter_as_it_is_and_resumes_bit_for_bit(tmp_pat
     assert same_run(*runs)
     assert (tmp_path / "whole" / "checkpoint-8" / "adapter_model.safetensors").is_file()
     loaded = rw.PeftModel.from_pretrained(llama(), tmp_path / "whole" / "checkpoint-8")
-    assert loaded.rank_summary().total_rank == runs[0].allocation_state.target
+    assert loaded.rank_summary().total_rank == runs[0].rank_summary().total_rank < 56
+    assert runs[0].allocation_state.reached_target
 
 
 def test_sft_trainer_trains_an_output_layer_that_trains_whole(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def flip(data: bytes, place: int, bit: int = 3) -> bytes:
 
 def spoil(value: float) -> Callable[[Tensor], Tensor]:
     def change(tensor: Tensor) -> Tensor:
-        tensor.view(-1)[1] = value
+        tensor.view(-1)[-1] = value
         return tensor
 
     return change

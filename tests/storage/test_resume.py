@@ -61,7 +61,8 @@ def lora() -> Any:
 
 
 def adalora_with_head(total_step: int | None = STEPS) -> Any:
-    config = rw.AdaLoraConfig(**SCHEDULE, target_modules=["query", "value"], task_type="SEQ_CLS", bias="lora_only",
+    schedule = {**SCHEDULE, "target_r": 0.75}  # so that a layer ends at rank 0
+    config = rw.AdaLoraConfig(**schedule, target_modules=["query", "value"], task_type="SEQ_CLS", bias="lora_only",
                               total_step=total_step)  # fmt: skip
     return lively(rw.get_peft_model(bert(hidden_dropout_prob=0.1), config))
 
@@ -222,7 +223,7 @@ def test_the_reference_run_has_what_makes_resuming_hard() -> None:
         "adalora with a head and biases",
     ):
         run = reference(kind)
-        assert 0 in run.ranks and max(run.ranks) > 1, f"{kind}: {run.ranks}"
+        assert 0 in run.ranks and len(set(run.ranks)) > 1, f"{kind}: {run.ranks}"
         assert run.regrown > 0 or kind != "adalora of the paper"
         assert len(set(run.losses)) == STEPS
         assert [record.step for record in run.last["history"]] == [0, 6, 9, 12, 15]

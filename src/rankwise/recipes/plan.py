@@ -179,16 +179,18 @@ def make_plan(
         RecipeError: the schedule or the adapter does not fit the run or the model.
     """
     total = total_steps(recipe.training, len(data.train), processes)
-    schedule = recipe.schedule.resolve(total) if recipe.method == "adalora" else None
+    if recipe.method == "adalora":
+        recipe.schedule.resolve(total)  # the phases must fit, before anything is loaded
     model = load_task(recipe.task).new_model(recipe, data, processor, weights=False)
     architecture = type(model).__name__
     model, config = attach(recipe, model, total)
+    schedule = config.resolved_schedule() if recipe.method == "adalora" else None
     layers = adapter_layers(model)
     initial = sum(layer.lora_A["default"].shape[0] for layer in layers.values())
     trainable, everything = model.get_nb_trainable_parameters()
     target, at_end = initial, trainable
     if schedule is not None:
-        target = config.target_r * sum(layer.blocks(layer) for layer in layers.values())
+        target = round(config.target_r * sum(layer.blocks(layer) for layer in layers.values()))
         at_end -= round(factor_parameters(model) * (1 - target / initial))
     return Plan(
         recipe=recipe,

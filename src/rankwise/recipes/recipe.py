@@ -29,12 +29,12 @@ class ScheduleSection(Section):
     Args:
         tinit: length of the warm-up, in which every rank trains.
         tfinal: length of the final phase, in which the choice of ranks is fixed.
-        deltaT: steps between two allocations of ranks.
+        deltaT: steps between two allocations of ranks; None: as `AdaLoraConfig` chooses, mostly twenty in a run.
     """
 
     tinit: int | float = 0.1
     tfinal: int | float = 0.3
-    deltaT: int = Field(default=1, ge=1)
+    deltaT: int | None = Field(default=None, ge=1)
 
     @pydantic.field_validator("tinit", "tfinal")
     @classmethod
@@ -43,13 +43,13 @@ class ScheduleSection(Section):
         return value
 
     def resolve(self, total_step: int) -> BudgetSchedule:
-        """The schedule of a run of ``total_step`` steps.
+        """The phases of a run of ``total_step`` steps; how often ranks are allocated may be left to the method.
 
         Raises:
             RecipeError: the phases overlap.
         """
         try:
-            return BudgetSchedule.resolve(self.tinit, self.tfinal, total_step, self.deltaT)
+            return BudgetSchedule.resolve(self.tinit, self.tfinal, total_step, self.deltaT or 1)
         except ValueError as error:
             raise refusal("schedule", str(error)) from error
 

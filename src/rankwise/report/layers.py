@@ -62,13 +62,12 @@ def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -
         ranks = _of_each_matrix(config, targets, named, rank, first, kept.get(path))
         if ranks is None:
             layers.append(
-                InspectedLayer(named, kind, rank, first, _scale(folder, config, named, first), size)
+                InspectedLayer(named, kind, rank, first, _scale(folder, config, named, first, rank), size)
             )
             continue
         first = config["init_r"] if path in kept else first
-        scale = _scale(folder, config, named, first)
         for name, own in zip(block_names(named, len(ranks)), ranks, strict=True):
-            part = size * own // max(rank, 1)
+            part, scale = size * own // max(rank, 1), _scale(folder, config, named, first, own)
             layers.append(InspectedLayer(name, "parameter", own, first, scale, part))
     return layers
 
@@ -132,8 +131,16 @@ def _pattern(folder: Path, config: Mapping[str, Any], name: str, path: str, defa
     return value
 
 
-def _scale(folder: Path, config: Mapping[str, Any], path: str, rank: int) -> float:
-    """What the update B A is multiplied by; PEFT's AdaLoRA knows neither ``alpha_pattern`` nor ``use_rslora``."""
+def _scale(folder: Path, config: Mapping[str, Any], path: str, first: int, rank: int) -> float:
+    """What the update B A is multiplied by; PEFT's AdaLoRA knows neither ``alpha_pattern`` nor ``use_rslora``.
+
+    Args:
+        folder: the adapter's.
+        config: the adapter's.
+        path: the layer's.
+        first: its rank at the start.
+        rank: its rank now.
+    """
     start = config.get("init_lora_weights")
     if config["peft_type"] == "ADALORA" and start in COUNTS_PARAMETERS:  # with its open gates
         counted = max(rank, 1) if start == "principal" else config["target_r"]
@@ -141,4 +148,4 @@ def _scale(folder: Path, config: Mapping[str, Any], path: str, rank: int) -> flo
     if config["peft_type"] == "ADALORA":
         return adalora_scale(config["lora_alpha"], config["init_r"])
     alpha = _pattern(folder, config, "alpha_pattern", path, config["lora_alpha"])
-    return lora_scale(alpha, rank, bool(config.get("use_rslora"))) if rank else 0.0
+    return lora_scale(alpha, first, bool(config.get("use_rslora"))) if first else 0.0

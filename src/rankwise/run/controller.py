@@ -64,7 +64,7 @@ class Controller:
         self._watch = Watch(self.triplets, self._tell)
         if importance is not None:
             self._watch = Scoring(self.triplets, importance, (config.beta1, config.beta2), self._tell)
-        self.triplets.register_buffers(self._watch.entries if self.prunes else 0)
+        self.triplets.register_buffers(self._watch.entries if self.prunes else Watch.entries)
         if any(
             adapter in layer.kept for layer in layers.values()
         ):  # the choice was made before it was loaded

@@ -33,7 +33,7 @@ class Watch:
         self._idle = set(range(len(triplets.layers)))  # layers that have had no gradient in any step
         self._told_of_skipped = False
 
-    entries = 0
+    entries = 1  # of each running average, and unused: some file formats take two empty tensors for one
 
     def frozen(self) -> list[bool]:
         """Which layers don't train, and so keep the triplets that they have."""

@@ -16,8 +16,8 @@ def nested_paths(parameters: Iterable[str]) -> dict[str, str]:
     """What a file calls each of these adapted parameters, which are in the order of their modules.
 
     Example:
-        >>> nested_paths(["mlp.experts.up", "mlp.experts.down"])
-        {'mlp.experts.up': 'mlp.experts.base_layer', 'mlp.experts.down': 'mlp.experts'}
+        >>> sorted(nested_paths(["mlp.experts.up", "mlp.experts.down"]).items())
+        [('mlp.experts.down', 'mlp.experts'), ('mlp.experts.up', 'mlp.experts.base_layer')]
     """
     return {
         path: owner + _INNER * depth

@@ -247,10 +247,11 @@ def _check_rank_pattern(file: AdapterFile) -> None:
 
 
 def names_of_blocks(file: AdapterFile, path: str) -> list[str]:
-    """What the blocks of AdaLoRA's layer at ``path`` are called; see `block_names`."""
-    config: AdaLoraConfig = file.config  # type: ignore[assignment]
-    kept = kept_by_pattern(config).get(path, [])
-    return block_names(path, max(len(kept) // config.init_r, 1))
+    """What the blocks of the layer at ``path`` are called; see `block_names`."""
+    if not isinstance(file.config, AdaLoraConfig):
+        return [path]
+    kept = kept_by_pattern(file.config).get(path, [])
+    return block_names(path, max(len(kept) // file.config.init_r, 1))
 
 
 def kept_by_pattern(config: LoraConfig) -> dict[str, list[bool]]:
