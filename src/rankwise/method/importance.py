@@ -18,7 +18,7 @@ from rankwise.method.scores import flatten, triplet_scores
 
 
 class Importance(Protocol):
-    """What a controller needs to know of a way to score; one for each form of AdaLoRA."""
+    """What a controller needs to know of a way to score; one for each form that scores gradients."""
 
     # The factors whose products are looked at, in the order in which `measure` takes them.
     factors: ClassVar[tuple[str, ...]]

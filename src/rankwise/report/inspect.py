@@ -340,7 +340,7 @@ def _mismatches(config: Mapping[str, Any], layers: list[InspectedLayer]) -> list
 def _unfinished(
     config: Mapping[str, Any], layers: list[InspectedLayer], history: RankHistory | None
 ) -> list[str]:
-    """Where the budget is above its target. With gates it counts parameters, and only the history tells it."""
+    """Where the budget is above its target. A budget in parameters only the history tells."""
     budget, target = sum(layer.rank for layer in layers), round(config["target_r"] * len(layers))
     if config.get("init_lora_weights") in COUNTS_PARAMETERS:
         budget = history.records[-1].budget if history is not None and history.records else target

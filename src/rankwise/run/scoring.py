@@ -98,7 +98,7 @@ class Watch:
             self._told_of_skipped = True
             warnings.warn(
                 f"Step {step}: the adapter's gradients hold NaN or infinite values, so the step is left out of "
-                "the importance scores. Further ones are left out too and counted in "
+                "the importance scores, if there are any. Further ones are counted, too, in "
                 "`model.allocation_state.skipped_steps`. Lower the learning rate or clip gradients if they go on.",
                 stacklevel=2,
             )

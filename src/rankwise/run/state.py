@@ -31,10 +31,10 @@ class AllocationState:
     Args:
         step: optimizer steps taken.
         phase: "warm-up", "pruning" or "final".
-        budget: triplets that stay after this step.
-        target: triplets that stay in the end.
+        budget: triplets that may stay after this step: of average size, where the form's budget counts parameters.
+        target: the same in the end.
         initial: triplets at the start.
-        skipped_steps: steps left out of the scores because of NaN or infinite gradients.
+        skipped_steps: steps with NaN or infinite gradients, which no score takes in.
         total_step: steps of the whole run, or None while unknown.
     """
 

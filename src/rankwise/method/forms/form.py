@@ -17,7 +17,8 @@ AsLora = Callable[[Tensor, Tensor], None]
 class Form(ABC):
     """One form of adaptive-rank LoRA: how it starts, what it scores, what a rank costs, what trains, which scale.
 
-    A form holds no state. A new one is a file in this folder, and a line in ``__init__.py``.
+    A form holds no state. A new one is a file in this folder and a line in ``__init__.py``; a configuration must take
+    its name, and checkpoints know it by a number in `rankwise.run.state`.
     """
 
     name: ClassVar[str]
@@ -60,5 +61,5 @@ class Form(ABC):
         """What is scored of the gradients of each step; None: nothing."""
 
     def gates(self, init_r: int, ranks: Tensor, use_rslora: bool) -> Tensor | None:
-        """E of the triplets that stay in layers of so many ranks, (layers,), after an allocation; None: as it is."""
+        """E of the triplets that stay in blocks of so many ranks, (blocks,), after an allocation; None: as it is."""
         return None
