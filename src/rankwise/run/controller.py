@@ -65,9 +65,7 @@ class Controller:
         if importance is not None:
             self._watch = Scoring(self.triplets, importance, (config.beta1, config.beta2), self._tell)
         self.triplets.register_buffers(self._watch.entries if self.prunes else Watch.entries)
-        if any(
-            adapter in layer.kept for layer in layers.values()
-        ):  # the choice was made before it was loaded
+        if any(adapter in layer.kept for layer in layers.values()):  # chosen before it was loaded
             self.triplets.mask.copy_(self.triplets.acting())
             self._fix()
         listen(self)
@@ -140,14 +138,14 @@ class Controller:
 
     def _budget(self) -> int:
         """The budget of the last allocation, in triplets of average size. Waits for the device."""
-        counts_parameters = self.config.form.counts_parameters
-        return self.history.records[-1].budget if counts_parameters else int(self.triplets.mask.sum())
+        counted = self.config.form.counts_parameters
+        return self.history.records[-1].budget if counted else int(self.triplets.mask.sum())
 
     # One optimizer step.
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer trains any of this adapter."""
-        return self._optimizers.holds(optimizer)
+        return bool(self._optimizers.held_by(optimizer) or self._in_parts(optimizer))
 
     def before_step(self, optimizer: Optimizer, closure: Closure | None = None) -> Closure | None:
         """Add the penalty's gradient to ``.grad``: now, or whenever ``closure`` has computed gradients.
@@ -196,8 +194,7 @@ class Controller:
         If `update_and_allocate` is called by hand, only the scores: gradients may be gone by then.
         """
         if held := self._in_parts(optimizer):
-            self._after_parts(optimizer, held)
-            return
+            return self._after_parts(optimizer, held)
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips steps by itself
         if (skipped is not None and bool(skipped)) or not self._optimizers.counts(optimizer):
             return
@@ -305,9 +302,8 @@ class Controller:
         if gates is None:
             return None
         now = self.triplets.open_gates()
-        return torch.where(
-            now != 0, self.triplets.spread(gates) / now, 1.0
-        )  # 0: nothing was left of the layer
+        # Where an open gate is 0, nothing was left of the layer.
+        return torch.where(now != 0, self.triplets.spread(gates) / now, 1.0)
 
     def _scores(self, turned: Turned | None) -> Tensor:
         """One score for each triplet, (triplets,)."""
@@ -345,7 +341,7 @@ class Controller:
         return self.schedule.budget(self.step, initial, target) if self.schedule else initial
 
     def finalize_ranks(self) -> None:
-        """Bring the budget to its target now, by the scores as they are, and fix the choice."""
+        """Bring the budget to its target now, as things are, and fix the choice."""
         if self.fixed:
             return
         if self.prunes:

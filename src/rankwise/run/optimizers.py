@@ -56,10 +56,6 @@ class Optimizers:
 
         return self._turns.end(optimizer, self.held_by(optimizer), trains)
 
-    def holds(self, optimizer: Optimizer) -> bool:
-        """Whether this optimizer trains any of this adapter."""
-        return bool(self.held_by(optimizer) or self.in_parts(optimizer))
-
     def known(self) -> list[Optimizer]:
         """All optimizers that have stepped and still exist."""
         return list(self._held)
@@ -102,7 +98,7 @@ class Optimizers:
                 self._parts = ZeroParts(own)
         return self._parts
 
-    def in_parts(self, optimizer: Optimizer, prunes: bool = False) -> frozenset[int]:
+    def in_parts(self, optimizer: Optimizer, prunes: bool) -> frozenset[int]:
         """Which of `zero_parts` DeepSpeed is about to step or has stepped with ``optimizer``; mostly none.
 
         Raises:
