@@ -92,15 +92,13 @@ class RankPlan:
     def adalora_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of `AdaLoraConfig` for a run that starts where the plan leaves off.
 
-        It adapts the layers that get a rank, and ends with about as many parameters as the plan has; between them the
-        run finds the ranks anew.
+        It adapts the layers that get a rank, and ends with as many parameters as the plan has, unless ``fields`` give
+        ``target_r``; between them the run finds the ranks anew.
         """
         if "target_modules" in fields:
             raise ValueError("The plan gives `target_modules`: leave it out.")
         width = sum(self.widths[path] for path in self.target_modules)
-        target = int(fields.get("target_r") or max(1, round(self.parameters / max(width, 1))))
-        start = int(fields.get("init_r") or math.ceil(1.5 * target))
-        return {**fields, "target_modules": self.target_modules, "init_r": start, "target_r": target}
+        return {"target_r": self.parameters / max(width, 1), **fields, "target_modules": self.target_modules}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as YAML, whole or not at all.

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from rankwise.storage.updates import Update, Updates
 
-MERGE_INSTEAD = "Export the merged model instead, which any server loads: `--to merged`."
-
+MERGE_INSTEAD = (
+    "Export the merged model instead (`--to merged`); one with a new head only in Python: load base and adapter, "
+    "`model.merge_and_unload().save_pretrained(folder)`."
+)
 IN_PYTHON = "In Python: load base and adapter, `model.merge_and_unload().save_pretrained(folder)`."
 
 
