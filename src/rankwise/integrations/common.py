@@ -76,12 +76,13 @@ def rank_metrics(adapted: AdaptedModel) -> dict[str, float]:
     ``budget`` and ``total_rank`` (triplets), ``rank_phase`` (0 warm-up, 1 pruning, 2 final) and ``orth_penalty``
     (without its weight).
     """
-    where = adapted.allocation_state
-    if where is None:
+    where, controller = adapted.allocation_state, adapted._rankwise_controller
+    if where is None or controller is None:
         return {}
     return {
         "budget": where.budget,
-        "total_rank": adapted.rank_summary().total_rank,
+        # Not from `rank_summary`, which decomposes every layer's update to say what it is worth.
+        "total_rank": sum(controller.allocated_ranks().values()),
         "rank_phase": _PHASE_NUMBERS[where.phase],
         "orth_penalty": round(float(adapted.orthogonal_penalty()), 6),
     }
