@@ -64,9 +64,11 @@ def mix_ranks(adapted: Any, rank_of: Callable[[int, str], int], std: float = 0.3
     adapted.finalize_ranks()
     controller = adapted._rankwise_controller
     generator = torch.Generator().manual_seed(seed)
+    init_r = adapted.peft_config["default"].init_r
     kept = {}
     for number, (path, layer) in enumerate(controller.triplets.layers.items()):
         for parameter in layer.adapter_parameters("default").values():
             parameter.data.normal_(std=std, generator=generator)
-        kept[path] = torch.arange(adapted.peft_config["default"].init_r) < rank_of(number, path)
+        blocks = range(len(layer.lora_A["default"]) // init_r)  # of experts: one each
+        kept[path] = torch.cat([torch.arange(init_r) < rank_of(number + block, path) for block in blocks])
     controller.take_over(kept)

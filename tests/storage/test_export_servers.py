@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import rankwise as rw
+from expert_world import EXPERTS, FAMILIES, tiny_moe
 from rankwise.cli import app
 from tiny import bert, llama, mix_ranks, token_batches
 
@@ -264,6 +265,70 @@ def test_merged_gpt2_has_its_transposed_weights_right(tmp_path: Path) -> None:
     rw.export_adapter(tmp_path / "out", tmp_path / "own", "merged", base=tmp_path / "base")
     made = GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(made(**BATCH).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["adalora", "peft"])
+def test_merged_experts_are_what_merging_in_memory_gives(tmp_path: Path, family: str, kind: str) -> None:
+    """Files have each expert by itself under the names of old, or all of them in one, either way round."""
+    tiny_moe(family).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    if kind == "adalora":
+        config = rw.AdaLoraConfig(
+            init_r=3, target_r=2, total_step=9, target_modules=["o_proj"], target_parameters=EXPERTS
+        )
+        model = rw.get_peft_model(tiny_moe(family), config)
+        mix_ranks(model, lambda number, path: number % 4)
+        model.save_pretrained(tmp_path / "own")
+    else:
+        options = {"target_modules": ["o_proj"], "target_parameters": EXPERTS}
+        config = peft.LoraConfig(r=2, lora_alpha=6, **options)
+        of_peft(tmp_path / "own", config, tiny_moe(family))
+    rw.export_adapter(tmp_path / "out", tmp_path / "own", "merged", base=tmp_path / "base")
+    base = tiny_moe(family)
+    adapted = (rw if kind == "adalora" else peft).PeftModel.from_pretrained(base, tmp_path / "own")
+    expected = adapted.merge_and_unload().state_dict()
+    made = type(tiny_moe(family)).from_pretrained(tmp_path / "out").state_dict()
+    changed = 0
+    for name, tensor in tiny_moe(family).state_dict().items():
+        torch.testing.assert_close(made[name], expected[name], msg=name)
+        changed += not torch.equal(made[name], tensor)
+    assert changed >= 2
+
+
+def test_merged_finds_weights_that_transformers_loads_under_other_names(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"])
+    adapted = peft.get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "own")
+    path = "vit.layers.1.attention.q_proj"
+    assert f"{path}.weight" not in names
+    rw.export_adapter(tmp_path / "out", tmp_path / "own", "merged", base=tmp_path / "base")
+    pixels = torch.randn(2, 3, 8, 8)
+    made = ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(made(pixels).logits, adapted(pixels).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_an_embedding_shared_by_the_classes_default_is_not_merged_into(tmp_path: Path) -> None:
+    """GPT-2's own config.json does not say that its embedding is its output layer, too."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    of_peft(tmp_path / "own", peft.LoraConfig(r=2, target_modules=["wte"]), model)
+    with pytest.raises(ValueError, match="both"):
+        rw.export_adapter(tmp_path / "x", tmp_path / "own", "merged", base=tmp_path / "base")
 
 
 def test_merging_takes_less_memory_than_the_model_has(tmp_path: Path) -> None:

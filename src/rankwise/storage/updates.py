@@ -188,7 +188,7 @@ def lora_config(updates: Updates, ranks: Mapping[str, int]) -> LoraConfig:
     if inner is not None:
         raise ValueError(
             f"{updates.source} adapts experts ({inner!r}), for which this format has no place. `save_as_lora` without "
-            "`pad` writes what PEFT reads; or merge the adapter, and serve the model."
+            "`pad` writes what PEFT reads; or export the merged model (`--to merged`), and serve that."
         )
     config, top = updates.config, max(ranks.values())
     others = {path: rank for path, rank in ranks.items() if rank != top}

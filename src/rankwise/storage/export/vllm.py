@@ -12,7 +12,12 @@ from pathlib import Path
 
 import torch
 
-from rankwise.storage.export.exported import IN_PYTHON, Exported, refuse_convolutions, refuse_whole_tensors
+from rankwise.storage.export.exported import (
+    MERGE_INSTEAD,
+    Exported,
+    refuse_convolutions,
+    refuse_whole_tensors,
+)
 from rankwise.storage.updates import Updates, acting, write_lora
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -30,7 +35,7 @@ def export_for_vllm(folder: Path, updates: Updates, dtype: torch.dtype | None = 
     if updates.stacks:
         path = next(iter(updates.stacks))
         raise ValueError(
-            f"{updates.source} adapts the experts {path!r}, which is not tried with vLLM. {IN_PYTHON}"
+            f"{updates.source} adapts the experts {path!r}, which is not tried with vLLM. {MERGE_INSTEAD}"
         )
     layers = acting(updates)
     refuse_convolutions(updates, layers, "vLLM")

@@ -1,0 +1,152 @@
+"""Where a model's parameters are in files that hold them under other names, or in pieces.
+
+Transformers renames weights when it loads them, and puts the experts of a mixture of experts together: Mixtral's files
+have ``block_sparse_moe.experts.3.w1.weight``, its model one ``mlp.experts.gate_up_proj`` of all experts. How it does,
+its own table of conversions says, for a model of the folder's class without weights.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.storage.export.exported import IN_PYTHON
+from rankwise.storage.export.places import Place, same_weight
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix in a file that is some rows of a matrix of the model, from ``first`` on."""
+
+    place: Place
+    first: int
+
+
+class Converted:
+    """The parameters of the model in a folder, as Transformers loads it.
+
+    Args:
+        folder: of the model.
+        places: of the tensors in its files.
+
+    Raises:
+        ValueError: Transformers is not installed, too old, or does not know the model.
+    """
+
+    def __init__(self, folder: Path, places: Mapping[str, Place]) -> None:
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, rename_source_key
+        except ImportError as error:
+            raise ValueError(
+                f"{folder} holds weights under names that only Transformers from 5.0 knows. Install it: "
+                f'`pip install "rankwise[train]"` ({error}).'
+            ) from None
+        self._folder, self._model = folder, _without_weights(folder)
+        self._state = self._model.state_dict()
+        transforms = get_model_conversion_mapping(self._model)
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
+        self._converters = {source: each for each in converters for source in each.source_patterns}
+        self._sources: dict[str, dict[str | None, list[Place]]] = defaultdict(lambda: defaultdict(list))
+        for name, place in places.items():
+            parameter, pattern = rename_source_key(
+                name, renamings, converters, self._model.base_model_prefix, self._state
+            )
+            self._sources[parameter][pattern].append(place)
+
+    def renamed(self, name: str) -> Place | None:
+        """The tensor that is the parameter ``name``, whatever the files call it; None if none is as it stands."""
+        found = same_weight(self._sources, name)
+        sources = self._sources[found] if found is not None else {}
+        (place,) = sources[None] if sources.keys() == {None} and len(sources[None]) == 1 else (None,)
+        return place
+
+    def sharing(self, name: str) -> list[str]:
+        """Which other parameters of the model are the same as this one."""
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        found = same_weight(parameters, name)
+        return [
+            other
+            for other, each in parameters.items()
+            if other != found and found is not None and each is parameters[found]
+        ]
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether the matrices of a stack are (d_in, d_out)."""
+        parameter = self._parameter(name)
+        owner = self._model.get_submodule(parameter.rpartition(".")[0])
+        return self._state[parameter].dim() == 3 and bool(getattr(owner, "is_transposed", False))
+
+    def pieces(self, name: str, number: int) -> list[Piece]:
+        """Where the files hold a matrix of the parameter ``name``.
+
+        Raises:
+            ValueError: the model has no such parameter, or its files hold it in a form that is not known here.
+        """
+        parameter = self._parameter(name)
+        sources, shape = self._sources[parameter], self._state[parameter].shape
+        if sources.keys() == {None} and len(sources[None]) == 1 and sources[None][0].shape == shape:
+            return [Piece(sources[None][0].matrix(number), 0)]
+        if None in sources or not sources:
+            raise self._unknown(name)
+        converter = self._converters[next(iter(sources))]
+        if not _stacks_and_joins(converter.operations) or len(sources) != len(converter.source_patterns):
+            raise self._unknown(name)
+        pieces, first = [], 0
+        for pattern in converter.source_patterns:  # in the order in which they are joined
+            own = sorted(sources[pattern], key=_by_number)
+            if len(own) != len(self._state[parameter]) or own[number].flat[1] != shape[2]:
+                raise self._unknown(name)
+            pieces.append(Piece(own[number], first))
+            first += own[number].shape[0]
+        if first != shape[1]:
+            raise self._unknown(name)
+        return pieces
+
+    def _parameter(self, name: str) -> str:
+        found = same_weight(self._state, name)
+        if found is None:
+            raise ValueError(
+                f"The adapter changes {name!r}, which the {type(self._model).__name__} in {self._folder} does not "
+                "have: it is another model's."
+            )
+        return found
+
+    def _unknown(self, name: str) -> ValueError:
+        return ValueError(
+            f"{self._folder} holds {name!r} in a form that merging in files does not know. {IN_PYTHON}"
+        )
+
+
+def _without_weights(folder: Path) -> Any:
+    """The model on the meta device, where it takes no memory. No code that comes with a model is run."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        named = next(iter(config.architectures or ()), "AutoModel")
+        kind = getattr(transformers, named)
+        with torch.device("meta"):
+            return kind.from_config(config) if named == "AutoModel" else kind(config)
+    except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Transformers can't say where {folder} holds the model's weights: {error} {IN_PYTHON}"
+        ) from None
+
+
+def _stacks_and_joins(operations: list[Any]) -> bool:
+    """Whether a converter stacks matrices, and then at most puts the rows of one kind below those of another."""
+    known = [("MergeModulelist", 0), ("Concatenate", 1)]
+    found = [(type(each).__name__, getattr(each, "dim", None)) for each in operations]
+    return bool(found) and found == known[: len(found)]
+
+
+def _by_number(place: Place) -> list[int]:
+    """Expert 2 before expert 10, of names that differ in nothing else."""
+    return [int(part) for part in place.name.split(".") if part.isdigit()]
