@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 _INNER = ".base_layer"
+_LAST = ("down_proj", "w2")  # w2 is DBRX's
 
 
 def nested_paths(parameters: Iterable[str]) -> dict[str, str]:
@@ -52,15 +53,21 @@ def unnested_paths(found: Iterable[str], names_of: Callable[[str], Sequence[str]
 
 
 def named_by_targets(targets: Sequence[str]) -> Callable[[str], list[str]]:
-    """``names_of`` for `unnested_paths` where no model is at hand: ``target_parameters``, taken to be in order.
+    """``names_of`` for `unnested_paths` where no model is at hand.
+
+    PEFT may write ``target_parameters`` in any order, a set's. But experts hold what leads down again last: so do all
+    classes of Transformers. For other names the order is taken to be the module's.
 
     Example:
-        >>> named_by_targets(["experts.up", "experts.down", "router.weight"])("layers.0.experts")
-        ['up', 'down']
+        >>> named_by_targets(["experts.down_proj", "experts.up_proj", "router.weight"])("layers.0.experts")
+        ['up_proj', 'down_proj']
     """
 
     def names_of(owner: str) -> list[str]:
-        names = dict.fromkeys(target.rpartition(".")[2] for target in targets)
+        names = sorted(
+            dict.fromkeys(target.rpartition(".")[2] for target in targets),
+            key=lambda name: name in _LAST,
+        )
         return [
             name for name in names if any(f".{owner}.{name}".endswith(f".{target}") for target in targets)
         ]

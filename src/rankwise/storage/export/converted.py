@@ -8,7 +8,7 @@ its own table of conversions says, for a model of the folder's class without wei
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,12 @@ class Converted:
         parameter = self._parameter(name)
         owner = self._model.get_submodule(parameter.rpartition(".")[0])
         return self._state[parameter].dim() == 3 and bool(getattr(owner, "is_transposed", False))
+
+    def in_order(self, names: Sequence[str]) -> bool:
+        """Whether the module that holds these parameters holds them in this order."""
+        places = list(self._state)
+        found = [places.index(self._parameter(name)) for name in names]
+        return found == sorted(found)
 
     def pieces(self, name: str, number: int) -> list[Piece]:
         """Where the files hold a matrix of the parameter ``name``.

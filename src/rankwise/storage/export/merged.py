@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from rankwise.adapters.embedding import EmbeddingAdapters
+from rankwise.config import AdaLoraConfig
 from rankwise.files.atomic import write_folder
 from rankwise.storage.export.base import base_path, read_base_config
 from rankwise.storage.export.converted import Converted
 from rankwise.storage.export.exported import IN_PYTHON, Exported
 from rankwise.storage.export.places import DTYPES, Place, read_places, same_weight
+from rankwise.storage.nesting import by_owner, named_by_targets
 from rankwise.storage.updates import Update, Updates
 
 _NOT_COPIED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
@@ -145,6 +147,16 @@ def _of_layers(updates: Updates, weights: _Weights) -> Iterator[_Change]:
 
 def _of_stacks(updates: Updates, weights: _Weights) -> Iterator[_Change]:
     """Of adapted parameters, such as experts: each matrix of a stack by itself."""
+    if not isinstance(
+        updates.config, AdaLoraConfig
+    ):  # LoRA's files tell parameters of a module by their order
+        for owner in by_owner(updates.stacks):
+            names = named_by_targets(updates.config.target_parameters or [])(owner)
+            if not weights.converted.in_order([f"{owner}.{name}" for name in names]):
+                raise ValueError(
+                    f"{updates.source} tells {' and '.join(names)} of {owner!r} apart by their order, which is another "
+                    f"in the base model. {IN_PYTHON}"
+                )
     for path, names in updates.stacks.items():
         transposed = weights.converted.is_transposed(path)
         if weights.converted.sharing(path):
