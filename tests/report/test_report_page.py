@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typer.testing import CliRunner
 
 import rankwise as rw
 from browser import chromium
+from expert_world import EXPERTS, some_tokens, tiny_moe
 from rankwise.report.html import render_report, write_report
 from rankwise.report.spectra import update_spectra
 from rankwise.run.history import RankHistory
@@ -49,8 +53,15 @@ def page(trained: Path) -> str:
 
 
 def data_of(page: str) -> Any:
-    [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    return json.loads(text)
+    """What is packed into the page, with the ranks of every moment as the page's script makes them."""
+    [packed] = re.findall(r'<script type="application/gzip" id="data">(.*?)</script>', page)
+    data = json.loads(gzip.decompress(base64.b64decode(packed)))
+    for frame in data["frames"]:
+        frame["ranks"] = [frame["first"]]
+        for changes in frame["changes"]:
+            ranks = dict(enumerate(frame["ranks"][-1])) | dict(zip(changes[::2], changes[1::2], strict=True))
+            frame["ranks"].append(list(ranks.values()))
+    return data
 
 
 def test_the_page_is_small_and_asks_nothing_of_a_network(page: str) -> None:
@@ -150,8 +161,6 @@ def test_the_spectra_drawn_are_those_of_every_layer_under_its_kind(page: str, tr
 
 
 def test_names_from_files_are_text_and_never_markup(trained: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "<img src=x onerror=alert(1)>"
     shutil.copytree(trained, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -217,26 +226,80 @@ def test_an_adapter_whose_update_is_no_product_has_no_spectra_and_says_so(tmp_pa
     assert not any(name.startswith("spectra") for name in data_of(page)["figures"])
 
 
-def test_a_model_of_many_layers_and_a_long_run_fit(tmp_path: Path) -> None:
+def test_several_large_models_and_long_runs_fit(tmp_path: Path) -> None:
     class Many(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             blocks = [
-                nn.ModuleDict({f"proj{k}": nn.Linear(4, 4, bias=False) for k in range(25)}) for _ in range(40)
+                nn.ModuleDict({f"proj{k}": nn.Linear(4, 4, bias=False) for k in range(25)}) for _ in range(24)
             ]
             self.layers = nn.ModuleList(blocks)
 
-    model = rw.get_peft_model(Many(), rw.LoraConfig(r=2, target_modules="all-linear"))
-    model.save_pretrained(tmp_path / "adapter")
+    model = rw.get_peft_model(Many(), rw.LoraConfig(r=4, target_modules="all-linear"))
     layers = [path for path, module in model.named_modules() if hasattr(module, "lora_A")]
-    history = RankHistory(layers)
-    for step in range(500):
-        history.record(step, 6000 - step, [2] * len(layers))
-    history.save(tmp_path / "adapter" / "rank_history.json")
-    write_report([tmp_path / "adapter"], tmp_path / "page.html")
+    ranks = torch.full((len(layers),), 4)
+    generator = torch.Generator().manual_seed(0)
+    folders = [tmp_path / f"run-{number}" for number in range(3)]
+    model.save_pretrained(tmp_path / "adapter")
+    for folder in folders:
+        shutil.copytree(tmp_path / "adapter", folder)
+        history = RankHistory(layers)
+        for step in range(100):
+            history.record(step, 6000 - step, torch.randint(0, 5, ranks.shape, generator=generator))
+        history.record(100, len(layers) * 4, ranks)
+        history.save(folder / "rank_history.json")
+    write_report(folders, tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < 2_000_000
-    [frame] = data_of((tmp_path / "page.html").read_text(encoding="utf-8"))["frames"]
-    assert frame["steps"][0] == 0 and frame["steps"][-1] == 499
+    for frame in data_of((tmp_path / "page.html").read_text(encoding="utf-8"))["frames"]:
+        assert frame["steps"][0] == 0 and frame["steps"][-1] == 100 and len(frame["steps"]) >= 10
+        assert frame["ranks"][-1] == ranks.tolist()
+
+
+def test_what_would_be_too_large_has_fewer_moments(
+    trained: Path, page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [whole] = data_of(page)["frames"]
+    monkeypatch.setattr("rankwise.report.html._MOST_BYTES", len(page.encode()))
+    [frame] = data_of(render_report([trained]))["frames"]
+    assert 2 <= len(frame["steps"]) < len(whole["steps"])
+    for end in (0, -1):
+        assert (frame["steps"][end], frame["ranks"][end]) == (whole["steps"][end], whole["ranks"][end])
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of experts, and of attention, trained until some have lost ranks."""
+    config = rw.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=5, tfinal=1, target_modules="all-linear", target_parameters=EXPERTS
+    )
+    model = rw.get_peft_model(tiny_moe(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        model(input_ids=some_tokens(), labels=some_tokens()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("experts") / "adapter"
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_every_expert_has_its_history(experts: Path) -> None:
+    history = RankHistory.load(experts / "rank_history.json")
+    data = data_of(render_report([experts]))
+    [frame] = data["frames"]
+    assert frame["steps"] == [record.step for record in history.records] and len(frame["steps"]) > 2
+    titles = [paths[0] for paths in _hovered(data, "ranks-0-1")]
+    assert titles == [f"model.layers.{layer}.mlp.experts.gate_up_proj.0" for layer in (0, 1)]
+    for record, ranks in zip(history.records, frame["ranks"], strict=True):
+        known = dict(zip(history.layers, record.ranks, strict=True))
+        for name, rows in frame["cells"].items():
+            for paths, cells in zip(_hovered(data, name), rows, strict=True):
+                assert [ranks[cell] for cell in cells] == [known[path] for path in paths]
+
+
+def _hovered(data: Any, name: str) -> list[list[str]]:
+    """The layers of a heat map by row, as the page tells them to who points there."""
+    return data["figures"][name]["data"][0]["customdata"]
 
 
 # In a browser.
@@ -293,6 +356,19 @@ def test_the_slider_moves_the_heat_maps_and_the_console_stays_empty(
     tab.locator("#play").click()
     expect(tab.locator("#where")).to_have_text(f"{history.records[-1].step}")
     assert sorted(ranks_shown(tab)) == sorted(history.records[-1].ranks)
+    assert troubles == []
+
+
+def test_the_slider_moves_the_experts_too(browser: Any, experts: Path, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
+    (tmp_path / "page.html").write_text(render_report([experts]), encoding="utf-8")
+    tab, troubles = opened(browser, (tmp_path / "page.html").as_uri())
+    assert len(ranks_shown(tab, "ranks-0-1")) == 8 and set(ranks_shown(tab, "ranks-0-1")) != {4}
+    tab.locator("#step").focus()
+    tab.keyboard.press("Home")
+    expect(tab.locator("#where")).to_have_text("0")
+    assert ranks_shown(tab, "ranks-0-1") == [4] * 8
     assert troubles == []
 
 

@@ -1,10 +1,17 @@
-"""A report as one HTML page that needs no network: Plotly's library, the data and the style are in it."""
+"""A report as one HTML page that needs no network: Plotly's library, the data and the style are in it.
+
+Library and data are compressed, and the browser unpacks them. Tables are not: they are there without JavaScript.
+"""
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,11 +19,13 @@ from typing import Any
 from rankwise.files.atomic import write_file
 from rankwise.report import figures
 from rankwise.report.grid import RankGrid, largest_rank, short_kinds
-from rankwise.report.runs import Run, read_runs
+from rankwise.report.runs import Run, read_runs, thinned
 from rankwise.report.spectra import effective_rank
 from rankwise.run.history import RankRecord
 
-_MOST_ROWS = 1000  # of a table
+_MOST_BYTES = 2_000_000
+_MOST_ROWS = 2000  # of tables of layers, in all
+_MOST_CELLS = 20_000  # of tables of ranks, in all
 _MOST_VALUES = 16  # singular values of a layer in a table
 _MOST_ENTRIES = 40  # of a log or a history in a table
 
@@ -66,8 +75,14 @@ def render_report(folders: Sequence[str | os.PathLike[str]]) -> str:
     environment.filters["thousands"] = "{:,}".format
     environment.filters["short"] = "{:.4g}".format
     environment.filters["place"] = _place
-    page = Page(runs)
-    return environment.get_template("report.html.jinja").render(page=page, runs=runs, asset=_asset)
+    template = environment.get_template("report.html.jinja")
+    while True:
+        page = Page(runs)
+        text = template.render(page=page, runs=runs, asset=_asset, packed_asset=_packed_asset)
+        moments = max(len(run.records) for run in runs)
+        if len(text.encode()) < _MOST_BYTES or moments <= 2:
+            return text
+        runs = [replace(run, records=thinned(run.records, moments // 2)) for run in runs]
 
 
 class Page:
@@ -79,6 +94,9 @@ class Page:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = runs
+        self._grids = {run.name: figures.grids_of(run) for run in runs}
+        cells = sum(len(grid.rows) * len(grid.columns) for grids in self._grids.values() for grid in grids)
+        self._shown = min(1.0, _MOST_CELLS / max(1, cells))  # of the rows of each table of ranks
         self.figures: dict[str, figures.Figure] = {}
         self.frames: list[dict[str, Any]] = []
         ever = max(max(record.ranks) for run in runs for record in run.records)
@@ -96,7 +114,7 @@ class Page:
             self.figures[name] = figure
 
     def _add_heatmaps(self, number: int, run: Run) -> None:
-        grids = figures.grids_of(run)
+        grids = self.grids(run)
         cells = {}
         for place, grid in enumerate(grids):
             name = f"ranks-{number}-{place}"
@@ -106,18 +124,23 @@ class Page:
             {
                 "steps": [record.step for record in run.records],
                 "budgets": [record.budget for record in run.records],
-                "ranks": [record.ranks for record in run.records],
+                "first": run.records[0].ranks,
+                "changes": [
+                    _changes(before.ranks, after.ranks)
+                    for before, after in zip(run.records, run.records[1:], strict=False)
+                ],
                 "cells": cells,
             }
         )
 
     @property
     def data(self) -> str:
-        """Figures and frames as JSON that can't end the script element that it stands in."""
-        text = json.dumps(
-            {"figures": self.figures, "frames": self.frames}, separators=(",", ":"), allow_nan=False
+        """Figures and frames as compressed JSON."""
+        return _packed(
+            json.dumps(
+                {"figures": self.figures, "frames": self.frames}, separators=(",", ":"), allow_nan=False
+            )
         )
-        return text.replace("<", "\\u003c")
 
     @property
     def steps(self) -> list[int]:
@@ -126,16 +149,20 @@ class Page:
 
     def grids(self, run: Run) -> list[RankGrid]:
         """A run's layers laid out as tables."""
-        return figures.grids_of(run)
+        return self._grids[run.name]
 
     def headings(self, grid: RankGrid) -> list[str]:
         """A table's headings."""
         return short_kinds(grid.columns)
 
+    def rows(self, grid: RankGrid) -> int:
+        """How many rows of a table a page can take."""
+        return max(1, int(len(grid.rows) * self._shown))
+
     def layers(self, run: Run) -> list[dict[str, Any]]:
         """A row for each layer, up to a number that a page can take."""
         rows = []
-        for layer in run.adapter.layers[:_MOST_ROWS]:
+        for layer in run.adapter.layers[: max(1, _MOST_ROWS // len(self.runs))]:
             values = run.spectra.get(layer.path)
             rows.append(
                 {
@@ -199,6 +226,31 @@ def _place(name: str) -> str:
     """
     path = Path(name)
     return "/".join(path.parts[-2:]) if path.is_absolute() else name
+
+
+def _changes(before: list[int], after: list[int]) -> list[int]:
+    """Which ranks changed, each layer's number followed by its new rank.
+
+    Example:
+        >>> _changes([4, 4, 4], [4, 2, 3])
+        [1, 2, 2, 3]
+    """
+    return [
+        number
+        for layer, (old, new) in enumerate(zip(before, after, strict=True))
+        if new != old
+        for number in (layer, new)
+    ]
+
+
+def _packed(text: str) -> str:
+    """Text as gzip in base64; the page's script unpacks it."""
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+@cache
+def _packed_asset(name: str) -> str:
+    return _packed(_asset(name))
 
 
 def _asset(name: str) -> str:

@@ -14,7 +14,7 @@ from rankwise.report.inspect import AdapterReport, inspect_adapter
 from rankwise.report.spectra import update_spectra
 from rankwise.run.history import RankRecord
 
-_MOST_RANKS = 60_000  # numbers of histories that a page takes: two runs of 210 layers at 140 moments each
+_MOST_MOMENTS = 200  # of a history: more positions than a slider on a page has pixels to spare
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,20 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
         ValueError: one holds no adapter, or a broken one, or one without layers; the message says how to mend it.
     """
     paths = [Path(folder) for folder in folders]
-    most = _MOST_RANKS // max(1, len(paths))
-    return [_read_run(path, name, most) for path, name in zip(paths, short_names(paths), strict=True)]
+    return [_read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
+
+
+def thinned(records: list[RankRecord], most: int) -> list[RankRecord]:
+    """At most ``most`` of a history's records, evenly, with its ends.
+
+    Example:
+        >>> [record.step for record in thinned([RankRecord(step, 0, []) for step in range(10)], 4)]
+        [0, 3, 6, 9]
+    """
+    most = max(2, most)
+    if len(records) <= most:
+        return records
+    return [records[round(each * (len(records) - 1) / (most - 1))] for each in range(most)]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -72,7 +84,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [f"{path.absolute().name} ({number})" for number, path in enumerate(paths, 1)]
 
 
-def _read_run(folder: Path, name: str, most_ranks: int) -> Run:
+def _read_run(folder: Path, name: str) -> Run:
     adapter = inspect_adapter(folder)
     if not adapter.layers:
         raise ValueError(f"{folder} adapts no layers: there are no ranks to report.")
@@ -87,7 +99,7 @@ def _read_run(folder: Path, name: str, most_ranks: int) -> Run:
     return Run(
         name,
         adapter,
-        _records(adapter, most_ranks),
+        _records(adapter),
         spectra,
         read_log(log),
         _numbers(results.get("before")),
@@ -97,7 +109,7 @@ def _read_run(folder: Path, name: str, most_ranks: int) -> Run:
     )
 
 
-def _records(adapter: AdapterReport, most_ranks: int) -> list[RankRecord]:
+def _records(adapter: AdapterReport) -> list[RankRecord]:
     """The history, thinned evenly to what a page can take, with its ends; or where the ranks are now."""
     now = [layer.rank for layer in adapter.layers]
     history = adapter.history
@@ -106,10 +118,7 @@ def _records(adapter: AdapterReport, most_ranks: int) -> list[RankRecord]:
         return [RankRecord(step or 0, sum(now), now)]
     places = {path: index for index, path in enumerate(history.layers)}
     order = [places[layer.path] for layer in adapter.layers]
-    records = history.records
-    most = max(2, most_ranks // len(order))
-    if len(records) > most:
-        records = [records[round(each * (len(records) - 1) / (most - 1))] for each in range(most)]
+    records = thinned(history.records, _MOST_MOMENTS)
     return [RankRecord(each.step, each.budget, [each.ranks[index] for index in order]) for each in records]
 
 

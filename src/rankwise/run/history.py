@@ -272,9 +272,10 @@ def _checked_record(record: Any, width: int) -> RankRecord:
     step, budget, ranks = record["step"], record["budget"], record["ranks"]
     if not isinstance(ranks, list) or len(ranks) != width:
         raise ValueError(f"step {step!r:.20} must have {width} ranks, one for each layer.")
-    for value in (step, budget, *ranks):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
-            raise ValueError(
-                f"step {step!r:.20} has {value!r:.20} where a whole number of at least 0 belongs."
-            )
+    values = [step, budget, *ranks]
+    if (
+        set(map(type, values)) != {int} or min(values) < 0 or max(values) >= 2**53
+    ):  # quick: there can be millions
+        value = next(each for each in values if type(each) is not int or not 0 <= each < 2**53)
+        raise ValueError(f"step {step!r:.20} has {value!r:.20} where a whole number of at least 0 belongs.")
     return RankRecord(step, budget, ranks)

@@ -1,6 +1,28 @@
 "use strict";
-(() => {
-  const { figures, frames } = JSON.parse(document.getElementById("data").textContent);
+(async () => {
+  if (typeof DecompressionStream === "undefined") {
+    document.getElementById("old").hidden = false;
+    return;
+  }
+
+  /** The text that an element holds as gzip in base64. */
+  function unpacked(id) {
+    const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (each) => each.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  }
+
+  const { figures, frames } = JSON.parse(await unpacked("data"));
+  const library = document.createElement("script");
+  library.textContent = await unpacked("plotly");
+  document.head.append(library);
+  for (const frame of frames) {
+    frame.ranks = [frame.first];
+    for (const changes of frame.changes) {
+      const ranks = frame.ranks.at(-1).slice();
+      for (let i = 0; i < changes.length; i += 2) ranks[changes[i]] = changes[i + 1];
+      frame.ranks.push(ranks);
+    }
+  }
   const steps = [...new Set(frames.flatMap((frame) => frame.steps))].sort((a, b) => a - b);
   const charts = [...document.querySelectorAll(".chart")];
   const coarse = matchMedia("(pointer: coarse)").matches; // fingers scroll the page, they don't zoom charts
