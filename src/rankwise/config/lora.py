@@ -329,6 +329,8 @@ def _split_fields(kind: type[Any], data: Mapping[str, Any]) -> tuple[dict[str, A
 
 def _plain(value: Any) -> Any:
     """A copy that JSON can hold."""
+    if type(value) in (bool, int, float, str):  # most are, and asking for protocols takes its time
+        return value
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, AbstractSet):

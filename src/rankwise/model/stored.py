@@ -104,8 +104,10 @@ class StoresAdapters(NamesAdapters):
         if controller is not None and not checkpoint:
             controller.tell_if_unfinished()
         if training_state is None:
-            goes_on = controller is not None or storage.trains_more(self, name)
-            training_state = (checkpoint and goes_on) or (controller is not None and controller.under_way)
+            if controller is not None:
+                training_state = checkpoint or controller.under_way
+            else:
+                training_state = checkpoint and storage.trains_more(self, name)
         place = folder if name == "default" else folder / name
         config = self.peft_config[name]
         storage.write_adapter(place, self, name, config, controller, state, training_state, more)

@@ -14,7 +14,8 @@ from rankwise.method.layout import TripletLayout
 from rankwise.parallel.sharded import gather, local, local_like
 from rankwise.parallel.zero import ZeroParts
 
-BUFFERS = ("rankwise_sensitivity", "rankwise_uncertainty", "rankwise_mask", "rankwise_skipped")
+AVERAGES = ("rankwise_sensitivity", "rankwise_uncertainty")
+BUFFERS = (*AVERAGES, "rankwise_mask", "rankwise_skipped")
 
 
 class Triplets:
@@ -105,7 +106,8 @@ class Triplets:
 
     def factors(self, key: str) -> list[nn.Parameter]:
         """All A, all E or all B ("lora_A", "lora_E", "lora_B"), in layer order."""
-        return [getattr(layer, key)[self.adapter] for layer in self.layers.values()]
+        # Asked for in every step: this way of looking them up takes a third of the usual one's time.
+        return [getattr(layer._modules[key], self.adapter) for layer in self.layers.values()]
 
     def close(self, kept: Tensor, parts: ZeroParts | None, louder: Tensor | None = None) -> None:
         """Set E to 0 where ``kept``, (triplets,), bool, is False.
@@ -191,12 +193,13 @@ class Triplets:
             fixed: nothing grows back any more.
             state: as said.
         """
-        masks = self.mask.cpu().split(self.layout.ranks)
-        if fixed:
-            return dict(zip(self.layers, masks, strict=True))
-        own = state and [state[f"{path}.lora_E.{self.adapter}"] for path in self.layers]
-        grown = [E.detach().flatten().cpu() != 0 for E in own or gather(self.factors("lora_E"))]
-        return {path: mask | more for path, mask, more in zip(self.layers, masks, grown, strict=True)}
+        mask = self.mask.cpu()
+        if not fixed:
+            own = state and [state[f"{path}.lora_E.{self.adapter}"] for path in self.layers]
+            E = own or gather(self.factors("lora_E"))
+            open_ones = torch.cat([each.detach().flatten().to(self.mask.device) for each in E]) != 0
+            mask = mask | open_ones.cpu()
+        return dict(zip(self.layers, mask.split(self.layout.ranks), strict=True))
 
     def spread(self, per_block: Tensor) -> Tensor:
         """One value for each block, (blocks,) -> one for each triplet, (triplets,)."""

@@ -27,7 +27,7 @@ from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.files.atomic import write_folder
 from rankwise.files.tensors import write_tensor_file
 from rankwise.parallel import zero
-from rankwise.parallel.sharded import gather
+from rankwise.parallel.sharded import gather, is_sharded
 from rankwise.run.controller import Controller
 from rankwise.storage.names import (
     HISTORY_NAME,
@@ -48,7 +48,7 @@ def write_adapter(
     adapter: str,
     config: LoraConfig,
     controller: Controller | None,
-    state_dict: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Any],
     training_state: bool = False,
     more: Mapping[str, str] | None = None,
 ) -> None:
@@ -60,22 +60,20 @@ def write_adapter(
         adapter: which of its adapters.
         config: the adapter's configuration.
         controller: the one that trains this adapter, if any.
-        state_dict: the model's whole state dictionary where the model itself holds only a part (sharded).
+        state: the model's `plain_state`, whole, where the model itself may hold only a part (sharded).
         training_state: also write what resuming needs.
         more: names of base parameters to write, too, and their names in the file; see `embedding_keys`.
 
     Raises:
         OSError: it can't be written; what was there before is untouched.
     """
-    state = plain_state(model.state_dict() if state_dict is None else state_dict)
     kept = controller.kept_triplets(state) if controller else {}
-    tensors = adapter_tensors(model, adapter, config, state, kept)
+    layers = adapter_layers(model, adapter)
+    tensors = adapter_tensors(model, adapter, config, layers, state, kept)
     tensors |= {PREFIX + name: _portable(state[key]) for key, name in (more or {}).items()}
-    saved_config = _config_to_save(config, controller, kept, adapter_layers(model, adapter))
+    saved_config = _config_to_save(config, controller, kept, layers)
     if config.target_parameters:
-        slots = [
-            path for path, layer in adapter_layers(model, adapter).items() if isinstance(layer, ParameterSlot)
-        ]
+        slots = [path for path, layer in layers.items() if isinstance(layer, ParameterSlot)]
         saved_config = replace(
             saved_config, target_parameters=in_model_order(config.target_parameters, slots)
         )
@@ -96,30 +94,31 @@ def adapter_tensors(
     model: nn.Module,
     adapter: str,
     config: LoraConfig,
-    state: Mapping[str, Tensor],
+    layers: Mapping[str, AdapterLayer],
+    state: Mapping[str, Any],
     kept: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter under PEFT's names, cut to the ``kept`` triplets."""
+    """The tensors of an adapter on ``layers`` under PEFT's names, cut to the ``kept`` triplets."""
     tensors: dict[str, Tensor] = {}
-    layers = adapter_layers(model, adapter)
     adalora = isinstance(config, AdaLoraConfig)
     names = (
         {} if adalora else nested_paths(p for p, each in layers.items() if isinstance(each, ParameterSlot))
     )
     for path, layer in layers.items():
+        stays = kept[path] if path in kept else layer.kept_of_stack(adapter) if adalora else None
+        places = None if stays is None or bool(stays.all()) else stays.nonzero().flatten()
         for key in layer.adapter_parameters(adapter):
             factor = key.removeprefix("lora_")
-            tensor = _portable(state[f"{path}.{key}.{adapter}"])
-            stays = kept.get(path, layer.kept_of_stack(adapter) if adalora else None)
-            if stays is not None:
-                tensor = tensor[:, stays] if factor == "B" else tensor[stays]
+            tensor = _whole(state[f"{path}.{key}.{adapter}"])
+            tensor = tensor.clone() if places is None else tensor.index_select(int(factor == "B"), places)
             name = PREFIX + layer.file_name(names.get(path, path), factor, adalora)
             tensors[name] = layer.to_file(factor, tensor, adalora).contiguous()
-    for path, module in saved_modules(model).items():
+    heads = saved_modules(model)
+    for path, module in heads.items():
         inside = f"{path}.modules_to_save.{adapter}."
         for name in module.modules_to_save[adapter].state_dict() if adapter in module.modules_to_save else ():
             tensors[f"{PREFIX}{path}.{name}"] = _portable(state[inside + name])
-    for name in map(plain_name, bias_names(model, config.bias, list(layers), list(saved_modules(model)))):
+    for name in map(plain_name, bias_names(model, config.bias, list(layers), list(heads))):
         module_path = name.rpartition(".")[0]
         file_name = f"{module_path}.base_layer.bias" if module_path in layers else name
         tensors[PREFIX + file_name] = _portable(state[name])
@@ -137,8 +136,9 @@ def read_model_adapter(model: Any, adapter: str) -> AdapterFile:
     config, controller = model.peft_config[adapter], model._controller_of(adapter)
     state = plain_state(model.state_dict())
     kept = controller.kept_triplets(state) if controller else {}
-    tensors = adapter_tensors(model, adapter, config, state, kept)
-    config = _config_to_save(config, controller, kept, adapter_layers(model, adapter))
+    layers = adapter_layers(model, adapter)
+    tensors = adapter_tensors(model, adapter, config, layers, state, kept)
+    config = _config_to_save(config, controller, kept, layers)
     return sort_tensors(f"The adapter {adapter!r}", config, tensors)
 
 
@@ -154,14 +154,20 @@ def embedding_keys(model: nn.Module, adapter: str, save: bool | str) -> dict[str
         raise ValueError(f"`save_embedding_layers` must be True, False or 'auto', but is {save!r}.")
     getters = [getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output")]
     embeddings = [getter() for getter in getters if callable(getter)] if save else []
-    layers, keys = adapter_layers(model, adapter), {}
-    for path, module in own_modules(model).items():
-        adapted = plain_name(path) in layers
-        if any(module is each for each in embeddings) and (adapted or save is True):
+    if save is not True:
+        embeddings = [each for each in embeddings if _adapts(each, adapter)]
+    keys: dict[str, str] = {}
+    for path, module in own_modules(model).items() if embeddings else ():
+        adapted = _adapts(module, adapter)
+        if any(module is each for each in embeddings):
             for name, _ in module.named_parameters(recurse=False):
                 inner = f"base_layer.{name}" if adapted else name
                 keys[plain_name(f"{path}.{name}")] = plain_name(f"{path}.{inner}")
     return keys
+
+
+def _adapts(module: Any, adapter: str) -> bool:
+    return isinstance(module, AdapterLayer) and adapter in module.lora_A
 
 
 def gathered_state(model: nn.Module, adapter: str, bias: str, more: Iterable[str] = ()) -> dict[str, Any]:
@@ -209,4 +215,9 @@ def _filled_up(mask: Tensor, blocks: int, init_r: int) -> list[bool]:
 def _portable(value: Tensor | str) -> Tensor:
     if isinstance(value, str):  # the extra state of a sharded model
         return torch.tensor(json.loads(value), dtype=torch.int64)
-    return gather([value])[0].detach().cpu().clone()
+    return _whole(value).clone()
+
+
+def _whole(tensor: Any) -> Tensor:
+    whole = gather([tensor])[0] if is_sharded(tensor) or zero.is_away(tensor) else tensor
+    return whole.detach().cpu()
