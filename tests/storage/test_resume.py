@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rankwise as rw
@@ -525,6 +526,7 @@ def digest(found: dict[str, Any]) -> str:
     return whole.hexdigest()
 
 
+@pytest.mark.slow
 def test_trainer_resumes_in_a_fresh_process(tmp_path: Path) -> None:
     never_stopped, last = in_trainer(adalora(None), tmp_path / "whole", resumes=False)
     shutil.copytree(tmp_path / "whole/checkpoint-11", tmp_path / "copy/checkpoint-11")
@@ -639,3 +641,32 @@ def test_what_was_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
         gc.collect()
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
         weights.write_bytes(good)
+
+
+@pytest.mark.parametrize("form", ["principal", True])
+@pytest.mark.parametrize("way", ["folder", "state dictionary"])
+def test_a_run_without_scores_resumes_from_where_they_were_saved_as_empty_tensors(
+    form: bool | str, way: str, tmp_path: Path
+) -> None:
+    """Earlier versions did so wherever nothing is scored."""
+
+    def run_of_fixed_ranks() -> Run:
+        fields = {"init_r": 2, "target_r": 2, "total_step": 9, "target_modules": ["q_proj"]}
+        torch.manual_seed(1)
+        model = rw.get_peft_model(llama(), rw.AdaLoraConfig(**fields, init_lora_weights=form))
+        return Run(model, "adalora")
+
+    run = run_of_fixed_ranks()
+    run.train(1, 4)
+    run.model.save_pretrained(tmp_path)
+    other = run_of_fixed_ranks()
+    other.load_rest(run.rest())
+    empty = dict.fromkeys(("rankwise_sensitivity", "rankwise_uncertainty"), torch.zeros(0))
+    if way == "folder":
+        file = tmp_path / "training_state.safetensors"
+        save_file({**load_file(file), **empty}, file)
+        other.model.load_checkpoint(tmp_path)
+    else:
+        other.model.load_state_dict({**run.model.state_dict(), **empty})
+    assert run.train(5, 9) == other.train(5, 9)
+    assert_same(everything(run.model, run.optimizers), everything(other.model, other.optimizers))

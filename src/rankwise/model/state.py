@@ -14,8 +14,8 @@ from torch import Tensor
 from rankwise.attach.attachment import adapter_layers
 from rankwise.model.held import HoldsAdapters
 from rankwise.parallel import zero
-from rankwise.parallel.sharded import is_sharded
-from rankwise.run.triplets import BUFFERS
+from rankwise.parallel.sharded import in_shards
+from rankwise.run.triplets import AVERAGES, BUFFERS
 from rankwise.storage.names import EXTRA_STATE
 
 
@@ -29,7 +29,7 @@ class CarriesRun(HoldsAdapters):
         """
         controller = self._rankwise_controller
         state = controller.packed_state() if controller else torch.zeros(0, dtype=torch.int64)
-        return json.dumps(state.tolist()) if any(map(is_sharded, self.parameters())) else state
+        return json.dumps(state.tolist()) if in_shards(self) else state
 
     def set_extra_state(self, state: Tensor | str) -> None:
         """Take over what `get_extra_state` gave."""
@@ -60,7 +60,9 @@ class CarriesRun(HoldsAdapters):
     # what its state dictionary asks for, which must be parameters only. The run's state stays where it is.
 
     def _on_meta_device(self) -> bool:
-        return any(parameter.is_meta for parameter in self.parameters())
+        # All of it: Accelerate also offloads parts of a model, whose state is as ever.
+        first = next(self.parameters(), None)
+        return first is not None and first.is_meta and all(p.is_meta for p in self.parameters())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -77,6 +79,10 @@ class CarriesRun(HoldsAdapters):
         missing_keys: list[str],
         *others: Any,
     ) -> None:
+        for name in AVERAGES:  # where nothing is scored, rankwise once left them empty
+            held, found = self._buffers.get(name), state_dict.get(prefix + name)
+            if held is not None and found is not None and held.numel() == 1 and not found.numel():
+                state_dict[prefix + name] = torch.zeros_like(held)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
         if self._on_meta_device():
             own = {prefix + name for name in (*BUFFERS, EXTRA_STATE)}
