@@ -60,7 +60,7 @@ def test_what_trains_is_what_is_scored_or_decides_it() -> None:
         form = form_of(start)
         importance = form.importance(LAYOUT)
         assert set(importance.factors) <= set(form.trained) and importance.decisive in form.trained
-    assert form_of("principal").importance(LAYOUT) is None and form_of("principal").turns
+    assert form_of("principal").importance(LAYOUT) is None
 
 
 def test_what_is_left_out_follows_the_rank_that_is_wanted() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.run.turning import Turned
+from rankwise.run.turning import Turned, mean_squares
 
 WIDTHS = (7, 9, 7)
 
@@ -175,3 +175,23 @@ def test_a_layer_that_does_not_train_keeps_its_ranks_and_is_not_turned() -> None
     model.finalize_ranks()
     assert {row.path: row.rank for row in model.rank_summary().layers} == {"0": 4, "2": 2}
     assert all(torch.equal(first.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("pruned", [[], [1, 2, 5]])
+def test_the_mean_square_of_strengths_needs_no_singular_values(pruned: list[int]) -> None:
+    model = _model()
+    triplets = model._rankwise_controller.triplets
+    triplets.mask[pruned] = False
+    with torch.no_grad():
+        strengths = Turned(triplets, None).strengths().view(2, 4)
+        found = mean_squares(triplets, None).view(2, 4)
+    torch.testing.assert_close(found, strengths.square().mean(1, keepdim=True).expand(2, 4))
+    importance = [row.importance for row in model.rank_summary().layers]
+    assert importance == pytest.approx([float(part.square().sum()) / 16 for part in strengths])
+
+
+def test_a_layer_that_is_not_finite_is_worth_nothing() -> None:
+    model = _model()
+    model[0].lora_B["default"].data[0, 0] = torch.nan
+    first, second = (row.importance for row in model.rank_summary().layers)
+    assert first == 0 and second > 0

@@ -17,7 +17,7 @@ class AllocatesRanks(HoldsAdapters):
     """The part of an adapted model that has to do with ranks."""
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Score and allocate for optimizer step ``global_step`` (from 1), as PEFT scripts do.
+        """Allocate, and score where the form does, for optimizer step ``global_step`` (from 1), as PEFT scripts do.
 
         Not needed: it happens by itself. From the first call on, it happens only at these calls, which belong
         between ``optimizer.step()`` and ``zero_grad()``.
@@ -36,7 +36,7 @@ class AllocatesRanks(HoldsAdapters):
         self._controller_or_refuse().set_total_step(total_step)
 
     def finalize_ranks(self) -> None:
-        """Bring the budget to its target now, by the scores as they are, and keep that choice.
+        """Bring the budget to its target now, as things are, and keep that choice.
 
         For a run that ends before its schedule does.
 
@@ -62,7 +62,8 @@ class AllocatesRanks(HoldsAdapters):
     def rank_summary(self) -> RankSummary:
         """Rank, importance and parameters of every adapted layer, of the adapter that trains or acts.
 
-        ``print`` shows it as a table.
+        ``print`` shows it as a table. Where processes share out the parameters (``fully_shard``, ZeRO-3), all of
+        them must call this together: the importance is that of whole matrices.
         """
         name = self._trained_or_active()
         controller = self._controller_of(name)

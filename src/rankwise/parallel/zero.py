@@ -307,7 +307,7 @@ def _master_of_stage_3(parameter: Any) -> tuple[Tensor | None, int]:
     if optimizer.swap_optimizer:
         raise ValueError(
             'DeepSpeed keeps the optimizer\'s state on disk ("offload_optimizer" with the device "nvme"), where the '
-            'importance of ranks can\'t be scored. Use the device "cpu" or none.'
+            "adapter's ranks can't be allocated. Use the device \"cpu\" or none."
         )
     number, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
     first = torch.distributed.get_rank(parameter.ds_process_group) * length

@@ -26,7 +26,7 @@ from rankwise.run.scoring import Scoring, Watch
 from rankwise.run.state import AllocationState, RunState, RunWeights
 from rankwise.run.told import Told
 from rankwise.run.triplets import Triplets
-from rankwise.run.turning import Turned
+from rankwise.run.turning import Turned, mean_squares
 
 
 class Controller:
@@ -171,11 +171,11 @@ class Controller:
         if held and parts is not None:
             self._penalty.add_to_parts(weight, optimizer, parts, held)
             return closure
-        if not self._optimizers.begin(optimizer):
+        if not self._optimizers.begin(optimizer) or not weight:
             return closure
-        if closure is None or not weight:
+        if closure is None:
             self._add_penalty(optimizer)
-            return closure
+            return None
 
         def penalized() -> Any:
             loss = closure()
@@ -272,9 +272,11 @@ class Controller:
         """Keep what ``budget``, in triplets of average size, is enough for."""
         triplets, layout, form = self.triplets, self.triplets.layout, self.config.form
         parts, final = self._optimizers.zero_parts(), budget == self.target
-        turned = Turned(triplets, parts) if form.turns else None
-        mask = triplets.mask if turned is None else turned.acts()
-        scores = self._scores(turned)
+        if isinstance(self._watch, Scoring):
+            turned, mask, scores = None, triplets.mask, self._watch.per_triplet()
+        else:
+            turned = Turned(triplets, parts)
+            mask, scores = turned.acts(), self._worth(turned.strengths().square())
         costs = layout.costs_on(mask.device) if form.counts_parameters else None
         if not form.grows_back:
             scores = scores.nan_to_num(nan=0.0).masked_fill(~mask, -torch.inf)
@@ -305,12 +307,9 @@ class Controller:
         # Where an open gate is 0, nothing was left of the layer.
         return torch.where(now != 0, self.triplets.spread(gates) / now, 1.0)
 
-    def _scores(self, turned: Turned | None) -> Tensor:
-        """One score for each triplet, (triplets,)."""
-        if turned is None:
-            return self._watch.per_triplet()
-        strengths = turned.strengths() * self.triplets.open_gates()
-        return strengths.square() / self.triplets.layout.costs_on(strengths.device)
+    def _worth(self, squares: Tensor) -> Tensor:
+        """What directions are worth for what they cost, (triplets,), by the squares of their strengths."""
+        return squares * self.triplets.open_gates().square() / self.triplets.layout.costs_on(squares.device)
 
     def _leave_out(
         self, frozen: list[bool], budget: int, scores: Tensor, costs: Tensor | None
@@ -371,13 +370,14 @@ class Controller:
         return self.triplets.kept(self.fixed, state)
 
     def layer_importance(self) -> list[float]:
-        """Sum of the scores of each block's kept triplets; NaN where nothing is scored."""
+        """What each block's kept triplets are worth together; NaN where nothing can be pruned."""
         if not self.prunes:
             return [float("nan")] * len(self.triplets.names)
-        turned = Turned(self.triplets, self._optimizers.zero_parts()) if self.config.form.turns else None
-        mask = self.triplets.mask if turned is None else turned.acts()
-        scores = self._scores(turned) * mask
-        return [float(part.sum()) for part in scores.cpu().split(self.triplets.layout.block_ranks)]
+        if isinstance(self._watch, Scoring):
+            worth = self._watch.per_triplet() * self.triplets.mask
+        else:
+            worth = self._worth(mean_squares(self.triplets, self._optimizers.zero_parts()))
+        return [float(part.sum()) for part in worth.cpu().split(self.triplets.layout.block_ranks)]
 
     def penalty(self) -> Tensor:
         """The orthogonality penalty as it stands, a 0-dim float32 tensor, without its weight."""

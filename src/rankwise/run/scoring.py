@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rankwise.method.importance import Importance
 from rankwise.method.scores import update_scores
-from rankwise.parallel.sharded import gather, local
+from rankwise.parallel.sharded import gather, is_sharded
 from rankwise.parallel.zero import ZeroParts
 from rankwise.run.optimizers import ORDER
 from rankwise.run.triplets import Triplets
@@ -39,14 +39,10 @@ class Watch:
         """Which layers don't train, and so keep the triplets that they have."""
         return [not parameter.requires_grad for parameter in self._triplets.factors(self.decisive)]
 
-    def per_triplet(self) -> Tensor:
-        """One score for each triplet, (triplets,): none better than another."""
-        return torch.zeros(self._triplets.layout.triplets, device=self._triplets.mask.device)
-
     def update(self, step: int) -> None:
         """Take in the gradients of step ``step``, which are still there."""
         gradients = self._gradients(("lora_B",))
-        there = [local(gradient) for gradient in gradients if gradient is not None]
+        there = [g.to_local() if is_sharded(g) else g for g in gradients if g is not None]
         if there:
             norms = torch._foreach_norm(there)
             device = self._triplets.mask.device
@@ -81,8 +77,8 @@ class Watch:
         gradients = [p.grad for key in keys for p in self._triplets.factors(key)]
         if all(gradient is None for gradient in gradients):
             self._tell(
-                "An optimizer stepped, but no adapter parameter has a gradient, so nothing is scored. If this goes "
-                "on, the adapter does not take part in the loss."
+                "An optimizer stepped, but no adapter parameter has a gradient, so it does not train. If this "
+                "goes on, the adapter does not take part in the loss."
             )
         elif self._idle:
             count = len(self._triplets.layers)

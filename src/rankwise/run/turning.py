@@ -42,11 +42,7 @@ class Turned:
         self._triplets, self._parts = triplets, parts
         self._A, self._B = triplets.factors("lora_A"), triplets.factors("lora_B")
         self._blocks = [layer.blocks(layer) for layer in triplets.layers.values()]
-        count = len(self._A)
-        if parts is None:
-            self._whole_A, self._whole_B = gather(self._A), gather(self._B)
-        else:
-            self._whole_A, self._whole_B = parts.whole(range(count)), parts.whole(range(2 * count, 3 * count))
+        self._whole_A, self._whole_B = _whole_factors(triplets, parts)
         self._acted = list(triplets.mask.split(triplets.layout.ranks))
         self._groups = list(self._look())
 
@@ -59,15 +55,10 @@ class Turned:
                 alike.setdefault(key, []).append(n)
         for places in alike.values():
             count, swaps = self._blocks[places[0]], swapped[places[0]]
-            A = torch.cat([self._in_blocks(_wide(self._whole_A[n]), count) for n in places])
-            B = torch.cat([self._in_blocks(_wide(self._whole_B[n]).T, count).mT for n in places])
+            A = torch.cat([_in_blocks(_wide(self._whole_A[n]), count) for n in places])
+            B = torch.cat([_in_blocks(_wide(self._whole_B[n]).T, count).mT for n in places])
             acts = torch.cat([self._acted[n].view(count, -1) for n in places]).to(A.device)
             yield _Group(places, swaps, principal_directions(*((B.mT, A.mT) if swaps else (A, B)), acts))
-
-    @staticmethod
-    def _in_blocks(rows: Tensor, count: int) -> Tensor:
-        """(n r, d) -> (n, r, d)."""
-        return rows.reshape(count, rows.shape[0] // count, rows.shape[1])
 
     def strengths(self) -> Tensor:
         """The norm of each triplet's part of ``B A``, (triplets,): a singular value, where a layer is turned."""
@@ -148,6 +139,38 @@ class Turned:
             )
         else:
             turn_moments(optimizers, [parameters[n] for n in turns], list(turns.values()), columns)
+
+
+def mean_squares(triplets: Triplets, parts: ZeroParts | None) -> Tensor:
+    """The mean square of the strengths in each triplet's block, (triplets,); 0 where factors are not finite.
+
+    It takes no decomposition: their sum is the squared norm of B A. Arguments are as for `Turned`.
+    """
+    device, found = triplets.mask.device, []
+    acting = triplets.mask.split(triplets.layout.ranks)
+    for A, B, acts, layer in zip(
+        *_whole_factors(triplets, parts), acting, triplets.layers.values(), strict=True
+    ):
+        rows, columns = (
+            _in_blocks(_wide(each).masked_fill(~acts.to(each.device)[:, None], 0), layer.blocks(layer))
+            for each in (A, B.T)
+        )
+        found.append(((rows @ rows.mT) * (columns @ columns.mT)).sum((1, 2)).to(device))
+    sums = torch.cat(found).clamp_min(0).nan_to_num(0.0, posinf=0.0)
+    return triplets.spread(sums / torch.tensor(triplets.layout.block_ranks).to(sums))
+
+
+def _whole_factors(triplets: Triplets, parts: ZeroParts | None) -> tuple[list[Tensor], list[Tensor]]:
+    """All A and all B, in layer order."""
+    count = len(triplets.layers)
+    if parts is not None:
+        return parts.whole(range(count)), parts.whole(range(2 * count, 3 * count))
+    return gather(triplets.factors("lora_A")), gather(triplets.factors("lora_B"))
+
+
+def _in_blocks(rows: Tensor, count: int) -> Tensor:
+    """(n r, d) -> (n, r, d)."""
+    return rows.reshape(count, rows.shape[0] // count, rows.shape[1])
 
 
 def _wide(matrix: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ class Form(ABC):
     trained: ClassVar[tuple[str, ...]]  # of "lora_A", "lora_E" and "lora_B"
     counts_parameters: ClassVar[bool]  # a rank costs its numbers in A and B; or else one
     grows_back: ClassVar[bool]  # a pruned rank may come back until the final phase
-    turns: ClassVar[bool]  # layers are turned into their principal directions before each cut
     takes_rslora: ClassVar[bool]
     # What the fields of a configuration are where they are left out; phases are fractions of the run.
     orth_reg_weight: ClassVar[float]
@@ -58,7 +57,7 @@ class Form(ABC):
 
     @abstractmethod
     def importance(self, layout: TripletLayout) -> Importance | None:
-        """What is scored of the gradients of each step; None: nothing."""
+        """What is scored of the gradients of each step; None: nothing, and principal directions are found instead."""
 
     def gates(self, init_r: int, ranks: Tensor, use_rslora: bool) -> Tensor | None:
         """E of the triplets that stay in blocks of so many ranks, (blocks,), after an allocation; None: as it is."""

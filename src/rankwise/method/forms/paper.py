@@ -28,7 +28,6 @@ class PaperForm(Form):
     trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_E", "lora_B")
     counts_parameters: ClassVar[bool] = False
     grows_back: ClassVar[bool] = True
-    turns: ClassVar[bool] = False
     takes_rslora: ClassVar[bool] = False
     orth_reg_weight: ClassVar[float] = 0.5
     tinit: ClassVar[float] = 0  # PEFT's, in steps

@@ -34,7 +34,6 @@ class PrincipalForm(Form):
     trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     counts_parameters: ClassVar[bool] = True
     grows_back: ClassVar[bool] = False
-    turns: ClassVar[bool] = True
     takes_rslora: ClassVar[bool] = True
     orth_reg_weight: ClassVar[float] = 0.0
     tinit: ClassVar[float] = 0.1
