@@ -1,0 +1,132 @@
+"""What a run costs beside its steps' arithmetic: keeping the books of ranks, and saving an adapter."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from trainings import MODELS, Model, Setting, Training, rankwise_adalora, small
+
+RUN, CUTS = 1000, 20  # steps of a run, and how often the default form cuts in it
+SPARE = {"minilm": (2, 8), "smollm2": (8, 16)}  # target_r and the init_r that goes with it by default
+
+
+# --- the books of ranks ---------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A training whose controller's work is timed: what it does before and after a step of the optimizer."""
+
+    def __init__(self, training: Training) -> None:
+        self.training, self._spent = training, 0.0
+        controller = training.model._rankwise_controller
+        for name in ("before_step", "after_step"):
+            setattr(controller, name, self._timed(getattr(controller, name)))
+
+    def _timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            started = self._now()
+            result = work(*arguments)
+            self._spent += self._now() - started
+            return result
+
+        return timed
+
+    def _now(self) -> float:
+        """Processor time, which what else the machine does disturbs least; on a GPU, time until it is done."""
+        if self.training.setting.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step(self) -> tuple[float, float]:
+        """Seconds of the whole step, and of the books."""
+        self._spent = 0.0
+        started = self._now()
+        self.training.step()
+        return self._now() - started, self._spent
+
+
+def bookkeeping(asked: argparse.Namespace, setting: Setting) -> None:
+    """What the default form does around a step that cuts no ranks and one that does, in the phase that prunes."""
+    print(
+        f"\n### Bookkeeping\n\nA run is {RUN:,} steps with {CUTS} cuts.\n\n"
+        "| | layers | a step, ms | books, ms | with a cut, ms | books of a run, share of its time |\n"
+        "| --- | --- | --- | --- | --- | --- |"
+    )
+    for name in asked.models:
+        print(_row(MODELS[name], name, setting, asked.rounds), flush=True)
+
+
+def _row(model: Model, name: str, setting: Setting, rounds: int) -> str:
+    rank, spare = SPARE[name]
+    torch.manual_seed(0)
+    setting = replace(setting, rank=rank, spare=spare)
+    made, batch = model.make()
+    adapted = setting.model(made, model.targets)
+    watched = Watched(rankwise_adalora(adapted, batch, list(model.targets), setting, deltaT=2))
+    layers = len(watched.training.model._rankwise_controller.triplets.layers)
+    measured = [watched.step() for _ in range(4 + 2 * rounds)][4:]  # the first take memory
+    plain, cut = measured[0::2], measured[1::2]
+    books, with_cut = (statistics.median(books for _, books in each) for each in (plain, cut))
+    step = statistics.median(whole - books for whole, books in measured)
+    share = ((RUN - CUTS) * books + CUTS * with_cut) / RUN
+    cells = (
+        f"{1000 * step:.0f}",
+        f"{1000 * books:.2f}",
+        f"{1000 * with_cut:.1f}",
+        f"{share / (step + share):.2%}",
+    )
+    return f"| {model.title}, rank {spare} at first | {layers} | {' | '.join(cells)} |"
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def saving(asked: argparse.Namespace, setting: Setting) -> None:
+    """PEFT and rankwise in turns, each over what it saved before, of many small layers."""
+    import peft
+
+    import rankwise
+
+    deep = small(24 if asked.fast else 96, 64)
+    pruned = {"init_r": 12, "target_r": 8, "tinit": 1, "tfinal": 1, "total_step": 10}
+    kinds: dict[str, tuple[dict[str, Any], str]] = {
+        "LoRA, r 8": ({"r": 8}, "LoraConfig"),
+        "AdaLoRA, 12 to 8": (pruned, "AdaLoraConfig"),
+    }
+    print(
+        "\n### Saving\n\n| | layers | PEFT, s | rankwise, s | rankwise / PEFT |\n| --- | --- | --- | --- | --- |"
+    )
+    for title, (fields, config) in kinds.items():
+        models = []
+        for library in (peft, rankwise):
+            made, _ = deep.make()
+            chosen = getattr(library, config)(**fields, target_modules=list(deep.targets))
+            models.append(library.get_peft_model(setting.model(made, deep.targets), chosen))
+        theirs, ours = _seconds_to_save(models, 3 * asked.rounds)
+        layers = sum(hasattr(module, "lora_A") for module in models[1].modules())
+        ratio = statistics.median(own / other for own, other in zip(ours, theirs, strict=True))
+        seconds = [f"{statistics.median(each):.3f}" for each in (theirs, ours)]
+        print(f"| {title} | {layers} | {' | '.join(seconds)} | {ratio:.2f} |", flush=True)
+
+
+def _seconds_to_save(models: list[Any], rounds: int) -> list[list[float]]:
+    """Of each model; which begins changes from round to round, and the first round is left out."""
+    seconds: list[list[float]] = [[] for _ in models]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(rounds + 1):
+            for place in range(len(models)) if number % 2 else reversed(range(len(models))):
+                started = time.perf_counter()
+                models[place].save_pretrained(Path(folder) / str(place))
+                seconds[place].append(time.perf_counter() - started)
+    return [each[1:] for each in seconds]
