@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,23 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave helpers and scripts alone: `--doctest-modules` would import every file here, not only the tests."""
     is_helper = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
     return True if is_helper else None
+
+
+_MANY_MODULES = 100
+_searched = 0  # modules that had been imported when they were last put out of the garbage collector's sight
+
+
+def pytest_runtest_teardown() -> None:
+    """Leave what has been imported out of searches for garbage.
+
+    A trainer searches at its start and its end. Through hundreds of thousands of objects of libraries, which never
+    are garbage, that takes as long as all else in a run of a tiny model.
+    """
+    global _searched
+    if len(sys.modules) > _searched + _MANY_MODULES:
+        _searched = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

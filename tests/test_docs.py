@@ -157,8 +157,8 @@ def workspace(models: Path, tmp_path: Path) -> Path:
         file = folder / "documents" / label / f"{i:03}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    write_lines(folder / "questions.jsonl", questions())
-    write_lines(folder / "chats.jsonl", chats())
+    write_lines(folder / "questions.jsonl", questions()[:36])
+    write_lines(folder / "chats.jsonl", chats()[:36])
     write_tagged(folder)
     write_manifest(folder / "speech")
     write_photos(folder, 24, ("cat", "dog"))
@@ -173,6 +173,8 @@ def workspace(models: Path, tmp_path: Path) -> Path:
         recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
         recipe["model"] = model
         recipe["data"] |= data
+        if name == "smollm2":  # shorter than for the real model
+            recipe["training"]["max_steps"], recipe["sample_tokens"] = 8, 8
         (folder / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return folder
 

@@ -13,7 +13,6 @@ import rankwise
 
 SOURCE = Path(rankwise.__file__).parent
 
-REPEATS = 5
 ALLOWED_RATIO = 1.3
 EXTRAS = (
     "accelerate",
@@ -35,37 +34,25 @@ def run_python(code: str) -> str:
     return result.stdout.strip()
 
 
-def seconds_to_import(module: str) -> float:
-    """Processor time, which other processes on the machine disturb least."""
-    return float(
-        run_python(f"""
-            import time
+def test_importing_rankwise_takes_hardly_longer_than_importing_torch_and_loads_no_optional_library():
+    """By processor time, which other processes on the machine disturb least; a second try meets a better moment."""
+    ratios = []
+    for _ in range(2):
+        seconds, *loaded = run_python("""
+            import sys, time
             start = time.process_time()
-            import {module}
-            print(time.process_time() - start)
-        """)
-    )
-
-
-def test_importing_rankwise_takes_hardly_longer_than_importing_torch():
-    torch_seconds, rankwise_seconds = [], []
-    for _ in range(REPEATS):  # alternating, so that a slow moment of the machine meets both
-        torch_seconds.append(seconds_to_import("torch"))
-        rankwise_seconds.append(seconds_to_import("rankwise"))
-    ratio = min(rankwise_seconds) / min(torch_seconds)
-    assert ratio <= ALLOWED_RATIO, f"import rankwise takes {ratio:.2f} times what import torch takes"
-
-
-def test_importing_rankwise_loads_no_optional_library():
-    loaded = run_python("""
-        import sys
-        import torch
-        before = set(sys.modules)
-        import rankwise
-        print(" ".join(set(sys.modules) - before))
-    """)
-    roots = {name.partition(".")[0] for name in loaded.split()}
-    assert not roots & set(EXTRAS)
+            import torch
+            between, before = time.process_time(), set(sys.modules)
+            import rankwise
+            end = time.process_time()
+            print((end - start) / (between - start), *set(sys.modules) - before)
+        """).split()
+        ratios.append(float(seconds))
+        assert "rankwise" in loaded
+        assert not {name.partition(".")[0] for name in loaded} & set(EXTRAS)
+        if ratios[-1] <= ALLOWED_RATIO:
+            return
+    raise AssertionError(f"import rankwise takes {min(ratios):.2f} times what import torch takes")
 
 
 def test_the_core_works_where_no_optional_library_is_installed():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch.nn import functional as F
 
 import rankwise as rw
 from expert_world import EXPERTS, some_tokens, tiny_moe
-from one_run import launch
 from rankwise.recipes import load_recipe, plan_memory
 from rankwise.report.grid import rank_grids
 from rankwise.report.inspect import inspect_adapter
@@ -260,27 +258,6 @@ def test_inspecting_a_folder_shows_every_expert(trained: Any, tmp_path: Path) ->
     assert {layer.path: layer.rank for layer in as_lora} == {
         path: largest[path.rpartition(".")[0] if "experts" in path else path] for path in ranks(trained)
     }
-
-
-# Many processes
-
-
-def test_processes_with_experts_that_no_token_reaches_do_what_one_does(tmp_path: Path) -> None:
-    launch("experts.py", tmp_path)
-    first, second = (json.loads((tmp_path / f"process-{number}.json").read_text()) for number in (0, 1))
-    assert first == second
-    alone = first.pop("alone")
-    assert len(first) == 4
-    for name, result in first.items():
-        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-4), name
-        # Sums of gradients are rounded in another order, and some directions are worth nearly the same.
-        differing = [
-            sum(abs(one - other) for one, other in zip(*ranks, strict=True))
-            for ranks in zip(result["history"], alone["history"], strict=True)
-        ]
-        assert max(differing) <= 2, name
-        loaded = rw.PeftModel.from_pretrained(tiny_moe("mixtral", num_local_experts=8), tmp_path / name)
-        assert [layer.rank for layer in loaded.rank_summary().layers] == result["history"][-1], name
 
 
 # What a recipe plans

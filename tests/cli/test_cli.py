@@ -162,7 +162,7 @@ def test_train_then_inspect(world: Path, tiny_model: Path) -> None:
 
 
 def test_ctrl_c_saves_and_the_printed_command_goes_on(world: Path, tiny_model: Path) -> None:
-    recipe = write_recipe(world, tiny_model, training__max_steps=400, schedule=None)
+    recipe = write_recipe(world, tiny_model, training__max_steps=150, schedule=None)
     process = start("train", recipe, "training.seed=5")
     assert process.stdout is not None
     while not process.stdout.readline().startswith("step"):
@@ -179,7 +179,7 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(world: Path, tiny_model: P
     assert code == 0, err
     steps = [line for line in out.splitlines() if line.startswith("step ")]
     assert f"Going on from {checkpoint.name}." in out
-    assert len(steps) == 400 - int(checkpoint.name.rpartition("-")[2])
+    assert len(steps) == 150 - int(checkpoint.name.rpartition("-")[2])
 
 
 @pytest.mark.slow

@@ -288,17 +288,6 @@ def test_a_configuration_stays_valid_when_fields_are_set() -> None:
     assert config != before
 
 
-@settings(deadline=None)
-@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 300))
-def test_made_configurations_always_have_a_schedule(tinit: int, tfinal: int, total_step: int) -> None:
-    if tinit >= total_step - tfinal:
-        with pytest.raises(ValueError, match="no step for pruning"):
-            AdaLoraConfig(tinit=tinit, tfinal=tfinal, total_step=total_step)
-    else:
-        config = AdaLoraConfig(tinit=tinit, tfinal=tfinal, total_step=total_step)
-        assert config.resolved_schedule().last_allocation == total_step - tfinal
-
-
 # JSON
 
 
@@ -526,7 +515,7 @@ FIELDS = sorted(
 )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=150)
 @given(st.sampled_from([lora_file(), ada_file()]), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))
 def test_any_json_is_read_or_refused_with_a_value_or_type_error(
     data: dict[str, Any], wrong: dict[str, Any]

@@ -7,6 +7,7 @@ import itertools
 from contextlib import nullcontext
 from typing import Any
 
+import experts
 import torch
 import torch.distributed as dist
 from reporting import FOLDER, of_run, run
@@ -153,6 +154,8 @@ cases["autocast"] = half_precision
 cases["head"] = with_a_head
 cases["loaded"] = loaded_with_layers_at_rank_0
 cases["unused layers"] = unused_layers_stay_allowed
+for name, case in experts.cases.items():
+    cases[f"experts, {name}"] = case
 
 if __name__ == "__main__":
     run(cases)

@@ -1,20 +1,19 @@
-"""A run on experts under DistributedDataParallel and FSDP2. Usage: torchrun experts.py FOLDER."""
+"""A run on experts under DistributedDataParallel and FSDP2: cases for ``ddp.py``."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from reporting import FOLDER, of_run, run
+from reporting import FOLDER, of_run
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import rankwise as rw
 from expert_world import EXPERTS, tiny_moe
 
-dist.init_process_group("gloo")
-RANK = dist.get_rank()
 STEPS = 8
 
 
@@ -32,7 +31,8 @@ def batches(parts: int) -> list[torch.Tensor]:
     """Two tokens for each process, so that most experts get none in a step; all of them where there is one part."""
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randint(3, 50, (2, 2), generator=generator) for _ in range(STEPS)]
-    return whole if parts == 1 else [both[RANK : RANK + 1] for both in whole]
+    rank = dist.get_rank()
+    return whole if parts == 1 else [both[rank : rank + 1] for both in whole]
 
 
 def train(model: Any, inner: Any, parts: int) -> list[float]:
@@ -70,8 +70,8 @@ def fsdp2() -> dict[str, Any]:
     return result
 
 
-run({
+cases: dict[str, Any] = {
     "alone": alone,
-    **{f"ddp-{way}": lambda way=way: ddp(way) for way in ("eager", "batched_mm", "grouped_mm")},
+    **{f"ddp-{way}": functools.partial(ddp, way) for way in ("eager", "batched_mm", "grouped_mm")},
     "fsdp2": fsdp2,
-})  # fmt: skip
+}

@@ -41,7 +41,7 @@ def test_nan_is_the_lowest_score_and_infinity_the_highest() -> None:
     assert allocate(scores, 3).tolist() == [False, True, True, True]
 
 
-@random_cases(300)
+@random_cases(200)
 @given(prices, st.integers(0, 80))
 def test_with_costs_the_best_stay_as_long_as_all_together_can_be_paid(
     priced: list[tuple[int, int]], budget: int
@@ -72,7 +72,7 @@ def allocate_by_sorting(values: list[float], budget: int, order: list[int]) -> l
     return [triplet in best for triplet in range(len(values))]
 
 
-@random_cases(1000)
+@random_cases(300)
 @given(st.lists(any_scores, min_size=1, max_size=30), shares, seeds)
 def test_the_budget_is_met_exactly_by_the_best_whatever_the_scores(
     values: list[float], share: float, seed: int

@@ -35,6 +35,7 @@ def world(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_is_seen_while_it_goes_on_and_to_its_end(world: Path) -> None:
     recipe = write_recipe(world, world / "model", training__max_steps=100, training__logging_steps=2)
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}

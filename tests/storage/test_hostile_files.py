@@ -797,9 +797,10 @@ def damage_folder(rng: random.Random, folder: Path, others: list[Path]) -> str:
     return f"{path.name}: {how} ({source.name} of {donor.parent.name})"
 
 
-def test_random_damage_is_refused_or_does_no_harm(good: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [60, pytest.param(400, marks=pytest.mark.slow)])
+def test_random_damage_is_refused_or_does_no_harm(good: dict[str, Path], tmp_path: Path, rounds: int) -> None:
     """RANKWISE_FUZZ_ROUNDS and RANKWISE_FUZZ_SEED ask for more, or for other, rounds."""
-    rounds = int(os.environ.get("RANKWISE_FUZZ_ROUNDS", "300"))
+    rounds = int(os.environ.get("RANKWISE_FUZZ_ROUNDS", rounds))
     seed = int(os.environ.get("RANKWISE_FUZZ_SEED", "0"))
     outcomes: Counter[str] = Counter()
     for number in range(rounds):

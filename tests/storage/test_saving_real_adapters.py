@@ -189,12 +189,6 @@ def kill_and_load(server: subprocess.Popen[str], folder: Path, kills: int, seed:
     return versions
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.slow
-def test_ten_kills_while_saving_leave_a_whole_adapter(server: subprocess.Popen[str], tmp_path: Path) -> None:
-    assert len(kill_and_load(server, tmp_path / "checkpoint-7", 10, seed=1)) == 10
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_hundred_kills_while_saving_leave_a_whole_adapter(
