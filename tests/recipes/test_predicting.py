@@ -373,6 +373,17 @@ def test_what_can_not_be_written_or_read_is_said_before_anything_runs(reviews: P
     assert taken.read_text() == "mine"
 
 
+def test_a_model_without_a_tokenizer_is_named_with_the_mend(
+    reviews: Path, bert: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(bert, tmp_path / "model")
+    for path in [*model.glob("*token*"), *model.glob("vocab*")]:
+        path.unlink()
+    code, out, err = call("predict", reviews / "out", reviews / "new.csv", f"model={model}")
+    assert (code, out) == (2, "")
+    assert str(model) in err and "tokenizer.json" in err and err.strip().endswith("into that folder.")
+
+
 def test_a_label_that_the_adapter_does_not_know_is_named(reviews: Path, tmp_path: Path) -> None:
     (tmp_path / "new.csv").write_text("text,label\ngood film,positive\nbad film,horrible\n")
     with pytest.raises(RecipeError, match="line 3 has the unknown label 'horrible'"):

@@ -47,6 +47,29 @@ def test_unknown_keys_are_refused_with_line_and_nearest_name(world: Path) -> Non
     assert str(world / "recipe.yaml") in message
 
 
+def test_a_value_from_the_command_line_is_not_sought_in_the_file(world: Path) -> None:
+    message = problems(world, "training.max_steps=ten", data__txt="a")
+    assert "override of training.max_steps: must be a whole number, but is 'ten'." in message
+    assert message.count("line ") == 1 and message.index("data.txt") < message.index("max_steps")
+    assert "override of training.max_steps: must" in problems(world, "training={max_steps: ten}")
+    message = problems(world, "schedule.tinit=0.9")
+    assert "with schedule.tinit=0.9, schedule: " in message and "0.9" in message
+
+
+def test_a_recipe_of_adalora_made_one_of_lora_says_which_keys_to_take_out(world: Path) -> None:
+    message = problems(world, "adapter.method=lora", adapter__init_r=12, schedule__tinit=0.1)
+    for key, said in (
+        ("adapter.init_r", "adapter.r"),
+        ("adapter.target_r", "adapter.r"),
+        ("schedule", "ranks are fixed"),
+    ):
+        [line] = [line for line in message.splitlines() if f", {key}: " in line]
+        assert said in line and f"`~{key}`" in line, message
+    taken = [f"~{key}" for key in ("adapter.init_r", "adapter.target_r", "schedule")]
+    recipe = load_recipe(world / "recipe.yaml", ["adapter.method=lora", *taken, "adapter.r=4"])
+    assert recipe.method == "lora"
+
+
 @pytest.mark.parametrize(
     ("key", "meant"),
     [("epochs", "num_train_epochs"), ("batch_size", "per_device_train_batch_size"), ("lr", "learning_rate")],

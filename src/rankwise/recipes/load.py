@@ -60,17 +60,19 @@ def check_recipe(
     name = data.get("task")
     if not isinstance(name, str) or name not in TASKS:
         message = "is missing." if name is None else f"there is no task {name!r}."
-        raise refusal(_located("task", lines), f"{message} {did_you_mean(str(name), TASKS)}", str(path))
+        raise refusal(
+            _located("task", lines, overrides), f"{message} {did_you_mean(str(name), TASKS)}", str(path)
+        )
     task = load_task(name)
     try:
         recipe = task.Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         problems = [*translated(error, task.Recipe), *adapter_problems(data.get("adapter"))]
-        raise RecipeError(_in_order(problems, lines), str(path)) from None
+        raise RecipeError(_in_order(problems, lines, overrides), str(path)) from None
     recipe._source, recipe._overrides = path, tuple(overrides)
     found = [each for each in task.check(recipe) if data_needed or not each.where.startswith("data.")]
     problems = [*adapter_problems(recipe.adapter), *schedule_problems(recipe, data), *found]
-    raise_problems(_in_order(problems, lines), str(path))
+    raise_problems(_in_order(problems, lines, overrides), str(path))
     return recipe
 
 
@@ -115,17 +117,20 @@ def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, 
 
 def _override(data: Any, overrides: Sequence[str], path: Path) -> Any:
     """Apply overrides and resolve references such as ``${training.seed}``."""
-    try:
-        for override in overrides:
-            if override.startswith("~"):
-                _take_out(data, override[1:])
-                continue
-            key, equals, _ = override.partition("=")
-            if not equals or not key.strip():
-                raise RecipeError(
-                    f"An override is key=value, such as training.max_steps=50, but this is {override!r}."
-                )
+    for override in overrides:
+        if override.startswith("~"):
+            _take_out(data, override[1:])
+            continue
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(
+                f"An override is key=value, such as training.max_steps=50, but this is {override!r}."
+            )
+        try:
             data = OmegaConf.merge(data, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise refusal(f"override {override}", _one_line(error), str(path)) from error
+    try:
         return OmegaConf.to_container(data, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(_one_line(error), str(path)) from error
@@ -139,15 +144,41 @@ def _take_out(data: Any, key: str) -> None:
     del holder[name]
 
 
-def _in_order(problems: Sequence[Problem], lines: Mapping[str, int]) -> list[Problem]:
-    """The problems with the lines of their keys, by line; those of overrides, which have none, last."""
-    ordered = sorted(problems, key=lambda problem: lines.get(problem.where, len(lines) + 10**6))
-    return [Problem(_located(problem.where, lines), problem.message) for problem in ordered]
+def _in_order(
+    problems: Sequence[Problem], lines: Mapping[str, int], overrides: Sequence[str]
+) -> list[Problem]:
+    """The problems with the lines of their keys, by line; those of overrides and of keys without a line last."""
+
+    def line(problem: Problem) -> int:
+        last = 10**9
+        return last if _is_overridden(problem.where, overrides) else lines.get(problem.where, last)
+
+    ordered = sorted(problems, key=line)
+    return [Problem(_located(problem.where, lines, overrides), problem.message) for problem in ordered]
 
 
-def _located(key: str, lines: Mapping[str, int]) -> str:
-    line = lines.get(key)
-    return f"line {line}, {key}" if line is not None else key
+def _located(key: str, lines: Mapping[str, int], overrides: Sequence[str]) -> str:
+    """Where a key's value is from: an override, or a line of the recipe and the overrides of keys in its section.
+
+    Example:
+        >>> _located("training.max_steps", {"training.max_steps": 7}, [])
+        'line 7, training.max_steps'
+        >>> _located("training.max_steps", {"training.max_steps": 7}, ["training.max_steps=many"])
+        'override of training.max_steps'
+        >>> _located("schedule", {"schedule": 9}, ["schedule.tinit=0.9"])
+        'line 9, with schedule.tinit=0.9, schedule'
+    """
+    if _is_overridden(key, overrides):
+        return f"override of {key}"
+    line = [f"line {lines[key]}"] if key in lines else []
+    inner = [f"with {each}" for each in overrides if each.lstrip("~").startswith(f"{key}.")]
+    return ", ".join([*line, *inner, key])
+
+
+def _is_overridden(key: str, overrides: Sequence[str]) -> bool:
+    """Whether an override gives the key, or a section that it is in."""
+    names = (override.partition("=")[0].lstrip("~").strip() for override in overrides)
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _one_line(error: Exception) -> str:

@@ -14,6 +14,8 @@ from rankwise.recipes.errors import refusal
 from rankwise.recipes.places import Place, find_place
 from rankwise.recipes.recipe import BaseRecipe
 
+_OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "tekken", "bpe")
+
 
 def model_place(recipe: BaseRecipe) -> Place:
     """Where the model is."""
@@ -144,6 +146,8 @@ def _from_pretrained(recipe: BaseRecipe, auto_class: str, **options: Any) -> Any
     import transformers
 
     place = model_place(recipe)
+    if auto_class == "AutoTokenizer" and place.path is not None and place.path.is_dir():
+        _refuse_without_tokenizer(place.path)
     try:
         with quiet():
             if place.path is not None and is_gguf(place.path):
@@ -161,6 +165,16 @@ def _from_pretrained(recipe: BaseRecipe, auto_class: str, **options: Any) -> Any
     except (OSError, ValueError, KeyError) as error:
         what = "as a model" if place.path else "as a folder here or a model on the Hugging Face hub"
         raise refusal("model", f"{place.name!r} can't be loaded {what}: {_first_line(error)}") from error
+
+
+def _refuse_without_tokenizer(folder: Path) -> None:
+    """Say it before Transformers does, which lists all ways in which a tokenizer might have been made."""
+    if not any(path.name.startswith(_OF_TOKENIZERS) for path in folder.iterdir()):
+        raise refusal(
+            "model",
+            f"{str(folder)!r} holds no tokenizer: neither tokenizer.json nor another file of one. Copy its files there "
+            "from where the model is from, or write them with `tokenizer.save_pretrained` into that folder.",
+        )
 
 
 def is_gguf(path: Path) -> bool:
@@ -227,4 +241,8 @@ def quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of what an error says; all that it says where that only begins a list."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]

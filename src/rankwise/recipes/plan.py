@@ -144,7 +144,7 @@ class Plan:
 
     def _adapter_line(self) -> str:
         name = {"adalora": "AdaLoRA", "lora": "LoRA"}[self.recipe.method]
-        before, after = self.initial / self.layers, self.target / self.layers
+        before, after = round(self.initial / self.layers, 1), round(self.target / self.layers, 1)
         ranks = (
             f"rank {before:g}"
             if self.schedule is None

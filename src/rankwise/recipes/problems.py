@@ -131,6 +131,12 @@ def adapter_problems(adapter: Any) -> Iterator[Problem]:
             yield Problem(
                 "adapter.r", "has no effect in AdaLoRA. Say init_r (at the start) and target_r (in the end)."
             )
+        elif method == "lora" and key in _ADALORA_RANKS:
+            yield Problem(f"adapter.{key}", f"{_ADALORA_RANKS[key]} {_take_out(f'adapter.{key}')}")
+        elif method == "lora" and key in adapter_keys("adalora"):
+            yield Problem(
+                f"adapter.{key}", f"is for `adapter.method: adalora` only. {_take_out(f'adapter.{key}')}"
+            )
         elif key in ("task_type", "inference_mode", "peft_type"):
             yield Problem(f"adapter.{key}", "is set by the task. Take the line out.")
         else:
@@ -143,6 +149,16 @@ def adapter_problems(adapter: Any) -> Iterator[Problem]:
         named = re.search(r"`(\w+)`", str(error))
         key = f"adapter.{named[1]}" if named and named[1] in fields else "adapter"
         yield Problem(key, str(error))
+
+
+_ADALORA_RANKS = {
+    "init_r": "is AdaLoRA's rank at the start; LoRA has one rank from start to end, `adapter.r`.",
+    "target_r": "is AdaLoRA's rank in the end; LoRA has one rank from start to end, `adapter.r`.",
+}
+
+
+def _take_out(key: str) -> str:
+    return f"Take it out; on the command line: `~{key}`."
 
 
 def _plan_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
@@ -161,7 +177,7 @@ def schedule_problems(recipe: BaseRecipe, data: Mapping[str, Any]) -> Iterator[P
     """Check what the schedule has to do with other sections; ``data`` is what the recipe was made of."""
     if recipe.method == "lora" and data.get("schedule"):
         yield Problem(
-            "schedule", "is for `adapter.method: adalora`; LoRA's ranks are fixed. Take the section out."
+            "schedule", f"is for `adapter.method: adalora`; LoRA's ranks are fixed. {_take_out('schedule')}"
         )
     if recipe.method == "adalora" and recipe.training.max_steps is not None:
         try:
