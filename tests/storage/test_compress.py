@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,22 @@ def test_the_command_says_what_is_lost_and_writes_the_adapter(tmp_path: Path) ->
     assert "of the update's squared norm" in out
     code, out, _ = run("compress", folder, "--keep", 0.9, "-o", tmp_path / "cut", "--overwrite", "--json")
     assert code == 0 and json.loads(out)["lost"] <= 0.1
+
+
+@pytest.mark.parametrize("width", [None, 60])
+def test_tables_are_whole_in_a_pipe_and_in_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int | None
+) -> None:
+    folder, _ = of_peft(tmp_path / "own", "lora")
+    monkeypatch.setenv("COLUMNS", str(width or 30))
+    if width is not None:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # by which rich takes what it writes to for a terminal
+    for words in (("--rank", 2, "-o", tmp_path / "cut"), ("--dry-run",)):
+        code, out, err = run("compress", folder, *words)
+        table = re.sub(r"\x1b\[[0-9;]*m", "", out).partition("\n\n")[0].splitlines()
+        assert code == 0 and "…" not in out, (out, err)
+        assert "lost" in table[0] and all("%" in line for line in table[1:])
+        assert width is None or max(map(len, table)) <= width
 
 
 def test_a_dry_run_is_a_curve_that_falls_and_writes_nothing(tmp_path: Path) -> None:

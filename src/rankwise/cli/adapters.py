@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Adapter = Annotated[
     Path,
@@ -37,6 +40,16 @@ BatchSize = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Examples in a batch.", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")]
+
+
+def print_whole(table: Table, console: Console) -> None:
+    """Print a table: into a pipe or a file with lines as long as they need to be."""
+    if not console.is_terminal:
+        from rich.measure import Measurement
+
+        roomy = console.options.update(max_width=10_000)
+        console.width = max(console.width, Measurement.get(console, roomy, table).maximum)
+    console.print(table)
 
 
 def say_notes(console: Console, notes: Iterable[str]) -> None:

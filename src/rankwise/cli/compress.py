@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from rankwise.cli.adapters import Adapter, Overwrite, RecipeOption
+from rankwise.cli.adapters import Adapter, Overwrite, RecipeOption, print_whole
 from rankwise.cli.app import app
 from rankwise.cli.failures import failures
 
 if TYPE_CHECKING:
     from rankwise.recipes.predicting.measure import Measured
     from rankwise.storage.compress import Compression
+
+
+_NUMBERS = 42  # columns that the numbers beside a layer's path take
 
 
 @app.command(epilog="Example: `rankwise compress output/reviews --rank 4 -o output/reviews-rank4`")
@@ -123,16 +126,19 @@ def show(compression: Compression, output: Path) -> None:
 
     from rankwise.run.summary import paths_that_fit
 
+    layers, console = compression.layers, Console()
+    paths = [each.path for each in layers]
+    if console.is_terminal:
+        paths = paths_that_fit(paths, max(20, console.width - _NUMBERS))
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in ("layer", "rank", "before", "parameters", "lost"):
-        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
-    layers = compression.layers
-    for path, layer in zip(paths_that_fit([each.path for each in layers], 60), layers, strict=True):
+    table.add_column("layer", overflow="fold")
+    for name in ("rank", "before", "parameters", "lost"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for path, layer in zip(paths, layers, strict=True):
         table.add_row(
             path, str(layer.rank), str(layer.rank_before), f"{layer.parameters:,}", f"{layer.lost:.2%}"
         )
-    console = Console()
-    console.print(table)
+    print_whole(table, console)
     before = compression.parameters_before
     console.print(
         f"\n{compression.parameters:,} of {before:,} parameters ({compression.parameters / before:.0%}); lost "
@@ -150,10 +156,12 @@ def show_curve(curve: list[Compression], as_json: bool) -> None:
         return
     from rich.table import Table
 
+    console = Console()
+    widest = min(30, max(0, console.width - 55)) if console.is_terminal else 30
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name in ("parameters", "of the present", "average rank", "lost"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for each in curve:
         mean = sum(layer.rank for layer in each.layers) / len(each.layers)
         table.add_row(
@@ -161,6 +169,6 @@ def show_curve(curve: list[Compression], as_json: bool) -> None:
             f"{each.parameters / each.parameters_before:.0%}",
             f"{mean:.1f}",
             f"{each.lost:.2%}",
-            "█" * round(30 * each.lost),
+            "█" * round(widest * each.lost),
         )
-    Console().print(table)
+    print_whole(table, console)
