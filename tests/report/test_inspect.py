@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 import rankwise as rw
+from expert_world import EXPERTS, tiny_moe
 from rankwise.report.inspect import inspect_adapter
 from rankwise.report.show import render_terminal, save_heatmap
 from rankwise.run.history import RankHistory
@@ -258,6 +260,15 @@ def test_the_report_reads_well_in_a_terminal(own: Path) -> None:
                  "warm-up to step 1, pruning every step to 3, final to 4", "model.layers\n"):  # fmt: skip
         assert said in text, said
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_experts_are_among_what_it_adapts(tmp_path: Path) -> None:
+    for targets, said in ((["q_proj"], "q_proj; parameters "), ([], "parameters ")):
+        config = rw.LoraConfig(r=2, target_modules=targets, target_parameters=EXPERTS)
+        rw.get_peft_model(tiny_moe(), config).save_pretrained(tmp_path / "adapter")
+        expected = f"adapts *{said}experts.down_proj, experts.gate_up_proj"
+        assert re.search(expected, printed(tmp_path / "adapter"))
+        assert inspect_adapter(tmp_path / "adapter").to_dict()["target_parameters"] == sorted(EXPERTS)
 
 
 def test_the_heat_map_is_written(own: Path, tmp_path: Path) -> None:

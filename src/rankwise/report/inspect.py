@@ -68,6 +68,7 @@ class AdapterReport:
         target_r: AdaLoRA's mean rank in the end; None for LoRA.
         lora_alpha: the numerator of the scale.
         target_modules: what the configuration adapts: names, or an expression.
+        target_parameters: parameters that it adapts beside them, such as experts.
         layers: adapted layers with tensors in the file.
         saved_modules: modules saved whole.
         bias_parameters: numbers in trained biases.
@@ -91,6 +92,7 @@ class AdapterReport:
     lora_alpha: float
     target_modules: list[str] | str | None
     layers: list[InspectedLayer]
+    target_parameters: list[str] = field(default_factory=list)
     saved_modules: list[SavedModule] = field(default_factory=list)
     bias_parameters: int = 0
     other_parameters: int = 0
@@ -199,6 +201,7 @@ def _read(folder: Path) -> AdapterReport:
         lora_alpha=config["lora_alpha"],
         target_modules=_targets(config),
         layers=_in_order(layers, history),
+        target_parameters=sorted(map(str, config.get("target_parameters") or ())),
         saved_modules=[SavedModule(path, size) for path, size in sorted(rest.saved.items())],
         bias_parameters=rest.biases,
         other_parameters=rest.others,

@@ -63,11 +63,7 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
         filter(None, (report.task_type, report.written_by and f"saved by {report.written_by}"))
     )
     yield "method", report.method + (f" ({details})" if details else "")
-    targets = report.target_modules
-    yield (
-        "adapts",
-        ", ".join(targets) if isinstance(targets, list) else targets or "the architecture's defaults",
-    )
+    yield "adapts", _targets_line(report)
     yield "rank", _rank_line(report)
     yield "scale", _scale_line(report)
     if report.schedule is not None:
@@ -83,6 +79,14 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
             "training",
             f"can go on: {TRAINING_STATE_NAME} is there (leave it out when you share the adapter)",
         )
+
+
+def _targets_line(report: AdapterReport) -> str:
+    targets, parameters = report.target_modules, report.target_parameters
+    modules = ", ".join(targets) if isinstance(targets, list) else targets
+    if not parameters:
+        return modules or "the architecture's defaults"
+    return "; ".join(filter(None, (modules, f"parameters {', '.join(parameters)}")))
 
 
 def _checkpoint_line(checkpoint: Checkpoint) -> str:
