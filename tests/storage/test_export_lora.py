@@ -117,6 +117,17 @@ def test_a_classification_head_goes_along(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**batch).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_another_adapter_is_replaced_only_where_that_is_said(tmp_path: Path) -> None:
+    model = _pruned(llama(), ["q_proj"], "nothing")
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        rw.save_as_lora(tmp_path, tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    rw.save_as_lora(tmp_path, tmp_path, overwrite=True)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
 def test_what_can_not_be_exported_is_refused(tmp_path: Path) -> None:
     lora = rw.get_peft_model(llama(), rw.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="plain LoRA adapter already"):

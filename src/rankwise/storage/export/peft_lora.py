@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rankwise.config import AdaLoraConfig, LoraConfig
+from rankwise.files.atomic import refuse_existing
 from rankwise.storage.export.padding import padded
 from rankwise.storage.updates import acting, read_updates, write_lora
 
@@ -23,24 +24,27 @@ def save_as_lora(
     adapter_name: str = "default",
     pad: bool = False,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> LoraConfig:
     """Write an AdaLoRA adapter as a plain LoRA adapter with a rank per layer, exactly.
 
     Layers at rank 0 are left out; with ``pad`` they stay, as zeros.
 
     Args:
-        save_directory: the folder to write; made if need be, replaced as a whole.
+        save_directory: the folder to write; made if need be.
         adapter: an adapted model, or an adapter folder. Of a folder, only linear layers and embeddings can be
             exported, because it doesn't say which layers are convolutions.
         adapter_name: which adapter of the model.
         pad: give all layers the same rank, for servers that take only one.
         dtype: of the written factors, such as ``torch.bfloat16``; as they are if None.
+        overwrite: replace what is in the folder.
 
     Returns:
         The configuration that was written.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such adapter folder.
+        FileExistsError: ``save_directory`` is not empty, and ``overwrite`` is False.
         ValueError: the adapter is no AdaLoRA adapter, or has rank 0 in all layers.
         OSError: it can't be written; what was there before is whole.
 
@@ -54,8 +58,11 @@ def save_as_lora(
         ...     rw.save_as_lora(folder, model).r
         2
     """
+    path = Path(save_directory)
+    if not overwrite:
+        refuse_existing(path)
     updates = read_updates(adapter, adapter_name)
     if not isinstance(updates.config, AdaLoraConfig):
         raise ValueError(f"{updates.source} is a plain LoRA adapter already.")
     layers = padded(updates) if pad else acting(updates)
-    return write_lora(Path(save_directory), updates, layers, dtype)
+    return write_lora(path, updates, layers, dtype)
