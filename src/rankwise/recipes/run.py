@@ -340,7 +340,8 @@ def _show_next_steps(console: Console, recipe: BaseRecipe, data: TaskData, folde
     base = place.name if place.path is None else str(place.path)
     quoted = shlex.quote(str(folder))
     _say(console, "What next", style="bold")
-    _say(console, f"  rankwise inspect {quoted}\n  rankwise inspect {quoted} --plot ranks.png\n\nIn Python:")
+    next_commands = (f"inspect {quoted}", f"report {quoted} -o report.html", f"predict {quoted} FILE")
+    _say(console, "\n".join(f"  rankwise {command}" for command in next_commands) + "\n\nIn Python:")
     lines = load_task(recipe.task).usage(recipe, data, base, str(folder)).splitlines()
     _say(console, "\n".join(f"  {line}".rstrip() for line in lines))
 

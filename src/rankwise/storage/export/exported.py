@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ class Exported:
 
     path: Path
     notes: tuple[str, ...] = ()
+
+
+def base_in_command(updates: Updates) -> str:
+    """What a command line calls the base model; BASE where the adapter does not say it."""
+    return shlex.quote(updates.config.base_model_name_or_path or "BASE")
 
 
 def refuse_whole_tensors(updates: Updates, server: str, heads: Iterable[str] = ()) -> None:

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from rankwise.storage.export.base import BaseShape
-from rankwise.storage.export.exported import Exported, refuse_convolutions, refuse_whole_tensors
+from rankwise.storage.export.exported import (
+    Exported,
+    base_in_command,
+    refuse_convolutions,
+    refuse_whole_tensors,
+)
 from rankwise.storage.export.padding import padded
 from rankwise.storage.updates import Update, Updates, lora_config, named_tensors, write_lora_folder
 
@@ -55,8 +60,8 @@ def export_for_sglang(
     return Exported(
         folder,
         (
-            f"python -m sglang.launch_server --model-path BASE --enable-lora --lora-paths NAME={folder} "
-            f"--max-lora-rank {rank} --lora-target-modules {names}",
+            f"python -m sglang.launch_server --model-path {base_in_command(updates)} --enable-lora "
+            f"--lora-paths NAME={folder} --max-lora-rank {rank} --lora-target-modules {names}",
         ),
     )
 

@@ -15,6 +15,7 @@ import torch
 from rankwise.storage.export.exported import (
     MERGE_INSTEAD,
     Exported,
+    base_in_command,
     refuse_convolutions,
     refuse_whole_tensors,
 )
@@ -47,7 +48,8 @@ def export_for_vllm(folder: Path, updates: Updates, dtype: torch.dtype | None = 
         )
     write_lora(folder, updates, layers, dtype)
     least = next(rank for rank in MAX_LORA_RANKS if rank >= top)
-    notes = [f"vllm serve BASE --enable-lora --max-lora-rank {least} --lora-modules NAME={folder}"]
+    base = base_in_command(updates)
+    notes = [f"vllm serve {base} --enable-lora --max-lora-rank {least} --lora-modules NAME={folder}"]
     if updates.others:
         notes.append("The trained head goes along, which older versions of vLLM refuse.")
     return Exported(folder, tuple(notes))
