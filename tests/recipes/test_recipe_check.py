@@ -64,7 +64,7 @@ def test_a_recipe_of_adalora_made_one_of_lora_says_which_keys_to_take_out(world:
         ("schedule", "ranks are fixed"),
     ):
         [line] = [line for line in message.splitlines() if f", {key}: " in line]
-        assert said in line and f"`~{key}`" in line, message
+        assert said in line and f"'~{key}'" in line, message
     taken = [f"~{key}" for key in ("adapter.init_r", "adapter.target_r", "schedule")]
     recipe = load_recipe(world / "recipe.yaml", ["adapter.method=lora", *taken, "adapter.r=4"])
     assert recipe.method == "lora"

@@ -127,7 +127,10 @@ def test_what_a_server_can_not_take_is_refused_with_the_way_round_it(tmp_path: P
         peft.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"),
         llama(attention_bias=True),
     )
-    for name, said in (("head", "lm_head"), ("bias", "bias")):
+    of_peft(tmp_path / "new", peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), bert())
+    for name, said in (("head", "lm_head"), ("bias", "a trained bias"), ("new", "trained whole")):
+        if (to, name) == ("vllm", "new"):
+            continue  # which takes classifiers
         with pytest.raises(ValueError, match=rf"{said}.*--to merged"):
             rw.export_adapter(tmp_path / "out.gguf", tmp_path / name, to)
     assert not (tmp_path / "out.gguf").exists()

@@ -158,7 +158,7 @@ _ADALORA_RANKS = {
 
 
 def _take_out(key: str) -> str:
-    return f"Take it out; on the command line: `~{key}`."
+    return f"Take it out; on the command line: '~{key}'."  # zsh would take the bare word for a user's home
 
 
 def _plan_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:

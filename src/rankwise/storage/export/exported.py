@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankwise.attach.matching import saved_module_of
 from rankwise.storage.updates import Update, Updates
 
 MERGE_INSTEAD = (
@@ -51,7 +52,9 @@ def refuse_whole_tensors(updates: Updates, server: str, heads: Iterable[str] = (
             continue  # an adapted embedding's own weight, which PEFT writes along
         if module.rpartition(".")[2] in heads and parameter in ("weight", "bias"):
             continue
-        what = "a trained bias" if name.endswith("bias") else "part of a module that was trained whole"
+        saved = saved_module_of(name, updates.config.modules_to_save or (), lambda path: True)
+        whole = saved is not None or not name.endswith("bias")
+        what = "part of a module that was trained whole" if whole else "a trained bias"
         raise ValueError(f"{updates.source} holds {name!r}, {what}, and {server} takes none. {MERGE_INSTEAD}")
 
 
