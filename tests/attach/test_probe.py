@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,10 @@ def test_a_recipe_is_probed_and_trains_with_its_plan(tmp_path: Path) -> None:
     assert ranks == planned.rank_pattern
     adaptive = plan(load_recipe(recipe, [*with_plan, "adapter.init_r=3", f"output={tmp_path / 'two'}"]))
     assert adaptive.layers == len(planned.target_modules) and adaptive.initial == 3 * adaptive.layers
+    console = Console(file=StringIO(), width=200)
+    console.print(adaptive, plan(load_recipe(recipe, [*lora, f"output={tmp_path / 'two'}"])))
+    said = re.findall(r"LoRA on \d+ layers, (.*?);", console.file.getvalue())
+    assert len(said) == 2 and not any(re.search(r"\.\d\d", each) for each in said), said
     with pytest.raises(RecipeError, match="rank_pattern: is given by `plan`"):
         load_recipe(recipe, [*lora, "adapter.rank_pattern={query: 3}"])
     file.write_text("layers: {a: {rank: -1, width: 3}}")

@@ -146,7 +146,7 @@ class Plan:
         name = {"adalora": "AdaLoRA", "lora": "LoRA"}[self.recipe.method]
         before, after = round(self.initial / self.layers, 1), round(self.target / self.layers, 1)
         ranks = (
-            f"rank {before:g}"
+            f"rank {before:g}{'' if before.is_integer() else ' on average'}"
             if self.schedule is None
             else f"rank {before:g} each at the start, {after:g} on average in the end"
         )
