@@ -12,17 +12,36 @@ from tasks import Batch, Task
 from torch import Tensor, nn
 
 Model = Any
-# Adapts a task's model for a final rank; the batches are for those that look at data first.
-Method = Callable[[nn.Module, Task, int, Iterable[Batch]], Model]
+# Adapts a task's model for a final average rank; the batches are for those that look at data first.
+Method = Callable[[nn.Module, Task, float, Iterable[Batch]], Model]
+_LOOKS_AT = 8  # batches, before training
+_CUT_FROM = 4  # times the rank, where a LoRA is cut when it is trained
 
 
-def _alpha(rank: int) -> int:
-    return 2 * rank
+def _uniform(task: Task, rank: float) -> tuple[int, list[str]]:
+    """One rank for all layers, and the layers: below 1 it is 1, in fewer layers."""
+    return (int(rank), list(task.targets)) if rank >= 1 else (1, list(task.fewer[rank]))
 
 
-def _spare(rank: int) -> int:
-    """The rank that adaptive methods start with."""
-    return {2: 8, 8: 16}.get(rank, 2 * rank)
+def _adapts(name: str, targets: Iterable[str]) -> bool:
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _width(model: nn.Module, targets: Iterable[str]) -> int:
+    """The parameters of a LoRA of rank 1 in these layers."""
+    linear = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.Linear)]
+    return sum(each.in_features + each.out_features for name, each in linear if _adapts(name, targets))
+
+
+def _average(model: nn.Module, task: Task, rank: float) -> float:
+    """The average rank over all layers that has as many parameters as LoRA."""
+    uniform, targets = _uniform(task, rank)
+    return rank if rank >= 1 else uniform * _width(model, targets) / _width(model, task.targets)
+
+
+def _spare(rank: float) -> int:
+    """The rank that AdaLoRA in the paper's form starts with."""
+    return {2: 8, 8: 16}.get(rank, max(2, round(2 * rank)))
 
 
 def _phases(task: Task) -> dict[str, Any]:
@@ -30,22 +49,52 @@ def _phases(task: Task) -> dict[str, Any]:
     return {"tinit": tenth, "tfinal": 3 * tenth, "deltaT": max(1, task.steps // 60)}
 
 
-def _peft(model: nn.Module, task: Task, rank: int, lora_alpha: float | None = None, **options: Any) -> Model:
+def _lora_config(task: Task, rank: float, **options: Any) -> Any:
     import peft
 
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=rank,
-            lora_alpha=lora_alpha or _alpha(rank),
-            target_modules=list(task.targets),
-            modules_to_save=list(task.heads) or None,
-            **options,
-        ),
+    uniform, targets = _uniform(task, rank)
+    return peft.LoraConfig(
+        r=uniform,
+        lora_alpha=2 * uniform,
+        target_modules=targets,
+        modules_to_save=list(task.heads) or None,
+        **options,
     )
 
 
-def _peft_eva(model: nn.Module, task: Task, rank: int, batches: Iterable[Batch]) -> Model:
+def _peft(model: nn.Module, task: Task, rank: float, **options: Any) -> Model:
+    import peft
+
+    return peft.get_peft_model(model, _lora_config(task, rank, **options))
+
+
+def _to_be_cut(model: nn.Module, task: Task, rank: float, batches: Iterable[Batch]) -> Model:
+    """LoRA of more rank than it ends with, in all layers."""
+    budget = int(_average(model, task, rank) * _width(model, task.targets))
+    adapted = _peft(model, task, max(1, _CUT_FROM * rank))
+    adapted.cut_to = budget
+    return adapted
+
+
+def _peft_lora_ga(model: nn.Module, task: Task, rank: float, batches: Iterable[Batch]) -> Model:
+    """LoRA-GA starts along the gradients of the first batches."""
+    import peft
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    looked_at = list(itertools.islice(batches, _LOOKS_AT))
+
+    def gradients() -> None:
+        model.eval()
+        for batch in looked_at:
+            (task.loss(model, batch) / len(looked_at)).backward()
+
+    config = _lora_config(task, rank, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
+    preprocess_loraga(model, config, gradients)
+    model.zero_grad()
+    return peft.get_peft_model(model, config)
+
+
+def _peft_eva(model: nn.Module, task: Task, rank: float, batches: Iterable[Batch]) -> Model:
     """EVA looks at the layers' inputs in ten batches: without padding where the model is told of it."""
     import peft
 
@@ -53,7 +102,9 @@ def _peft_eva(model: nn.Module, task: Task, rank: int, batches: Iterable[Batch])
     adapted = _peft(model, task, rank, init_lora_weights="eva", eva_config=options)
     looked_at = list(itertools.islice(batches, 10))
     how: dict[str, Any] = {"show_progress_bar": False}
-    if "input_ids" not in looked_at[0]:
+    if "input_ids" in looked_at[0]:  # and all else that it looks at is what the model reads
+        looked_at = [{key: batch[key] for key in batch if key != "labels"} for batch in looked_at]
+    else:
         how["prepare_model_inputs_fn"] = None
         how["prepare_layer_inputs_fn"] = _all_positions
     with warnings.catch_warnings():
@@ -67,15 +118,15 @@ def _all_positions(layer_input: Any, model_input: Any, layer_name: str) -> Tenso
     return inputs.flatten(0, -2)
 
 
-def _peft_adalora(model: nn.Module, task: Task, rank: int, batches: Iterable[Batch]) -> Model:
+def _peft_adalora(model: nn.Module, task: Task, rank: float, batches: Iterable[Batch]) -> Model:
     import peft
 
     config = peft.AdaLoraConfig(
         init_r=_spare(rank),
-        target_r=rank,
+        target_r=max(1, rank),  # which it takes as a whole number only
         target_modules=list(task.targets),
         modules_to_save=list(task.heads) or None,
-        lora_alpha=_alpha(rank),
+        lora_alpha=2 * max(1, rank),
         orth_reg_weight=0.1,
         total_step=task.steps,
         **_phases(task),
@@ -83,12 +134,12 @@ def _peft_adalora(model: nn.Module, task: Task, rank: int, batches: Iterable[Bat
     return peft.get_peft_model(model, config)
 
 
-def _rankwise(model: nn.Module, task: Task, rank: int, **options: Any) -> Model:
+def _rankwise(model: nn.Module, task: Task, rank: float, **options: Any) -> Model:
     """As its users call it: the rank that they would give LoRA, and everything else left out."""
     import rankwise
 
     config = rankwise.AdaLoraConfig(
-        target_r=rank,
+        target_r=_average(model, task, rank),
         total_step=task.steps,
         target_modules=list(task.targets),
         modules_to_save=list(task.heads) or None,
@@ -101,22 +152,45 @@ METHODS: dict[str, Method] = {
     "PEFT LoRA": lambda model, task, rank, batches: _peft(model, task, rank),
     "PEFT rsLoRA": lambda model, task, rank, batches: _peft(model, task, rank, use_rslora=True),
     "PEFT EVA": _peft_eva,
+    "PEFT LoRA-GA": _peft_lora_ga,
+    "PEFT LoRA, 4 times the rank, cut at the end": _to_be_cut,
     "PEFT AdaLoRA": _peft_adalora,
     "rankwise": lambda model, task, rank, batches: _rankwise(model, task, rank),
-    "rankwise, use_rslora=True": lambda model, task, rank, batches: _rankwise(
-        model, task, rank, use_rslora=True
-    ),
     "rankwise, the paper's form": lambda model, task, rank, batches: _rankwise(
         model,
         task,
         rank,
         init_r=_spare(rank),
-        lora_alpha=_alpha(rank),
+        lora_alpha=2 * max(1, rank),
         init_lora_weights=True,
         orth_reg_weight=0.1,
         **_phases(task),
     ),
 }
+
+
+@torch.no_grad()
+def cut(model: Model) -> None:
+    """Cut a LoRA that is trained to its budget, by the singular values of all layers at once, if it has one."""
+    from rankwise.method.principal import principal_directions
+    from rankwise.method.truncation import ranks_for_budget
+
+    budget = getattr(model, "cut_to", None)
+    if budget is None:
+        return
+    layers = {name: each for name, each in model.named_modules() if "default" in getattr(each, "lora_A", {})}
+    found, widths = {}, {}
+    for name, layer in layers.items():
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        found[name] = principal_directions(A[None], B[None], torch.ones(1, len(A), dtype=torch.bool))
+        widths[name] = A.shape[1] + B.shape[0]
+    squares = {
+        name: (layers[name].scaling["default"] * each.strengths[0]).square().tolist()
+        for name, each in found.items()
+    }
+    for name, rank in ranks_for_budget(squares, widths, budget).items():
+        layers[name].lora_A["default"].weight.data = found[name].A[0, :rank].contiguous()
+        layers[name].lora_B["default"].weight.data = found[name].B[0, :, :rank].contiguous()
 
 
 def trained_parameters(model: Model) -> int:

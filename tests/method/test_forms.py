@@ -28,12 +28,14 @@ def started(form: Any, use_rslora: bool = False) -> tuple[Tensor, Tensor, Tensor
 
 
 @pytest.mark.parametrize(("use_rslora", "power"), [(False, 1.0), (True, 0.5)])
-def test_gates_make_the_scale_loras_at_the_rank_that_a_layer_has_now(use_rslora: bool, power: float) -> None:
-    form, ranks = form_of("principal"), torch.tensor([8, 5, 2, 1])
-    gates = form.gates(8, ranks, use_rslora)
-    torch.testing.assert_close(16 / 8 * gates, 16 / ranks.float() ** power)
+def test_gates_make_the_scale_loras_at_the_average_rank_of_now(use_rslora: bool, power: float) -> None:
+    form = form_of("principal")
+    for average in (8.0, 5.5, 1.0):
+        gate = form.gates(8, torch.tensor(average), use_rslora)
+        assert float(16 / 8 * gate) == pytest.approx(16 / average**power)
+    assert form.gates(8, torch.tensor(0.25), use_rslora) == form.gates(8, torch.tensor(1.0), use_rslora)
     _, E, _ = started(form, use_rslora)
-    torch.testing.assert_close(E.flatten()[:1].float(), gates[:1])
+    assert float(E.flatten()[0]) == pytest.approx(float(form.gates(8, torch.tensor(8.0), use_rslora)))
 
 
 def test_the_default_form_starts_as_lora_with_all_gates_open() -> None:
@@ -66,7 +68,7 @@ def test_what_trains_is_what_is_scored_or_decides_it() -> None:
 def test_what_is_left_out_follows_the_rank_that_is_wanted() -> None:
     principal, paper = form_of("principal"), form_of(True)
     assert [principal.lora_alpha(rank, False) for rank in (0.25, 1, 2, 8, 64)] == [2, 2, 4, 16, 128]
-    assert [principal.init_r(rank) for rank in (0.25, 1, 2, 4, 8, 64)] == [2, 4, 8, 16, 16, 128]
+    assert [principal.init_r(rank) for rank in (0.25, 1, 2, 4, 8, 64)] == [2, 8, 16, 16, 16, 128]
     assert [paper.lora_alpha(rank, False) for rank in (1, 64)] == [8, 8]
     assert [paper.init_r(rank) for rank in (1, 8)] == [12, 12]
     assert [principal.deltaT(steps) for steps in (5, 40, 6000)] == [1, 2, 300]

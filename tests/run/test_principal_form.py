@@ -60,16 +60,20 @@ def test_with_nothing_to_prune_it_is_pefts_lora_number_for_number(use_rslora: bo
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("init_r", [2, 6, 12])
-def test_a_layer_is_scaled_as_lora_of_its_rank_before_and_after_pruning(
+def test_layers_are_scaled_as_lora_of_their_average_rank_before_and_after_pruning(
     init_r: int, use_rslora: bool
 ) -> None:
     model = rw.get_peft_model(llama(), _config(init_r=init_r, use_rslora=use_rslora))
     for steps, when in ((0, "at the start"), (40, "in the end")):
         _losses(model, steps=steps)
-        for path, rank in {row.path: row.rank for row in model.rank_summary().layers}.items():
+        rows = model.rank_summary().layers
+        widths = {row.path: sum(model.get_submodule(row.path).weight.shape) for row in rows}
+        average = sum(row.rank * widths[row.path] for row in rows) / sum(widths.values())
+        for row in rows:
+            path, rank = row.path, row.rank
             layer = model.get_submodule(path)
             A, B = (getattr(layer, key)["default"].detach() for key in ("lora_A", "lora_B"))
-            expected = 8 / max(rank, 1) ** (0.5 if use_rslora else 1) * B[:, :rank] @ A[:rank]
+            expected = 8 / average ** (0.5 if use_rslora else 1) * B[:, :rank] @ A[:rank]
             torch.testing.assert_close(
                 layer.delta_weight("default"), expected, rtol=1e-4, atol=1e-6, msg=when
             )

@@ -27,21 +27,21 @@ class AdaLoraConfig(LoraConfig):
     """An AdaLoRA adapter: ranks start at ``init_r`` and end at ``target_r`` on average, where they help.
 
     Args:
-        init_r: rank of every layer at the start, at least 1. None: with "principal" twice ``target_r``, or up to four
+        init_r: rank of every layer at the start, at least 1. None: with "principal" twice ``target_r``, or up to eight
             times where that is no more than 16; else 12.
         target_r: average rank in the end, greater than 0 and at most ``init_r``; below 1, such as 0.25, some layers
             end without any. Equal ranks mean that nothing is pruned.
-        tinit: warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: a tenth of the run with
+        tinit: warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: 2 % of the run with
             "principal", else 0.
-        tfinal: last phase, in which no rank changes, in steps or as a fraction. None: three tenths of the run with
+        tfinal: last phase, in which no rank changes, in steps or as a fraction. None: three fifths of the run with
             "principal", else 0.
         deltaT: steps between two allocations, at least 1. None: so many that there are twenty with "principal", else 1.
         beta1: decay of the running sensitivity, in (0, 1); of no consequence with "principal", as the next.
         beta2: decay of the running uncertainty, in (0, 1).
         orth_reg_weight: weight of the orthogonality penalty, at least 0; None: 0 with "principal", else 0.5.
         total_step: optimizer steps of the whole run. None: a trainer that knows it fills it in.
-        lora_alpha: with "principal", the update of a layer that has k ranks left is scaled by ``lora_alpha / k``, as
-            LoRA's is; else by ``lora_alpha / init_r``, however many are pruned. None: twice ``target_r``, at least 2,
+        lora_alpha: with "principal", updates are scaled by ``lora_alpha / k``, where k is the average rank of now, at
+            least 1; else by ``lora_alpha / init_r``, however many are pruned. None: twice ``target_r``, at least 2,
             with "principal", else 8.
         use_rslora: scale by ``lora_alpha / sqrt(k)`` instead; only with "principal".
         init_lora_weights: "principal", or the method of the paper; see below.
@@ -63,7 +63,7 @@ class AdaLoraConfig(LoraConfig):
     Example:
         >>> config = AdaLoraConfig(init_r=16, target_r=4, target_modules=["q_proj"])
         >>> config.with_total_step(3000).resolved_schedule()
-        BudgetSchedule(tinit=300, tfinal=900, total_step=3000, deltaT=90)
+        BudgetSchedule(tinit=60, tfinal=1800, total_step=3000, deltaT=57)
         >>> AdaLoraConfig(delta_t=10)
         Traceback (most recent call last):
         ...

@@ -300,12 +300,14 @@ class Controller:
 
     def _louder(self) -> Tensor | None:
         """What the E that stay are to be multiplied by, (triplets,); None: 1."""
-        gates = self.config.form.gates(self.config.init_r, self.triplets.ranks(), self.config.use_rslora)
+        gates = self.config.form.gates(
+            self.config.init_r, self.triplets.average_rank(), self.config.use_rslora
+        )
         if gates is None:
             return None
         now = self.triplets.open_gates()
         # Where an open gate is 0, nothing was left of the layer.
-        return torch.where(now != 0, self.triplets.spread(gates) / now, 1.0)
+        return torch.where(now != 0, gates / now, 1.0)
 
     def _worth(self, squares: Tensor) -> Tensor:
         """What directions are worth for what they cost, (triplets,), by the squares of their strengths."""

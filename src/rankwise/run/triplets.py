@@ -183,6 +183,11 @@ class Triplets:
         counts = torch.zeros(len(self.layout.block_ranks), dtype=torch.int64, device=mask.device)
         return counts.index_add_(0, self._blocks_on(mask.device), mask.to(torch.int64))
 
+    def average_rank(self) -> Tensor:
+        """The average rank by the last allocation, a number: LoRA of that rank has as many parameters."""
+        costs = self.layout.costs_on(self.mask.device)
+        return (costs * self.mask).sum() / max(1, self.layout.costs_of_one_rank)
+
     def kept(self, fixed: bool, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Module path -> (r,) bool on the CPU: the triplets that a saved adapter holds.
 

@@ -59,6 +59,6 @@ class Form(ABC):
     def importance(self, layout: TripletLayout) -> Importance | None:
         """What is scored of the gradients of each step; None: nothing, and principal directions are found instead."""
 
-    def gates(self, init_r: int, ranks: Tensor, use_rslora: bool) -> Tensor | None:
-        """E of the triplets that stay in blocks of so many ranks, (blocks,), after an allocation; None: as it is."""
+    def gates(self, init_r: int, average: Tensor, use_rslora: bool) -> Tensor | None:
+        """E of the triplets that stay, a number, once layers have so many ranks on average; None: as it is."""
         return None

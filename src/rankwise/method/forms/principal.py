@@ -21,9 +21,9 @@ class PrincipalForm(Form):
     Then the directions go, over all layers, whose singular value squared is least for each of their parameters: what
     is cut is the least part of the update that a budget asks for (see `rankwise.method.principal`).
 
-    E does not train. It holds the scale, which is that of LoRA at the rank that a layer has now, ``lora_alpha / k``.
-    How far a step of Adam moves a layer goes with its scale times its ranks; so that is LoRA's in every layer, at any
-    time, however many ranks there are to spare or left.
+    E does not train. It holds the scale, one for all layers: that of LoRA at the average rank of now, ``lora_alpha / k``.
+    How far a step of Adam moves a layer goes with its scale times its ranks; so that is LoRA's on average, at any time,
+    however many ranks there are to spare or left, and more where more of them stayed.
 
     Example:
         >>> PrincipalForm().lora_alpha(target_r=8, use_rslora=False)
@@ -36,17 +36,18 @@ class PrincipalForm(Form):
     grows_back: ClassVar[bool] = False
     takes_rslora: ClassVar[bool] = True
     orth_reg_weight: ClassVar[float] = 0.0
-    tinit: ClassVar[float] = 0.1
-    tfinal: ClassVar[float] = 0.3
+    # Early: the sooner a layer is turned and cut, the longer what stays trains as it will be (docs/quality.md).
+    tinit: ClassVar[float] = 0.02
+    tfinal: ClassVar[float] = 0.6
 
     def init_r(self, target_r: float) -> int:
-        """Four times ``target_r`` where that costs little, and no less than twice.
+        """Eight times ``target_r`` where that costs little, and no less than twice.
 
         Example:
             >>> [PrincipalForm().init_r(target_r) for target_r in (0.25, 1, 2, 8, 64)]
-            [2, 4, 8, 16, 128]
+            [2, 8, 16, 16, 128]
         """
-        return math.ceil(max(min(4 * target_r, _MOST_TO_SPARE), 2 * target_r, 2))
+        return math.ceil(max(min(8 * target_r, _MOST_TO_SPARE), 2 * target_r, 2))
 
     def lora_alpha(self, target_r: float, use_rslora: bool) -> float:
         """Twice the rank, as is usual for LoRA."""
@@ -64,13 +65,15 @@ class PrincipalForm(Form):
         """Nothing: what a direction is worth is seen when it may be cut."""
         return None
 
-    def gates(self, init_r: int, ranks: Tensor, use_rslora: bool) -> Tensor:
-        """They make the scale ``lora_alpha / k`` in a layer of k ranks, or ``lora_alpha / sqrt(k)`` with rsLoRA.
+    def gates(self, init_r: int, average: Tensor, use_rslora: bool) -> Tensor:
+        """They make the scale ``lora_alpha / k`` at an average rank of k, or ``lora_alpha / sqrt(k)`` with rsLoRA.
+
+        Below 1 the average counts as 1: what is left then are layers of rank 1, beside layers with none.
 
         Example:
             >>> import torch
-            >>> PrincipalForm().gates(8, torch.tensor([8, 2, 0]), use_rslora=False)
-            tensor([1., 4., 8.])
+            >>> [float(PrincipalForm().gates(8, torch.tensor(k), use_rslora=False)) for k in (8.0, 2.0, 0.25)]
+            [1.0, 4.0, 8.0]
         """
-        acting = ranks.clamp_min(1).float()
+        acting = average.clamp_min(1)
         return init_r / (acting.sqrt() if use_rslora else acting)

@@ -1,0 +1,67 @@
+"""Invented names by heart, with MiniLM: which of eight groups each of 400 belongs to, which nothing but training tells."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from sentences import FEWER, minilm
+from tasks import Batch, Sources, Task, shuffled
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+_NAMES, _GROUPS, _STEPS, _SIZE = 400, 8, 300, 16
+_TOLD = ("{} is here", "we met {}", "ask {} now", "{}")
+_ASKED = "tell {} again"
+_ONSETS, _VOWELS = "b d f g k l m n p r s t v z br dr kr st tr".split(), "aeiou"
+
+
+def _invented(draw: random.Random) -> list[str]:
+    """Names of three syllables, all different."""
+    names: dict[str, None] = {}
+    while len(names) < _NAMES:
+        names["".join(draw.choice(_ONSETS) + draw.choice(_VOWELS) for _ in range(3))] = None
+    return list(names)
+
+
+def make(name: str, sources: Sources) -> Task:
+    """``names``: told in four phrases, asked in a fifth."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    draw = random.Random(7)
+    names = _invented(draw)
+    groups = [draw.randrange(_GROUPS) for _ in names]
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    told = [(phrase.format(each), group) for each, group in zip(names, groups, strict=True) for phrase in _TOLD]
+    asked = [(_ASKED.format(each), group) for each, group in zip(names, groups, strict=True)]
+
+    def batch(rows: Sequence[tuple[str, int]]) -> Batch:
+        made = tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
+        return {**made, "labels": torch.tensor([group for _, group in rows])}
+
+    def load(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=_GROUPS)
+        return model
+
+    def batches(seed: int) -> Iterator[Batch]:
+        order: list[int] = []
+        while len(order) < _STEPS * _SIZE:
+            order += shuffled(len(told), 1000 * seed + len(order))
+        for start in range(0, _STEPS * _SIZE, _SIZE):
+            yield batch([told[place] for place in order[start : start + _SIZE]])
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        return F.cross_entropy(model(**inputs).logits, batch["labels"])
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        everything = batch(asked)
+        inputs = {key: value for key, value in everything.items() if key != "labels"}
+        logits = model(**inputs).logits
+        right = (logits.argmax(-1) == everything["labels"]).float().mean()
+        return {"loss": float(F.cross_entropy(logits, everything["labels"])), "accuracy": float(right)}
+
+    return Task(name, _STEPS, _LINEAR, ["classifier"], load, batches, loss, evaluate, FEWER)
