@@ -1,4 +1,4 @@
-"""Invented names by heart, with MiniLM: which of eight groups each of 400 belongs to, which nothing but training tells."""
+"""Invented names by heart, with MiniLM: which of eight groups each of 400 belongs to, which only training tells."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def make(name: str, sources: Sources) -> Task:
     names = _invented(draw)
     groups = [draw.randrange(_GROUPS) for _ in names]
     tokenizer = AutoTokenizer.from_pretrained(minilm())
-    told = [(phrase.format(each), group) for each, group in zip(names, groups, strict=True) for phrase in _TOLD]
+    told = [
+        (phrase.format(each), group) for each, group in zip(names, groups, strict=True) for phrase in _TOLD
+    ]
     asked = [(_ASKED.format(each), group) for each, group in zip(names, groups, strict=True)]
 
     def batch(rows: Sequence[tuple[str, int]]) -> Batch:

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-START = (1e-3, 2e-3, 4e-3)  # the rates that are tried first; the next ones are twice and half of these
+START = (2e-3, 4e-3)  # the rates that are tried first; the next ones are twice and half of these
+LORA, OURS = "PEFT LoRA", "rankwise"
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 
@@ -116,6 +117,45 @@ def _at(losses: dict[float, float], rate: float) -> str:
     return f"{near[0]:.4f}" if near else "-"
 
 
+def at_best(results: Results, task: str, method: str, rank: float, seed: int) -> list[float]:
+    """The held-out losses of all seeds at the best rate; none where that is at the edge of what was tried."""
+    best = best_rate(results, task, method, rank, seed)
+    key = (task, method, rank, best)
+    return [row["loss"] for run, row in results.items() if (run.task, run.method, run.rank, run.rate) == key]
+
+
+def summary(results: Results, seed: int) -> str:
+    """Markdown: LoRA, the best of the other methods, rankwise and LoRA of four times the rank, in each tuned cell.
+
+    "Of the way" is how much of what four times the rank would give comes at the smaller budget. It is given where rank
+    is scarce: where that is at least 5 % of LoRA's loss.
+    """
+    lines = [
+        "| task | average rank | LoRA | best of the others | rankwise | LoRA, 4 times the rank | of the way |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task, rank, mine in _cells(results):
+        found = {method: at_best(results, task, method, rank, seed) for method in _methods(mine)}
+        tuned = {method: losses for method, losses in found.items() if losses}
+        if not {LORA, OURS} <= set(tuned):
+            continue
+        lora, ours = (statistics.mean(tuned[method]) for method in (LORA, OURS))
+        others = {
+            method: losses for method, losses in tuned.items() if method.startswith("PEFT") and method != LORA
+        }
+        best = min(others, key=lambda method: statistics.mean(others[method]), default=None)
+        more = at_best(results, task, LORA, 4 * rank, seed)
+        scarce = more and statistics.mean(more) <= 0.95 * lora
+        way = f"{(lora - ours) / (lora - statistics.mean(more)):.0%}" if scarce else "-"
+        cells = [
+            task, f"{rank:g}", with_error(tuned[LORA]),
+            f"{with_error(others[best])}, {best.removeprefix('PEFT ')}" if best else "-",
+            with_error(tuned[OURS]), with_error(more) if more else "-", way,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def against(results: Results, ours: str, theirs: str, seed: int) -> tuple[list[float], str]:
     """The differences of the held-out loss, theirs minus ours, of all pairs of runs, each method at its best rate.
 
@@ -149,12 +189,12 @@ def against(results: Results, ours: str, theirs: str, seed: int) -> tuple[list[f
 
 def report(results: Results, seeds: Sequence[int]) -> str:
     """The tables, and below them the pairs, and what all runs took."""
-    others = [method for method in _methods(results) if method != "rankwise"]
-    compared = [against(results, "rankwise", other, seeds[0]) for other in others]
+    others = [method for method in _methods(results) if method != OURS]
+    compared = [against(results, OURS, other, seeds[0]) for other in others]
     pairs = [f"- {said}" for differences, said in compared if differences]
     hours = sum(row["seconds"] for row in results.values()) / 3600
     return "\n".join([
-        tables(results, seeds[0]), "", *pairs, "",
+        summary(results, seeds[0]), "", *pairs, "", tables(results, seeds[0]), "",
         f"{len(results)} runs trained for {hours:.1f} hours in all, each with one thread.",
     ])  # fmt: skip
 

@@ -29,7 +29,6 @@ import results as saved
 from results import START, Results, Run
 from tasks import Sources
 
-
 WHOLE_RANKS = ("PEFT rsLoRA", "PEFT AdaLoRA", "rankwise, the paper's form")
 
 
@@ -146,6 +145,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
     parser.add_argument("--tables", action="store_true", help="only print the tables")
+    parser.add_argument("--plot", type=Path, help="image file for the loss against the parameters")
     asked = parser.parse_args()
     sources = Sources(asked.reviews, asked.speech, asked.whisper)
     for name in () if asked.tables else dict.fromkeys(NEEDS[task] for task in asked.tasks if task in NEEDS):
@@ -163,6 +163,10 @@ def main() -> None:
             print(f"{left} runs are left: give the command again.")
             break
     print(saved.report(saved.read(), asked.seeds))
+    if asked.plot:
+        from plot import draw
+
+        draw(saved.read(), asked.seeds[0], asked.plot)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class AdaLoraConfig(LoraConfig):
 
     Args:
         init_r: rank of every layer at the start, at least 1. None: with "principal" twice ``target_r``, or up to eight
-            times where that is no more than 16; else 12.
+            times where that is no more than 8; else 12.
         target_r: average rank in the end, greater than 0 and at most ``init_r``; below 1, such as 0.25, some layers
             end without any. Equal ranks mean that nothing is pruned.
         tinit: warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: 2 % of the run with

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME
-from rankwise.method.forms import COUNTS_PARAMETERS
 from rankwise.method.scale import adalora_scale, lora_scale
 from rankwise.run.triplets import block_names
 from rankwise.storage import PREFIX, WEIGHTS_NAME, AdapterHeader
@@ -51,6 +52,7 @@ def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -
     layers = []
     targets = [name for name in config.get("target_parameters") or () if isinstance(name, str)]
     parameters = unnested_paths(contents.factors, named_by_targets(targets)) if targets else {}
+    widths: dict[str, int] = {}
     for path, factors in contents.factors.items():
         rank = (
             _kept_rank(folder, path, header.ranks[path], kept[path]) if path in kept else header.ranks[path]
@@ -59,16 +61,20 @@ def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -
         named = parameters.get(path, path)
         first = _first_rank(folder, config, named, kept)
         size = sum(tensor.size for tensor in factors.values()) + added.get(path, 0)
+        width = math.prod(factors["A"].shape[1:]) + factors["B"].shape[0]
         ranks = _of_each_matrix(config, targets, named, rank, first, kept.get(path))
         if ranks is None:
-            layers.append(
-                InspectedLayer(named, kind, rank, first, _scale(folder, config, named, first, rank), size)
-            )
+            layers.append(InspectedLayer(named, kind, rank, first, _scale(folder, config, named, first), size))
+            widths[named] = width
             continue
         first = config["init_r"] if path in kept else first
         for name, own in zip(block_names(named, len(ranks)), ranks, strict=True):
-            part, scale = size * own // max(rank, 1), _scale(folder, config, named, first, own)
+            part, scale = size * own // max(rank, 1), _scale(folder, config, named, first)
             layers.append(InspectedLayer(name, "parameter", own, first, scale, part))
+            widths[name] = width
+    if config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "principal":
+        scale = _scale_at_average(config, layers, widths)
+        return [dataclasses.replace(layer, scale=scale) for layer in layers]
     return layers
 
 
@@ -131,7 +137,15 @@ def _pattern(folder: Path, config: Mapping[str, Any], name: str, path: str, defa
     return value
 
 
-def _scale(folder: Path, config: Mapping[str, Any], path: str, first: int, rank: int) -> float:
+def _scale_at_average(
+    config: Mapping[str, Any], layers: Iterable[InspectedLayer], widths: Mapping[str, int]
+) -> float:
+    """With its open gates, of a run that cuts principal directions: by the average rank of now, at least 1."""
+    average = sum(layer.rank * widths[layer.path] for layer in layers) / max(1, sum(widths.values()))
+    return lora_scale(config["lora_alpha"], max(average, 1.0), bool(config.get("use_rslora")))
+
+
+def _scale(folder: Path, config: Mapping[str, Any], path: str, first: int) -> float:
     """What the update B A is multiplied by; PEFT's AdaLoRA knows neither ``alpha_pattern`` nor ``use_rslora``.
 
     Args:
@@ -139,12 +153,9 @@ def _scale(folder: Path, config: Mapping[str, Any], path: str, first: int, rank:
         config: the adapter's.
         path: the layer's.
         first: its rank at the start.
-        rank: its rank now.
     """
-    start = config.get("init_lora_weights")
-    if config["peft_type"] == "ADALORA" and start in COUNTS_PARAMETERS:  # with its open gates
-        counted = max(rank, 1) if start == "principal" else config["target_r"]
-        return lora_scale(config["lora_alpha"], counted, bool(config.get("use_rslora")))
+    if config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "gated":  # with its open gates
+        return lora_scale(config["lora_alpha"], config["target_r"], bool(config.get("use_rslora")))
     if config["peft_type"] == "ADALORA":
         return adalora_scale(config["lora_alpha"], config["init_r"])
     alpha = _pattern(folder, config, "alpha_pattern", path, config["lora_alpha"])

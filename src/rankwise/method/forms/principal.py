@@ -12,7 +12,7 @@ from rankwise.method.importance import Importance
 from rankwise.method.layout import TripletLayout
 
 _CUTS = 20
-_MOST_TO_SPARE = 16
+_ENOUGH = 8
 
 
 class PrincipalForm(Form):
@@ -41,13 +41,13 @@ class PrincipalForm(Form):
     tfinal: ClassVar[float] = 0.6
 
     def init_r(self, target_r: float) -> int:
-        """Eight times ``target_r`` where that costs little, and no less than twice.
+        """Eight, where that is no more than eight times ``target_r``, and no less than twice of it.
 
         Example:
             >>> [PrincipalForm().init_r(target_r) for target_r in (0.25, 1, 2, 8, 64)]
-            [2, 8, 16, 16, 128]
+            [2, 8, 8, 16, 128]
         """
-        return math.ceil(max(min(8 * target_r, _MOST_TO_SPARE), 2 * target_r, 2))
+        return math.ceil(max(min(8 * target_r, _ENOUGH), 2 * target_r, 2))
 
     def lora_alpha(self, target_r: float, use_rslora: bool) -> float:
         """Twice the rank, as is usual for LoRA."""

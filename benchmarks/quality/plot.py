@@ -1,0 +1,54 @@
+"""The held-out loss against the number of trained parameters, one curve for each method."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import results as saved
+from results import LORA, OURS, Results
+
+_LOOKS = {
+    LORA: ("PEFT LoRA", "o", "#0072b2"),
+    "PEFT LoRA, 4 times the rank, cut at the end": ("PEFT LoRA, cut at the end", "s", "#999999"),
+    OURS: ("rankwise", "D", "#d55e00"),
+}  # colours that the colour-blind can tell apart (Okabe and Ito)
+
+
+def draw(found: Results, seed: int, file: Path) -> None:
+    """Draw all tasks in which a method is tuned at two ranks or more."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves = {task: _curves(found, task, seed) for task in dict.fromkeys(run.task for run in found)}
+    shown = [
+        task
+        for task, own in curves.items()
+        if {LORA, OURS} <= set(own) and any(len(p) > 1 for p in own.values())
+    ]
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.4), squeeze=False)
+    for task, axis in zip(shown, axes[0], strict=True):
+        for method, points in curves[task].items():
+            label, marker, colour = _LOOKS[method]
+            axis.errorbar(*zip(*points, strict=True), marker=marker, color=colour, label=label, capsize=3)
+        axis.set(title=task, xscale="log", xlabel="trained parameters", ylabel="held-out loss")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def _curves(found: Results, task: str, seed: int) -> dict[str, list[tuple[float, float, float]]]:
+    """For each method its points: parameters, mean loss, standard error."""
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for method in _LOOKS:
+        for rank in sorted({run.rank for run in found if (run.task, run.method) == (task, method)}):
+            losses = saved.at_best(found, task, method, rank, seed)
+            if losses:
+                key = (task, method, rank)
+                row = next(row for run, row in found.items() if (run.task, run.method, run.rank) == key)
+                error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+                curves.setdefault(method, []).append((row["parameters"], statistics.mean(losses), error))
+    return curves
