@@ -40,12 +40,7 @@ def train(
           held_out: 0.2         # or eval: a file of its own
         adapter:
           method: adalora       # or lora; and fields of its configuration
-          init_r: 12
           target_r: 8
-        schedule:               # in steps, or as fractions of the run
-          tinit: 0.1
-          tfinal: 0.3
-          deltaT: 10
         training:               # Transformers' TrainingArguments
           num_train_epochs: 3
           learning_rate: 5e-4

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 from pydantic import Field, PrivateAttr
 
+from rankwise.config import AdaLoraConfig
 from rankwise.method.schedule import BudgetSchedule, check_length
 from rankwise.recipes.errors import refusal
 
@@ -29,27 +30,30 @@ class ScheduleSection(Section):
     Args:
         tinit: length of the warm-up, in which every rank trains.
         tfinal: length of the final phase, in which the choice of ranks is fixed.
-        deltaT: steps between two allocations of ranks; None: as `AdaLoraConfig` chooses, mostly twenty in a run.
+        deltaT: steps between two allocations of ranks.
+
+    What is left out is as `AdaLoraConfig` chooses it.
     """
 
-    tinit: int | float = 0.1
-    tfinal: int | float = 0.3
+    tinit: int | float | None = None
+    tfinal: int | float | None = None
     deltaT: int | None = Field(default=None, ge=1)
 
     @pydantic.field_validator("tinit", "tfinal")
     @classmethod
-    def _check_length(cls, value: int | float, info: pydantic.ValidationInfo) -> int | float:
-        check_length(str(info.field_name), value)
+    def _check_length(cls, value: int | float | None, info: pydantic.ValidationInfo) -> int | float | None:
+        if value is not None:
+            check_length(str(info.field_name), value)
         return value
 
     def resolve(self, total_step: int) -> BudgetSchedule:
-        """The phases of a run of ``total_step`` steps; how often ranks are allocated may be left to the method.
+        """The phases of a run of ``total_step`` steps.
 
         Raises:
             RecipeError: the phases overlap.
         """
         try:
-            return BudgetSchedule.resolve(self.tinit, self.tfinal, total_step, self.deltaT or 1)
+            return AdaLoraConfig(total_step=total_step, **self.model_dump()).resolved_schedule()
         except ValueError as error:
             raise refusal("schedule", str(error)) from error
 

@@ -64,7 +64,9 @@ def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -
         width = math.prod(factors["A"].shape[1:]) + factors["B"].shape[0]
         ranks = _of_each_matrix(config, targets, named, rank, first, kept.get(path))
         if ranks is None:
-            layers.append(InspectedLayer(named, kind, rank, first, _scale(folder, config, named, first), size))
+            layers.append(
+                InspectedLayer(named, kind, rank, first, _scale(folder, config, named, first), size)
+            )
             widths[named] = width
             continue
         first = config["init_r"] if path in kept else first
