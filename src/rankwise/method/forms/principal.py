@@ -22,8 +22,8 @@ class PrincipalForm(Form):
     is cut is the least part of the update that a budget asks for (see `rankwise.method.principal`).
 
     E does not train. It holds the scale, one for all layers: that of LoRA at the average rank k of now,
-    ``lora_alpha / k``. How far a step of Adam moves a layer goes with its scale times its ranks; so that is LoRA's on average, at any time,
-    however many ranks there are to spare or left, and more where more of them stayed.
+    ``lora_alpha / k``. How far a step of Adam moves a layer goes with its scale times its ranks; so that is LoRA's on
+    average, at any time, however many ranks there are to spare or left, and more where more of them stayed.
 
     Example:
         >>> PrincipalForm().lora_alpha(target_r=8, use_rslora=False)
