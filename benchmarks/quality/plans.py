@@ -23,7 +23,7 @@ from tasks import Sources, Task, evaluated
 
 from run import fit
 
-BATCHES, SCALE = 8, 4.0
+BATCHES, SCALE = 8, 2.0
 METHODS = ("AdaLoRA", "planned", "one rank", "shuffled")
 
 
@@ -85,11 +85,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reviews", type=Path, help="CSV file with the columns text and rating")
-    parser.add_argument("--tasks", nargs="+", default=["news-topic", "movie-rating"])
+    parser.add_argument("--tasks", nargs="+", default=["names", "pairs"])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[2])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rate", type=float, default=5e-4, help="the learning rate of all")
+    parser.add_argument("--rate", type=float, default=8e-3, help="the learning rate of all")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()

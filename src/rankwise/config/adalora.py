@@ -11,11 +11,13 @@ from typing import Any, ClassVar, Literal
 
 from rankwise.config.checks import (
     Default,
+    DefaultFraction,
     check_kept_ranks,
     check_number,
     check_positive,
     check_start,
     check_whole,
+    default,
 )
 from rankwise.config.lora import PEFT_DEFAULT_R, LoraConfig
 from rankwise.method.forms import Form, form_of
@@ -120,12 +122,12 @@ class AdaLoraConfig(LoraConfig):
         return dataclasses.replace(self, total_step=total_step)
 
     def _check(self) -> None:
-        default = _left_out(self.__dict__["lora_alpha"])
-        if default:
+        left_out = _left_out(self.__dict__["lora_alpha"])
+        if left_out:
             self.__dict__["lora_alpha"] = self._default_alpha()
         super()._check()
-        if default:
-            self.__dict__["lora_alpha"] = Default(self.lora_alpha)  # goes on following the other fields
+        if left_out:
+            self.__dict__["lora_alpha"] = default(self.lora_alpha)  # goes on following the other fields
         self._check_schedule()
         for name in ("beta1", "beta2"):
             value = self.__dict__[name] = check_number(name, self.__dict__[name])
@@ -253,4 +255,4 @@ class AdaLoraConfig(LoraConfig):
 
 
 def _left_out(value: Any) -> bool:
-    return value is None or isinstance(value, Default)
+    return value is None or isinstance(value, (Default, DefaultFraction))

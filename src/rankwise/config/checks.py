@@ -17,6 +17,15 @@ class Default(int):
     """A default, which can be told from the same number given by a user."""
 
 
+class DefaultFraction(float):
+    """The same, where it is no whole number."""
+
+
+def default(value: float) -> Default | DefaultFraction:
+    """``value`` as a default; whole if it can be."""
+    return Default(value) if value == int(value) else DefaultFraction(value)
+
+
 def check_whole(name: str, value: Any, least: int | None) -> int:
     """A whole number, at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from rankwise.config.checks import (
     Default,
+    DefaultFraction,
     check_flag,
     check_layer_indices,
     check_names,
@@ -337,4 +338,6 @@ def _plain(value: Any) -> Any:
         return sorted((_plain(each) for each in value), key=str)
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
+    if isinstance(value, DefaultFraction):
+        return float(value)
     return int(value) if isinstance(value, Default) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from rankwise.method.forms.form import AsLora, Form
@@ -50,8 +51,8 @@ class PrincipalForm(Form):
         return math.ceil(max(min(8 * target_r, _ENOUGH), 2 * target_r, 2))
 
     def lora_alpha(self, target_r: float, use_rslora: bool) -> float:
-        """Twice the rank, as is usual for LoRA."""
-        return math.ceil(2 * max(target_r, 1))
+        """Twice the rank, as is usual for LoRA, so that the scale ends at 2."""
+        return 2 * target_r
 
     def deltaT(self, steps: int) -> int:
         """Twenty allocations, however long the run is."""
@@ -68,12 +69,10 @@ class PrincipalForm(Form):
     def gates(self, init_r: int, average: Tensor, use_rslora: bool) -> Tensor:
         """They make the scale ``lora_alpha / k`` at an average rank of k, or ``lora_alpha / sqrt(k)`` with rsLoRA.
 
-        Below 1 the average counts as 1: what is left then are layers of rank 1, beside layers with none.
-
         Example:
             >>> import torch
             >>> [float(PrincipalForm().gates(8, torch.tensor(k), use_rslora=False)) for k in (8.0, 2.0, 0.25)]
-            [1.0, 4.0, 8.0]
+            [1.0, 4.0, 32.0]
         """
-        acting = average.clamp_min(1)
+        acting = torch.where(average > 0, average, 1.0)  # with none left, no gate is open
         return init_r / (acting.sqrt() if use_rslora else acting)
