@@ -14,7 +14,18 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "quality"
-MODULES = ("language", "methods", "registry", "results", "run", "sentences", "speech", "tasks")
+MODULES = (
+    "language",
+    "methods",
+    "names",
+    "pairs",
+    "registry",
+    "results",
+    "run",
+    "sentences",
+    "speech",
+    "tasks",
+)
 
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="benchmarks/ is not part of this copy")
 
@@ -88,7 +99,7 @@ def test_the_search_goes_on_until_the_best_rate_has_a_worse_neighbour_on_each_si
     tried = {rate: loss[rate] for rate in quality.results.START}
     while (rate := quality.results.next_rate(tried)) is not None:
         tried[rate] = loss[rate]
-    assert list(tried) == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+    assert list(tried) == [2e-3, 4e-3, 8e-3, 1.6e-2]
 
 
 def test_a_diverged_run_is_never_the_best_but_ends_the_search(quality: Any):
@@ -121,9 +132,43 @@ def test_a_missing_source_is_named():
 
 
 def test_the_documentation_has_the_tables_of_what_has_been_run(quality: Any):
-    page = (FOLDER.parent.parent / "docs" / "quality.md").read_text(encoding="utf-8").splitlines()
+    docs = FOLDER.parent.parent / "docs"
+    pages = [(docs / name).read_text(encoding="utf-8") for name in ("quality.md", "quality-results.md")]
+    written = "\n".join(pages).splitlines()
     report = quality.results.report(quality.results.read(), [0, 1, 2])
-    assert [line for line in report.splitlines() if line and line not in page] == []
+    assert [line for line in report.splitlines() if line and line not in written] == []
+
+
+def test_the_summary_tells_how_much_of_what_four_times_the_rank_would_bring_comes_without_it(quality: Any):
+    def tuned(method: str, rank: float, losses: list[float]) -> dict[Any, dict[str, Any]]:
+        run = quality.results.Run
+        edges = {run("task", method, rank, rate, 0): {"loss": 9.0, "parameters": 1} for rate in (1e-3, 4e-3)}
+        best = {
+            run("task", method, rank, 2e-3, seed): {"loss": loss, "parameters": 1}
+            for seed, loss in enumerate(losses)
+        }
+        return edges | best
+
+    found = tuned("PEFT LoRA", 1, [0.9, 1.1]) | tuned("rankwise", 1, [0.7]) | tuned("PEFT EVA", 1, [0.8])
+    assert quality.results.summary(found, 0).endswith("| 0.8000 (1 run), EVA | 0.7000 (1 run) | - | - |")
+    scarce = quality.results.summary(found | tuned("PEFT LoRA", 4, [0.4]), 0)
+    assert scarce.splitlines()[-1].endswith("| 0.7000 (1 run) | 0.4000 (1 run) | 50% |")
+    plentiful = quality.results.summary(found | tuned("PEFT LoRA", 4, [0.97]), 0)
+    assert plentiful.splitlines()[-1].endswith("| 0.9700 (1 run) | - |")
+
+
+@pytest.mark.slow
+def test_names_are_learnt_within_the_parameters_of_the_query_and_value_layers(
+    quality: Any, monkeypatch: pytest.MonkeyPatch
+):
+    import names
+
+    monkeypatch.setattr(names, "_STEPS", 20)
+    for method in ("PEFT LoRA", "PEFT LoRA-GA", "PEFT LoRA, 4 times the rank, cut at the end", "rankwise"):
+        measured = quality.run.train(
+            quality.results.Run("names", method, 0.25, 1e-3, 0), quality.run.Sources()
+        )
+        assert 0.8 * 6 * 2 * 768 < measured["parameters"] <= 6 * 2 * 768, method
 
 
 @pytest.mark.slow
@@ -151,7 +196,7 @@ def test_all_methods_train_on_the_same_data_to_the_same_number_of_parameters(
         if "AdaLoRA" in method or "EVA" in method or "paper" in method:
             # They count ranks, be they of wide layers or of narrow ones.
             assert lora / 3 < count < 3 * lora, method
-        elif method.startswith("rankwise"):
+        elif method.startswith("rankwise") or "cut" in method:
             assert 0.9 * lora < count <= lora, method
         else:
             assert count == lora, method

@@ -133,7 +133,7 @@ def test_rslora_is_refused_in_the_papers_form_only() -> None:
 def test_left_out_lora_alpha_is_twice_the_rank_as_is_usual_for_lora() -> None:
     left_out = {"lora_alpha": None}
     assert [_config(init_r=64, target_r=r, **left_out).lora_alpha for r in (0.25, 1, 2, 8, 64)] == [
-        2,
+        0.5,
         2,
         4,
         16,

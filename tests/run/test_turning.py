@@ -19,7 +19,13 @@ WIDTHS = (7, 9, 7)
 def _model(**changes: Any) -> Any:
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(*WIDTHS[:2]), nn.Tanh(), nn.Linear(*WIDTHS[1:]))
-    options: dict[str, Any] = {"init_r": 4, "target_r": 2, "total_step": 20, "target_modules": ["0", "2"]}
+    options: dict[str, Any] = {
+        "init_r": 4,
+        "target_r": 2,
+        "tinit": 5,
+        "total_step": 20,
+        "target_modules": ["0", "2"],
+    }
     model = rw.get_peft_model(layers.double(), rw.AdaLoraConfig(**{**options, **changes}))
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:

@@ -42,8 +42,8 @@ class AdaLoraConfig(LoraConfig):
         beta2: decay of the running uncertainty, in (0, 1).
         orth_reg_weight: weight of the orthogonality penalty, at least 0; None: 0 with "principal", else 0.5.
         total_step: optimizer steps of the whole run. None: a trainer that knows it fills it in.
-        lora_alpha: with "principal", updates are scaled by ``lora_alpha / k``, where k is the average rank of now, at
-            least 1; else by ``lora_alpha / init_r``, however many are pruned. None: twice ``target_r``, at least 2,
+        lora_alpha: with "principal", updates are scaled by ``lora_alpha / k``, where k is the average rank of
+            now; else by ``lora_alpha / init_r``, however many are pruned. None: twice ``target_r``
             with "principal", else 8.
         use_rslora: scale by ``lora_alpha / sqrt(k)`` instead; only with "principal".
         init_lora_weights: "principal", or the method of the paper; see below.

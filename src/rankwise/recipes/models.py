@@ -169,7 +169,9 @@ def _from_pretrained(recipe: BaseRecipe, auto_class: str, **options: Any) -> Any
 
 def _refuse_without_tokenizer(folder: Path) -> None:
     """Say it before Transformers does, which lists all ways in which a tokenizer might have been made."""
-    if not any(path.name.startswith(_OF_TOKENIZERS) for path in folder.iterdir()):
+    if (folder / "config.json").is_file() and not any(
+        path.name.startswith(_OF_TOKENIZERS) for path in folder.iterdir()
+    ):
         raise refusal(
             "model",
             f"{str(folder)!r} holds no tokenizer: neither tokenizer.json nor another file of one. Copy its files there "

@@ -142,9 +142,9 @@ def _pattern(folder: Path, config: Mapping[str, Any], name: str, path: str, defa
 def _scale_at_average(
     config: Mapping[str, Any], layers: Iterable[InspectedLayer], widths: Mapping[str, int]
 ) -> float:
-    """With its open gates, of a run that cuts principal directions: by the average rank of now, at least 1."""
+    """With its open gates, of a run that cuts principal directions: by the average rank of now."""
     average = sum(layer.rank * widths[layer.path] for layer in layers) / max(1, sum(widths.values()))
-    return lora_scale(config["lora_alpha"], max(average, 1.0), bool(config.get("use_rslora")))
+    return lora_scale(config["lora_alpha"], average or 1.0, bool(config.get("use_rslora")))
 
 
 def _scale(folder: Path, config: Mapping[str, Any], path: str, first: int) -> float:

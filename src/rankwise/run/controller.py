@@ -292,22 +292,24 @@ class Controller:
         if final and unreached is not None:  # and what is left over is no use to them
             chosen &= ~unreached
         triplets.mask.copy_(chosen if form.grows_back else mask & chosen)
-        louder = self._louder()
+        louder = self._louder(frozen)
         if turned is not None and louder is not None:
             turned.put_in(louder, self._optimizers.known())
         triplets.close(triplets.mask, parts, louder)
         self.history.record(self.step, budget, triplets.ranks())
 
-    def _louder(self) -> Tensor | None:
-        """What the E that stay are to be multiplied by, (triplets,); None: 1."""
+    def _louder(self, frozen: list[bool]) -> Tensor | None:
+        """What the E that stay are multiplied by, (triplets,); None: 1. Layers that don't train stay as they are."""
         gates = self.config.form.gates(
             self.config.init_r, self.triplets.average_rank(), self.config.use_rslora
         )
         if gates is None:
             return None
         now = self.triplets.open_gates()
-        # Where an open gate is 0, nothing was left of the layer.
-        return torch.where(now != 0, gates / now, 1.0)
+        same = now == 0  # nothing was left of the layer
+        if any(frozen):
+            same |= self.triplets.spread_layers(frozen, now.device)
+        return torch.where(same, 1.0, gates / now)
 
     def _worth(self, squares: Tensor) -> Tensor:
         """What directions are worth for what they cost, (triplets,), by the squares of their strengths."""
