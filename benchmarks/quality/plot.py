@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 
 import results as saved
 from results import LORA, OURS, Results
 
+_ABREAST = 3  # plots side by side
 _LOOKS = {
     LORA: ("PEFT LoRA", "o", "#0072b2"),
     "PEFT LoRA, 4 times the rank, cut at the end": ("PEFT LoRA, cut at the end", "s", "#999999"),
@@ -21,6 +23,7 @@ def draw(found: Results, seed: int, file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     curves = {task: _curves(found, task, seed) for task in dict.fromkeys(run.task for run in found)}
     shown = [
@@ -28,14 +31,18 @@ def draw(found: Results, seed: int, file: Path) -> None:
         for task, own in curves.items()
         if {LORA, OURS} <= set(own) and any(len(p) > 1 for p in own.values())
     ]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.4), squeeze=False)
-    for task, axis in zip(shown, axes[0], strict=True):
+    rows = math.ceil(len(shown) / _ABREAST)
+    figure, axes = plt.subplots(rows, _ABREAST, figsize=(4 * _ABREAST, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.remove()
+    for task, axis in zip(shown, axes.flat):  # noqa: B905 - there may be more places than tasks
         for method, points in curves[task].items():
             label, marker, colour = _LOOKS[method]
             axis.errorbar(*zip(*points, strict=True), marker=marker, color=colour, label=label, capsize=3)
         axis.set(title=task, xscale="log", xlabel="trained parameters", ylabel="held-out loss")
+        axis.xaxis.set_minor_formatter(NullFormatter())  # else they overlap
         axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    axes.flat[0].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
