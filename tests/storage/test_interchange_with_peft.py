@@ -522,7 +522,8 @@ def test_peft_loads_a_trained_adalora_adapter(
     ranks = _ranks_in(tmp_path)
     if stage in ("end", "finalized"):
         assert sum(ranks) == case.options["target_r"] * len(ranks) or not paper
-        assert 0 in ranks, "a layer should end at rank 0, or the test shows less"
+        if paper or case.name != TINY_BUDGET.name:  # whose layers the other form leaves one rank each
+            assert 0 in ranks, "a layer should end at rank 0, or the test shows less"
     else:
         assert (sum(ranks) == 4 * len(ranks)) == whole
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from rankwise.attach.attachment import adapter_layers
 from rankwise.model.held import HoldsAdapters
 from rankwise.parallel import zero
-from rankwise.parallel.sharded import in_shards
+from rankwise.parallel.sharded import is_sharded
 from rankwise.run.triplets import AVERAGES, BUFFERS
 from rankwise.storage.names import EXTRA_STATE
 
@@ -29,7 +29,7 @@ class CarriesRun(HoldsAdapters):
         """
         controller = self._rankwise_controller
         state = controller.packed_state() if controller else torch.zeros(0, dtype=torch.int64)
-        return json.dumps(state.tolist()) if in_shards(self) else state
+        return json.dumps(state.tolist()) if any(map(is_sharded, self.parameters())) else state
 
     def set_extra_state(self, state: Tensor | str) -> None:
         """Take over what `get_extra_state` gave."""

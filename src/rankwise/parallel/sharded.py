@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.parallel import zero
-from rankwise.parallel.processes import many_processes, running
+from rankwise.parallel.processes import running
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -24,12 +24,7 @@ def is_sharded(tensor: Any) -> bool:
 
 def shared_out(model: nn.Module) -> bool:
     """Whether only all processes together can read the model's parameters."""
-    return in_shards(model) or (many_processes() and any(hasattr(p, "ds_id") for p in model.parameters()))
-
-
-def in_shards(model: nn.Module) -> bool:
-    """Whether any of the model's parameters is a DTensor."""
-    return many_processes() and any(map(is_sharded, model.parameters()))
+    return any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def local(tensor: Any) -> Tensor:
