@@ -20,7 +20,8 @@ from torch.nn import functional as F
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FEWER = {0.25: _LINEAR[0:3:2], 0.5: _LINEAR[:4]}
 _WORDS, _LENGTH = 2000, 32
-_PAIRS, _ANSWERS, _STEPS, _SIZE = 200, 32, 300, 32
+_ANSWERS, _SIZE = 32, 32
+_PAIRS_AND_STEPS = {"pairs": (200, 300), "pairs-long": (600, 3000)}
 _READER = Path(__file__).with_name("reader")
 
 
@@ -69,12 +70,13 @@ def reader(sources: Sources, steps: int = 2000) -> Path:
 
 
 def make(name: str, sources: Sources) -> Task:
-    """``pairs``: told after four openings of two words, asked after a fifth."""
+    """``pairs`` or ``pairs-long``: told after four openings of two words, asked after a fifth."""
+    count, steps = _PAIRS_AND_STEPS[name]
     weights = torch.load(reader(sources), weights_only=True)
     draw = torch.Generator().manual_seed(6)
-    pairs = torch.unique(torch.randint(100, 800, (3 * _PAIRS, 2), generator=draw), dim=0)
-    pairs = pairs[torch.randperm(len(pairs), generator=draw)[:_PAIRS]]
-    answers = torch.randint(10, 10 + _ANSWERS, (_PAIRS,), generator=draw)
+    pairs = torch.unique(torch.randint(100, 800, (3 * count, 2), generator=draw), dim=0)
+    pairs = pairs[torch.randperm(len(pairs), generator=draw)[:count]]
+    answers = torch.randint(10, 10 + _ANSWERS, (count,), generator=draw)
     openings = torch.randint(1, 50, (5, 2), generator=draw)
 
     def batch(openings: Tensor, places: Tensor) -> Batch:
@@ -87,10 +89,10 @@ def make(name: str, sources: Sources) -> Task:
 
     def batches(seed: int) -> Iterator[Batch]:
         order: list[int] = []
-        while len(order) < _STEPS * _SIZE:
-            order += shuffled(_PAIRS, 1000 * seed + len(order))
+        while len(order) < steps * _SIZE:
+            order += shuffled(count, 1000 * seed + len(order))
         draw = torch.Generator().manual_seed(seed)
-        for start in range(0, _STEPS * _SIZE, _SIZE):
+        for start in range(0, steps * _SIZE, _SIZE):
             told = torch.randint(0, 4, (_SIZE,), generator=draw)
             yield batch(openings[told], torch.tensor(order[start : start + _SIZE]))
 
@@ -99,6 +101,6 @@ def make(name: str, sources: Sources) -> Task:
         return F.cross_entropy(logits, batch["labels"])
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        return {"loss": float(loss(model, batch(openings[4:].expand(_PAIRS, 2), torch.arange(_PAIRS))))}
+        return {"loss": float(loss(model, batch(openings[4:].expand(count, 2), torch.arange(count))))}
 
-    return Task(name, _STEPS, _LINEAR, [], load, batches, loss, evaluate, _FEWER)
+    return Task(name, steps, _LINEAR, [], load, batches, loss, evaluate, _FEWER)

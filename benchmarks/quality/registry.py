@@ -20,6 +20,7 @@ TASKS: dict[str, Callable[[str, Sources], Task]] = {
     "speech": speech.make,
     "names": names.make,
     "pairs": pairs.make,
+    "pairs-long": pairs.make,
 }
 # The options of the command that name their data.
 NEEDS = {
@@ -28,6 +29,7 @@ NEEDS = {
     "review-language": "reviews",
     "speech": "speech",
     "pairs": "reviews",
+    "pairs-long": "reviews",
 }
 
 
