@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from between_steps import bookkeeping, saving
 from costs import Operations, saved_for_backward
+from operators import operators
 from trainings import ALL, FLOOR, MAIN, MODELS, PRECISIONS, Model, Setting, Training, small
 
 # --- measuring -----------------------------------------------------------------------------------------------------
@@ -185,6 +186,7 @@ TABLES = {
     "models": models,
     "growth": growth,
     "settings": settings,
+    "operators": operators,
     "bookkeeping": bookkeeping,
     "saving": saving,
 }

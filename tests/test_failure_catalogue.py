@@ -559,7 +559,8 @@ def test_at_loras_learning_rate_adalora_learns_far_less_than_lora() -> None:
     peft = pytest.importorskip("peft")
     ours: dict[str, float] = {}
     theirs: dict[str, float] = {}
-    for rate in (3e-3, 1e-2):  # at 1e-3 a model of random weights learns too little in 60 steps to tell layers apart
+    # At 1e-3 a model of random weights learns too little in 60 steps to tell layers apart.
+    for rate in (3e-3, 1e-2):
         schedule: dict[str, Any] = {
             "init_r": 6, "target_r": 2, "tinit": 6, "tfinal": 18, "total_step": 60,
             "target_modules": TARGETS, "lora_alpha": 4,

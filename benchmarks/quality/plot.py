@@ -42,7 +42,7 @@ def draw(found: Results, seed: int, file: Path) -> None:
         axis.set(title=task, xscale="log", xlabel="trained parameters", ylabel="held-out loss")
         axis.xaxis.set_minor_formatter(NullFormatter())  # else they overlap
         axis.grid(alpha=0.3)
-    axes.flat[0].legend()
+    axes.flat[len(shown) - 1].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
