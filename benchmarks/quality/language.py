@@ -13,6 +13,7 @@ from tasks import Batch, Sources, Task, shuffled
 from torch import Tensor, nn
 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_FEWER = {0.25: ("q_proj", "v_proj"), 0.5: ("q_proj", "k_proj", "v_proj", "o_proj")}
 _STEPS, _SIZE, _LENGTH, _HELD_OUT = 56, 4, 64, 64
 
 
@@ -54,4 +55,4 @@ def make(name: str, sources: Sources) -> Task:
         losses = [float(loss(model, {"input_ids": part, "labels": part})) for part in parts]
         return {"loss": sum(losses) / len(losses)}
 
-    return Task(name, _STEPS, _LINEAR, [], lambda seed: copy.deepcopy(base), batches, loss, evaluate)
+    return Task(name, _STEPS, _LINEAR, [], lambda seed: copy.deepcopy(base), batches, loss, evaluate, _FEWER)

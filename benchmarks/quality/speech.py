@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rankwise.recipes.tasks.speech_recognition import whisper
 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+_FEWER = {0.25: ("q_proj", "v_proj"), 0.5: ("q_proj", "k_proj", "v_proj", "out_proj")}
 _STEPS, _SIZE, _HELD_OUT = 56, 8, 128
 _SECONDS, _RATE = 4.0, 16_000
 
@@ -92,4 +93,4 @@ def make(name: str, sources: Sources) -> Task:
         texts = [text for _, text in clips[:_HELD_OUT]]
         return {"loss": total / tokens, "wer": whisper.word_error_rate(texts, guesses, normalize)}
 
-    return Task(name, _STEPS, _LINEAR, [], load, batches, loss, evaluate)
+    return Task(name, _STEPS, _LINEAR, [], load, batches, loss, evaluate, _FEWER)
