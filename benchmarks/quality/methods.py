@@ -134,18 +134,18 @@ def _peft_adalora(model: nn.Module, task: Task, rank: float, batches: Iterable[B
     return peft.get_peft_model(model, config)
 
 
-def _rankwise(model: nn.Module, task: Task, rank: float, **options: Any) -> Model:
+def by_rankwise(model: nn.Module, task: Task, rank: float, **options: Any) -> Model:
     """As its users call it: the rank that they would give LoRA, and everything else left out."""
-    import rankwise
+    import rankwise as rw
 
-    config = rankwise.AdaLoraConfig(
+    config = rw.AdaLoraConfig(
         target_r=_average(model, task, rank),
         total_step=task.steps,
         target_modules=list(task.targets),
         modules_to_save=list(task.heads) or None,
         **options,
     )
-    return rankwise.get_peft_model(model, config)
+    return rw.get_peft_model(model, config)
 
 
 METHODS: dict[str, Method] = {
@@ -155,8 +155,8 @@ METHODS: dict[str, Method] = {
     "PEFT LoRA-GA": _peft_lora_ga,
     "PEFT LoRA, 4 times the rank, cut at the end": _to_be_cut,
     "PEFT AdaLoRA": _peft_adalora,
-    "rankwise": lambda model, task, rank, batches: _rankwise(model, task, rank),
-    "rankwise, the paper's form": lambda model, task, rank, batches: _rankwise(
+    "rankwise": lambda model, task, rank, batches: by_rankwise(model, task, rank),
+    "rankwise, the paper's form": lambda model, task, rank, batches: by_rankwise(
         model,
         task,
         rank,

@@ -6,12 +6,11 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
-from sentences import FEWER, minilm
+from sentences import FEWER, LINEAR, minilm
 from tasks import Batch, Sources, Task, shuffled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 _NAMES, _GROUPS, _STEPS, _SIZE = 400, 8, 300, 16
 _TOLD = ("{} is here", "we met {}", "ask {} now", "{}")
 _ASKED = "tell {} again"
@@ -55,15 +54,24 @@ def make(name: str, sources: Sources) -> Task:
         for start in range(0, _STEPS * _SIZE, _SIZE):
             yield batch([told[place] for place in order[start : start + _SIZE]])
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        return F.cross_entropy(model(**inputs).logits, batch["labels"])
+    def measured(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss, and the share that is right."""
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        right = (logits.argmax(-1) == batch["labels"]).float().mean()
+        return F.cross_entropy(logits, batch["labels"]), right
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        everything = batch(asked)
-        inputs = {key: value for key, value in everything.items() if key != "labels"}
-        logits = model(**inputs).logits
-        right = (logits.argmax(-1) == everything["labels"]).float().mean()
-        return {"loss": float(F.cross_entropy(logits, everything["labels"])), "accuracy": float(right)}
+        loss, right = measured(model, batch(asked))
+        return {"loss": float(loss), "accuracy": float(right)}
 
-    return Task(name, _STEPS, _LINEAR, ["classifier"], load, batches, loss, evaluate, FEWER)
+    return Task(
+        name,
+        _STEPS,
+        LINEAR,
+        ["classifier"],
+        load,
+        batches,
+        lambda model, batch: measured(model, batch)[0],
+        evaluate,
+        FEWER,
+    )

@@ -22,7 +22,7 @@ _FEWER = {0.25: _LINEAR[0:3:2], 0.5: _LINEAR[:4]}
 _WORDS, _LENGTH = 2000, 32
 _ANSWERS, _SIZE = 32, 32
 _PAIRS_AND_STEPS = {"pairs": (200, 300), "pairs-long": (600, 3000)}
-_READER = Path(__file__).with_name("reader")
+_READER = Path(__file__).with_name("reader.pt")
 
 
 def _new() -> nn.Module:
@@ -48,8 +48,7 @@ def _blocks(sources: Sources) -> Tensor:
 
 def reader(sources: Sources, steps: int = 2000) -> Path:
     """The file with the weights of the Llama, which is made if there is none."""
-    file = _READER.with_suffix(".pt")
-    if not file.exists():
+    if not _READER.exists():
         torch.manual_seed(0)
         model, blocks = _new(), _blocks(sources)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -63,10 +62,10 @@ def reader(sources: Sources, steps: int = 2000) -> Path:
             optimizer.step()
             decay.step()
             optimizer.zero_grad()
-        made = file.with_suffix(".tmp")
+        made = _READER.with_suffix(".tmp")
         torch.save(model.state_dict(), made)
-        made.replace(file)
-    return file
+        made.replace(_READER)
+    return _READER
 
 
 def make(name: str, sources: Sources) -> Task:

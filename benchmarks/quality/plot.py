@@ -56,6 +56,6 @@ def _curves(found: Results, task: str, seed: int) -> dict[str, list[tuple[float,
             if losses:
                 key = (task, method, rank)
                 row = next(row for run, row in found.items() if (run.task, run.method, run.rank) == key)
-                error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+                error = saved.error(losses)
                 curves.setdefault(method, []).append((row["parameters"], statistics.mean(losses), error))
     return curves

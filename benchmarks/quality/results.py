@@ -183,7 +183,7 @@ def against(results: Results, ours: str, theirs: str, seed: int) -> tuple[list[f
     mean = statistics.mean(found)
     return found, (
         f"{who}: held-out loss {'lower' if mean > 0 else 'higher'} by {abs(mean):.1%} on average "
-        f"(standard error {_error(found):.1%}), and lower in {better} of {len(found)} pairs"
+        f"(standard error {error(found):.1%}), and lower in {better} of {len(found)} pairs"
     )
 
 
@@ -215,7 +215,7 @@ def _place(method: str) -> tuple[bool, str]:
     return "rankwise" in method, method
 
 
-def _error(values: Iterable[float]) -> float:
+def error(values: Iterable[float]) -> float:
     """The standard error of the mean."""
     values = list(values)
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -225,4 +225,4 @@ def with_error(values: Sequence[float]) -> str:
     """The mean, and its standard error where there are more than one."""
     if len(values) < 2:
         return f"{values[0]:.4f} (1 run)"
-    return f"{statistics.mean(values):.4f} ± {_error(values):.4f} ({len(values)} runs)"
+    return f"{statistics.mean(values):.4f} ± {error(values):.4f} ({len(values)} runs)"

@@ -33,21 +33,27 @@ WHOLE_RANKS = ("PEFT rsLoRA", "PEFT AdaLoRA", "rankwise, the paper's form")
 
 
 def train(run: Run, sources: Sources) -> dict[str, Any]:
+    """Make a run of the comparison."""
+    from methods import METHODS
+    from registry import make_task
+
+    return train_with(METHODS[run.method], make_task(run.task, sources), run.rank, run.rate, run.seed)
+
+
+def train_with(method: Any, task: Any, rank: float, rate: float, seed: int) -> dict[str, Any]:
     """Train, and measure."""
     import torch
-    from methods import METHODS, cut, trained_parameters
-    from registry import make_task
+    from methods import cut, trained_parameters
     from tasks import evaluated
 
-    task = make_task(run.task, sources)
-    model = task.load(run.seed)
+    model = task.load(seed)
     model.eval()  # no dropout: the models are small, and the runs short
-    torch.manual_seed(run.seed)
+    torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = METHODS[run.method](model, task, run.rank, task.batches(run.seed))
+        model = method(model, task, rank, task.batches(seed))
     started = time.perf_counter()
-    fit(model, task, run.rate, run.seed)
+    fit(model, task, rate, seed)
     cut(model)
     seconds = time.perf_counter() - started
     return {
@@ -95,7 +101,7 @@ def wanted(asked: argparse.Namespace, found: Results) -> Iterator[Run]:
                 yield Run(task, method, rank, best, seed)
 
 
-def _rank(text: str) -> float:
+def rank_of(text: str) -> float:
     """A whole number as such, as PEFT wants it."""
     return int(text) if text.isdecimal() else float(text)
 
@@ -140,7 +146,7 @@ def main() -> None:
     parser.add_argument("--whisper", default=Sources.whisper, help="whisper-tiny.en: a name or a folder")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--ranks", nargs="+", type=_rank, default=[0.25, 1, 2, 8])
+    parser.add_argument("--ranks", nargs="+", type=rank_of, default=[0.25, 1, 2, 8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")

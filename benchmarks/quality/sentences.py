@@ -15,7 +15,7 @@ from tasks import Batch, Sources, Task, shuffled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 FEWER = {0.25: ("query", "value"), 0.5: ("query", "key", "value", "attention.output.dense")}
 _STEPS, _SIZE, _HELD_OUT = 200, 16, 1000
 _NEWS_STEPS = 72  # all documents that are not held out, once
@@ -102,7 +102,7 @@ def make(name: str, sources: Sources) -> Task:
         return {**found, "accuracy": right / _HELD_OUT} if classes else found
 
     return Task(
-        name, steps, _LINEAR, ["classifier"], load, batches,
+        name, steps, LINEAR, ["classifier"], load, batches,
         lambda model, batch: losses(model, batch)[0].mean(), evaluate,
         fewer=FEWER,
     )  # fmt: skip
