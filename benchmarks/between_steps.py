@@ -9,11 +9,12 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from trainings import MODELS, Model, Setting, Training, rankwise_adalora, small
+from trainings import MODELS, Model, Setting, Training, rankwise_adalora, small, training_of
 
 RUN, CUTS = 1000, 20  # steps of a run, and how often the default form cuts in it
 SPARE = {"minilm": (2, 8), "smollm2": (8, 16)}  # target_r and the init_r that goes with it by default
@@ -68,11 +69,8 @@ def bookkeeping(asked: argparse.Namespace, setting: Setting) -> None:
 
 def _row(model: Model, name: str, setting: Setting, rounds: int) -> str:
     rank, spare = SPARE[name]
-    torch.manual_seed(0)
     setting = replace(setting, rank=rank, spare=spare)
-    made, batch = model.make()
-    adapted = setting.model(made, model.targets)
-    watched = Watched(rankwise_adalora(adapted, batch, list(model.targets), setting, deltaT=2))
+    watched = Watched(training_of(partial(rankwise_adalora, deltaT=2), model, setting))
     layers = len(watched.training.model._rankwise_controller.triplets.layers)
     measured = [watched.step() for _ in range(4 + 2 * rounds)][4:]  # the first take memory
     plain, cut = measured[0::2], measured[1::2]

@@ -1,4 +1,4 @@
-"""Which operators a training step spends its time in, by PyTorch's profiler."""
+"""Which operators a training step spends the processor's time in, by PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import argparse
 from collections import Counter
 from dataclasses import replace
 
-import torch
 from torch.profiler import ProfilerActivity, profile
-from trainings import MAIN, MODELS, Setting, Training
+from trainings import MAIN, MODELS, Setting, Training, training_of
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::baddbmm_")
 _COPIES = ("aten::copy_", "aten::clone", "aten::cat")
@@ -20,17 +19,12 @@ def operators(asked: argparse.Namespace, setting: Setting) -> None:
     for name in asked.models:
         model = MODELS[name]
         for precision in asked.precisions:
-            print(f"\n### Operators: {model.title}: {precision}\n")
+            print(f"\n### Operators, processor time: {model.title}: {precision}\n")
             print(
                 "| | matrix products, ms | copies and casts, ms | all else, ms |\n| --- | --- | --- | --- |"
             )
-            for adapter, make in MAIN.items():
-                torch.manual_seed(0)
-                chosen = replace(setting, precision=precision)
-                made, batch = model.make()
-                targets = list(model.targets)
-                training = make(chosen.model(made, targets), batch, targets, chosen)
-                times = _spent(training)
+            for adapter, attach in MAIN.items():
+                times = _spent(training_of(attach, model, replace(setting, precision=precision)))
                 row = " | ".join(f"{times[kind]:.1f}" for kind in ("products", "copies", "else"))
                 print(f"| {adapter} | {row} |", flush=True)
 

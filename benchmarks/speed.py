@@ -26,7 +26,7 @@ import torch
 from between_steps import bookkeeping, saving
 from costs import Operations, saved_for_backward
 from operators import operators
-from trainings import ALL, FLOOR, MAIN, MODELS, PRECISIONS, Model, Setting, Training, small
+from trainings import ALL, FLOOR, MAIN, MODELS, PRECISIONS, Model, Setting, Training, small, training_of
 
 # --- measuring -----------------------------------------------------------------------------------------------------
 
@@ -47,11 +47,9 @@ def measure(
     """Steps of all adapters in turns; the first three rounds, in which memory is first taken, are left out."""
     trainings: dict[str, Training] = {}
     for name, attach in adapters.items():
-        torch.manual_seed(0)
-        made, batch = model.make()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainings[name] = attach(setting.model(made, model.targets), batch, list(model.targets), setting)
+            trainings[name] = training_of(attach, model, setting)
     costs = {name: Cost() for name in adapters}
     for number in range(rounds + 3):
         for name in _rotated(list(adapters), number):

@@ -228,6 +228,14 @@ def rankwise_adalora(
     return Training(adapted, batch, setting)
 
 
+def training_of(attach: Callable[..., Training], model: Model, setting: Setting) -> Training:
+    """A new model in training with one of the adapters below, the same at each call."""
+    torch.manual_seed(0)
+    made, batch = model.make()
+    targets = list(model.targets)
+    return attach(setting.model(made, targets), batch, targets, setting)
+
+
 FLOOR = "frozen model"
 MAIN: dict[str, Callable[..., Training]] = {
     FLOOR: frozen,

@@ -81,7 +81,7 @@ def rank_metrics(adapted: AdaptedModel) -> dict[str, float]:
         return {}
     return {
         "budget": where.budget,
-        # Not from `rank_summary`, which decomposes every layer's update to say what it is worth.
+        # Not from `rank_summary`, which looks at all factors to say what layers are worth.
         "total_rank": sum(controller.allocated_ranks().values()),
         "rank_phase": _PHASE_NUMBERS[where.phase],
         "orth_penalty": round(float(adapted.orthogonal_penalty()), 6),

@@ -15,7 +15,7 @@ from rankwise.attach.attachment import adapter_layers
 from rankwise.model.held import HoldsAdapters
 from rankwise.parallel import zero
 from rankwise.parallel.sharded import is_sharded
-from rankwise.run.triplets import AVERAGES, BUFFERS
+from rankwise.run.triplets import BUFFERS, was_left_empty
 from rankwise.storage.names import EXTRA_STATE
 
 
@@ -61,8 +61,7 @@ class CarriesRun(HoldsAdapters):
 
     def _on_meta_device(self) -> bool:
         # All of it: Accelerate also offloads parts of a model, whose state is as ever.
-        first = next(self.parameters(), None)
-        return first is not None and first.is_meta and all(p.is_meta for p in self.parameters())
+        return all(parameter.is_meta for parameter in self.parameters())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -79,9 +78,9 @@ class CarriesRun(HoldsAdapters):
         missing_keys: list[str],
         *others: Any,
     ) -> None:
-        for name in AVERAGES:  # where nothing is scored, rankwise once left them empty
-            held, found = self._buffers.get(name), state_dict.get(prefix + name)
-            if held is not None and found is not None and held.numel() == 1 and not found.numel():
+        for name, held in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if held is not None and saved is not None and was_left_empty(name, held, saved):
                 state_dict[prefix + name] = torch.zeros_like(held)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
         if self._on_meta_device():

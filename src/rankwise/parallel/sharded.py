@@ -63,6 +63,8 @@ def gather(tensors: Sequence[Any]) -> list[Tensor]:
     All processes must call it together. What is sharded by rows, as FSDP2 does, takes one exchange between the
     processes for all tensors of one dtype.
     """
+    if not any(is_sharded(tensor) or hasattr(tensor, "ds_id") for tensor in tensors):
+        return list(tensors)
     with zero.whole(tensors):
         whole = [t.detach().clone() if hasattr(t, "ds_id") else t for t in tensors]
     together: dict[Any, list[int]] = {}

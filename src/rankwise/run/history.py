@@ -273,9 +273,8 @@ def _checked_record(record: Any, width: int) -> RankRecord:
     if not isinstance(ranks, list) or len(ranks) != width:
         raise ValueError(f"step {step!r:.20} must have {width} ranks, one for each layer.")
     values = [step, budget, *ranks]
-    if (
-        set(map(type, values)) != {int} or min(values) < 0 or max(values) >= 2**53
-    ):  # quick: there can be millions
+    # In this order as there can be millions of them.
+    if set(map(type, values)) != {int} or min(values) < 0 or max(values) >= 2**53:
         value = next(each for each in values if type(each) is not int or not 0 <= each < 2**53)
         raise ValueError(f"step {step!r:.20} has {value!r:.20} where a whole number of at least 0 belongs.")
     return RankRecord(step, budget, ranks)

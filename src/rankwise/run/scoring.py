@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rankwise.method.importance import Importance
 from rankwise.method.scores import update_scores
-from rankwise.parallel.sharded import gather, is_sharded
+from rankwise.parallel.sharded import gather, local
 from rankwise.parallel.zero import ZeroParts
 from rankwise.run.optimizers import ORDER
 from rankwise.run.triplets import Triplets
@@ -42,7 +42,7 @@ class Watch:
     def update(self, step: int) -> None:
         """Take in the gradients of step ``step``, which are still there."""
         gradients = self._gradients(("lora_B",))
-        there = [g.to_local() if is_sharded(g) else g for g in gradients if g is not None]
+        there = [local(gradient) for gradient in gradients if gradient is not None]
         if there:
             norms = torch._foreach_norm(there)
             device = self._triplets.mask.device

@@ -18,6 +18,11 @@ AVERAGES = ("rankwise_sensitivity", "rankwise_uncertainty")
 BUFFERS = (*AVERAGES, "rankwise_mask", "rankwise_skipped")
 
 
+def was_left_empty(name: str, own: Tensor, saved: Tensor) -> bool:
+    """Whether ``saved`` is the buffer ``name`` of a run that scores nothing, from when those had no elements."""
+    return name in AVERAGES and own.numel() == 1 and not saved.numel()
+
+
 class Triplets:
     """All triplets of one adapter of one model.
 

@@ -21,7 +21,7 @@ from rankwise.files.tensors import check_finite
 from rankwise.parallel.sharded import laid_out
 from rankwise.run.controller import Controller
 from rankwise.run.state import RunState
-from rankwise.run.triplets import AVERAGES, BUFFERS
+from rankwise.run.triplets import BUFFERS, was_left_empty
 from rankwise.storage.fit import fit_all, with_all_heads
 from rankwise.storage.names import (
     EXTRA_STATE,
@@ -130,8 +130,7 @@ def prepare_training_state(
             )
         raise ValueError(f"{source}: only {'the file' if name in tensors else 'the model'} has {name!r}.")
     for key, name in sorted(names.items(), key=lambda item: item[0] in BUFFERS):
-        unused = key in AVERAGES and own[key].numel() == 1 and not tensors[name].numel()
-        if key != EXTRA_STATE and not unused:
+        if key != EXTRA_STATE and not was_left_empty(key, own[key], tensors[name]):
             _check_like(source, name, tensors[name], own[key])
             if key in parameters or key in BUFFERS:  # any other buffer may hold infinities, such as a mask
                 check_finite(source, name, tensors[name])

@@ -27,7 +27,7 @@ from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.files.atomic import write_folder
 from rankwise.files.tensors import write_tensor_file
 from rankwise.parallel import zero
-from rankwise.parallel.sharded import gather, is_sharded
+from rankwise.parallel.sharded import gather
 from rankwise.run.controller import Controller
 from rankwise.storage.names import (
     HISTORY_NAME,
@@ -219,5 +219,4 @@ def _portable(value: Tensor | str) -> Tensor:
 
 
 def _whole(tensor: Any) -> Tensor:
-    whole = gather([tensor])[0] if is_sharded(tensor) or zero.is_away(tensor) else tensor
-    return whole.detach().cpu()
+    return gather([tensor])[0].detach().cpu()
