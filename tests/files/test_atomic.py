@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -329,6 +330,36 @@ def test_threads_that_save_to_one_folder_take_turns(quick_path: Path) -> None:
     found = read(quick_path)
     assert found == whole(found[CONFIG])
     assert_tidy(quick_path)
+
+
+@needs_signals
+def test_a_save_uses_no_stage_that_another_process_took_for_a_dead_one_and_is_still_removing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_open, real_remove = stage.open_lock, shutil.rmtree
+    opened: list[Path] = []
+    removing: list[Path] = []
+
+    def open_and_be_overtaken(path: Path) -> int:
+        opened.append(path)
+        lock = real_open(path)
+        if len(opened) == 1:  # the other process cleans before this one has locked its new stage
+            monkeypatch.setattr(shutil, "rmtree", lambda path, **options: removing.append(Path(path)))
+            stage.clean(tmp_path)
+            monkeypatch.setattr(shutil, "rmtree", real_remove)
+        return lock
+
+    def write(new: Path) -> None:
+        (new / CONFIG).write_text(json.dumps({"version": 2}))
+        (new / WEIGHTS).write_text(json.dumps({"version": 2}))
+        for path in removing:
+            real_remove(path)
+
+    monkeypatch.setattr(stage, "open_lock", open_and_be_overtaken)
+    write_folder(tmp_path, write, OWNED)
+    assert removing
+    assert read(tmp_path) == whole(2)
+    assert_tidy(tmp_path)
 
 
 @needs_signals

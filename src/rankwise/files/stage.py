@@ -108,6 +108,8 @@ class Stage:
 
     def __exit__(self, *error: object) -> None:
         if self._lock is not None:
+            if not self.entangled:
+                self._leave_its_name()
             unlock(self._lock)  # first: an open file can't be removed on NFS and Windows
             self._lock = None
         if not self.entangled:
@@ -116,6 +118,13 @@ class Stage:
                 if self.old.exists():
                     shutil.rmtree(self.old)
                 shutil.rmtree(self.path, ignore_errors=True)
+
+    def _leave_its_name(self) -> None:
+        """Rename the stage, while it is locked, so that whoever is just making it takes it for gone."""
+        name = f"{self.path.name.rpartition('-')[0]}-{secrets.token_hex(4)}"
+        with suppress(OSError):  # on Windows, where a folder with an open file keeps its name
+            os.rename(self.path, self.folder / name)
+            self._at(self.folder / name)
 
     def share_files(self) -> None:
         """Give the new files the permissions of any new file: safetensors makes files for their owner only."""
