@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import rankwise as rw
@@ -230,7 +231,33 @@ def test_more_narrow_ranks_than_the_target_are_no_unfinished_pruning(tmp_path: P
     assert report.total_rank > (report.target or 0)
     assert report.notes == []
     average = sum(layer.rank * width for layer, width in zip(report.layers, (8, 64), strict=True)) / (8 + 64)
-    assert report.layers[0].scale == pytest.approx(8 / average), "what is stored, times the open gates"
+    assert report.layers[0].scale == pytest.approx(8 / average, rel=1e-5), (
+        "what is stored, times the open gates"
+    )
+    assert report.scale == report.layers[0].scale
+
+
+def test_a_frozen_layer_is_told_with_the_scale_that_it_was_frozen_at(tmp_path: Path) -> None:
+    fields = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 4, "lora_alpha": 8}
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model = rw.get_peft_model(layers, rw.AdaLoraConfig(**fields, target_modules=["0", "1"]))
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    for step in range(4):
+        model(torch.randn(3, 8, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "own")
+    report = inspect_adapter(tmp_path / "own")
+    scales = [layer.scale for layer in report.layers]
+    inputs = torch.randn(3, 8)
+    tensors = load_file(tmp_path / "own" / "adapter_model.safetensors")
+    for name, scale in zip(("0", "1"), scales, strict=True):
+        module = model.get_submodule(name)
+        A, B = (tensors[f"base_model.model.{name}.lora_{factor}"] for factor in "AB")
+        base = torch.nn.functional.linear(inputs, module.weight, module.bias)
+        assert torch.allclose(module(inputs), base + scale * inputs @ A.T @ B.T, atol=1e-4)
+    assert scales[1] == pytest.approx(8 / 6, rel=1e-5) and report.scale is None
 
 
 def test_rankwises_own_adapter_with_its_history(own: Path) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,16 @@ def read_tensor_header(path: Path) -> dict[str, TensorInfo]:
             name: TensorInfo(tuple(each.get_shape()), _DTYPES.get(dtypes[name], dtypes[name].lower()))
             for name, each in slices.items()
         }
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """A few tensors of a safetensors file, on the CPU; the others are not read, and no checksum is compared.
+
+    Raises:
+        ValueError: it is empty, cut off, or not such a file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in names}
 
 
 def read_tensor_file(path: Path) -> dict[str, Tensor]:

@@ -126,8 +126,8 @@ class AdapterReport:
 
     @property
     def scale(self) -> float | None:
-        """The scale that all layers share; None if they differ or there are none."""
-        scales = {layer.scale for layer in self.layers}
+        """The scale that all layers with a rank share; None if they differ or there are none."""
+        scales = {layer.scale for layer in self.layers if layer.rank}
         return scales.pop() if len(scales) == 1 else None
 
     def summary(self) -> RankSummary:

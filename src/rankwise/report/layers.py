@@ -1,17 +1,17 @@
-"""The layers of an adapter as its header and its configuration tell them."""
+"""The layers of an adapter as its header, its configuration and its gates tell them."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise.adapters import factor_name
 from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME
+from rankwise.files.tensors import read_tensors
 from rankwise.method.scale import adalora_scale, lora_scale
 from rankwise.run.triplets import block_names
 from rankwise.storage import PREFIX, WEIGHTS_NAME, AdapterHeader
@@ -49,10 +49,10 @@ def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -
     config, contents = header.config, header.contents
     kept = _kept(folder, config)
     check_pattern_names(str(folder / WEIGHTS_NAME), kept, contents.factors)
+    gates = _gates(folder, header)
     layers = []
     targets = [name for name in config.get("target_parameters") or () if isinstance(name, str)]
     parameters = unnested_paths(contents.factors, named_by_targets(targets)) if targets else {}
-    widths: dict[str, int] = {}
     for path, factors in contents.factors.items():
         rank = (
             _kept_rank(folder, path, header.ranks[path], kept[path]) if path in kept else header.ranks[path]
@@ -60,24 +60,31 @@ def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -
         kind = "conv" if len(factors["A"].shape) > 2 else contents.kinds[path].called.lower()
         named = parameters.get(path, path)
         first = _first_rank(folder, config, named, kept)
+        scale = _scale(folder, config, named, first, gates.get(path, 1.0))
         size = sum(tensor.size for tensor in factors.values()) + added.get(path, 0)
-        width = math.prod(factors["A"].shape[1:]) + factors["B"].shape[0]
         ranks = _of_each_matrix(config, targets, named, rank, first, kept.get(path))
         if ranks is None:
-            layers.append(
-                InspectedLayer(named, kind, rank, first, _scale(folder, config, named, first), size)
-            )
-            widths[named] = width
+            layers.append(InspectedLayer(named, kind, rank, first, scale, size))
             continue
         first = config["init_r"] if path in kept else first
         for name, own in zip(block_names(named, len(ranks)), ranks, strict=True):
-            part, scale = size * own // max(rank, 1), _scale(folder, config, named, first)
+            part = size * own // max(rank, 1)
             layers.append(InspectedLayer(name, "parameter", own, first, scale, part))
-            widths[name] = width
-    if config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "principal":
-        scale = _scale_at_average(config, layers, widths)
-        return [dataclasses.replace(layer, scale=scale) for layer in layers]
     return layers
+
+
+def _gates(folder: Path, header: AdapterHeader) -> dict[str, float]:
+    """What E multiplies the triplets of each layer by, by path, where it is one number: it holds the scale there."""
+    config = header.config
+    if config["peft_type"] != "ADALORA" or config.get("init_lora_weights") != "principal":
+        return {}
+    found = {name: factor_name(name.removeprefix(PREFIX)) for name in header.tensors}
+    paths = {name: each.path for name, each in found.items() if each is not None and each.factor == "E"}
+    tensors = read_tensors(folder / WEIGHTS_NAME, paths)
+    # Triplets that were cut, where they are still there, have an E of 0.
+    return {
+        path: float(tensors[name].abs().max()) if len(tensors[name]) else 0.0 for name, path in paths.items()
+    }
 
 
 def _of_each_matrix(
@@ -139,15 +146,7 @@ def _pattern(folder: Path, config: Mapping[str, Any], name: str, path: str, defa
     return value
 
 
-def _scale_at_average(
-    config: Mapping[str, Any], layers: Iterable[InspectedLayer], widths: Mapping[str, int]
-) -> float:
-    """With its open gates, of a run that cuts principal directions: by the average rank of now."""
-    average = sum(layer.rank * widths[layer.path] for layer in layers) / max(1, sum(widths.values()))
-    return lora_scale(config["lora_alpha"], average or 1.0, bool(config.get("use_rslora")))
-
-
-def _scale(folder: Path, config: Mapping[str, Any], path: str, first: int) -> float:
+def _scale(folder: Path, config: Mapping[str, Any], path: str, first: int, gate: float) -> float:
     """What the update B A is multiplied by; PEFT's AdaLoRA knows neither ``alpha_pattern`` nor ``use_rslora``.
 
     Args:
@@ -155,10 +154,11 @@ def _scale(folder: Path, config: Mapping[str, Any], path: str, first: int) -> fl
         config: the adapter's.
         path: the layer's.
         first: its rank at the start.
+        gate: of its triplets that act.
     """
     if config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "gated":  # with its open gates
         return lora_scale(config["lora_alpha"], config["target_r"], bool(config.get("use_rslora")))
     if config["peft_type"] == "ADALORA":
-        return adalora_scale(config["lora_alpha"], config["init_r"])
+        return adalora_scale(config["lora_alpha"], config["init_r"]) * gate
     alpha = _pattern(folder, config, "alpha_pattern", path, config["lora_alpha"])
     return lora_scale(alpha, first, bool(config.get("use_rslora"))) if first else 0.0

@@ -110,7 +110,7 @@ def _rank_line(report: AdapterReport) -> str:
 def _scale_line(report: AdapterReport) -> str:
     if report.scale is not None:
         return f"{report.scale:.4g} (lora_alpha {report.lora_alpha:g})"
-    scales = [layer.scale for layer in report.layers]
+    scales = [layer.scale for layer in report.layers if layer.rank]
     if not scales:
         return f"none (lora_alpha {report.lora_alpha:g})"
     return (
