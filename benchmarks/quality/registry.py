@@ -15,7 +15,11 @@ from tasks import Sources, Task
 TASKS: dict[str, Callable[[str, Sources], Task]] = {
     "movie-sentiment": sentences.make,
     "movie-rating": sentences.make,
-    "news-topic": sentences.make,  # no choice was made by this one: it is only reported
+    "movie-rating-long": sentences.make,
+    "tweet-rating": sentences.make,
+    "product-rating": sentences.make,
+    "editorial-rating": sentences.make,
+    "news-topic": sentences.make,
     "review-language": language.make,
     "speech": speech.make,
     "names": names.make,
@@ -26,6 +30,10 @@ TASKS: dict[str, Callable[[str, Sources], Task]] = {
 NEEDS = {
     "movie-sentiment": "reviews",
     "movie-rating": "reviews",
+    "movie-rating-long": "reviews",
+    "tweet-rating": "snippets",
+    "product-rating": "snippets",
+    "editorial-rating": "snippets",
     "review-language": "reviews",
     "speech": "speech",
     "pairs": "reviews",

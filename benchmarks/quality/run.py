@@ -142,6 +142,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reviews", type=Path, help="CSV file with the columns text and rating")
+    parser.add_argument("--snippets", type=Path, help="folder with VADER's *_GroundTruth.txt")
     parser.add_argument("--speech", type=Path, help="table that recipes/speech/make_data.py wrote")
     parser.add_argument("--whisper", default=Sources.whisper, help="whisper-tiny.en: a name or a folder")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
@@ -153,10 +154,10 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only print the tables")
     parser.add_argument("--plot", type=Path, help="image file for the loss against the parameters")
     asked = parser.parse_args()
-    sources = Sources(asked.reviews, asked.speech, asked.whisper)
+    sources = Sources(asked.reviews, asked.snippets, asked.speech, asked.whisper)
     for name in () if asked.tables else dict.fromkeys(NEEDS[task] for task in asked.tasks if task in NEEDS):
         file = getattr(asked, name)
-        if file is None or not file.is_file():
+        if file is None or not file.exists():
             parser.error(f"--{name} must name a file that exists, not {file}")
     deadline = time.time() + 60 * asked.minutes
     os.environ.setdefault("OMP_NUM_THREADS", "1")

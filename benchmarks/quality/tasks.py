@@ -19,11 +19,13 @@ class Sources:
 
     Args:
         reviews: a CSV file of movie reviews with the columns "text" and "rating" (-4 to 4).
+        snippets: the folder with VADER's ground truth (tweets_GroundTruth.txt and others).
         speech: a table that recipes/speech/make_data.py wrote.
         whisper: whisper-tiny.en, a name on the hub or a folder.
     """
 
     reviews: Path | None = None
+    snippets: Path | None = None
     speech: Path | None = None
     whisper: str = "openai/whisper-tiny.en"
 
