@@ -20,6 +20,7 @@ MODULES = (
     "names",
     "pairs",
     "registry",
+    "report",
     "results",
     "run",
     "sentences",
@@ -39,9 +40,12 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import results
     import sentences
 
+    import report
     import run
 
-    yield SimpleNamespace(methods=methods, registry=registry, results=results, run=run, sentences=sentences)
+    yield SimpleNamespace(
+        methods=methods, registry=registry, report=report, results=results, run=run, sentences=sentences
+    )
     for name in MODULES:
         sys.modules.pop(name, None)
 
@@ -69,7 +73,7 @@ def test_the_table_has_each_method_at_its_best_rate_and_how_forgiving_it_is(qual
     found = losses(
         quality, rankwise={1e-3: [0.9], 2e-3: [0.5, 0.6, 0.7], 4e-3: [0.8]}, LoRA={1e-3: [0.4], 2e-3: [0.5]}
     )
-    lora, ours = quality.results.tables(found, 0).splitlines()[-2:]
+    lora, ours = quality.report.tables(found, 0).splitlines()[-2:]
     assert (
         ours
         == "| rankwise | 10 | 0.002 | 0.6000 ± 0.0577 (3 runs) | 0.9000 | 0.8000 | 0.5000, 0.6000, 0.7000 |"
@@ -83,7 +87,7 @@ def test_pairs_have_the_same_data_and_each_method_at_its_own_best_rate(quality: 
         rankwise={1e-3: [1.0], 2e-3: [0.8, 0.6], 4e-3: [0.9]},
         LoRA={1e-3: [1.2, 0.1], 2e-3: [1.0, 1.0], 4e-3: [1.1]},
     )
-    differences, said = quality.results.against(found, "rankwise", "LoRA", 0)
+    differences, said = quality.report.against(found, "rankwise", "LoRA", 0)
     assert differences == pytest.approx([0.2, 0.4])
     assert "lower by 30.0% on average" in said and "lower in 2 of 2 pairs" in said
 
@@ -91,7 +95,7 @@ def test_pairs_have_the_same_data_and_each_method_at_its_own_best_rate(quality: 
 def test_a_method_whose_best_rate_is_the_last_one_tried_takes_no_part(quality: Any):
     found = losses(quality, rankwise={1e-3: [0.1], 2e-3: [0.2]}, LoRA={1e-3: [1.2], 2e-3: [1.0], 4e-3: [1.1]})
     assert quality.results.best_rate(found, "task", "rankwise", 2, 0) is None
-    assert quality.results.against(found, "rankwise", "LoRA", 0)[0] == []
+    assert quality.report.against(found, "rankwise", "LoRA", 0)[0] == []
 
 
 def test_the_search_goes_on_until_the_best_rate_has_a_worse_neighbour_on_each_side(quality: Any):
@@ -135,7 +139,7 @@ def test_the_documentation_has_the_tables_of_what_has_been_run(quality: Any):
     docs = FOLDER.parent.parent / "docs"
     pages = [(docs / name).read_text(encoding="utf-8") for name in ("quality.md", "quality-results.md")]
     written = "\n".join(pages).splitlines()
-    report = quality.results.report(quality.results.read(), [0, 1, 2])
+    report = quality.report.report(quality.results.read(), [0, 1, 2])
     assert [line for line in report.splitlines() if line and line not in written] == []
 
 
@@ -150,11 +154,34 @@ def test_the_summary_tells_how_much_of_what_four_times_the_rank_would_bring_come
         return edges | best
 
     found = tuned("PEFT LoRA", 1, [0.9, 1.1]) | tuned("rankwise", 1, [0.7]) | tuned("PEFT EVA", 1, [0.8])
-    assert quality.results.summary(found, 0).endswith("| 0.8000 (1 run), EVA | 0.7000 (1 run) | - | - |")
-    scarce = quality.results.summary(found | tuned("PEFT LoRA", 4, [0.4]), 0)
+    assert quality.report.summary(found, 0).endswith("| 0.8000 (1 run), EVA | 0.7000 (1 run) | - | - |")
+    scarce = quality.report.summary(found | tuned("PEFT LoRA", 4, [0.4]), 0)
     assert scarce.splitlines()[-1].endswith("| 0.7000 (1 run) | 0.4000 (1 run) | 50% |")
-    plentiful = quality.results.summary(found | tuned("PEFT LoRA", 4, [0.97]), 0)
+    plentiful = quality.report.summary(found | tuned("PEFT LoRA", 4, [0.97]), 0)
     assert plentiful.splitlines()[-1].endswith("| 0.9700 (1 run) | - |")
+
+
+def test_what_a_method_saves_is_the_least_rank_at_which_it_is_level_with_loras_largest(quality: Any):
+    def tuned(method: str, rank: float, losses: list[float]) -> dict[Any, dict[str, Any]]:
+        run = quality.results.Run
+        at = {1e-3: [losses[0] + 0.2], 2e-3: losses, 4e-3: [losses[0] + 0.4]}
+        return {
+            run("task", method, rank, rate, seed): {"loss": loss, "parameters": 1, "seconds": 1.0}
+            for rate, found in at.items()
+            for seed, loss in enumerate(found)
+        }
+
+    found = tuned("PEFT LoRA", 2, [1.0, 1.02]) | tuned("PEFT LoRA", 8, [0.5, 0.52])
+    found |= tuned("rankwise", 1, [0.9, 0.92]) | tuned("rankwise", 2, [0.51, 0.53])
+    assert quality.report.fewest(found, 0).endswith("| task | 8 | 0.5100 ± 0.0100 (2 runs) | 2 | 8 |")
+    behind = found | tuned("rankwise", 2, [0.6, 0.62])
+    assert quality.report.fewest(behind, 0).endswith("| none up to 2 | 8 |")
+    both = tuned("PEFT LoRA", 2, [1.0, 1.02]) | tuned("rankwise", 2, [0.5, 0.53])
+    said = (
+        "a median of 40% at half of it (LoRA's by 20%), and 80% at double of it (LoRA's by 40%), in 1 cells"
+    )
+    assert quality.report.forgiving(both, 0).endswith(said)
+    assert "tuned in no cell yet" in quality.report.forgiving({}, 0)
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ import statistics
 from pathlib import Path
 
 import results as saved
-from results import LORA, OURS, Results
+from results import Results
+
+from report import LORA, OURS
 
 _ABREAST = 3  # plots side by side
 _LOOKS = {

@@ -1,8 +1,9 @@
-"""Is the model better for the same number of parameters? LoRA, rsLoRA, EVA and AdaLoRA against rankwise.
+r"""Is the model better for the same number of parameters? LoRA, rsLoRA, EVA and AdaLoRA against rankwise.
 
     VOICES="en-us+whisper en-gb-scotland+croak en-us+f5 en-029+m7"
     python recipes/speech/make_data.py speech --clips 800 --voice $VOICES
-    python benchmarks/quality/run.py --reviews movie-reviews.csv --speech speech/manifest.csv
+    python benchmarks/quality/run.py --reviews movie-reviews.csv --snippets hutto_ICWSM_2014 \
+        --speech speech/manifest.csv
     python benchmarks/quality/run.py --tables
 
 The second command makes all runs that are missing, then prints the tables; every finished run is a line in
@@ -28,6 +29,8 @@ from typing import Any
 import results as saved
 from results import START, Results, Run
 from tasks import Sources
+
+from report import report
 
 WHOLE_RANKS = ("PEFT rsLoRA", "PEFT AdaLoRA", "rankwise, the paper's form")
 
@@ -169,7 +172,7 @@ def main() -> None:
         if left := make(missing, sources, asked.workers, deadline):
             print(f"{left} runs are left: give the command again.")
             break
-    print(saved.report(saved.read(), asked.seeds))
+    print(report(saved.read(), asked.seeds))
     if asked.plot:
         from plot import draw
 
