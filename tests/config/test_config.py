@@ -505,6 +505,24 @@ def test_folder_without_a_configuration_is_named(tmp_path: Path) -> None:
         LoraConfig.from_pretrained(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("inference_mode", [False, True])
+@pytest.mark.parametrize("left_out", ["tinit", "tfinal", "deltaT"])
+def test_what_a_file_leaves_out_of_the_schedule_is_read_as_it_is_written(
+    left_out: str, inference_mode: bool
+) -> None:
+    data = {
+        "peft_type": "ADALORA",
+        "init_r": 4,
+        "target_r": 2,
+        "total_step": 100,
+        "inference_mode": inference_mode,
+    }
+    data |= {"tinit": 10, "tfinal": 20, "deltaT": 2}
+    del data[left_out]
+    config = LoraConfig.from_dict(data)
+    assert LoraConfig.from_dict(config.to_dict()) == config
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

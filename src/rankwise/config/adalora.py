@@ -29,8 +29,8 @@ class AdaLoraConfig(LoraConfig):
     """An AdaLoRA adapter: ranks start at ``init_r`` and end at ``target_r`` on average, where they help.
 
     Args:
-        init_r: rank of every layer at the start, at least 1. None: with "principal" twice ``target_r``, or up to eight
-            times where that is no more than 8; else 12.
+        init_r: rank of every layer at the start, at least 1. None: with "principal" 8, or twice ``target_r``
+            from 4 up, and four times it below 1; else 12.
         target_r: average rank in the end, greater than 0 and at most ``init_r``; below 1, such as 0.25, some layers
             end without any. Equal ranks mean that nothing is pruned.
         tinit: warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: 2 % of the run with
@@ -195,20 +195,24 @@ class AdaLoraConfig(LoraConfig):
             values["deltaT"] = check_whole("deltaT", self.deltaT, least=None if self.inference_mode else 1)
         if self.total_step is not None:
             values["total_step"] = check_whole("total_step", self.total_step, least=None)
-        if not self.inference_mode:
+        if self.inference_mode:
+            with contextlib.suppress(ValueError):  # nothing will be trained: the schedule may be anything
+                self._fill_in_phases()
+        else:
             self._check_phases()
+
+    def _fill_in_phases(self) -> None:
+        schedule = self.resolved_schedule()
+        for name in ("tinit", "tfinal", "deltaT"):
+            if _left_out(self.__dict__[name]):
+                self.__dict__[name] = Default(getattr(schedule, name))  # goes on following the other fields
 
     def _check_phases(self) -> None:
         for name in ("tinit", "tfinal"):
             if not _left_out(self.__dict__[name]):
                 check_length(name, self.__dict__[name])
         if self.total_step is not None:
-            schedule = self.resolved_schedule()
-            for name in ("tinit", "tfinal", "deltaT"):
-                if _left_out(self.__dict__[name]):
-                    self.__dict__[name] = Default(
-                        getattr(schedule, name)
-                    )  # goes on following the other fields
+            self._fill_in_phases()
         elif self._in_fractions() and self.tinit + self.tfinal >= 1:  # type: ignore[operator]
             raise ValueError(
                 f"The schedule leaves no step for pruning: tinit={self.tinit} and tfinal={self.tfinal} are "
