@@ -6,7 +6,7 @@ r"""Is the model better for the same number of parameters? LoRA, rsLoRA, EVA and
         --speech speech/manifest.csv
     python benchmarks/quality/run.py --tables
 
-The second command makes all runs that are missing, then prints the tables; every finished run is a line in
+The third command makes all runs that are missing, then prints the tables; every finished run is a line in
 results.jsonl, so that it can be stopped and given again. All methods get the same data in the same order, batch,
 schedule (linear decay after a warm-up of 5 %), clipping (1.0), number of steps, and number of trained parameters in
 the end. Each method is tuned: on the first seed its learning rate goes up and down by factors of two until the best one
