@@ -128,6 +128,14 @@ def test_the_tables_of_what_has_been_run_need_no_data():
     assert "| method | parameters | best rate |" in told.stdout
 
 
+@pytest.mark.parametrize("script", ["run", "choices", "plans"])
+def test_each_command_of_the_page_starts(script: str):
+    told = subprocess.run(
+        [sys.executable, str(FOLDER / f"{script}.py"), "--help"], capture_output=True, text=True
+    )
+    assert told.returncode == 0 and "usage" in told.stdout, told.stderr
+
+
 def test_a_missing_source_is_named():
     told = subprocess.run(
         [sys.executable, str(FOLDER / "run.py"), "--reviews", "nothing.csv"], capture_output=True, text=True

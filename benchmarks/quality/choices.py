@@ -11,8 +11,9 @@ import argparse
 import statistics
 from pathlib import Path
 
-from results import with_error
 from tasks import Sources
+
+from report import with_error
 
 
 def setting(text: str) -> tuple[str, int | float]:
