@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from sentences import FEWER, LINEAR, minilm
-from tasks import Batch, Sources, Task, shuffled
+from tasks import Batch, Sources, Task, repeated
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,9 +48,7 @@ def make(name: str, sources: Sources) -> Task:
         return model
 
     def batches(seed: int) -> Iterator[Batch]:
-        order: list[int] = []
-        while len(order) < _STEPS * _SIZE:
-            order += shuffled(len(told), 1000 * seed + len(order))
+        order = repeated(len(told), _STEPS * _SIZE, lambda done: 1000 * seed + done)
         for start in range(0, _STEPS * _SIZE, _SIZE):
             yield batch([told[place] for place in order[start : start + _SIZE]])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from sentences import read_reviews
-from tasks import Batch, Sources, Task, shuffled
+from tasks import Batch, Sources, Task, repeated
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,9 +87,7 @@ def make(name: str, sources: Sources) -> Task:
         return model
 
     def batches(seed: int) -> Iterator[Batch]:
-        order: list[int] = []
-        while len(order) < steps * _SIZE:
-            order += shuffled(count, 1000 * seed + len(order))
+        order = repeated(count, steps * _SIZE, lambda done: 1000 * seed + done)
         draw = torch.Generator().manual_seed(seed)
         for start in range(0, steps * _SIZE, _SIZE):
             told = torch.randint(0, 4, (_SIZE,), generator=draw)

@@ -159,9 +159,9 @@ def main() -> None:
     asked = parser.parse_args()
     sources = Sources(asked.reviews, asked.snippets, asked.speech, asked.whisper)
     for name in () if asked.tables else dict.fromkeys(NEEDS[task] for task in asked.tasks if task in NEEDS):
-        file = getattr(asked, name)
-        if file is None or not file.exists():
-            parser.error(f"--{name} must name a file that exists, not {file}")
+        place, kind = getattr(asked, name), "folder" if name == "snippets" else "file"
+        if place is None or not (place.is_dir() if kind == "folder" else place.is_file()):
+            parser.error(f"--{name} must name a {kind} that exists, not {place}")
     deadline = time.time() + 60 * asked.minutes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     while not asked.tables:

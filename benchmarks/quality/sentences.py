@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from tasks import Batch, Sources, Task, shuffled
+from tasks import Batch, Sources, Task, repeated, shuffled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -105,10 +105,8 @@ def make(name: str, sources: Sources) -> Task:
         return model
 
     def batches(seed: int) -> Iterator[Batch]:
-        order: list[int] = []
-        while len(order) < steps * _SIZE:
-            again = 1000 * len(order)
-            order += [_HELD_OUT + place for place in shuffled(len(rows) - _HELD_OUT, seed + again)]
+        places = repeated(len(rows) - _HELD_OUT, steps * _SIZE, lambda done: seed + 1000 * done)
+        order = [_HELD_OUT + place for place in places]
         for start in range(0, steps * _SIZE, _POOL * _SIZE):
             pool = by_length(order[start : start + _POOL * _SIZE])
             for number in shuffled(_POOL, seed + start):

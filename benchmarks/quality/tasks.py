@@ -63,6 +63,20 @@ def shuffled(count: int, seed: int) -> list[int]:
     return order
 
 
+def repeated(count: int, wanted: int, seed_after: Callable[[int], int]) -> list[int]:
+    """The numbers below ``count``, all of them in a new order again and again, until there are ``wanted`` or more.
+
+    Args:
+        count: how many numbers.
+        wanted: how long the list is at least.
+        seed_after: the seed of the next order, by how many numbers there are already.
+    """
+    order: list[int] = []
+    while len(order) < wanted:
+        order += shuffled(count, seed_after(len(order)))
+    return order
+
+
 def evaluated(task: Task, model: Any) -> dict[str, float]:
     """`Task.evaluate` in evaluation mode, without gradients."""
     model.eval()

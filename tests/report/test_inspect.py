@@ -19,7 +19,7 @@ from torch import nn
 
 import rankwise as rw
 from expert_world import EXPERTS, tiny_moe
-from rankwise.report.inspect import inspect_adapter
+from rankwise.report.inspect import AdapterReport, inspect_adapter
 from rankwise.report.show import render_terminal, save_heatmap
 from rankwise.run.history import RankHistory
 from tiny import bert, llama, token_batches
@@ -215,19 +215,28 @@ def own(tmp_path: Path) -> Path:
     return tmp_path / "own"
 
 
-def test_more_narrow_ranks_than_the_target_are_no_unfinished_pruning(tmp_path: Path) -> None:
-    """The budget counts parameters: 17 narrow ranks may cost what 16 of average size do."""
-    fields = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 4, "lora_alpha": 8}
-    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 60))
-    model = rw.get_peft_model(layers, rw.AdaLoraConfig(**fields, target_modules=["0", "1"]))
-    # The wide layer does not train, so its gates are worth nothing.
-    optimizer = torch.optim.SGD([model[0].lora_B["default"], model[0].lora_A["default"]], lr=0.1)
+IN_FOUR_STEPS = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 4, "lora_alpha": 8}
+
+
+def report_after_four_steps(
+    model: Any, optimizer: torch.optim.Optimizer, shape: torch.Size, folder: Path
+) -> AdapterReport:
+    """Train on noise of this shape, save, and inspect."""
     for step in range(4):
-        model(torch.randn(3, 4, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        model(torch.randn(shape, generator=torch.Generator().manual_seed(step))).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(tmp_path / "own")
-    report = inspect_adapter(tmp_path / "own")
+    model.save_pretrained(folder)
+    return inspect_adapter(folder)
+
+
+def test_more_narrow_ranks_than_the_target_are_no_unfinished_pruning(tmp_path: Path) -> None:
+    """The budget counts parameters: 17 narrow ranks may cost what 16 of average size do."""
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 60))
+    model = rw.get_peft_model(layers, rw.AdaLoraConfig(**IN_FOUR_STEPS, target_modules=["0", "1"]))
+    # The wide layer does not train, so its gates are worth nothing.
+    optimizer = torch.optim.SGD([model[0].lora_B["default"], model[0].lora_A["default"]], lr=0.1)
+    report = report_after_four_steps(model, optimizer, torch.Size([3, 4]), tmp_path / "own")
     assert report.total_rank > (report.target or 0)
     assert report.notes == []
     average = sum(layer.rank * width for layer, width in zip(report.layers, (8, 64), strict=True)) / (8 + 64)
@@ -238,17 +247,11 @@ def test_more_narrow_ranks_than_the_target_are_no_unfinished_pruning(tmp_path: P
 
 
 def test_a_frozen_layer_is_told_with_the_scale_that_it_was_frozen_at(tmp_path: Path) -> None:
-    fields = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 4, "lora_alpha": 8}
     layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-    model = rw.get_peft_model(layers, rw.AdaLoraConfig(**fields, target_modules=["0", "1"]))
+    model = rw.get_peft_model(layers, rw.AdaLoraConfig(**IN_FOUR_STEPS, target_modules=["0", "1"]))
     model[1].requires_grad_(False)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.1)
-    for step in range(4):
-        model(torch.randn(3, 8, generator=torch.Generator().manual_seed(step))).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(tmp_path / "own")
-    report = inspect_adapter(tmp_path / "own")
+    report = report_after_four_steps(model, optimizer, torch.Size([3, 8]), tmp_path / "own")
     scales = [layer.scale for layer in report.layers]
     inputs = torch.randn(3, 8)
     tensors = load_file(tmp_path / "own" / "adapter_model.safetensors")
