@@ -34,7 +34,8 @@ def draw(found: Results, seed: int, file: Path) -> None:
         if {LORA, OURS} <= set(own) and any(len(p) > 1 for p in own.values())
     ]
     rows = math.ceil(len(shown) / _ABREAST)
-    figure, axes = plt.subplots(rows, _ABREAST, figsize=(4 * _ABREAST, 3.2 * rows), squeeze=False)
+    size = (4 * _ABREAST, 3.2 * rows)
+    figure, axes = plt.subplots(rows, _ABREAST, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(shown) :]:
         axis.remove()
     for task, axis in zip(shown, axes.flat):  # noqa: B905 - there may be more places than tasks
@@ -44,8 +45,12 @@ def draw(found: Results, seed: int, file: Path) -> None:
         axis.set(title=task, xscale="log", xlabel="trained parameters", ylabel="held-out loss")
         axis.xaxis.set_minor_formatter(NullFormatter())  # else they overlap
         axis.grid(alpha=0.3)
-    axes.flat[len(shown) - 1].legend()
-    figure.tight_layout()
+    handles = {
+        label: handle
+        for axis in figure.axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
     figure.savefig(file, dpi=110)
 
 
