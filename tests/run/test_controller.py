@@ -34,13 +34,14 @@ def factors(model: Any, key: str) -> list[nn.Parameter]:
 
 
 class ByHand:
-    """Choices of the run in plain loops: the paper's from its equations 6 to 11, ours from whole updates."""
+    """Choices of the run in plain loops: the paper's from its equations 6 to 11, ours from updates and gradients."""
 
     def __init__(self, paper: bool) -> None:
         self.paper = paper
         self.averages: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self.kept = [[True] * 4, [True] * 4]
         self.strengths: list[Tensor] = []
+        self.norms = [0.0, 0.0]  # summed over the steps
 
     def score(self, model: Any, gradients: dict[tuple[str, int], Tensor]) -> None:
         for (key, layer), gradient in gradients.items():
@@ -52,13 +53,23 @@ class ByHand:
                 BETA2 * before[1] + (1 - BETA2) * (importance - mean).abs(),
             )
 
+    def measure(self, gradients: dict[tuple[str, int], Tensor]) -> None:
+        for layer in (0, 1):
+            acting = sum(self.kept[layer])
+            columns = [float(column.norm()) for column in gradients["B", layer].T]
+            if acting:
+                self.norms[layer] += math.sqrt(sum(norm**2 for norm in columns) / acting)
+
     def look(self, model: Any) -> None:
-        self.strengths = [torch.linalg.svdvals(model[place].delta_weight("default")) for place in (0, 2)]
+        self.strengths = [
+            torch.linalg.svdvals(model[place].delta_weight("default").detach()) for place in (0, 2)
+        ]
 
     def triplet(self, layer: int, number: int) -> float:
         if not self.paper:
             strengths = self.strengths[layer]
-            return float(strengths[number] ** 2 if number < len(strengths) else 0) / sum(WIDTHS[layer])
+            strength = float(strengths[number]) if number < len(strengths) else 0.0
+            return math.sqrt(strength * self.norms[layer]) / sum(WIDTHS[layer])
         products = {key: s * u for (key, place), (s, u) in self.averages.items() if place == layer}
         return float(
             products["A"][number].mean() + products["E"][number, 0] + products["B"][:, number].mean()
@@ -70,10 +81,10 @@ class ByHand:
         left = budget if self.paper else budget * sum(4 * sum(widths) for widths in WIDTHS) // 8
         self.kept = [[False] * 4, [False] * 4]
         for layer, number in sorted(places, key=lambda place: -self.triplet(*place)):
-            left -= 1 if self.paper else sum(WIDTHS[layer])
-            if left < 0:
-                break
-            self.kept[layer][number] = True
+            cost = 1 if self.paper else sum(WIDTHS[layer])
+            if cost <= left:
+                left -= cost
+                self.kept[layer][number] = True
 
 
 @pytest.mark.parametrize("start", ["principal", True, False])
@@ -96,6 +107,8 @@ def test_a_run_scores_allocates_and_fixes_as_by_hand(start: str | bool) -> None:
         optimizer.zero_grad()
         if hand.paper and step <= schedule.last_allocation:
             hand.score(model, gradients)
+        elif not hand.paper:
+            hand.measure(gradients)
         if schedule.allocates(step):
             hand.choose(schedule.budget(step, 8, 4))
             closed = [(E == 0).flatten().tolist() for E in factors(model, "E")]

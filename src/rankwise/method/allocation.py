@@ -12,7 +12,7 @@ def allocate(
     """Keep the ``budget`` triplets with the highest scores (Zhang et al., 2023, equation 6).
 
     The budget is met exactly: equal scores are taken in the order given, and NaN counts as the lowest score. With
-    ``costs`` triplets are kept, best first, as long as all that are kept cost no more than the budget.
+    ``costs`` each is kept, best first, if with it all that are kept cost no more than the budget.
 
     Args:
         scores: one score per triplet over all layers, (triplets,), floating point.
@@ -46,4 +46,11 @@ def allocate(
     if costs is None:
         kept[best[:budget]] = True
         return kept
-    return kept.index_copy_(0, best, costs[best].cumsum(0) <= budget)
+    ordered = costs[best]
+    taken = torch.zeros_like(kept)
+    # A round ends at what costs more than it has left, so after each of them another cost is out of the question.
+    for _ in range(len(costs.unique())):
+        left = budget - (ordered * taken).sum()
+        fits = ~taken & (ordered <= left)
+        taken |= fits & ((ordered * fits).cumsum(0) <= left)
+    return kept.index_copy_(0, best, taken)

@@ -82,6 +82,41 @@ def gather(tensors: Sequence[Any]) -> list[Tensor]:
     return whole
 
 
+def squared_norms(tensors: Sequence[Any], blocks: Sequence[int], device: torch.device) -> Tensor:
+    """The squared norm of every block of columns, (blocks of all,), float32: 0 for what is None.
+
+    All processes must call it together. What is sharded by rows takes one exchange of these numbers.
+
+    Args:
+        tensors: (rows, columns), or None.
+        blocks: how many blocks the columns of each consist of.
+        device: where the result is.
+    """
+    found = [torch.zeros(count, device=device) for count in blocks]
+    whole = [n for n, tensor in enumerate(tensors) if tensor is not None and blocks[n] == 1]
+    if whole:
+        norms = torch._foreach_norm([local(tensors[n]) for n in whole])
+        for n, norm in zip(whole, norms, strict=True):
+            found[n] = norm.to(device, torch.float32).square().view(1)
+    for n, tensor in enumerate(tensors):
+        if tensor is not None and blocks[n] > 1:
+            of_columns = local(tensor).float().square().sum(0)
+            found[n] = of_columns.view(blocks[n], -1).sum(1).to(device)
+    together: dict[Any, list[int]] = {}
+    for n, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            for dimension, placement in enumerate(tensor.placements):
+                if not placement.is_replicate():
+                    together.setdefault(tensor.device_mesh.get_group(dimension), []).append(n)
+    for group, places in together.items():
+        # The parameters may be offloaded to the CPU.
+        sums = torch.cat([found[n] for n in places]).to(tensors[places[0]].device_mesh.device_type)
+        torch.distributed.all_reduce(sums, group=group)
+        for n, part in zip(places, sums.to(device).split([blocks[n] for n in places]), strict=True):
+            found[n] = part
+    return torch.cat(found)
+
+
 def _sharded_by_rows(tensor: Any) -> int | None:
     """The mesh dimension over which a DTensor's rows are shared out; None if it is laid out another way."""
     from torch.distributed.tensor import Shard

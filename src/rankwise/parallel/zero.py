@@ -204,11 +204,14 @@ class ZeroParts:
             if master is not None:
                 yield Piece(number, start, master, master)
 
+    def summed(self, values: Tensor) -> Tensor:
+        """``values`` summed over all processes, in place; all call it together."""
+        torch.distributed.all_reduce(values, group=self._group)
+        return values
+
     def any(self, here: bool) -> bool:
         """Whether something is so in any process; all call it together."""
-        flag = torch.tensor(int(here), device=self.parameters[0].device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+        return bool(self.summed(torch.tensor(int(here), device=self.parameters[0].device)))
 
     def remembered(self, optimizer: torch.optim.Optimizer, name: str) -> Iterator[Piece]:
         """This process's pieces of what ``optimizer`` remembers as ``name``, in the place of gradients."""

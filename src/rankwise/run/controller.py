@@ -17,16 +17,20 @@ from rankwise.config import AdaLoraConfig
 from rankwise.method.allocation import allocate
 from rankwise.method.penalty import in_blocks, orthogonality_penalty
 from rankwise.method.schedule import BudgetSchedule, Phase
+from rankwise.method.worth import worth
 from rankwise.parallel.sharded import gather
+from rankwise.run.gradient_norms import GradientNorms
 from rankwise.run.history import RankHistory
 from rankwise.run.hooks import Closure, listen, stop_listening
 from rankwise.run.optimizers import Optimizers
 from rankwise.run.penalty import AddedPenalty
-from rankwise.run.scoring import Scoring, Watch
+from rankwise.run.scoring import Scoring
 from rankwise.run.state import AllocationState, RunState, RunWeights
 from rankwise.run.told import Told
 from rankwise.run.triplets import Triplets
 from rankwise.run.turning import Turned, mean_squares
+
+_UNUSED = 1  # numbers in the averages of a run that prunes nothing: some file formats take two empty tensors for one
 
 
 class Controller:
@@ -61,10 +65,10 @@ class Controller:
         self._optimizers = Optimizers(self.triplets, self._tell)
         self._heard = False  # an optimizer's steps are heard of, so that scores need no call by hand
         importance = config.form.importance(self.triplets.layout)
-        self._watch = Watch(self.triplets, self._tell)
+        self._watch: Scoring | GradientNorms = GradientNorms(self.triplets, self._tell)
         if importance is not None:
             self._watch = Scoring(self.triplets, importance, (config.beta1, config.beta2), self._tell)
-        self.triplets.register_buffers(self._watch.entries if self.prunes else Watch.entries)
+        self.triplets.register_buffers(self._watch.entries if self.prunes else _UNUSED)
         if any(adapter in layer.kept for layer in layers.values()):  # chosen before it was loaded
             self.triplets.mask.copy_(self.triplets.acting())
             self._fix()
@@ -276,7 +280,7 @@ class Controller:
             turned, mask, scores = None, triplets.mask, self._watch.per_triplet()
         else:
             turned = Turned(triplets, parts)
-            mask, scores = turned.acts(), self._worth(turned.strengths().square())
+            mask, scores = turned.acts(), self._worth(turned.strengths(), self._watch)
         costs = layout.costs_on(mask.device) if form.counts_parameters else None
         if not form.grows_back:
             scores = scores.nan_to_num(nan=0.0).masked_fill(~mask, -torch.inf)
@@ -311,9 +315,10 @@ class Controller:
             same |= self.triplets.spread_layers(frozen, now.device)
         return torch.where(same, 1.0, gates / now)
 
-    def _worth(self, squares: Tensor) -> Tensor:
-        """What directions are worth for what they cost, (triplets,), by the squares of their strengths."""
-        return squares * self.triplets.open_gates().square() / self.triplets.layout.costs_on(squares.device)
+    def _worth(self, strengths: Tensor, gradients: GradientNorms) -> Tensor:
+        """What directions are worth for what they cost, (triplets,), by their strengths in B A."""
+        costs = self.triplets.layout.costs_on(strengths.device)
+        return worth(strengths * self.triplets.open_gates(), gradients.per_triplet(), costs)
 
     def _leave_out(
         self, frozen: list[bool], budget: int, scores: Tensor, costs: Tensor | None
@@ -378,10 +383,11 @@ class Controller:
         if not self.prunes:
             return [float("nan")] * len(self.triplets.names)
         if isinstance(self._watch, Scoring):
-            worth = self._watch.per_triplet() * self.triplets.mask
+            scores = self._watch.per_triplet() * self.triplets.mask
         else:
-            worth = self._worth(mean_squares(self.triplets, self._optimizers.zero_parts()))
-        return [float(part.sum()) for part in worth.cpu().split(self.triplets.layout.block_ranks)]
+            strengths = mean_squares(self.triplets, self._optimizers.zero_parts()).sqrt()
+            scores = self._worth(strengths, self._watch)
+        return [float(part.sum()) for part in scores.cpu().split(self.triplets.layout.block_ranks)]
 
     def penalty(self) -> Tensor:
         """The orthogonality penalty as it stands, a 0-dim float32 tensor, without its weight."""

@@ -43,7 +43,7 @@ class Turn(NamedTuple):
         """A state tensor of a kind, turned: of A (n r, d_in), or of B (d_out, n r), whose ``columns`` are triplets."""
         matrices, rows = self.of(kind), (state.T if columns else state)
         rows = rows.to(matrices)
-        turned = (matrices @ rows.reshape(*matrices.shape[:2], -1)).view(rows.shape)
+        turned = (matrices @ rows.reshape(*matrices.shape[:2], rows.shape[1])).view(rows.shape)
         return turned.T if columns else turned
 
 

@@ -19,8 +19,8 @@ BUFFERS = (*AVERAGES, "rankwise_mask", "rankwise_skipped")
 
 
 def was_left_empty(name: str, own: Tensor, saved: Tensor) -> bool:
-    """Whether ``saved`` is the buffer ``name`` of a run that scores nothing, from when those had no elements."""
-    return name in AVERAGES and own.numel() == 1 and not saved.numel()
+    """Whether ``saved`` is the buffer ``name`` of a run that scored nothing, from when those had one or no element."""
+    return name in AVERAGES and own.numel() != saved.numel() and saved.numel() <= 1
 
 
 class Triplets:

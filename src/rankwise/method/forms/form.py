@@ -57,7 +57,7 @@ class Form(ABC):
 
     @abstractmethod
     def importance(self, layout: TripletLayout) -> Importance | None:
-        """What is scored of the gradients of each step; None: nothing, and principal directions are found instead."""
+        """What is scored element by element; None: principal directions are found, and scored by `worth`."""
 
     def gates(self, init_r: int, average: Tensor, use_rslora: bool) -> Tensor | None:
         """E of the triplets that stay, a number, once layers have so many ranks on average; None: as it is."""

@@ -19,8 +19,8 @@ _ENOUGH = 8
 class PrincipalForm(Form):
     """B = 0 and A random, as in LoRA; before each cut every layer is turned into its principal directions.
 
-    Then the directions go, over all layers, whose singular value squared is least for each of their parameters: what
-    is cut is the least part of the update that a budget asks for (see `rankwise.method.principal`).
+    Then the directions go, over all layers, that are worth least for their parameters, by their singular value and by
+    the gradients that their layer has had (see `rankwise.method.principal` and `rankwise.method.worth`).
 
     E does not train. It holds the scale, one for all layers: that of LoRA at the average rank k of now,
     ``lora_alpha / k``. How far a step of Adam moves a layer goes with its scale times its ranks; so that is LoRA's on
@@ -63,7 +63,7 @@ class PrincipalForm(Form):
         E.fill_(math.sqrt(len(E)) if use_rslora else 1.0)
 
     def importance(self, layout: TripletLayout) -> Importance | None:
-        """Nothing: what a direction is worth is seen when it may be cut."""
+        """No element: what a direction is worth is seen when it may be cut."""
         return None
 
     def gates(self, init_r: int, average: Tensor, use_rslora: bool) -> Tensor:

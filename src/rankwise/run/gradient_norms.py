@@ -1,0 +1,75 @@
+"""How large the gradients of every block were so far: what its movement does for the loss."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankwise.parallel.sharded import squared_norms
+from rankwise.parallel.zero import ZeroParts
+from rankwise.run.optimizers import ORDER
+from rankwise.run.triplets import Triplets
+from rankwise.run.watch import Watch
+
+
+class GradientNorms(Watch):
+    """Sums up, for every block, the norm of its gradient in each step: the root mean square over its acting triplets.
+
+    It is the gradient of the factor that starts at 0 and carries the update: B, or A in embeddings. The sums are the
+    buffer ``sensitivity``, (blocks,). Steps with NaN or infinite gradients are left out.
+
+    Args:
+        triplets: the adapter's.
+        tell: says something to the user, once.
+    """
+
+    decisive = "lora_B"
+
+    def __init__(self, triplets: Triplets, tell: Callable[[str], None]) -> None:
+        super().__init__(triplets, tell)
+        self.entries = len(triplets.layout.block_ranks)
+        self._blocks = triplets.layout.blocks or (1,) * len(triplets.layers)
+
+    def per_triplet(self) -> Tensor:
+        """The sum of each triplet's block, (triplets,), float32; 1 everywhere while there is none."""
+        sums = self._triplets.buffer("sensitivity")
+        return self._triplets.spread(torch.where(sums.any(), sums, 1.0))
+
+    def update(self, step: int) -> None:
+        gradients = self._gradients([factor for _, factor in self._moving()])
+        if any(gradient is not None for gradient in gradients):
+            self._add(squared_norms(gradients, self._blocks, self._triplets.mask.device), step)
+
+    def update_from_parts(
+        self, parts: ZeroParts, held: frozenset[int], optimizer: Optimizer, step: int
+    ) -> None:
+        squares = torch.zeros(self.entries, device=self._triplets.mask.device)
+        firsts = list(itertools.accumulate(self._blocks, initial=0))
+        places = {number: n for n, (number, _) in enumerate(self._moving()) if number in held}
+        for piece in parts.pieces(optimizer):
+            if piece.number in places:
+                n = places[piece.number]
+                blocks, rank, first = self._blocks[n], self._triplets.layout.ranks[n], firsts[n]
+                of_elements = piece.gradient.float().square()
+                columns = (
+                    torch.arange(piece.start, piece.start + len(of_elements), device=squares.device) % rank
+                )
+                squares.index_add_(0, first + columns * blocks // rank, of_elements)
+        self._add(parts.summed(squares), step)
+
+    def _moving(self) -> list[tuple[int, nn.Parameter]]:
+        """The factor of each layer that starts at 0, and its number among DeepSpeed's parts."""
+        factors = [self._triplets.factors(key) for key in ORDER]
+        kinds = [ORDER.index(layer.starts_at_zero) for layer in self._triplets.layers.values()]
+        return [(kind * len(kinds) + n, factors[kind][n]) for n, kind in enumerate(kinds)]
+
+    def _add(self, squares: Tensor, step: int) -> None:
+        """Take in the squared norms of all blocks, (blocks,), float32."""
+        finite = squares.isfinite().all()
+        norms = (squares / self._triplets.ranks().clamp_min(1)).sqrt()
+        self._triplets.buffer("sensitivity").add_(torch.where(finite, norms, 0.0))
+        self._count(finite, step)
