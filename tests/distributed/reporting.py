@@ -43,6 +43,7 @@ def of_run(model: Any, losses: list[float]) -> dict[str, Any]:
         bits = fingerprint([*trained, *buffers])
     return {
         "losses": mean(losses),
+        "scores": model.rankwise_sensitivity.tolist(),
         "history": [record.ranks if isinstance(record.ranks, list) else list(record.ranks)
                     for record in model.rank_history.records],
         "bits": bits,

@@ -43,7 +43,7 @@ def test_nan_is_the_lowest_score_and_infinity_the_highest() -> None:
 
 @random_cases(200)
 @given(prices, st.integers(0, 80))
-def test_with_costs_the_best_stay_as_long_as_all_together_can_be_paid(
+def test_with_costs_each_stays_best_first_if_it_can_still_be_paid(
     priced: list[tuple[int, int]], budget: int
 ) -> None:
     scores, costs = (torch.tensor(column) for column in zip(*priced, strict=True))
@@ -51,10 +51,9 @@ def test_with_costs_the_best_stay_as_long_as_all_together_can_be_paid(
     best_first = sorted(range(len(priced)), key=lambda number: -priced[number][0])
     paid, expected = 0, set()
     for number in best_first:
-        paid += priced[number][1]
-        if paid > budget:
-            break
-        expected.add(number)
+        if paid + priced[number][1] <= budget:
+            paid += priced[number][1]
+            expected.add(number)
     assert set(kept.nonzero().flatten().tolist()) == expected
     assert int(costs[kept].sum()) <= budget
 

@@ -49,7 +49,11 @@ def in_one_process(**changes: Any) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return {"losses": losses, "history": [list(record.ranks) for record in model.rank_history.records]}
+    return {
+        "losses": losses,
+        "scores": model.rankwise_sensitivity.tolist(),
+        "history": [list(record.ranks) for record in model.rank_history.records],
+    }
 
 
 @pytest.mark.slow

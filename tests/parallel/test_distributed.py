@@ -97,6 +97,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model.save_pretrained(folder)
     return {
         "losses": losses,
+        "scores": model.rankwise_sensitivity.tolist(),
         "history": [list(r.ranks) for r in model.rank_history.records],
         "folder": folder,
     }
@@ -105,6 +106,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def same_run(one: dict[str, Any], many: dict[str, Any]) -> None:
     assert many["history"] == one["history"]
     assert many["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert many["scores"] == pytest.approx(one["scores"], rel=1e-3, abs=1e-6)
     assert 0 in many["history"][-1]  # the run would not show much if no layer fell to rank 0
 
 

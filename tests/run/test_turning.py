@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.run.turning import Turned, mean_squares
+from rankwise.run.turning import Turned, mean_strengths
 
 WIDTHS = (7, 9, 7)
 
@@ -184,17 +184,18 @@ def test_a_layer_that_does_not_train_keeps_its_ranks_and_is_not_turned() -> None
 
 
 @pytest.mark.parametrize("pruned", [[], [1, 2, 5]])
-def test_the_mean_square_of_strengths_needs_no_singular_values(pruned: list[int]) -> None:
+def test_the_mean_strength_needs_no_singular_values(pruned: list[int]) -> None:
     model = _model()
     triplets = model._rankwise_controller.triplets
     triplets.mask[pruned] = False
+    acts = triplets.mask.view(2, 4)
     with torch.no_grad():
         strengths = Turned(triplets, None).strengths().view(2, 4)
-        found = mean_squares(triplets, None).view(2, 4)
-    torch.testing.assert_close(found, strengths.square().mean(1, keepdim=True).expand(2, 4))
+        found = mean_strengths(triplets, None).view(2, 4)
+    means = (strengths.square().sum(1, keepdim=True) / acts.sum(1, keepdim=True)).sqrt()
+    torch.testing.assert_close(found, means * acts)
     importance = [row.importance for row in model.rank_summary().layers]
-    each = found.sqrt().sqrt() / 16
-    assert importance == pytest.approx((each * triplets.mask.view(2, 4)).sum(1).tolist())
+    assert importance == pytest.approx((found.sqrt().sum(1) / 16).tolist())
 
 
 def test_a_layer_that_is_not_finite_is_worth_nothing() -> None:
@@ -202,3 +203,18 @@ def test_a_layer_that_is_not_finite_is_worth_nothing() -> None:
     model[0].lora_B["default"].data[0, 0] = torch.nan
     first, second = (row.importance for row in model.rank_summary().layers)
     assert first == 0 and second > 0
+
+
+def test_a_layer_that_was_loaded_at_rank_0_is_turned_along_with_the_others() -> None:
+    """Its factors are empty, and with gradients (as they have in DistributedDataParallel) so are their means."""
+    model = _model(rank_pattern={"0.lora_E": [False] * 4}, target_r=1)
+    optimizer = torch.optim.AdamW(_trained(model), lr=1e-2)
+    x = torch.randn(5, WIDTHS[0], dtype=torch.float64)
+    for _ in range(20):
+        model(x).square().mean().backward()
+        for parameter in _trained(model):
+            if not parameter.numel():
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.allocation_state.reached_target

@@ -106,13 +106,15 @@ class TripletLayout:
     def costs_of_one_rank(self) -> int:
         """The numbers in A and B of one rank everywhere: with twice as many, layers have two ranks on average.
 
+        Layers that have no triplet count as the others do: a run that was saved and loaded has the average it had.
+
         Example:
-            >>> TripletLayout(ranks=(2, 1), widths_in=(3, 5), widths_out=(4, 4)).costs_of_one_rank
+            >>> TripletLayout(ranks=(2, 0), widths_in=(3, 5), widths_out=(4, 4)).costs_of_one_rank
             16
         """
         counts = self.blocks or (1,) * len(self.ranks)
-        widths = zip(counts, self.ranks, self.widths_in, self.widths_out, strict=True)
-        return sum(count * (width_in + width_out) for count, rank, width_in, width_out in widths if rank)
+        widths = zip(counts, self.widths_in, self.widths_out, strict=True)
+        return sum(count * (width_in + width_out) for count, width_in, width_out in widths)
 
     def mean_per_triplet(self, elements: Tensor) -> Tensor:
         """Sum over A, E and B of the mean element of each triplet: (elements,) -> (triplets,)."""

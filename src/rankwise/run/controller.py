@@ -28,7 +28,7 @@ from rankwise.run.scoring import Scoring
 from rankwise.run.state import AllocationState, RunState, RunWeights
 from rankwise.run.told import Told
 from rankwise.run.triplets import Triplets
-from rankwise.run.turning import Turned, mean_squares
+from rankwise.run.turning import Turned, mean_strengths
 
 _UNUSED = 1  # numbers in the averages of a run that prunes nothing: some file formats take two empty tensors for one
 
@@ -96,7 +96,12 @@ class Controller:
     @property
     def target(self) -> int:
         """Triplets in the end: ``target_r`` per block, or all if the adapter has no more than that."""
-        return min(round(self.config.target_r * len(self.triplets.layout.block_ranks)), self.initial)
+        layout = self.triplets.layout
+        blocks = len(layout.block_ranks)
+        target = round(self.config.target_r * blocks)
+        # Many narrow triplets, as a run leaves behind that has ended, may cost no more than so many average ones.
+        paid = sum(layout.costs) * blocks <= target * layout.costs_of_one_rank
+        return self.initial if self.config.form.counts_parameters and paid else min(target, self.initial)
 
     @property
     def prunes(self) -> bool:
@@ -385,7 +390,7 @@ class Controller:
         if isinstance(self._watch, Scoring):
             scores = self._watch.per_triplet() * self.triplets.mask
         else:
-            strengths = mean_squares(self.triplets, self._optimizers.zero_parts()).sqrt()
+            strengths = mean_strengths(self.triplets, self._optimizers.zero_parts())
             scores = self._worth(strengths, self._watch)
         return [float(part.sum()) for part in scores.cpu().split(self.triplets.layout.block_ranks)]
 

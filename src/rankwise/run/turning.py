@@ -141,10 +141,11 @@ class Turned:
             turn_moments(optimizers, [parameters[n] for n in turns], list(turns.values()), columns)
 
 
-def mean_squares(triplets: Triplets, parts: ZeroParts | None) -> Tensor:
-    """The mean square of the strengths in each triplet's block, (triplets,); 0 where factors are not finite.
+def mean_strengths(triplets: Triplets, parts: ZeroParts | None) -> Tensor:
+    """The root mean square of the strengths of the triplets that act in each block, (triplets,); 0 where none does.
 
-    It takes no decomposition: their sum is the squared norm of B A. Arguments are as for `Turned`.
+    It takes no decomposition: the sum of their squares is the squared norm of B A. Arguments are as for `Turned`.
+    Where factors are not finite it is 0, too.
     """
     device, found = triplets.mask.device, []
     acting = triplets.mask.split(triplets.layout.ranks)
@@ -157,7 +158,7 @@ def mean_squares(triplets: Triplets, parts: ZeroParts | None) -> Tensor:
         )
         found.append(((rows @ rows.mT) * (columns @ columns.mT)).sum((1, 2)).to(device))
     sums = torch.cat(found).clamp_min(0).nan_to_num(0.0, posinf=0.0)
-    return triplets.spread(sums / torch.tensor(triplets.layout.block_ranks).to(sums))
+    return triplets.spread((sums / triplets.ranks().clamp_min(1)).sqrt()) * triplets.mask
 
 
 def _whole_factors(triplets: Triplets, parts: ZeroParts | None) -> tuple[list[Tensor], list[Tensor]]:
