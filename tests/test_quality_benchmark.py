@@ -121,6 +121,20 @@ def test_rates_are_tried_on_the_first_seed_and_the_others_run_at_the_best(qualit
     assert wanted(inside) == [(2e-3, 1), (2e-3, 2)]
 
 
+def test_rates_that_one_seed_cannot_tell_apart_are_tried_on_all_and_the_better_mean_counts(quality: Any):
+    asked = argparse.Namespace(tasks=["task"], methods=["LoRA"], ranks=[2], seeds=[0, 1, 2])
+    best = lambda found: quality.results.best_rate(found, "task", "LoRA", 2, 0)  # noqa: E731
+    wanted = lambda found: [run for run in quality.run.wanted(asked, found) if run not in found]  # noqa: E731
+    alike = losses(quality, LoRA={1e-3: [1.0], 2e-3: [0.7, 0.9, 0.9], 4e-3: [0.75], 8e-3: [0.83]})
+    assert [(run.rate, run.seed) for run in wanted(alike)] == [(4e-3, 1), (4e-3, 2)]
+    assert best(alike) == 2e-3, "until it is known better"
+    known = alike | losses(quality, LoRA={4e-3: [0.75, 0.76, 0.77]})
+    assert wanted(known) == [] and best(known) == 4e-3
+    edge = {run: row for run, row in known.items() if run.rate < 8e-3}
+    assert [(run.rate, run.seed) for run in wanted(edge)] == [(8e-3, 0)]
+    assert best(edge) is None, "the one with the better mean has to lie inside, too"
+
+
 def test_the_tables_of_what_has_been_run_need_no_data():
     told = subprocess.run(
         [sys.executable, str(FOLDER / "run.py"), "--tables"], capture_output=True, text=True, check=True

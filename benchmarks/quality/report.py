@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from results import Results, Run, at_best, best_rate, curve, error, next_rate
+from results import Results, Run, at_best, best_rate, curve, error
 
 LORA, OURS = "PEFT LoRA", "rankwise"
 _ENOUGH = 8  # the rank of LoRA whose quality is to be had for fewer parameters
@@ -25,8 +25,8 @@ def tables(results: Results, seed: int) -> str:
             losses = curve(results, task, method, rank, seed)
             if not losses:
                 continue
-            best = min(losses, key=losses.__getitem__)
-            inside = next_rate(losses) is None
+            tuned = best_rate(results, task, method, rank, seed)
+            best, inside = tuned or min(losses, key=losses.__getitem__), tuned is not None
             rows = [row for run, row in mine.items() if run.method == method and run.rate == best]
             found = [row["loss"] for row in rows]
             cells = [

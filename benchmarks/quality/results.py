@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,10 @@ def curve(results: Results, task: str, method: str, rank: float, seed: int) -> d
     return {rate: _finite(cell[rate]["loss"]) for rate in sorted(cell)}
 
 
-def next_rate(losses: dict[float, float]) -> float | None:
-    """The rate to try next, from those tried; None once the best has a worse neighbour on each side.
+def next_rate(losses: dict[float, float], best: float | None = None) -> float | None:
+    """The rate to try next, from those tried; None once ``best`` has a neighbour on each side.
+
+    Left out, ``best`` is the one with the least loss.
 
     Example:
         >>> next_rate({1e-3: 0.5, 2e-3: 0.4, 4e-3: 0.3})
@@ -64,14 +66,48 @@ def next_rate(losses: dict[float, float]) -> float | None:
     """
     if not losses:
         return START[0]
-    best = min(losses, key=losses.__getitem__)
+    best = _least(losses) if best is None else best
     return next((rate for rate in (2 * best, best / 2) if not _tried(losses, rate)), None)
 
 
-def best_rate(results: Results, task: str, method: str, rank: float, seed: int) -> float | None:
-    """The rate with the smallest held-out loss for one seed; None unless it lies inside of what was tried."""
+def good_rates(results: Results, task: str, method: str, rank: float, seed: int) -> list[float]:
+    """Rates to train all seeds at: the best of the first one, and those that it can't tell from it.
+
+    These are the ones within a standard deviation of single runs, once there are several at the best.
+    """
     losses = curve(results, task, method, rank, seed)
-    return min(losses, key=losses.__getitem__) if losses and next_rate(losses) is None else None
+    if not losses or next_rate(losses) is not None:
+        return []
+    best = _least(losses)
+    there = [_finite(loss) for loss in _seeds(results, task, method, rank, best).values()]
+    spread = statistics.stdev(there) if len(there) > 1 and math.inf not in there else 0.0
+    return [rate for rate, loss in losses.items() if rate == best or loss <= losses[best] + spread]
+
+
+def best_rate(results: Results, task: str, method: str, rank: float, seed: int) -> float | None:
+    """The rate with the least mean loss, of those with all seeds; None unless it lies inside of what was tried."""
+    losses, good = curve(results, task, method, rank, seed), good_rates(results, task, method, rank, seed)
+    found = {rate: _seeds(results, task, method, rank, rate) for rate in good}
+    most = max(map(len, found.values()), default=0)
+    means = {
+        rate: statistics.mean(map(_finite, own.values())) for rate, own in found.items() if len(own) == most
+    }
+    best = _least(means) if means else None
+    return best if best is not None and next_rate(losses, best) is None else None
+
+
+def _seeds(results: Results, task: str, method: str, rank: float, rate: float) -> dict[int, float]:
+    """Seed -> held-out loss."""
+    key = (task, method, rank, rate)
+    return {
+        run.seed: row["loss"]
+        for run, row in results.items()
+        if (run.task, run.method, run.rank, run.rate) == key
+    }
+
+
+def _least(losses: dict[float, float]) -> float:
+    return min(losses, key=losses.__getitem__)
 
 
 def _tried(losses: dict[float, float], rate: float) -> bool:
@@ -85,8 +121,29 @@ def _finite(loss: float) -> float:
 def at_best(results: Results, task: str, method: str, rank: float, seed: int) -> list[float]:
     """The held-out losses of all seeds at the best rate; none where that is at the edge of what was tried."""
     best = best_rate(results, task, method, rank, seed)
-    key = (task, method, rank, best)
-    return [row["loss"] for run, row in results.items() if (run.task, run.method, run.rank, run.rate) == key]
+    return [] if best is None else list(_seeds(results, task, method, rank, best).values())
+
+
+def wanted(results: Results, task: str, method: str, rank: float, seeds: Sequence[int]) -> Iterator[Run]:
+    """Runs that are to be made by now, or were: rates on the first seed, then the other seeds where they are good."""
+    first, *others = seeds
+    losses = curve(results, task, method, rank, first)
+    more = next_rate(losses)
+    untried = [rate for rate in START if rate not in losses]
+    for rate in untried or ([] if more is None else [more]):
+        yield Run(task, method, rank, rate, first)
+    good = good_rates(results, task, method, rank, first)
+    for rate in good:
+        for seed in others:
+            yield Run(task, method, rank, rate, seed)
+    # The best by all seeds may be another than that of the first one, and must lie inside, too.
+    means = {
+        rate: statistics.mean(map(_finite, _seeds(results, task, method, rank, rate).values()))
+        for rate in good
+    }
+    more = next_rate(losses, _least(means)) if means else None
+    if more is not None:
+        yield Run(task, method, rank, more, first)
 
 
 def error(values: Iterable[float]) -> float:
