@@ -92,14 +92,17 @@ def squared_norms(tensors: Sequence[Any], blocks: Sequence[int], device: torch.d
         blocks: how many blocks the columns of each consist of.
         device: where the result is.
     """
-    found = [torch.zeros(count, device=device) for count in blocks]
+    found: list[Tensor] = [torch.empty(0)] * len(tensors)
     whole = [n for n, tensor in enumerate(tensors) if tensor is not None and blocks[n] == 1]
     if whole:
         norms = torch._foreach_norm([local(tensors[n]) for n in whole])
-        for n, norm in zip(whole, norms, strict=True):
-            found[n] = norm.to(device, torch.float32).square().view(1)
+        squares = torch.stack([norm.to(device) for norm in norms]).float().square()
+        for n, square in zip(whole, squares.split(1), strict=True):
+            found[n] = square
     for n, tensor in enumerate(tensors):
-        if tensor is not None and blocks[n] > 1:
+        if tensor is None:
+            found[n] = torch.zeros(blocks[n], device=device)
+        elif blocks[n] > 1:
             of_columns = local(tensor).float().square().sum(0)
             found[n] = of_columns.view(blocks[n], -1).sum(1).to(device)
     together: dict[Any, list[int]] = {}

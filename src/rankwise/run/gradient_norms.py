@@ -63,9 +63,9 @@ class GradientNorms(Watch):
 
     def _moving(self) -> list[tuple[int, nn.Parameter]]:
         """The factor of each layer that starts at 0, and its number among DeepSpeed's parts."""
-        factors = [self._triplets.factors(key) for key in ORDER]
-        kinds = [ORDER.index(layer.starts_at_zero) for layer in self._triplets.layers.values()]
-        return [(kind * len(kinds) + n, factors[kind][n]) for n, kind in enumerate(kinds)]
+        keys = [layer.starts_at_zero for layer in self._triplets.layers.values()]
+        factors = {key: self._triplets.factors(key) for key in set(keys)}
+        return [(ORDER.index(key) * len(keys) + n, factors[key][n]) for n, key in enumerate(keys)]
 
     def _add(self, squares: Tensor, step: int) -> None:
         """Take in the squared norms of all blocks, (blocks,), float32."""
