@@ -15,6 +15,8 @@ _ABREAST = 3  # plots side by side
 _LOOKS = {
     LORA: ("PEFT LoRA", "o", "#0072b2"),
     "PEFT LoRA, 4 times the rank, cut at the end": ("PEFT LoRA, cut at the end", "s", "#999999"),
+    "PEFT EVA": ("PEFT EVA", "^", "#009e73"),
+    "PEFT LoRA-GA": ("PEFT LoRA-GA", "v", "#cc79a7"),
     OURS: ("rankwise", "D", "#d55e00"),
 }  # colours that the colour-blind can tell apart (Okabe and Ito)
 
