@@ -319,4 +319,4 @@ def _scale(figure: Figure, axes: Sequence[Axes], largest: int, zero: bool) -> No
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)  # a narrow grid has a wider line below it
