@@ -12,6 +12,8 @@ from torch import nn
 import rankwise as rw
 from expert_world import EXPERTS, tiny_moe
 from rankwise.parallel.sharded import squared_norms
+from rankwise.parallel.zero import Piece
+from rankwise.run.gradient_norms import _by_block
 
 
 def _config(**changes: Any) -> rw.AdaLoraConfig:
@@ -104,3 +106,14 @@ def test_squared_norms_are_0_where_there_is_no_gradient_and_those_of_each_block(
     blocks = [float(part.float().square().sum()) for part in several.split(2, dim=1)]
     assert found.dtype == torch.float32
     assert found.tolist() == pytest.approx([float(one.square().sum()), 0, *blocks, 0, 0])
+
+
+@pytest.mark.parametrize("cut", [0, 5, 17, 24])
+def test_pieces_of_a_factor_add_up_to_the_squared_norms_of_its_blocks(cut: int) -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(4, 6)
+    flat = gradient.flatten()
+    for blocks in (1, 3):
+        pieces = [Piece(0, start, flat[start:end], flat[start:end]) for start, end in ((0, cut), (cut, 24))]
+        found = sum(_by_block(piece, 6, blocks) for piece in pieces)
+        torch.testing.assert_close(found, squared_norms([gradient], [blocks], torch.device("cpu")))

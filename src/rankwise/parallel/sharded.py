@@ -96,7 +96,7 @@ def squared_norms(tensors: Sequence[Any], blocks: Sequence[int], device: torch.d
     whole = [n for n, tensor in enumerate(tensors) if tensor is not None and blocks[n] == 1]
     if whole:
         norms = torch._foreach_norm([local(tensors[n]) for n in whole])
-        squares = torch.stack([norm.to(device) for norm in norms]).float().square()
+        squares = torch.stack([norm.to(device, torch.float32) for norm in norms]).square()
         for n, square in zip(whole, squares.split(1), strict=True):
             found[n] = square
     for n, tensor in enumerate(tensors):

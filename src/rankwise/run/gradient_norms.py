@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.parallel.sharded import squared_norms
-from rankwise.parallel.zero import ZeroParts
+from rankwise.parallel.zero import Piece, ZeroParts
 from rankwise.run.optimizers import ORDER
 from rankwise.run.triplets import Triplets
 from rankwise.run.watch import Watch
@@ -53,12 +53,9 @@ class GradientNorms(Watch):
         for piece in parts.pieces(optimizer):
             if piece.number in places:
                 n = places[piece.number]
-                blocks, rank, first = self._blocks[n], self._triplets.layout.ranks[n], firsts[n]
-                of_elements = piece.gradient.float().square()
-                columns = (
-                    torch.arange(piece.start, piece.start + len(of_elements), device=squares.device) % rank
-                )
-                squares.index_add_(0, first + columns * blocks // rank, of_elements)
+                blocks, first = self._blocks[n], firsts[n]
+                of_blocks = _by_block(piece, self._triplets.layout.ranks[n], blocks)
+                squares[first : first + blocks] += of_blocks.to(squares.device)
         self._add(parts.summed(squares), step)
 
     def _moving(self) -> list[tuple[int, nn.Parameter]]:
@@ -73,3 +70,15 @@ class GradientNorms(Watch):
         norms = (squares / self._triplets.ranks().clamp_min(1)).sqrt()
         self._triplets.buffer("sensitivity").add_(torch.where(finite, norms, 0.0))
         self._count(finite, step)
+
+
+def _by_block(piece: Piece, rank: int, blocks: int) -> Tensor:
+    """The squared norms of the parts of blocks that are in a piece of a factor, (blocks,), float32.
+
+    It may be in the memory of the CPU, where DeepSpeed keeps its optimizer.
+    """
+    squares = piece.gradient.float().square()
+    if blocks == 1:
+        return squares.sum().view(1)
+    columns = torch.arange(piece.start, piece.start + len(squares), device=squares.device) % rank
+    return squares.new_zeros(blocks).index_add_(0, columns * blocks // rank, squares)
