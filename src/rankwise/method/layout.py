@@ -66,6 +66,11 @@ class TripletLayout:
         return sum(rank * (width_in + 1 + width_out) for rank, width_in, width_out in widths)
 
     @functools.cached_property
+    def block_counts(self) -> tuple[int, ...]:
+        """How many blocks every layer holds: ``blocks``, or one each."""
+        return self.blocks or (1,) * len(self.ranks)
+
+    @functools.cached_property
     def block_ranks(self) -> tuple[int, ...]:
         """Triplets of every block, layer by layer.
 
@@ -73,8 +78,9 @@ class TripletLayout:
             >>> TripletLayout(ranks=(2, 6), widths_in=(3, 3), widths_out=(4, 4), blocks=(1, 3)).block_ranks
             (2, 2, 2, 2)
         """
-        counts = self.blocks or (1,) * len(self.ranks)
-        return tuple(rank // n for rank, n in zip(self.ranks, counts, strict=True) for _ in range(n))
+        return tuple(
+            rank // n for rank, n in zip(self.ranks, self.block_counts, strict=True) for _ in range(n)
+        )
 
     def round_robin(self) -> list[int]:
         """All triplets, every block's first one first, then every block's second one, and so on."""
@@ -95,6 +101,16 @@ class TripletLayout:
         widths = zip(self.ranks, self.widths_in, self.widths_out, strict=True)
         return [width_in + width_out for rank, width_in, width_out in widths for _ in range(rank)]
 
+    @functools.cached_property
+    def cost(self) -> int:
+        """The numbers in A and B of all triplets together.
+
+        Example:
+            >>> TripletLayout(ranks=(2, 1), widths_in=(3, 5), widths_out=(4, 4)).cost
+            23
+        """
+        return sum(self.costs)
+
     def costs_on(self, device: torch.device) -> Tensor:
         """`costs` as a tensor, (triplets,), int64."""
         key = ("costs", 0, 0, device)
@@ -112,8 +128,7 @@ class TripletLayout:
             >>> TripletLayout(ranks=(2, 0), widths_in=(3, 5), widths_out=(4, 4)).costs_of_one_rank
             16
         """
-        counts = self.blocks or (1,) * len(self.ranks)
-        widths = zip(counts, self.widths_in, self.widths_out, strict=True)
+        widths = zip(self.block_counts, self.widths_in, self.widths_out, strict=True)
         return sum(count * (width_in + width_out) for count, width_in, width_out in widths)
 
     def mean_per_triplet(self, elements: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Controller:
         self.history.record(0, self.initial, list(self.triplets.layout.block_ranks))
         self._tell = Told()
         self._tell_of_unused_penalty()
-        self._penalty = AddedPenalty(self.triplets.layout.blocks or (1,) * len(layers))
+        self._penalty = AddedPenalty(self.triplets.layout.block_counts)
         self._optimizers = Optimizers(self.triplets, self._tell)
         self._heard = False  # an optimizer's steps are heard of, so that scores need no call by hand
         importance = config.form.importance(self.triplets.layout)
@@ -100,7 +100,7 @@ class Controller:
         blocks = len(layout.block_ranks)
         target = round(self.config.target_r * blocks)
         # Many narrow triplets, as a run leaves behind that has ended, may cost no more than so many average ones.
-        paid = sum(layout.costs) * blocks <= target * layout.costs_of_one_rank
+        paid = layout.cost * blocks <= target * layout.costs_of_one_rank
         return self.initial if self.config.form.counts_parameters and paid else min(target, self.initial)
 
     @property
@@ -292,7 +292,7 @@ class Controller:
         unreached = triplets.unreached()
         if unreached is not None:
             scores = scores.masked_fill(unreached, -torch.inf)
-        allowance = budget if costs is None else budget * sum(layout.costs) // self.initial
+        allowance = budget if costs is None else budget * layout.cost // self.initial
         frozen = self._watch.frozen()
         if any(frozen):
             budget, allowance, scores = self._leave_out(frozen, budget, scores, costs)
@@ -336,7 +336,7 @@ class Controller:
         frozen_triplets = self.triplets.spread_layers(frozen, scores.device)
         held = self.triplets.mask & frozen_triplets
         layout = self.triplets.layout
-        counts = layout.blocks or (1,) * len(layout.ranks)
+        counts = layout.block_counts
         initial = sum(rank for rank, is_frozen in zip(layout.ranks, frozen, strict=True) if not is_frozen)
         blocks = sum(count for count, is_frozen in zip(counts, frozen, strict=True) if not is_frozen)
         target = min(round(self.config.target_r * blocks), initial)
@@ -396,7 +396,7 @@ class Controller:
 
     def penalty(self) -> Tensor:
         """The orthogonality penalty as it stands, a 0-dim float32 tensor, without its weight."""
-        blocks = self.triplets.layout.blocks or (1,) * len(self.triplets.layers)
+        blocks = self.triplets.layout.block_counts
         A, B = self.triplets.factors("lora_A"), self.triplets.factors("lora_B")
         return orthogonality_penalty(
             in_blocks(gather(A), blocks, columns=False), in_blocks(gather(B), blocks, columns=True)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from rankwise.parallel.sharded import squared_norms
@@ -19,7 +19,7 @@ from rankwise.run.watch import Watch
 class GradientNorms(Watch):
     """Sums up, for every block, the norm of its gradient in each step: the root mean square over its acting triplets.
 
-    It is the gradient of the factor that starts at 0 and carries the update: B, or A in embeddings. The sums are the
+    It is the gradient of the factor that starts at 0 and carries the update (B, or A in embeddings). The sums are the
     buffer ``sensitivity``, (blocks,). Steps with NaN or infinite gradients are left out.
 
     Args:
@@ -32,7 +32,7 @@ class GradientNorms(Watch):
     def __init__(self, triplets: Triplets, tell: Callable[[str], None]) -> None:
         super().__init__(triplets, tell)
         self.entries = len(triplets.layout.block_ranks)
-        self._blocks = triplets.layout.blocks or (1,) * len(triplets.layers)
+        self._keys = [layer.starts_at_zero for layer in triplets.layers.values()]
 
     def per_triplet(self) -> Tensor:
         """The sum of each triplet's block, (triplets,), float32; 1 everywhere while there is none."""
@@ -40,29 +40,26 @@ class GradientNorms(Watch):
         return self._triplets.spread(torch.where(sums.any(), sums, 1.0))
 
     def update(self, step: int) -> None:
-        gradients = self._gradients([factor for _, factor in self._moving()])
+        factors = {key: self._triplets.factors(key) for key in set(self._keys)}
+        gradients = self._gradients([factors[key][n] for n, key in enumerate(self._keys)])
         if any(gradient is not None for gradient in gradients):
-            self._add(squared_norms(gradients, self._blocks, self._triplets.mask.device), step)
+            counts = self._triplets.layout.block_counts
+            self._add(squared_norms(gradients, counts, self._triplets.mask.device), step)
 
     def update_from_parts(
         self, parts: ZeroParts, held: frozenset[int], optimizer: Optimizer, step: int
     ) -> None:
+        layout = self._triplets.layout
         squares = torch.zeros(self.entries, device=self._triplets.mask.device)
-        firsts = list(itertools.accumulate(self._blocks, initial=0))
-        places = {number: n for n, (number, _) in enumerate(self._moving()) if number in held}
+        firsts = list(itertools.accumulate(layout.block_counts, initial=0))
+        places = {ORDER.index(key) * len(self._keys) + n: n for n, key in enumerate(self._keys)}
         for piece in parts.pieces(optimizer):
-            if piece.number in places:
-                n = places[piece.number]
-                blocks, first = self._blocks[n], firsts[n]
-                of_blocks = _by_block(piece, self._triplets.layout.ranks[n], blocks)
+            n = places.get(piece.number) if piece.number in held else None
+            if n is not None:
+                blocks, first = layout.block_counts[n], firsts[n]
+                of_blocks = _by_block(piece, layout.ranks[n], blocks)
                 squares[first : first + blocks] += of_blocks.to(squares.device)
         self._add(parts.summed(squares), step)
-
-    def _moving(self) -> list[tuple[int, nn.Parameter]]:
-        """The factor of each layer that starts at 0, and its number among DeepSpeed's parts."""
-        keys = [layer.starts_at_zero for layer in self._triplets.layers.values()]
-        factors = {key: self._triplets.factors(key) for key in set(keys)}
-        return [(ORDER.index(key) * len(keys) + n, factors[key][n]) for n, key in enumerate(keys)]
 
     def _add(self, squares: Tensor, step: int) -> None:
         """Take in the squared norms of all blocks, (blocks,), float32."""

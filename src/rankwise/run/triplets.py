@@ -168,7 +168,7 @@ class Triplets:
         Nothing has moved in such a matrix of a stack: all of its triplets add exactly 0. Where that is so of all
         layers, nothing is known of any.
         """
-        blocks = self.layout.blocks or ()
+        blocks = self.layout.block_counts
         if all(count == 1 for count in blocks):
             return None
         device = self.mask.device
