@@ -86,14 +86,22 @@ def good_rates(results: Results, task: str, method: str, rank: float, seed: int)
 
 def best_rate(results: Results, task: str, method: str, rank: float, seed: int) -> float | None:
     """The rate with the least mean loss, of those with all seeds; None unless it lies inside of what was tried."""
-    losses, good = curve(results, task, method, rank, seed), good_rates(results, task, method, rank, seed)
-    found = {rate: _seeds(results, task, method, rank, rate) for rate in good}
+    best = _best_by_all_seeds(results, task, method, rank, seed)
+    inside = best is not None and next_rate(curve(results, task, method, rank, seed), best) is None
+    return best if inside else None
+
+
+def _best_by_all_seeds(results: Results, task: str, method: str, rank: float, seed: int) -> float | None:
+    """As `best_rate`, wherever it lies."""
+    found = {
+        rate: _seeds(results, task, method, rank, rate)
+        for rate in good_rates(results, task, method, rank, seed)
+    }
     most = max(map(len, found.values()), default=0)
     means = {
         rate: statistics.mean(map(_finite, own.values())) for rate, own in found.items() if len(own) == most
     }
-    best = _least(means) if means else None
-    return best if best is not None and next_rate(losses, best) is None else None
+    return _least(means) if means else None
 
 
 def _seeds(results: Results, task: str, method: str, rank: float, rate: float) -> dict[int, float]:
@@ -132,16 +140,12 @@ def wanted(results: Results, task: str, method: str, rank: float, seeds: Sequenc
     untried = [rate for rate in START if rate not in losses]
     for rate in untried or ([] if more is None else [more]):
         yield Run(task, method, rank, rate, first)
-    good = good_rates(results, task, method, rank, first)
-    for rate in good:
+    for rate in good_rates(results, task, method, rank, first):
         for seed in others:
             yield Run(task, method, rank, rate, seed)
     # The best by all seeds may be another than that of the first one, and must lie inside, too.
-    means = {
-        rate: statistics.mean(map(_finite, _seeds(results, task, method, rank, rate).values()))
-        for rate in good
-    }
-    more = next_rate(losses, _least(means)) if means else None
+    best = _best_by_all_seeds(results, task, method, rank, first)
+    more = None if best is None else next_rate(losses, best)
     if more is not None:
         yield Run(task, method, rank, more, first)
 
