@@ -185,19 +185,26 @@ def test_an_adapter_with_layers_at_rank_0_is_loaded_and_trains_on(tmp_path: Any)
     assert 0 < len(moved) < len(before)
 
 
-def test_a_finished_adapter_of_many_narrow_ranks_is_not_pruned_again() -> None:
-    """It has twelve ranks where four of average size are asked for, and costs no more than these."""
-    wide, narrow = nn.Linear(40, 40), [nn.Linear(4, 4) for _ in range(3)]
-    names = ["0", "1", "2", "3"]
-    base = nn.ModuleList([wide, *narrow])
-    config = _config(
-        target_r=1, init_r=4, target_modules=names, rank_pattern={"0.lora_E": [False] * 4}, total_step=40
-    )
-    model: Any = rw.get_peft_model(base, config)
+def _wide_and_narrow() -> nn.ModuleList:
+    return nn.ModuleList([nn.Linear(40, 40), *(nn.Linear(4, 4) for _ in range(3))])
+
+
+def _train_the_narrow_ones(model: Any) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(40):
         sum(layer(torch.randn(3, 4)).square().mean() for layer in model[1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_a_finished_adapter_of_many_narrow_ranks_is_not_pruned_again(tmp_path: Any) -> None:
+    """It has twelve ranks where four of average size are asked for, and costs no more than these."""
+    config = _config(target_r=1, init_r=4, target_modules=["0", "1", "2", "3"])
+    model: Any = rw.get_peft_model(_wide_and_narrow(), config)
+    _train_the_narrow_ones(model)
     assert [row.rank for row in model.rank_summary().layers] == [0, 4, 4, 4]
-    assert model.allocation_state.reached_target
+    model.save_pretrained(tmp_path)
+    again: Any = rw.PeftModel.from_pretrained(_wide_and_narrow(), tmp_path, is_trainable=True)
+    _train_the_narrow_ones(again)
+    assert [row.rank for row in again.rank_summary().layers] == [0, 4, 4, 4]
+    assert again.allocation_state.reached_target

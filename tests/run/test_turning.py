@@ -205,16 +205,21 @@ def test_a_layer_that_is_not_finite_is_worth_nothing() -> None:
     assert first == 0 and second > 0
 
 
-def test_a_layer_that_was_loaded_at_rank_0_is_turned_along_with_the_others() -> None:
+def test_a_layer_that_was_loaded_at_rank_0_is_turned_along_with_the_others(tmp_path: Any) -> None:
     """Its factors are empty, and with gradients (as they have in DistributedDataParallel) so are their means."""
-    model = _model(rank_pattern={"0.lora_E": [False] * 4}, target_r=1)
-    optimizer = torch.optim.AdamW(_trained(model), lr=1e-2)
-    x = torch.randn(5, WIDTHS[0], dtype=torch.float64)
-    for _ in range(20):
-        model(x).square().mean().backward()
-        for parameter in _trained(model):
-            if not parameter.numel():
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert model.allocation_state.reached_target
+    model = _model(target_r=1)
+    model[0].lora_B["default"].data.zero_()
+    model.finalize_ranks()
+    assert [row.rank for row in model.rank_summary().layers] == [0, 2]
+    model.save_pretrained(tmp_path)
+    base = nn.Sequential(nn.Linear(*WIDTHS[:2]), nn.Tanh(), nn.Linear(*WIDTHS[1:])).double()
+    again: Any = rw.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    assert not again[0].lora_A["default"].numel()
+    optimizer = torch.optim.AdamW(_trained(again), lr=0.0, weight_decay=0.0)
+    for parameter in _trained(again):
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    before = again[2].delta_weight("default")
+    with torch.no_grad():
+        Turned(again._rankwise_controller.triplets, None).put_in(torch.full((2,), 2.0), [optimizer])
+    torch.testing.assert_close(2 * again[2].delta_weight("default"), before)
