@@ -47,6 +47,14 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
+def test_a_rank_pattern_on_a_new_adapter_is_told_to_have_no_effect() -> None:
+    ranks = {"0.lora_E": [True, False, False, False]}
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["0"], rank_pattern=ranks)
+    with pytest.warns(UserWarning, match="`rank_pattern` .* has no effect on adapter 'one'.*start at rank 4"):
+        attachment = plan_attachment(block(), config, "one")
+    assert attachment.config.rank_pattern is None and config.rank_pattern == ranks
+
+
 def test_a_plan_changes_nothing_and_an_attached_adapter_comes_out_without_a_trace() -> None:
     model = block()
     before = seen(model)

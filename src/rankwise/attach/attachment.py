@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -100,6 +101,15 @@ def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attac
         ValueError: the name is unusable, nothing or something that can't be adapted matches, a rank is unfit.
     """
     check_adapter_name(model, adapter)
+    if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
+        warnings.warn(
+            f"`rank_pattern` is the result of another run and has no effect on adapter {adapter!r}, which is new: all "
+            f"of its layers start at rank {config.init_r}. To go on with those ranks, load that run's folder with "
+            "`PeftModel.from_pretrained(model, folder, is_trainable=True)`; else leave it out.",
+            UserWarning,
+            stacklevel=3,
+        )
+        config = replace(config, rank_pattern=None)
     targets = find_targets(model, config)
     heads = modules_to_save_paths(model, config)
     layers = {path: _start(layer, config, path) for path, layer in targets.items()}

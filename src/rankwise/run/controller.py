@@ -61,7 +61,7 @@ class Controller:
         self.history.record(0, self.initial, list(self.triplets.layout.block_ranks))
         self._tell = Told()
         self._tell_of_unused_penalty()
-        self._penalty = AddedPenalty(self.triplets.layout.block_counts)
+        self._penalty = AddedPenalty(self.triplets)
         self._optimizers = Optimizers(self.triplets, self._tell)
         self._heard = False  # an optimizer's steps are heard of, so that scores need no call by hand
         importance = config.form.importance(self.triplets.layout)
@@ -183,19 +183,15 @@ class Controller:
         if not self._optimizers.begin(optimizer) or not weight:
             return closure
         if closure is None:
-            self._add_penalty(optimizer)
+            self._penalty.add(weight, optimizer)
             return None
 
         def penalized() -> Any:
             loss = closure()
-            self._add_penalty(optimizer)
+            self._penalty.add(weight, optimizer)
             return loss
 
         return penalized
-
-    def _add_penalty(self, optimizer: Optimizer) -> None:
-        A, B = self.triplets.factors("lora_A"), self.triplets.factors("lora_B")
-        self._penalty.add(self.config.orth_reg_weight, optimizer, A, B)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Count the step, update the scores, allocate where the schedule says so.

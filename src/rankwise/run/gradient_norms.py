@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from rankwise.parallel.sharded import squared_norms
 from rankwise.parallel.zero import Piece, ZeroParts
-from rankwise.run.optimizers import ORDER
 from rankwise.run.triplets import Triplets
 from rankwise.run.watch import Watch
 
@@ -52,7 +51,7 @@ class GradientNorms(Watch):
         layout = self._triplets.layout
         squares = torch.zeros(self.entries, device=self._triplets.mask.device)
         firsts = list(itertools.accumulate(layout.block_counts, initial=0))
-        places = {ORDER.index(key) * len(self._keys) + n: n for n, key in enumerate(self._keys)}
+        places = {self._triplets.numbers(key)[n]: n for n, key in enumerate(self._keys)}
         for piece in parts.pieces(optimizer):
             n = places.get(piece.number) if piece.number in held else None
             if n is not None:

@@ -11,11 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rankwise.parallel.zero import ZeroParts, partitioned, who_steps
-from rankwise.run.triplets import Triplets
+from rankwise.run.triplets import FACTORS, Triplets
 from rankwise.run.whose_step import Turns
 
 PREFERENCE = ("lora_E", "lora_A", "lora_B")  # the optimizer that holds the first of these counts the steps
-ORDER = ("lora_A", "lora_E", "lora_B")  # in which DeepSpeed's parts of the factors are numbered
 
 
 class Optimizers:
@@ -93,7 +92,7 @@ class Optimizers:
     def zero_parts(self) -> ZeroParts | None:
         """The adapter's A, E and B as DeepSpeed ZeRO holds them; None if it doesn't."""
         if self._parts is None and "deepspeed" in sys.modules:
-            own = [parameter for key in ORDER for parameter in self._triplets.factors(key)]
+            own = [parameter for key in FACTORS for parameter in self._triplets.factors(key)]
             if any(map(partitioned, own)):
                 self._parts = ZeroParts(own)
         return self._parts

@@ -9,23 +9,26 @@ import weakref
 from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from rankwise.method.penalty import in_blocks, orthogonality_gradients, out_of_blocks
 from rankwise.parallel.sharded import gather, local, local_like
 from rankwise.parallel.zero import ZeroParts
+from rankwise.run.triplets import Triplets
+
+_PENALIZED = (("lora_A", False), ("lora_B", True))  # and whether each triplet is a column there
 
 
 class AddedPenalty:
     """The penalty of one adapter, whose ``weight`` in the loss adds nothing if it is 0.
 
     Args:
-        blocks: how many matrices, each with a rank of its own, every adapted layer holds.
+        triplets: the adapter's.
     """
 
-    def __init__(self, blocks: Sequence[int]) -> None:
-        self._blocks, self._layers = tuple(blocks), len(blocks)
+    def __init__(self, triplets: Triplets) -> None:
+        self._triplets, self._blocks = triplets, triplets.layout.block_counts
         # The first gradient that it was added to, and that gradient's version after it.
         self._added_to: tuple[weakref.ref[Tensor], int] | None = None
 
@@ -33,17 +36,15 @@ class AddedPenalty:
         return {**vars(self), "_added_to": None}
 
     @torch.no_grad()
-    def add(
-        self, weight: float, optimizer: Optimizer, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]
-    ) -> None:
+    def add(self, weight: float, optimizer: Optimizer) -> None:
         """Add it to those A (r, d_in) and B (d_out, r) that have gradients and that ``optimizer`` holds."""
         if not weight:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         penalized = [
-            ([(p, n) for p, n in zip(factors, self._blocks, strict=True) if p.grad is not None and id(p) in held],
-             columns)
-            for factors, columns in ((A, False), (B, True))
+            ([(p, n) for p, n in zip(self._triplets.factors(key), self._blocks, strict=True)
+              if p.grad is not None and id(p) in held], columns)
+            for key, columns in _PENALIZED
         ]  # fmt: skip
         first = next((p.grad for pairs, _ in penalized for p, _ in pairs), None)
         if first is None or self._holds_it(first):
@@ -72,19 +73,19 @@ class AddedPenalty:
         Args:
             weight: of the penalty in the loss.
             optimizer: the one that steps.
-            parts: all A, then all E, then all B.
+            parts: the adapter's A, E and B as DeepSpeed ZeRO holds them.
             held: the numbers among them that are about to step.
         """
         if not weight:
             return
-        layers, signed = self._layers, _signed(weight, optimizer)
-        numbers = [n for n in sorted(held) if not layers <= n < 2 * layers]  # A and B
-        pieces = list(parts.pieces(optimizer))
+        signed, pieces = _signed(weight, optimizer), list(parts.pieces(optimizer))
+        penalized = [(self._triplets.numbers(key), columns) for key, columns in _PENALIZED]
+        numbers = [n for each, _ in penalized for n in each if n in held]
         whole = dict(zip(numbers, parts.gathered(numbers, pieces, lambda piece: piece.master), strict=True))
-        for columns in (False, True):
-            own = [number for number in numbers if (number >= 2 * layers) == columns]
-            matrices = [whole[number] for number in own]
-            added = self._gradients(matrices, [self._blocks[n % layers] for n in own], columns, signed)
+        for each, columns in penalized:
+            own = [n for n in each if n in held]
+            matrices, counts = [whole[n] for n in own], [self._blocks[each.index(n)] for n in own]
+            added = self._gradients(matrices, counts, columns, signed)
             parts.add_to_gradients(pieces, dict(zip(own, added, strict=True)))
 
     def _gradients(

@@ -12,7 +12,6 @@ from rankwise.method.importance import Importance
 from rankwise.method.scores import update_scores
 from rankwise.parallel.sharded import gather
 from rankwise.parallel.zero import ZeroParts
-from rankwise.run.optimizers import ORDER
 from rankwise.run.triplets import Triplets
 from rankwise.run.watch import Watch
 
@@ -59,8 +58,7 @@ class Scoring(Watch):
     def update_from_parts(
         self, parts: ZeroParts, held: frozenset[int], optimizer: Optimizer, step: int
     ) -> None:
-        layers = len(self._triplets.layers)
-        measured = [ORDER.index(key) * layers + n for key in self.importance.factors for n in range(layers)]
+        measured = [n for key in self.importance.factors for n in self._triplets.numbers(key)]
         numbers = [number for number in measured if number in held]
         pieces = parts.pieces(optimizer)
         products = parts.gathered(numbers, pieces, lambda piece: piece.master * piece.gradient)

@@ -14,6 +14,7 @@ from rankwise.method.layout import TripletLayout
 from rankwise.parallel.sharded import gather, local, local_like
 from rankwise.parallel.zero import ZeroParts
 
+FACTORS = ("lora_A", "lora_E", "lora_B")  # the order in which `ZeroParts` has those of all layers
 AVERAGES = ("rankwise_sensitivity", "rankwise_uncertainty")
 BUFFERS = (*AVERAGES, "rankwise_mask", "rankwise_skipped")
 
@@ -114,6 +115,11 @@ class Triplets:
         # Asked for in every step: this way of looking them up takes a third of the usual one's time.
         return [getattr(layer._modules[key], self.adapter) for layer in self.layers.values()]
 
+    def numbers(self, key: str) -> range:
+        """The numbers of `factors` of one kind among those of all kinds, as `FACTORS` orders them."""
+        first = FACTORS.index(key) * len(self.layers)
+        return range(first, first + len(self.layers))
+
     def close(self, kept: Tensor, parts: ZeroParts | None, louder: Tensor | None = None) -> None:
         """Set E to 0 where ``kept``, (triplets,), bool, is False.
 
@@ -126,7 +132,7 @@ class Triplets:
         by = kept.to(E[0].dtype) if louder is None else (kept * louder).to(E[0].dtype)
         factors = by[:, None].split(self.layout.ranks)
         if parts is not None:
-            parts.multiply(range(len(E), 2 * len(E)), factors)
+            parts.multiply(self.numbers("lora_E"), factors)
             return
         torch._foreach_mul_(
             [local(one) for one in E], [local_like(by, one) for by, one in zip(factors, E, strict=True)]

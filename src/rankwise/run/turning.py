@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from rankwise.method.principal import Principal, principal_directions
@@ -40,7 +40,6 @@ class Turned:
 
     def __init__(self, triplets: Triplets, parts: ZeroParts | None) -> None:
         self._triplets, self._parts = triplets, parts
-        self._A, self._B = triplets.factors("lora_A"), triplets.factors("lora_B")
         self._blocks = [layer.blocks(layer) for layer in triplets.layers.values()]
         self._whole_A, self._whole_B = _whole_factors(triplets, parts)
         self._acted = list(triplets.mask.split(triplets.layout.ranks))
@@ -49,8 +48,12 @@ class Turned:
     def _look(self) -> Iterator[_Group]:
         swapped = [layer.starts_at_zero == "lora_A" for layer in self._triplets.layers.values()]
         alike: dict[tuple[object, ...], list[int]] = {}
+        trains = [
+            A.requires_grad and B.requires_grad
+            for A, B in zip(*map(self._triplets.factors, ("lora_A", "lora_B")), strict=True)
+        ]
         for n, (A, B) in enumerate(zip(self._whole_A, self._whole_B, strict=True)):
-            if self._A[n].requires_grad and self._B[n].requires_grad and len(A):
+            if trains[n] and len(A):
                 key = (A.shape, B.shape, self._blocks[n], A.device, swapped[n])
                 alike.setdefault(key, []).append(n)
         for places in alike.values():
@@ -101,10 +104,10 @@ class Turned:
             same = torch.eye(scale.shape[1], device=by.device, dtype=by.dtype).expand(len(scale), -1, -1)
             turn = turns_B.get(n, Turn(same, same))
             turns_B[n] = Turn(turn.weight / scale, turn.gradient * scale)
-        self._write(A, self._A, 0)
-        self._write(B, self._B, 2 * len(self._B))
-        self._move(turns_A, self._A, 0, optimizers, columns=False)
-        self._move(turns_B, self._B, 2 * len(self._B), optimizers, columns=True)
+        self._write(A, "lora_A")
+        self._write(B, "lora_B")
+        self._move(turns_A, "lora_A", optimizers, columns=False)
+        self._move(turns_B, "lora_B", optimizers, columns=True)
 
     def _by_layer(self) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Turn], dict[int, Turn]]:
         """New A and B of the layers that are turned, by number, and how each is turned."""
@@ -118,26 +121,24 @@ class Turned:
                     turns_A[n], turns_B[n] = turns_B[n], turns_A[n]
         return A, B, turns_A, turns_B
 
-    def _write(self, values: Mapping[int, Tensor], parameters: Sequence[nn.Parameter], first: int) -> None:
+    def _write(self, values: Mapping[int, Tensor], key: str) -> None:
         if self._parts is not None:
-            self._parts.assign({first + n: value for n, value in values.items()})
+            numbers = self._triplets.numbers(key)
+            self._parts.assign({numbers[n]: value for n, value in values.items()})
             return
+        parameters = self._triplets.factors(key)
         for n, value in values.items():
             local(parameters[n]).copy_(local_like(value, parameters[n]))
 
     def _move(
-        self,
-        turns: Mapping[int, Turn],
-        parameters: Sequence[nn.Parameter],
-        first: int,
-        optimizers: Iterable[Optimizer],
-        columns: bool,
+        self, turns: Mapping[int, Turn], key: str, optimizers: Iterable[Optimizer], columns: bool
     ) -> None:
         if self._parts is not None:
-            turn_moments_of_parts(
-                optimizers, self._parts, {first + n: turn for n, turn in turns.items()}, columns
-            )
+            numbers = self._triplets.numbers(key)
+            of_parts = {numbers[n]: turn for n, turn in turns.items()}
+            turn_moments_of_parts(optimizers, self._parts, of_parts, columns)
         else:
+            parameters = self._triplets.factors(key)
             turn_moments(optimizers, [parameters[n] for n in turns], list(turns.values()), columns)
 
 
@@ -163,9 +164,8 @@ def mean_strengths(triplets: Triplets, parts: ZeroParts | None) -> Tensor:
 
 def _whole_factors(triplets: Triplets, parts: ZeroParts | None) -> tuple[list[Tensor], list[Tensor]]:
     """All A and all B, in layer order."""
-    count = len(triplets.layers)
     if parts is not None:
-        return parts.whole(range(count)), parts.whole(range(2 * count, 3 * count))
+        return parts.whole(triplets.numbers("lora_A")), parts.whole(triplets.numbers("lora_B"))
     return gather(triplets.factors("lora_A")), gather(triplets.factors("lora_B"))
 
 
