@@ -75,10 +75,9 @@ def test_the_table_has_each_method_at_its_best_rate_and_how_forgiving_it_is(qual
     )
     lora, ours = quality.report.tables(found, 0).splitlines()[-2:]
     assert (
-        ours
-        == "| rankwise | 10 | 0.002 | 0.6000 ± 0.0577 (3 runs) | 0.9000 | 0.8000 | 0.5000, 0.6000, 0.7000 |"
+        ours == "| rankwise | 10 | 0.002 | 0.6000 ± 0.0577 (3) | 0.9000 | 0.8000 | 0.5000, 0.6000, 0.7000 |"
     )
-    assert lora == "| LoRA | 10 | 0.001 (the last one tried) | 0.4000 (1 run) | - | 0.5000 | 0.4000 |"
+    assert lora == "| LoRA | 10 | 0.001 (the last one tried) | 0.4000 (1) | - | 0.5000 | 0.4000 |"
 
 
 def test_pairs_have_the_same_data_and_each_method_at_its_own_best_rate(quality: Any):
@@ -87,15 +86,15 @@ def test_pairs_have_the_same_data_and_each_method_at_its_own_best_rate(quality: 
         rankwise={1e-3: [1.0], 2e-3: [0.8, 0.6], 4e-3: [0.9]},
         LoRA={1e-3: [1.2, 0.1], 2e-3: [1.0, 1.0], 4e-3: [1.1]},
     )
-    differences, said = quality.report.against(found, "rankwise", "LoRA", 0)
-    assert differences == pytest.approx([0.2, 0.4])
-    assert "lower by 30.0% on average" in said and "lower in 2 of 2 pairs" in said
+    assert quality.report.against(found, "rankwise", "LoRA", 0, scarce=False) == [pytest.approx([0.2, 0.4])]
+    said = quality.report.one_by_one(found, 0).splitlines()
+    assert said[2:] == ["| LoRA | - | - | 30.0% lower (1) | lower in 2 of 2 |"]
 
 
 def test_a_method_whose_best_rate_is_the_last_one_tried_takes_no_part(quality: Any):
     found = losses(quality, rankwise={1e-3: [0.1], 2e-3: [0.2]}, LoRA={1e-3: [1.2], 2e-3: [1.0], 4e-3: [1.1]})
     assert quality.results.best_rate(found, "task", "rankwise", 2, 0) is None
-    assert quality.report.against(found, "rankwise", "LoRA", 0)[0] == []
+    assert quality.report.against(found, "rankwise", "LoRA", 0, scarce=False) == []
 
 
 def test_the_search_goes_on_until_the_best_rate_has_a_worse_neighbour_on_each_side(quality: Any):
@@ -157,12 +156,17 @@ def test_a_missing_source_is_named():
     assert told.returncode == 2 and "--reviews must name a file that exists, not nothing.csv" in told.stderr
 
 
-def test_the_documentation_has_the_tables_of_what_has_been_run(quality: Any):
+def test_the_documentation_has_the_tables_of_what_has_been_run_and_no_other_ones(quality: Any):
     docs = FOLDER.parent.parent / "docs"
-    pages = [(docs / name).read_text(encoding="utf-8") for name in ("quality.md", "quality-results.md")]
-    written = "\n".join(pages).splitlines()
-    report = quality.report.report(quality.results.read(), [0, 1, 2])
-    assert [line for line in report.splitlines() if line and line not in written] == []
+    written, results = (
+        (docs / name).read_text(encoding="utf-8") for name in ("quality.md", "quality-results.md")
+    )
+    report = quality.report.report(quality.results.read(), 0)
+    assert results.endswith(report.pop("all") + "\n")
+    missing = [name for name, said in report.items() if said not in written and said not in results]
+    assert missing == []
+    rows = {line for said in report.values() for line in said.splitlines()}
+    assert [line for line in written.splitlines() if line.startswith("|") and line not in rows] == []
 
 
 def test_the_summary_tells_how_much_of_what_four_times_the_rank_would_bring_comes_without_it(quality: Any):
@@ -176,11 +180,41 @@ def test_the_summary_tells_how_much_of_what_four_times_the_rank_would_bring_come
         return edges | best
 
     found = tuned("PEFT LoRA", 1, [0.9, 1.1]) | tuned("rankwise", 1, [0.7]) | tuned("PEFT EVA", 1, [0.8])
-    assert quality.report.summary(found, 0).endswith("| 0.8000 (1 run), EVA | 0.7000 (1 run) | - | - |")
-    scarce = quality.report.summary(found | tuned("PEFT LoRA", 4, [0.4]), 0)
-    assert scarce.splitlines()[-1].endswith("| 0.7000 (1 run) | 0.4000 (1 run) | 50% |")
-    plentiful = quality.report.summary(found | tuned("PEFT LoRA", 4, [0.97]), 0)
-    assert plentiful.splitlines()[-1].endswith("| 0.9700 (1 run) | - |")
+    summary = quality.report.summary
+    assert summary(found, 0, scarce=False).endswith("| 0.8000 (1), EVA | 0.7000 (1) | - |")
+    larger = {run: row | {"parameters": 1.25} if "EVA" in run.method else row for run, row in found.items()}
+    assert "| 0.8000 (1), EVA with 1.25 times the parameters |" in summary(larger, 0, scarce=False)
+    scarce = found | tuned("PEFT LoRA", 4, [0.4])
+    assert summary(scarce, 0, scarce=True).endswith("| 0.7000 (1) | 0.4000 (1) | 50% |")
+    plentiful = found | tuned("PEFT LoRA", 4, [0.97])
+    assert summary(plentiful, 0, scarce=False).endswith("| 0.7000 (1) | 0.9700 (1) |")
+    for results, other in ((scarce, False), (plentiful, True), (found, True)):
+        assert len(summary(results, 0, scarce=other).splitlines()) == 2, "each cell is in one of the tables"
+
+
+def test_runs_where_rank_is_scarce_are_told_apart_from_the_others(quality: Any):
+    def tuned(task: str, method: str, rank: float, *losses: float) -> dict[Any, dict[str, Any]]:
+        run = quality.results.Run
+        edges = {run(task, method, rank, rate, 0): {"loss": 9.0} for rate in (1e-3, 4e-3)}
+        return edges | {
+            run(task, method, rank, 2e-3, seed): {"loss": loss} for seed, loss in enumerate(losses)
+        }
+
+    found = tuned("scarce", "PEFT LoRA", 1, 1.0, 1.0) | tuned("scarce", "PEFT LoRA", 4, 0.9, 0.9)
+    found |= tuned("ample", "PEFT LoRA", 1, 1.0) | tuned("ample", "PEFT LoRA", 4, 0.96)
+    found |= tuned("unknown", "PEFT LoRA", 1, 1.0)
+    found |= tuned("scarce", "rankwise", 1, 0.5, 0.75)
+    found |= tuned("ample", "rankwise", 1, 1.25) | tuned("unknown", "rankwise", 1, 1.0)
+    differences = [
+        quality.report.against(found, "rankwise", "PEFT LoRA", 0, scarce) for scarce in (True, False)
+    ]
+    assert differences == [[[0.5, 0.25]], [[-0.25], [0.0]]]
+    said = quality.report.one_by_one(found, 0).splitlines()[-1]
+    # The error is one over the cells, as runs of one cell are alike.
+    assert (
+        said
+        == "| PEFT LoRA | 37.5% lower (1) | lower in 2 of 2 | 12.5% higher ± 12.5% (2) | lower in 0 of 2 |"
+    )
 
 
 def test_what_a_method_saves_is_the_least_rank_at_which_it_is_level_with_loras_largest(quality: Any):
@@ -195,15 +229,31 @@ def test_what_a_method_saves_is_the_least_rank_at_which_it_is_level_with_loras_l
 
     found = tuned("PEFT LoRA", 2, [1.0, 1.02]) | tuned("PEFT LoRA", 8, [0.5, 0.52])
     found |= tuned("rankwise", 1, [0.9, 0.92]) | tuned("rankwise", 2, [0.51, 0.53])
-    assert quality.report.fewest(found, 0).endswith("| task | 8 | 0.5100 ± 0.0100 (2 runs) | 2 | 8 |")
+    assert quality.report.fewest(found, 0).endswith("| task | 8 | 0.5100 ± 0.0100 (2) | 2 | 8 |")
     behind = found | tuned("rankwise", 2, [0.6, 0.62])
     assert quality.report.fewest(behind, 0).endswith("| none up to 2 | 8 |")
     both = tuned("PEFT LoRA", 2, [1.0, 1.02]) | tuned("rankwise", 2, [0.5, 0.53])
-    said = (
-        "a median of 40% at half of it (LoRA's by 20%), and 80% at double of it (LoRA's by 40%), in 1 cells"
+    assert quality.report.forgiving(both, 0) == (
+        "rankwise's best rate is LoRA's in 1 of 1 cells. Beside its best rate its loss rises by a median of "
+        "40% at half of it (LoRA's by 20%), and 80% at double of it (LoRA's by 40%)."
     )
-    assert quality.report.forgiving(both, 0).endswith(said)
+    higher = both | {quality.results.Run("task", "rankwise", 2, 8e-3, 0): {"loss": 0.1, "parameters": 1}}
+    higher |= {quality.results.Run("task", "rankwise", 2, 1.6e-2, 0): {"loss": 0.9, "parameters": 1}}
+    assert "in 0 of 1 cells" in quality.report.forgiving(higher, 0)
     assert "tuned in no cell yet" in quality.report.forgiving({}, 0)
+
+
+def test_runs_of_one_rate_are_compared_at_bad_rates_too(quality: Any):
+    nan = float("nan")
+    found = losses(quality, rankwise={1e-3: [0.5, 1.2], 4e-3: [0.6], 8e-3: [0.9], 1.6e-2: [nan]})
+    assert "have the same rate yet" in quality.report.at_the_same_rate(found)
+    found |= losses(quality, **{"PEFT LoRA": {1e-3: [1.0, 1.0], 2e-3: [9.0], 4e-3: [3.0], 1.6e-2: [nan]}})
+    said = quality.report.at_the_same_rate(found)
+    assert "in 2 of 4 runs, and never more than 1.20 times as high; LoRA's is up to 5.0 times" in said
+    found |= losses(quality, **{"PEFT LoRA": {8e-3: [nan]}})
+    assert "in 3 of 5 runs, and never more than 1.20 times as high; LoRA's is up to inf times" in (
+        quality.report.at_the_same_rate(found)
+    )
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ _LOOKS = {
     "PEFT LoRA, 4 times the rank, cut at the end": ("PEFT LoRA, cut at the end", "s", "#999999"),
     "PEFT EVA": ("PEFT EVA", "^", "#009e73"),
     "PEFT LoRA-GA": ("PEFT LoRA-GA", "v", "#cc79a7"),
+    "PEFT rsLoRA": ("PEFT rsLoRA", "P", "#56b4e9"),
+    "PEFT AdaLoRA": ("PEFT AdaLoRA", "X", "#e69f00"),
     OURS: ("rankwise", "D", "#d55e00"),
 }  # colours that the colour-blind can tell apart (Okabe and Ito)
 
@@ -63,8 +65,7 @@ def _curves(found: Results, task: str, seed: int) -> dict[str, list[tuple[float,
         for rank in sorted({run.rank for run in found if (run.task, run.method) == (task, method)}):
             losses = saved.at_best(found, task, method, rank, seed)
             if losses:
-                key = (task, method, rank)
-                row = next(row for run, row in found.items() if (run.task, run.method, run.rank) == key)
-                error = saved.error(losses)
-                curves.setdefault(method, []).append((row["parameters"], statistics.mean(losses), error))
+                parameters = saved.parameters_at_best(found, task, method, rank, seed)
+                point = (parameters, statistics.mean(losses), saved.error(losses))
+                curves.setdefault(method, []).append(point)
     return curves

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from results import Results, Run, at_best, best_rate, curve, error
+from results import Results, at_best, best_rate, curve, error, finite, parameters_at_best
 
 LORA, OURS = "PEFT LoRA", "rankwise"
 _ENOUGH = 8  # the rank of LoRA whose quality is to be had for fewer parameters
@@ -46,67 +47,107 @@ def _at(losses: dict[float, float], rate: float) -> str:
     return f"{near[0]:.4f}" if near else "-"
 
 
-def summary(results: Results, seed: int) -> str:
+def is_scarce(results: Results, task: str, rank: float, seed: int) -> bool:
+    """Whether LoRA of four times the rank is known to have at least 5 % less loss."""
+    lora, more = (at_best(results, task, LORA, each, seed) for each in (rank, 4 * rank))
+    return bool(lora and more) and statistics.mean(more) <= 0.95 * statistics.mean(lora)
+
+
+def summary(results: Results, seed: int, scarce: bool) -> str:
     """Markdown: LoRA, the best of the other methods, rankwise and LoRA of four times the rank, in each tuned cell.
 
-    "Of the way" is how much of what four times the rank would give comes at the smaller budget. It is given where rank
-    is scarce: where that is at least 5 % of LoRA's loss.
+    "Of the way" is how much of what four times the rank would give comes at the smaller budget.
+
+    Args:
+        results: all runs.
+        seed: the one that rates were chosen on.
+        scarce: the cells where rank is (`is_scarce`), or all others.
     """
-    lines = [
-        "| task | average rank | LoRA | best of the others | rankwise | LoRA, 4 times the rank | of the way |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ["task", "average rank", "LoRA", "best of the others that are tuned", "rankwise"]
+    columns += ["LoRA, 4 times the rank", *(["of the way"] if scarce else [])]
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for task, rank, mine in _cells(results):
         found = {method: at_best(results, task, method, rank, seed) for method in _methods(mine)}
         tuned = {method: losses for method, losses in found.items() if losses}
-        if not {LORA, OURS} <= set(tuned):
+        if not {LORA, OURS} <= set(tuned) or is_scarce(results, task, rank, seed) != scarce:
             continue
-        lora, ours = (statistics.mean(tuned[method]) for method in (LORA, OURS))
         others = {
             method: losses for method, losses in tuned.items() if method.startswith("PEFT") and method != LORA
         }
         best = min(others, key=lambda method: statistics.mean(others[method]), default=None)
         more = at_best(results, task, LORA, 4 * rank, seed)
-        scarce = more and statistics.mean(more) <= 0.95 * lora
-        way = f"{(lora - ours) / (lora - statistics.mean(more)):.0%}" if scarce else "-"
+        next_best = "-"
+        if best is not None:
+            more_parameters = _more_than_lora(results, task, best, rank, seed)
+            next_best = f"{with_error(others[best])}, {best.removeprefix('PEFT ')}{more_parameters}"
         cells = [
-            task, f"{rank:g}", with_error(tuned[LORA]),
-            f"{with_error(others[best])}, {best.removeprefix('PEFT ')}" if best else "-",
-            with_error(tuned[OURS]), with_error(more) if more else "-", way,
+            task, f"{rank:g}", with_error(tuned[LORA]), next_best,
+            with_error(tuned[OURS]), with_error(more) if more else "-",
         ]  # fmt: skip
+        if scarce:
+            lora, ours, goal = map(statistics.mean, (tuned[LORA], tuned[OURS], more))
+            cells.append(f"{(lora - ours) / (lora - goal):.0%}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def against(results: Results, ours: str, theirs: str, seed: int) -> tuple[list[float], str]:
-    """The differences of the held-out loss, theirs minus ours, of all pairs of runs, each method at its best rate.
+def _more_than_lora(results: Results, task: str, method: str, rank: float, seed: int) -> str:
+    """How many times LoRA's parameters a method has, if that is more."""
+    own, lora = (parameters_at_best(results, task, each, rank, seed) for each in (method, LORA))
+    return f" with {own / lora:.2f} times the parameters" if own >= 1.01 * lora else ""
 
-    A pair has the same task, rank, seed, and so the same data in the same order. Each is divided by their loss. Cells
-    in which a method's best rate is the last one tried take no part: it is not tuned there.
+
+def against(results: Results, ours: str, theirs: str, seed: int, scarce: bool) -> list[list[float]]:
+    """The differences of the held-out loss, theirs minus ours and divided by theirs, each method at its best rate.
+
+    They are those of pairs of runs of one seed, and so of the same data in the same order, for each task and rank.
+    Where a method's best rate is the last one tried it is not tuned, and there is no such pair.
 
     Args:
         results: all runs.
         ours: a method.
         theirs: another.
         seed: the one that rates were chosen on.
+        scarce: the tasks and ranks where rank is (`is_scarce`), or all others.
     """
     found = []
-    for run in results:
-        if run.method != ours or run.rate != best_rate(results, run.task, ours, run.rank, seed):
+    for task, rank, mine in _cells(results):
+        own, rate = (best_rate(results, task, method, rank, seed) for method in (ours, theirs))
+        if own is None or rate is None or is_scarce(results, task, rank, seed) != scarce:
             continue
-        rate = best_rate(results, run.task, theirs, run.rank, seed)
-        other = results.get(Run(run.task, theirs, run.rank, math.nan if rate is None else rate, run.seed))
-        if other is not None:
-            found.append((other["loss"] - results[run]["loss"]) / other["loss"])
-    who = f"**{ours}** against **{theirs}**, each at its best rate"
-    if not found:
-        return [], f"{who}: no pairs yet"
-    better = sum(difference > 0 for difference in found)
-    mean = statistics.mean(found)
-    return found, (
-        f"{who}: held-out loss {'lower' if mean > 0 else 'higher'} by {abs(mean):.1%} on average "
-        f"(standard error {error(found):.1%}), and lower in {better} of {len(found)} pairs"
-    )
+        both = {
+            run.seed: (row["loss"], mine[other]["loss"])
+            for run, row in mine.items()
+            if run.method == ours
+            and run.rate == own
+            and (other := replace(run, method=theirs, rate=rate)) in mine
+        }
+        found.append([(other - loss) / other for loss, other in both.values()])
+    return [differences for differences in found if differences]
+
+
+def one_by_one(results: Results, seed: int) -> str:
+    """Markdown: rankwise against each of the others, in runs of the same data, where rank is scarce and elsewhere."""
+    lines = [
+        f"| {OURS} against | where rank is scarce | runs | elsewhere | runs |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for other in _methods(results):
+        found = [against(results, OURS, other, seed, scarce) for scarce in (True, False)]
+        if other != OURS and any(found):
+            lines.append(f"| {' | '.join([other, *(cell for each in found for cell in _lower(each))])} |")
+    return "\n".join(lines)
+
+
+def _lower(cells: Sequence[Sequence[float]]) -> tuple[str, str]:
+    """By how much the loss is lower, the mean of the cells' means with its standard error; and in how many runs."""
+    if not cells:
+        return "-", "-"
+    means = [statistics.mean(cell) for cell in cells]
+    mean, runs = statistics.mean(means), [difference for cell in cells for difference in cell]
+    much = f"{abs(mean):.1%} {'higher' if mean < 0 else 'lower'}"
+    much += f" ± {error(means):.1%} ({len(means)})" if len(means) > 1 else " (1)"
+    return much, f"lower in {sum(difference > 0 for difference in runs)} of {len(runs)}"
 
 
 def fewest(results: Results, seed: int) -> str:
@@ -145,39 +186,61 @@ def _level(by_rank: dict[float, list[float]], goal: list[float]) -> str:
 def forgiving(results: Results, seed: int) -> str:
     """How far the loss of the first seed rises at half and at double the best rate, where both methods are tuned."""
     rises: dict[tuple[str, float], list[float]] = {}
+    same = 0
     for task, rank, _ in _cells(results):
         best = {method: best_rate(results, task, method, rank, seed) for method in (LORA, OURS)}
+        same += None not in best.values() and best[LORA] == best[OURS]
         for method, rate in best.items() if None not in best.values() else ():
             losses = curve(results, task, method, rank, seed)
             for other, loss in losses.items():
                 rises.setdefault((method, round(other / rate, 6)), []).append(loss / losses[rate] - 1)
     if not rises:
-        return f"- **How forgiving**: {OURS} and {LORA} are tuned in no cell yet"
+        return f"{OURS} and {LORA} are tuned in no cell yet."
     said = [
         f"{statistics.median(rises[OURS, share]):.0%} at {name} of it "
         f"(LoRA's by {statistics.median(rises[LORA, share]):.0%})"
         for share, name in ((0.5, "half"), (2.0, "double"))
     ]
     return (
-        f"- **How forgiving**: beside its best rate, {OURS}'s loss rises by a median of {', and '.join(said)}, "
-        f"in {len(rises[OURS, 1.0])} cells"
+        f"{OURS}'s best rate is LoRA's in {same} of {len(rises[OURS, 1.0])} cells. Beside its best rate its loss rises "
+        f"by a median of {', and '.join(said)}."
     )
 
 
-def report(results: Results, seeds: Sequence[int]) -> str:
-    """The tables, and below them the pairs, and what all runs took."""
-    others = [method for method in _methods(results) if method != OURS]
-    compared = [against(results, OURS, other, seeds[0]) for other in others]
-    pairs = [f"- {said}" for differences, said in compared if differences]
-    hours = sum(row["seconds"] for row in results.values()) / 3600
-    parts = [
-        summary(results, seeds[0]),
-        "\n".join([*pairs, forgiving(results, seeds[0])]),
-        fewest(results, seeds[0]),
-        tables(results, seeds[0]),
-        f"{len(results)} runs trained for {hours:.1f} hours in all, each with one thread.",
+def at_the_same_rate(results: Results) -> str:
+    """How the losses compare in all runs of one rate, good or bad: does one break where LoRA's doesn't?"""
+    both = [
+        (finite(row["loss"]), finite(other["loss"]))
+        for run, row in results.items()
+        if run.method == OURS and (other := results.get(replace(run, method=LORA))) is not None
     ]
-    return "\n\n".join(parts)
+    if not both:
+        return f"No runs of {OURS} and {LORA} have the same rate yet."
+    lower = sum(ours < lora for ours, lora in both)
+    worst, worst_of_lora = (
+        max(one / other if math.isfinite(other) else 0.0 for one, other in pairs)
+        for pairs in (both, [(lora, ours) for ours, lora in both])
+    )
+    return (
+        f"At every learning rate that both were tried at, good or bad, {OURS}'s loss is lower than LoRA's in "
+        f"{lower} of {len(both)} runs, and never more than {worst:.2f} times as high; LoRA's is up to "
+        f"{worst_of_lora:.1f} times as high as {OURS}'s."
+    )
+
+
+def report(results: Results, seed: int) -> dict[str, str]:
+    """All that is said of the results, in Markdown, by what it is about; ``seed`` is the one rates were chosen on."""
+    hours = sum(row["seconds"] for row in results.values()) / 3600
+    return {
+        "scarce": summary(results, seed, scarce=True),
+        "elsewhere": summary(results, seed, scarce=False),
+        "one by one": one_by_one(results, seed),
+        "forgiving": forgiving(results, seed),
+        "at the same rate": at_the_same_rate(results),
+        "fewest": fewest(results, seed),
+        "all": tables(results, seed),
+        "time": f"{len(results)} runs trained for {hours:.1f} hours in all, each with one thread.",
+    }
 
 
 def _cells(results: Results) -> Iterator[tuple[str, float, Results]]:
@@ -197,7 +260,7 @@ def _place(method: str) -> tuple[bool, str]:
 
 
 def with_error(values: Sequence[float]) -> str:
-    """The mean, and its standard error where there are more than one."""
+    """The mean, its standard error where there are several, and of how many it is."""
     if len(values) < 2:
-        return f"{values[0]:.4f} (1 run)"
-    return f"{statistics.mean(values):.4f} ± {error(values):.4f} ({len(values)} runs)"
+        return f"{values[0]:.4f} (1)"
+    return f"{statistics.mean(values):.4f} ± {error(values):.4f} ({len(values)})"

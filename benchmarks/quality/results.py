@@ -50,7 +50,7 @@ def curve(results: Results, task: str, method: str, rank: float, seed: int) -> d
     """Learning rate -> held-out loss of one seed, by rising rates; infinite where a run diverged."""
     cell = {run.rate: row for run, row in results.items() if (run.task, run.method, run.rank) == (task, method, rank)
             and run.seed == seed}  # fmt: skip
-    return {rate: _finite(cell[rate]["loss"]) for rate in sorted(cell)}
+    return {rate: finite(cell[rate]["loss"]) for rate in sorted(cell)}
 
 
 def next_rate(losses: dict[float, float], best: float | None = None) -> float | None:
@@ -79,7 +79,7 @@ def good_rates(results: Results, task: str, method: str, rank: float, seed: int)
     if not losses or next_rate(losses) is not None:
         return []
     best = _least(losses)
-    there = [_finite(loss) for loss in _seeds(results, task, method, rank, best).values()]
+    there = [finite(loss) for loss in _seeds(results, task, method, rank, best).values()]
     spread = statistics.stdev(there) if len(there) > 1 and math.inf not in there else 0.0
     return [rate for rate, loss in losses.items() if rate == best or loss <= losses[best] + spread]
 
@@ -99,7 +99,7 @@ def _best_by_all_seeds(results: Results, task: str, method: str, rank: float, se
     }
     most = max(map(len, found.values()), default=0)
     means = {
-        rate: statistics.mean(map(_finite, own.values())) for rate, own in found.items() if len(own) == most
+        rate: statistics.mean(map(finite, own.values())) for rate, own in found.items() if len(own) == most
     }
     return _least(means) if means else None
 
@@ -122,7 +122,8 @@ def _tried(losses: dict[float, float], rate: float) -> bool:
     return any(math.isclose(rate, other, rel_tol=1e-6) for other in losses)
 
 
-def _finite(loss: float) -> float:
+def finite(loss: float) -> float:
+    """Infinite where it is NaN: that run diverged."""
     return loss if math.isfinite(loss) else math.inf
 
 
@@ -130,6 +131,14 @@ def at_best(results: Results, task: str, method: str, rank: float, seed: int) ->
     """The held-out losses of all seeds at the best rate; none where that is at the edge of what was tried."""
     best = best_rate(results, task, method, rank, seed)
     return [] if best is None else list(_seeds(results, task, method, rank, best).values())
+
+
+def parameters_at_best(results: Results, task: str, method: str, rank: float, seed: int) -> float:
+    """How many numbers train in the end, on average over all seeds at the best rate."""
+    key = (task, method, rank, best_rate(results, task, method, rank, seed))
+    return statistics.mean(
+        row["parameters"] for run, row in results.items() if (run.task, run.method, run.rank, run.rate) == key
+    )
 
 
 def wanted(results: Results, task: str, method: str, rank: float, seeds: Sequence[int]) -> Iterator[Run]:

@@ -33,7 +33,11 @@ from tasks import Sources
 
 from report import report
 
-WHOLE_RANKS = ("PEFT rsLoRA", "PEFT AdaLoRA", "rankwise, the paper's form")
+LEAST_RANKS = {
+    "PEFT rsLoRA": 2,
+    "PEFT AdaLoRA": 1,
+    "rankwise, the paper's form": 1,
+}  # up to 1, rsLoRA is LoRA
 
 
 def train(run: Run, sources: Sources) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def fit(model: Any, task: Any, rate: float, seed: int) -> None:
 def wanted(asked: argparse.Namespace, found: Results) -> Iterator[Run]:
     """All runs of a comparison that can be named yet."""
     for rank, task, method in itertools.product(asked.ranks, asked.tasks, asked.methods):
-        if rank >= 1 or method not in WHOLE_RANKS:  # below 1, rsLoRA is LoRA
+        if rank >= LEAST_RANKS.get(method, 0):
             yield from saved.wanted(found, task, method, rank, asked.seeds)
 
 
@@ -163,7 +167,7 @@ def main() -> None:
         if left := make(missing, sources, asked.workers, deadline):
             print(f"{left} runs are left: give the command again.")
             break
-    print(report(saved.read(), asked.seeds))
+    print("\n\n".join(report(saved.read(), asked.seeds[0]).values()))
     if asked.plot:
         from plot import draw
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -53,6 +54,9 @@ def test_a_rank_pattern_on_a_new_adapter_is_told_to_have_no_effect() -> None:
     with pytest.warns(UserWarning, match="`rank_pattern` .* has no effect on adapter 'one'.*start at rank 4"):
         attachment = plan_attachment(block(), config, "one")
     assert attachment.config.rank_pattern is None and config.rank_pattern == ranks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_attachment(block(), attachment.config, "one")
 
 
 def test_a_plan_changes_nothing_and_an_attached_adapter_comes_out_without_a_trace() -> None:

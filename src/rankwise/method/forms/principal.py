@@ -37,7 +37,7 @@ class PrincipalForm(Form):
     grows_back: ClassVar[bool] = False
     takes_rslora: ClassVar[bool] = True
     orth_reg_weight: ClassVar[float] = 0.0
-    # Early: the sooner a layer is turned and cut, the longer what stays trains as it will be (docs/quality.md).
+    # Early: the sooner a layer is turned and cut, the longer what stays trains as it will be (docs/quality-choices.md).
     tinit: ClassVar[float] = 0.02
     tfinal: ClassVar[float] = 0.6
 
