@@ -138,14 +138,13 @@ def by_rankwise(model: nn.Module, task: Task, rank: float, **options: Any) -> Mo
     """As its users call it: the rank that they would give LoRA, and everything else left out."""
     import rankwise as rw
 
-    config = rw.AdaLoraConfig(
-        target_r=_average(model, task, rank),
-        total_step=task.steps,
-        target_modules=list(task.targets),
-        modules_to_save=list(task.heads) or None,
-        **options,
-    )
-    return rw.get_peft_model(model, config)
+    fields = {
+        "target_r": _average(model, task, rank),
+        "total_step": task.steps,
+        "target_modules": list(task.targets),
+        "modules_to_save": list(task.heads) or None,
+    }
+    return rw.get_peft_model(model, rw.AdaLoraConfig(**fields | options))
 
 
 METHODS: dict[str, Method] = {

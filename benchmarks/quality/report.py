@@ -115,14 +115,14 @@ def against(results: Results, ours: str, theirs: str, seed: int, scarce: bool) -
         own, rate = (best_rate(results, task, method, rank, seed) for method in (ours, theirs))
         if own is None or rate is None or is_scarce(results, task, rank, seed) != scarce:
             continue
-        both = {
-            run.seed: (row["loss"], mine[other]["loss"])
+        both = [
+            (row["loss"], mine[other]["loss"])
             for run, row in mine.items()
             if run.method == ours
             and run.rate == own
             and (other := replace(run, method=theirs, rate=rate)) in mine
-        }
-        found.append([(other - loss) / other for loss, other in both.values()])
+        ]
+        found.append([(other - loss) / other for loss, other in both])
     return [differences for differences in found if differences]
 
 
@@ -132,9 +132,9 @@ def one_by_one(results: Results, seed: int) -> str:
         f"| {OURS} against | where rank is scarce | runs | elsewhere | runs |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for other in _methods(results):
+    for other in (method for method in _methods(results) if method != OURS):
         found = [against(results, OURS, other, seed, scarce) for scarce in (True, False)]
-        if other != OURS and any(found):
+        if any(found):
             lines.append(f"| {' | '.join([other, *(cell for each in found for cell in _lower(each))])} |")
     return "\n".join(lines)
 

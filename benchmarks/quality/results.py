@@ -104,14 +104,19 @@ def _best_by_all_seeds(results: Results, task: str, method: str, rank: float, se
     return _least(means) if means else None
 
 
-def _seeds(results: Results, task: str, method: str, rank: float, rate: float) -> dict[int, float]:
-    """Seed -> held-out loss."""
+def _rows(
+    results: Results, task: str, method: str, rank: float, rate: float | None
+) -> dict[int, dict[str, Any]]:
+    """Seed -> what was measured."""
     key = (task, method, rank, rate)
     return {
-        run.seed: row["loss"]
-        for run, row in results.items()
-        if (run.task, run.method, run.rank, run.rate) == key
+        run.seed: row for run, row in results.items() if (run.task, run.method, run.rank, run.rate) == key
     }
+
+
+def _seeds(results: Results, task: str, method: str, rank: float, rate: float | None) -> dict[int, float]:
+    """Seed -> held-out loss."""
+    return {seed: row["loss"] for seed, row in _rows(results, task, method, rank, rate).items()}
 
 
 def _least(losses: dict[float, float]) -> float:
@@ -130,15 +135,13 @@ def finite(loss: float) -> float:
 def at_best(results: Results, task: str, method: str, rank: float, seed: int) -> list[float]:
     """The held-out losses of all seeds at the best rate; none where that is at the edge of what was tried."""
     best = best_rate(results, task, method, rank, seed)
-    return [] if best is None else list(_seeds(results, task, method, rank, best).values())
+    return list(_seeds(results, task, method, rank, best).values())
 
 
 def parameters_at_best(results: Results, task: str, method: str, rank: float, seed: int) -> float:
-    """How many numbers train in the end, on average over all seeds at the best rate."""
-    key = (task, method, rank, best_rate(results, task, method, rank, seed))
-    return statistics.mean(
-        row["parameters"] for run, row in results.items() if (run.task, run.method, run.rank, run.rate) == key
-    )
+    """How many numbers train in the end, on average over all seeds at the best rate, which must be known."""
+    rows = _rows(results, task, method, rank, best_rate(results, task, method, rank, seed))
+    return statistics.mean(row["parameters"] for row in rows.values())
 
 
 def wanted(results: Results, task: str, method: str, rank: float, seeds: Sequence[int]) -> Iterator[Run]:

@@ -99,6 +99,19 @@ def wanted(asked: argparse.Namespace, found: Results) -> Iterator[Run]:
             yield from saved.wanted(found, task, method, rank, asked.seeds)
 
 
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Options for what is not in the project or a package."""
+    parser.add_argument("--reviews", type=Path, help="CSV file with the columns text and rating")
+    parser.add_argument("--snippets", type=Path, help="folder with VADER's *_GroundTruth.txt")
+    parser.add_argument("--speech", type=Path, help="table that recipes/speech/make_data.py wrote")
+    parser.add_argument("--whisper", default=Sources.whisper, help="whisper-tiny.en: a name or a folder")
+
+
+def sources_of(asked: argparse.Namespace) -> Sources:
+    """What `add_sources` asked for."""
+    return Sources(asked.reviews, asked.snippets, asked.speech, asked.whisper)
+
+
 def rank_of(text: str) -> float:
     """A whole number as such, as PEFT wants it."""
     return int(text) if text.isdecimal() else float(text)
@@ -139,10 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--reviews", type=Path, help="CSV file with the columns text and rating")
-    parser.add_argument("--snippets", type=Path, help="folder with VADER's *_GroundTruth.txt")
-    parser.add_argument("--speech", type=Path, help="table that recipes/speech/make_data.py wrote")
-    parser.add_argument("--whisper", default=Sources.whisper, help="whisper-tiny.en: a name or a folder")
+    add_sources(parser)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ranks", nargs="+", type=rank_of, default=[0.25, 1, 2, 8])
@@ -152,7 +162,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only print the tables")
     parser.add_argument("--plot", type=Path, help="image file for the loss against the parameters")
     asked = parser.parse_args()
-    sources = Sources(asked.reviews, asked.snippets, asked.speech, asked.whisper)
+    sources = sources_of(asked)
     for name in () if asked.tables else dict.fromkeys(NEEDS[task] for task in asked.tasks if task in NEEDS):
         place, kind = getattr(asked, name), "folder" if name == "snippets" else "file"
         if place is None or not (place.is_dir() if kind == "folder" else place.is_file()):
