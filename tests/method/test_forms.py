@@ -68,7 +68,7 @@ def test_what_trains_is_what_is_scored_or_decides_it() -> None:
 def test_what_is_left_out_follows_the_rank_that_is_wanted() -> None:
     principal, paper = form_of("principal"), form_of(True)
     assert [principal.lora_alpha(rank, False) for rank in (0.25, 1, 2, 8, 64)] == [0.5, 2, 4, 16, 128]
-    assert [principal.init_r(r) for r in (0.1, 0.25, 0.5, 0.9, 1, 4, 8, 64)] == [2, 2, 2, 4, 8, 8, 16, 128]
+    assert [principal.init_r(r) for r in (0.1, 0.9, 1, 4, 8, 64)] == [8, 8, 8, 8, 16, 128]
     assert [paper.lora_alpha(rank, False) for rank in (1, 64)] == [8, 8]
     assert [paper.init_r(rank) for rank in (1, 8)] == [12, 12]
     assert [principal.deltaT(steps) for steps in (5, 40, 6000)] == [1, 2, 300]

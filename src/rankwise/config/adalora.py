@@ -30,7 +30,7 @@ class AdaLoraConfig(LoraConfig):
 
     Args:
         init_r: rank of every layer at the start, at least 1. None: with "principal" 8, or twice ``target_r``
-            from 4 up, and below 1 four times it, but no less than 2; else 12.
+            from 4 up; else 12.
         target_r: average rank in the end, greater than 0 and at most ``init_r``; below 1, such as 0.25, some layers
             end without any. Equal ranks mean that nothing is pruned.
         tinit: warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: 2 % of the run with

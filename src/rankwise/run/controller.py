@@ -319,7 +319,8 @@ class Controller:
     def _worth(self, strengths: Tensor, gradients: GradientNorms) -> Tensor:
         """What directions are worth for what they cost, (triplets,), by their strengths in B A."""
         costs = self.triplets.layout.costs_on(strengths.device)
-        return worth(strengths * self.triplets.open_gates(), gradients.per_triplet(), costs)
+        norms = gradients.per_triplet()
+        return worth(strengths * self.triplets.open_gates(), norms, costs, self.config.target_r)
 
     def _leave_out(
         self, frozen: list[bool], budget: int, scores: Tensor, costs: Tensor | None

@@ -42,13 +42,13 @@ class PrincipalForm(Form):
     tfinal: ClassVar[float] = 0.6
 
     def init_r(self, target_r: float) -> int:
-        """Eight, or twice ``target_r`` from 4 up; below 1, where layers are chosen more than directions, two to four.
+        """Eight, or twice ``target_r`` from 4 up.
 
         Example:
-            >>> [PrincipalForm().init_r(target_r) for target_r in (0.25, 0.5, 1, 2, 8, 64)]
-            [2, 2, 8, 8, 16, 128]
+            >>> [PrincipalForm().init_r(target_r) for target_r in (0.25, 1, 2, 8, 64)]
+            [8, 8, 8, 16, 128]
         """
-        return math.ceil(max(4 * target_r, 2) if target_r < 1 else max(_ENOUGH, 2 * target_r))
+        return math.ceil(max(_ENOUGH, 2 * target_r))
 
     def lora_alpha(self, target_r: float, use_rslora: bool) -> float:
         """Twice the rank, as is usual for LoRA, so that the scale ends at 2."""
