@@ -53,7 +53,7 @@ class AdaLoraConfig(LoraConfig):
 
     Two forms of the method share this class. ``init_lora_weights="principal"``, the default, starts and learns as LoRA
     does, with A random and B = 0. Before each cut every layer's update is written in its principal directions, and
-    those go, over all layers, that hold least of it for each of their parameters. The budget counts parameters: in the
+    those go, over all layers, that are worth least for their parameters. The budget counts parameters: in the
     end there are no more than LoRA of rank ``target_r`` has. LoRA's learning rates are right for it.
     With ``True`` (PEFT's value) it is the method of the paper as PEFT has it, number for number: E = 0 at the start,
     A and B normal, everything trains and is scored, and ranks are counted. It needs a much larger learning rate.
@@ -170,7 +170,7 @@ class AdaLoraConfig(LoraConfig):
         if self.target_r > self.init_r and not self.inference_mode:
             raise ValueError(
                 f"`target_r`={self.target_r} is greater than `init_r`={self.init_r}, but ranks only fall: "
-                f"set init_r to at least {math.ceil(self.target_r)} (two to four times target_r is usual)."
+                f"set init_r to at least {math.ceil(self.target_r)} or leave it out."
             )
         values["rank_pattern"] = check_kept_ranks(
             self.rank_pattern, self.init_r, bool(self.target_parameters)
