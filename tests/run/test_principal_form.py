@@ -115,6 +115,19 @@ def test_a_pruned_rank_stays_pruned() -> None:
     assert before.any() and not before.all()
 
 
+@pytest.mark.parametrize(("target_r", "exponent"), [(2, 1 / 2), (1, 1 / 2), (0.5, 1 / 3)])
+def test_below_an_average_rank_of_1_a_run_goes_by_the_cube_root(target_r: float, exponent: float) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 4)).double()
+    model: Any = rw.get_peft_model(base, _config(init_r=3, target_r=target_r, target_modules=["0", "1"]))
+    expected = []
+    for layer in (model[0], model[1]):
+        A, B = layer.lora_A["default"].data, nn.init.normal_(layer.lora_B["default"]).data
+        mean = (B @ A).square().sum().div(3).sqrt()  # of the three singular values
+        expected.append(float(3 * mean**exponent / (A.shape[1] + B.shape[0])))
+    assert [layer.importance for layer in model.rank_summary().layers] == pytest.approx(expected)
+
+
 def test_a_run_of_one_form_is_not_taken_up_by_the_other() -> None:
     principal, paper = (
         rw.get_peft_model(llama(), _config(init_lora_weights=start)) for start in ("principal", True)

@@ -21,9 +21,9 @@ class LayerRank:
         path: the module's path in the model.
         rank: triplets that are left, 0 to ``init_r``.
         init_r: triplets that it started with.
-        importance: what its triplets are worth together: in the default form the sum of what `rankwise.method.worth`
-            gives its directions, in the paper's form the sum of their scores. NaN where nothing can be pruned, as in
-            an adapter loaded for inference.
+        importance: what its triplets are worth together: in the default form ``rank`` times what
+            `rankwise.method.worth` gives a direction of their mean strength, in the paper's form the sum of their
+            scores. NaN where nothing can be pruned, as in an adapter loaded for inference.
         parameters: numbers in the adapter's tensors at ``rank``.
     """
 
