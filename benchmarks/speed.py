@@ -128,7 +128,8 @@ def _mega(count: int | None) -> str:
 def show(title: str, model: Model, setting: Setting, adapters: dict[str, Any], rounds: int) -> None:
     """Measure, and print a table under a title."""
     costs = measure(model, setting, adapters, rounds)
-    made, _ = model.make()
+    with torch.device("meta"):
+        made, _ = model.make()
     adapted = sum(path.endswith(tuple(model.targets)) for path, _ in made.named_modules())
     seconds = statistics.median(costs[FLOOR].seconds)
     if not setting.processes or torch.distributed.get_rank() == 0:
@@ -204,7 +205,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=29_511, help="by which two processes find each other")
     parser.add_argument("--fast", action="store_true", help="one model, fewer rounds and sizes")
     asked = parser.parse_args()
-    asked.models = asked.models or (["minilm"] if asked.fast else list(MODELS))
+    large = ["llama-1b"] if asked.device == "cuda" else []
+    asked.models = asked.models or (["minilm"] if asked.fast else ["minilm", "smollm2", *large])
     asked.rounds = asked.rounds or (4 if asked.fast else 8)
     if asked.rounds < 2:
         parser.error(f"--rounds must be at least 2, not {asked.rounds}")

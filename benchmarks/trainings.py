@@ -73,7 +73,15 @@ SMOLLM2 = Model(
     ),
     LLAMA,
 )  # fmt: skip
-MODELS = {"minilm": MINILM, "smollm2": SMOLLM2}
+LLAMA_1B = Model(
+    "A Llama of Llama 3.2 1B's shape, 4 texts of 512 tokens, all seven projections",
+    partial(
+        _llama, 4, 512, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128_256, tie_word_embeddings=True,
+    ),
+    LLAMA,
+)  # fmt: skip
+MODELS = {"minilm": MINILM, "smollm2": SMOLLM2, "llama-1b": LLAMA_1B}
 
 
 def in_4_bit(model: nn.Module, targets: Sequence[str]) -> nn.Module:
@@ -231,7 +239,8 @@ def rankwise_adalora(
 def training_of(attach: Callable[..., Training], model: Model, setting: Setting) -> Training:
     """A new model in training with one of the adapters below, the same at each call."""
     torch.manual_seed(0)
-    made, batch = model.make()
+    with torch.device(setting.device):  # large ones take long on a CPU
+        made, batch = model.make()
     targets = list(model.targets)
     return attach(setting.model(made, targets), batch, targets, setting)
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from sentences import read_reviews
-from tasks import Batch, Sources, Task, shuffled
+from tasks import Batch, Sources, Task, placed, shuffled
 from torch import Tensor, nn
 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FEWER = {0.25: ("q_proj", "v_proj"), 0.5: ("q_proj", "k_proj", "v_proj", "o_proj")}
-_STEPS, _SIZE, _LENGTH, _HELD_OUT = 56, 4, 64, 64
+_SIZE, _LENGTH, _HELD_OUT = 4, 64, 64
+_STEPS = {"review-language": 56, "review-language-long": 560}
 
 
 def _smollm2() -> tuple[Path, str]:
@@ -28,7 +29,7 @@ def _smollm2() -> tuple[Path, str]:
 
 
 def make(name: str, sources: Sources) -> Task:
-    """``review-language``."""
+    """``review-language`` or ``review-language-long``, in which most of the reviews are read, once."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, file = _smollm2()
@@ -38,16 +39,17 @@ def make(name: str, sources: Sources) -> Task:
     for text, _ in read_reviews(sources):
         ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     blocks = torch.tensor(ids[: len(ids) // _LENGTH * _LENGTH]).view(-1, _LENGTH)
+    steps = _STEPS[name]
     held_out, training = blocks[:_HELD_OUT], blocks[_HELD_OUT:]
 
     def batches(seed: int) -> Iterator[Batch]:
         order = shuffled(len(training), seed)
-        for step in range(_STEPS):
+        for step in range(steps):
             rows = training[order[step * _SIZE : (step + 1) * _SIZE]]
             yield {"input_ids": rows, "labels": rows}
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        value: Tensor = model(**batch).loss
+        value: Tensor = model(**placed(batch, model)).loss
         return value
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -55,4 +57,4 @@ def make(name: str, sources: Sources) -> Task:
         losses = [float(loss(model, {"input_ids": part, "labels": part})) for part in parts]
         return {"loss": sum(losses) / len(losses)}
 
-    return Task(name, _STEPS, _LINEAR, [], lambda seed: copy.deepcopy(base), batches, loss, evaluate, _FEWER)
+    return Task(name, steps, _LINEAR, [], lambda seed: copy.deepcopy(base), batches, loss, evaluate, _FEWER)

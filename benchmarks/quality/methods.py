@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from tasks import Batch, Task
+from tasks import Batch, Task, placed
 from torch import Tensor, nn
 
 Model = Any
@@ -100,7 +100,7 @@ def _peft_eva(model: nn.Module, task: Task, rank: float, batches: Iterable[Batch
 
     options = peft.EvaConfig(use_label_mask=False, tau=0.9)  # labels of whole sentences mask no tokens
     adapted = _peft(model, task, rank, init_lora_weights="eva", eva_config=options)
-    looked_at = list(itertools.islice(batches, 10))
+    looked_at = [placed(batch, model) for batch in itertools.islice(batches, 10)]
     how: dict[str, Any] = {"show_progress_bar": False}
     if "input_ids" in looked_at[0]:  # and all else that it looks at is what the model reads
         looked_at = [{key: batch[key] for key in batch if key != "labels"} for batch in looked_at]
@@ -181,7 +181,9 @@ def cut(model: Model) -> None:
     found, widths = {}, {}
     for name, layer in layers.items():
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        found[name] = principal_directions(A[None], B[None], torch.ones(1, len(A), dtype=torch.bool))
+        found[name] = principal_directions(
+            A[None], B[None], torch.ones(1, len(A), dtype=torch.bool, device=A.device)
+        )
         widths[name] = A.shape[1] + B.shape[0]
     squares = {
         name: (layers[name].scaling["default"] * each.strengths[0]).square().tolist()
@@ -234,6 +236,6 @@ def penalty(model: Model) -> Tensor | float:
     for name, p in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             product = p @ p.T if ".lora_A." in name else p.T @ p
-            total = total + torch.linalg.norm(product - torch.eye(len(product)))
+            total = total + torch.linalg.norm(product - torch.eye(len(product), device=product.device))
             count += 1
     return model.peft_config["default"].orth_reg_weight * total / count

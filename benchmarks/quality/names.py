@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from sentences import FEWER, LINEAR, minilm
-from tasks import Batch, Sources, Task, repeated
+from tasks import Batch, Sources, Task, placed, repeated
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,6 +54,7 @@ def make(name: str, sources: Sources) -> Task:
 
     def measured(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, and the share that is right."""
+        batch = placed(batch, model)
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         right = (logits.argmax(-1) == batch["labels"]).float().mean()
         return F.cross_entropy(logits, batch["labels"]), right

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from sentences import read_reviews
-from tasks import Batch, Sources, Task, repeated
+from tasks import Batch, Sources, Task, placed, repeated
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,6 +94,7 @@ def make(name: str, sources: Sources) -> Task:
             yield batch(openings[told], torch.tensor(order[start : start + _SIZE]))
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
+        batch = placed(batch, model)
         logits = model(input_ids=batch["input_ids"], logits_to_keep=1).logits[:, -1]
         return F.cross_entropy(logits, batch["labels"])
 

@@ -40,21 +40,25 @@ LEAST_RANKS = {
 }  # up to 1, rsLoRA is LoRA
 
 
-def train(run: Run, sources: Sources) -> dict[str, Any]:
+def train(run: Run, sources: Sources, device: str = "cpu") -> dict[str, Any]:
     """Make a run of the comparison."""
     from methods import METHODS
     from registry import make_task
 
-    return train_with(METHODS[run.method], make_task(run.task, sources), run.rank, run.rate, run.seed)
+    task = make_task(run.task, sources)
+    measured = train_with(METHODS[run.method], task, run.rank, run.rate, run.seed, device)
+    return measured if device == "cpu" else {**measured, "device": device}
 
 
-def train_with(method: Any, task: Any, rank: float, rate: float, seed: int) -> dict[str, Any]:
+def train_with(
+    method: Any, task: Any, rank: float, rate: float, seed: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Train, and measure."""
     import torch
     from methods import cut, trained_parameters
     from tasks import evaluated
 
-    model = task.load(seed)
+    model = task.load(seed).to(device)
     model.eval()  # no dropout: the models are small, and the runs short
     torch.manual_seed(seed)
     with warnings.catch_warnings():
@@ -117,8 +121,8 @@ def rank_of(text: str) -> float:
     return int(text) if text.isdecimal() else float(text)
 
 
-def _worker(job: tuple[Run, Sources, float]) -> tuple[Run, dict[str, Any] | None]:
-    run, sources, deadline = job
+def _worker(job: tuple[Run, Sources, str, float]) -> tuple[Run, dict[str, Any] | None]:
+    run, sources, device, deadline = job
     if time.time() > deadline:
         return run, None
     import torch
@@ -127,13 +131,13 @@ def _worker(job: tuple[Run, Sources, float]) -> tuple[Run, dict[str, Any] | None
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return run, train(run, sources)
+    return run, train(run, sources, device)
 
 
-def make(runs: Sequence[Run], sources: Sources, workers: int, deadline: float) -> int:
+def make(runs: Sequence[Run], sources: Sources, device: str, workers: int, deadline: float) -> int:
     """Make runs, a process for each core, and write each down when it ends. Gives how many were not begun."""
     left = 0
-    jobs = [(run, sources, deadline) for run in runs]
+    jobs = [(run, sources, device, deadline) for run in runs]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for number, (run, measured) in enumerate(pool.imap_unordered(_worker, jobs), 1):
             if measured is None:
@@ -157,6 +161,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ranks", nargs="+", type=rank_of, default=[0.25, 1, 2, 8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--device", default="cpu", help="where the models train: cpu, cuda")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
     parser.add_argument("--tables", action="store_true", help="only print the tables")
@@ -174,7 +179,7 @@ def main() -> None:
         missing = list(dict.fromkeys(run for run in wanted(asked, found) if run not in found))
         if not missing:
             break
-        if left := make(missing, sources, asked.workers, deadline):
+        if left := make(missing, sources, asked.device, asked.workers, deadline):
             print(f"{left} runs are left: give the command again.")
             break
     print("\n\n".join(report(saved.read(), asked.seeds[0]).values()))

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from tasks import Batch, Sources, Task, repeated, shuffled
+from tasks import Batch, Sources, Task, placed, repeated, shuffled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -113,6 +113,7 @@ def make(name: str, sources: Sources) -> Task:
                 yield batch(pool[number * _SIZE : (number + 1) * _SIZE])
 
     def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = placed(batch, model)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits = model(**inputs).logits
         if classes:
@@ -126,7 +127,7 @@ def make(name: str, sources: Sources) -> Task:
             part = batch(held_out[start : start + 50])
             loss, logits = losses(model, part)
             total += float(loss.sum())
-            right += int((logits.argmax(-1) == part["labels"]).sum())
+            right += int((logits.argmax(-1).cpu() == part["labels"]).sum())
         found = {"loss": total / _HELD_OUT}
         return {**found, "accuracy": right / _HELD_OUT} if classes else found
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import soundfile
 import soxr
 import torch
-from tasks import Batch, Sources, Task, shuffled
+from tasks import Batch, Sources, Task, placed, shuffled
 from torch import Tensor, nn
 
 from rankwise.recipes.tasks.speech_recognition import whisper
@@ -76,7 +76,7 @@ def make(name: str, sources: Sources) -> Task:
             yield batch(order[step * _SIZE : (step + 1) * _SIZE])
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        value: Tensor = model(**batch).loss
+        value: Tensor = model(**placed(batch, model)).loss
         return value
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -87,7 +87,7 @@ def make(name: str, sources: Sources) -> Task:
             total += float(loss(model, part)) * counted
             tokens += counted
             written = model.generate(  # type: ignore[operator]
-                input_features=part["input_features"], max_new_tokens=40, max_length=None
+                input_features=placed(part, model)["input_features"], max_new_tokens=40, max_length=None
             )
             guesses += tokenizer.batch_decode(written, skip_special_tokens=True)
         texts = [text for _, text in clips[:_HELD_OUT]]

@@ -77,6 +77,12 @@ def repeated(count: int, wanted: int, seed_after: Callable[[int], int]) -> list[
     return order
 
 
+def placed(batch: Batch, model: Any) -> Batch:
+    """The batch where the model is."""
+    device = next(model.parameters()).device
+    return {name: values.to(device) for name, values in batch.items()}
+
+
 def evaluated(task: Task, model: Any) -> dict[str, float]:
     """`Task.evaluate` in evaluation mode, without gradients."""
     model.eval()

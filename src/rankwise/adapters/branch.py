@@ -58,22 +58,20 @@ class Down(torch.autograd.Function):
 
             def hidden(x: Tensor, A: Tensor, E: Tensor | None) -> Tensor:
                 own, thinned = gates_of(A, E, ctx.kept), x if mask is None else x * mask * ctx.upscale
-                return _flat(thinned) @ (A if own is None else A * own).to(x.dtype).T
+                return flat(thinned) @ (A if own is None else A * own).to(x.dtype).T
 
-            own, *rest = _differentiated(hidden, (x, A, E), (to_x, to_A, to_E), from_hidden)
+            own, *rest = differentiated(hidden, (x, A, E), (to_x, to_A, to_E), from_hidden)
             return own if from_base is None or own is None else from_base + own, *rest, *nothing
         gradient_x = gradient_A = gradient_E = None
         if to_x:
             acting = how_many_act(ctx.kept, len(folded))
-            gradient_x = _add_share(ctx, from_base, from_hidden[:, :acting], folded[:acting], mask)
+            gradient_x = add_share(ctx, from_base, from_hidden[:, :acting], folded[:acting], mask)
         if to_A or to_E:
-            matrix = from_hidden.T @ _flat(x if mask is None else x * mask)
-            if mask is not None:
-                matrix.mul_(ctx.upscale)
+            matrix = outer_product(from_hidden, x, mask, ctx.upscale)
             if to_A:
                 gradient_A = matrix if gates is None else matrix * gates
             if to_E:
-                gradient_E = _sums_of_rows(matrix.to(A.dtype), A)
+                gradient_E = sums_of_rows(matrix.to(A.dtype), A)
         return gradient_x, gradient_A, gradient_E, *nothing
 
 
@@ -108,7 +106,7 @@ class Up(torch.autograd.Function):
         nothing = (None,) * 4
         if gradient is None:
             return None, None, None, *nothing
-        flat = _flat(gradient)
+        rows = flat(gradient)
         if torch.is_grad_enabled():  # for a second derivative
 
             def added(hidden: Tensor, B: Tensor) -> Tensor:
@@ -116,26 +114,25 @@ class Up(torch.autograd.Function):
                 product: Tensor = ctx.scaling * hidden[:, :acting] @ B[:, :acting].to(hidden.dtype).T
                 return product
 
-            return gradient, *_differentiated(added, (hidden, B), (to_hidden, to_B), flat), *nothing
-        gradient_hidden = gradient_B = None
-        if to_hidden:
-            gradient_hidden = torch.addmm(ready[:1], flat, ready, beta=0, alpha=ctx.scaling)
-        if to_B:  # with beta=0 only the product counts, and alpha costs no operation of its own
-            gradient_B = torch.addmm(ready, flat.T, hidden, beta=0, alpha=ctx.scaling)
+            return gradient, *differentiated(added, (hidden, B), (to_hidden, to_B), rows), *nothing
+        gradient_hidden = scaled_product(rows, ready, ctx.scaling) if to_hidden else None
+        gradient_B = scaled_product(rows.T, hidden, ctx.scaling) if to_B else None
         return gradient, gradient_hidden, gradient_B, *nothing
 
 
 def hidden_of(x: Tensor, A: Tensor, rate: float) -> tuple[Tensor, Tensor | None]:
     """``dropout(x) A^T`` (tokens, r), and where dropout has left x as it is: bool, of x's shape, None if nowhere."""
     dropped, mask = torch.native_dropout(x, rate, True) if rate else (x, None)
-    with without_autocast(x):
-        return _flat(dropped) @ A.T, mask
+    if torch.is_autocast_enabled(x.device.type):
+        with without_autocast(x):
+            return flat(dropped) @ A.T, mask
+    return flat(dropped) @ A.T, mask
 
 
 def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float, in_place: bool) -> Tensor:
     """``output + scaling * hidden B^T``; hidden (tokens, r) and B (d_out, r) are in the output's dtype."""
-    acting = how_many_act(kept, B.shape[1])
-    hidden, B = hidden[:, :acting], B[:, :acting]
+    if isinstance(kept, int):
+        hidden, B = hidden[:, :kept], B[:, :kept]
     if in_place and output.is_contiguous():
         added: Tensor = (
             output.detach()
@@ -143,7 +140,7 @@ def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float
         added.view(-1, output.shape[-1]).addmm_(hidden, B.T, alpha=scaling)
         return added
     with without_autocast(output):
-        moved = torch.addmm(_flat(output), hidden, B.T, alpha=scaling)
+        moved = torch.addmm(flat(output), hidden, B.T, alpha=scaling)
     return moved.view(output.shape)
 
 
@@ -160,8 +157,14 @@ def gates_of(A: Tensor, E: Tensor | None, kept: Kept) -> Tensor | None:
     if isinstance(kept, int):
         acts[:kept] = 1
     else:
-        acts[kept.to(A.device)] = 1
+        acts.index_fill_(0, kept.to(A.device), 1)  # assigning would wait for a GPU
     return acts if E is None else E * acts
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without what it does for function transforms, which takes as long as an operation or two."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -170,31 +173,44 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+def flat(x: Tensor) -> Tensor:
+    """The rows of x, (..., d): (tokens, d)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _add_share(
+def add_share(
     ctx: Any, from_base: Tensor | None, from_hidden: Tensor, A: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The input's gradient: what comes from the base layer, plus the branch's own."""
     if mask is not None:
-        own = (from_hidden @ A).mul_(_flat(mask)).view(ctx.shape)
+        own = (from_hidden @ A).mul_(flat(mask)).view(ctx.shape)
         return own.mul_(ctx.upscale) if from_base is None else from_base.add(own, alpha=ctx.upscale)
     if from_base is None:
         return (from_hidden @ A).view(ctx.shape)
     if ctx.in_place and from_base.is_contiguous():
         from_base.view(-1, A.shape[1]).addmm_(from_hidden, A)
         return from_base
-    return torch.addmm(_flat(from_base), from_hidden, A).view(ctx.shape)
+    return torch.addmm(flat(from_base), from_hidden, A).view(ctx.shape)
 
 
-def _sums_of_rows(one: Tensor, other: Tensor) -> Tensor:
+def outer_product(from_hidden: Tensor, x: Tensor, mask: Tensor | None, upscale: float) -> Tensor:
+    """``from_hidden^T dropout(x)``, (r, d_in): the gradient of A with its gates folded in."""
+    if mask is None:
+        return from_hidden.T @ flat(x)
+    return (from_hidden.T @ flat(x * mask)).mul_(upscale)
+
+
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """``scaling * left @ right`` in one operation: with beta=0 only the product counts, and alpha costs none."""
+    return torch.addmm(right[:1], left, right, beta=0, alpha=scaling)
+
+
+def sums_of_rows(one: Tensor, other: Tensor) -> Tensor:
     """``(one * other).sum(1, keepdim=True)`` of two matrices in one operation, as a batch of products of vectors."""
     return torch.bmm(one[:, None, :], other[:, :, None])[:, :, 0]
 
 
-def _differentiated(
+def differentiated(
     compute: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], gradient: Tensor
 ) -> list[Tensor | None]:
     """Gradients of ``compute(*inputs)``, themselves in a graph; None where none is needed."""

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from rankwise.adapters.branch import Down, Up, add_up, hidden_of, without_autocast
+from rankwise.adapters.branch import Down, Up, add_up, apply_of, hidden_of, without_autocast
+from rankwise.adapters.fused import How, adapted_linear
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.ready import ready
 from rankwise.parallel.ddp import note_use, take_part
+
+_down, _up = apply_of(Down), apply_of(Up)
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what it casts
 
 
 class LinearAdapters(AdapterLayer):
@@ -42,10 +46,14 @@ class LinearAdapters(AdapterLayer):
         names = self._active_unmerged()
         if not names or not self._by_hand(names):
             return super().forward(x, *args, **kwargs)
+        acting = [name for name in names if self.acts(name)]
+        if len(names) == len(acting) == 1 and not args and not kwargs:
+            A = self.factor("lora_A", acting[0])
+            if self._in_one_step(x, A):
+                return self._adapted(x, A, acting[0])
         hidden = {}
-        for name in names:
-            if self.acts(name):
-                x, hidden[name] = self._down(x, name)
+        for name in acting:
+            x, hidden[name] = self._down(x, name)
         output = self.base_forward(x, *args, **kwargs)
         for name in names:
             if name in hidden:
@@ -56,9 +64,40 @@ class LinearAdapters(AdapterLayer):
 
     def _by_hand(self, names: list[str]) -> bool:
         """Whether `Down` and `Up` compute, and no composition that compilers and transforms can take apart."""
-        if torch.compiler.is_compiling() or any(name in self.adapter_compute_dtype for name in names):
+        if torch.compiler.is_compiling():
+            return False
+        if self.adapter_compute_dtype and any(name in self.adapter_compute_dtype for name in names):
             return False
         return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+    def _in_one_step(self, x: Tensor, A: Tensor) -> bool:
+        """Whether nothing but x and the factors takes part in the backward pass, and nothing is unusual."""
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        return (
+            self._original_class is nn.Linear
+            and torch.is_grad_enabled()
+            and type(x) is Tensor
+            and type(weight) is nn.Parameter
+            and not weight.requires_grad
+            and not (bias is not None and bias.requires_grad)
+            and A.requires_grad  # or x need not be saved
+            and not hasattr(weight, "ds_id")  # in pieces, by DeepSpeed ZeRO
+            and x.dtype in _AUTOCAST
+            and weight.dtype in _AUTOCAST
+        )
+
+    def _adapted(self, x: Tensor, A: Tensor, name: str) -> Tensor:
+        """The output with the adapter's, in one step of autograd."""
+        weight: Any = self._parameters["weight"]
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        rate = self.dropout_rate[name] if self.training else 0.0
+        folded, gates = ready(self, name, "A", x.dtype)
+        up = ready(self, name, "B", dtype or weight.dtype).factor
+        how = How(self.kept.get(name), folded, gates, up, self.scaling[name], rate, dtype)
+        E, B = self.factor("lora_E", name), self.factor("lora_B", name)
+        output: Tensor = adapted_linear(x, A, E, B, weight, self._parameters.get("bias"), how)
+        return output
 
     def _down(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         kept, rate = self.kept.get(name), self.dropout_rate[name] if self.training else 0.0
@@ -66,9 +105,9 @@ class LinearAdapters(AdapterLayer):
         if not torch.is_grad_enabled():
             note_use(self._trained_here(name))
             return x, hidden_of(x, folded if kept is None else folded[_places(kept)], rate)[0]
-        E = self.lora_E[name] if name in self.lora_E else None
-        down: tuple[Tensor, Tensor] = Down.apply(  # type: ignore[no-untyped-call]
-            x, self.lora_A[name], E, kept, folded, gates, rate, self.makes_new_tensors
+        E = self.factor("lora_E", name)
+        down: tuple[Tensor, Tensor] = _down(
+            x, self.factor("lora_A", name), E, kept, folded, gates, rate, self.makes_new_tensors
         )
         return down
 
@@ -78,8 +117,8 @@ class LinearAdapters(AdapterLayer):
         if not torch.is_grad_enabled():
             made = made if kept is None else made[:, _places(kept)]
             return add_up(output, hidden.to(output.dtype), made, None, scaling, self.makes_new_tensors)
-        up: Tensor = Up.apply(  # type: ignore[no-untyped-call]
-            output, hidden, self.lora_B[name], kept, made, scaling, self.makes_new_tensors
+        up: Tensor = _up(
+            output, hidden, self.factor("lora_B", name), kept, made, scaling, self.makes_new_tensors
         )
         return up
 

@@ -29,13 +29,8 @@ if TYPE_CHECKING:
     from rankwise.adapters.layer import AdapterLayer
 
 
-class Use(NamedTuple):
-    """A layer uses a factor of an adapter in a dtype."""
-
-    layer: int  # its id
-    adapter: str
-    factor: str  # "A" or "B"
-    dtype: torch.dtype
+# A layer, by its id, uses "A" or "B" of an adapter in a dtype.
+Use = tuple[int, str, str, torch.dtype]
 
 
 class Ready(NamedTuple):
@@ -69,7 +64,7 @@ class OncePerPass:
 @contextmanager
 def _pass(model: nn.Module) -> Iterator[None]:
     around = vars(_now).copy()
-    here = {use: layer for use, layer in _last.get(model, {}).items() if _is_here(layer, use.adapter)}
+    here = {use: layer for use, layer in _last.get(model, {}).items() if _is_here(layer, use[1])}
     _now.made, _now.asked = _made(here), {}
     try:
         yield
@@ -81,23 +76,32 @@ def _pass(model: nn.Module) -> Iterator[None]:
 
 def ready(layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) -> Ready:
     """Factor "A" or "B" of an adapter in ``dtype``, ready to compute with."""
-    use = Use(id(layer), adapter, factor, dtype)
-    in_pass = hasattr(_now, "asked")
-    found: Ready | None = _now.made.get(use) if in_pass else None
+    use = (id(layer), adapter, factor, dtype)
+    now = vars(_now)
+    in_pass = "asked" in now
+    found: Ready | None = now["made"].get(use) if in_pass else None
     if found is None:
-        asked = _Asked(layer, adapter, factor, dtype)
-        if asked.is_as_it_is:
-            return Ready(asked.parameter.detach(), None)
+        parameter = layer.factor("lora_" + factor, adapter)
+        if parameter.dtype == dtype and _is_as_it_is(layer, adapter, factor):
+            return Ready(parameter.detach(), None)
         found = _made({use: layer})[use]
     if in_pass:
-        _now.made[use], _now.asked[use] = found, layer
+        now["made"][use], now["asked"][use] = found, layer
     return found
 
 
+def _is_as_it_is(layer: AdapterLayer, adapter: str, factor: str) -> bool:
+    """Whether a factor itself is what to compute with, but for its dtype."""
+    cut, E = adapter in layer.kept, layer.factor("lora_E", adapter)
+    if factor == "A":
+        return E is None and not cut
+    return not cut or E is None or not E.requires_grad
+
+
 def _is_here(layer: AdapterLayer, adapter: str) -> bool:
-    if adapter not in layer.lora_A or not layer.acts(adapter):
+    if not layer.acts(adapter):
         return False
-    A = layer.lora_A[adapter]
+    A = layer.factor("lora_A", adapter)
     return not (A.is_meta or is_sharded(A))
 
 
@@ -105,8 +109,8 @@ class _Asked:
     """A factor that is asked for, on its way to `Ready`."""
 
     def __init__(self, layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) -> None:
-        self.parameter: Tensor = (layer.lora_A if factor == "A" else layer.lora_B)[adapter]
-        self.E: Tensor | None = layer.lora_E[adapter] if adapter in layer.lora_E else None
+        self.parameter: Tensor = layer.factor("lora_" + factor, adapter)
+        self.E: Tensor | None = layer.factor("lora_E", adapter)
         self.kept = layer.kept.get(adapter)
         self.dtype = dtype
         self.is_A = factor == "A"
@@ -114,17 +118,11 @@ class _Asked:
         self.factor = self.parameter
         self.gates: Tensor | None = None
 
-    @property
-    def is_as_it_is(self) -> bool:
-        """Whether the parameter itself is what to compute with."""
-        folds = self.is_A and (self.E is not None or self.kept is not None)
-        return not folds and not self.cut_B and self.parameter.dtype == self.dtype
-
 
 @torch.no_grad()
 def _made(uses: Mapping[Use, AdapterLayer]) -> dict[Use, Ready]:
     """What is asked for, in a few operations for all together."""
-    every = [_Asked(layer, use.adapter, use.factor, use.dtype) for use, layer in uses.items()]
+    every = [_Asked(layer, *use[1:]) for use, layer in uses.items()]
     _set_gates([each for each in every if each.is_A])
     _cut([each for each in every if each.cut_B])
     gated = [(each, each.gates) for each in every if each.gates is not None]
@@ -190,7 +188,9 @@ def _copies(wanted: Sequence[tuple[Tensor, torch.Size, torch.dtype]]) -> list[Te
         made |= {place: piece.view(wanted[place][1]) for place, piece in zip(places, pieces, strict=True)}
         sources = [wanted[place][0] for place in places]
         corners = [
-            made[place][: source.shape[0], : source.shape[1]]
+            made[place]
+            if source.shape == wanted[place][1]
+            else made[place][: source.shape[0], : source.shape[1]]
             for place, source in zip(places, sources, strict=True)
         ]
         torch._foreach_copy_(corners, sources)

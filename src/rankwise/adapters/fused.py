@@ -1,0 +1,114 @@
+"""A linear layer whose weight is frozen, and its adapter's branch, as one step of autograd.
+
+It computes what `Down`, the base layer and `Up` compute one after the other (see `rankwise.adapters.branch`), with the
+same operations, and saves the same. But a step of autograd that is written in Python takes as long as several
+operations to launch, which is what small batches on a GPU wait for: here it is one instead of two, and the base layer
+takes none of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankwise.adapters.branch import (
+    Kept,
+    add_share,
+    add_up,
+    apply_of,
+    differentiated,
+    flat,
+    gates_of,
+    hidden_of,
+    how_many_act,
+    outer_product,
+    scaled_product,
+    sums_of_rows,
+)
+
+
+class How(NamedTuple):
+    """What the branch computes with, none of it in a graph.
+
+    Args:
+        kept: which triplets act.
+        folded: A with the gates folded in, (r, d_in), in the dtype of the input.
+        gates: of A, as `gates_of` has them.
+        up: B, (d_out, r), in the dtype of the output.
+        scaling: of the branch.
+        rate: of its dropout.
+        dtype: what autocast computes the base layer in; None without autocast.
+    """
+
+    kept: Kept
+    folded: Tensor
+    gates: Tensor | None
+    up: Tensor
+    scaling: float
+    rate: float
+    dtype: torch.dtype | None
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """``x W^T + bias + scaling * (dropout(x) (A * E)^T) B^T``; gradients go to x, A, E and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        E: Tensor | None,
+        B: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        how: How,
+    ) -> Tensor:
+        hidden, mask = hidden_of(x, how.folded, how.rate)
+        if how.dtype is not None:
+            weight = weight.to(how.dtype)
+        output = F.linear(x, weight, bias)
+        hidden = hidden.to(output.dtype)
+        saved_weight = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, A, E, B, saved_weight, hidden, mask, how.folded, how.gates, how.up)
+        ctx.kept, ctx.scaling, ctx.shape, ctx.in_place = how.kept, how.scaling, x.shape, True
+        ctx.upscale = 1 / (1 - how.rate) if how.rate < 1 else 0.0
+        ctx.set_materialize_grads(False)
+        return add_up(output, hidden, how.up, how.kept, how.scaling, in_place=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
+        nothing = (None,) * 3
+        if gradient is None:
+            return (None,) * 4 + nothing
+        x, A, E, B, weight, hidden, mask, folded, gates, up = ctx.saved_tensors
+        to_x, to_A, to_E, to_B = ctx.needs_input_grad[:4]
+        rows = flat(gradient)
+        if torch.is_grad_enabled():  # for a second derivative
+
+            def output(x: Tensor, A: Tensor, E: Tensor | None, B: Tensor) -> Tensor:
+                own, thinned = gates_of(A, E, ctx.kept), x if mask is None else x * mask * ctx.upscale
+                hidden = flat(thinned) @ (A if own is None else A * own).to(x.dtype).T
+                acting = how_many_act(ctx.kept, B.shape[1])
+                B = B[:, :acting].to(rows.dtype)
+                added: Tensor = ctx.scaling * hidden.to(rows.dtype)[:, :acting] @ B.T
+                return added if weight is None else added + flat(x).to(rows.dtype) @ weight.T
+
+            return *differentiated(output, (x, A, E, B), (to_x, to_A, to_E, to_B), rows), *nothing
+        gradient_x = gradient_E = None
+        from_hidden = scaled_product(rows, up, ctx.scaling).to(x.dtype)
+        gradient_B = scaled_product(rows.T, hidden, ctx.scaling) if to_B else None
+        if to_x:
+            acting = how_many_act(ctx.kept, len(folded))
+            from_base = (rows @ weight).to(x.dtype).view(x.shape)
+            gradient_x = add_share(ctx, from_base, from_hidden[:, :acting], folded[:acting], mask)
+        matrix = outer_product(from_hidden, x, mask, ctx.upscale)
+        gradient_A = matrix if gates is None else matrix * gates
+        if to_E:
+            gradient_E = sums_of_rows(matrix.to(A.dtype), A)
+        return gradient_x, gradient_A, gradient_E, gradient_B, *nothing
+
+
+adapted_linear = apply_of(_AdaptedLinear)
