@@ -12,6 +12,7 @@ that are not here when it begins (sharded ones), a layer makes its own.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -133,7 +134,10 @@ def _made(uses: Mapping[Use, AdapterLayer]) -> dict[Use, Ready]:
     cast = [each for each in every if each.factor.dtype != each.dtype]
     for each, copy in zip(cast, _copies([(e.factor, e.factor.shape, e.dtype) for e in cast]), strict=True):
         each.factor = copy
-    return {use: Ready(each.factor.detach(), each.gates) for use, each in zip(uses, every, strict=True)}
+    for each in every:
+        if each.factor is each.parameter:
+            each.factor = each.parameter.detach()
+    return {use: Ready(each.factor, each.gates) for use, each in zip(uses, every, strict=True)}
 
 
 def _set_gates(every: Sequence[_Asked]) -> None:
@@ -183,15 +187,20 @@ def _copies(wanted: Sequence[tuple[Tensor, torch.Size, torch.dtype]]) -> list[Te
     for place, (source, _, dtype) in enumerate(wanted):
         groups.setdefault((source.device, dtype), []).append(place)
     for (device, dtype), places in groups.items():
-        sizes = [wanted[place][1].numel() for place in places]
-        pieces = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
-        made |= {place: piece.view(wanted[place][1]) for place, piece in zip(places, pieces, strict=True)}
+        shapes = [wanted[place][1] for place in places]
         sources = [wanted[place][0] for place in places]
-        corners = [
-            made[place]
-            if source.shape == wanted[place][1]
-            else made[place][: source.shape[0], : source.shape[1]]
-            for place, source in zip(places, sources, strict=True)
-        ]
-        torch._foreach_copy_(corners, sources)
+        if all(source.shape == shape for source, shape in zip(sources, shapes, strict=True)):
+            together = torch.cat([source.reshape(-1) for source in sources]).to(dtype)
+            copies = _parts(together, shapes)
+        else:
+            copies = _parts(torch.zeros(sum(map(math.prod, shapes)), dtype=dtype, device=device), shapes)
+            corners = [copy[: len(own), : own.shape[1]] for copy, own in zip(copies, sources, strict=True)]
+            torch._foreach_copy_(corners, sources)
+        made |= zip(places, copies, strict=True)
     return [made[place] for place in range(len(wanted))]
+
+
+def _parts(together: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """What lies one after the other in a vector, in its shapes."""
+    pieces = together.split(list(map(math.prod, shapes)))
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -92,6 +92,8 @@ def squared_norms(tensors: Sequence[Any], blocks: Sequence[int], device: torch.d
         blocks: how many blocks the columns of each consist of.
         device: where the result is.
     """
+    if _are_plain(tensors) and all(count == 1 for count in blocks):
+        return torch.stack(torch._foreach_norm(list(tensors))).to(device, torch.float32).square()
     found: list[Tensor] = [torch.empty(0)] * len(tensors)
     whole = [n for n, tensor in enumerate(tensors) if tensor is not None and blocks[n] == 1]
     if whole:
@@ -118,6 +120,12 @@ def squared_norms(tensors: Sequence[Any], blocks: Sequence[int], device: torch.d
         for n, part in zip(places, sums.to(device).split([blocks[n] for n in places]), strict=True):
             found[n] = part
     return torch.cat(found)
+
+
+def _are_plain(tensors: Sequence[Any]) -> bool:
+    """Whether they are whole tensors of one dtype on one device, as mostly."""
+    kinds = {tensor is None or (tensor.dtype, tensor.device, is_sharded(tensor)) for tensor in tensors}
+    return len(kinds) == 1 and not isinstance(only := next(iter(kinds)), bool) and not only[2]
 
 
 def _sharded_by_rows(tensor: Any) -> int | None:

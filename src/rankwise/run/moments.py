@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -71,9 +72,29 @@ def turn_moments(
         for name in names:
             held = [n for n in turnable if name in optimizer.state[parameters[n]]]
             states = [optimizer.state[parameters[n]][name] for n in held]
-            for n, state, whole in zip(held, states, gather(states), strict=True):
-                turned = turns[n].applied(_KINDS[name], whole, columns)
-                local(state).copy_(local_like(turned, state))
+            turned = _turned(_KINDS[name], [turns[n] for n in held], gather(states), columns)
+            torch._foreach_copy_(
+                [local(state) for state in states],
+                [local_like(new, state) for new, state in zip(turned, states, strict=True)],
+            )
+
+
+def _turned(kind: str, turns: Sequence[Turn], states: Sequence[Tensor], columns: bool) -> list[Tensor]:
+    """State tensors of a kind, turned; those of one shape in one product, as there may be hundreds of layers."""
+    alike: dict[Any, list[int]] = {}
+    for n, (turn, state) in enumerate(zip(turns, states, strict=True)):
+        alike.setdefault(
+            (turn.weight.shape, turn.weight.device, state.shape, state.dtype, state.device), []
+        ).append(n)
+    turned = [states[0]] * len(states)
+    for places in alike.values():
+        together = Turn(*(torch.cat(each) for each in zip(*(turns[n] for n in places), strict=True)))
+        size = states[places[0]].shape[1 if columns else 0]  # triplets of each
+        stacked = torch.stack([states[n].T if columns else states[n] for n in places])
+        rows = together.applied(kind, stacked.flatten(0, 1), columns=False)
+        for n, new in zip(places, rows.split(size), strict=True):
+            turned[n] = new.T if columns else new
+    return turned
 
 
 def _of_its_shape(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[str]:

@@ -112,8 +112,7 @@ class Triplets:
 
     def factors(self, key: str) -> list[nn.Parameter]:
         """All A, all E or all B ("lora_A", "lora_E", "lora_B"), in layer order."""
-        # Asked for in every step: this way of looking them up takes a third of the usual one's time.
-        return [getattr(layer._modules[key], self.adapter) for layer in self.layers.values()]
+        return [layer.factor(key, self.adapter) for layer in self.layers.values()]
 
     def numbers(self, key: str) -> range:
         """The numbers of `factors` of one kind among those of all kinds, as `FACTORS` orders them."""

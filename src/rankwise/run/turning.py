@@ -25,9 +25,9 @@ class _Group(NamedTuple):
 
     def parts(self, count: int) -> Iterator[tuple[int, Principal]]:
         """Each layer's number with its own ``count`` blocks."""
-        for place, n in enumerate(self.places):
-            own = slice(place * count, (place + 1) * count)
-            yield n, Principal(*(values[own] for values in self.found))
+        pieces = zip(*(values.split(count) for values in self.found), strict=True)
+        for n, own in zip(self.places, pieces, strict=True):
+            yield n, Principal(*own)
 
 
 class Turned:
