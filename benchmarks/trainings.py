@@ -81,7 +81,15 @@ LLAMA_1B = Model(
     ),
     LLAMA,
 )  # fmt: skip
-MODELS = {"minilm": MINILM, "smollm2": SMOLLM2, "llama-1b": LLAMA_1B}
+TINY = Model(
+    "A Llama of 24 layers of width 32, one text of 4 tokens, all seven projections",
+    partial(
+        _llama, 1, 4, hidden_size=32, intermediate_size=64, num_hidden_layers=24, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=100,
+    ),
+    LLAMA,
+)  # fmt: skip
+MODELS = {"minilm": MINILM, "smollm2": SMOLLM2, "llama-1b": LLAMA_1B, "tiny": TINY}
 
 
 def in_4_bit(model: nn.Module, targets: Sequence[str]) -> nn.Module:

@@ -162,8 +162,9 @@ class AdapterLayer(InPlace, nn.Module):
         Asked for by every layer in every pass: this way of looking them up takes a fraction of the usual one's time.
         """
         held: Any = self._modules[key]
-        found = held._parameters.get(name)
-        return held[name] if found is None and name in held else found
+        if name in held._parameters:
+            return held._parameters[name]  # not `get`: where DeepSpeed has it, asking so brings it here
+        return held[name] if name in held else None
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A with E folded in, (k, d_in), and B, (d_out, k), of the k triplets that act."""
