@@ -93,7 +93,7 @@ class Up(torch.autograd.Function):
         scaling: float,
         in_place: bool,
     ) -> Tensor:
-        hidden = hidden.to(output.dtype)
+        hidden = cast(hidden, output.dtype)
         ctx.save_for_backward(hidden, B, ready)
         ctx.kept, ctx.scaling = kept, scaling
         ctx.set_materialize_grads(False)
@@ -181,6 +181,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which what is computed on x's device keeps its dtype."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values.to(dtype)``, which takes time even where there is nothing to do."""
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 def flat(x: Tensor) -> Tensor:

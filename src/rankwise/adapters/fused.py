@@ -20,6 +20,7 @@ from rankwise.adapters.branch import (
     add_up,
     added_in_place,
     apply_of,
+    cast,
     differentiated,
     flat,
     gates_of,
@@ -71,7 +72,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if how.dtype is not None:
             weight = weight.to(how.dtype)
         output = F.linear(x, weight, bias)
-        hidden = _cast(hidden, output.dtype)
+        hidden = cast(hidden, output.dtype)
         saved_weight = weight if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x, A, E, B, saved_weight, hidden, mask, how.folded, how.gates, how.up)
         ctx.kept, ctx.scaling, ctx.shape, ctx.in_place = how.kept, how.scaling, x.shape, True
@@ -101,22 +102,17 @@ class _AdaptedLinear(torch.autograd.Function):
 
             return *differentiated(output, (x, A, E, B), (to_x, to_A, to_E, to_B), rows), *nothing
         gradient_x = gradient_E = None
-        from_hidden = _cast(scaled_product(rows, up, ctx.scaling), x.dtype)
+        from_hidden = cast(scaled_product(rows, up, ctx.scaling), x.dtype)
         gradient_B = scaled_product(rows.T, hidden, ctx.scaling) if to_B else None
         if to_x:
             acting = how_many_act(ctx.kept, len(folded))
-            from_base = _cast(rows @ weight, x.dtype).view(x.shape)
+            from_base = cast(rows @ weight, x.dtype).view(x.shape)
             gradient_x = add_share(ctx, from_base, from_hidden[:, :acting], folded[:acting], mask)
         matrix = outer_product(from_hidden, x, mask, ctx.upscale)
         gradient_A = matrix if gates is None else matrix * gates
         if to_E:
             gradient_E = sums_of_rows(matrix.to(A.dtype), A)
         return gradient_x, gradient_A, gradient_E, gradient_B, *nothing
-
-
-def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values.to(dtype)``, which takes time even where there is nothing to do."""
-    return values if values.dtype == dtype else values.to(dtype)
 
 
 adapted_linear = apply_of(_AdaptedLinear)

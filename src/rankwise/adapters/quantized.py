@@ -6,6 +6,7 @@ packings merging is refused, and the message says what to do instead.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Bnb4bitAdapters(LinearAdapters):
 
     @property
     def makes_new_tensors(self) -> bool:
-        return _is_of_bitsandbytes(self)
+        return _is_of_bitsandbytes(self._original_class)
 
     def base_weight(self) -> Tensor:
         import bitsandbytes
@@ -71,7 +72,7 @@ class Bnb8bitAdapters(LinearAdapters):
 
     @property
     def makes_new_tensors(self) -> bool:
-        return _is_of_bitsandbytes(self)
+        return _is_of_bitsandbytes(self._original_class)
 
     def base_weight(self) -> Tensor:
         import bitsandbytes
@@ -137,9 +138,10 @@ def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
     )
 
 
-def _is_of_bitsandbytes(layer: LinearAdapters) -> bool:
-    """Whether a layer is bitsandbytes' own, and of no class that was derived from it."""
-    return layer._original_class.__module__.startswith("bitsandbytes.")
+@functools.cache  # asked twice by every layer in every pass
+def _is_of_bitsandbytes(cls: type) -> bool:
+    """Whether a class is bitsandbytes' own, and none that was derived from it."""
+    return cls.__module__.startswith("bitsandbytes.")
 
 
 # On CPUs with AVX512-BF16, evaluation makes bitsandbytes lay 4-bit weights out in another way, through which no
