@@ -140,10 +140,17 @@ def test_layers_with_the_same_input_save_it_once_and_layers_at_rank_0_nothing() 
 # --- what it computes ----------------------------------------------------------------------------------------------
 
 
-def layer_of(dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
+class Own(nn.Linear):
+    """A user's layer: it is not computed in one step of autograd with its adapter, but before and after it."""
+
+
+KINDS = pytest.mark.parametrize("kind", [nn.Linear, Own], ids=["one step", "two steps"])
+
+
+def layer_of(dtype: torch.dtype = torch.float64, kind: type[nn.Linear] = nn.Linear, **fields: Any) -> Any:
     """A linear layer with an adapter of the paper's form with random factors."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
+    model = nn.Sequential(kind(6, 5)).to(dtype)
     config = rw.AdaLoraConfig(
         init_r=4,
         target_r=2,
@@ -169,10 +176,13 @@ def gradients(model: Any, x: Tensor, compute: Any = None) -> list[Tensor]:
     return [output.detach(), *made]
 
 
+@KINDS
 @pytest.mark.parametrize("kept", [1, 3, torch.tensor([1, 3])], ids=["first", "most", "some"])
 @pytest.mark.parametrize("trains", [True, False], ids=["gates train", "gates are frozen"])
-def test_only_the_kept_triplets_act_and_the_others_get_gradients_of_zero(kept: Any, trains: bool) -> None:
-    model = layer_of()
+def test_only_the_kept_triplets_act_and_the_others_get_gradients_of_zero(
+    kept: Any, trains: bool, kind: type[nn.Linear]
+) -> None:
+    model = layer_of(kind=kind)
     layer, x = model[0], torch.randn(7, 6, dtype=torch.float64)
     E = layer.lora_E["default"].requires_grad_(trains)
     closed = torch.ones(4, dtype=torch.bool)
@@ -193,12 +203,13 @@ def test_only_the_kept_triplets_act_and_the_others_get_gradients_of_zero(kept: A
         torch.testing.assert_close(model(x), composed(x))
 
 
+@KINDS
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_half_precision_is_as_near_to_the_exact_gradients_as_half_precision_is(
-    dtype: torch.dtype, autocast: bool
+    dtype: torch.dtype, autocast: bool, kind: type[nn.Linear]
 ) -> None:
-    model, x = layer_of(dtype), torch.randn(50, 6).to(dtype)
+    model, x = layer_of(dtype, kind), torch.randn(50, 6).to(dtype)
     exact = gradients(copy.deepcopy(model).double(), x.double())
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         made = gradients(model, x)
@@ -256,6 +267,61 @@ def test_dropout_saves_its_input_and_where_it_let_it_through() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x)
     assert sorted(tensor.element_size() for tensor in saved.values()) == [1, 4]
+
+
+@KINDS
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6)], ids=str)
+def test_a_batch_without_tokens_gives_gradients_of_zero(
+    shape: tuple[int, ...], kind: type[nn.Linear]
+) -> None:
+    output, *made = gradients(layer_of(kind=kind), torch.randn(shape, dtype=torch.float64))
+    assert output.shape == (*shape[:-1], 5)
+    assert not any(each.any() for each in made) and [each.shape for each in made] == [
+        shape,
+        (4, 6),
+        (5, 4),
+        (4, 1),
+    ]
+
+
+@KINDS
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)], ids=str)
+def test_the_next_layer_may_change_the_output_in_place(shape: tuple[int, ...], kind: type[nn.Linear]) -> None:
+    model, x = layer_of(kind=kind), torch.randn(shape, dtype=torch.float64)
+    expected = gradients(model, x, lambda x: model(x).relu())
+    torch.testing.assert_close(gradients(model, x, lambda x: model(x).relu_()), expected)
+
+
+@KINDS
+def test_a_weight_that_is_exchanged_after_the_forward_pass_is_not_in_its_backward_pass(
+    kind: type[nn.Linear],
+) -> None:
+    """As by ``model.half()``, or by what swaps layers out of the memory of a GPU."""
+    model, x = layer_of(kind=kind), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    output = model(x)
+    model[0].weight.data = torch.zeros(5, 6)
+    (made,) = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(made, expected)
+
+
+def test_a_factor_is_asked_for_in_a_way_that_tools_can_answer() -> None:
+    """DeepSpeed ZeRO-3 puts dictionaries in place that bring a parameter when it is asked for."""
+    asked = []
+
+    class Bringing(dict):  # type: ignore[type-arg]
+        def __getitem__(self, name: str) -> Any:
+            asked.append(name)
+            return super().__getitem__(name)
+
+    model = layer_of()
+    factors = (model[0].lora_A, model[0].lora_E, model[0].lora_B)
+    for held in factors:
+        held._parameters = Bringing(held._parameters)
+    model(torch.randn(3, 6, dtype=torch.float64))
+    assert len(asked) >= len(factors)
+    asked.clear()
+    assert model[0].acts("default") and asked == ["default"]
 
 
 class Shared(nn.Linear):

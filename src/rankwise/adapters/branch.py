@@ -64,8 +64,7 @@ class Down(torch.autograd.Function):
             return own if from_base is None or own is None else from_base + own, *rest, *nothing
         gradient_x = gradient_A = gradient_E = None
         if to_x:
-            acting = how_many_act(ctx.kept, len(folded))
-            gradient_x = add_share(ctx, from_base, from_hidden[:, :acting], folded[:acting], mask)
+            gradient_x = add_share(ctx, from_base, from_hidden, folded, mask)
         if to_A or to_E:
             matrix = outer_product(from_hidden, x, mask, ctx.upscale)
             if to_A:
@@ -115,8 +114,8 @@ class Up(torch.autograd.Function):
                 return product
 
             return gradient, *differentiated(added, (hidden, B), (to_hidden, to_B), rows), *nothing
-        gradient_hidden = scaled_product(rows, ready, ctx.scaling) if to_hidden else None
-        gradient_B = scaled_product(rows.T, hidden, ctx.scaling) if to_B else None
+        gradient_hidden = scaled_product(rows, ready, ctx.scaling, ready[:1]) if to_hidden else None
+        gradient_B = scaled_product(rows.T, hidden, ctx.scaling, ready[:1]) if to_B else None
         return gradient, gradient_hidden, gradient_B, *nothing
 
 
@@ -142,7 +141,7 @@ def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float
     hidden, B = hidden[:, :acting], B[:, :acting]
     with without_autocast(output):
         moved = torch.addmm(flat(output), hidden, B.T, alpha=scaling)
-    return moved.view(output.shape)
+    return moved.view(output.shape).detach()  # a view could not be changed in place
 
 
 def added_in_place(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float) -> Tensor:
@@ -197,6 +196,8 @@ def add_share(
     ctx: Any, from_base: Tensor | None, from_hidden: Tensor, A: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The input's gradient: what comes from the base layer, plus the branch's own."""
+    if isinstance(ctx.kept, int):
+        from_hidden, A = from_hidden[:, : ctx.kept], A[: ctx.kept]
     if mask is not None:
         own = (from_hidden @ A).mul_(flat(mask)).view(ctx.shape)
         return own.mul_(ctx.upscale) if from_base is None else from_base.add(own, alpha=ctx.upscale)
@@ -215,9 +216,9 @@ def outer_product(from_hidden: Tensor, x: Tensor, mask: Tensor | None, upscale: 
     return (from_hidden.T @ flat(x * mask)).mul_(upscale)
 
 
-def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """``scaling * left @ right`` in one operation: with beta=0 only the product counts, and alpha costs none."""
-    return torch.addmm(right[:1], left, right, beta=0, alpha=scaling)
+def scaled_product(left: Tensor, right: Tensor, scaling: float, row: Tensor) -> Tensor:
+    """``scaling * left @ right`` in one operation: with beta=0 ``row``, any of the width, does not count."""
+    return torch.addmm(row, left, right, beta=0, alpha=scaling)
 
 
 def sums_of_rows(one: Tensor, other: Tensor) -> Tensor:

@@ -72,8 +72,11 @@ class _AdaptedLinear(torch.autograd.Function):
         if how.dtype is not None:
             weight = weight.to(how.dtype)
         output = F.linear(x, weight, bias)
+        if output._is_view():  # of what it made: following layers could not change it in place
+            output = output.detach()
         hidden = cast(hidden, output.dtype)
-        saved_weight = weight if ctx.needs_input_grad[0] else None
+        # Detached, so that it stays what it is here if the parameter's data are exchanged before the backward pass.
+        saved_weight = weight.detach() if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x, A, E, B, saved_weight, hidden, mask, how.folded, how.gates, how.up)
         ctx.kept, ctx.scaling, ctx.shape, ctx.in_place = how.kept, how.scaling, x.shape, True
         ctx.upscale = 1 / (1 - how.rate) if how.rate < 1 else 0.0
@@ -102,12 +105,11 @@ class _AdaptedLinear(torch.autograd.Function):
 
             return *differentiated(output, (x, A, E, B), (to_x, to_A, to_E, to_B), rows), *nothing
         gradient_x = gradient_E = None
-        from_hidden = cast(scaled_product(rows, up, ctx.scaling), x.dtype)
-        gradient_B = scaled_product(rows.T, hidden, ctx.scaling) if to_B else None
+        from_hidden = cast(scaled_product(rows, up, ctx.scaling, up[:1]), x.dtype)
+        gradient_B = scaled_product(rows.T, hidden, ctx.scaling, up[:1]) if to_B else None
         if to_x:
-            acting = how_many_act(ctx.kept, len(folded))
             from_base = cast(rows @ weight, x.dtype).view(x.shape)
-            gradient_x = add_share(ctx, from_base, from_hidden[:, :acting], folded[:acting], mask)
+            gradient_x = add_share(ctx, from_base, from_hidden, folded, mask)
         matrix = outer_product(from_hidden, x, mask, ctx.upscale)
         gradient_A = matrix if gates is None else matrix * gates
         if to_E:

@@ -82,8 +82,11 @@ class LinearAdapters(AdapterLayer):
             and not (bias is not None and bias.requires_grad)
             and A.requires_grad  # or x need not be saved
             and not hasattr(weight, "ds_id")  # in pieces, by DeepSpeed ZeRO
-            and x.dtype in _AUTOCAST
-            and weight.dtype in _AUTOCAST
+            and (
+                x.dtype in _AUTOCAST
+                and weight.dtype in _AUTOCAST
+                or not torch.is_autocast_enabled(x.device.type)
+            )
         )
 
     def _adapted(self, x: Tensor, A: Tensor, name: str) -> Tensor:

@@ -92,7 +92,7 @@ def _turned(kind: str, turns: Sequence[Turn], states: Sequence[Tensor], columns:
         size = states[places[0]].shape[1 if columns else 0]  # triplets of each
         stacked = torch.stack([states[n].T if columns else states[n] for n in places])
         rows = together.applied(kind, stacked.flatten(0, 1), columns=False)
-        for n, new in zip(places, rows.split(size), strict=True):
+        for n, new in zip(places, rows.split([size] * len(places)), strict=True):
             turned[n] = new.T if columns else new
     return turned
 
