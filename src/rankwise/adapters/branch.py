@@ -3,7 +3,8 @@
 It is cut in two, with the base layer between: `Down` goes from the layer's input to ``hidden`` (tokens, r) and hands
 the input on to the base layer, `Up` adds ``hidden B^T`` to what the base layer makes. So in the backward pass `Down`
 receives what the base layer has computed for the input, and adds its own share to that. Written as a composition,
-the output and the input's gradient would each be made twice and added.
+the output and the input's gradient would each be made twice and added. Where the base layer's weight is frozen, as
+mostly, all three are one step: `rankwise.adapters.fused`.
 
 Every product is computed in the dtype of the wide tensor that it reads, so that none is copied: under autocast x may
 be float32 and the output bfloat16. What is saved for the backward pass is x itself, which layers with the same input

@@ -33,7 +33,7 @@ from rankwise.adapters.branch import (
 
 
 class How(NamedTuple):
-    """What the branch computes with, none of it in a graph.
+    """What the branch computes with, to which no gradients go.
 
     Args:
         kept: which triplets act.
