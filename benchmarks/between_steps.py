@@ -17,11 +17,8 @@ import torch
 from trainings import MODELS, Model, Setting, Training, rankwise_adalora, small, training_of
 
 RUN, CUTS = 1000, 20  # steps of a run, and how often the default form cuts in it
-SPARE = {
-    "minilm": (2, 8),
-    "smollm2": (8, 16),
-    "llama-1b": (8, 16),
-}  # target_r and the init_r that goes with it by default
+# target_r and the init_r that goes with it by default
+SPARE = {"minilm": (2, 8), "smollm2": (8, 16), "llama-1b": (8, 16), "tiny": (2, 8)}
 
 
 # --- the books of ranks ---------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def at_the_same_rate(results: Results) -> str:
 def report(results: Results, seed: int) -> dict[str, str]:
     """All that is said of the results, in Markdown, by what it is about; ``seed`` is the one rates were chosen on."""
     hours = sum(row["seconds"] for row in results.values()) / 3600
-    elsewhere = sum("device" in row for row in results.values())
+    on_gpu = sum("device" in row for row in results.values())
     return {
         "scarce": summary(results, seed, scarce=True),
         "elsewhere": summary(results, seed, scarce=False),
@@ -241,7 +241,7 @@ def report(results: Results, seed: int) -> dict[str, str]:
         "fewest": fewest(results, seed),
         "all": tables(results, seed),
         "time": f"{len(results)} runs trained for {hours:.1f} hours in all, each with one thread of a processor"
-        + (f", {elsewhere} of them on a GPU." if elsewhere else "."),
+        + (f", {on_gpu} of them on a GPU." if on_gpu else "."),
     }
 
 

@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ranks", nargs="+", type=rank_of, default=[0.25, 1, 2, 8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--device", default="cpu", help="where the models train: cpu, cuda")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models train")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
     parser.add_argument("--tables", action="store_true", help="only print the tables")

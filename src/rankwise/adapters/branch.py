@@ -14,7 +14,6 @@ share, and ``hidden``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,21 +57,12 @@ class Down(torch.autograd.Function):
             x = from_hidden.new_zeros(ctx.shape, requires_grad=True) if x is None else x
 
             def hidden(x: Tensor, A: Tensor, E: Tensor | None) -> Tensor:
-                own, thinned = gates_of(A, E, ctx.kept), x if mask is None else x * mask * ctx.upscale
-                return flat(thinned) @ (A if own is None else A * own).to(x.dtype).T
+                return composed_hidden(ctx, x, A, E, mask)
 
             own, *rest = differentiated(hidden, (x, A, E), (to_x, to_A, to_E), from_hidden)
             return own if from_base is None or own is None else from_base + own, *rest, *nothing
-        gradient_x = gradient_A = gradient_E = None
-        if to_x:
-            gradient_x = add_share(ctx, from_base, from_hidden, folded, mask)
-        if to_A or to_E:
-            matrix = outer_product(from_hidden, x, mask, ctx.upscale)
-            if to_A:
-                gradient_A = matrix if gates is None else matrix * gates
-            if to_E:
-                gradient_E = sums_of_rows(matrix.to(A.dtype), A)
-        return gradient_x, gradient_A, gradient_E, *nothing
+        gradient_x = add_share(ctx, from_base, from_hidden, folded, mask) if to_x else None
+        return gradient_x, *factor_gradients(ctx, from_hidden, x, A, gates, mask), *nothing
 
 
 class Up(torch.autograd.Function):
@@ -110,9 +100,7 @@ class Up(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a second derivative
 
             def added(hidden: Tensor, B: Tensor) -> Tensor:
-                acting = how_many_act(ctx.kept, B.shape[1])
-                product: Tensor = ctx.scaling * hidden[:, :acting] @ B[:, :acting].to(hidden.dtype).T
-                return product
+                return composed_update(ctx, hidden, B)
 
             return gradient, *differentiated(added, (hidden, B), (to_hidden, to_B), rows), *nothing
         gradient_hidden = scaled_product(rows, ready, ctx.scaling, ready[:1]) if to_hidden else None
@@ -123,35 +111,22 @@ class Up(torch.autograd.Function):
 def hidden_of(x: Tensor, A: Tensor, rate: float) -> tuple[Tensor, Tensor | None]:
     """``dropout(x) A^T`` (tokens, r), and where dropout has left x as it is: bool, of x's shape, None if nowhere."""
     dropped, mask = torch.native_dropout(x, rate, True) if rate else (x, None)
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    with WithoutAutocast(x):
         return flat(dropped) @ A.T, mask
-    torch.set_autocast_enabled(kind, False)  # as `without_autocast`, in a fraction of its time
-    try:
-        return flat(dropped) @ A.T, mask
-    finally:
-        torch.set_autocast_enabled(kind, True)
 
 
 def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float, in_place: bool) -> Tensor:
     """``output + scaling * hidden B^T``; hidden (tokens, r) and B (d_out, r) are in the output's dtype."""
-    if in_place and output.is_contiguous():
-        # To autograd a tensor of its own, which following layers may change in place.
-        return added_in_place(output.detach(), hidden, B, kept, scaling)
-    acting = how_many_act(kept, B.shape[1])
-    hidden, B = hidden[:, :acting], B[:, :acting]
-    with without_autocast(output):
-        moved = torch.addmm(flat(output), hidden, B.T, alpha=scaling)
-    return moved.view(output.shape).detach()  # a view could not be changed in place
-
-
-def added_in_place(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float) -> Tensor:
-    """As `add_up`, of an output that is contiguous and nobody else holds."""
     if isinstance(kept, int):
         hidden, B = hidden[:, :kept], B[:, :kept]
-    rows = output if output.dim() == 2 else output.view(-1, output.shape[-1])
-    rows.addmm_(hidden, B.T, alpha=scaling)
-    return output
+    if in_place and output.is_contiguous():
+        # To autograd a tensor of its own and no view, which following layers may change in place.
+        added = output.detach()
+        added.view(-1, output.shape[-1]).addmm_(hidden, B.T, alpha=scaling)
+        return added
+    with WithoutAutocast(output):
+        moved = torch.addmm(flat(output), hidden, B.T, alpha=scaling)
+    return moved.view(output.shape).detach()
 
 
 def how_many_act(kept: Kept, rank: int) -> int:
@@ -177,10 +152,23 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which what is computed on x's device keeps its dtype."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+class WithoutAutocast:
+    """What is computed on a tensor's device keeps its dtype within, as with ``torch.autocast(device, enabled=False)``.
+
+    Compilers know that one; this one takes a fraction of its time.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._kind = x.device.type
+
+    def __enter__(self) -> None:
+        self._was = torch.is_autocast_enabled(self._kind)
+        if self._was:
+            torch.set_autocast_enabled(self._kind, False)
+
+    def __exit__(self, *error: object) -> None:
+        if self._was:
+            torch.set_autocast_enabled(self._kind, True)
 
 
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -210,11 +198,22 @@ def add_share(
     return torch.addmm(flat(from_base), from_hidden, A).view(ctx.shape)
 
 
-def outer_product(from_hidden: Tensor, x: Tensor, mask: Tensor | None, upscale: float) -> Tensor:
-    """``from_hidden^T dropout(x)``, (r, d_in): the gradient of A with its gates folded in."""
-    if mask is None:
-        return from_hidden.T @ flat(x)
-    return (from_hidden.T @ flat(x * mask)).mul_(upscale)
+def factor_gradients(
+    ctx: Any, from_hidden: Tensor, x: Tensor, A: Tensor, gates: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of A and E, the second and third of what has one."""
+    to_A, to_E = ctx.needs_input_grad[1:3]
+    if not (to_A or to_E):
+        return None, None
+    matrix = from_hidden.T @ flat(x if mask is None else x * mask)
+    if mask is not None:
+        matrix.mul_(ctx.upscale)
+    gradient_A = gradient_E = None
+    if to_A:
+        gradient_A = matrix if gates is None else matrix * gates
+    if to_E:
+        gradient_E = _sums_of_rows(matrix.to(A.dtype), A)
+    return gradient_A, gradient_E
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float, row: Tensor) -> Tensor:
@@ -222,9 +221,22 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float, row: Tensor) -> 
     return torch.addmm(row, left, right, beta=0, alpha=scaling)
 
 
-def sums_of_rows(one: Tensor, other: Tensor) -> Tensor:
+def _sums_of_rows(one: Tensor, other: Tensor) -> Tensor:
     """``(one * other).sum(1, keepdim=True)`` of two matrices in one operation, as a batch of products of vectors."""
     return torch.bmm(one[:, None, :], other[:, :, None])[:, :, 0]
+
+
+def composed_hidden(ctx: Any, x: Tensor, A: Tensor, E: Tensor | None, mask: Tensor | None) -> Tensor:
+    """`hidden_of` as a composition, for derivatives of derivatives."""
+    own, thinned = gates_of(A, E, ctx.kept), x if mask is None else x * mask * ctx.upscale
+    return flat(thinned) @ (A if own is None else A * own).to(x.dtype).T
+
+
+def composed_update(ctx: Any, hidden: Tensor, B: Tensor) -> Tensor:
+    """What `add_up` adds, (tokens, d_out), as a composition."""
+    acting = how_many_act(ctx.kept, B.shape[1])
+    update: Tensor = ctx.scaling * hidden[:, :acting] @ B[:, :acting].to(hidden.dtype).T
+    return update
 
 
 def differentiated(

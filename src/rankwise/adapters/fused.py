@@ -18,17 +18,15 @@ from rankwise.adapters.branch import (
     Kept,
     add_share,
     add_up,
-    added_in_place,
     apply_of,
     cast,
+    composed_hidden,
+    composed_update,
     differentiated,
+    factor_gradients,
     flat,
-    gates_of,
     hidden_of,
-    how_many_act,
-    outer_product,
     scaled_product,
-    sums_of_rows,
 )
 
 
@@ -72,8 +70,6 @@ class _AdaptedLinear(torch.autograd.Function):
         if how.dtype is not None:
             weight = weight.to(how.dtype)
         output = F.linear(x, weight, bias)
-        if output._is_view():  # of what it made: following layers could not change it in place
-            output = output.detach()
         hidden = cast(hidden, output.dtype)
         # Detached, so that it stays what it is here if the parameter's data are exchanged before the backward pass.
         saved_weight = weight.detach() if ctx.needs_input_grad[0] else None
@@ -81,9 +77,7 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.kept, ctx.scaling, ctx.shape, ctx.in_place = how.kept, how.scaling, x.shape, True
         ctx.upscale = 1 / (1 - how.rate) if how.rate < 1 else 0.0
         ctx.set_materialize_grads(False)
-        if output.is_contiguous():
-            return added_in_place(output, hidden, how.up, how.kept, how.scaling)
-        return add_up(output, hidden, how.up, how.kept, how.scaling, in_place=False)
+        return add_up(output, hidden, how.up, how.kept, how.scaling, in_place=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
@@ -96,25 +90,18 @@ class _AdaptedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a second derivative
 
             def output(x: Tensor, A: Tensor, E: Tensor | None, B: Tensor) -> Tensor:
-                own, thinned = gates_of(A, E, ctx.kept), x if mask is None else x * mask * ctx.upscale
-                hidden = flat(thinned) @ (A if own is None else A * own).to(x.dtype).T
-                acting = how_many_act(ctx.kept, B.shape[1])
-                B = B[:, :acting].to(rows.dtype)
-                added: Tensor = ctx.scaling * hidden.to(rows.dtype)[:, :acting] @ B.T
+                hidden = composed_hidden(ctx, x, A, E, mask)
+                added = composed_update(ctx, hidden.to(rows.dtype), B)
                 return added if weight is None else added + flat(x).to(rows.dtype) @ weight.T
 
             return *differentiated(output, (x, A, E, B), (to_x, to_A, to_E, to_B), rows), *nothing
-        gradient_x = gradient_E = None
+        gradient_x = None
         from_hidden = cast(scaled_product(rows, up, ctx.scaling, up[:1]), x.dtype)
         gradient_B = scaled_product(rows.T, hidden, ctx.scaling, up[:1]) if to_B else None
         if to_x:
             from_base = cast(rows @ weight, x.dtype).view(x.shape)
             gradient_x = add_share(ctx, from_base, from_hidden, folded, mask)
-        matrix = outer_product(from_hidden, x, mask, ctx.upscale)
-        gradient_A = matrix if gates is None else matrix * gates
-        if to_E:
-            gradient_E = sums_of_rows(matrix.to(A.dtype), A)
-        return gradient_x, gradient_A, gradient_E, gradient_B, *nothing
+        return gradient_x, *factor_gradients(ctx, from_hidden, x, A, gates, mask), gradient_B, *nothing
 
 
 adapted_linear = apply_of(_AdaptedLinear)

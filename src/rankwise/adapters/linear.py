@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from rankwise.adapters.branch import Down, Up, add_up, apply_of, hidden_of, without_autocast
+from rankwise.adapters.branch import Down, Up, add_up, apply_of, hidden_of
 from rankwise.adapters.fused import How, adapted_linear
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.ready import ready
@@ -129,7 +129,7 @@ class LinearAdapters(AdapterLayer):
         """``output`` (..., d_out) plus the adapter's output for ``x`` (..., d_in)."""
         A, B = self.factors(name)
         scaling, dtype = self.scaling[name], self.adapter_compute_dtype.get(name)
-        with without_autocast(x) if dtype else nullcontext():
+        with torch.autocast(x.device.type, enabled=False) if dtype else nullcontext():
             x = F.dropout(x.to(dtype or x.dtype), self.dropout_rate[name], self.training)
             hidden = F.linear(x, A.to(x.dtype))
             if dtype:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rankwise.adapters.branch import gates_of
+from rankwise.adapters.branch import Kept, gates_of
 from rankwise.parallel.sharded import is_sharded
 
 if TYPE_CHECKING:
@@ -93,10 +93,13 @@ def ready(layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) ->
 
 def _is_as_it_is(layer: AdapterLayer, adapter: str, factor: str) -> bool:
     """Whether a factor itself is what to compute with, but for its dtype."""
-    cut, E = adapter in layer.kept, layer.factor("lora_E", adapter)
-    if factor == "A":
-        return E is None and not cut
-    return not cut or E is None or not E.requires_grad
+    kept, E = layer.kept.get(adapter), layer.factor("lora_E", adapter)
+    return E is None and kept is None if factor == "A" else not _cuts_B(kept, E)
+
+
+def _cuts_B(kept: Kept, E: Tensor | None) -> bool:
+    """Whether columns of B are set to 0: see `Ready`."""
+    return kept is not None and E is not None and E.requires_grad
 
 
 def _is_here(layer: AdapterLayer, adapter: str) -> bool:
@@ -115,7 +118,7 @@ class _Asked:
         self.kept = layer.kept.get(adapter)
         self.dtype = dtype
         self.is_A = factor == "A"
-        self.cut_B = not self.is_A and self.kept is not None and self.E is not None and self.E.requires_grad
+        self.cut_B = not self.is_A and _cuts_B(self.kept, self.E)
         self.factor = self.parameter
         self.gates: Tensor | None = None
 

@@ -124,8 +124,9 @@ def squared_norms(tensors: Sequence[Any], blocks: Sequence[int], device: torch.d
 
 def _are_plain(tensors: Sequence[Any]) -> bool:
     """Whether they are whole tensors of one dtype on one device, as mostly."""
-    kinds = {tensor is None or (tensor.dtype, tensor.device, is_sharded(tensor)) for tensor in tensors}
-    return len(kinds) == 1 and not isinstance(only := next(iter(kinds)), bool) and not only[2]
+    if not tensors or any(tensor is None or is_sharded(tensor) for tensor in tensors):
+        return False
+    return len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
 
 
 def _sharded_by_rows(tensor: Any) -> int | None:
