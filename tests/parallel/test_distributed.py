@@ -30,7 +30,7 @@ from one_run import (
     train,
     train_with_half_the_layers,
 )
-from rankwise.parallel.ddp import take_part
+from rankwise.parallel.ddp import keep_in_graph
 from tiny import llama
 
 TRIPLES = list(itertools.product(["False", "True"], repeat=3))
@@ -189,7 +189,7 @@ def process_group() -> Iterator[None]:
 def test_a_layer_that_only_takes_part_can_be_followed_by_an_operation_in_place(process_group: None):
     layer, idle = nn.Linear(2, 2), nn.Parameter(torch.ones(3))
     x = torch.randn(4, 2)
-    taken = take_part(layer(x), [idle])
+    taken = keep_in_graph(layer(x), [idle])
     torch.relu_(taken).sum().backward()
     assert torch.equal(taken, torch.relu(layer(x)))
     assert torch.equal(idle.grad, torch.zeros(3))
@@ -199,9 +199,9 @@ def test_taking_part_costs_nothing_without_other_processes_or_gradients(process_
     idle = nn.Parameter(torch.ones(3))
     output = torch.ones(2)
     with torch.no_grad():
-        assert take_part(output, [idle]) is output
+        assert keep_in_graph(output, [idle]) is output
     torch.distributed.destroy_process_group()
-    assert take_part(output, [idle]) is output
+    assert keep_in_graph(output, [idle]) is output
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 

@@ -63,7 +63,7 @@ class Conv2dAdapters(AdapterLayer):
         """``output`` plus the adapter's output for ``x`` (batch, in_channels, height, width)."""
         x = self._adapter_input(x, name)
         groups: int = self.groups  # type: ignore[assignment]
-        if groups > 1 and name in self.lora_E:
+        if groups > 1 and self._changes_weight(name):
             added = self._convolve(x, self.delta_weight(name), groups)
         else:
             A, B = self.factors(name)
@@ -84,8 +84,12 @@ class Conv2dAdapters(AdapterLayer):
                 self._refuse_grouped(name)
         super().check_merge(names, finite)
 
+    def _changes_weight(self, name: str) -> bool:
+        """Whether the factors are those of a change of the weight, and not in plain LoRA's layout for groups."""
+        return self.lora_B[name].shape[1] == len(self.lora_A[name])
+
     def _refuse_grouped(self, name: str) -> None:
-        if self.groups > 1 and name not in self.lora_E:  # type: ignore[operator]
+        if self.groups > 1 and not self._changes_weight(name):  # type: ignore[operator]
             raise ValueError(
                 f"A plain LoRA adapter of a Conv2d with groups={self.groups} is not a change of its weight, "
                 "so it can't be merged. Keep it unmerged, or leave the layer out with `exclude_modules`."

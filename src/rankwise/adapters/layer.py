@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.inplace import InPlace
-from rankwise.parallel.ddp import note_use, take_part
+from rankwise.parallel.ddp import note_use, keep_in_graph
 
 
 class AdapterLayer(InPlace, nn.Module):
@@ -189,11 +189,11 @@ class AdapterLayer(InPlace, nn.Module):
 
     def block_ranks(self, name: str) -> list[int]:
         """Triplets of adapter ``name`` that act in each of the layer's `blocks`."""
-        kept = self.kept_of_stack(name)
+        kept = self.kept_ranks_of_stack(name)
         acts = torch.ones(len(self.lora_A[name]), dtype=torch.bool) if kept is None else kept
         return [int(part.sum()) for part in acts.tensor_split(self.blocks(self))]
 
-    def kept_of_stack(self, name: str) -> Tensor | None:
+    def kept_ranks_of_stack(self, name: str) -> Tensor | None:
         """Which triplets act, (r,), bool, on the CPU, of a layer of several blocks that has lost some; else None."""
         if self.blocks(self) == 1 or name not in self.kept:
             return None
@@ -213,7 +213,7 @@ class AdapterLayer(InPlace, nn.Module):
             if self.acts(name):
                 output = self.add_adapter_output(output, x, name)
             else:
-                output = take_part(output, self._trained_here(name))
+                output = keep_in_graph(output, self._trained_here(name))
         return output
 
     def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -14,7 +14,7 @@ from rankwise.adapters.branch import Down, Up, add_up, apply_of, hidden_of
 from rankwise.adapters.fused import How, adapted_linear
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.ready import ready
-from rankwise.parallel.ddp import note_use, take_part
+from rankwise.parallel.ddp import note_use, keep_in_graph
 
 _down, _up = apply_of(Down), apply_of(Up)
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what it casts
@@ -59,7 +59,7 @@ class LinearAdapters(AdapterLayer):
             if name in hidden:
                 output = self._up(output, hidden[name], name)
             else:
-                output = take_part(output, self._trained_here(name))
+                output = keep_in_graph(output, self._trained_here(name))
         return output
 
     def _by_hand(self, names: list[str]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.inplace import InPlace, add_methods, remove_methods
-from rankwise.parallel.ddp import take_part
+from rankwise.parallel.ddp import keep_in_graph
 
 if TYPE_CHECKING:
     from rankwise.adapters.parameter import ParameterAdapters
@@ -92,7 +92,7 @@ def _tell_of_kernel(way: Any) -> None:
 
 def _with_part(output: Any, parameters: list[nn.Parameter]) -> Any:
     if isinstance(output, Tensor):
-        return take_part(output, parameters)
+        return keep_in_graph(output, parameters)
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-        return (take_part(output[0], parameters), *output[1:])
+        return (keep_in_graph(output[0], parameters), *output[1:])
     return output

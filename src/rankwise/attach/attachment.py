@@ -27,7 +27,7 @@ _RANK_THAT_NEVER_HURTS = 1024  # useless in a layer with smaller widths, but no 
 
 @dataclass
 class Factors:
-    """One layer's share of an adapter: A (r, d_in), B (d_out, r), for AdaLoRA E (r, 1), and its scale.
+    """One layer's share of an adapter: A (r, d_in), B (d_out, r), in the paper's form E (r, 1), and its scale.
 
     Of the triplets of a stack of matrices, which has as many for each, only those ``kept``, (r,), bool, may count.
     """
@@ -82,16 +82,13 @@ def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def base_scaling(config: LoraConfig, path: str, rank: int) -> float:
-    """The factor before B diag(E) A, as PEFT has it: see `LoraConfig` and `AdaLoraConfig`."""
+    """The factor before B A or B diag(E) A at the start: see `LoraConfig` and `AdaLoraConfig`."""
     if isinstance(config, AdaLoraConfig):
-        return adalora_scale(config.lora_alpha, config.init_r)
+        if config.form.has_E:
+            return adalora_scale(config.lora_alpha, config.init_r)
+        return lora_scale(config.lora_alpha, config.init_r, config.use_rslora)
     alpha = pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
     return lora_scale(alpha, rank, config.use_rslora)
-
-
-def trained_factors(config: LoraConfig) -> tuple[str, ...]:
-    """Which of "lora_A", "lora_E" and "lora_B" train."""
-    return config.form.trained if isinstance(config, AdaLoraConfig) else ("lora_A", "lora_B")
 
 
 def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attachment:
@@ -283,9 +280,9 @@ def _start(layer: nn.Module, config: LoraConfig, path: str) -> Factors:
             nn.init.normal_(A, std=1 / rank)
             nn.init.normal_(B, std=1 / rank)
         return Factors(A, B, None, scaling)
-    E = torch.empty(len(A), 1, **options)
-    as_lora = functools.partial(mixin.reset_factors, gaussian=False)
-    config.form.start(A, E, B, as_lora, config.use_rslora)  # type: ignore[attr-defined]
+    form = config.form  # type: ignore[attr-defined]
+    E = torch.empty(len(A), 1, **options) if form.has_E else None
+    form.start(A, E, B, functools.partial(mixin.reset_factors, gaussian=False))
     return Factors(A, B, E, scaling)
 
 

@@ -91,4 +91,4 @@ def rank_metrics(adapted: AdaptedModel) -> dict[str, float]:
 def tell_if_unfinished(adapted: AdaptedModel | None) -> None:
     """Warn if the run, which has ended, has not brought the budget down to its target."""
     if adapted is not None and adapted._rankwise_controller is not None:
-        adapted._rankwise_controller.tell_if_unfinished()
+        adapted._rankwise_controller.warn_if_unfinished()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,79 @@ def allocate(
         fits = ~taken & (ordered <= left)
         taken |= fits & ((ordered * fits).cumsum(0) <= left)
     return kept.index_copy_(0, best, taken)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a cut may keep.
+
+    Args:
+        ranks: how many ranks of average size.
+        parameters: as many numbers in A and B, where ranks are weighed by them; None: each rank counts as one.
+    """
+
+    ranks: int
+    parameters: int | None = None
+
+
+def budget_with_reserved(
+    budget: Budget, share: int, initial: int, reserved: Tensor, held: Tensor, costs: Tensor | None
+) -> Budget:
+    """The budget where some layers keep the ranks that they have, and the others share a budget of their own.
+
+    Args:
+        budget: what it would be if all layers shared one.
+        share: how many ranks the others may keep.
+        initial: how many ranks the others had at the start.
+        reserved: (ranks,), bool: the ranks of the layers that keep theirs.
+        held: (ranks,), bool: those of them that are kept.
+        costs: the parameters of each rank, (ranks,), int64; None: each counts as one.
+
+    Example:
+        >>> reserved, held = torch.tensor([True, True, False, False]), torch.tensor([True, False, False, False])
+        >>> budget_with_reserved(Budget(2), 1, 2, reserved, held, None)
+        Budget(ranks=2, parameters=None)
+    """
+    ranks = share + int(held.sum())
+    if costs is None:
+        return Budget(ranks)
+    own = int(costs.masked_fill(reserved, 0).sum()) * share // max(initial, 1)
+    return Budget(ranks, own + int((costs * held).sum()))
+
+
+def choose(
+    scores: Tensor,
+    acts: Tensor,
+    budget: Budget,
+    tie_order: Tensor,
+    costs: Tensor | None = None,
+    reserved: Tensor | None = None,
+    held: Tensor | None = None,
+    unreached: Tensor | None = None,
+) -> Tensor:
+    """The ranks that a cut keeps, (ranks,), bool.
+
+    Args:
+        scores: (ranks,), floating point, the higher the better.
+        acts: (ranks,), bool: those that may stay.
+        budget: what they may cost.
+        tie_order: all ranks, (ranks,), int64; among equal scores, the first here is kept.
+        costs: the parameters of each rank, (ranks,), int64; None: each counts as one.
+        reserved: (ranks,), bool: ranks of layers that keep what they have.
+        held: (ranks,), bool: what these have.
+        unreached: (ranks,), bool: ranks that add exactly 0 so far; they come last.
+
+    Example:
+        >>> acts, order = torch.tensor([True, True, True, False]), torch.arange(4)
+        >>> choose(torch.tensor([1.0, 3.0, 2.0, 9.0]), acts, Budget(2), order)
+        tensor([False,  True,  True, False])
+    """
+    scores = scores.masked_fill(~acts, -torch.inf)
+    if unreached is not None:
+        scores = scores.masked_fill(unreached, -torch.inf)
+    if reserved is not None and held is not None:
+        finite = torch.finfo(scores.dtype)
+        scores = scores.nan_to_num(nan=finite.min, posinf=finite.max)
+        scores = scores.masked_fill(reserved, -torch.inf).masked_fill(held, torch.inf)
+    allowance = budget.ranks if budget.parameters is None else budget.parameters
+    return allocate(scores, allowance, tie_order, costs) & acts

@@ -44,8 +44,8 @@ class Importance(Protocol):
 class ElementImportance:
     """The paper's (Zhang et al., 2023, section 3.2): every element of A, E and B is scored by itself."""
 
-    factors: ClassVar[tuple[str, ...]] = ("lora_A", "lora_E", "lora_B")
-    decisive: ClassVar[str] = "lora_E"
+    factors: ClassVar[tuple[str, ...]] = ("A", "E", "B")
+    decisive: ClassVar[str] = "E"
 
     def __init__(self, layout: TripletLayout) -> None:
         self.layout = layout

@@ -111,21 +111,21 @@ class TripletLayout:
         """
         return sum(self.costs)
 
-    def costs_on(self, device: torch.device) -> Tensor:
-        """`costs` as a tensor, (triplets,), int64."""
+    def parameters_per_rank(self, device: torch.device) -> Tensor:
+        """The numbers that each triplet has in A and B, (triplets,), int64."""
         key = ("costs", 0, 0, device)
         if key not in self._on_device:
             self._on_device[key] = torch.tensor(self.costs, device=device, dtype=torch.int64)
         return self._on_device[key]
 
     @functools.cached_property
-    def costs_of_one_rank(self) -> int:
+    def parameters_of_rank_one(self) -> int:
         """The numbers in A and B of one rank everywhere: with twice as many, layers have two ranks on average.
 
         Layers that have no triplet count as the others do: a run that was saved and loaded has the average it had.
 
         Example:
-            >>> TripletLayout(ranks=(2, 0), widths_in=(3, 5), widths_out=(4, 4)).costs_of_one_rank
+            >>> TripletLayout(ranks=(2, 0), widths_in=(3, 5), widths_out=(4, 4)).parameters_of_rank_one
             16
         """
         widths = zip(self.block_counts, self.widths_in, self.widths_out, strict=True)

@@ -25,3 +25,17 @@ def adalora_scale(alpha: float, init_r: int) -> float:
         2.0
     """
     return alpha / (init_r + _EPSILON)
+
+
+def pace(target_r: float, average: float, use_rslora: bool = False) -> float:
+    """What the scale of the end is multiplied by while ``average`` ranks act in each layer.
+
+    Adam moves a layer in proportion to scale times rank. So ``target_r / average`` keeps that constant while ranks are
+    cut; with rsLoRA it is the square root.
+
+    Example:
+        >>> pace(2, 8), pace(2, 8, use_rslora=True)
+        (0.25, 0.5)
+    """
+    ratio = target_r / average if average > 0 else 1.0
+    return math.sqrt(ratio) if use_rslora else ratio

@@ -20,12 +20,11 @@ from rankwise.attach.attachment import (
     refuse_overlap,
     saved_modules,
     train_biases,
-    trained_factors,
 )
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.model.merged import MergesAdapters
-from rankwise.run.controller import Controller
-from rankwise.run.triplets import BUFFERS
+from rankwise.run.own import own_controller
+from rankwise.run.run_tensors import BUFFERS
 
 
 class NamesAdapters(MergesAdapters):
@@ -64,9 +63,8 @@ class NamesAdapters(MergesAdapters):
         for layer in adapter_layers(self).values():
             layer.active_adapters = list(names)
             for name in layer.lora_A:
-                own = trained_factors(self.peft_config[name]) if name in train else ()
-                for key, parameter in layer.adapter_parameters(name).items():
-                    parameter.requires_grad_(key in own)
+                for parameter in layer.adapter_parameters(name).values():
+                    parameter.requires_grad_(name in train)
         for module in saved_modules(self).values():
             module.active_adapter = next((name for name in names if name in module.modules_to_save), None)
             for name, copy in module.modules_to_save.items():
@@ -156,7 +154,7 @@ class NamesAdapters(MergesAdapters):
                 self._hf_peft_config_loaded = True  # without it, Trainer refuses to train a quantized model
             if adalora:
                 layers = adapter_layers(self, name)
-                self._rankwise_controller = Controller(self, layers, name, config)  # type: ignore[arg-type]
+                self._rankwise_controller = own_controller(self, layers, name, config)  # type: ignore[arg-type]
                 self._ddp_params_and_buffers_to_ignore = list(BUFFERS)
             if active:
                 follow(self, name, active, enabled)

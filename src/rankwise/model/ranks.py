@@ -10,7 +10,7 @@ from rankwise.model.held import HoldsAdapters
 from rankwise.run.history import RankHistory
 from rankwise.run.state import AllocationState
 from rankwise.run.summary import LayerRank, RankSummary
-from rankwise.run.triplets import block_names
+from rankwise.run.pairs import block_names
 
 
 class AllocatesRanks(HoldsAdapters):

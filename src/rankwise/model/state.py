@@ -15,7 +15,7 @@ from rankwise.attach.attachment import adapter_layers
 from rankwise.model.held import HoldsAdapters
 from rankwise.parallel import zero
 from rankwise.parallel.sharded import is_sharded
-from rankwise.run.triplets import BUFFERS, was_left_empty
+from rankwise.run.run_tensors import BUFFERS, was_left_empty
 from rankwise.storage.names import EXTRA_STATE
 
 

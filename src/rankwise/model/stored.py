@@ -102,7 +102,7 @@ class StoresAdapters(NamesAdapters):
             state[storage.EXTRA_STATE] = self.get_extra_state()
         checkpoint = storage.checkpoint_step(folder) is not None
         if controller is not None and not checkpoint:
-            controller.tell_if_unfinished()
+            controller.warn_if_unfinished()
         if training_state is None:
             if controller is not None:
                 training_state = checkpoint or controller.under_way

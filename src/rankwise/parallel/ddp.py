@@ -4,7 +4,7 @@ DDP averages a parameter's gradient over the processes when the backward pass ha
 have been reached. Two cases need help:
 
 - In the final phase a layer at rank 0 is its base layer, so nothing would reach its factors and DDP would wait
-  for ever. `take_part` puts them into the graph without computing anything.
+  for ever. `keep_in_graph` puts them into the graph without computing anything.
 - Under re-entrant checkpointing the graph shows no parameters, so DDP with ``find_unused_parameters=True`` takes
   them for unused, and stops when the backward pass reaches them all the same ("marked ready twice"). `note_use`
   tells DDP of them.
@@ -25,7 +25,7 @@ from rankwise.parallel import zero
 from rankwise.parallel.processes import many_processes, running
 
 
-class _TakePart(torch.autograd.Function):
+class _KeepInGraph(torch.autograd.Function):
     """The first input as it is; the others get gradients of zero, which hooks of any tool can work with."""
 
     @staticmethod
@@ -41,7 +41,7 @@ class _TakePart(torch.autograd.Function):
         )
 
 
-def take_part(output: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+def keep_in_graph(output: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """``output``, with ``parameters`` in its graph: the backward pass gives them gradients of zero.
 
     Without a process group, or where no gradients are computed, it is ``output`` itself.
@@ -54,7 +54,7 @@ def take_part(output: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     if not torch.is_grad_enabled() or not many_processes():
         return output
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    taken: Tensor = _TakePart.apply(output, *trained) if trained else output  # type: ignore[no-untyped-call]
+    taken: Tensor = _KeepInGraph.apply(output, *trained) if trained else output  # type: ignore[no-untyped-call]
     return taken
 
 
@@ -84,7 +84,7 @@ def _post_forward(ddp: Any, used: list[nn.Parameter], output: Any) -> Any:
     output = ddp._post_forward(output)
     searches = ddp.find_unused_parameters and not ddp.static_graph and ddp.require_backward_grad_sync
     if torch.is_grad_enabled() and searches:
-        shows = _TakePart.apply(torch.zeros(()), *used)  # type: ignore[no-untyped-call]
+        shows = _KeepInGraph.apply(torch.zeros(()), *used)  # type: ignore[no-untyped-call]
         ddp.reducer.prepare_for_backward([*_tensors(output), shows])
     return output
 

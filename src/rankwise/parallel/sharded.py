@@ -82,15 +82,21 @@ def gather(tensors: Sequence[Any]) -> list[Tensor]:
     return whole
 
 
-def squared_norms(tensors: Sequence[Any], blocks: Sequence[int], device: torch.device) -> Tensor:
+def squared_norms(
+    tensors: Sequence[Any],
+    blocks: Sequence[int],
+    device: torch.device,
+    orders: Sequence[Tensor | None] | None = None,
+) -> Tensor:
     """The squared norm of every block of columns, (blocks of all,), float32: 0 for what is None.
 
     All processes must call it together. What is sharded by rows takes one exchange of these numbers.
 
     Args:
-        tensors: (rows, columns), or None.
+        tensors: (rows, columns), or None. Of any shape where there is one block.
         blocks: how many blocks the columns of each consist of.
         device: where the result is.
+        orders: for each tensor the order in which its columns lie block by block; None: as they are.
     """
     if _are_plain(tensors) and all(count == 1 for count in blocks):
         return torch.stack(torch._foreach_norm(list(tensors))).to(device, torch.float32).square()
@@ -103,9 +109,11 @@ def squared_norms(tensors: Sequence[Any], blocks: Sequence[int], device: torch.d
             found[n] = square
     for n, tensor in enumerate(tensors):
         if tensor is None:
-            found[n] = torch.zeros(blocks[n], device=device)
+            found[n] = torch.zeros(blocks[n], dtype=torch.float32, device=device)
         elif blocks[n] > 1:
             of_columns = local(tensor).float().square().sum(0)
+            order = None if orders is None else orders[n]
+            of_columns = of_columns if order is None else of_columns[order.to(of_columns.device)]
             found[n] = of_columns.view(blocks[n], -1).sum(1).to(device)
     together: dict[Any, list[int]] = {}
     for n, tensor in enumerate(tensors):

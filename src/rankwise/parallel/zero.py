@@ -126,6 +126,10 @@ class ZeroParts:
             if _is_stepped(parameter):
                 yield number
 
+    def shape(self, number: int) -> torch.Size:
+        """The shape of a whole parameter."""
+        return shape_of(self.parameters[number])
+
     # Steps.
 
     def held(self, owner: Any, optimizer: torch.optim.Optimizer) -> frozenset[int]:
@@ -180,7 +184,7 @@ class ZeroParts:
 
         All processes call it together: it costs one exchange between them.
         """
-        shapes = [_shape(self.parameters[number]) for number in numbers]
+        shapes = [self.shape(number) for number in numbers]
         vector = torch.zeros(sum(shape.numel() for shape in shapes), device=self.parameters[0].device)
         places = dict(zip(numbers, vector.split([shape.numel() for shape in shapes]), strict=True))
         for piece in pieces:
@@ -226,7 +230,7 @@ class ZeroParts:
     def assign(self, values: Mapping[int, Tensor]) -> None:
         """Give parameters new values, of their shapes: masters, and what is computed with, alike."""
         for number, value in values.items():
-            self._write(self.parameters[number], value, lambda held, part: held.copy_(part))
+            self._write(self.parameters[number], value)
 
     @staticmethod
     def add_to_gradients(pieces: Iterable[Piece], added: dict[int, Tensor]) -> None:
@@ -236,22 +240,17 @@ class ZeroParts:
                 part = added[piece.number].reshape(-1)[piece.start : piece.start + piece.gradient.numel()]
                 piece.gradient.add_(part.to(piece.gradient))
 
-    def multiply(self, numbers: Iterable[int], factors: Iterable[Tensor]) -> None:
-        """Multiply whole parameters by ``factors``, of their shapes: masters, and what is computed with, alike."""
-        for number, factor in zip(numbers, factors, strict=True):
-            self._write(self.parameters[number], factor, lambda held, part: held.mul_(part))
-
     @staticmethod
-    def _write(parameter: Any, value: Tensor, how: Callable[[Tensor, Tensor], object]) -> None:
-        """Change all that holds the parameter or a part of it by the corresponding part of ``value``."""
+    def _write(parameter: Any, value: Tensor) -> None:
+        """Copy ``value`` to all that holds the parameter or a part of it."""
         if not is_away(parameter):
-            how(parameter.data, value.to(parameter))
+            parameter.data.copy_(value)
         if hasattr(parameter, "ds_tensor"):
             part = _part_of_stage_3(parameter, value)
-            how(parameter.ds_tensor.data.view(-1)[: part.numel()], part.to(parameter.ds_tensor))
+            parameter.ds_tensor.data.view(-1)[: part.numel()].copy_(part)
         master, start = _master(parameter) if _is_stepped(parameter) else (None, 0)
         if master is not None:
-            how(master, value.reshape(-1)[start : start + master.numel()].to(master))
+            master.copy_(value.reshape(-1)[start : start + master.numel()])
 
 
 def _vectors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
@@ -267,7 +266,8 @@ def _place_in(vector: Tensor, part: Tensor) -> int | None:
     return offset if 0 <= offset <= vector.numel() - part.numel() else None
 
 
-def _shape(parameter: Any) -> torch.Size:
+def shape_of(parameter: Any) -> torch.Size:
+    """The shape of a whole parameter, also where ZeRO-3 has shared it out."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 

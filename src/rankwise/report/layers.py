@@ -13,7 +13,7 @@ from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME
 from rankwise.files.tensors import read_tensors
 from rankwise.method.scale import adalora_scale, lora_scale
-from rankwise.run.triplets import block_names
+from rankwise.run.pairs import block_names
 from rankwise.storage import PREFIX, WEIGHTS_NAME, AdapterHeader
 from rankwise.storage.contents import check_pattern_names
 from rankwise.storage.nesting import named_by_targets, unnested_paths

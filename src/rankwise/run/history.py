@@ -236,7 +236,7 @@ class RankHistory:
 
     def _repr_html_(self) -> str:
         """The history as HTML, for notebooks."""
-        return history_html(self)
+        return history_html(self.layers, self.records)
 
     def _forget_from(self, step: int) -> None:
         while self._pending and self._pending[-1][0] >= step:

@@ -1,30 +1,20 @@
-"""What an optimizer remembers of a parameter, moved along when the parameter is turned."""
+"""Gradients that wait for their optimizer, and what optimizers remember of them, rewritten in another basis."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from rankwise.parallel.sharded import gather, local, local_like
-from rankwise.parallel.zero import ZeroParts
-
-# Names of state tensors of a parameter's shape, in torch's optimizers, bitsandbytes and schedule-free.
-_MEANS = ("exp_avg", "momentum_buffer", "state1")  # of gradients
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "state2")  # means of squared gradients
-_WEIGHTS = ("z",)  # another point at which the parameter may stand
-_KINDS = {
-    **dict.fromkeys(_MEANS, "mean"),
-    **dict.fromkeys(_SQUARES, "square"),
-    **dict.fromkeys(_WEIGHTS, "weight"),
-}
+from rankwise.parallel.optimizer_state import KINDS
+from rankwise.run.factors import Factors
 
 
-class Turn(NamedTuple):
-    """How one factor of n blocks is turned: each block of rows ``A' = weight A``; of B the same of its transpose.
+class BasisChange(NamedTuple):
+    """How the rows of one factor of n blocks change: each block becomes ``weight @ rows``.
 
     Args:
         weight: (n, r, r), what the factor itself is multiplied by.
@@ -34,106 +24,65 @@ class Turn(NamedTuple):
     weight: Tensor
     gradient: Tensor
 
+    def cut(self, kept: Tensor) -> BasisChange:
+        """The same, with all rows 0 but those ``kept``, (n r, 1), bool."""
+        blocks, rank = self.weight.shape[:2]
+        rows = kept.to(self.weight.device).view(blocks, rank, 1)
+        return BasisChange(*(torch.where(rows, each, torch.zeros_like(each)) for each in self))
+
+    def scaled(self, by: float) -> BasisChange:
+        """The same, with the factor multiplied by ``by`` besides."""
+        return self if by == 1 else BasisChange(self.weight * by, self.gradient / by)
+
     def of(self, kind: str) -> Tensor:
-        """What a state tensor of a kind, "mean", "square" or "weight", is multiplied by."""
+        """What tensors of a kind are multiplied by: a "weight", a "gradient", or the "square" of one."""
         if kind == "weight":
             return self.weight
-        return self.gradient if kind == "mean" else self.gradient.square()
-
-    def applied(self, kind: str, state: Tensor, columns: bool) -> Tensor:
-        """A state tensor of a kind, turned: of A (n r, d_in), or of B (d_out, n r), whose ``columns`` are triplets."""
-        matrices, rows = self.of(kind), (state.T if columns else state)
-        rows = rows.to(matrices)
-        turned = (matrices @ rows.reshape(*matrices.shape[:2], rows.shape[1])).view(rows.shape)
-        return turned.T if columns else turned
+        return self.gradient if kind == "gradient" else self.gradient.square()
 
 
-def turn_moments(
-    optimizers: Iterable[Optimizer], parameters: Sequence[nn.Parameter], turns: Sequence[Turn], columns: bool
+def rewrite_memory(
+    factors: Factors, key: str, changes: Mapping[int, BasisChange], optimizers: Iterable[Optimizer]
 ) -> None:
-    """Turn what optimizers remember of some factors.
+    """Rewrite gradients that wait, and what optimizers remember of them, for the factors ``key`` of some layers.
 
-    Running means of gradients and of their squares, as Adam's and SGD's, are turned. What can't be, as 8-bit moments
-    and Adafactor's, is forgotten for these factors, and the optimizer begins it anew.
+    Running means of gradients and of their squares, as Adam and SGD keep them, are rewritten. Others, such as 8-bit
+    moments and Adafactor's, are forgotten for these factors, and the optimizer begins them anew.
 
     Args:
-        optimizers: those that may hold them.
-        parameters: all A (r, d_in), or all B (d_out, r).
-        turns: one for each.
-        columns: whether they are B, whose columns are the triplets.
+        factors: of the run.
+        key: "A" or "B".
+        changes: layer number -> how its rows change.
+        optimizers: those that may hold the factors.
     """
+    holder, own = factors.holder, factors.numbers(key)
+    numbers = [own[n] for n in changes]
+    waiting = holder.gradients(numbers)
+    holder.write_gradients(_rewritten(factors, key, changes, waiting, "gradient"))
+    done: set[int] = set()  # one state can be shared by an optimizer and its copy
     for optimizer in optimizers:
-        places = [n for n, parameter in enumerate(parameters) if optimizer.state.get(parameter)]
-        turnable = [n for n in places if _can_be_turned(optimizer.state[parameters[n]], parameters[n])]
-        for n in places:
-            if n not in turnable:
-                del optimizer.state[parameters[n]]
-        names = dict.fromkeys(name for n in turnable for name in _of_its_shape(optimizer, parameters[n]))
-        for name in names:
-            held = [n for n in turnable if name in optimizer.state[parameters[n]]]
-            states = [optimizer.state[parameters[n]][name] for n in held]
-            turned = _turned(_KINDS[name], [turns[n] for n in held], gather(states), columns)
-            torch._foreach_copy_(
-                [local(state) for state in states],
-                [local_like(new, state) for new, state in zip(turned, states, strict=True)],
+        for name in holder.state_names(optimizer, numbers):
+            states = holder.states(optimizer, name, numbers, done)
+            holder.write_states(
+                optimizer, name, _rewritten(factors, key, changes, states, KINDS[name])
             )
 
 
-def _turned(kind: str, turns: Sequence[Turn], states: Sequence[Tensor], columns: bool) -> list[Tensor]:
-    """State tensors of a kind, turned; those of one shape in one product, as there may be hundreds of layers."""
-    alike: dict[Any, list[int]] = {}
-    for n, (turn, state) in enumerate(zip(turns, states, strict=True)):
-        alike.setdefault(
-            (turn.weight.shape, turn.weight.device, state.shape, state.dtype, state.device), []
-        ).append(n)
-    turned = [states[0]] * len(states)
-    for places in alike.values():
-        together = Turn(*(torch.cat(each) for each in zip(*(turns[n] for n in places), strict=True)))
-        size = states[places[0]].shape[1 if columns else 0]  # triplets of each
-        stacked = torch.stack([states[n].T if columns else states[n] for n in places])
-        rows = together.applied(kind, stacked.flatten(0, 1), columns=False)
-        for n, new in zip(places, rows.split([size] * len(places)), strict=True):
-            turned[n] = new.T if columns else new
-    return turned
+def _rewritten(
+    factors: Factors, key: str, changes: Mapping[int, BasisChange], held: Mapping[int, Tensor], kind: str
+) -> dict[int, Tensor]:
+    """Tensors in the shapes of factors, by factor number, rewritten; those of one shape in one product."""
 
+    def change(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        alike: dict[Any, list[int]] = {}
+        for n, own in rows.items():
+            alike.setdefault((own.shape, own.device, changes[n].weight.shape), []).append(n)
+        changed = {}
+        for layers in alike.values():
+            matrices = torch.cat([changes[n].of(kind) for n in layers])
+            stacked = torch.cat([rows[n] for n in layers]).to(matrices)
+            new = matrices @ stacked.view(*matrices.shape[:2], -1)
+            changed |= zip(layers, new.flatten(0, 1).split(len(stacked) // len(layers)), strict=True)
+        return changed
 
-def _of_its_shape(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[str]:
-    for name, value in optimizer.state[parameter].items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() == 2:
-            yield name
-
-
-def _can_be_turned(state: dict[str, Any], parameter: nn.Parameter) -> bool:
-    """Whether all that is remembered is numbers of the whole step, or known tensors of the parameter's shape."""
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
-            continue
-        if name not in _KINDS or value.shape != parameter.shape or not value.is_floating_point():
-            return False
-    return True
-
-
-def turn_moments_of_parts(
-    optimizers: Iterable[Optimizer], parts: ZeroParts, turns: Mapping[int, Turn], columns: bool
-) -> None:
-    """As `turn_moments`, where DeepSpeed ZeRO steps parts of the factors; all processes call it together.
-
-    Args:
-        optimizers: those that step parts.
-        parts: the adapter's, as ZeRO holds them.
-        turns: number among ``parts`` -> how it is turned.
-        columns: whether they are B.
-    """
-    numbers = list(turns)
-    for optimizer in optimizers:
-        for name, kind in _KINDS.items():
-            pieces = list(parts.remembered(optimizer, name))
-            if not parts.any(bool(pieces)):
-                continue
-            whole = parts.gathered(numbers, pieces, lambda piece: piece.gradient)
-            for number, values in zip(numbers, whole, strict=True):
-                turned = turns[number].applied(kind, values, columns)
-                for piece in pieces:
-                    if piece.number == number:
-                        end = piece.start + piece.gradient.numel()
-                        piece.gradient.copy_(turned.reshape(-1)[piece.start : end])
+    return factors.rewrite(key, list(changes), held, change)

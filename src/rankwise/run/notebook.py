@@ -5,69 +5,77 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rankwise.run.history import RankHistory
-    from rankwise.run.summary import RankSummary
+from typing import Protocol
 
 _MOMENTS = 12  # columns of a history, at most
 _BOX = "max-height:420px;overflow:auto"  # a model of hundreds of layers scrolls
 _HUE = "33,145,140"  # see-through, so that the notebook's ink stays legible on it
 
 
-def summary_html(summary: RankSummary) -> str:
+class _Layer(Protocol):
+    @property
+    def path(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def init_r(self) -> int: ...
+    @property
+    def importance(self) -> float: ...
+    @property
+    def parameters(self) -> int: ...
+
+
+class _Record(Protocol):
+    step: int
+    budget: int
+    ranks: list[int]
+
+
+def summary_html(layers: Sequence[_Layer], caption: str) -> str:
     """A row for each layer: its rank with a bar, its importance if any is known, its parameters.
 
     Example:
-        >>> from rankwise.run.summary import LayerRank, RankSummary
-        >>> page = summary_html(RankSummary([LayerRank("fc1", 1, 4, 0.5, 16)], budget=4))
+        >>> from rankwise.run.summary import LayerRank
+        >>> page = summary_html([LayerRank("fc1", 1, 4, 0.5, 16)], "1 layer")
         >>> "fc1" in page and "1 of 4" in page
         True
     """
-    known = any(math.isfinite(layer.importance) for layer in summary.layers)
-    largest = max((layer.init_r for layer in summary.layers), default=0) or 1
+    known = any(math.isfinite(layer.importance) for layer in layers)
+    largest = max((layer.init_r for layer in layers), default=0) or 1
     head = ["layer", "rank", *(["importance"] if known else []), "parameters"]
     rows = []
-    for layer in summary.layers:
+    for layer in layers:
         share = f"{100 * layer.rank / largest:.3g}%"
         bar = f"background:linear-gradient(90deg,rgba({_HUE},.45) {share},transparent {share})"
         importance = f"{layer.importance:.3g}" if math.isfinite(layer.importance) else "-"
         cells = [_cell(f"{layer.rank} of {layer.init_r}", f"{bar};min-width:9em")]
         cells += [_cell(importance)] if known else []
         rows.append(_row(layer.path, [*cells, _cell(f"{layer.parameters:,}")]))
-    return _table(head, rows, summary.totals())
+    return _table(head, rows, caption)
 
 
-def history_html(history: RankHistory) -> str:
+def history_html(layers: Sequence[str], records: Sequence[_Record]) -> str:
     """A row for each layer and a column for each of at most 12 moments of the run, darker where the rank is larger.
 
     Example:
-        >>> from rankwise.run.history import RankHistory
-        >>> history = RankHistory(["fc1", "fc2"])
-        >>> history.record(0, 8, [4, 4])
-        >>> history.record(10, 4, [4, 0])
-        >>> "step 10" in history_html(history)
+        >>> from rankwise.run.history import RankRecord
+        >>> page = history_html(["fc1", "fc2"], [RankRecord(0, 8, [4, 4]), RankRecord(10, 4, [4, 0])])
+        >>> "step 10" in page
         True
     """
-    records = history.records
     if not records:
-        return _table(["layer"], [_row(path, []) for path in history.layers], "nothing is recorded yet")
+        return _table(["layer"], [_row(path, []) for path in layers], "nothing is recorded yet")
     last = len(records) - 1
     count = min(len(records), _MOMENTS)
     shown = [records[round(at * last / max(1, count - 1))] for at in range(count)]
     largest = max(max(record.ranks, default=0) for record in records) or 1
     rows = [_row("budget", [_cell(f"{record.budget:,}") for record in shown])]
-    for index, path in enumerate(history.layers):
+    for index, path in enumerate(layers):
         ranks = (record.ranks[index] for record in shown)
-        rows.append(
-            _row(
-                path,
-                [_cell(f"{rank}", f"background:rgba({_HUE},{0.6 * rank / largest:.2f})") for rank in ranks],
-            )
-        )
+        cells = (_cell(f"{rank}", f"background:rgba({_HUE},{0.6 * rank / largest:.2f})") for rank in ranks)
+        rows.append(_row(path, list(cells)))
     head = ["layer", *(f"step {record.step:,}" for record in shown)]
-    return _table(head, rows, f"{len(history.layers):,} layers, {len(records):,} records")
+    return _table(head, rows, f"{len(layers):,} layers, {len(records):,} records")
 
 
 def _table(head: Sequence[str], rows: Iterable[str], caption: str) -> str:

@@ -1,4 +1,4 @@
-"""Adds the gradient of the orthogonality penalty to ``.grad``, so that it needs no place in the loss.
+"""Adds the gradient of the orthogonality penalty to a step's gradients, so that it needs no place in the loss.
 
 That makes it independent of how the model is wrapped, called or checkpointed.
 """
@@ -6,29 +6,34 @@ That makes it independent of how the model is wrapped, called or checkpointed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankwise.method.penalty import in_blocks, orthogonality_gradients, out_of_blocks
-from rankwise.parallel.sharded import gather, local, local_like
-from rankwise.parallel.zero import ZeroParts
-from rankwise.run.triplets import Triplets
+from rankwise.method.penalty import (
+    in_blocks,
+    orthogonality_gradients,
+    orthogonality_penalty,
+    out_of_blocks,
+)
+from rankwise.parallel.holder import Step
+from rankwise.run.factors import Factors
 
-_PENALIZED = (("lora_A", False), ("lora_B", True))  # and whether each triplet is a column there
+_PENALIZED = (("A", False), ("B", True))  # and whether ranks are columns there
 
 
 class AddedPenalty:
-    """The penalty of one adapter, whose ``weight`` in the loss adds nothing if it is 0.
+    """The penalty of one adapter.
 
     Args:
-        triplets: the adapter's.
+        factors: of the run.
+        weight: of the penalty in the loss; 0 adds nothing.
     """
 
-    def __init__(self, triplets: Triplets) -> None:
-        self._triplets, self._blocks = triplets, triplets.layout.block_counts
+    def __init__(self, factors: Factors, weight: float) -> None:
+        self._factors, self._weight, self._blocks = factors, weight, factors.layout.block_counts
         # The first gradient that it was added to, and that gradient's version after it.
         self._added_to: tuple[weakref.ref[Tensor], int] | None = None
 
@@ -36,64 +41,44 @@ class AddedPenalty:
         return {**vars(self), "_added_to": None}
 
     @torch.no_grad()
-    def add(self, weight: float, optimizer: Optimizer) -> None:
-        """Add it to those A (r, d_in) and B (d_out, r) that have gradients and that ``optimizer`` holds."""
-        if not weight:
-            return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        penalized = [
-            ([(p, n) for p, n in zip(self._triplets.factors(key), self._blocks, strict=True)
-              if p.grad is not None and id(p) in held], columns)
-            for key, columns in _PENALIZED
-        ]  # fmt: skip
-        first = next((p.grad for pairs, _ in penalized for p, _ in pairs), None)
-        if first is None or self._holds_it(first):
-            return
-        version, signed = first._version, _signed(weight, optimizer)
-        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled
-        for pairs, columns in penalized:
-            if pairs:
-                parameters, counts = [p for p, _ in pairs], [n for _, n in pairs]
-                added = self._gradients(gather(parameters), counts, columns, signed)
-                if scale is not None:
-                    torch._foreach_mul_(added, scale)
-                gradients = [parameter.grad for parameter in parameters]
-                torch._foreach_add_(
-                    [local(gradient) for gradient in gradients],
-                    [local_like(one, gradient) for one, gradient in zip(added, gradients, strict=True)],
-                )
-        self._added_to = (weakref.ref(first), first._version) if first._version > version else None
+    def add(self, step: Step, optimizer: Optimizer) -> None:
+        """Add it to the gradients of those A and B that ``optimizer`` steps and that have a gradient.
 
-    @torch.no_grad()
-    def add_to_parts(
-        self, weight: float, optimizer: Optimizer, parts: ZeroParts, held: Collection[int]
-    ) -> None:
-        """As `add`, where DeepSpeed ZeRO steps parts of the adapter in place of its parameters.
-
-        Args:
-            weight: of the penalty in the loss.
-            optimizer: the one that steps.
-            parts: the adapter's A, E and B as DeepSpeed ZeRO holds them.
-            held: the numbers among them that are about to step.
+        Nothing is added twice where an optimizer steps inside another's step.
         """
-        if not weight:
+        if not self._weight:
             return
-        signed, pieces = _signed(weight, optimizer), list(parts.pieces(optimizer))
-        penalized = [(self._triplets.numbers(key), columns) for key, columns in _PENALIZED]
-        numbers = [n for each, _ in penalized for n in each if n in held]
-        whole = dict(zip(numbers, parts.gathered(numbers, pieces, lambda piece: piece.master), strict=True))
-        for each, columns in penalized:
-            own = [n for n in each if n in held]
-            matrices, counts = [whole[n] for n in own], [self._blocks[each.index(n)] for n in own]
-            added = self._gradients(matrices, counts, columns, signed)
-            parts.add_to_gradients(pieces, dict(zip(own, added, strict=True)))
+        stepped = [n for n in step.numbers if n not in self._numbers_of_E()]
+        numbers = [n for n, has in zip(stepped, step.has_gradients(stepped), strict=True) if has]
+        first = self._factors.all_parameters()[numbers[0]].grad if numbers else None
+        if not numbers or (first is not None and self._holds_it(first)):
+            return
+        version = None if first is None else first._version
+        weight = self._weight
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            weight = -weight
+        for key, columns in _PENALIZED:
+            of_key = self._factors.numbers(key)
+            own = [number for number in numbers if number in of_key]
+            counts = [self._blocks[of_key.index(number)] for number in own]
+            parts = in_blocks(step.values(own), counts, columns)
+            gradients = orthogonality_gradients(parts, columns, weight, 2 * sum(self._blocks))
+            if own:
+                step.add_to_gradients(dict(zip(own, out_of_blocks(gradients, counts, columns), strict=True)))
+        self._added_to = None
+        if first is not None and version is not None and first._version > version:
+            self._added_to = (weakref.ref(first), first._version)
 
-    def _gradients(
-        self, matrices: Sequence[Tensor], counts: Sequence[int], columns: bool, weight: float
-    ) -> list[Tensor]:
-        parts = in_blocks(matrices, counts, columns)
-        gradients = orthogonality_gradients(parts, columns, weight, 2 * sum(self._blocks))
-        return out_of_blocks(gradients, counts, columns)
+    def value(self) -> Tensor:
+        """The penalty as it stands, a 0-dim tensor, without its weight."""
+        A, B = (
+            in_blocks(self._factors.holder.whole(list(self._factors.numbers(key))), self._blocks, columns)
+            for key, columns in _PENALIZED
+        )
+        return orthogonality_penalty(A, B)
+
+    def _numbers_of_E(self) -> Sequence[int]:
+        return self._factors.numbers("E") if "E" in self._factors.keys else ()
 
     def _holds_it(self, gradient: Tensor) -> bool:
         """Whether nothing has changed since the penalty was added, as in an optimizer inside another's step."""
@@ -101,7 +86,3 @@ class AddedPenalty:
             return False
         known, version = self._added_to
         return known() is gradient and gradient._version == version
-
-
-def _signed(weight: float, optimizer: Optimizer) -> float:
-    return -weight if any(group.get("maximize") for group in optimizer.param_groups) else weight

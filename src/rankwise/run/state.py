@@ -17,9 +17,9 @@ from rankwise.config import AdaLoraConfig
 from rankwise.method.schedule import BudgetSchedule
 from rankwise.run.history import RankHistory
 
-_LAYOUT = (
-    2  # of the packed tensor: [_LAYOUT, the counters, the schedule, target_r, the weights' bits, the history]
-)
+# The packed tensor: [_LAYOUT, the counters, the schedule, target_r, the form, the weights' bits, how many scales there are,
+# the scales' bits, the history]. Layout 2, of earlier versions, has no scales.
+_LAYOUT, _WITHOUT_SCALES = 3, 2
 _WHOLE = 11
 _FORMS = ("paper", "gated", "principal")  # by their number in the packed tensor
 
@@ -81,6 +81,7 @@ class RunState:
         target_r: average rank in the end.
         form: name of the form of the method.
         weights: the other settings.
+        scales: of every layer, now; empty if they are not known, as in the state of an earlier version.
         history: the allocations so far.
     """
 
@@ -92,6 +93,7 @@ class RunState:
     target_r: float
     form: str
     weights: RunWeights
+    scales: tuple[float, ...]
     history: RankHistory
 
     def to_tensor(self) -> Tensor:
@@ -102,11 +104,13 @@ class RunState:
         whole += [plan.tinit, plan.tfinal, plan.total_step, plan.deltaT] if plan else [0] * 4
         bits = torch.tensor([float(value) for value in vars(self.weights).values()], dtype=torch.float64)
         head = torch.tensor([*whole, _packed_rank(self.target_r), _FORMS.index(self.form)], dtype=torch.int64)
-        return torch.cat([head, bits.view(torch.int64), self.history.to_tensor()])
+        scales = torch.tensor(self.scales, dtype=torch.float64).view(torch.int64)
+        count = torch.tensor([len(scales)], dtype=torch.int64)
+        return torch.cat([head, bits.view(torch.int64), count, scales, self.history.to_tensor()])
 
     @classmethod
     def from_tensor(cls, layers: Sequence[str], packed: Tensor) -> RunState:
-        """Unpack what `to_tensor` packed, for a run that adapts ``layers``.
+        """Unpack what `to_tensor` packed, for a run whose blocks are called ``layers``.
 
         Raises:
             ValueError: it is no such tensor, or not of so many layers; or its numbers make no sense.
@@ -114,7 +118,7 @@ class RunState:
         Example:
             >>> from rankwise.method.schedule import BudgetSchedule
             >>> state = RunState(3, False, True, 0, BudgetSchedule(1, 2, 9), 0.5, "principal",
-            ...                  RunWeights(8, 0.1, 0.8, 0.9, 0.5), RankHistory(["fc"]))
+            ...                  RunWeights(8, 0.1, 0.8, 0.9, 0.5), (2.0,), RankHistory(["fc"]))
             >>> RunState.from_tensor(["fc"], state.to_tensor()) == state
             True
         """
@@ -127,25 +131,36 @@ class RunState:
         packed = packed.cpu()
         whole = packed[:_WHOLE].tolist()
         layout, step, fixed, automatic, leader, tinit, tfinal, total, deltaT, target, form = whole
-        if layout != _LAYOUT:
+        if layout not in (_LAYOUT, _WITHOUT_SCALES):
             raise ValueError(
-                f"The state of the run has layout {layout}; this version of rankwise reads {_LAYOUT}."
+                f"The state of the run has layout {layout}; this version of rankwise reads {_WITHOUT_SCALES} and "
+                f"{_LAYOUT}."
             )
         flags = {fixed, automatic} <= {0, 1} and 0 <= form < len(_FORMS)
         sensible = step >= 0 and flags and leader >= -1 and target != 0
         weights = packed[_WHOLE:start].view(torch.float64)
         if not sensible or not weights.isfinite().all():
             raise ValueError("The state of the run holds numbers that no run has: it is damaged.")
+        scales = packed[:0].view(torch.float64)
+        if layout == _LAYOUT:
+            count = int(packed[start]) if packed.numel() > start else -1
+            if not 0 <= count <= packed.numel() - start - 1:
+                raise ValueError("The state of the run is cut off.")
+            scales = packed[start + 1 : start + 1 + count].view(torch.float64)
+            start += 1 + count
+            if not scales.isfinite().all():
+                raise ValueError("The state of the run holds a scale that no layer has: it is damaged.")
         history = RankHistory.from_tensor(layers, packed[start:])
         return cls(
             step=step,
             fixed=bool(fixed),
             automatic=bool(automatic),
-            leader=None if leader < 0 else leader,
+            leader=None if leader < 0 or layout != _LAYOUT else leader,
             schedule=BudgetSchedule(tinit, tfinal, total, deltaT) if total else None,
             target_r=_rank(target),
             form=_FORMS[form],
             weights=RunWeights(*weights.tolist()),
+            scales=tuple(scales.tolist()),
             history=history,
         )
 

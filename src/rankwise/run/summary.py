@@ -136,7 +136,7 @@ class RankSummary:
 
     def _repr_html_(self) -> str:
         """The same as HTML, for notebooks."""
-        return summary_html(self)
+        return summary_html(self.layers, self.totals())
 
 
 def rank_bar(rank: int, init_r: int, largest: int, width: int = _BAR) -> str:

@@ -23,7 +23,7 @@ from rankwise.files.tensors import (
     read_tensor_header,
 )
 from rankwise.run.history import RankHistory
-from rankwise.run.triplets import block_names
+from rankwise.run.pairs import block_names
 from rankwise.storage.contents import (
     Contents,
     check_complete,

@@ -23,7 +23,7 @@ from rankwise.attach.attachment import adapter_layers, base_scaling
 from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
 from rankwise.files.atomic import write_folder
-from rankwise.run.triplets import block_names
+from rankwise.run.pairs import block_names
 from rankwise.storage import OWNED, PREFIX, WEIGHTS_NAME, AdapterFile, read_adapter, read_model_adapter
 from rankwise.storage.nesting import by_owner, named_by_targets, nested_paths
 from rankwise.storage.read import kept_by_pattern, names_of_blocks

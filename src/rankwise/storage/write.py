@@ -29,6 +29,7 @@ from rankwise.files.tensors import write_tensor_file
 from rankwise.parallel import zero
 from rankwise.parallel.sharded import gather
 from rankwise.run.controller import Controller
+from rankwise.run.own import kept_ranks
 from rankwise.storage.names import (
     HISTORY_NAME,
     NO_SCHEDULE,
@@ -67,7 +68,7 @@ def write_adapter(
     Raises:
         OSError: it can't be written; what was there before is untouched.
     """
-    kept = controller.kept_triplets(state) if controller else {}
+    kept = kept_ranks(controller, state) if controller else {}
     layers = adapter_layers(model, adapter)
     tensors = adapter_tensors(model, adapter, config, layers, state, kept)
     tensors |= {PREFIX + name: _portable(state[key]) for key, name in (more or {}).items()}
@@ -105,7 +106,7 @@ def adapter_tensors(
         {} if adalora else nested_paths(p for p, each in layers.items() if isinstance(each, ParameterSlot))
     )
     for path, layer in layers.items():
-        stays = kept[path] if path in kept else layer.kept_of_stack(adapter) if adalora else None
+        stays = kept[path] if path in kept else layer.kept_ranks_of_stack(adapter) if adalora else None
         places = None if stays is None or bool(stays.all()) else stays.nonzero().flatten()
         for key in layer.adapter_parameters(adapter):
             factor = key.removeprefix("lora_")
@@ -135,7 +136,7 @@ def read_model_adapter(model: Any, adapter: str) -> AdapterFile:
         raise ValueError(f"There is no adapter {adapter!r}; the model has {sorted(model.peft_config)}.")
     config, controller = model.peft_config[adapter], model._controller_of(adapter)
     state = plain_state(model.state_dict())
-    kept = controller.kept_triplets(state) if controller else {}
+    kept = kept_ranks(controller, state) if controller else {}
     layers = adapter_layers(model, adapter)
     tensors = adapter_tensors(model, adapter, config, layers, state, kept)
     config = _config_to_save(config, controller, kept, layers)

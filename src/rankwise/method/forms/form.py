@@ -8,23 +8,19 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rankwise.method.importance import Importance
-from rankwise.method.layout import TripletLayout
-
 AsLora = Callable[[Tensor, Tensor], None]
 
 
 class Form(ABC):
-    """One form of adaptive-rank LoRA: how it starts, what it scores, what a rank costs, what trains, which scale.
+    """One form of adaptive-rank LoRA: its factors, their start, and the defaults of its settings.
 
     A form holds no state. A new one is a file in this folder and a line in ``__init__.py``; a configuration must take
     its name, and checkpoints know it by a number in `rankwise.run.state`.
     """
 
     name: ClassVar[str]
-    trained: ClassVar[tuple[str, ...]]  # of "lora_A", "lora_E" and "lora_B"
+    has_E: ClassVar[bool]  # B diag(E) A, where everything trains; else B A, as in LoRA
     counts_parameters: ClassVar[bool]  # a rank costs its numbers in A and B; or else one
-    grows_back: ClassVar[bool]  # a pruned rank may come back until the final phase
     takes_rslora: ClassVar[bool]
     # What the fields of a configuration are where they are left out; phases are fractions of the run.
     orth_reg_weight: ClassVar[float]
@@ -44,21 +40,12 @@ class Form(ABC):
         """Steps between two allocations where it is left out, with ``steps`` of pruning."""
 
     @abstractmethod
-    def start(self, A: Tensor, E: Tensor, B: Tensor, as_lora: AsLora, use_rslora: bool) -> None:
+    def start(self, A: Tensor, E: Tensor | None, B: Tensor, as_lora: AsLora) -> None:
         """Fill A (r, d_in), E (r, 1) and B (d_out, r) in place.
 
         Args:
             A: any values.
-            E: any values.
+            E: any values; None where the form has no E.
             B: any values.
             as_lora: fills A and B as plain LoRA would in such a layer.
-            use_rslora: the configuration's.
         """
-
-    @abstractmethod
-    def importance(self, layout: TripletLayout) -> Importance | None:
-        """What is scored element by element; None: principal directions are found, and scored by `worth`."""
-
-    def gates(self, init_r: int, average: Tensor, use_rslora: bool) -> Tensor | None:
-        """E of the triplets that stay, a number, once layers have so many ranks on average; None: as it is."""
-        return None

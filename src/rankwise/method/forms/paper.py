@@ -7,8 +7,6 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from rankwise.method.forms.form import AsLora, Form
-from rankwise.method.importance import ElementImportance, Importance
-from rankwise.method.layout import TripletLayout
 
 _DEVIATION = 0.02  # of the start of A and B
 
@@ -20,14 +18,13 @@ class PaperForm(Form):
         random: start with a random E and larger factors, so that the update is not 0; for tests.
 
     Example:
-        >>> PaperForm().trained
-        ('lora_A', 'lora_E', 'lora_B')
+        >>> PaperForm().has_E
+        True
     """
 
     name: ClassVar[str] = "paper"
-    trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_E", "lora_B")
+    has_E: ClassVar[bool] = True
     counts_parameters: ClassVar[bool] = False
-    grows_back: ClassVar[bool] = True
     takes_rslora: ClassVar[bool] = False
     orth_reg_weight: ClassVar[float] = 0.5
     tinit: ClassVar[float] = 0  # PEFT's, in steps
@@ -45,10 +42,8 @@ class PaperForm(Form):
     def deltaT(self, steps: int) -> int:
         return 1
 
-    def start(self, A: Tensor, E: Tensor, B: Tensor, as_lora: AsLora, use_rslora: bool) -> None:
-        nn.init.normal_(E) if self.random else nn.init.zeros_(E)
+    def start(self, A: Tensor, E: Tensor | None, B: Tensor, as_lora: AsLora) -> None:
+        if E is not None:
+            nn.init.normal_(E) if self.random else nn.init.zeros_(E)
         for factor in (A, B):
             nn.init.normal_(factor, std=1.0 if self.random else _DEVIATION)
-
-    def importance(self, layout: TripletLayout) -> Importance:
-        return ElementImportance(layout)

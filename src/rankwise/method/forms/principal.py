@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from rankwise.method.forms.form import AsLora, Form
-from rankwise.method.importance import Importance
-from rankwise.method.layout import TripletLayout
 
 _CUTS = 20
 _ENOUGH = 8
@@ -22,9 +19,8 @@ class PrincipalForm(Form):
     Then the directions go, over all layers, that are worth least for their parameters, by their singular value and by
     the gradients that their layer has had (see `rankwise.method.principal` and `rankwise.method.worth`).
 
-    E does not train. It holds the scale, one for all layers: that of LoRA at the average rank k of now,
-    ``lora_alpha / k``. How far a step of Adam moves a layer goes with its scale times its ranks; so that is LoRA's on
-    average, at any time, however many ranks there are to spare or left, and more where more of them stayed.
+    There is no E. All layers have one scale: ``lora_alpha / k``, where k is the average rank of the moment. Adam moves a
+    layer in proportion to scale times rank, so the average layer moves as LoRA's do at any time.
 
     Example:
         >>> PrincipalForm().lora_alpha(target_r=8, use_rslora=False)
@@ -32,9 +28,8 @@ class PrincipalForm(Form):
     """
 
     name: ClassVar[str] = "principal"
-    trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    has_E: ClassVar[bool] = False
     counts_parameters: ClassVar[bool] = True
-    grows_back: ClassVar[bool] = False
     takes_rslora: ClassVar[bool] = True
     orth_reg_weight: ClassVar[float] = 0.0
     # Early: the sooner a layer is turned and cut, the longer what stays trains as it will be (docs/quality-choices.md).
@@ -58,21 +53,5 @@ class PrincipalForm(Form):
         """Twenty allocations, however long the run is."""
         return max(1, steps // _CUTS)
 
-    def start(self, A: Tensor, E: Tensor, B: Tensor, as_lora: AsLora, use_rslora: bool) -> None:
+    def start(self, A: Tensor, E: Tensor | None, B: Tensor, as_lora: AsLora) -> None:
         as_lora(A, B)
-        E.fill_(math.sqrt(len(E)) if use_rslora else 1.0)
-
-    def importance(self, layout: TripletLayout) -> Importance | None:
-        """No element: what a direction is worth is seen when it may be cut."""
-        return None
-
-    def gates(self, init_r: int, average: Tensor, use_rslora: bool) -> Tensor:
-        """They make the scale ``lora_alpha / k`` at an average rank of k, or ``lora_alpha / sqrt(k)`` with rsLoRA.
-
-        Example:
-            >>> import torch
-            >>> [float(PrincipalForm().gates(8, torch.tensor(k), use_rslora=False)) for k in (8.0, 2.0, 0.25)]
-            [1.0, 4.0, 32.0]
-        """
-        acting = torch.where(average > 0, average, 1.0)  # with none left, no gate is open
-        return init_r / (acting.sqrt() if use_rslora else acting)

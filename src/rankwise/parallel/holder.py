@@ -1,0 +1,191 @@
+"""Who holds an adapter's factors: this process whole, many processes in shares (DTensors), or DeepSpeed ZeRO.
+
+The method asks for whole factors, writes whole factors, and looks at the gradients of a step. A `Holder` does that
+wherever the factors are. Parameters are called by their number in the holder's list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankwise.parallel.optimizer_state import KINDS, can_be_rewritten, start_anew
+from rankwise.parallel.sharded import gather, local, local_like, squared_norms
+
+
+class Measured(Protocol):
+    """A factor whose gradient's norm is asked for: which one, and how its blocks lie in it."""
+
+    number: int
+    blocks: int
+    order: Tensor | None
+
+
+class Step(Protocol):
+    """The step that an optimizer takes, seen just before it or just after it: gradients are there."""
+
+    numbers: Sequence[int]  # of the parameters that it steps, rising
+
+    def has_gradients(self, numbers: Sequence[int]) -> list[bool]:
+        """Which of ``numbers`` have a gradient in this step."""
+
+    def values(self, numbers: Sequence[int]) -> list[Tensor]:
+        """The parameters, whole."""
+
+    def products(self, numbers: Sequence[int]) -> list[Tensor | None]:
+        """Weight times gradient of each parameter, whole, at least float32; None where there is no gradient."""
+
+    def squared_norms(self, measured: Sequence[Measured], device: torch.device) -> Tensor:
+        """The squared norm of the gradient of every block, (blocks of all,), float32; 0 without a gradient."""
+
+    def add_to_gradients(self, added: Mapping[int, Tensor]) -> None:
+        """Add whole tensors, in the parameters' shapes, to the gradients."""
+
+
+class Holder(Protocol):
+    """Reads and writes whole factors."""
+
+    def whole(self, numbers: Sequence[int]) -> list[Tensor]:
+        """The parameters, whole; all processes call it together."""
+
+    def write(self, values: Mapping[int, Tensor]) -> None:
+        """Give parameters new values, of their shapes."""
+
+    def state_names(self, optimizer: Optimizer, numbers: Sequence[int]) -> list[str]:
+        """Names of what ``optimizer`` remembers of ``numbers`` in their shapes; forgets what can't be rewritten."""
+
+    def states(
+        self, optimizer: Optimizer, name: str, numbers: Sequence[int], done: set[int]
+    ) -> dict[int, Tensor]:
+        """What it remembers as ``name``, whole, by number; but not what is in ``done``, to which it is added."""
+
+    def write_states(self, optimizer: Optimizer, name: str, values: Mapping[int, Tensor]) -> None:
+        """Replace what it remembers as ``name``."""
+
+    def gradients(self, numbers: Sequence[int]) -> dict[int, Tensor]:
+        """Gradients that wait for their optimizer, whole, by number."""
+
+    def write_gradients(self, values: Mapping[int, Tensor]) -> None:
+        """Replace gradients that wait."""
+
+
+class TensorHolder:
+    """Factors in plain tensors, or in DTensors as ``fully_shard`` makes them.
+
+    Args:
+        parameters: gives all of them; they are looked up anew at each use.
+    """
+
+    def __init__(self, parameters: Callable[[], list[nn.Parameter]]) -> None:
+        self._parameters = parameters
+
+    def whole(self, numbers: Sequence[int]) -> list[Tensor]:
+        own = self._parameters()
+        return [each.detach() for each in gather([own[number] for number in numbers])]
+
+    def write(self, values: Mapping[int, Tensor]) -> None:
+        own = self._parameters()
+        self._copy([own[number] for number in values], list(values.values()))
+
+    def state_names(self, optimizer: Optimizer, numbers: Sequence[int]) -> list[str]:
+        own, names = self._parameters(), {}
+        for parameter in (own[number] for number in numbers):
+            state = optimizer.state.get(parameter)
+            if not state:
+                continue
+            if not can_be_rewritten(state, parameter):
+                start_anew(optimizer, parameter)
+                continue
+            shaped = (n for n, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape)
+            names.update(dict.fromkeys(name for name in shaped if name in KINDS))
+        return list(names)
+
+    def states(
+        self, optimizer: Optimizer, name: str, numbers: Sequence[int], done: set[int]
+    ) -> dict[int, Tensor]:
+        held = self._held_states(optimizer, name, numbers)
+        places = {number: local(value).data_ptr() for number, value in held.items()}
+        held = {number: value for number, value in held.items() if places[number] not in done}
+        done.update(places[number] for number, value in held.items() if value.numel())
+        return dict(zip(held, gather(list(held.values())), strict=True))
+
+    def write_states(self, optimizer: Optimizer, name: str, values: Mapping[int, Tensor]) -> None:
+        held = self._held_states(optimizer, name, list(values))
+        self._copy(list(held.values()), [values[number] for number in held])
+
+    def _held_states(self, optimizer: Optimizer, name: str, numbers: Sequence[int]) -> dict[int, Tensor]:
+        own, held = self._parameters(), {}
+        for number in numbers:
+            value = optimizer.state.get(own[number], {}).get(name)
+            if isinstance(value, Tensor) and value.shape == own[number].shape:
+                held[number] = value
+        return held
+
+    def gradients(self, numbers: Sequence[int]) -> dict[int, Tensor]:
+        own = self._parameters()
+        held = {number: own[number].grad for number in numbers if own[number].grad is not None}
+        return dict(zip(held, gather(list(held.values())), strict=True))
+
+    def write_gradients(self, values: Mapping[int, Tensor]) -> None:
+        own = self._parameters()
+        self._copy([own[number].grad for number in values], list(values.values()))
+
+    @staticmethod
+    def _copy(targets: Sequence[Tensor | None], values: Sequence[Tensor]) -> None:
+        if targets:
+            torch._foreach_copy_(
+                [local(target) for target in targets],
+                [local_like(value, target) for value, target in zip(values, targets, strict=True)],
+            )
+
+
+class TensorStep:
+    """An optimizer's step on parameters that it holds itself; their gradients are in ``.grad``.
+
+    Args:
+        parameters: all of the holder's.
+        numbers: of those that the optimizer holds.
+        optimizer: which steps, if gradients are to be added.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], numbers: Sequence[int], optimizer: Optimizer | None = None
+    ) -> None:
+        self._parameters, self.numbers, self._optimizer = parameters, numbers, optimizer
+
+    def has_gradients(self, numbers: Sequence[int]) -> list[bool]:
+        return [self._parameters[number].grad is not None for number in numbers]
+
+    def values(self, numbers: Sequence[int]) -> list[Tensor]:
+        return gather([self._parameters[number].detach() for number in numbers])
+
+    def products(self, numbers: Sequence[int]) -> list[Tensor | None]:
+        parameters = [self._parameters[number] for number in numbers]
+        weights = [parameter.detach() for parameter in parameters]
+        filled = [torch.zeros_like(p.detach()) if p.grad is None else p.grad for p in parameters]
+        if any(weight.element_size() < 4 for weight in weights):
+            weights, filled = [w.float() for w in weights], [g.float() for g in filled]
+        products = gather(torch._foreach_mul(weights, filled))
+        return [None if p.grad is None else each for p, each in zip(parameters, products, strict=True)]
+
+    def squared_norms(self, measured: Sequence[Measured], device: torch.device) -> Tensor:
+        gradients = [self._parameters[each.number].grad for each in measured]
+        blocks, orders = [each.blocks for each in measured], [each.order for each in measured]
+        return squared_norms(gradients, blocks, device, orders)
+
+    def add_to_gradients(self, added: Mapping[int, Tensor]) -> None:
+        scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled
+        values = list(added.values())
+        if scale is not None:
+            torch._foreach_mul_(values, scale)
+        gradients = [self._parameters[number].grad for number in added]
+        torch._foreach_add_(
+            [local(gradient) for gradient in gradients],
+            [local_like(one, gradient) for one, gradient in zip(values, gradients, strict=True)],
+        )
+
+

@@ -1,0 +1,51 @@
+"""What optimizers remember of a parameter: which of it can be rewritten in another basis, and starting it anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Names of state tensors of a parameter's shape in PyTorch's optimizers, bitsandbytes and schedule-free.
+_MEANS = ("exp_avg", "momentum_buffer", "grad_avg", "state1")  # of gradients
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "state2")  # means or sums of squared gradients
+_WEIGHTS = ("z", "ax")  # another point at which the parameter may stand
+KINDS = {
+    **dict.fromkeys(_MEANS, "gradient"),
+    **dict.fromkeys(_SQUARES, "square"),
+    **dict.fromkeys(_WEIGHTS, "weight"),
+}
+
+
+def can_be_rewritten(state: dict[str, Any], parameter: nn.Parameter) -> bool:
+    """Whether every tensor in ``state`` is a number or a known tensor of the parameter's shape."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
+            continue
+        if name not in KINDS or value.shape != parameter.shape or not value.is_floating_point():
+            return False
+    return True
+
+
+def start_anew(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Let ``optimizer`` forget what it remembers of ``parameter``, as if it had not stepped yet.
+
+    Most optimizers make their state in the first step, so theirs is removed. Some make it in their constructor and
+    fail without it: an optimizer of the same kind is asked for a fresh one.
+    """
+    fresh = _made_in_constructor(optimizer, parameter)
+    if fresh:
+        optimizer.state[parameter] = fresh
+    else:
+        optimizer.state.pop(parameter, None)
+
+
+def _made_in_constructor(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
+    settings = {name: value for name, value in group.items() if name in optimizer.defaults}
+    stand_in = nn.Parameter(parameter.detach().clone())
+    try:
+        return dict(type(optimizer)([stand_in], **settings).state.get(stand_in, {}))  # type: ignore[arg-type]
+    except Exception:  # a constructor that takes something else
+        return {}

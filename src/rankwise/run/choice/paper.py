@@ -1,0 +1,74 @@
+"""The paper's choice: every triplet is scored by weight times gradient, and the lowest scores are switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rankwise.method.importance import Importance
+from rankwise.method.scores import update_scores
+from rankwise.parallel.holder import Step
+from rankwise.run.choice.choice import Candidates
+from rankwise.run.factors import Factors
+from rankwise.run.gradient_checks import GradientChecks
+
+
+class PaperChoice:
+    """Keeps the running averages of what the paper's form scores, and sets E to 0 where a triplet is switched off.
+
+    A triplet that is off still gets a gradient, so it may come back at a later cut.
+
+    Args:
+        factors: of the run, with E.
+        importance: what is scored.
+        betas: ``beta1`` and ``beta2``.
+        warn: gives a warning once.
+    """
+
+    counts_parameters: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        factors: Factors,
+        importance: Importance,
+        betas: tuple[float, float],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._factors, self._importance, self._betas = factors, importance, betas
+        self.checks = GradientChecks(factors, importance.decisive, warn)
+        self.entries = importance.entries
+
+    def observe(self, step: Step, number: int) -> None:
+        measured = [n for key in self._importance.factors for n in self._factors.numbers(key)]
+        if not self.checks.has_gradients(step, measured):
+            return
+        tensors = self._factors.tensors
+        sensitivity, uncertainty = tensors.get("sensitivity"), tensors.get("uncertainty")
+        importance, known = self._importance.measure(step.products(measured), sensitivity.device)
+        finite = update_scores(sensitivity, uncertainty, importance, *self._betas, known)
+        self.checks.count(finite, number)
+
+    def candidates(self) -> Candidates:
+        return Candidates(self._scores(), torch.ones_like(self._factors.mask))
+
+    def apply(
+        self, mask: Tensor, unchanged: Sequence[bool], final: bool, optimizers: Sequence[Optimizer]
+    ) -> None:
+        by_layer = mask[:, None].split(self._factors.layout.ranks)
+        rows = self._factors.rows("E")
+        new = {n: torch.where(own.to(e.device), e, 0.0) for n, (e, own) in enumerate(zip(rows, by_layer, strict=True))}
+        self._factors.write_rows("E", new)
+
+    def restore(self, scales: Sequence[float]) -> None:
+        """The scale never changes."""
+
+    def rank_importance(self) -> Tensor:
+        return self._scores() * self._factors.mask
+
+    def _scores(self) -> Tensor:
+        tensors = self._factors.tensors
+        return self._importance.per_triplet(tensors.get("sensitivity"), tensors.get("uncertainty"))

@@ -1,0 +1,118 @@
+"""The default form's choice: directions are cut that are worth least, in each layer's principal basis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rankwise.method.scale import pace
+from rankwise.method.worth import worth
+from rankwise.parallel.holder import Step
+from rankwise.run.basis import PrincipalBases, mean_strengths
+from rankwise.run.choice.choice import Candidates
+from rankwise.run.factors import Factors
+from rankwise.run.gradient_checks import GradientChecks
+
+
+class PrincipalChoice:
+    """Sums up, for every block, the norm of its gradient in each step; at a cut, weighs directions with it.
+
+    The gradient is that of the factor that starts at 0 and carries the update (B, or A in embeddings): its root mean
+    square over the block's acting ranks. The sums are the run's ``sensitivity``, (blocks,). Steps with NaN or infinite
+    gradients are left out.
+
+    All layers have one pace: their scale is that of the end of the run, times ``target_r / k`` while k ranks act on
+    average. So Adam moves the average layer equally far at any time.
+
+    Args:
+        factors: of the run.
+        target_r: average rank in the end.
+        use_rslora: scales go by the square root of the rank.
+        end_scales: of every layer, in the end.
+        warn: gives a warning once.
+    """
+
+    counts_parameters: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        factors: Factors,
+        target_r: float,
+        use_rslora: bool,
+        end_scales: Sequence[float],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._factors, self._target_r, self._use_rslora = factors, target_r, use_rslora
+        self._end_scales, self._warn = list(end_scales), warn
+        self.checks = GradientChecks(factors, "B", warn)
+        self.entries = len(factors.layout.block_ranks)
+        self._bases: PrincipalBases | None = None
+
+    def start(self) -> None:
+        """Give all layers the scale that they start with."""
+        for pair, scale in zip(self._factors.pairs, self._scales(final=False), strict=True):
+            pair.scale = scale
+
+    def _scales(self, final: bool) -> list[float]:
+        by = 1.0 if final else pace(self._target_r, self._factors.average_rank(), self._use_rslora)
+        return [scale * by for scale in self._end_scales]
+
+    def restore(self, scales: Sequence[float]) -> None:
+        scales = scales or self._scales(final=False)
+        for pair, scale in zip(self._factors.pairs, scales, strict=True):
+            pair.scale = scale
+
+    def observe(self, step: Step, number: int) -> None:
+        measured = self._factors.measured()
+        if not self.checks.has_gradients(step, [each.number for each in measured]):
+            return
+        squares = step.squared_norms(measured, self._factors.mask.device)
+        finite = squares.isfinite().all()
+        norms = (squares / self._factors.block_ranks().clamp_min(1)).sqrt()
+        self._factors.tensors.get("sensitivity").add_(torch.where(finite, norms, 0.0))
+        self.checks.count(finite, number)
+
+    def candidates(self) -> Candidates:
+        bases = self._bases = PrincipalBases(self._factors)
+        if bases.off_ones_moved():
+            self._warn(
+                "The optimizer has moved ranks that are off and have no gradient, as optimizers do that add noise. "
+                "They are switched off again at each cut; in between they act."
+            )
+        acts, unchanged = bases.acts(), bases.undecomposed()
+        if unchanged:
+            path = self._factors.pairs[unchanged[0]].path
+            self._warn(
+                f"The adapter of {path!r} holds NaN or infinite values, or numbers too large to compute with. "
+                f"{len(unchanged)} of {len(self._factors.pairs)} layers keep the ranks that they have, for this reason. "
+                "The run diverges: go back to an earlier checkpoint, and lower the learning rate."
+            )
+        scores = self._worth(bases.strengths()).nan_to_num(nan=0.0)
+        return Candidates(scores.masked_fill(~acts, -torch.inf), acts, unchanged)
+
+    def _worth(self, strengths: Tensor) -> Tensor:
+        """What directions are worth for what they cost, (ranks,), by their strengths in B A."""
+        factors, device = self._factors, strengths.device
+        sums = factors.tensors.get("sensitivity")
+        norms = factors.spread(torch.where(sums.any(), sums, 1.0))
+        repeats = torch.tensor(factors.layout.ranks, device=device)
+        scales = torch.tensor([pair.scale for pair in factors.pairs], dtype=torch.float32, device=device)
+        loud = strengths * scales.repeat_interleave(repeats)
+        return worth(loud, norms, factors.layout.parameters_per_rank(device), self._target_r)
+
+    def apply(
+        self, mask: Tensor, unchanged: Sequence[bool], final: bool, optimizers: Sequence[Optimizer]
+    ) -> None:
+        bases, self._bases = self._bases or PrincipalBases(self._factors), None
+        scales, pairs = self._scales(final), self._factors.pairs
+        louder = {n: scales[n] / pair.scale for n, pair in enumerate(pairs) if not unchanged[n]}
+        bases.write(mask, louder, optimizers)
+        for n in louder:
+            pairs[n].scale = scales[n]
+
+    def rank_importance(self) -> Tensor:
+        return self._worth(mean_strengths(self._factors))

@@ -1,0 +1,190 @@
+"""The factors of all layers of a run: one place to read and write them, wherever they are.
+
+Every factor is read as a matrix with one row for each rank, (ranks, width), block by block, whatever its shape in the
+layer is (see `FactorPair.rows`). Which process holds it is the business of a `Holder`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.method.layout import TripletLayout
+from rankwise.parallel.holder import Holder, TensorHolder
+from rankwise.parallel.zero import ZeroParts, partitioned, shape_of
+from rankwise.parallel.zero_holder import ZeroHolder
+from rankwise.run.pairs import KEYS, FactorPair, block_names
+from rankwise.run.run_tensors import RunTensors
+
+
+@dataclass(frozen=True)
+class MeasuredFactor:
+    """A factor whose gradient's norm is asked for; see `rankwise.parallel.holder.Measured`."""
+
+    number: int
+    blocks: int
+    order: Tensor | None
+
+
+class Factors:
+    """The factors of all layers of a run, and which of their ranks are kept.
+
+    Factors are numbered: first those of all layers of the first kind in ``keys``, then those of the next.
+
+    Args:
+        pairs: one for each layer, in the model's order.
+        tensors: of the run. They must be `created <RunTensors.create>` before ranks are asked for.
+        keys: the kinds of factors, "A" and "B", and "E" before them in the paper's form.
+    """
+
+    def __init__(
+        self, pairs: Sequence[FactorPair], tensors: RunTensors, keys: tuple[str, ...] = KEYS
+    ) -> None:
+        self.pairs, self.tensors, self.keys = list(pairs), tensors, keys
+        shapes_A = [shape_of(pair.parameter("A")) for pair in pairs]
+        shapes_B = [shape_of(pair.parameter("B")) for pair in pairs]
+        self.layout = TripletLayout(
+            ranks=tuple(shape[0] for shape in shapes_A),
+            widths_in=tuple(shape[1:].numel() for shape in shapes_A),
+            widths_out=tuple(shape.numel() // max(shape[1], 1) for shape in shapes_B),
+            blocks=tuple(pair.blocks for pair in pairs),
+        )
+        self.shapes = {"A": shapes_A, "B": shapes_B, "E": [torch.Size((s[0], 1)) for s in shapes_A]}
+        self._indices: dict[Any, Tensor] = {}
+        self._tensor_holder = TensorHolder(self.all_parameters)
+        self._zero_holder: ZeroHolder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_indices": {}, "_zero_holder": None}
+
+    @property
+    def names(self) -> list[str]:
+        """A name for every block: the layer's path, and the block's number in it where there are several."""
+        return [name for pair in self.pairs for name in block_names(pair.path, pair.blocks)]
+
+    # Parameters and their numbers.
+
+    def parameters(self, key: str) -> list[nn.Parameter]:
+        """The factors of one kind, in layer order."""
+        return [pair.parameter(key) for pair in self.pairs]
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        """All factors, by number."""
+        return [pair.parameter(key) for key in self.keys for pair in self.pairs]
+
+    def numbers(self, key: str) -> range:
+        """The numbers of the factors of one kind."""
+        first = self.keys.index(key) * len(self.pairs)
+        return range(first, first + len(self.pairs))
+
+    def trains(self, key: str) -> list[bool]:
+        """Which layers' factors of one kind train."""
+        return [parameter.requires_grad for parameter in self.parameters(key)]
+
+    def base_weights(self) -> set[int]:
+        """The ids of the weights that the layers adapt, where they are known."""
+        return {id(weight) for pair in self.pairs if (weight := pair.base_weight()) is not None}
+
+    @property
+    def holder(self) -> Holder:
+        """Who holds the factors."""
+        return self._tensor_holder if self.zero_parts() is None else self._zero_holder  # type: ignore[return-value]
+
+    def zero_parts(self) -> ZeroParts | None:
+        """The factors as DeepSpeed ZeRO holds them; None if it doesn't."""
+        if self._zero_holder is None and "deepspeed" in sys.modules:
+            own = self.all_parameters()
+            if any(map(partitioned, own)):
+                self._zero_holder = ZeroHolder(ZeroParts(own))
+        return None if self._zero_holder is None else self._zero_holder.parts
+
+    # Reading and writing them as rows.
+
+    def rows(self, key: str) -> list[Tensor]:
+        """Every layer's factor as rows, (ranks, width), at least float32; all processes call it together."""
+        found = self.holder.whole(list(self.numbers(key)))
+        return [pair.rows(key, wide(each)) for pair, each in zip(self.pairs, found, strict=True)]
+
+    def write_rows(self, key: str, rows: Mapping[int, Tensor]) -> None:
+        """Give the factors of some layers, by layer number, new values."""
+        self.holder.write(self._in_place(key, rows))
+
+    def rewrite(
+        self, key: str, layers: Sequence[int], held: Mapping[int, Tensor], how: Callable[..., dict[int, Tensor]]
+    ) -> dict[int, Tensor]:
+        """Values in the shapes of factors, by factor number, after ``how`` has changed them as rows by layer number."""
+        numbers = self.numbers(key)
+        rows = {n: self.pairs[n].rows(key, wide(held[numbers[n]])) for n in layers if numbers[n] in held}
+        return self._in_place(key, how(rows))
+
+    def _in_place(self, key: str, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        numbers, shapes = self.numbers(key), self.shapes[key]
+        return {numbers[n]: self.pairs[n].from_rows(key, each, shapes[n]) for n, each in rows.items()}
+
+    def measured(self) -> list[MeasuredFactor]:
+        """For every layer the factor that is 0 at the start and carries the update."""
+        return [
+            MeasuredFactor(self.numbers(pair.starts_at_zero)[n], pair.blocks, pair.order(pair.starts_at_zero))
+            for n, pair in enumerate(self.pairs)
+        ]
+
+    # Ranks.
+
+    @property
+    def mask(self) -> Tensor:
+        """The ranks that the last cut kept, (ranks,), bool."""
+        return self.tensors.mask
+
+    def block_ranks(self, mask: Tensor | None = None) -> Tensor:
+        """The rank of every block, (blocks,), int64, by the last cut or by ``mask``, (ranks,), bool."""
+        mask = self.mask if mask is None else mask
+        counts = torch.zeros(len(self.layout.block_ranks), dtype=torch.int64, device=mask.device)
+        return counts.index_add_(0, self._block_of_rank(mask.device), mask.to(torch.int64))
+
+    def average_rank(self) -> float:
+        """The average rank by the last cut: LoRA of that rank has as many parameters. Waits for the device."""
+        per_rank = self.layout.parameters_per_rank(self.mask.device)
+        return int((per_rank * self.mask).sum()) / max(1, self.layout.parameters_of_rank_one)
+
+    def spread(self, per_block: Tensor) -> Tensor:
+        """One value for each block, (blocks,) -> one for each rank, (ranks,)."""
+        return per_block[self._block_of_rank(per_block.device)]
+
+    def spread_layers(self, per_layer: Sequence[bool], device: torch.device) -> Tensor:
+        """One value for each layer -> one for each rank, (ranks,), bool."""
+        repeats = torch.tensor(self.layout.ranks, device=device)
+        return torch.tensor(per_layer, dtype=torch.bool, device=device).repeat_interleave(repeats)
+
+    def index(self, name: str, values: Callable[[], list[int]], device: torch.device) -> Tensor:
+        """Whole numbers as a tensor on a device, made once."""
+        if (name, device) not in self._indices:
+            self._indices[name, device] = torch.tensor(values(), dtype=torch.int64, device=device)
+        return self._indices[name, device]
+
+    def _block_of_rank(self, device: torch.device) -> Tensor:
+        def blocks() -> list[int]:
+            return [number for number, rank in enumerate(self.layout.block_ranks) for _ in range(rank)]
+
+        return self.index("blocks", blocks, device)
+
+    # The end of a run.
+
+    def narrow(self) -> None:
+        """The choice of ranks is final: tell every layer which it keeps."""
+        for pair, kept in zip(self.pairs, self.mask.cpu().split(self.layout.ranks), strict=True):
+            pair.narrow(kept)
+
+    def widen(self) -> None:
+        """The choice is open again: every layer uses all ranks."""
+        for pair in self.pairs:
+            pair.widen()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """``tensor`` in at least float32, out of any graph."""
+    return tensor.detach() if tensor.element_size() >= 4 else tensor.detach().float()

@@ -1,0 +1,148 @@
+"""The tensors of a run that must survive a checkpoint: which ranks are kept, and the statistics of gradients.
+
+On rankwise's own models they are buffers, so that the model's ``state_dict`` carries them through any trainer. On other
+models, which stay as they are, they belong to the run itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAMES = ("sensitivity", "uncertainty", "mask", "skipped")
+BUFFERS = tuple(f"rankwise_{name}" for name in NAMES)
+_AVERAGES = BUFFERS[:2]
+
+
+def was_left_empty(name: str, own: Tensor, saved: Tensor) -> bool:
+    """Whether ``saved`` is the buffer ``name`` of a run that kept no statistics, and so had no element or one."""
+    return name in _AVERAGES and own.numel() != saved.numel() and saved.numel() <= 1
+
+
+class RunTensors(ABC):
+    """The tensors of one run.
+
+    Attributes in `NAMES`: ``sensitivity`` and ``uncertainty``, (entries,), float32, the statistics of gradients;
+    ``mask``, (ranks,), bool, the ranks that the last cut kept; ``skipped``, (), int64, steps left out of the statistics.
+    """
+
+    def __init__(self, device: Callable[[], torch.device]) -> None:
+        self._device = device
+
+    def create(self, entries: int, ranks: int) -> None:
+        """Make the tensors, with all ranks kept and ``entries`` zeros in each of the statistics."""
+        device = self._device()
+        values = (
+            torch.zeros(entries, dtype=torch.float32, device=device),
+            torch.zeros(entries, dtype=torch.float32, device=device),
+            torch.ones(ranks, dtype=torch.bool, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
+        for name, value in zip(NAMES, values, strict=True):
+            self._put(name, value)
+
+    def get(self, name: str) -> Tensor:
+        """One of `NAMES`, on the device of the factors; the statistics in float32."""
+        value = self._held(name)
+        if value.is_floating_point() and value.dtype != torch.float32:  # model.half() casts buffers too
+            value.data = value.data.float()
+        device = self._device()
+        if value.device != device and device.type != "meta":  # the model was moved
+            value.data = value.data.to(device)
+        return value
+
+    @property
+    def mask(self) -> Tensor:
+        """The ranks that the last cut kept, (ranks,), bool, block by block."""
+        return self.get("mask")
+
+    @abstractmethod
+    def _put(self, name: str, value: Tensor) -> None: ...
+
+    @abstractmethod
+    def _held(self, name: str) -> Tensor: ...
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Forget them."""
+
+
+class ModelBuffers(RunTensors):
+    """Buffers of an adapted model.
+
+    Args:
+        model: it holds the run, and not the other way round, so that it can be freed.
+        device: where the factors are.
+    """
+
+    def __init__(self, model: nn.Module, device: Callable[[], torch.device]) -> None:
+        super().__init__(device)
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._model = weakref.ref(state["_model"])
+
+    @property
+    def model(self) -> nn.Module:
+        """The adapted model."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("The adapted model does not exist any more.")
+        return model
+
+    def _put(self, name: str, value: Tensor) -> None:
+        self.model.register_buffer(f"rankwise_{name}", value)
+
+    def _held(self, name: str) -> Tensor:
+        return self.model.get_buffer(f"rankwise_{name}")
+
+    def remove(self) -> None:
+        for name in BUFFERS:
+            delattr(self.model, name)
+
+
+class OwnTensors(RunTensors):
+    """Tensors that the run holds itself."""
+
+    def __init__(self, device: Callable[[], torch.device]) -> None:
+        super().__init__(device)
+        self._tensors: dict[str, Tensor] = {}
+
+    def _put(self, name: str, value: Tensor) -> None:
+        self._tensors[name] = value
+
+    def _held(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def remove(self) -> None:
+        self._tensors.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the tensors, by name, on the CPU."""
+        return {name: self.get(name).detach().to("cpu", copy=True) for name in NAMES}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of a run on other layers.
+        """
+        for name in NAMES:
+            own, saved = self.get(name), state.get(name)
+            if saved is None or saved.shape != own.shape or saved.dtype != own.dtype:
+                has = "no tensor" if saved is None else f"{saved.dtype} of shape {tuple(saved.shape)}"
+                raise ValueError(
+                    f"The state of the run has {has} as {name!r}, but this run needs {own.dtype} of shape "
+                    f"{tuple(own.shape)}: it is of a run on other layers or ranks."
+                )
+        for name in NAMES:
+            self.get(name).copy_(state[name])
