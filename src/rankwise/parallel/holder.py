@@ -20,9 +20,12 @@ from rankwise.parallel.sharded import gather, local, local_like, squared_norms
 class Measured(Protocol):
     """A factor whose gradient's norm is asked for: which one, and how its blocks lie in it."""
 
-    number: int
-    blocks: int
-    order: Tensor | None
+    @property
+    def number(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def order(self) -> Tensor | None: ...
 
 
 class Step(Protocol):
@@ -187,5 +190,3 @@ class TensorStep:
             [local(gradient) for gradient in gradients],
             [local_like(one, gradient) for one, gradient in zip(values, gradients, strict=True)],
         )
-
-

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Column
 from transformers import TrainerCallback
 
-from rankwise.integrations.common import adapted_model
+from rankwise.integrations.common import run_of
 from rankwise.recipes.interrupt import Interruption
 from rankwise.recipes.output import Output
 
@@ -143,7 +143,7 @@ class KeepResults(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
     ) -> None:
         """Write what is known by now."""
-        adapted = adapted_model(model)
+        adapted = run_of(model)
         if adapted is None or "loss" not in (logs or {}):
             return
         ranks = adapted.rank_summary()  # in every process, as it may gather what they hold

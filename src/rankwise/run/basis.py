@@ -95,9 +95,7 @@ class PrincipalBases:
         """Numbers of the layers that could not be decomposed, as they hold NaN or infinite values."""
         return [n for n, part in self._by_layer() if not bool(part.finite.all())]
 
-    def write(
-        self, kept: Tensor, louder: Mapping[int, float], optimizers: Sequence[Optimizer]
-    ) -> None:
+    def write(self, kept: Tensor, louder: Mapping[int, float], optimizers: Sequence[Optimizer]) -> None:
         """Write the bases into the layers, with 0 in A and B for all ranks but those ``kept``.
 
         Gradients that wait and what optimizers remember are rewritten, too. With all ranks kept the update of a layer

@@ -7,7 +7,7 @@ schedule says so a cut follows. How ranks are chosen is the business of a `Choic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -56,14 +56,25 @@ class Controller:
         self.history.record(0, self.initial, list(factors.layout.block_ranks))
         self._penalty = AddedPenalty(factors, config.orth_reg_weight)
         self._optimizers = Optimizers(factors, warn)
-        self._heard = False  # an optimizer's steps are heard of, so that they are observed without a call by hand
+        self._heard = (
+            False  # an optimizer's steps are heard of, so that they are observed without a call by hand
+        )
+        self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
 
     def detach(self) -> None:
         """Stop listening and forget the run's tensors."""
-        stop_listening(self)
+        self.stop()
         self.factors.tensors.remove()
+
+    def stop(self) -> None:
+        """Stop listening: steps count no more."""
+        stop_listening(self)
+
+    def known_optimizers(self) -> list[Optimizer]:
+        """All optimizers that have stepped the adapter and still exist."""
+        return self._optimizers.known()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_heard": False}
@@ -242,6 +253,8 @@ class Controller:
                 f"Training goes on past total_step={schedule.total_step}. The ranks stay as they are; "
                 "only their values train on."
             )
+        if self.changed is not None:
+            self.changed()
 
     # A cut.
 
@@ -289,6 +302,8 @@ class Controller:
             with torch.no_grad():
                 self._cut(self.target)
         self.fix()
+        if self.changed is not None:
+            self.changed()
 
     def fix(self) -> None:
         """From here on no rank changes, and layers may drop those that are off."""

@@ -115,7 +115,11 @@ class Factors:
         self.holder.write(self._in_place(key, rows))
 
     def rewrite(
-        self, key: str, layers: Sequence[int], held: Mapping[int, Tensor], how: Callable[..., dict[int, Tensor]]
+        self,
+        key: str,
+        layers: Sequence[int],
+        held: Mapping[int, Tensor],
+        how: Callable[..., dict[int, Tensor]],
     ) -> dict[int, Tensor]:
         """Values in the shapes of factors, by factor number, after ``how`` has changed them as rows by layer number."""
         numbers = self.numbers(key)
@@ -129,7 +133,11 @@ class Factors:
     def measured(self) -> list[MeasuredFactor]:
         """For every layer the factor that is 0 at the start and carries the update."""
         return [
-            MeasuredFactor(self.numbers(pair.starts_at_zero)[n], pair.blocks, pair.order(pair.starts_at_zero))
+            MeasuredFactor(
+                self.numbers(pair.starts_at_zero)[n],
+                pair.blocks,
+                pair.order(pair.starts_at_zero, self.layout.ranks[n]),
+            )
             for n, pair in enumerate(self.pairs)
         ]
 

@@ -16,6 +16,7 @@ from rankwise.run.basis import PrincipalBases, mean_strengths
 from rankwise.run.choice.choice import Candidates
 from rankwise.run.factors import Factors
 from rankwise.run.gradient_checks import GradientChecks
+from rankwise.run.pairs import KEYS
 
 
 class PrincipalChoice:
@@ -47,19 +48,28 @@ class PrincipalChoice:
         warn: Callable[[str], None],
     ) -> None:
         self._factors, self._target_r, self._use_rslora = factors, target_r, use_rslora
-        self._end_scales, self._warn = list(end_scales), warn
+        self.end_scales, self._warn = list(end_scales), warn
         self.checks = GradientChecks(factors, "B", warn)
         self.entries = len(factors.layout.block_ranks)
         self._bases: PrincipalBases | None = None
 
+    @torch.no_grad()
     def start(self) -> None:
-        """Give all layers the scale that they start with."""
-        for pair, scale in zip(self._factors.pairs, self._scales(final=False), strict=True):
+        """Give all layers the scale that they start with; what they compute stays as it is."""
+        scales, pairs = self._scales(final=False), self._factors.pairs
+        for key in KEYS:
+            carrying = [n for n, pair in enumerate(pairs) if pair.starts_at_zero == key]
+            rows = self._factors.rows(key) if carrying else []
+            louder = {n: scales[n] / pairs[n].scale for n in carrying}
+            changed = {n: rows[n] / by for n, by in louder.items() if by != 1 and bool(rows[n].any())}
+            if changed:
+                self._factors.write_rows(key, changed)
+        for pair, scale in zip(pairs, scales, strict=True):
             pair.scale = scale
 
     def _scales(self, final: bool) -> list[float]:
         by = 1.0 if final else pace(self._target_r, self._factors.average_rank(), self._use_rslora)
-        return [scale * by for scale in self._end_scales]
+        return [scale * by for scale in self.end_scales]
 
     def restore(self, scales: Sequence[float]) -> None:
         scales = scales or self._scales(final=False)
