@@ -48,9 +48,9 @@ def adapt_ranks(
     proportion, so that the adapter learns at an even pace.
 
     Args:
-        model: a model with a LoRA adapter of PEFT: what ``peft.get_peft_model`` returns, or a model in which adapters were
-            injected, as by Transformers' ``add_adapter``. Or a list of `FactorPair`, one for each LoRA layer of another
-            library or of your own; then keep the handle, since nothing else does.
+        model: a model with a LoRA adapter of PEFT: what ``peft.get_peft_model`` returns, or a model in which adapters
+            were injected, as by Transformers' ``add_adapter``. Or a list of `FactorPair`, one for each LoRA layer of
+            another library or of your own; then keep the handle, since nothing else does.
         target_r: average rank in the end, greater than 0 and at most the rank of the adapter; below 1, some layers end
             without any. None: half of the adapter's rank.
         total_step: optimizer steps of the whole run. None: say it later with `AdaptiveRanks.set_total_step`, before the
@@ -122,8 +122,8 @@ def check_target(target_r: Any, factors: Factors) -> float:
     target = start / 2 if target_r is None else check_positive("target_r", target_r)
     if target > start:
         raise ValueError(
-            f"`target_r`={target:g} is greater than the adapter's rank, which is {start:g} on average: ranks only fall. "
-            f"Set `r` in LoraConfig to at least {target:g} (twice `target_r` is usual), or a smaller `target_r`."
+            f"`target_r`={target:g} is greater than the adapter's rank, which is {start:g} on average, and ranks only "
+            f"fall. Set `r` in LoraConfig to at least {target:g} (twice `target_r` is usual), or a smaller `target_r`."
         )
     blocks = len(factors.layout.block_ranks)
     if round(target * blocks) < 1:
@@ -270,9 +270,9 @@ class AdaptiveRanks:
     def finalize_ranks(self) -> None:
         """Bring the budget to its target now, keep that choice, and narrow the layers to the ranks that are left.
 
-        A run that reaches ``total_step`` in one process does so by itself. Call it when a run ends before, and when many
-        processes train together: then in all of them, once nothing wraps the model any more. Where processes share out
-        the parameters (``fully_shard``, ZeRO), layers keep the ranks that are off as zeros, which compute the same.
+        A run that reaches ``total_step`` in one process does so by itself. Call it when a run ends before, and when
+        many processes train together: then in all of them, once nothing wraps the model any more. Where processes share
+        out the parameters (``fully_shard``, ZeRO), layers keep the ranks that are off as zeros, which compute the same.
         """
         self._controller.finalize_ranks()
         self._narrow()

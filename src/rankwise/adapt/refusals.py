@@ -74,8 +74,8 @@ def check_adapter(config: Any, adapter: str, pairs: Sequence[PeftPair]) -> None:
     start = config.init_lora_weights
     if start not in _STARTS:
         raise ValueError(
-            f"`init_lora_weights`={start!r} moves a part of the base weights into A and B, so cutting a rank would take "
-            "it out of the model. Leave `init_lora_weights` out (or take 'gaussian', 'orthogonal' or 'eva')."
+            f"`init_lora_weights`={start!r} moves a part of the base weights into A and B, so cutting a rank would "
+            "take it out of the model. Leave `init_lora_weights` out (or take 'gaussian', 'orthogonal' or 'eva')."
         )
     if getattr(config, "lora_bias", False):
         raise ValueError(
@@ -117,6 +117,6 @@ def _check_shared(pairs: Sequence[PeftPair]) -> None:
             other = seen.setdefault(id(parameter), pair.path)
             if other != pair.path:
                 raise ValueError(
-                    f"{other!r} and {pair.path!r} share their factor {key}, so they can't have ranks of their own. Leave "
-                    "one of them out, or don't tie their adapters (`ensure_weight_tying`)."
+                    f"{other!r} and {pair.path!r} share their factor {key}, so they can't have ranks of their own. "
+                    "Leave one of them out, or don't tie their adapters (`ensure_weight_tying`)."
                 )

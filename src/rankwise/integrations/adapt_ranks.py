@@ -1,4 +1,4 @@
-"""The callback `AdaptRanks`: adaptive ranks on PEFT's LoRA in Transformers' Trainer, and in every trainer made of it."""
+"""The callback `AdaptRanks`: adaptive ranks on PEFT's LoRA in Transformers' Trainer and all trainers made of it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class AdaptRanks(TrainerCallback, ExportableState):
 
     It goes into ``callbacks`` of Transformers' Trainer, or of any trainer made of it, such as those of TRL and
     sentence-transformers. The number of steps is the trainer's. The logs get ``budget``, ``total_rank`` and
-    ``rank_phase`` (0 warm-up, 1 pruning, 2 final). Checkpoints carry the run in ``trainer_state.json``, so a resumed run
-    is bit for bit the undisturbed one. When training ends, the layers are narrowed to the ranks that are left; save the
-    adapter then (``trainer.save_model()``).
+    ``rank_phase`` (0 warm-up, 1 pruning, 2 final). Checkpoints carry the run in ``trainer_state.json``, so a resumed
+    run is bit for bit the undisturbed one. When training ends, the layers are narrowed to the ranks that are left; save
+    the adapter then (``trainer.save_model()``).
 
     Args:
         target_r: average rank in the end, greater than 0 and at most the rank of the adapter. None: half of it.
@@ -144,9 +144,9 @@ def _load(ranks: AdaptiveRanks, callbacks: Any, source: str) -> None:
     packed = saved.get("attributes", {}).get("run")
     if packed is None:
         raise ValueError(
-            f"{source} holds no state of adaptive ranks, so the run can't go on from it. Resume without `AdaptRanks`; or "
-            "begin a new run from that adapter: load it with `PeftModel.from_pretrained(..., is_trainable=True)` and train "
-            "without `resume_from_checkpoint`."
+            f"{source} holds no state of adaptive ranks, so the run can't go on from it. Resume without `AdaptRanks`. "
+            "Or begin a new run from that adapter: load it with `PeftModel.from_pretrained(..., is_trainable=True)` and "
+            "train without `resume_from_checkpoint`."
         )
     try:
         ranks.load_state_dict(

@@ -17,7 +17,7 @@ _PHASE_NUMBERS = {str(phase): number for number, phase in enumerate(Phase)}
 
 
 class Run(Protocol):
-    """What an integration uses of a run: an adapted model of rankwise's has it, and so has the handle of `adapt_ranks`."""
+    """What an integration uses of a run: rankwise's adapted models have it, and the handle of `adapt_ranks`."""
 
     @property
     def _rankwise_controller(self) -> Controller | None: ...
