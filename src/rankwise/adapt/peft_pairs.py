@@ -100,6 +100,8 @@ def peft_pairs(model: nn.Module, adapter: str) -> list[PeftPair]:
 
 def base_prefix(model: nn.Module) -> str:
     """What PEFT puts before the names of the base model's modules; nothing where adapters were injected."""
+    if type(model).__module__.startswith("peft.tuners.") and hasattr(model, "model"):
+        return "model."
     inner = getattr(model, "base_model", None)
     wrapped = type(inner).__module__.startswith("peft.") and hasattr(inner, "model")
     return "base_model.model." if wrapped else ""

@@ -156,7 +156,7 @@ class AdaptiveRanks:
     ) -> None:
         self._model, self._peft_config = model, peft_config
         self._narrow_when_over = True  # a trainer decides itself when the run is over
-        self._narrowed = False
+        self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # once the layers are narrowed
         warn = WarnOnce()
         self._tensors = OwnTensors(lambda: pairs[0].parameter("A").device)
         factors = Factors(pairs, self._tensors)
@@ -196,7 +196,7 @@ class AdaptiveRanks:
     @property
     def allocation_state(self) -> AllocationState:
         """Step, phase and budget of the run."""
-        return self._controller.state()
+        return self._controller.state() if self._in_the_end is None else self._in_the_end[0]
 
     @property
     def rank_history(self) -> RankHistory:
@@ -208,6 +208,8 @@ class AdaptiveRanks:
 
         Where processes share out the parameters, all of them must call it together.
         """
+        if self._in_the_end is not None:
+            return self._in_the_end[1]
         layout, ranks = self._controller.factors.layout, self._controller.allocated_ranks()
         per_rank = [
             width_in + width_out
@@ -216,7 +218,7 @@ class AdaptiveRanks:
             )
             for _ in range(blocks)
         ]
-        importance = self._importance()
+        importance = self._controller.layer_importance()
         rows = [
             LayerRank(name, rank, first, worth, rank * size)
             for (name, rank), first, worth, size in zip(
@@ -224,11 +226,6 @@ class AdaptiveRanks:
             )
         ]
         return RankSummary(rows, budget=sum(row.init_r for row in rows))
-
-    def _importance(self) -> list[float]:
-        if self._narrowed:
-            return self._last_importance
-        return self._controller.layer_importance()
 
     # Steering them.
 
@@ -245,7 +242,7 @@ class AdaptiveRanks:
     @property
     def is_over(self) -> bool:
         """Whether the layers are narrowed, so that nothing adapts any more."""
-        return self._narrowed
+        return self._in_the_end is not None
 
     def begin_anew(self, total_step: int) -> None:
         """A trainer has given up an attempt and starts again, with ``total_step`` steps."""
@@ -287,7 +284,7 @@ class AdaptiveRanks:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs, beside the model's and the optimizer's own state: tensors on the CPU, by name."""
-        if self._narrowed:
+        if self.is_over:
             raise ValueError("The run is over and its layers are narrowed: there is nothing to resume.")
         ends = torch.tensor(self._choice.end_scales, dtype=torch.float64)
         return {**self._tensors.state_dict(), "run": self._controller.packed_state(), "end_scales": ends}
@@ -325,20 +322,20 @@ class AdaptiveRanks:
 
     def _sync(self) -> None:
         """Let PEFT's configuration say the scales of now, so that what is saved computes the same."""
-        if self._peft_config is not None and not self._narrowed:
+        if self._peft_config is not None and not self.is_over:
             write_config(self._peft_config, self._peft_pairs(), ())
 
     def _peft_pairs(self) -> list[PeftPair]:
         return cast("list[PeftPair]", self._controller.factors.pairs)
 
     def _narrow(self) -> None:
-        if self._narrowed or self._model is None or not can_be_narrowed(self._peft_pairs()):
+        if self.is_over or self._model is None or not can_be_narrowed(self._peft_pairs()):
             return
         factors = self._controller.factors
-        self._last_importance = self._controller.layer_importance()
+        in_the_end = (self._controller.state(), self.rank_summary())
         kept = factors.mask.cpu().split(factors.layout.ranks)
         optimizers = self._controller.known_optimizers()
         stay, dropped = narrow(self._model, self._peft_pairs(), kept, optimizers)
         write_config(self._peft_config, stay, dropped)
-        self._narrowed = True
+        self._in_the_end = in_the_end
         self._controller.stop()

@@ -133,7 +133,7 @@ def _lora_model(model: Any) -> nn.Module | None:
     if not isinstance(model, nn.Module):
         return None
     for module in model.modules():
-        if "peft_config" in vars(module) and next(lora_layers(module), None) is not None:
+        if getattr(module, "peft_config", None) and next(lora_layers(module), None) is not None:
             return module
     return None
 
@@ -145,8 +145,8 @@ def _load(ranks: AdaptiveRanks, callbacks: Any, source: str) -> None:
     if packed is None:
         raise ValueError(
             f"{source} holds no state of adaptive ranks, so the run can't go on from it. Resume without `AdaptRanks`. "
-            "Or begin a new run from that adapter: load it with `PeftModel.from_pretrained(..., is_trainable=True)` and "
-            "train without `resume_from_checkpoint`."
+            "Or begin a new run from that adapter: load it with `PeftModel.from_pretrained(..., is_trainable=True)`, "
+            "and train without `resume_from_checkpoint`."
         )
     try:
         ranks.load_state_dict(
