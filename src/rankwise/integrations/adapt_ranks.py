@@ -15,6 +15,8 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from rankwise.adapt.peft_pairs import lora_layers
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
+from rankwise.adapt.refusals import check_model
+from rankwise.integrations.common import own_model
 from rankwise.integrations.transformers import add_metrics
 from rankwise.storage.names import HISTORY_NAME
 
@@ -66,6 +68,8 @@ class AdaptRanks(TrainerCallback, ExportableState):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Refuse what can't be adapted when the trainer is made, and not hours later."""
         found = _lora_model(model)
+        if found is None and own_model(model) is not None:
+            check_model(own_model(model))
         if found is not None and not vars(found).get(HANDLES):
             check_adaptable(found, self._settings["adapter"], self._settings["target_r"])
 
