@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -89,8 +90,10 @@ def adapt_ranks(
             raise ValueError(
                 f"The ranks of adapter {name!r} adapt already. Call `detach()` on the first handle to begin anew."
             )
-        peft_config = whole.peft_config[name]
+        # The one that the caller made stays as it is, and so does that of an adapter that shares it, as TRL's "ref" does.
+        peft_config = copy.deepcopy(whole.peft_config[name])
         handle = AdaptiveRanks(pairs, name, target_r, total_step, tinit, tfinal, deltaT, whole, peft_config)
+        whole.peft_config[name] = peft_config
         vars(whole).setdefault(HANDLES, {})[name] = handle
         return handle
     own = cast("Sequence[FactorPair]", model)
