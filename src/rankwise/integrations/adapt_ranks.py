@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from rankwise.adapt.peft_pairs import lora_layers
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
-from rankwise.integrations.transformers import add_metrics
+from rankwise.integrations.transformers import add_metrics, install
 from rankwise.storage.names import HISTORY_NAME
 
 _STATE_FILE = "trainer_state.json"
@@ -65,6 +65,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Refuse what can't be adapted when the trainer is made, and not hours later."""
+        install()
         found = _lora_model(model)
         if found is not None and not vars(found).get(HANDLES):
             check_adaptable(found, self._settings["adapter"], self._settings["target_r"])
