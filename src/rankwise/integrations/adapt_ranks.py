@@ -17,7 +17,7 @@ from rankwise.adapt.peft_pairs import lora_layers
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
 from rankwise.adapt.refusals import check_model
 from rankwise.integrations.common import own_model
-from rankwise.integrations.transformers import add_metrics
+from rankwise.integrations.transformers import add_metrics, install
 from rankwise.storage.names import HISTORY_NAME
 
 _STATE_FILE = "trainer_state.json"
@@ -67,6 +67,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Refuse what can't be adapted when the trainer is made, and not hours later."""
+        install()
         found = _lora_model(model)
         if found is None and own_model(model) is not None:
             check_model(own_model(model))

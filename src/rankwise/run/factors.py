@@ -6,6 +6,7 @@ layer is (see `FactorPair.rows`). Which process holds it is the business of a `H
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Factors:
         )
         self.shapes = {"A": shapes_A, "B": shapes_B, "E": [torch.Size((s[0], 1)) for s in shapes_A]}
         self._indices: dict[Any, Tensor] = {}
-        self._tensor_holder = TensorHolder(self.all_parameters)
+        self._tensor_holder = TensorHolder(self.parameter)
         self._zero_holder: ZeroHolder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,6 +73,11 @@ class Factors:
     def parameters(self, key: str) -> list[nn.Parameter]:
         """The factors of one kind, in layer order."""
         return [pair.parameter(key) for pair in self.pairs]
+
+    def parameter(self, number: int) -> nn.Parameter:
+        """The factor of a number."""
+        key, layer = divmod(number, len(self.pairs))
+        return self.pairs[layer].parameter(self.keys[key])
 
     def all_parameters(self) -> list[nn.Parameter]:
         """All factors, by number."""
@@ -130,6 +136,7 @@ class Factors:
         numbers, shapes = self.numbers(key), self.shapes[key]
         return {numbers[n]: self.pairs[n].from_rows(key, each, shapes[n]) for n, each in rows.items()}
 
+    @functools.cached_property
     def measured(self) -> list[MeasuredFactor]:
         """For every layer the factor that is 0 at the start and carries the update."""
         return [

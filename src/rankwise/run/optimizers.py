@@ -59,12 +59,12 @@ class Optimizers:
             return self._zero_step(optimizer, held)
         if not self._counter.begin(optimizer):
             return None
-        return TensorStep(self._factors.all_parameters(), self._held_by(optimizer), optimizer)
+        return TensorStep(self._factors.parameter, self._held_by(optimizer), optimizer)
 
     def now(self) -> TensorStep:
         """The gradients of all factors as they are now, as a step."""
-        own = self._factors.all_parameters()
-        return TensorStep(own, range(len(own)))
+        count = len(self._factors.keys) * len(self._factors.pairs)
+        return TensorStep(self._factors.parameter, range(count))
 
     def ended(self, optimizer: Optimizer) -> tuple[Step | None, bool]:
         """The step that ``optimizer`` has taken, and whether it completes a step of the run.
@@ -77,9 +77,9 @@ class Optimizers:
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips steps by itself
         if skipped is not None and bool(skipped):
             return None, False
-        own = self._factors.all_parameters()
+        parameter = self._factors.parameter
         counts = self._counter.end(
-            optimizer, self._held_by(optimizer), lambda number: own[number].requires_grad
+            optimizer, self._held_by(optimizer), lambda number: parameter(number).requires_grad
         )
         return (self.now(), True) if counts else (None, False)
 
