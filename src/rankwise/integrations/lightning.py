@@ -29,6 +29,8 @@ class RankwiseHooks:
         if run is None or where is None:
             return
         if isinstance(run, AdaptiveRanks):
+            if run.is_over:
+                return
             run.leave_the_end_to(trainer=True)
         steps = trainer.estimated_stepping_batches
         if math.isfinite(steps):

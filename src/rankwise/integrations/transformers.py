@@ -42,6 +42,8 @@ class RankwiseCallback(TrainerCallback):
     """
 
     _reference_given = False  # the caller gave the trainer a reference model
+    _under_way = False  # training has begun and not ended: when it begins again, an attempt was given up
+    _fitted = False  # the length of the run is the trainer's
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Teach kinds of Trainer that were imported after the model was adapted; refuse what would train wrongly."""
@@ -55,12 +57,17 @@ class RankwiseCallback(TrainerCallback):
         controller = adapted._rankwise_controller if adapted is not None else None
         if controller is None:
             return
-        if controller.step and not state.global_step and args.auto_find_batch_size:
-            controller.begin_anew(state.max_steps)
+        if self._under_way and not state.global_step:  # as with `auto_find_batch_size`
+            length = controller.config.total_step
+            controller.begin_anew(state.max_steps if self._fitted or length is None else length)
+        else:
+            self._fitted = controller.config.total_step is None
+        self._under_way = True
         fit_total_step(adapted, state.max_steps, "Trainer")
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Warn if the run has ended before the budget has come down."""
+        self._under_way = False
         warn_if_unfinished(own_model(model))
 
     def on_log(

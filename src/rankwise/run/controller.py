@@ -60,6 +60,7 @@ class Controller:
             False  # an optimizer's steps are heard of, so that they are observed without a call by hand
         )
         self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
+        self.finished_by = "model.finalize_ranks()"  # what a warning tells the user to call
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
 
@@ -115,12 +116,13 @@ class Controller:
 
         Ranks that were cut stay cut.
         """
-        if self.fixed:
-            return
         self.set_total_step(total_step)
         self.step = 0
         for name in ("sensitivity", "uncertainty"):
             self.factors.tensors.get(name).zero_()
+        budget = self._budget()
+        self.history = RankHistory(self.factors.names)
+        self.history.record(0, budget, self.factors.block_ranks())
 
     def state(self) -> AllocationState:
         """Where the run stands. Waits for the device."""
@@ -151,7 +153,7 @@ class Controller:
             f"At step {self.step} the budget is {self._budget()} triplets; its target is "
             f"{self.target}, which the schedule reaches at step "
             f"{self.schedule.last_allocation if self.schedule else '?'}. If training ends here, call "
-            "`model.finalize_ranks()`, which brings it to the target, and save (again)."
+            f"`{self.finished_by}`, which brings it to the target, and save (again)."
         )
 
     def _budget(self) -> int:
@@ -228,7 +230,9 @@ class Controller:
         if global_step < 0:
             raise ValueError(f"`global_step` must be at least 0, but is {global_step}.")
         if self.schedule is None and self.prunes:
-            raise ValueError("Pass `total_step` to AdaLoraConfig, or call `model.set_total_step(n)` first.")
+            raise ValueError(
+                "The length of the run is not known: pass `total_step`, or call `set_total_step(n)` first."
+            )
         self.automatic = False
         if not self._heard and self._observes_at(global_step):
             self.choice.observe(self._optimizers.now(), global_step)
