@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 import rankwise as rw
 from lora_run import TARGET, in_one_process, with_lora
 from one_run import STEPS, batches
+from rankwise.parallel.zero import whole as gathered
 
 
 def trainer(folder: str, **changes: Any) -> tuple[Trainer, rw.AdaptRanks]:
@@ -36,14 +37,19 @@ def trainer(folder: str, **changes: Any) -> tuple[Trainer, rw.AdaptRanks]:
 def result(made: Trainer, callback: rw.AdaptRanks) -> dict[str, Any]:
     model, ranks = made.accelerator.unwrap_model(made.model), callback.ranks
     assert ranks is not None
+    factors = [p for name, p in model.named_parameters() if "lora_" in name]
+    with gathered(factors):
+        bits = fingerprint(factors)
     found = {
         "losses": [entry["loss"] for entry in made.state.log_history if "loss" in entry],
         "history": [list(record.ranks) for record in ranks.rank_history.records],
-        "bits": fingerprint(p for name, p in model.named_parameters() if "lora_" in name),
+        "bits": bits,
         "wrapped": type(made.model_wrapped).__name__,
         "over": ranks.is_over,
     }
-    if "fsdp" not in OPTIONS:
+    if "deepspeed" in OPTIONS:
+        made.model_wrapped.destroy()
+    elif "fsdp" not in OPTIONS:
         found["evaluated"] = made.evaluate()["eval_loss"]
         with torch.no_grad():
             found["logits"] = model.eval()(**batches()[0]).logits.tolist()
@@ -81,6 +87,10 @@ def alone() -> dict[str, Any]:
 if __name__ == "__main__":
     if "fsdp" in OPTIONS:
         let_accelerate_shard_on_the_cpu()
+    if "deepspeed" in OPTIONS:
+        import deepspeed_on_cpu
+
+        deepspeed_on_cpu.prepare()
     dist.init_process_group("gloo")
     run({"whole": whole, "resumed": resumed, "alone": alone})
-    os._exit(0)
+    os._exit(0)  # DeepSpeed's own threads may not let the process end

@@ -165,3 +165,25 @@ def test_an_adapter_saved_under_zero_computes_the_same(
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_checkpoint_of_deepspeed_resumes_bit_for_bit(zero: Outcome, stage: int) -> None:
     assert zero[f"resumed, stage {stage}"]["bits"] == zero[f"stage {stage}"]["bits"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_trainer_with_deepspeed_is_one_process_and_resumes_bit_for_bit(once: Any, stage: int) -> None:  # noqa: F811
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    zero_options = {
+        "stage": stage,
+        "stage3_param_persistence_threshold": 500,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    filled_in = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = {"zero_optimization": zero_options, "zero_allow_untested_optimizer": True}
+    outcome: Outcome = once(
+        "adapt_ranks_trainer.py", *options(deepspeed=config | dict.fromkeys(filled_in, "auto"))
+    )
+    whole, resumed, alone = (outcome[name] for name in ("whole", "resumed", "alone"))
+    assert whole["wrapped"] == "DeepSpeedEngine"
+    assert resumed["bits"] == whole["bits"]
+    assert whole["history"] == alone["history"] and whole["losses"] == pytest.approx(
+        alone["losses"], abs=1e-4
+    )
