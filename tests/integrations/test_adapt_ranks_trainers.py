@@ -422,12 +422,9 @@ def test_sentence_transformers_with_an_adapter_of_its_own(tmp_path: Path) -> Non
 # --- Lightning ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
-def test_lightning_fills_in_the_length_and_narrows_in_the_end(package: str, tmp_path: Path) -> None:
-    lightning = pytest.importorskip(package)
-
+def lightning_task(lightning: Any, model: nn.Module) -> Any:
     class Task(lightning.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self, model: nn.Module) -> None:
+        def __init__(self) -> None:
             super().__init__()
             self.model = model
 
@@ -437,16 +434,49 @@ def test_lightning_fills_in_the_length_and_narrows_in_the_end(package: str, tmp_
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
+    return Task()
+
+
+def lightning_trainer(lightning: Any, folder: Path, **options: Any) -> Any:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(
+        accelerator="cpu", default_root_dir=str(folder), **quiet,
+        **{"max_epochs": 1, "enable_checkpointing": False, **options},
+    )  # fmt: skip
+
+
+def lightning_data(count: int = 4 * STEPS) -> Any:
+    return torch.utils.data.DataLoader(rows()[:count], batch_size=4)
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_lightning_fills_in_the_length_and_narrows_in_the_end(package: str, tmp_path: Path) -> None:
+    lightning = pytest.importorskip(package)
     model = with_lora()
     ranks = rw.adapt_ranks(model, target_r=2)
-    trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, default_root_dir=str(tmp_path), enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.fit(Task(model), torch.utils.data.DataLoader(rows(), batch_size=4))
+    lightning_trainer(lightning, tmp_path).fit(lightning_task(lightning, model), lightning_data())
     assert_whole_run(ranks)
     model.save_pretrained(tmp_path / "saved")
     assert_loads_in_peft(model, tmp_path / "saved", llama())
+
+
+@pytest.mark.parametrize("at", [1, 4, 6])
+def test_lightning_resumes_bit_for_bit_from_its_own_checkpoint(at: int, tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    models = []
+    for first in (True, False):
+        models.append(with_lora())
+        ranks = rw.adapt_ranks(models[-1], target_r=2, **PHASES)
+        saver = lightning.callbacks.ModelCheckpoint(
+            str(tmp_path), filename="{step}", every_n_epochs=1, save_top_k=-1
+        )
+        options: Any = {"callbacks": [saver], "enable_checkpointing": True} if first else {}
+        checkpoint = None if first else str(tmp_path / f"step={at}.ckpt")
+        lightning_trainer(lightning, tmp_path, max_epochs=STEPS, **options).fit(  # an epoch is one step
+            lightning_task(lightning, models[-1]), lightning_data(4), ckpt_path=checkpoint
+        )
+        assert_whole_run(ranks)
+    assert_same(*models)
 
 
 # --- Accelerate, and a plain loop -----------------------------------------------------------------------------------
