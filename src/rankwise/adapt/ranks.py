@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from rankwise.run.choice.principal import PrincipalChoice
 from rankwise.run.controller import Controller
 from rankwise.run.factors import Factors
 from rankwise.run.history import RankHistory
-from rankwise.run.pairs import FactorPair
+from rankwise.run.pairs import FactorPair, device_of
 from rankwise.run.run_tensors import OwnTensors
 from rankwise.run.state import AllocationState
 from rankwise.run.summary import LayerRank, RankSummary
@@ -161,7 +162,7 @@ class AdaptiveRanks:
         self._narrow_when_over = True  # a trainer decides itself when the run is over
         self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # once the layers are narrowed
         warn = WarnOnce()
-        self._tensors = OwnTensors(lambda: pairs[0].parameter("A").device)
+        self._tensors = OwnTensors(functools.partial(device_of, pairs))
         factors = Factors(pairs, self._tensors)
         rslora = bool(getattr(peft_config, "use_rslora", False))
         config = AdaLoraConfig(

@@ -124,9 +124,16 @@ class AdaptRanks(TrainerCallback, ExportableState):
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and best != os.path.join(args.output_dir, f"checkpoint-{state.global_step}"):
             file = Path(best) / _STATE_FILE
-            if file.is_file():  # the trainer has loaded that checkpoint's factors
+            try:  # the trainer has loaded that checkpoint's factors
                 saved = json.loads(file.read_text(encoding="utf-8"))
                 _load(self.ranks, saved.get("stateful_callbacks", {}), str(file))
+            except (OSError, ValueError) as error:
+                warnings.warn(
+                    f"The trainer has loaded the best checkpoint, but not the ranks that it had ({error}). The layers "
+                    "are not narrowed: the adapter computes as that checkpoint does.",
+                    stacklevel=2,
+                )
+                return
         self.ranks.end()
         self._write_history(Path(args.output_dir), state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from rankwise.run.choice.principal import PrincipalChoice
 from rankwise.run.controller import Controller
 from rankwise.run.factors import Factors
 from rankwise.run.own_pairs import own_pairs
-from rankwise.run.pairs import KEYS
+from rankwise.run.pairs import KEYS, device_of
 from rankwise.run.run_tensors import ModelBuffers
 from rankwise.run.warn_once import WarnOnce
 
@@ -34,12 +35,10 @@ def own_controller(
         config: its configuration.
     """
     pairs, warn = own_pairs(layers, adapter), WarnOnce()
-
-    def device() -> torch.device:
-        return pairs[0].parameter("A").device
-
     has_E = config.form.has_E
-    factors = Factors(pairs, ModelBuffers(model, device), ("E", *KEYS) if has_E else KEYS)
+    factors = Factors(
+        pairs, ModelBuffers(model, functools.partial(device_of, pairs)), ("E", *KEYS) if has_E else KEYS
+    )
     _warn_of_unused_penalty(config, warn)
     choice: Choice
     if has_E:
