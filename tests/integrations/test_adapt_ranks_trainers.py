@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import rankwise as rw
@@ -242,6 +244,31 @@ def test_the_best_checkpoint_comes_back_with_its_own_ranks(best: int, fixed: boo
     if not fixed:
         ranks.finalize_ranks()
         assert ranks.is_over and ranks.allocation_state.reached_target
+
+
+def test_a_best_checkpoint_without_its_ranks_ends_no_run_and_changes_no_factor(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Forget(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+            file = Path(state.best_model_checkpoint) / "trainer_state.json"
+            kept = json.loads(file.read_text())
+            file.write_text(json.dumps({**kept, "stateful_callbacks": {}}))
+
+    calls = iter(range(1, 100))
+    callback = rw.AdaptRanks(target_r=2, **PHASES)
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer_for(
+        tmp_path, Forget(), callbacks=[callback], metrics=lambda _: {"score": -abs(next(calls) - 4)},
+        load_best_model_at_end=True, metric_for_best_model="score", **every,
+    )  # fmt: skip
+    with told() as messages:
+        trainer.train()
+    assert [each for each in messages if "not the ranks that it had" in each]
+    factors = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    for name, value in factors.items():
+        own = name.replace(".weight", ".default.weight")
+        assert torch.equal(trainer.model.get_parameter(own), value)
 
 
 @contextlib.contextmanager
