@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from rankwise.run.gradient_norms import _by_block
 from torch import nn
 
 import rankwise as rw
 from expert_world import EXPERTS, tiny_moe
 from rankwise.parallel.sharded import squared_norms
 from rankwise.parallel.zero import Piece
-from rankwise.run.gradient_norms import _by_block
 
 
 def _config(**changes: Any) -> rw.AdaLoraConfig:

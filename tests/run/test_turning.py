@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from rankwise.run.turning import Turned, mean_strengths
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.run.turning import Turned, mean_strengths
 
 WIDTHS = (7, 9, 7)
 

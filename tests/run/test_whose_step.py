@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.optim import SGD, Optimizer
-
 from rankwise.run.whose_step import Turns
+from torch.optim import SGD, Optimizer
 
 
 def sgd() -> SGD:

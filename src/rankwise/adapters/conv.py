@@ -86,7 +86,7 @@ class Conv2dAdapters(AdapterLayer):
 
     def _changes_weight(self, name: str) -> bool:
         """Whether the factors are those of a change of the weight, and not in plain LoRA's layout for groups."""
-        return self.lora_B[name].shape[1] == len(self.lora_A[name])
+        return bool(self.lora_B[name].shape[1] == len(self.lora_A[name]))
 
     def _refuse_grouped(self, name: str) -> None:
         if self.groups > 1 and not self._changes_weight(name):  # type: ignore[operator]

@@ -9,7 +9,13 @@ from torch.optim import Optimizer
 
 # Names of state tensors of a parameter's shape in PyTorch's optimizers, bitsandbytes and schedule-free.
 _MEANS = ("exp_avg", "momentum_buffer", "grad_avg", "state1")  # of gradients
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "state2")  # means or sums of squared gradients
+_SQUARES = (
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "square_avg",
+    "sum",
+    "state2",
+)  # means or sums of squared gradients
 _WEIGHTS = ("z", "ax")  # another point at which the parameter may stand
 KINDS = {
     **dict.fromkeys(_MEANS, "gradient"),
@@ -46,6 +52,6 @@ def _made_in_constructor(optimizer: Optimizer, parameter: nn.Parameter) -> dict[
     settings = {name: value for name, value in group.items() if name in optimizer.defaults}
     stand_in = nn.Parameter(parameter.detach().clone())
     try:
-        return dict(type(optimizer)([stand_in], **settings).state.get(stand_in, {}))  # type: ignore[arg-type]
+        return dict(type(optimizer)([stand_in], **settings).state.get(stand_in, {}))
     except Exception:  # a constructor that takes something else
         return {}

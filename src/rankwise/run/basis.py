@@ -95,9 +95,7 @@ class PrincipalBases:
         """Numbers of the layers that could not be decomposed, as they hold NaN or infinite values."""
         return [n for n, part in self._by_layer() if not bool(part.finite.all())]
 
-    def write(
-        self, kept: Tensor, louder: Mapping[int, float], optimizers: Sequence[Optimizer]
-    ) -> None:
+    def write(self, kept: Tensor, louder: Mapping[int, float], optimizers: Sequence[Optimizer]) -> None:
         """Write the bases into the layers, with 0 in A and B for all ranks but those ``kept``.
 
         Gradients that wait and what optimizers remember are rewritten, too. With all ranks kept the update of a layer
@@ -141,8 +139,8 @@ class PrincipalBases:
 def mean_strengths(factors: Factors) -> Tensor:
     """The root mean square of the strengths of the ranks that act in each block, (ranks,); 0 where none does.
 
-    It needs no decomposition: the sum of their squares is the squared norm of B A. Where factors are not finite it is 0,
-    too.
+    It needs no decomposition: the sum of their squares is the squared norm of B A. Where factors are not finite, it is 0
+    as well.
     """
     device, found = factors.mask.device, []
     acting = factors.mask.split(factors.layout.ranks)

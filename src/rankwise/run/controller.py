@@ -56,7 +56,9 @@ class Controller:
         self.history.record(0, self.initial, list(factors.layout.block_ranks))
         self._penalty = AddedPenalty(factors, config.orth_reg_weight)
         self._optimizers = Optimizers(factors, warn)
-        self._heard = False  # an optimizer's steps are heard of, so that they are observed without a call by hand
+        self._heard = (
+            False  # an optimizer's steps are heard of, so that they are observed without a call by hand
+        )
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
 

@@ -8,27 +8,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.method.layout import TripletLayout
-from rankwise.parallel.holder import Holder, TensorHolder
+from rankwise.parallel.holder import Holder, Measured, TensorHolder
 from rankwise.parallel.zero import ZeroParts, partitioned, shape_of
 from rankwise.parallel.zero_holder import ZeroHolder
 from rankwise.run.pairs import KEYS, FactorPair, block_names
 from rankwise.run.run_tensors import RunTensors
-
-
-@dataclass(frozen=True)
-class MeasuredFactor:
-    """A factor whose gradient's norm is asked for; see `rankwise.parallel.holder.Measured`."""
-
-    number: int
-    blocks: int
-    order: Tensor | None
 
 
 class Factors:
@@ -115,7 +105,11 @@ class Factors:
         self.holder.write(self._in_place(key, rows))
 
     def rewrite(
-        self, key: str, layers: Sequence[int], held: Mapping[int, Tensor], how: Callable[..., dict[int, Tensor]]
+        self,
+        key: str,
+        layers: Sequence[int],
+        held: Mapping[int, Tensor],
+        how: Callable[..., dict[int, Tensor]],
     ) -> dict[int, Tensor]:
         """Values in the shapes of factors, by factor number, after ``how`` has changed them as rows by layer number."""
         numbers = self.numbers(key)
@@ -126,10 +120,10 @@ class Factors:
         numbers, shapes = self.numbers(key), self.shapes[key]
         return {numbers[n]: self.pairs[n].from_rows(key, each, shapes[n]) for n, each in rows.items()}
 
-    def measured(self) -> list[MeasuredFactor]:
+    def measured(self) -> list[Measured]:
         """For every layer the factor that is 0 at the start and carries the update."""
         return [
-            MeasuredFactor(self.numbers(pair.starts_at_zero)[n], pair.blocks, pair.order(pair.starts_at_zero))
+            Measured(self.numbers(pair.starts_at_zero)[n], pair.blocks, pair.order(pair.starts_at_zero))
             for n, pair in enumerate(self.pairs)
         ]
 

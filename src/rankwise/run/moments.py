@@ -63,9 +63,7 @@ def rewrite_memory(
     for optimizer in optimizers:
         for name in holder.state_names(optimizer, numbers):
             states = holder.states(optimizer, name, numbers, done)
-            holder.write_states(
-                optimizer, name, _rewritten(factors, key, changes, states, KINDS[name])
-            )
+            holder.write_states(optimizer, name, _rewritten(factors, key, changes, states, KINDS[name]))
 
 
 def _rewritten(
@@ -77,7 +75,7 @@ def _rewritten(
         alike: dict[Any, list[int]] = {}
         for n, own in rows.items():
             alike.setdefault((own.shape, own.device, changes[n].weight.shape), []).append(n)
-        changed = {}
+        changed: dict[int, Tensor] = {}
         for layers in alike.values():
             matrices = torch.cat([changes[n].of(kind) for n in layers])
             stacked = torch.cat([rows[n] for n in layers]).to(matrices)

@@ -43,9 +43,7 @@ def own_controller(
     _warn_of_unused_penalty(config, warn)
     choice: Choice
     if has_E:
-        choice = PaperChoice(
-            factors, ElementImportance(factors.layout), (config.beta1, config.beta2), warn
-        )
+        choice = PaperChoice(factors, ElementImportance(factors.layout), (config.beta1, config.beta2), warn)
     else:
         end = lora_scale(config.lora_alpha, config.target_r, config.use_rslora)
         choice = PrincipalChoice(factors, config.target_r, config.use_rslora, [end] * len(pairs), warn)

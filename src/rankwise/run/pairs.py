@@ -25,7 +25,7 @@ class FactorPair(ABC):
         path: the layer's name, as summaries and the history show it. It must be unique in the run.
 
     Attributes:
-        blocks: how many matrices the layer holds, each with ranks of its own. A stack of experts has one block for each.
+        blocks: how many matrices the layer holds, each with ranks of its own: one, or one for each expert of a stack.
         starts_at_zero: the factor that is 0 at the start, "A" or "B". LoRA's linear layers start with B = 0.
 
     Example:
@@ -66,13 +66,13 @@ class FactorPair(ABC):
     @abstractmethod
     def scale(self, value: float) -> None: ...
 
-    def narrow(self, kept: Tensor) -> None:
+    def narrow(self, kept: Tensor) -> None:  # noqa: B027 - keeping the zeros needs nothing
         """Called when the choice of ranks is final: ``kept``, (ranks,), bool on the CPU, block by block.
 
         The other ranks are 0 in A and B. A layer may drop them; by default it keeps the zeros.
         """
 
-    def widen(self) -> None:
+    def widen(self) -> None:  # noqa: B027
         """Undo `narrow`, where it dropped nothing for good: a run goes back to an earlier checkpoint."""
 
     def base_weight(self) -> Tensor | None:

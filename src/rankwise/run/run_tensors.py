@@ -28,7 +28,8 @@ class RunTensors(ABC):
     """The tensors of one run.
 
     Attributes in `NAMES`: ``sensitivity`` and ``uncertainty``, (entries,), float32, the statistics of gradients;
-    ``mask``, (ranks,), bool, the ranks that the last cut kept; ``skipped``, (), int64, steps left out of the statistics.
+    ``mask``, (ranks,), bool, the ranks that the last cut kept; ``skipped``, (), int64, steps left out of the
+    statistics.
     """
 
     def __init__(self, device: Callable[[], torch.device]) -> None:

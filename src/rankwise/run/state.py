@@ -17,8 +17,8 @@ from rankwise.config import AdaLoraConfig
 from rankwise.method.schedule import BudgetSchedule
 from rankwise.run.history import RankHistory
 
-# The packed tensor: [_LAYOUT, the counters, the schedule, target_r, the form, the weights' bits, how many scales there are,
-# the scales' bits, the history]. Layout 2, of earlier versions, has no scales.
+# The packed tensor: [_LAYOUT, the counters, the schedule, target_r, the form, the weights' bits, how many scales there
+# are, the scales' bits, the history]. Layout 2, of earlier versions, has no scales.
 _LAYOUT, _WITHOUT_SCALES = 3, 2
 _WHOLE = 11
 _FORMS = ("paper", "gated", "principal")  # by their number in the packed tensor

@@ -20,8 +20,8 @@ from rankwise.config import AdaLoraConfig
 from rankwise.files.tensors import check_finite
 from rankwise.parallel.sharded import laid_out
 from rankwise.run.controller import Controller
-from rankwise.run.state import RunState
 from rankwise.run.run_tensors import BUFFERS, was_left_empty
+from rankwise.run.state import RunState
 from rankwise.storage.fit import fit_all, with_all_heads
 from rankwise.storage.names import (
     EXTRA_STATE,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,7 +30,7 @@ class Choice(Protocol):
     """A way to choose ranks."""
 
     checks: GradientChecks
-    counts_parameters: bool  # a rank costs its numbers in A and B; else one
+    counts_parameters: ClassVar[bool]  # a rank costs its numbers in A and B; else one
     entries: int  # of each of the run's statistics
 
     def observe(self, step: Step, number: int) -> None:

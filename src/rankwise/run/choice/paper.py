@@ -60,7 +60,10 @@ class PaperChoice:
     ) -> None:
         by_layer = mask[:, None].split(self._factors.layout.ranks)
         rows = self._factors.rows("E")
-        new = {n: torch.where(own.to(e.device), e, 0.0) for n, (e, own) in enumerate(zip(rows, by_layer, strict=True))}
+        new = {
+            n: torch.where(own.to(e.device), e, 0.0)
+            for n, (e, own) in enumerate(zip(rows, by_layer, strict=True))
+        }
         self._factors.write_rows("E", new)
 
     def restore(self, scales: Sequence[float]) -> None:

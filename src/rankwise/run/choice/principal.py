@@ -88,7 +88,7 @@ class PrincipalChoice:
             path = self._factors.pairs[unchanged[0]].path
             self._warn(
                 f"The adapter of {path!r} holds NaN or infinite values, or numbers too large to compute with. "
-                f"{len(unchanged)} of {len(self._factors.pairs)} layers keep the ranks that they have, for this reason. "
+                f"For this reason {len(unchanged)} of {len(self._factors.pairs)} layers keep the ranks that they have. "
                 "The run diverges: go back to an earlier checkpoint, and lower the learning rate."
             )
         scores = self._worth(bases.strengths()).nan_to_num(nan=0.0)
