@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.files.atomic import write_file
+from rankwise.method.spectrum import effective_rank
 from rankwise.report import figures
 from rankwise.report.grid import RankGrid, largest_rank, short_kinds
 from rankwise.report.runs import Run, read_runs, thinned
-from rankwise.report.spectra import effective_rank
 from rankwise.run.history import RankRecord
 
 _MOST_BYTES = 2_000_000

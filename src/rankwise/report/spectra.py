@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 from rankwise.storage.compress import principal
 from rankwise.storage.updates import read_updates
 
@@ -30,17 +28,3 @@ def update_spectra(folder: str | os.PathLike[str]) -> dict[str, list[float]]:
         for path, update in layers.items()
         if not update.grouped
     }
-
-
-def effective_rank(values: list[float]) -> float:
-    """How many directions an update spreads over: the exponential of the entropy of its squared singular values.
-
-    Example:
-        >>> effective_rank([2.0, 2.0, 2.0]), effective_rank([5.0, 0.0]), effective_rank([])
-        (3.0, 1.0, 0.0)
-    """
-    squares = torch.tensor(values, dtype=torch.float64).square()
-    total = squares.sum()
-    if not total > 0:
-        return 0.0
-    return round(float(torch.special.entr(squares / total).sum().exp()), 6)

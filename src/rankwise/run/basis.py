@@ -139,8 +139,8 @@ class PrincipalBases:
 def mean_strengths(factors: Factors) -> Tensor:
     """The root mean square of the strengths of the ranks that act in each block, (ranks,); 0 where none does.
 
-    It needs no decomposition: the sum of their squares is the squared norm of B A. Where factors are not finite, it is 0
-    as well.
+    It needs no decomposition: the sum of their squares is the squared norm of B A. Where factors are not
+    finite, it is 0 as well.
     """
     device, found = factors.mask.device, []
     acting = factors.mask.split(factors.layout.ranks)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankwise.config import AdaLoraConfig
+from rankwise.config.checks import check_whole
 from rankwise.method.allocation import Budget, budget_with_reserved, choose
 from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.run.choice.choice import Choice
@@ -23,7 +24,7 @@ from rankwise.run.history import RankHistory
 from rankwise.run.hooks import Closure, listen, stop_listening
 from rankwise.run.optimizers import Optimizers
 from rankwise.run.penalty import AddedPenalty
-from rankwise.run.state import AllocationState, RunState, RunWeights
+from rankwise.run.state import AllocationState, RunState
 from rankwise.run.unreached import unreached_ranks
 from rankwise.run.warn_once import WarnOnce
 
@@ -45,10 +46,9 @@ class Controller:
         self, adapter: str, factors: Factors, choice: Choice, config: AdaLoraConfig, warn: WarnOnce
     ) -> None:
         self.adapter, self.factors, self.choice = adapter, factors, choice
-        self.config, self._warn = config, warn
-        self.schedule: BudgetSchedule | None = None
-        if config.total_step is not None:
-            self.schedule = config.resolved_schedule()
+        self.config, self.warn = config, warn
+        known = config.total_step is not None
+        self.schedule: BudgetSchedule | None = config.resolved_schedule() if known else None
         self.step = 0
         self.fixed = False  # the choice of ranks is final
         self.automatic = True  # steps are counted here, and not by calls of update_and_allocate
@@ -56,9 +56,7 @@ class Controller:
         self.history.record(0, self.initial, list(factors.layout.block_ranks))
         self._penalty = AddedPenalty(factors, config.orth_reg_weight)
         self._optimizers = Optimizers(factors, warn)
-        self._heard = (
-            False  # an optimizer's steps are heard of, so that they are observed without a call by hand
-        )
+        self._heard = False  # hooks have told of a step, so steps are observed without a call by hand
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
 
@@ -84,12 +82,7 @@ class Controller:
     @property
     def target(self) -> int:
         """Ranks in the end: ``target_r`` per block, or all if the adapter has no more than that."""
-        layout = self.factors.layout
-        blocks = len(layout.block_ranks)
-        target = round(self.config.target_r * blocks)
-        # Many narrow ranks, as a run leaves behind that has ended, may cost no more than so many average ones.
-        paid = layout.cost * blocks <= target * layout.parameters_of_rank_one
-        return self.initial if self.choice.counts_parameters and paid else min(target, self.initial)
+        return self.factors.layout.target(self.config.target_r, self.choice.counts_parameters)
 
     @property
     def prunes(self) -> bool:
@@ -106,12 +99,12 @@ class Controller:
 
         Ranks that were cut stay cut.
         """
-        if self.fixed:
-            return
         self.set_total_step(total_step)
-        self.step = 0
-        for name in ("sensitivity", "uncertainty"):
+        for name in ("sensitivity", "uncertainty", "skipped"):
             self.factors.tensors.get(name).zero_()
+        self.history.record(0, self._budget(), self.factors.block_ranks())
+        self.step = 0
+        self._optimizers = Optimizers(self.factors, self.warn)
 
     def state(self) -> AllocationState:
         """Where the run stands. Waits for the device."""
@@ -138,11 +131,10 @@ class Controller:
         """Warn, once a step, that a run which may end here has not brought the budget down to its target."""
         if self.fixed or not self.prunes or not self.step:
             return
-        self._warn(
-            f"At step {self.step} the budget is {self._budget()} triplets; its target is "
-            f"{self.target}, which the schedule reaches at step "
-            f"{self.schedule.last_allocation if self.schedule else '?'}. If training ends here, call "
-            "`model.finalize_ranks()`, which brings it to the target, and save (again)."
+        self.warn(
+            f"At step {self.step} the budget is {self._budget()} triplets; its target is {self.target}, which the "
+            f"schedule reaches at step {self.schedule.last_allocation if self.schedule else '?'}. If training ends "
+            "here, call `model.finalize_ranks()`, which brings it to the target, and save (again)."
         )
 
     def _budget(self) -> int:
@@ -165,30 +157,14 @@ class Controller:
         Raises:
             ValueError: the length of the run is not known, or the optimizer can't do with a penalty.
         """
-        if self.schedule is None and self.automatic and self.prunes:
+        if self.schedule is None and self.automatic and self.prunes and not self.fixed:
             raise ValueError(
                 "The length of the run is not known: pass `total_step`, or call `set_total_step(n)` with the number of "
                 "optimizer steps before the first one."
             )
-        weight = self.config.orth_reg_weight
-        if weight and isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS compares values of the loss within a step, and the orthogonality penalty is in no loss: "
-                f"set `orth_reg_weight=0` (it is {weight}), or use another optimizer."
-            )
+        self._penalty.refuse_unfit(optimizer)
         step = self._optimizers.begins(optimizer)
-        if step is None or not weight:
-            return closure
-        if closure is None:
-            self._penalty.add(step, optimizer)
-            return None
-
-        def penalized() -> Any:
-            loss = closure()
-            self._penalty.add(step, optimizer)
-            return loss
-
-        return penalized
+        return closure if step is None else self._penalty.add_before(step, optimizer, closure)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -212,13 +188,8 @@ class Controller:
 
         The step that the optimizer has just taken may have been counted and observed already; neither happens twice.
         """
-        if isinstance(global_step, bool) or not isinstance(global_step, int):
-            raise TypeError(
-                f"`global_step` must be a whole number of optimizer steps, but is {global_step!r}."
-            )
-        if global_step < 0:
-            raise ValueError(f"`global_step` must be at least 0, but is {global_step}.")
-        if self.schedule is None and self.prunes:
+        check_whole("global_step", global_step, 0)
+        if self.schedule is None and self.prunes and not self.fixed:
             raise ValueError("Pass `total_step` to AdaLoraConfig, or call `model.set_total_step(n)` first.")
         self.automatic = False
         if not self._heard and self._observes_at(global_step):
@@ -240,7 +211,7 @@ class Controller:
             if step >= schedule.last_allocation:
                 self.fix()
         if step > schedule.total_step:
-            self._warn(
+            self.warn(
                 f"Training goes on past total_step={schedule.total_step}. The ranks stay as they are; "
                 "only their values train on."
             )
@@ -261,7 +232,9 @@ class Controller:
         if any(unchanged):
             reserved = factors.spread_layers(unchanged, device)
             held = factors.mask & reserved
-            initial, share = self._of_the_others(unchanged, final)
+            initial, share = layout.without(unchanged, self.config.target_r)
+            if not final and self.schedule is not None:
+                share = self.schedule.budget(self.step, initial, share)
             budget = budget_with_reserved(budget, share, initial, reserved, held, costs)
         unreached = unreached_ranks(factors)
         tie_order = factors.index("tie_order", layout.round_robin, device)
@@ -272,25 +245,13 @@ class Controller:
         self.choice.apply(factors.mask, unchanged, final, self._optimizers.known())
         self.history.record(self.step, budget.ranks, factors.block_ranks())
 
-    def _of_the_others(self, unchanged: list[bool], final: bool) -> tuple[int, int]:
-        """Ranks that layers which are not ``unchanged`` had at the start, and their share of the budget now."""
-        layout = self.factors.layout
-        others = [n for n, stays in enumerate(unchanged) if not stays]
-        initial = sum(layout.ranks[n] for n in others)
-        blocks = sum(layout.block_counts[n] for n in others)
-        target = min(round(self.config.target_r * blocks), initial)
-        if final or self.schedule is None:
-            return initial, target if final else initial
-        return initial, self.schedule.budget(self.step, initial, target)
-
+    @torch.no_grad()
     def finalize_ranks(self) -> None:
         """Bring the budget to its target now, as things are, and fix the choice."""
-        if self.fixed:
-            return
-        if self.prunes:
-            with torch.no_grad():
+        if not self.fixed:
+            if self.prunes:
                 self._cut(self.target)
-        self.fix()
+            self.fix()
 
     def fix(self) -> None:
         """From here on no rank changes, and layers may drop those that are off."""
@@ -304,7 +265,24 @@ class Controller:
         self.factors.mask.copy_(torch.cat([kept[pair.path] for pair in self.factors.pairs]))
         self.fix()
 
+    def resume(self, state: RunState) -> None:
+        """Stand where a checkpoint's run stood; the run's tensors have been loaded already."""
+        if state.schedule is not None and self.schedule is None:
+            self.set_total_step(state.schedule.total_step)
+        self.step, self.automatic, self.history = state.step, state.automatic, state.history
+        self._optimizers = Optimizers(self.factors, self.warn, state.leader)
+        self.choice.restore(state.scales)
+        self.fixed = False
+        self.factors.widen()
+        if state.fixed:
+            self.fix()
+
     # What others ask.
+
+    @property
+    def leader(self) -> int | None:
+        """Number of the factor whose optimizer counts the steps; None before the first."""
+        return self._optimizers.leader
 
     def allocated_ranks(self) -> dict[str, int]:
         """Name of each block (mostly the layer's path) -> rank by the last cut."""
@@ -320,58 +298,3 @@ class Controller:
     def penalty(self) -> Tensor:
         """The orthogonality penalty as it stands, a 0-dim tensor, without its weight."""
         return self._penalty.value()
-
-    # The state that is not in the run's tensors.
-
-    def run_state(self) -> RunState:
-        """Everything that is not in the run's tensors."""
-        return RunState(
-            step=self.step,
-            fixed=self.fixed,
-            automatic=self.automatic,
-            leader=self._optimizers.leader,
-            schedule=self.schedule,
-            target_r=self.config.target_r,
-            form=self.config.form.name,
-            weights=RunWeights.of(self.config),
-            scales=tuple(pair.scale for pair in self.factors.pairs),
-            history=self.history,
-        )
-
-    def packed_state(self) -> Tensor:
-        """`run_state` as one int64 vector, for the model's extra state."""
-        return self.run_state().to_tensor()
-
-    def check_packed_state(self, packed: Tensor) -> RunState:
-        """What `packed_state` gave, unpacked, if it is of this run.
-
-        Raises:
-            ValueError: it is damaged, or of a run with other layers, another schedule, target or scale.
-        """
-        state = RunState.from_tensor(self.factors.names, packed)
-        schedule = self.schedule
-        if schedule is None and state.schedule is not None:
-            schedule = self.config.with_total_step(state.schedule.total_step).resolved_schedule()
-        state.check_same_run(self.run_state(), schedule if self.prunes else None)
-        return state
-
-    def load_packed_state(self, packed: Tensor) -> None:
-        """Take over what `packed_state` gave; the run's tensors have been loaded already.
-
-        Raises:
-            ValueError: as `check_packed_state`.
-        """
-        state = self.check_packed_state(packed)
-        if state.schedule is not None and self.schedule is None:
-            self.set_total_step(state.schedule.total_step)
-        for name, was in vars(state.weights).items():
-            value = getattr(self.config, name)
-            if value != was:
-                self._warn(f"The run goes on with `{name}`={value}; so far it had {was}.")
-        self.step, self.automatic, self.history = state.step, state.automatic, state.history
-        self._optimizers = Optimizers(self.factors, self._warn, state.leader)
-        self.choice.restore(state.scales)
-        self.fixed = False
-        self.factors.widen()
-        if state.fixed:
-            self.fix()

@@ -19,6 +19,7 @@ from rankwise.attach.attachment import (
 from rankwise.config import AdaLoraConfig
 from rankwise.files.tensors import check_finite
 from rankwise.parallel.sharded import laid_out
+from rankwise.run.checkpoint import check_packed_state
 from rankwise.run.controller import Controller
 from rankwise.run.run_tensors import BUFFERS, was_left_empty
 from rankwise.run.state import RunState
@@ -136,7 +137,7 @@ def prepare_training_state(
                 check_finite(source, name, tensors[name])
     if controller is not None:
         try:
-            controller.check_packed_state(tensors[EXTRA_STATE])
+            check_packed_state(controller, tensors[EXTRA_STATE])
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
     keys = {plain_name(key): key for key in model.state_dict()}
