@@ -6,7 +6,7 @@ wherever the factors are. Parameters are called by their number in the holder's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -83,22 +83,22 @@ class TensorHolder:
     """Factors in plain tensors, or in DTensors as ``fully_shard`` makes them.
 
     Args:
-        parameters: gives all of them; they are looked up anew at each use.
+        parameters: all of them.
     """
 
-    def __init__(self, parameters: Callable[[], list[nn.Parameter]]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = parameters
 
     def whole(self, numbers: Sequence[int]) -> list[Tensor]:
-        own = self._parameters()
+        own = self._parameters
         return [each.detach() for each in gather([own[number] for number in numbers])]
 
     def write(self, values: Mapping[int, Tensor]) -> None:
-        own = self._parameters()
+        own = self._parameters
         self._copy([own[number] for number in values], list(values.values()))
 
     def state_names(self, optimizer: Optimizer, numbers: Sequence[int]) -> list[str]:
-        own, names = self._parameters(), {}
+        own, names = self._parameters, {}
         for parameter in (own[number] for number in numbers):
             state = optimizer.state.get(parameter)
             if not state:
@@ -124,7 +124,7 @@ class TensorHolder:
         self._copy(list(held.values()), [values[number] for number in held])
 
     def _held_states(self, optimizer: Optimizer, name: str, numbers: Sequence[int]) -> dict[int, Tensor]:
-        own, held = self._parameters(), {}
+        own, held = self._parameters, {}
         for number in numbers:
             value = optimizer.state.get(own[number], {}).get(name)
             if isinstance(value, Tensor) and value.shape == own[number].shape:
@@ -132,12 +132,12 @@ class TensorHolder:
         return held
 
     def gradients(self, numbers: Sequence[int]) -> dict[int, Tensor]:
-        own = self._parameters()
+        own = self._parameters
         held = {number: own[number].grad for number in numbers if own[number].grad is not None}
         return dict(zip(held, gather(list(held.values())), strict=True))
 
     def write_gradients(self, values: Mapping[int, Tensor]) -> None:
-        own = self._parameters()
+        own = self._parameters
         self._copy([own[number].grad for number in values], list(values.values()))
 
     @staticmethod

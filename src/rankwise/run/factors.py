@@ -46,7 +46,6 @@ class Factors:
         )
         self.shapes = {"A": shapes_A, "B": shapes_B, "E": [torch.Size((s[0], 1)) for s in shapes_A]}
         self._indices: dict[Any, Tensor] = {}
-        self._tensor_holder = TensorHolder(self.all_parameters)
         self._zero_holder: ZeroHolder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,8 +81,9 @@ class Factors:
 
     @property
     def holder(self) -> Holder:
-        """Who holds the factors."""
-        return self._tensor_holder if self.zero_parts() is None else self._zero_holder  # type: ignore[return-value]
+        """Who holds the factors now."""
+        self.zero_parts()
+        return self._zero_holder or TensorHolder(self.all_parameters())
 
     def zero_parts(self) -> ZeroParts | None:
         """The factors as DeepSpeed ZeRO holds them; None if it doesn't."""

@@ -30,6 +30,9 @@ class RunTensors(ABC):
     Attributes in `NAMES`: ``sensitivity`` and ``uncertainty``, (entries,), float32, the statistics of gradients;
     ``mask``, (ranks,), bool, the ranks that the last cut kept; ``skipped``, (), int64, steps left out of the
     statistics.
+
+    Args:
+        device: tells where the factors are. It must be fit for copying and pickling, as ``FactorPair.device`` is.
     """
 
     def __init__(self, device: Callable[[], torch.device]) -> None:

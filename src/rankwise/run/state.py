@@ -176,8 +176,8 @@ class RunState:
         """
         if self.scales and len(self.scales) != len(here.scales):
             raise ValueError(
-                f"The state of the run has scales of {len(self.scales)} layers, but the adapter has {len(here.scales)}: "
-                "it is damaged."
+                f"The state of the run has scales of {len(self.scales)} layers, but the adapter has "
+                f"{len(here.scales)}: it is damaged."
             )
         was: dict[str, Any] = {
             "lora_alpha": self.weights.lora_alpha,
