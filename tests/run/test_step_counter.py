@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rankwise.run.step_counter import StepCounter
 from torch.optim import SGD, Optimizer
+
+from rankwise.run.step_counter import StepCounter
 
 
 def sgd() -> SGD:

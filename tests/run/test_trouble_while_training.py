@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from rankwise.run.run_tensors import BUFFERS
 from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise.run import hooks as listening
+from rankwise.run.run_tensors import BUFFERS
 from tiny import bert, llama, token_batches, told
 
 STEPS, LAST_ALLOCATION, TARGET = 12, 9, 6

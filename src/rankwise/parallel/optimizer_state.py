@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,28 @@ KINDS = {
     **dict.fromkeys(_SQUARES, "square"),
     **dict.fromkeys(_WEIGHTS, "weight"),
 }
+
+
+def kind_of(optimizer: Optimizer, name: str, names: Iterable[str]) -> str:
+    """What a state tensor holds: a "gradient", the "square" of one, or a "weight" or the movement of one.
+
+    Args:
+        optimizer: whose it is.
+        name: of the tensor, one of `KINDS`.
+        names: of all that the optimizer remembers of the same parameter.
+
+    Example:
+        >>> import torch
+        >>> rmsprop = torch.optim.RMSprop([torch.zeros(1)], momentum=0.9)
+        >>> kind_of(rmsprop, "momentum_buffer", ["square_avg", "momentum_buffer"])  # it sums up steps
+        'weight'
+    """
+    if name == "momentum_buffer" and "square_avg" in names:
+        return "weight"
+    # bitsandbytes has one name for both, and calls the algorithm by its name
+    if name == "state1" and getattr(optimizer, "optimizer_name", None) in ("rmsprop", "adagrad"):
+        return "square"
+    return KINDS[name]
 
 
 def can_be_rewritten(state: dict[str, Any], parameter: nn.Parameter) -> bool:
