@@ -32,7 +32,7 @@ class Principal(NamedTuple):
         strengths: (n, r), the singular values of ``B A``, falling.
         turn: (n, r, r), M with ``A' = M A``.
         inverse: (n, r, r), ``M^-1``, with ``B' = B M^-1``.
-        finite: (n,), bool: False for a layer that is as it was, as it holds NaN or infinite values.
+        finite: (n,), bool: False for a layer that is as it was, as its values or strengths are not finite.
     """
 
     A: Tensor
@@ -47,7 +47,7 @@ def principal_directions(A: Tensor, B: Tensor, acts: Tensor) -> Principal:
     """Turn the factors of n layers of one shape into their principal directions.
 
     A triplet that does not act takes no part: as many directions as act come first, and the others are 0. A layer
-    with values that are not finite stays as it is, with strengths of 0.
+    stays as it is, with strengths of 0, if its values or the strengths are not finite.
 
     Args:
         A: (n, r, d_in), float32 or float64.
@@ -66,6 +66,7 @@ def principal_directions(A: Tensor, B: Tensor, acts: Tensor) -> Principal:
     finite = A.isfinite().flatten(1).all(1) & B.isfinite().flatten(1).all(1)
     takes_part = (acts & finite[:, None]).to(A.dtype)
     a, b = _zero_where(A, takes_part[:, :, None]), _zero_where(B, takes_part[:, None, :])
+    (a, size_A), (b, size_B) = _of_size_one(a), _of_size_one(b)  # products of large values could overflow
     norm = (a.square().sum((1, 2)) / takes_part.sum(1).clamp_min(1)).sqrt()[:, None, None]
     Q_A, R_A = torch.linalg.qr(a.mT)
     Q_B, R_B = torch.linalg.qr(b)
@@ -76,15 +77,17 @@ def principal_directions(A: Tensor, B: Tensor, acts: Tensor) -> Principal:
     leads = (order < takes_part.sum(1, keepdim=True)).to(A.dtype)  # as many directions as there are triplets
     S, Vh = S * leads, Vh * leads[:, :, None]
     safe = torch.where(norm > 0, norm, 1.0)
-    turned_A, turned_B = norm * (Vh @ Q_A.mT), (Q_B @ U) * (S[:, None, :] / safe)
+    turned_A, turned_B = size_A * norm * (Vh @ Q_A.mT), size_B * (Q_B @ U) * (S[:, None, :] / safe)
     turn = norm * (Vh @ torch.linalg.pinv(R_A, rtol=_RELATIVE).mT)
     inverse = (R_A.mT @ Vh.mT) / safe
+    strengths = S * (size_A * size_B)[:, :, 0]
+    finite = finite & strengths.isfinite().all(1)
     keep = finite[:, None, None]
     eye = torch.eye(rank, dtype=A.dtype, device=A.device).expand_as(turn)
     return Principal(
         torch.where(keep, turned_A, A),
         torch.where(keep, turned_B, B),
-        torch.where(finite[:, None], S, torch.zeros_like(S)),
+        torch.where(finite[:, None], strengths, torch.zeros_like(S)),
         torch.where(keep, turn, eye),
         torch.where(keep, inverse, eye),
         finite,
@@ -93,6 +96,12 @@ def principal_directions(A: Tensor, B: Tensor, acts: Tensor) -> Principal:
 
 def _zero_where(values: Tensor, takes_part: Tensor) -> Tensor:
     return torch.where(takes_part > 0, values, torch.zeros_like(values))
+
+
+def _of_size_one(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, ., .) -> the same with a largest value between 1/2 and 1, and the power of 2 by which it was divided."""
+    exponent = torch.frexp(values.abs().amax((1, 2), keepdim=True)).exponent
+    return torch.ldexp(values, -exponent), torch.ldexp(torch.ones_like(values[:, :1, :1]), exponent)
 
 
 def _padded(values: Tensor, size: int, dim: int) -> Tensor:

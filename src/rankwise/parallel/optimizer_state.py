@@ -61,20 +61,31 @@ def start_anew(optimizer: Optimizer, parameter: nn.Parameter) -> None:
     """Let ``optimizer`` forget what it remembers of ``parameter``, as if it had not stepped yet.
 
     Most optimizers make their state in the first step, so theirs is removed. Some make it in their constructor and
-    fail without it: an optimizer of the same kind is asked for a fresh one.
+    fail without it: an optimizer of the same kind is asked for a fresh one. Where none can be made, because the
+    constructor takes something else, what is remembered becomes 0 in place.
     """
     fresh = _made_in_constructor(optimizer, parameter)
-    if fresh:
+    if fresh is None:
+        _become_zero(optimizer.state.get(parameter, {}), parameter)
+    elif fresh:
         optimizer.state[parameter] = fresh
     else:
         optimizer.state.pop(parameter, None)
 
 
-def _made_in_constructor(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+def _made_in_constructor(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
     group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
     settings = {name: value for name, value in group.items() if name in optimizer.defaults}
     stand_in = nn.Parameter(parameter.detach().clone())
     try:
         return dict(type(optimizer)([stand_in], **settings).state.get(stand_in, {}))
-    except Exception:  # a constructor that takes something else
-        return {}
+    except Exception:  # whatever a constructor raises that takes something else
+        return None
+
+
+def _become_zero(state: dict[str, Any], parameter: nn.Parameter) -> None:
+    for name, value in state.items():
+        if isinstance(value, Tensor) and (value.shape == parameter.shape or value.numel() == 1):
+            value.zero_()
+        elif name == "step" and isinstance(value, int):
+            state[name] = 0

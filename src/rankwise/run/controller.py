@@ -47,8 +47,7 @@ class Controller:
     ) -> None:
         self.adapter, self.factors, self.choice = adapter, factors, choice
         self.config, self.warn = config, warn
-        known = config.total_step is not None
-        self.schedule: BudgetSchedule | None = config.resolved_schedule() if known else None
+        self.schedule: BudgetSchedule | None = config.resolved_schedule() if config.total_step else None
         self.step = 0
         self.fixed = False  # the choice of ranks is final
         self.automatic = True  # steps are counted here, and not by calls of update_and_allocate
@@ -163,24 +162,19 @@ class Controller:
                 "optimizer steps before the first one."
             )
         self._penalty.refuse_unfit(optimizer)
+        if self._optimizers.overdue(optimizer):
+            self._completed()
         step = self._optimizers.begins(optimizer)
         return closure if step is None else self._penalty.add_before(step, optimizer, closure)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        """Observe the gradients; count the step, and cut where the schedule says so.
-
-        If `update_and_allocate` is called by hand, only observe: gradients may be gone by then.
-        """
+        """Observe the gradients; then count the step and cut, unless `update_and_allocate` is called for that."""
         step, complete = self._optimizers.ended(optimizer)
-        if step is None:
-            return
-        if self._observes_at(self.step + 1):
+        if step is not None and self._observes_at(self.step + 1):
             self.choice.observe(step, self.step + 1)
         if complete:
-            self._heard = True
-            if self.automatic:
-                self._advance(self.step + 1)
+            self._completed()
 
     @torch.no_grad()
     def update_and_allocate(self, global_step: int) -> None:
@@ -198,6 +192,12 @@ class Controller:
 
     def _observes_at(self, step: int) -> bool:
         return self.prunes and not self.fixed and bool(self.schedule and step < self.schedule.last_allocation)
+
+    @torch.no_grad()
+    def _completed(self) -> None:
+        self._heard = True
+        if self.automatic:
+            self._advance(self.step + 1)
 
     def _advance(self, step: int) -> None:
         self.step, schedule = step, self.schedule
