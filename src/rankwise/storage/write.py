@@ -29,6 +29,8 @@ from rankwise.files.tensors import write_tensor_file
 from rankwise.parallel import zero
 from rankwise.parallel.sharded import gather
 from rankwise.run.controller import Controller
+from rankwise.run.triplets import BUFFERS
+from rankwise.storage.finite import refuse_broken
 from rankwise.storage.names import (
     HISTORY_NAME,
     NO_SCHEDULE,
@@ -66,6 +68,7 @@ def write_adapter(
 
     Raises:
         OSError: it can't be written; what was there before is untouched.
+        ValueError: a tensor holds NaN or infinite values. Nothing is written then.
     """
     kept = controller.kept_triplets(state) if controller else {}
     layers = adapter_layers(model, adapter)
@@ -78,13 +81,23 @@ def write_adapter(
             saved_config, target_parameters=in_model_order(config.target_parameters, slots)
         )
 
+    own = {}
+    if training_state:
+        own = {name: _portable(state[key]) for key, name in training_keys(model, adapter).items()}
+    # Buffers may hold infinities, such as those of a mask.
+    buffers = {plain_name(name) for name, _ in model.named_buffers()} - set(BUFFERS)
+    buffers |= {name.replace(f".modules_to_save.{adapter}.", ".") for name in buffers}
+    must = {**own, **tensors}
+    refuse_broken(
+        folder, adapter, {key: each for key, each in must.items() if key.removeprefix(PREFIX) not in buffers}
+    )
+
     def write(temporary: Path) -> None:
         write_tensor_file(temporary / WEIGHTS_NAME, tensors)
         saved_config.save_pretrained(temporary)
         if controller:
             controller.history.save(temporary / HISTORY_NAME)
         if training_state:
-            own = {name: _portable(state[key]) for key, name in training_keys(model, adapter).items()}
             write_tensor_file(temporary / TRAINING_STATE_NAME, own)
 
     write_folder(folder, write, owned=OWNED)
