@@ -14,7 +14,9 @@ from rankwise.method.magnitude import largest, power_below, scaled_norm
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(data=st.data())
-def test_a_power_below_is_exact_for_every_number_of_the_dtype(dtype: torch.dtype, data: st.DataObject) -> None:
+def test_a_power_below_is_exact_for_every_number_of_the_dtype(
+    dtype: torch.dtype, data: st.DataObject
+) -> None:
     info = torch.finfo(dtype)
     numbers = st.floats(0, info.max, width=32 if dtype == torch.float32 else 64, allow_subnormal=True)
     value = data.draw(numbers)

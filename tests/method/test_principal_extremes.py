@@ -68,7 +68,10 @@ CASES = {
     "A is 0, B huge": lambda A, B: (A * 0, B * 1e36),
     "all is 0": lambda A, B: (A * 0, B * 0),
     "equal rows of A": lambda A, B: (A[:, :1].expand_as(A) * 1e19, B * 1e19),
-    "triplets that cancel": lambda A, B: (A[:, :1].expand_as(A) * 1e19, torch.cat([B, -B], 2)[:, :, : B.shape[2]]),
+    "triplets that cancel": lambda A, B: (
+        A[:, :1].expand_as(A) * 1e19,
+        torch.cat([B, -B], 2)[:, :, : B.shape[2]],
+    ),
     "rank 1": lambda A, B: (A[:, :1] * 1e20, B[:, :, :1] * 1e15),
 }
 

@@ -293,7 +293,8 @@ def _check_finite(sketches: Mapping[str, GradientSketch]) -> None:
         size = sketch.size()
         if not math.isfinite(size):
             raise ValueError(
-                f"The gradient of {path!r} is not finite. Look at the batches, or load the model in bfloat16 or float32."
+                f"The gradient of {path!r} is not finite. Look at the batches, or load the model in bfloat16 or "
+                "float32."
             )
         if size and not _LEAST < size < _MOST:
             raise ValueError(

@@ -204,6 +204,4 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
     parts = tensor.detach().reshape(-1).split(2**24)
-    return all(
-        bool((part.float() if part.element_size() == 1 else part).isfinite().all()) for part in parts
-    )
+    return all(bool((part.float() if part.element_size() == 1 else part).isfinite().all()) for part in parts)

@@ -5,8 +5,8 @@ AdaLoRA keeps the rows of A and the columns of B near orthonormal (Zhang et al.,
     R = weight * mean over all A and B of ||A A^T - I||_F and ||B^T B - I||_F
 
 with d||B^T B - I||_F / dB = 2 B (B^T B - I) / ||B^T B - I||_F, and likewise for A. Knowing the gradient, the
-penalty needs no place in the loss. A matrix M whose numbers are greater than 1 is divided by its largest number p first,
-with M M^T - I = p^2 (M/p (M/p)^T - I/p^2), so that no product overflows in a run that diverges.
+penalty needs no place in the loss. A matrix M with numbers above 1 is divided by the largest of them, p, first, with
+M M^T - I = p^2 (M/p (M/p)^T - I/p^2), so that no product overflows in a run that diverges.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def _decomposed(a: Tensor, b: Tensor, counts: Tensor) -> Principal:
     """As `principal_directions`, of numbers that are finite and at most 2, with ``counts``, (n,), acting triplets."""
     try:
         return _turned(a, b, counts)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # The message names one layer of the batch at most, so each is tried alone.
         if len(a) > 1:
             parts = [_decomposed(a[n : n + 1], b[n : n + 1], counts[n : n + 1]) for n in range(len(a))]

@@ -7,29 +7,40 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rankwise.attach.attachment import plain_name
 from rankwise.files.tensors import is_finite, read_tensor_file
+from rankwise.run.triplets import BUFFERS
 from rankwise.storage.names import PREFIX, WEIGHTS_NAME, checkpoint_step
 
 _SMALL = {torch.float16: "torch.bfloat16 or torch.float32"}
 
 
-def refuse_broken(folder: Path, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to save NaN and infinite values, which no loader takes.
+def refuse_broken(folder: Path, model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to save NaN and infinite values, which no loader takes, other than in buffers of whole modules.
 
     A checkpoint folder that a trainer has just made for this save, and that is empty, goes: otherwise the run would be
     resumed from it.
 
     Args:
         folder: where the adapter was to be saved.
-        adapter: its name.
-        tensors: all that must be finite, by name.
+        model: the adapted model.
+        adapter: the adapter's name.
+        tensors: all that is to be saved, by name in the file.
 
     Raises:
         ValueError: there are some; the message names the tensor and the last checkpoint that is finite.
     """
-    broken = next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
+    may = _own_buffers(model, adapter)
+    broken = next(
+        (
+            name
+            for name, each in tensors.items()
+            if not is_finite(each) and name.removeprefix(PREFIX) not in may
+        ),
+        None,
+    )
     if broken is None:
         return
     if checkpoint_step(folder) is not None:
@@ -39,12 +50,21 @@ def refuse_broken(folder: Path, adapter: str, tensors: Mapping[str, Tensor]) -> 
     if last is None:
         mend = "There is no earlier checkpoint beside it. Train again with a lower learning rate."
     else:
-        mend = f"The last one without such values is {str(last)!r}: go on from there with a lower learning rate."
+        mend = (
+            f"The last one without such values is {str(last)!r}: go on from there with a lower learning rate."
+        )
     raise ValueError(
         f"The adapter {adapter!r} is not saved to {str(folder)!r}, where nothing has changed: "
         f"{broken.removeprefix(PREFIX)!r} holds NaN or infinite values. The run has diverged, and training on is no "
         f"use. {mend}"
     )
+
+
+def _own_buffers(model: nn.Module, adapter: str) -> set[str]:
+    """What files call the buffers that are not rankwise's: they may hold infinities, such as those of a mask."""
+    names = {plain_name(name) for name, _ in model.named_buffers()} - set(BUFFERS)
+    inside = f".modules_to_save.{adapter}."
+    return names | {name.replace(inside, other) for name in names for other in (".", ".modules_to_save.")}
 
 
 def last_finite(folder: Path) -> Path | None:
@@ -58,14 +78,23 @@ def last_finite(folder: Path) -> Path | None:
 
 def holds_finite_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter that can be read, without NaN and infinite values."""
-    for place in (folder, *_subfolders(folder)):
+    names = [each for each in _subfolders(folder) if checkpoint_step(each) is None]
+    for place in (folder, *names):  # "default" is in the folder itself
         path = place / WEIGHTS_NAME
         if path.is_file():
             try:
-                return all(map(is_finite, read_tensor_file(path).values()))
+                tensors = read_tensor_file(path)
+                return not any(_is_broken(name, tensor) for name, tensor in tensors.items())
             except (OSError, ValueError):
                 return False
     return False
+
+
+def _is_broken(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of a file can't be right; a head's may hold infinities, such as those of a mask."""
+    if "lora_" in name:
+        return not is_finite(tensor)
+    return tensor.is_floating_point() and bool(tensor.isnan().any())
 
 
 def _near(folder: Path) -> Iterator[Path]:
@@ -107,7 +136,7 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Te
         Traceback (most recent call last):
         ...
         ValueError: lora_B of 'q' has the number 7e+04, but float16 ends at 6.55e+04, so that it would be written as \
-infinite. Write it with dtype torch.bfloat16 or torch.float32.
+another. Write it with dtype torch.bfloat16 or torch.float32.
     """
     dtype = dtype or tensor.dtype
     if not dtype.is_floating_point:
@@ -118,7 +147,7 @@ infinite. Write it with dtype torch.bfloat16 or torch.float32.
         )
     made = tensor.to(dtype)
     refuse_overflow(name, tensor, made)
-    if tensor.numel() and tensor.any() and not made.to(torch.float32).any():
+    if tensor.numel() and tensor.any() and not made.double().any():
         raise ValueError(
             f"{name} has no number above {_largest(tensor):.3g}, and {_short(dtype)} begins at "
             f"{torch.finfo(dtype).smallest_normal:.3g}, so that all would be written as 0. Write it with dtype "
@@ -128,20 +157,22 @@ infinite. Write it with dtype torch.bfloat16 or torch.float32.
 
 
 def refuse_overflow(name: str, tensor: Tensor, made: Tensor) -> None:
-    """Refuse ``made``, which is ``tensor`` in another dtype, if a finite number has become infinite in it.
+    """Refuse ``made``, which is ``tensor`` in another dtype, if a finite number is beyond what that can hold.
 
     Raises:
-        ValueError: one has.
+        ValueError: one is. Most dtypes have made it infinite, and those of one byte their largest number.
     """
-    if made.dtype == tensor.dtype or not tensor.is_floating_point() or is_finite(made):
+    if not (tensor.is_floating_point() and made.is_floating_point()):
         return
-    wide = tensor.detach().double()
-    usual = wide.isfinite()
-    if not made.to(torch.float32)[usual].isfinite().all():
+    wide, info = tensor.detach().double(), torch.finfo(made.dtype)
+    if info.max >= torch.finfo(tensor.dtype).max:
+        return
+    usual = wide[wide.isfinite()]
+    # Numbers of up to half a step beyond the end are rounded to it.
+    if usual.numel() and _largest(usual) > info.max * (1 + info.eps / 4):
         raise ValueError(
-            f"{name} has the number {_largest(wide[usual]):.3g}, but {_short(made.dtype)} ends at "
-            f"{torch.finfo(made.dtype).max:.3g}, so that it would be written as infinite. Write it with dtype "
-            f"{_larger(made.dtype)}."
+            f"{name} has the number {_largest(usual):.3g}, but {_short(made.dtype)} ends at {info.max:.3g}, so that it "
+            f"would be written as another. Write it with dtype {_larger(made.dtype)}."
         )
 
 

@@ -174,7 +174,6 @@ def write_lora_folder(
         OSError: it can't be written; what was there before is whole.
         ValueError: a tensor holds NaN.
     """
-
     for name, tensor in tensors.items():  # of the factors it is known
         if tensor.is_floating_point() and tensor.isnan().any():
             raise ValueError(f"{name.removeprefix(PREFIX)!r} holds NaN: use an earlier checkpoint.")

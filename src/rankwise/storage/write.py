@@ -29,7 +29,6 @@ from rankwise.files.tensors import write_tensor_file
 from rankwise.parallel import zero
 from rankwise.parallel.sharded import gather
 from rankwise.run.controller import Controller
-from rankwise.run.triplets import BUFFERS
 from rankwise.storage.finite import refuse_broken
 from rankwise.storage.names import (
     HISTORY_NAME,
@@ -81,16 +80,9 @@ def write_adapter(
             saved_config, target_parameters=in_model_order(config.target_parameters, slots)
         )
 
-    own = {}
-    if training_state:
-        own = {name: _portable(state[key]) for key, name in training_keys(model, adapter).items()}
-    # Buffers may hold infinities, such as those of a mask.
-    buffers = {plain_name(name) for name, _ in model.named_buffers()} - set(BUFFERS)
-    buffers |= {name.replace(f".modules_to_save.{adapter}.", ".") for name in buffers}
-    must = {**own, **tensors}
-    refuse_broken(
-        folder, adapter, {key: each for key, each in must.items() if key.removeprefix(PREFIX) not in buffers}
-    )
+    keys = training_keys(model, adapter) if training_state else {}
+    own = {name: _portable(state[key]) for key, name in keys.items()}
+    refuse_broken(folder, model, adapter, {**own, **tensors})
 
     def write(temporary: Path) -> None:
         write_tensor_file(temporary / WEIGHTS_NAME, tensors)

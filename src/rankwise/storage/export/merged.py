@@ -213,7 +213,9 @@ def _add(file: BinaryIO, change: _Change) -> None:
         made = merged.to(dtype)
         if not is_finite(made) and is_finite(weight):
             refuse_overflow(f"{place.name}, merged,", merged, made)
-            raise ValueError(f"{place.name}, merged, holds NaN or infinite values: use an earlier checkpoint.")
+            raise ValueError(
+                f"{place.name}, merged, holds NaN or infinite values: use an earlier checkpoint."
+            )
         file.seek(place.start + first * columns * dtype.itemsize)
         file.write(_bytes(made))
 
