@@ -103,7 +103,7 @@ def squared_norms(tensors: Sequence[Any], blocks: Sequence[int], device: torch.d
             found[n] = square
     for n, tensor in enumerate(tensors):
         if tensor is None:
-            found[n] = torch.zeros(blocks[n], device=device)
+            found[n] = torch.zeros(blocks[n], device=device, dtype=torch.float32)
         elif blocks[n] > 1:
             of_columns = local(tensor).float().square().sum(0)
             found[n] = of_columns.view(blocks[n], -1).sum(1).to(device)
