@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,10 @@ def test_a_model_made_under_a_double_default_trains_saves_and_loads(tmp_path: Pa
 def test_probing_finds_the_same_under_every_default(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     base = Block()
-    loss: Callable[[Any, Any], Any] = lambda model, ids: model(ids).square().mean()
+
+    def loss(model: Any, ids: Any) -> Any:
+        return model(ids).square().mean()
+
     config = rw.LoraConfig(target_modules=TARGETS)
     usual = rw.probe(base, batches(), config, loss=loss, max_rank=1).to_dict()
     with default(dtype):
@@ -163,7 +166,7 @@ ELSEWHERE = {"run"}
 
 
 def makes_floats_of_the_default(call: ast.Call) -> bool:
-    """Whether a call makes a tensor whose dtype is PyTorch's default; not of numbers that are whole for all it tells."""
+    """Whether a call makes a tensor of PyTorch's default dtype; numbers that it is given may be whole ones."""
     function = call.func
     if not (isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)):
         return False

@@ -17,6 +17,10 @@ from rankwise.storage.names import PREFIX, WEIGHTS_NAME, checkpoint_step
 _SMALL = {torch.float16: "torch.bfloat16 or torch.float32"}
 
 
+class NotFiniteError(ValueError):
+    """What is to be saved holds NaN or infinite values."""
+
+
 def refuse_broken(folder: Path, model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
     """Refuse to save NaN and infinite values, which no loader takes, other than in buffers of whole modules.
 
@@ -30,7 +34,7 @@ def refuse_broken(folder: Path, model: nn.Module, adapter: str, tensors: Mapping
         tensors: all that is to be saved, by name in the file.
 
     Raises:
-        ValueError: there are some; the message names the tensor and the last checkpoint that is finite.
+        NotFiniteError: there are some; the message names the tensor and the last checkpoint that is finite.
     """
     may = _own_buffers(model, adapter)
     broken = next(
@@ -53,7 +57,7 @@ def refuse_broken(folder: Path, model: nn.Module, adapter: str, tensors: Mapping
         mend = (
             f"The last one without such values is {str(last)!r}: go on from there with a lower learning rate."
         )
-    raise ValueError(
+    raise NotFiniteError(
         f"The adapter {adapter!r} is not saved to {str(folder)!r}, where nothing has changed: "
         f"{broken.removeprefix(PREFIX)!r} holds NaN or infinite values. The run has diverged, and training on is no "
         f"use. {mend}"
