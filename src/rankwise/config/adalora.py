@@ -105,8 +105,9 @@ class AdaLoraConfig(LoraConfig):
                 "call `model.set_total_step(n)` before training."
             )
         total, form = self.total_step, self.form
-        given = (None if _left_out(length) else length for length in (self.tinit, self.tfinal))
-        tinit, tfinal = phase_lengths(*given, total, (form.tinit, form.tfinal))
+        given_tinit = None if _left_out(self.tinit) else self.tinit
+        given_tfinal = None if _left_out(self.tfinal) else self.tfinal
+        tinit, tfinal = phase_lengths(given_tinit, given_tfinal, total, (form.tinit, form.tfinal))
         deltaT = form.deltaT(total - tinit - tfinal) if _left_out(self.deltaT) else self.deltaT
         return BudgetSchedule(tinit, tfinal, total, deltaT)  # type: ignore[arg-type]
 
