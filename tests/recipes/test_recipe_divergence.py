@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 import rankwise as rw
@@ -97,13 +99,15 @@ def test_the_last_good_checkpoint_is_one_from_before(world: Path, tiny_model: Pa
                     if "classifier" in name and parameter.requires_grad:
                         parameter.data.mul_(-1e4)
 
+    console = Console(file=StringIO(), width=100)
     transformers.trainer.DEFAULT_CALLBACKS.append(Breaks)
     try:
         with pytest.raises(DivergedError, match="diverged") as raised:
-            train(recipe)
+            train(recipe, console=console)
     finally:
         transformers.trainer.DEFAULT_CALLBACKS.remove(Breaks)
     assert checkpoints(world) == ["checkpoint-2", "checkpoint-4"], "two are kept, and later ones are no good"
+    assert "No checkpoint of step 6: the loss is " in console.file.getvalue()  # type: ignore[attr-defined]
     assert raised.value.checkpoint == world / "out" / "checkpoint-4"
     assert f"The last good checkpoint is '{world / 'out' / 'checkpoint-4'}'" in str(raised.value)
     rw.PeftModel.from_pretrained(base_of(tiny_model), world / "out" / "checkpoint-4")

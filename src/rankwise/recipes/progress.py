@@ -167,14 +167,17 @@ class KeepGoodCheckpoints(TrainerCallback):
 
     And it stops a run whose weights have become NaN or infinite: no step can mend them.
 
+    Args:
+        say: prints a line.
+
     Attributes:
         most: the largest loss with which a checkpoint is written.
         broken: whether weights are NaN or infinite.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Any) -> None:
         self.most, self.broken = math.inf, False
-        self._unsound = False
+        self._say, self._loss = say, 0.0
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
@@ -182,20 +185,22 @@ class KeepGoodCheckpoints(TrainerCallback):
         """Look at the loss; and, where it is no number, which alone may pass, at the weights."""
         if "loss" not in (logs or {}) or model is None:
             return
-        self._unsound = not logs["loss"] <= self.most
-        if not math.isfinite(logs["loss"]):
+        self._loss = logs["loss"]
+        if not math.isfinite(self._loss):
             self.broken = _holds_broken_weights(model)
             control.should_training_stop = control.should_training_stop or self.broken
-        self._decide(control)
+        self._decide(state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write no checkpoint until a better loss is logged."""
-        self._decide(control)
+        self._decide(state, control)
 
-    def _decide(self, control: Any) -> None:
+    def _decide(self, state: Any, control: Any) -> None:
         asked_to_stop = control.should_training_stop and not self.broken  # then there is no later checkpoint
-        if self.broken or (self._unsound and not asked_to_stop):
+        unsound = not self._loss <= self.most
+        if control.should_save and (self.broken or (unsound and not asked_to_stop)):
             control.should_save = False
+            self._say(f"No checkpoint of step {state.global_step:,}: the loss is {self._loss:.4g}.")
 
 
 def _holds_broken_weights(model: Any) -> bool:

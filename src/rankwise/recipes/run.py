@@ -145,7 +145,7 @@ def _train(
     metrics = task.metrics(recipe)
     with LiveProgress(console, [(metric.key, metric.title, metric.style) for metric in metrics]) as progress:
         stop = StopWhenAsked(interruption, progress.say)
-        good = KeepGoodCheckpoints()
+        good = KeepGoodCheckpoints(progress.say)
         callbacks = [stop, progress, good, KeepResults(output)]
         with _refusals(recipe):
             trainer = trainer_class(model=model, args=arguments, callbacks=callbacks, **for_task)
