@@ -36,11 +36,10 @@ def effective_rank(values: list[float]) -> float:
     """How many directions an update spreads over: the exponential of the entropy of its squared singular values.
 
     Example:
-        >>> effective_rank([2.0, 2.0, 2.0]), effective_rank([5.0, 0.0]), effective_rank([])
+        >>> effective_rank([2.0, 2.0, 2.0]), effective_rank([5e200, 0.0]), effective_rank([])
         (3.0, 1.0, 0.0)
     """
-    squares = torch.tensor(values, dtype=torch.float64).square()
-    total = squares.sum()
-    if not total > 0:
+    if not any(values):
         return 0.0
-    return round(float(torch.special.entr(squares / total).sum().exp()), 6)
+    squares = (torch.tensor(values, dtype=torch.float64) / max(values)).square()
+    return round(float(torch.special.entr(squares / squares.sum()).sum().exp()), 6)
