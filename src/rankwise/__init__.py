@@ -5,6 +5,9 @@ Names and file formats are those of Hugging Face PEFT; see the README.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from rankwise.adapt import AdaptiveRanks, adapt_ranks
 from rankwise.attach.prepare import prepare_model_for_kbit_training
 from rankwise.attach.probe import LayerSpectrum, Probe, probe
 from rankwise.attach.rank_plan import RankPlan
@@ -12,17 +15,24 @@ from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.model import PeftModel, get_peft_model
 from rankwise.run.history import RankHistory, RankRecord
+from rankwise.run.pairs import FactorPair
 from rankwise.run.state import AllocationState
 from rankwise.run.summary import LayerRank, RankSummary
 from rankwise.storage.compress import compress_adapter, compression_curve
 from rankwise.storage.export import export_adapter, save_as_lora
 
+if TYPE_CHECKING:
+    from rankwise.integrations.adapt_ranks import AdaptRanks
+
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoraConfig",
+    "AdaptRanks",
+    "AdaptiveRanks",
     "AllocationState",
     "BudgetSchedule",
+    "FactorPair",
     "LayerRank",
     "LayerSpectrum",
     "LoraConfig",
@@ -33,6 +43,7 @@ __all__ = [
     "RankPlan",
     "RankRecord",
     "RankSummary",
+    "adapt_ranks",
     "compress_adapter",
     "compression_curve",
     "export_adapter",
@@ -41,3 +52,11 @@ __all__ = [
     "probe",
     "save_as_lora",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AdaptRanks":  # it is a callback of Transformers, which takes seconds to import
+        from rankwise.integrations.adapt_ranks import AdaptRanks
+
+        return AdaptRanks
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -273,7 +273,7 @@ def test_a_run_with_cuts_works_whatever_the_default_dtype(
     assert all(p.dtype in (dtype, torch.float32) for p in factors(model))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_layer_that_cannot_be_decomposed_stays_as_it_is_is_warned_of_and_the_run_goes_on(
     value: float,
 ) -> None:

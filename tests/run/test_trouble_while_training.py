@@ -711,7 +711,7 @@ def test_optimizers_that_come_and_go_leave_nothing_behind() -> None:
     del optimizer
     assert gone() is None
     assert model.allocation_state.step == 100
-    assert len(controller._optimizers.known()) == 0 and len(controller.factors._indices) < 10
+    assert len(controller.optimizers.known()) == 0 and len(controller.factors._indices) < 10
 
 
 # --- by hand -------------------------------------------------------------------------------------------------------

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
-from torch import Tensor, nn
+from torch import nn
 
+from rankwise.adapt.ranks import HANDLES
 from rankwise.method.schedule import Phase
 from rankwise.run.controller import Controller
 from rankwise.run.state import AllocationState
@@ -16,18 +16,15 @@ from rankwise.run.summary import RankSummary
 _PHASE_NUMBERS = {str(phase): number for number, phase in enumerate(Phase)}
 
 
-class AdaptedModel(Protocol):
-    """What an integration uses of a `rankwise.PeftModel`, which itself calls integrations."""
-
-    _rankwise_controller: Controller | None
+class Run(Protocol):
+    """What an integration uses of a run: rankwise's adapted models have it, and the handle of `adapt_ranks`."""
 
     @property
-    def peft_config(self) -> Mapping[str, Any]:
-        """The adapters' configurations by name."""
+    def _rankwise_controller(self) -> Controller | None: ...
 
     @property
     def allocation_state(self) -> AllocationState | None:
-        """Where the ranks' allocation stands; None where no AdaLoRA adapter trains."""
+        """Where the ranks' allocation stands; None where no ranks adapt."""
 
     def set_total_step(self, total_step: int) -> None:
         """Tell the schedule how many optimizer steps the run has."""
@@ -35,60 +32,68 @@ class AdaptedModel(Protocol):
     def rank_summary(self) -> RankSummary:
         """Rank, importance and parameters of every adapted layer."""
 
-    def orthogonal_penalty(self) -> Tensor:
-        """The penalty without its weight, a 0-dim tensor."""
 
-    def load_checkpoint(self, folder: str, adapter_name: str | None = None) -> None:
-        """Bring the adapters to what a folder holds."""
+def run_of(model: Any) -> Run | None:
+    """The run in ``model``: an adapted model, itself or the first in it, or the handle that a model keeps.
 
-
-def adapted_model(model: Any) -> AdaptedModel | None:
-    """The adapted model: ``model`` itself, or the first in it; None if there is none.
-
-    It may be inside a wrapper such as DistributedDataParallel, or be a part of the model that is trained, as the
+    It may be inside a wrapper such as DistributedDataParallel, or belong to a part of the model that is trained, as the
     encoder of a SentenceTransformer is.
     """
     if not isinstance(model, nn.Module):
         return None
-    # The class is asked, as wrappers pass on what an object is asked for.
-    adapted = (module for module in model.modules() if hasattr(type(module), "allocation_state"))
-    return cast("AdaptedModel | None", next(adapted, None))
+    for module in model.modules():
+        # The class is asked, as wrappers pass on what an object is asked for.
+        if hasattr(type(module), "allocation_state"):
+            return cast("Run", module)
+        handles = vars(module).get(HANDLES)
+        if handles:
+            return cast("Run", next(iter(handles.values())))
+    return None
 
 
-def fit_total_step(adapted: AdaptedModel, steps: int, who: str) -> None:
+def own_model(model: Any) -> Any:
+    """The model with rankwise's own layers: ``model`` itself, or the first in it; None if there is none."""
+    if not isinstance(model, nn.Module):
+        return None
+    return next((module for module in model.modules() if hasattr(type(module), "allocation_state")), None)
+
+
+def fit_total_step(run: Run, steps: int, who: str) -> None:
     """Set ``total_step`` where it was left out; warn where it is not the number of ``steps`` that ``who`` runs."""
-    where = adapted.allocation_state
+    where = run.allocation_state
     if where is None:
         return
     if where.total_step is None:
-        adapted.set_total_step(steps)
+        run.set_total_step(steps)
     elif where.total_step != steps:
         warnings.warn(
             f"The schedule is made for total_step={where.total_step}, but this {who} runs {steps} optimizer steps. "
-            "Leave `total_step` out of AdaLoraConfig to have it fitted.",
+            "Leave `total_step` out to have it fitted.",
             stacklevel=3,
         )
 
 
-def rank_metrics(adapted: AdaptedModel) -> dict[str, float]:
-    """Where the ranks are, for a log; empty if no AdaLoRA adapter trains.
+def rank_metrics(run: Run) -> dict[str, float]:
+    """Where the ranks are, for a log; empty if no ranks adapt.
 
-    ``budget`` and ``total_rank`` (triplets), ``rank_phase`` (0 warm-up, 1 pruning, 2 final) and ``orth_penalty``
-    (without its weight).
+    ``budget`` and ``total_rank`` (triplets), ``rank_phase`` (0 warm-up, 1 pruning, 2 final), and where there is an
+    orthogonality penalty ``orth_penalty`` (without its weight).
     """
-    where, controller = adapted.allocation_state, adapted._rankwise_controller
+    where, controller = run.allocation_state, run._rankwise_controller
     if where is None or controller is None:
         return {}
-    return {
+    metrics: dict[str, float] = {
         "budget": where.budget,
         # Not from `rank_summary`, which looks at all factors to say what layers are worth.
         "total_rank": sum(controller.allocated_ranks().values()),
         "rank_phase": _PHASE_NUMBERS[where.phase],
-        "orth_penalty": round(float(adapted.orthogonal_penalty()), 6),
     }
+    if controller.config.orth_reg_weight:
+        metrics["orth_penalty"] = round(float(controller.penalty()), 6)
+    return metrics
 
 
-def tell_if_unfinished(adapted: AdaptedModel | None) -> None:
+def warn_if_unfinished(run: Run | None) -> None:
     """Warn if the run, which has ended, has not brought the budget down to its target."""
-    if adapted is not None and adapted._rankwise_controller is not None:
-        adapted._rankwise_controller.warn_if_unfinished()
+    if run is not None and run._rankwise_controller is not None:
+        run._rankwise_controller.warn_if_unfinished()

@@ -11,7 +11,8 @@ import functools
 import math
 from typing import Any
 
-from rankwise.integrations.common import adapted_model, fit_total_step, rank_metrics, tell_if_unfinished
+from rankwise.adapt import AdaptiveRanks
+from rankwise.integrations.common import fit_total_step, rank_metrics, run_of, warn_if_unfinished
 
 
 class RankwiseHooks:
@@ -23,17 +24,19 @@ class RankwiseHooks:
         Raises:
             ValueError: it was left out, and the trainer does not know how long it will train either.
         """
-        adapted = adapted_model(pl_module)
-        where = adapted.allocation_state if adapted is not None else None
-        if adapted is None or where is None:
+        run = run_of(pl_module)
+        where = run.allocation_state if run is not None else None
+        if run is None or where is None:
             return
+        if isinstance(run, AdaptiveRanks):
+            run.leave_the_end_to(trainer=True)
         steps = trainer.estimated_stepping_batches
         if math.isfinite(steps):
-            fit_total_step(adapted, int(steps), "Lightning Trainer")
+            fit_total_step(run, int(steps), "Lightning Trainer")
         elif where.total_step is None and where.target < where.initial:
             raise ValueError(
                 "The Trainer runs without an end, so the schedule has none to be fitted to: pass `max_epochs` or "
-                "`max_steps` to the Trainer, or `total_step` to AdaLoraConfig."
+                "`max_steps` to the Trainer, or `total_step` to AdaLoraConfig or `adapt_ranks`."
             )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
@@ -41,15 +44,19 @@ class RankwiseHooks:
         step = trainer.global_step
         if not trainer.loggers or not step or step % trainer.log_every_n_steps:
             return
-        adapted = adapted_model(pl_module)
-        metrics = rank_metrics(adapted) if adapted is not None else {}
+        run = run_of(pl_module)
+        metrics = rank_metrics(run) if run is not None else {}
         if metrics and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Tell if the run has ended before the budget has come down."""
-        tell_if_unfinished(adapted_model(pl_module))
+        """Narrow PEFT's layers to the ranks that are left; warn if the budget has not come down."""
+        run = run_of(pl_module)
+        if isinstance(run, AdaptiveRanks):
+            run.end()
+        else:
+            warn_if_unfinished(run)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rankwise.integrations.common import adapted_model
+from rankwise.integrations.common import run_of
 from rankwise.run.summary import RankSummary
 
 _PICTURES = 20  # in a run: a picture of a large model takes a second to draw
@@ -41,19 +41,14 @@ class RankPictures:
         """
         state = self._trainer.state
         last = "train_runtime" in logs
-        adapted = adapted_model(self._trainer.model)
-        if (
-            adapted is None
-            or adapted.allocation_state is None
-            or self._broken
-            or not (last or "loss" in logs)
-        ):
+        run = run_of(self._trainer.model)
+        if run is None or run.allocation_state is None or self._broken or not (last or "loss" in logs):
             return
         every = max(1, state.max_steps // _PICTURES)
         senders = _senders(self._trainer.callback_handler.callbacks)
         if not senders or not (last or self._step < 0 or state.global_step - self._step >= every):
             return
-        summary = adapted.rank_summary()  # in every process, as it may gather what they hold
+        summary = run.rank_summary()  # in every process, as it may gather what they hold
         ranks = [layer.rank for layer in summary.layers]
         if not state.is_world_process_zero or ranks == self._sent:
             return

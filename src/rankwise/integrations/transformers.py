@@ -18,7 +18,13 @@ from typing import Any
 from transformers import trainer as transformers_trainer
 from transformers.trainer_callback import TrainerCallback
 
-from rankwise.integrations.common import adapted_model, fit_total_step, rank_metrics, tell_if_unfinished
+from rankwise.integrations.common import (
+    fit_total_step,
+    own_model,
+    rank_metrics,
+    run_of,
+    warn_if_unfinished,
+)
 from rankwise.integrations.trackers import RankPictures
 from rankwise.storage import WEIGHTS_NAME
 
@@ -36,25 +42,34 @@ class RankwiseCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Set ``total_step`` where it was left out; warn where it is not the trainer's."""
-        adapted = adapted_model(model)
-        if adapted is not None:
-            fit_total_step(adapted, state.max_steps, "Trainer")
+        adapted = own_model(model)
+        controller = adapted._rankwise_controller if adapted is not None else None
+        if controller is None:
+            return
+        if controller.step and not state.global_step and args.auto_find_batch_size:
+            controller.begin_anew(state.max_steps)
+        fit_total_step(adapted, state.max_steps, "Trainer")
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
-        """Tell if the run has ended before the budget has come down."""
-        tell_if_unfinished(adapted_model(model))
+        """Warn if the run has ended before the budget has come down."""
+        warn_if_unfinished(own_model(model))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **unused: Any
     ) -> None:
         """Add the metrics to what is logged of training."""
-        adapted = adapted_model(model)
-        if adapted is None or logs is None or "loss" not in logs:
-            return
-        metrics = rank_metrics(adapted)
-        logs.update(metrics)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(metrics)
+        add_metrics(state, logs, model)
+
+
+def add_metrics(state: Any, logs: Any, model: Any) -> None:
+    """Add where the ranks are to what a trainer logs of training."""
+    run = run_of(model)
+    if run is None or logs is None or "loss" not in logs:
+        return
+    metrics = rank_metrics(run)
+    logs.update(metrics)
+    if state.log_history and state.log_history[-1].get("step") == state.global_step:
+        state.log_history[-1].update(metrics)
 
 
 def install() -> None:
@@ -116,7 +131,7 @@ def _picturing(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _load(trainer: Any, folder: str, model: Any) -> bool:
-    adapted = adapted_model(model)
+    adapted = own_model(model)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if adapted is None or sharded:
         return False

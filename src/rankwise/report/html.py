@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -167,7 +168,7 @@ class Page:
             rows.append(
                 {
                     "layer": layer,
-                    "norm": sum(value**2 for value in values) ** 0.5 if values is not None else None,
+                    "norm": math.hypot(*values) if values is not None else None,
                     "effective": effective_rank(values) if values is not None else None,
                     "singular": _listed(values or []),
                 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rankwise.run.controller import Controller
+from rankwise.run.optimizers import Optimizers
 from rankwise.run.state import RunState, RunWeights
 
 
@@ -18,7 +19,7 @@ def run_state(controller: Controller) -> RunState:
         step=controller.step,
         fixed=controller.fixed,
         automatic=controller.automatic,
-        leader=controller.leader,
+        leader=controller.optimizers.leader,
         schedule=controller.schedule,
         target_r=controller.config.target_r,
         form=controller.config.form.name,
@@ -58,4 +59,12 @@ def load_packed_state(controller: Controller, packed: Tensor) -> None:
         value = getattr(controller.config, name)
         if value != was:
             controller.warn(f"The run goes on with `{name}`={value}; so far it had {was}.")
-    controller.resume(state)
+    if state.schedule is not None and controller.schedule is None:
+        controller.set_total_step(state.schedule.total_step)
+    controller.step, controller.automatic, controller.history = state.step, state.automatic, state.history
+    controller.optimizers = Optimizers(controller.factors, controller.warn, state.leader)
+    controller.choice.restore(state.scales)
+    controller.fixed = False
+    controller.factors.widen()
+    if state.fixed:
+        controller.fix()

@@ -7,7 +7,7 @@ schedule says so a cut follows. How ranks are chosen is the business of a `Choic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from rankwise.run.history import RankHistory
 from rankwise.run.hooks import Closure, listen, stop_listening
 from rankwise.run.optimizers import Optimizers
 from rankwise.run.penalty import AddedPenalty
-from rankwise.run.state import AllocationState, RunState
+from rankwise.run.state import AllocationState
 from rankwise.run.unreached import unreached_ranks
 from rankwise.run.warn_once import WarnOnce
 
@@ -54,15 +54,24 @@ class Controller:
         self.history = RankHistory(factors.names)
         self.history.record(0, self.initial, list(factors.layout.block_ranks))
         self._penalty = AddedPenalty(factors, config.orth_reg_weight)
-        self._optimizers = Optimizers(factors, warn)
+        self.optimizers = Optimizers(factors, warn)
         self._heard = False  # hooks have told of a step, so steps are observed without a call by hand
+        self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
 
     def detach(self) -> None:
         """Stop listening and forget the run's tensors."""
-        stop_listening(self)
+        self.stop()
         self.factors.tensors.remove()
+
+    def stop(self) -> None:
+        """Stop listening: steps count no more."""
+        stop_listening(self)
+
+    def known_optimizers(self) -> list[Optimizer]:
+        """All optimizers that have stepped the adapter and still exist."""
+        return self.optimizers.known()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_heard": False}
@@ -103,7 +112,7 @@ class Controller:
             self.factors.tensors.get(name).zero_()
         self.history.record(0, self._budget(), self.factors.block_ranks())
         self.step = 0
-        self._optimizers = Optimizers(self.factors, self.warn)
+        self.optimizers = Optimizers(self.factors, self.warn)
 
     def state(self) -> AllocationState:
         """Where the run stands. Waits for the device."""
@@ -145,7 +154,7 @@ class Controller:
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer trains any of this adapter."""
-        return self._optimizers.holds(optimizer, self.prunes and not self.fixed)
+        return self.optimizers.holds(optimizer, self.prunes and not self.fixed)
 
     def before_step(self, optimizer: Optimizer, closure: Closure | None = None) -> Closure | None:
         """Add the penalty's gradient to the gradients: now, or whenever ``closure`` has computed them.
@@ -162,15 +171,15 @@ class Controller:
                 "optimizer steps before the first one."
             )
         self._penalty.refuse_unfit(optimizer)
-        if self._optimizers.overdue(optimizer):
+        if self.optimizers.overdue(optimizer):
             self._completed()
-        step = self._optimizers.begins(optimizer)
+        step = self.optimizers.begins(optimizer)
         return closure if step is None else self._penalty.add_before(step, optimizer, closure)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
         """Observe the gradients; then count the step and cut, unless `update_and_allocate` is called for that."""
-        step, complete = self._optimizers.ended(optimizer)
+        step, complete = self.optimizers.ended(optimizer)
         if step is not None and self._observes_at(self.step + 1):
             self.choice.observe(step, self.step + 1)
         if complete:
@@ -187,7 +196,7 @@ class Controller:
             raise ValueError("Pass `total_step` to AdaLoraConfig, or call `model.set_total_step(n)` first.")
         self.automatic = False
         if not self._heard and self._observes_at(global_step):
-            self.choice.observe(self._optimizers.now(), global_step)
+            self.choice.observe(self.optimizers.now(), global_step)
         self._advance(global_step)
 
     def _observes_at(self, step: int) -> bool:
@@ -215,6 +224,8 @@ class Controller:
                 f"Training goes on past total_step={schedule.total_step}. The ranks stay as they are; "
                 "only their values train on."
             )
+        if self.changed is not None:
+            self.changed()
 
     # A cut.
 
@@ -242,7 +253,7 @@ class Controller:
         if final and unreached is not None:  # what is left over is no use to them
             mask &= ~unreached
         factors.mask.copy_(mask)
-        self.choice.apply(factors.mask, unchanged, final, self._optimizers.known())
+        self.choice.apply(factors.mask, unchanged, final, self.optimizers.known())
         self.history.record(self.step, budget.ranks, factors.block_ranks())
 
     @torch.no_grad()
@@ -252,6 +263,8 @@ class Controller:
             if self.prunes:
                 self._cut(self.target)
             self.fix()
+            if self.changed is not None:
+                self.changed()
 
     def fix(self) -> None:
         """From here on no rank changes, and layers may drop those that are off."""
@@ -265,24 +278,7 @@ class Controller:
         self.factors.mask.copy_(torch.cat([kept[pair.path] for pair in self.factors.pairs]))
         self.fix()
 
-    def resume(self, state: RunState) -> None:
-        """Stand where a checkpoint's run stood; the run's tensors have been loaded already."""
-        if state.schedule is not None and self.schedule is None:
-            self.set_total_step(state.schedule.total_step)
-        self.step, self.automatic, self.history = state.step, state.automatic, state.history
-        self._optimizers = Optimizers(self.factors, self.warn, state.leader)
-        self.choice.restore(state.scales)
-        self.fixed = False
-        self.factors.widen()
-        if state.fixed:
-            self.fix()
-
     # What others ask.
-
-    @property
-    def leader(self) -> int | None:
-        """Number of the factor whose optimizer counts the steps; None before the first."""
-        return self._optimizers.leader
 
     def allocated_ranks(self) -> dict[str, int]:
         """Name of each block (mostly the layer's path) -> rank by the last cut."""

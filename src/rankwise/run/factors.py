@@ -6,6 +6,7 @@ layer is (see `FactorPair.rows`). Which process holds it is the business of a `H
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -62,6 +63,11 @@ class Factors:
         """The factors of one kind, in layer order."""
         return [pair.parameter(key) for pair in self.pairs]
 
+    def parameter(self, number: int) -> nn.Parameter:
+        """The factor of a number."""
+        key, layer = divmod(number, len(self.pairs))
+        return self.pairs[layer].parameter(self.keys[key])
+
     def all_parameters(self) -> list[nn.Parameter]:
         """All factors, by number."""
         return [pair.parameter(key) for key in self.keys for pair in self.pairs]
@@ -83,7 +89,7 @@ class Factors:
     def holder(self) -> Holder:
         """Who holds the factors now."""
         self.zero_parts()
-        return self._zero_holder or TensorHolder(self.all_parameters())
+        return self._zero_holder or TensorHolder(self.parameter)
 
     def zero_parts(self) -> ZeroParts | None:
         """The factors as DeepSpeed ZeRO holds them; None if it doesn't."""
@@ -120,10 +126,15 @@ class Factors:
         numbers, shapes = self.numbers(key), self.shapes[key]
         return {numbers[n]: self.pairs[n].from_rows(key, each, shapes[n]) for n, each in rows.items()}
 
+    @functools.cached_property
     def measured(self) -> list[Measured]:
         """For every layer the factor that is 0 at the start and carries the update."""
         return [
-            Measured(self.numbers(pair.starts_at_zero)[n], pair.blocks, pair.order(pair.starts_at_zero))
+            Measured(
+                self.numbers(pair.starts_at_zero)[n],
+                pair.blocks,
+                pair.order(pair.starts_at_zero, self.layout.ranks[n]),
+            )
             for n, pair in enumerate(self.pairs)
         ]
 

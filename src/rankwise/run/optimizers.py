@@ -67,7 +67,7 @@ class Optimizers:
             return self._zero_step(optimizer, held)
         if not self._counter.begin(optimizer):
             return None
-        return TensorStep(self._factors.all_parameters(), self._held_by(optimizer), optimizer)
+        return TensorStep(self._factors.parameter, self._held_by(optimizer), optimizer)
 
     def overdue(self, optimizer: Optimizer) -> bool:
         """Whether a step of the run was waiting for others when ``optimizer`` began to step; it waits no longer."""
@@ -77,8 +77,8 @@ class Optimizers:
 
     def now(self) -> TensorStep:
         """The gradients of all factors as they are now, as a step."""
-        own = self._factors.all_parameters()
-        return TensorStep(own, range(len(own)))
+        count = len(self._factors.keys) * len(self._factors.pairs)
+        return TensorStep(self._factors.parameter, range(count))
 
     def ended(self, optimizer: Optimizer) -> tuple[Step | None, bool]:
         """The step that ``optimizer`` has taken, if its gradients are to be observed; and whether a step is complete.
@@ -91,9 +91,9 @@ class Optimizers:
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips steps by itself
         if skipped is not None and bool(skipped):
             return None, False
-        own = self._factors.all_parameters()
+        parameter = self._factors.parameter
         mine, own_step = self._held_by(optimizer), self._counter.is_stepping(optimizer)
-        if self._counter.end(optimizer, mine, lambda number: own[number].requires_grad):
+        if self._counter.end(optimizer, mine, lambda number: parameter(number).requires_grad):
             self._expected = weakref.WeakSet(filter(self._has_fresh_gradients, self._later))
             self._later = weakref.WeakSet()
             self._expected.discard(optimizer)
@@ -110,7 +110,7 @@ class Optimizers:
         return None, complete
 
     def _first_gradient(self, optimizer: Optimizer) -> Tensor | None:
-        own = (self._factors.all_parameters()[number] for number in self._held_by(optimizer))
+        own = map(self._factors.parameter, self._held_by(optimizer))
         return next((each.grad for each in own if each.grad is not None), None)
 
     def _has_fresh_gradients(self, optimizer: Optimizer) -> bool:

@@ -25,7 +25,7 @@ class FactorPair(ABC):
         path: the layer's name, as summaries and the history show it. It must be unique in the run.
 
     Attributes:
-        blocks: how many matrices the layer holds, each with ranks of its own: one, or one for each expert of a stack.
+        blocks: how many matrices the layer holds, each with ranks of its own, such as the experts of a stack.
         starts_at_zero: the factor that is 0 at the start, "A" or "B". LoRA's linear layers start with B = 0.
 
     Example:
@@ -66,7 +66,7 @@ class FactorPair(ABC):
     @abstractmethod
     def scale(self, value: float) -> None: ...
 
-    def narrow(self, kept: Tensor) -> None:  # noqa: B027 - keeping the zeros needs nothing
+    def narrow(self, kept: Tensor) -> None:  # noqa: B027 - most layers keep the zeros
         """Called when the choice of ranks is final: ``kept``, (ranks,), bool on the CPU, block by block.
 
         The other ranks are 0 in A and B. A layer may drop them; by default it keeps the zeros.
@@ -79,8 +79,8 @@ class FactorPair(ABC):
         """The weight that the layer adapts, if it is known: an optimizer that trains it alone was made too early."""
         return None
 
-    def order(self, key: str) -> Tensor | None:
-        """The order in which the factor's ranks are read, (ranks,), int64, so that each block's lie together.
+    def order(self, key: str, ranks: int) -> Tensor | None:
+        """The order in which the ``ranks`` of a factor are read, (ranks,), int64, so that each block's lie together.
 
         None: they lie so.
         """
@@ -95,12 +95,12 @@ class FactorPair(ABC):
     def rows(self, key: str, values: Tensor) -> Tensor:
         """``values``, which has the factor's shape, as a matrix with one row for each rank, block by block."""
         matrix = values.transpose(0, _RANK_DIM[key]).flatten(1)
-        order = self.order(key)
+        order = self.order(key, len(matrix))
         return matrix if order is None else matrix[order.to(matrix.device)]
 
     def from_rows(self, key: str, rows: Tensor, shape: torch.Size) -> Tensor:
         """Undo `rows` for a factor of ``shape``. The number of ranks may differ from that of ``shape``."""
-        order = self.order(key)
+        order = self.order(key, len(rows))
         if order is not None:
             rows = rows[order.argsort().to(rows.device)]
         dim = _RANK_DIM[key]

@@ -13,7 +13,9 @@ HISTORY_NAME = "rank_history.json"
 TRAINING_STATE_NAME = "training_state.safetensors"
 OWNED = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, HISTORY_NAME, TRAINING_STATE_NAME)
 PREFIX = "base_model.model."
-NO_SCHEDULE = 1  # total_step in a file whose run had no length yet: no run is as short
+NO_SCHEDULE = (
+    1  # total_step in a file whose run had no length yet; of a run of one step nothing is left to go on
+)
 EXTRA_STATE = "_extra_state"  # PyTorch's key for what `get_extra_state` gives
 
 

@@ -25,6 +25,7 @@ from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
 from rankwise.files.atomic import write_folder
 from rankwise.run.pairs import block_names
 from rankwise.storage import OWNED, PREFIX, WEIGHTS_NAME, AdapterFile, read_adapter, read_model_adapter
+from rankwise.storage.finite import converted, near
 from rankwise.storage.nesting import by_owner, named_by_targets, nested_paths
 from rankwise.storage.read import kept_by_pattern, names_of_blocks
 
@@ -147,6 +148,7 @@ def write_lora(
 
     Raises:
         OSError: it can't be written; what was there before is whole.
+        ValueError: factors hold NaN or infinite values, or numbers that ``dtype`` can't hold. Nothing is written then.
     """
     plain = {path: update for path, update in layers.items() if path not in _in_stacks(updates)}
     stacks = _stacked(updates, layers)
@@ -166,7 +168,15 @@ def write_lora(
 def write_lora_folder(
     folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], companions: Iterable[Path] = ()
 ) -> None:
-    """Write a configuration and tensors under PEFT's names as an adapter folder, all or nothing."""
+    """Write a configuration and tensors under PEFT's names as an adapter folder, all or nothing.
+
+    Raises:
+        OSError: it can't be written; what was there before is whole.
+        ValueError: a tensor holds NaN.
+    """
+    for name, tensor in tensors.items():  # of the factors it is known
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise ValueError(f"{name.removeprefix(PREFIX)!r} holds NaN: use an earlier checkpoint.")
 
     def write(temporary: Path) -> None:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / WEIGHTS_NAME,
@@ -269,20 +279,25 @@ def _unstacked(file: AdapterFile, path: str, own: Mapping[str, Tensor], matrices
     """The update of each matrix of a stack."""
     config, A, B = file.config, own["A"], own["B"]
     if isinstance(config, AdaLoraConfig):
-        A = A * (own["E"] * base_scaling(config, path, config.init_r))
+        A = _scaled(A, own["E"] * base_scaling(config, path, config.init_r))
         kept = torch.tensor(kept_by_pattern(config).get(path, [True] * len(A))).view(matrices, -1)
         counts = kept.sum(1).tolist()
     else:
         rank = pattern_value(config.rank_pattern or {}, path, config.r)
-        A, B = A * base_scaling(config, path, rank), stacked_columns(B, matrices)
+        A, B = _scaled(A, base_scaling(config, path, rank)), stacked_columns(B, matrices)
         counts = [rank] * matrices
     parts = zip(A.split(counts), B.split(counts, dim=1), strict=True)
     return [Update(one_A, one_B, ParameterAdapters) for one_A, one_B in parts]
 
 
 def named_tensors(path: str, update: Update, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A layer's factors under PEFT's names and in PEFT's shapes."""
-    A, B = update.A.to(dtype or update.A.dtype), update.B.to(dtype or update.B.dtype)
+    """A layer's factors under PEFT's names and in PEFT's shapes.
+
+    Raises:
+        ValueError: they hold NaN or infinite values, or numbers that ``dtype`` can't hold.
+    """
+    A = converted(f"lora_A of {path!r}", update.A, dtype)
+    B = converted(f"lora_B of {path!r}", update.B, dtype)
     if update.kernel:
         A, B = A.view(len(A), -1, *update.kernel), B[:, :, None, None]
     return {
@@ -301,7 +316,7 @@ def _update(file: AdapterFile, path: str, own: Mapping[str, Tensor], layer: Adap
     kernel = getattr(layer, "kernel_size", tuple(own["A"].shape[2:]))
     A, B = own["A"].flatten(1), own["B"].flatten(1)
     if isinstance(config, AdaLoraConfig):
-        A = A * (own["E"] * base_scaling(config, path, config.init_r))
+        A = _scaled(A, own["E"] * base_scaling(config, path, config.init_r))
         A, B = (A, B) if layer is None else layer.as_lora(A, B)
         return Update(A, B, kind, kernel)
     rank = pattern_value(config.rank_pattern or {}, path, config.r)
@@ -311,4 +326,9 @@ def _update(file: AdapterFile, path: str, own: Mapping[str, Tensor], layer: Adap
             f"{file.source}: {path!r} should have rank {rank} by `r` and `rank_pattern` of {CONFIG_NAME}, but its "
             f"factors are {tuple(own['A'].shape)} and {tuple(own['B'].shape)}. One of the files is another adapter's."
         )
-    return Update(A * base_scaling(config, path, rank), B, kind, kernel)
+    return Update(_scaled(A, base_scaling(config, path, rank)), B, kind, kernel)
+
+
+def _scaled(A: Tensor, by: Tensor | float) -> Tensor:
+    """``A * by``, in float32 where half precision can't hold it."""
+    return near(A.to(torch.promote_types(A.dtype, torch.float32)) * by, A.dtype)

@@ -30,6 +30,7 @@ from rankwise.parallel import zero
 from rankwise.parallel.sharded import gather
 from rankwise.run.controller import Controller
 from rankwise.run.own import kept_ranks
+from rankwise.storage.finite import refuse_broken
 from rankwise.storage.names import (
     HISTORY_NAME,
     NO_SCHEDULE,
@@ -67,6 +68,7 @@ def write_adapter(
 
     Raises:
         OSError: it can't be written; what was there before is untouched.
+        ValueError: a tensor holds NaN or infinite values. Nothing is written then.
     """
     kept = kept_ranks(controller, state) if controller else {}
     layers = adapter_layers(model, adapter)
@@ -79,13 +81,16 @@ def write_adapter(
             saved_config, target_parameters=in_model_order(config.target_parameters, slots)
         )
 
+    keys = training_keys(model, adapter) if training_state else {}
+    own = {name: _portable(state[key]) for key, name in keys.items()}
+    refuse_broken(folder, model, adapter, {**own, **tensors})
+
     def write(temporary: Path) -> None:
         write_tensor_file(temporary / WEIGHTS_NAME, tensors)
         saved_config.save_pretrained(temporary)
         if controller:
             controller.history.save(temporary / HISTORY_NAME)
         if training_state:
-            own = {name: _portable(state[key]) for key, name in training_keys(model, adapter).items()}
             write_tensor_file(temporary / TRAINING_STATE_NAME, own)
 
     write_folder(folder, write, owned=OWNED)

@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 from rankwise.method.scale import pace
 from rankwise.method.worth import worth
 from rankwise.parallel.holder import Step
+from rankwise.parallel.sharded import local
 from rankwise.run.basis import PrincipalBases, mean_strengths
 from rankwise.run.choice.choice import Candidates
 from rankwise.run.factors import Factors
 from rankwise.run.gradient_checks import GradientChecks
+from rankwise.run.pairs import KEYS
 
 
 class PrincipalChoice:
@@ -47,27 +49,54 @@ class PrincipalChoice:
         warn: Callable[[str], None],
     ) -> None:
         self._factors, self._target_r, self._use_rslora = factors, target_r, use_rslora
-        self._end_scales, self._warn = list(end_scales), warn
+        self.end_scales, self._warn = list(end_scales), warn
         self.checks = GradientChecks(factors, "B", warn)
         self.entries = len(factors.layout.block_ranks)
         self._bases: PrincipalBases | None = None
+        self._before_start: list[
+            tuple[str, int, Tensor, int]
+        ] = []  # factors that `start` changed, as they were
 
+    @torch.no_grad()
     def start(self) -> None:
-        """Give all layers the scale that they start with."""
-        for pair, scale in zip(self._factors.pairs, self._scales(final=False), strict=True):
+        """Give all layers the scale that they start with; what they compute stays as it is."""
+        scales, pairs = self._scales(final=False), self._factors.pairs
+        for key in KEYS:
+            carrying = [n for n, pair in enumerate(pairs) if pair.starts_at_zero == key]
+            rows = self._factors.rows(key) if carrying else []
+            louder = {n: scales[n] / pairs[n].scale for n in carrying}
+            changed = {n: rows[n] / by for n, by in louder.items() if by != 1 and bool(rows[n].any())}
+            if changed:
+                before = [(n, rows[n].clone()) for n in changed]
+                self._factors.write_rows(key, changed)
+                self._before_start += [(key, n, old, self._version(key, n)) for n, old in before]
+        for pair, scale in zip(pairs, scales, strict=True):
             pair.scale = scale
+
+    def _version(self, key: str, layer: int) -> int:
+        return local(self._factors.pairs[layer].parameter(key))._version
+
+    def _undo_start(self) -> None:
+        """Bring back factors that `start` changed, unless somebody has changed them since."""
+        for key, n, old, version in self._before_start:
+            if self._version(key, n) == version:
+                self._factors.write_rows(key, {n: old})
+        self._before_start.clear()
 
     def _scales(self, final: bool) -> list[float]:
         by = 1.0 if final else pace(self._target_r, self._factors.average_rank(), self._use_rslora)
-        return [scale * by for scale in self._end_scales]
+        return [scale * by for scale in self.end_scales]
 
+    @torch.no_grad()
     def restore(self, scales: Sequence[float]) -> None:
+        self._undo_start()
         scales = scales or self._scales(final=False)
         for pair, scale in zip(self._factors.pairs, scales, strict=True):
             pair.scale = scale
 
     def observe(self, step: Step, number: int) -> None:
-        measured = self._factors.measured()
+        self._before_start.clear()
+        measured = self._factors.measured
         if not self.checks.has_gradients(step, [each.number for each in measured]):
             return
         squares = step.squared_norms(measured, self._factors.mask.device)

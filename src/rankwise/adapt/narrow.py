@@ -1,0 +1,128 @@
+"""Narrowing PEFT's layers to the ranks that are left, with what optimizers remember of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankwise.adapt.peft_pairs import PeftPair, holds, same_ranks
+from rankwise.parallel.optimizer_state import KINDS, can_be_rewritten, start_anew
+from rankwise.parallel.sharded import is_sharded
+from rankwise.parallel.zero import partitioned
+from rankwise.run.pairs import KEYS
+
+
+def can_be_narrowed(pairs: Iterable[PeftPair]) -> bool:
+    """Whether this process holds all factors whole."""
+    return not any(is_sharded(p) or partitioned(p) for pair in pairs for p in map(pair.parameter, KEYS))
+
+
+@torch.no_grad()
+def narrow(
+    model: nn.Module, pairs: Sequence[PeftPair], kept: Sequence[Tensor], optimizers: Sequence[Optimizer]
+) -> tuple[list[PeftPair], list[PeftPair]]:
+    """Drop the ranks of PEFT's layers that are off; a layer without any is its base layer again.
+
+    The update of every layer stays as it is. All blocks of a stack of experts keep the largest rank of any.
+
+    Args:
+        model: which holds the layers.
+        pairs: the layers' factors.
+        kept: for each layer (ranks,), bool, block by block.
+        optimizers: those that may train the factors.
+
+    Returns:
+        The layers that still hold the adapter, and those that don't.
+    """
+    ranks = [int(own.view(pair.blocks, -1).sum(1).max()) for pair, own in zip(pairs, kept, strict=True)]
+    for inner, outer in same_ranks(list(pairs)).items():
+        ranks[inner] = ranks[outer] = max(ranks[inner], ranks[outer])
+    for n, pair in enumerate(pairs):
+        if not ranks[n] and pair.adapter in pair.layer.lora_variant:  # DoRA's magnitudes act without any rank
+            ranks[n] = 1
+    stay, dropped = [], []
+    for pair, own, rank in zip(pairs, kept, ranks, strict=True):
+        if rank:
+            _narrow_layer(pair, own, rank, optimizers)
+            stay.append(pair)
+        else:
+            dropped.append(pair)
+    # From the inside to the outside: parameters of one module nest.
+    for pair in sorted(dropped, key=lambda each: each.name.count("."), reverse=True):
+        _drop_layer(model, pair, optimizers)
+    return stay, dropped
+
+
+def _narrow_layer(pair: PeftPair, kept: Tensor, rank: int, optimizers: Sequence[Optimizer]) -> None:
+    front = (~kept.view(pair.blocks, -1)).to(torch.int8).argsort(dim=1, stable=True)[:, :rank]
+    size = kept.numel() // pair.blocks
+    chosen = (front + torch.arange(pair.blocks)[:, None] * size).flatten()
+
+    def narrowed(key: str, values: Tensor, shape: torch.Size) -> Tensor:
+        rows = pair.rows(key, values)[chosen.to(values.device)]
+        return pair.from_rows(key, rows, shape).contiguous()
+
+    scale = pair.scale
+    for key in KEYS:
+        parameter = pair.parameter(key)
+        shape = parameter.shape
+        for optimizer in optimizers:
+            state: dict[str, Any] = optimizer.state.get(parameter, {})
+            if not can_be_rewritten(state, parameter):
+                optimizer.state.pop(parameter)
+                state = {}
+            for name, value in state.items():
+                if name in KINDS and isinstance(value, Tensor) and value.shape == shape:
+                    state[name] = narrowed(key, value, shape)
+        gradient = None if parameter.grad is None else narrowed(key, parameter.grad, shape)
+        parameter.grad = None
+        parameter.data = narrowed(key, parameter.data, shape)
+        parameter.grad = gradient
+        for optimizer in optimizers:
+            if parameter not in optimizer.state and _steps(optimizer, parameter):
+                start_anew(optimizer, parameter)
+        _say_shape(pair, key)
+    pair.layer.r[pair.adapter] = rank
+    pair.scale = scale
+
+
+def _say_shape(pair: PeftPair, key: str) -> None:
+    """Let the module that holds a factor name its new shape."""
+    if pair.is_embedding:
+        return
+    module, shape = pair.module(key), pair.parameter(key).shape
+    names = ("out_features", "out_channels") if key == "A" else ("in_features", "in_channels")
+    for name in names:
+        if hasattr(module, name):
+            setattr(module, name, shape[0] if key == "A" else shape[1])
+
+
+def _drop_layer(model: nn.Module, pair: PeftPair, optimizers: Sequence[Optimizer]) -> None:
+    for key in KEYS:
+        parameter = pair.parameter(key)
+        parameter.grad = None
+        parameter.requires_grad_(False)
+        for optimizer in optimizers:
+            optimizer.state.pop(parameter, None)
+    layer: Any = pair.layer
+    active, trains = layer._active_adapter, {p: p.requires_grad for p in layer.parameters()}
+    with (
+        warnings.catch_warnings()
+    ):  # PEFT says that it lets another adapter act in this layer: it does not, see below
+        warnings.simplefilter("ignore")
+        layer.delete_adapter(pair.adapter)
+    layer._active_adapter = active
+    for parameter in layer.parameters():
+        parameter.requires_grad_(trains[parameter])
+    if not any(holds(layer, name) for name in (*layer.lora_A, *layer.lora_embedding_A)):
+        parent, _, last = pair.name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.base_layer)
+
+
+def _steps(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    return any(each is parameter for group in optimizer.param_groups for each in group["params"])

@@ -1,0 +1,66 @@
+"""What PEFT's configuration says of an adapter whose scales and ranks have changed, so that what is saved is right."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rankwise.adapt.peft_pairs import PeftPair
+
+
+def write_config(config: Any, pairs: Sequence[PeftPair], dropped: Sequence[PeftPair]) -> None:
+    """Let an adapter's ``LoraConfig`` say what its layers are now.
+
+    Args:
+        config: PEFT's, changed in place.
+        pairs: the layers that hold the adapter.
+        dropped: layers that held it at the start of the run, and don't any more.
+    """
+    ranks = {pair.path: pair.rank for pair in pairs}
+    alphas = {pair.path: whole_if_it_is(pair.alpha) for pair in pairs}
+    config.r = max(ranks.values())
+    # One scale serves all layers in servers that read `r` and `lora_alpha` alone.
+    at_most = [alphas[path] for path, rank in ranks.items() if rank == config.r]
+    config.lora_alpha = Counter(at_most).most_common(1)[0][0]
+    every = [*pairs, *dropped]
+    config.rank_pattern = {
+        _key(pair, every): ranks[pair.path] for pair in pairs if ranks[pair.path] != config.r
+    }
+    config.alpha_pattern = {
+        _key(pair, every): alphas[pair.path] for pair in pairs if alphas[pair.path] != config.lora_alpha
+    }
+    if dropped:
+        _write_targets(config, pairs, dropped)
+
+
+def _key(pair: PeftPair, every: Sequence[PeftPair]) -> str:
+    """The pattern for one layer. PEFT compares it with the end of each path, unless it is anchored."""
+    ends_like_it = any(other.path.endswith(f".{pair.path}") for other in every)
+    return f"^{pair.path}" if ends_like_it else pair.path
+
+
+def _write_targets(config: Any, pairs: Sequence[PeftPair], dropped: Sequence[PeftPair]) -> None:
+    parameters = [pair.path for pair in pairs if pair.is_parameter]
+    if config.target_parameters:
+        config.target_parameters = parameters or None
+    inner = {
+        pair.path for pair in pairs if ".base_layer." in f".{pair.path}"
+    }  # adapted along with their parent
+    paths = [pair.path for pair in pairs if not pair.is_parameter and pair.path not in inner]
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    lost = [pair.path for pair in dropped if not pair.is_parameter]
+    ambiguous = any(other.endswith(f".{path}") for path in paths for other in lost)
+    config.target_modules = "|".join(map(re.escape, paths)) if ambiguous else set(paths)
+
+
+def whole_if_it_is(value: float) -> float:
+    """A whole number as an int, which servers expect of ``lora_alpha``.
+
+    Example:
+        >>> whole_if_it_is(16.0), whole_if_it_is(2.5)
+        (16, 2.5)
+    """
+    near = round(value)
+    return near if abs(value - near) <= 1e-9 * max(abs(value), 1) else value

@@ -1,0 +1,134 @@
+"""The factors of PEFT's own LoRA layers, which stay as they are: only A, B and ``scaling`` are read and written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.run.pairs import FactorPair
+
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.", "module.")
+
+
+class PeftPair(FactorPair):
+    """A and B of one adapter in one of PEFT's LoRA layers.
+
+    Args:
+        path: the layer's path in the base model, as PEFT's configuration names it.
+        name: the layer's path in the model that was given.
+        layer: the ``LoraLayer``.
+        adapter: the adapter's name.
+    """
+
+    def __init__(self, path: str, name: str, layer: Any, adapter: str) -> None:
+        super().__init__(path)
+        self.name, self.layer, self.adapter = name, layer, adapter
+        self.is_parameter = type(layer).__name__ == "ParamWrapper"
+        self.blocks = int(layer.num_experts) if self.is_parameter else 1
+        self.is_embedding = adapter in layer.lora_embedding_A
+        self.starts_at_zero = "A" if self.is_embedding else "B"
+
+    def module(self, key: str) -> Any:
+        """The module that holds a factor, which an embedding does not have."""
+        return (self.layer.lora_A if key == "A" else self.layer.lora_B)[self.adapter]
+
+    def parameter(self, key: str) -> nn.Parameter:
+        # Asked for in every step, of every layer: this way takes a fraction of the time of attributes.
+        held: Any = self.layer._modules[("lora_embedding_" if self.is_embedding else "lora_") + key]
+        if self.is_embedding:
+            return held[self.adapter]  # type: ignore[no-any-return]
+        return held._modules[self.adapter]._parameters["weight"]  # type: ignore[no-any-return]
+
+    @property
+    def scale(self) -> float:
+        return float(self.layer.scaling[self.adapter])
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self.layer.scaling[self.adapter] = value
+        self.layer.lora_alpha[self.adapter] = self.alpha
+
+    @property
+    def rank(self) -> int:
+        """Of each block, as PEFT's configuration gives it."""
+        return int(self.layer.r[self.adapter])
+
+    @property
+    def alpha(self) -> float:
+        """PEFT's ``lora_alpha``, with which the layer has its present scale at its present rank."""
+        by = math.sqrt(self.rank) if self.layer.use_rslora[self.adapter] else self.rank
+        return self.scale * by
+
+    def order(self, key: str, ranks: int) -> Tensor | None:
+        """B of a stack of experts is laid out by rank first and expert second."""
+        if key != "B" or self.blocks == 1:
+            return None
+        return torch.arange(ranks).view(-1, self.blocks).T.flatten()
+
+    def base_weight(self) -> Tensor | None:
+        weight = getattr(self.layer.get_base_layer(), "weight", None)
+        return weight if isinstance(weight, Tensor) else None
+
+
+def lora_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Names and layers of PEFT's LoRA in ``model``; only those that hold ``adapter``, if given."""
+    try:
+        from peft.tuners.lora import LoraLayer
+    except ImportError:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and (adapter is None or holds(module, adapter)):
+            yield name, module
+
+
+def holds(layer: Any, adapter: str) -> bool:
+    """Whether one of PEFT's LoRA layers has factors of ``adapter``."""
+    return adapter in layer.lora_A or adapter in layer.lora_embedding_A
+
+
+def peft_pairs(model: nn.Module, adapter: str) -> list[PeftPair]:
+    """The pairs of ``adapter`` on PEFT's layers in ``model``, in model order."""
+    prefix = base_prefix(model)
+    return [
+        PeftPair(_path(name.removeprefix(prefix), layer), name, layer, adapter)
+        for name, layer in lora_layers(model, adapter)
+    ]
+
+
+def base_prefix(model: nn.Module) -> str:
+    """What PEFT puts before the names of the base model's modules; nothing where adapters were injected."""
+    if type(model).__module__.startswith("peft.tuners.") and hasattr(model, "model"):
+        return "model."
+    inner = getattr(model, "base_model", None)
+    wrapped = type(inner).__module__.startswith("peft.") and hasattr(inner, "model")
+    return "base_model.model." if wrapped else ""
+
+
+def _path(name: str, layer: Any) -> str:
+    """A layer's path as PEFT's configuration names it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    if type(layer).__name__ == "ParamWrapper":  # two parameters of one module nest
+        while name.endswith(".base_layer"):
+            name = name.removesuffix(".base_layer")
+        return f"{name}.{layer.parameter_name}"
+    return name
+
+
+def same_ranks(pairs: list[PeftPair]) -> Mapping[int, int]:
+    """Layers that PEFT gives one rank, by number: the number of the layer that each must have the rank of.
+
+    PEFT's multi-head attention adapts its output projection along with itself.
+    """
+    number_of = {id(pair.layer): n for n, pair in enumerate(pairs)}
+    inner = {}
+    for n, pair in enumerate(pairs):
+        if type(pair.layer).__name__ == "MultiheadAttention":
+            projection = number_of.get(id(pair.layer.base_layer.out_proj))
+            if projection is not None:
+                inner[projection] = n
+    return inner

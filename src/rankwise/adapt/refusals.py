@@ -1,0 +1,122 @@
+"""What of PEFT's LoRA can't be adapted: its meaning would change when directions are turned or cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from rankwise.adapt.peft_pairs import PeftPair, lora_layers
+
+# Starts that leave the update at 0, or change nothing but A and B.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def check_model(model: Any) -> None:
+    """See that ``model`` has adapters of PEFT's LoRA.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: it has none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a torch.nn.Module with a LoRA adapter of PEFT, or a list of FactorPairs, but is a "
+            f"{type(model).__name__}."
+        )
+    if getattr(model, "_rankwise_controller", None) is not None:
+        raise ValueError(
+            "This model has rankwise's own layers, whose ranks adapt by themselves. `adapt_ranks` is for PEFT's."
+        )
+    configs = getattr(model, "peft_config", None)
+    if not configs or next(lora_layers(model), None) is None:
+        kinds = {getattr(each, "peft_type", None) for each in configs.values()} if configs else set()
+        names = ", ".join(sorted(str(getattr(kind, "value", kind)) for kind in kinds))
+        has = f"has adapters of the kind {names}" if names else "has no adapter"
+        raise ValueError(
+            f"This {type(model).__name__} {has}, but only LoRA's ranks can be adapted. Attach one first: "
+            "`peft.get_peft_model(model, peft.LoraConfig(r=8, ...))`."
+        )
+
+
+def chosen_adapter(model: Any, adapter: str | None) -> str:
+    """The adapter to adapt: ``adapter``, or the one that is active.
+
+    Raises:
+        ValueError: there is no such adapter, or several are active.
+    """
+    names = list(model.peft_config)
+    if adapter is not None:
+        if adapter not in names:
+            raise ValueError(f"There is no adapter {adapter!r}; the model has {sorted(names)}.")
+        return adapter
+    active = getattr(model, "active_adapters", names)
+    active = active() if callable(active) else active  # Transformers has a method
+    active = [active] if isinstance(active, str) else list(active)
+    if len(active) != 1:
+        raise ValueError(f"The adapters {sorted(active)} are active: say which one to adapt, `adapter=...`.")
+    return str(active[0])
+
+
+def check_adapter(config: Any, adapter: str, pairs: Sequence[PeftPair]) -> None:
+    """See that the ranks of an adapter can be adapted.
+
+    Raises:
+        ValueError: they can't; the message names why, and what to do.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise ValueError(
+            f"The adapter {adapter!r} is of the kind {kind}, but only LoRA's ranks can be adapted: make it with "
+            "`peft.LoraConfig`."
+        )
+    start = config.init_lora_weights
+    if start not in _STARTS:
+        raise ValueError(
+            f"`init_lora_weights`={start!r} moves a part of the base weights into A and B, so cutting a rank would "
+            "take it out of the model. Leave `init_lora_weights` out (or take 'gaussian', 'orthogonal' or 'eva')."
+        )
+    if getattr(config, "lora_bias", False):
+        raise ValueError(
+            "`lora_bias=True` adds a bias to B, which has no rank to cut: leave `lora_bias` out."
+        )
+    if not pairs:
+        raise ValueError(f"No layer holds the adapter {adapter!r}.")
+    for pair in pairs:
+        _check_layer(pair, adapter)
+    _check_shared(pairs)
+
+
+def _check_layer(pair: PeftPair, adapter: str) -> None:
+    layer = pair.layer
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and not type(variant).__name__.startswith("Dora"):
+        raise ValueError(
+            f"{pair.path!r} uses {type(variant).__name__}, a variant of LoRA that reads A or B in a way of its own, so "
+            "its ranks can't be cut. Leave that option of LoraConfig out."
+        )
+    if layer.merged_adapters:
+        raise ValueError(
+            f"The adapters {layer.merged_adapters} are merged into {pair.path!r}: call `unmerge_adapter` first."
+        )
+    A, B = pair.parameter("A"), pair.parameter("B")
+    if not pair.is_embedding and len(B.shape) > 1 and len(A.shape) > 1 and B.numel() and A.numel():
+        if B.shape[1] != A.shape[0]:
+            raise ValueError(
+                f"{pair.path!r} is a convolution with groups, in which B has {B.shape[1]} columns for the {A.shape[0]} "
+                "ranks of A: PEFT's layout is no product B A. Leave the layer out with `exclude_modules`."
+            )
+
+
+def _check_shared(pairs: Sequence[PeftPair]) -> None:
+    seen: dict[int, str] = {}
+    for pair in pairs:
+        for key in ("A", "B"):
+            parameter = pair.parameter(key)
+            other = seen.setdefault(id(parameter), pair.path)
+            if other != pair.path:
+                raise ValueError(
+                    f"{other!r} and {pair.path!r} share their factor {key}, so they can't have ranks of their own. "
+                    "Leave one of them out, or don't tie their adapters (`ensure_weight_tying`)."
+                )

@@ -1,0 +1,157 @@
+"""The callback `AdaptRanks`: adaptive ranks on PEFT's LoRA in Transformers' Trainer and all trainers made of it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+from transformers.trainer_callback import ExportableState, TrainerCallback
+
+from rankwise.adapt.peft_pairs import lora_layers
+from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
+from rankwise.integrations.transformers import add_metrics, install
+from rankwise.storage.names import HISTORY_NAME
+
+_STATE_FILE = "trainer_state.json"
+
+
+class AdaptRanks(TrainerCallback, ExportableState):
+    """Lets the ranks of a LoRA adapter of PEFT adapt while a trainer trains it; see `rankwise.adapt_ranks`.
+
+    It goes into ``callbacks`` of Transformers' Trainer, or of any trainer made of it, such as those of TRL and
+    sentence-transformers. The number of steps is the trainer's. The logs get ``budget``, ``total_rank`` and
+    ``rank_phase`` (0 warm-up, 1 pruning, 2 final). Checkpoints carry the run in ``trainer_state.json``, so a resumed
+    run is bit for bit the undisturbed one. When training ends, the layers are narrowed to the ranks that are left; save
+    the adapter then (``trainer.save_model()``).
+
+    Args:
+        target_r: average rank in the end, greater than 0 and at most the rank of the adapter. None: half of it.
+        adapter: the adapter's name. None: the one that is active.
+        tinit: warm-up, in steps or as a fraction of the run. None: 2 % of the run.
+        tfinal: last phase, in which no rank changes, in steps or as a fraction. None: three fifths of the run.
+        deltaT: steps between two cuts. None: chosen to give twenty cuts.
+
+    Raises:
+        TypeError, ValueError: when the trainer is made or begins, as `rankwise.adapt_ranks`.
+
+    Example:
+        >>> callback = AdaptRanks(target_r=4)
+        >>> callback.ranks is None  # until training begins
+        True
+    """
+
+    def __init__(
+        self,
+        target_r: float | None = None,
+        adapter: str | None = None,
+        tinit: int | float | None = None,
+        tfinal: int | float | None = None,
+        deltaT: int | None = None,
+    ) -> None:
+        self._settings: dict[str, Any] = {
+            "target_r": target_r,
+            "adapter": adapter,
+            "tinit": tinit,
+            "tfinal": tfinal,
+            "deltaT": deltaT,
+        }
+        self.ranks: AdaptiveRanks | None = None  # the handle of the run, once training has begun
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
+        """Refuse what can't be adapted when the trainer is made, and not hours later."""
+        install()
+        found = _lora_model(model)
+        if found is not None and not vars(found).get(HANDLES):
+            check_adaptable(found, self._settings["adapter"], self._settings["target_r"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
+        """Begin the run, or take it up where the checkpoint left it."""
+        found = _lora_model(model)
+        target = model if found is None else found
+        ranks = self._handle_of(target)
+        if ranks is not None and ranks.is_over:
+            return
+        if ranks is None:
+            ranks = adapt_ranks(target, total_step=state.max_steps, **self._settings)
+        elif (
+            not state.global_step
+        ):  # a trainer that has given up an attempt, such as one with too large a batch
+            ranks.begin_anew(state.max_steps)
+        ranks.leave_the_end_to(trainer=True)
+        self.ranks = ranks
+        if state.global_step:
+            _load(ranks, state.stateful_callbacks, f"The checkpoint of step {state.global_step}")
+        state.stateful_callbacks.setdefault(type(self).__name__, {})
+
+    def _handle_of(self, model: Any) -> AdaptiveRanks | None:
+        handles = vars(model).get(HANDLES, {}) if isinstance(model, nn.Module) else {}
+        name = self._settings["adapter"]
+        return handles.get(name) if name is not None else next(iter(handles.values()), None)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **unused: Any
+    ) -> None:
+        """Add where the ranks are to what is logged of training."""
+        add_metrics(state, logs, model)
+
+    def on_save(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Put the history of the ranks beside the adapter, for ``rankwise report``."""
+        self._write_history(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Narrow the layers to the ranks that are left."""
+        if self.ranks is None or self.ranks.is_over:
+            return
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is not None and best != os.path.join(args.output_dir, f"checkpoint-{state.global_step}"):
+            file = Path(best) / _STATE_FILE
+            if file.is_file():  # the trainer has loaded that checkpoint's factors
+                saved = json.loads(file.read_text(encoding="utf-8"))
+                _load(self.ranks, saved.get("stateful_callbacks", {}), str(file))
+        self.ranks.end()
+        self._write_history(Path(args.output_dir), state)
+
+    def _write_history(self, folder: Path, state: Any) -> None:
+        if self.ranks is not None and state.is_world_process_zero and folder.is_dir():
+            self.ranks.rank_history.save(folder / HISTORY_NAME)
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer keeps of the callback in a checkpoint."""
+        if self.ranks is None or self.ranks.is_over:
+            return {"args": self._settings, "attributes": {}}
+        packed = base64.b64encode(save(self.ranks.state_dict())).decode("ascii")
+        return {"args": self._settings, "attributes": {"run": packed}}
+
+
+def _lora_model(model: Any) -> nn.Module | None:
+    """The model that holds PEFT's configurations: ``model`` itself, or the first in it; None if there is none."""
+    if not isinstance(model, nn.Module):
+        return None
+    for module in model.modules():
+        if getattr(module, "peft_config", None) and next(lora_layers(module), None) is not None:
+            return module
+    return None
+
+
+def _load(ranks: AdaptiveRanks, callbacks: Any, source: str) -> None:
+    saved = (callbacks or {}).get(AdaptRanks.__name__) or {}
+    saved = saved[0] if isinstance(saved, list) else saved
+    packed = saved.get("attributes", {}).get("run")
+    if packed is None:
+        raise ValueError(
+            f"{source} holds no state of adaptive ranks, so the run can't go on from it. Resume without `AdaptRanks`. "
+            "Or begin a new run from that adapter: load it with `PeftModel.from_pretrained(..., is_trainable=True)`, "
+            "and train without `resume_from_checkpoint`."
+        )
+    try:
+        ranks.load_state_dict(
+            {name: torch.as_tensor(each) for name, each in load(base64.b64decode(packed)).items()}
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
