@@ -103,6 +103,42 @@ def test_means_of_squares_stay_positive_and_of_the_size_of_the_turned_gradients(
                 assert optimizer.state[factor][name].any()
 
 
+def test_momentum_of_rmsprop_is_movement_and_moves_the_update_as_before() -> None:
+    model = _model()
+    optimizer = torch.optim.RMSprop(_trained(model), lr=0.0, momentum=0.9)
+    for _ in range(3):
+        _pull(model)
+        optimizer.step()
+
+    def movements() -> list[Tensor]:
+        found = []
+        for layer in _layers(model):
+            A, B = layer.lora_A["default"], layer.lora_B["default"]
+            moved_A, moved_B = (optimizer.state[p]["momentum_buffer"] for p in (A, B))
+            found += [(B @ moved_A).detach(), (moved_B @ A).detach()]
+        return found
+
+    before, louder = movements(), {0: 2.0, 1: 0.5}
+    _write(model, louder, [optimizer])
+    for was, now, by in zip(before, movements(), (2.0, 2.0, 0.5, 0.5), strict=True):
+        torch.testing.assert_close(by * now, was)
+
+
+def test_variances_of_centered_rmsprop_stay_positive() -> None:
+    model = _model()
+    optimizer = torch.optim.RMSprop(_trained(model), lr=0.0, alpha=0.5, centered=True)
+    for _ in range(
+        12
+    ):  # of nearly the same gradients, so that mean squares are hardly more than squares of means
+        _pull(model)
+        optimizer.step()
+    _write(model, {0: 1.0, 1: 1.0}, [optimizer])
+    for factor in _trained(model):
+        state = optimizer.state[factor]
+        assert state["grad_avg"].any()
+        assert bool((state["square_avg"] - state["grad_avg"].square() >= -1e-12).all())
+
+
 class Quantized(torch.optim.SGD):
     """Remembers bytes of a gradient, as 8-bit optimizers do."""
 
