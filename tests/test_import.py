@@ -85,7 +85,7 @@ def test_the_core_works_where_no_optional_library_is_installed():
 
 
 CHAPTERS = (
-    "method files config parallel adapters attach run storage integrations model report recipes cli".split()
+    "method files config parallel adapters attach run adapt storage integrations model report recipes cli".split()
 )
 
 
