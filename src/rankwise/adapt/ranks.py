@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -90,8 +91,10 @@ def adapt_ranks(
             raise ValueError(
                 f"The ranks of adapter {name!r} adapt already. Call `detach()` on the first handle to begin anew."
             )
-        peft_config = whole.peft_config[name]
+        # A copy, as the caller may use the configuration again, and TRL's copy of an adapter shares it.
+        peft_config = copy.deepcopy(whole.peft_config[name])
         handle = AdaptiveRanks(pairs, name, target_r, total_step, tinit, tfinal, deltaT, whole, peft_config)
+        whole.peft_config[name] = peft_config
         vars(whole).setdefault(HANDLES, {})[name] = handle
         return handle
     own = cast("Sequence[FactorPair]", model)
@@ -175,6 +178,7 @@ class AdaptiveRanks:
         self._choice = PrincipalChoice(factors, config.target_r, rslora, [pair.scale for pair in pairs], warn)
         self._controller = Controller(adapter, factors, self._choice, config, warn)
         self._controller.changed = self._after_step
+        self._controller.finished_by = "ranks.finalize_ranks()"
         self._written = (
             0,
             False,
@@ -230,9 +234,15 @@ class AdaptiveRanks:
 
     # Steering them.
 
-    def leave_the_end_to(self, trainer: bool = True) -> None:
-        """Let a trainer say when the run is over, by `end`: until then checkpoints have the ranks of the start."""
+    def leave_the_end_to(self, trainer: bool = True, handle: str = "ranks") -> None:
+        """Let a trainer say when the run is over, by `end`: until then checkpoints have the ranks of the start.
+
+        Args:
+            trainer: whether it does.
+            handle: where the user finds this object, for warnings.
+        """
         self._narrow_when_over = not trainer
+        self._controller.finished_by = f"{handle}.finalize_ranks()"
 
     def end(self) -> None:
         """The trainer is done: narrow the layers if the choice of ranks is final, or else warn that it is not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from rankwise.adapt.peft_pairs import lora_layers
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
+from rankwise.adapt.refusals import check_model
+from rankwise.integrations.common import own_model
 from rankwise.integrations.transformers import add_metrics, install
 from rankwise.storage.names import HISTORY_NAME
 
@@ -67,7 +70,10 @@ class AdaptRanks(TrainerCallback, ExportableState):
         """Refuse what can't be adapted when the trainer is made, and not hours later."""
         install()
         found = _lora_model(model)
-        if found is not None and not vars(found).get(HANDLES):
+        if found is None and own_model(model) is not None:
+            check_model(own_model(model))
+        handle = None if found is None else self._handle_of(found)
+        if found is not None and (handle is None or handle.is_over):
             check_adaptable(found, self._settings["adapter"], self._settings["target_r"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
@@ -76,14 +82,21 @@ class AdaptRanks(TrainerCallback, ExportableState):
         target = model if found is None else found
         ranks = self._handle_of(target)
         if ranks is not None and ranks.is_over:
-            return
+            if ranks is self.ranks:
+                warnings.warn(
+                    "The run of adaptive ranks is over, so the ranks stay as they are, and their values train on. To "
+                    "adapt them further, make a trainer with a new `AdaptRanks`.",
+                    stacklevel=2,
+                )
+                return
+            ranks.detach()
+            ranks = None
         if ranks is None:
             ranks = adapt_ranks(target, total_step=state.max_steps, **self._settings)
-        elif (
-            not state.global_step
-        ):  # a trainer that has given up an attempt, such as one with too large a batch
+        elif not state.global_step:
+            # A trainer has given up an attempt, such as one with too large a batch.
             ranks.begin_anew(state.max_steps)
-        ranks.leave_the_end_to(trainer=True)
+        ranks.leave_the_end_to(trainer=True, handle="callback.ranks")
         self.ranks = ranks
         if state.global_step:
             _load(ranks, state.stateful_callbacks, f"The checkpoint of step {state.global_step}")

@@ -18,6 +18,7 @@ _ATTRIBUTES = (
     "peft_config",
     "_rankwise_controller",
     "_rankwise_histories",
+    "_rankwise_to_train",
     "_ddp_params_and_buffers_to_ignore",
     "_hf_peft_config_loaded",
 )
@@ -29,6 +30,7 @@ class HoldsAdapters(nn.Module):
     peft_config: dict[str, LoraConfig]
     _rankwise_controller: Controller | None
     _rankwise_histories: dict[str, RankHistory]
+    _rankwise_to_train: set[str]  # adapters that were attached to be trained
 
     @property
     def active_adapters(self) -> list[str]:

@@ -115,6 +115,7 @@ class NamesAdapters(MergesAdapters):
         detach(self, adapter_name)
         del self.peft_config[adapter_name]
         self._rankwise_histories.pop(adapter_name, None)
+        self._rankwise_to_train.discard(adapter_name)
         if was_active and self.peft_config and not self.active_adapters:
             self.set_adapter(next(iter(self.peft_config)))
 
@@ -148,6 +149,7 @@ class NamesAdapters(MergesAdapters):
             apply_attachment(self, attachment)
             self.peft_config[name] = config
             if not config.inference_mode:
+                self._rankwise_to_train.add(name)
                 _install_integrations(self)
                 hold_layout(self)
             if getattr(self, "is_quantized", False):
@@ -185,6 +187,7 @@ class NamesAdapters(MergesAdapters):
             detach(self, name)
             self.peft_config.pop(name, None)
             self._rankwise_histories.pop(name, None)
+            self._rankwise_to_train.discard(name)
             for layer, names in active:
                 layer.active_adapters = names
             for module, was in copies:

@@ -57,6 +57,7 @@ class Controller:
         self.optimizers = Optimizers(factors, warn)
         self._heard = False  # hooks have told of a step, so steps are observed without a call by hand
         self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
+        self.finished_by = "model.finalize_ranks()"  # what a warning tells the user to call
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
 
@@ -110,7 +111,9 @@ class Controller:
         self.set_total_step(total_step)
         for name in ("sensitivity", "uncertainty", "skipped"):
             self.factors.tensors.get(name).zero_()
-        self.history.record(0, self._budget(), self.factors.block_ranks())
+        budget = self._budget()
+        self.history = RankHistory(self.factors.names)
+        self.history.record(0, budget, self.factors.block_ranks())
         self.step = 0
         self.optimizers = Optimizers(self.factors, self.warn)
 
@@ -142,7 +145,7 @@ class Controller:
         self.warn(
             f"At step {self.step} the budget is {self._budget()} triplets; its target is {self.target}, which the "
             f"schedule reaches at step {self.schedule.last_allocation if self.schedule else '?'}. If training ends "
-            "here, call `model.finalize_ranks()`, which brings it to the target, and save (again)."
+            f"here, call `{self.finished_by}`, which brings it to the target, and save (again)."
         )
 
     def _budget(self) -> int:
@@ -193,7 +196,9 @@ class Controller:
         """
         check_whole("global_step", global_step, 0)
         if self.schedule is None and self.prunes and not self.fixed:
-            raise ValueError("Pass `total_step` to AdaLoraConfig, or call `model.set_total_step(n)` first.")
+            raise ValueError(
+                "The length of the run is not known: pass `total_step`, or call `set_total_step(n)` first."
+            )
         self.automatic = False
         if not self._heard and self._observes_at(global_step):
             self.choice.observe(self.optimizers.now(), global_step)

@@ -16,6 +16,7 @@ from rankwise.parallel.zero_holder import ZeroStep
 from rankwise.run.factors import Factors
 from rankwise.run.pairs import KEYS
 from rankwise.run.step_counter import StepCounter
+from rankwise.run.under_peft import FROZEN_BY_PEFT, parameters_of_peft
 
 
 class Optimizers:
@@ -144,12 +145,24 @@ class Optimizers:
             )
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         found = tuple(number for number, parameter in enumerate(own) if id(parameter) in trained)
-        if not found and trained & self._factors.base_weights():
+        if not found:
+            self._explain_why_not(trained)
+        return found
+
+    def _explain_why_not(self, trained: set[int]) -> None:
+        """Warn if an optimizer that holds none of the adapter was meant to train it; ``trained``: ids of parameters."""
+        if trained & self._factors.base_weights():
             self._warn(
                 "An optimizer steps that holds weights of the adapted layers but none of the adapter's, so it "
                 "doesn't train the adapter. Build the optimizer after the adapter is attached."
             )
-        return found
+        model = self._factors.tensors.model
+        frozen = not any(parameter.requires_grad for parameter in self._factors.all_parameters())
+        if model is not None and frozen and trained & parameters_of_peft(model):
+            self._warn(
+                f"{FROZEN_BY_PEFT} Give PEFT the base model instead (`model.unload()` takes rankwise's layers out), "
+                "and call `rankwise.adapt_ranks(peft_model)` if the ranks of PEFT's adapter are to adapt."
+            )
 
     def _in_parts(self, optimizer: Optimizer, prunes: bool) -> frozenset[int]:
         """Which factors DeepSpeed ZeRO is about to step or has stepped with ``optimizer``; mostly none.

@@ -38,6 +38,11 @@ class RunTensors(ABC):
     def __init__(self, device: Callable[[], torch.device]) -> None:
         self._device = device
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose buffers they are; None if the run holds them itself."""
+        return None
+
     def create(self, entries: int, ranks: int) -> None:
         """Make the tensors, with all ranks kept and ``entries`` zeros in each of the statistics."""
         device = self._device()
