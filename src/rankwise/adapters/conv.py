@@ -15,7 +15,8 @@ class Conv2dAdapters(AdapterLayer):
 
     AdaLoRA's update has exactly the weight's shape: A is (r, in_channels / groups * height * width). Plain LoRA
     follows PEFT's layout, which for ``groups`` > 1 is not a change of the weight. A is a dense convolution over
-    all input channels, B a grouped one with (d_out, r / groups); such an adapter can't be merged.
+    all input channels, B a grouped one with (d_out, r / groups); such an adapter can't be merged, unless AdaLoRA wrote
+    it: then A is 0 for the channels of other groups.
     """
 
     called = "Conv2d"
@@ -49,15 +50,29 @@ class Conv2dAdapters(AdapterLayer):
     def from_file(cls, layer: Any, factor: str, tensor: Tensor, adalora: bool) -> Tensor:
         return tensor.flatten(1)
 
-    def as_lora(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def as_lora(cls, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Every group gets its own k rows of a dense A, which are 0 for the channels of other groups."""
-        groups: int = self.groups  # type: ignore[assignment]
+        groups: int = layer.groups
         if groups == 1:
             return A, B
         dense = A.new_zeros(groups, len(A), groups, A.shape[1])
         for group in range(groups):
             dense[group, :, group] = A
         return dense.reshape(groups * len(A), -1), B
+
+    @classmethod
+    def from_lora(cls, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        groups: int = layer.groups
+        if groups == 1:
+            return A, B
+        own = A.view(groups, len(A) // groups, groups, -1)[0, :, 0]
+        if not cls.as_lora(layer, own, B)[0].equal(A):
+            raise ValueError(
+                f"its factors are no change of the weight of a Conv2d with groups={groups}, but those of plain LoRA, "
+                "which reads the channels of all groups."
+            )
+        return own, B
 
     def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
         """``output`` plus the adapter's output for ``x`` (batch, in_channels, height, width)."""
@@ -75,25 +90,31 @@ class Conv2dAdapters(AdapterLayer):
         return delta.reshape(self.base_weight().shape)
 
     def delta_weight(self, name: str) -> Tensor:
-        self._refuse_grouped(name)
-        return super().delta_weight(name)
+        A, B = self._of_weight(name)
+        return self.shape_like_weight((B @ A) * self.scaling[name])
 
     def check_merge(self, names: list[str], finite: bool = False) -> None:
         for name in names:
             if self.acts(name):
-                self._refuse_grouped(name)
+                self._of_weight(name)
         super().check_merge(names, finite)
 
     def _changes_weight(self, name: str) -> bool:
         """Whether the factors are those of a change of the weight, and not in plain LoRA's layout for groups."""
         return self.lora_B[name].shape[1] == len(self.lora_A[name])
 
-    def _refuse_grouped(self, name: str) -> None:
-        if self.groups > 1 and not self._changes_weight(name):  # type: ignore[operator]
+    def _of_weight(self, name: str) -> tuple[Tensor, Tensor]:
+        """The factors, if their product changes the weight, or a ValueError."""
+        A, B = self.factors(name)
+        if self._changes_weight(name):
+            return A, B
+        try:
+            return self.from_lora(self, A, B)
+        except ValueError:
             raise ValueError(
                 f"A plain LoRA adapter of a Conv2d with groups={self.groups} is not a change of its weight, "
                 "so it can't be merged. Keep it unmerged, or leave the layer out with `exclude_modules`."
-            )
+            ) from None
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         layer: Any = self

@@ -21,7 +21,8 @@ from rankwise.config.checks import check_number, check_whole
 from rankwise.files.atomic import refuse_existing
 from rankwise.method.truncation import kept_by, parameters_of, ranks_for_budget, ranks_for_share
 from rankwise.storage.names import OWNED
-from rankwise.storage.updates import Update, Updates, read_updates, write_lora
+from rankwise.storage.lora_layout import Update
+from rankwise.storage.updates import Updates, read_updates, write_lora
 
 if TYPE_CHECKING:
     from rankwise.model import PeftModel
@@ -150,7 +151,7 @@ class Spectra:
         for path, rank in ranks.items():
             if rank:
                 own = self._factors[path]
-                cut[path] = Update(own.A[:rank], own.B[:, :rank], own.kind, own.kernel)
+                cut[path] = own.cut(rank)
         return cut
 
     def curve(self) -> list[Compression]:
