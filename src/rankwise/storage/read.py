@@ -128,7 +128,7 @@ def _read(folder: Path, training_state: bool) -> AdapterFile:
         file.training_source = str(folder / TRAINING_STATE_NAME)
         file.training = read_tensor_file(folder / TRAINING_STATE_NAME)
         if holds(folder, TRAINING_CONFIG_NAME):
-            file.run_config = read_run_config(folder / TRAINING_CONFIG_NAME, tensors, file.training)
+            file.run_config = read_run_config(folder, tensors)
         elif not isinstance(config, AdaLoraConfig) and BUFFERS[-1] in file.training:
             raise ValueError(
                 f"{folder} is incomplete: it has {TRAINING_STATE_NAME}, but no {TRAINING_CONFIG_NAME}, which says how "
