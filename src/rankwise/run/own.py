@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from rankwise.run.choice.principal import PrincipalChoice
 from rankwise.run.controller import Controller
 from rankwise.run.factors import Factors
 from rankwise.run.own_pairs import own_pairs
-from rankwise.run.pairs import KEYS
+from rankwise.run.pairs import KEYS, FactorPair
 from rankwise.run.run_tensors import ModelBuffers
 from rankwise.run.warn_once import WarnOnce
 
@@ -34,10 +35,7 @@ def own_controller(
         config: its configuration.
     """
     pairs, warn = own_pairs(layers, adapter), WarnOnce()
-
-    def device() -> torch.device:
-        return pairs[0].parameter("A").device
-
+    device = functools.partial(_device, pairs)  # and no closure, which can't be pickled with the model
     has_E = config.form.has_E
     factors = Factors(pairs, ModelBuffers(model, device), ("E", *KEYS) if has_E else KEYS)
     _warn_of_unused_penalty(config, warn)
@@ -54,6 +52,10 @@ def own_controller(
         factors.mask.copy_(torch.cat([pair.acting() for pair in pairs]))
         controller.fix()
     return controller
+
+
+def _device(pairs: Sequence[FactorPair]) -> torch.device:
+    return pairs[0].parameter("A").device
 
 
 def _warn_of_unused_penalty(config: AdaLoraConfig, warn: WarnOnce) -> None:
