@@ -4,7 +4,7 @@
     adapter_model.safetensors      the factors, cut to the ranks that stay
     rank_history.json              budget and ranks over the run (AdaLoRA)
     training_state.safetensors     uncut factors, statistics, masks and step of an unfinished run; not for sharing
-    training_config.json           that run's configuration (AdaLoRA in the default form, which saves plain LoRA)
+    training_config.json           the run's configuration (AdaLoRA in the default form, which saves plain LoRA)
 
 Loading runs no code from a folder: tensors come from safetensors, or from ``adapter_model.bin`` with
 ``weights_only=True``. It opens no file outside the folder. Shapes are compared with the model before any tensor is

@@ -1,4 +1,7 @@
-"""The configuration of a run whose adapter is saved as plain LoRA: ``training_config.json``, beside the run's state."""
+"""The configuration of a run whose adapter is saved as plain LoRA: ``training_config.json``, beside the adapter.
+
+It says how the adapter was trained, and how a run goes on whose state is there.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,14 @@ from rankwise.storage.names import TRAINING_CONFIG_NAME, TRAINING_STATE_NAME, WE
 
 
 def write_run_config(
-    path: Path, config: AdaLoraConfig, adapter: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    path: Path, config: AdaLoraConfig, adapter: Mapping[str, Tensor], state: Mapping[str, Tensor] | None
 ) -> None:
-    """Write a run's configuration, with checksums of the adapter's tensors and of the run's state."""
-    content = {"config": config.to_dict(), "adapter": checksum(adapter), "state": checksum(state)}
+    """Write a run's configuration, with checksums of the adapter's tensors and of the run's state, if that is saved."""
+    content = {
+        "config": config.to_dict(),
+        "adapter": checksum(adapter),
+        "state": None if state is None else checksum(state),
+    }
     write_file(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -46,7 +53,7 @@ def read_run_config(folder: Path, adapter: Mapping[str, Tensor]) -> AdaLoraConfi
             "plain LoRA. It is another run's: copy all files from one place."
         )
     # A state that somebody has changed on purpose is without its checksum.
-    state = stored_checksum(folder / TRAINING_STATE_NAME) or content["state"]
+    state = stored_checksum(folder / TRAINING_STATE_NAME) or content["state"] or "none"
     for key, found, name in (
         ("adapter", checksum(adapter), WEIGHTS_NAME),
         ("state", state, TRAINING_STATE_NAME),

@@ -77,12 +77,13 @@ def write_adapter(
         saved_config.save_pretrained(temporary)
         if controller:
             controller.history.save(temporary / HISTORY_NAME)
+        own = None
         if training_state:
             own = {name: _portable(state[key]) for key, name in training_keys(model, adapter).items()}
             write_tensor_file(temporary / TRAINING_STATE_NAME, own)
-            if controller and without_E(config):
-                run_config = _with_schedule(controller.config, controller)
-                write_run_config(temporary / TRAINING_CONFIG_NAME, run_config, tensors, own)
+        if controller and without_E(config):
+            run_config = _with_schedule(controller.config, controller)
+            write_run_config(temporary / TRAINING_CONFIG_NAME, run_config, tensors, own)
 
     write_folder(folder, write, owned=OWNED)
 
