@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,26 +54,11 @@ class Conv2dAdapters(AdapterLayer):
     @classmethod
     def as_lora(cls, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Every group gets its own k rows of a dense A, which are 0 for the channels of other groups."""
-        groups: int = layer.groups
-        if groups == 1:
-            return A, B
-        dense = A.new_zeros(groups, len(A), groups, A.shape[1])
-        for group in range(groups):
-            dense[group, :, group] = A
-        return dense.reshape(groups * len(A), -1), B
+        return _for_each_group(A, layer.groups), B
 
     @classmethod
     def from_lora(cls, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        groups: int = layer.groups
-        if groups == 1:
-            return A, B
-        own = A.view(groups, len(A) // groups, groups, -1)[0, :, 0]
-        if not cls.as_lora(layer, own, B)[0].equal(A):
-            raise ValueError(
-                f"its factors are no change of the weight of a Conv2d with groups={groups}, but those of plain LoRA, "
-                "which reads the channels of all groups."
-            )
-        return own, B
+        return ungrouped(A, layer.groups), B
 
     def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
         """``output`` plus the adapter's output for ``x`` (batch, in_channels, height, width)."""
@@ -123,3 +109,32 @@ class Conv2dAdapters(AdapterLayer):
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
         convolved: Tensor = F.conv2d(x, weight, None, layer.stride, padding, layer.dilation, groups)
         return convolved
+
+
+def _for_each_group(A: Tensor, groups: int) -> Tensor:
+    """A (k, d_in) of a change of the weight as plain LoRA has it, (groups * k, groups * d_in)."""
+    if groups == 1:
+        return A
+    dense = A.new_zeros(groups, len(A), groups, A.shape[1])
+    for group in range(groups):
+        dense[group, :, group] = A
+    return dense.reshape(groups * len(A), -1)
+
+
+def ungrouped(A: Tensor, groups: int) -> Tensor:
+    """A (k, d_in) of the change of the weight that plain LoRA's A, (groups * k, groups * d_in), was made of.
+
+    Raises:
+        ValueError: it is none, as it reads the channels of other groups, too.
+
+    Example:
+        >>> ungrouped(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), 2)
+        tensor([[1.]])
+    """
+    own = A if groups == 1 else A.view(groups, len(A) // groups, groups, -1)[0, :, 0]
+    if not _for_each_group(own, groups).equal(A):
+        raise ValueError(
+            f"its factors are no change of the weight of a Conv2d with groups={groups}, but those of plain LoRA, "
+            "which reads the channels of all groups."
+        )
+    return own

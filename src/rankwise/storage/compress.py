@@ -90,7 +90,7 @@ class Spectra:
             if update.grouped:
                 raise ValueError(
                     f"{updates.source}: {path!r} is a grouped convolution, whose LoRA is no change of its weight, so "
-                    "that it has no singular values. Train such adapters as AdaLoRA, or without that layer."
+                    "that it has no singular values. Train such adapters without that layer."
                 )
             self._factors[path], singular = principal(update)
             self._squares[path] = singular.square().tolist()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rankwise.adapters import AdapterLayer
+from rankwise.adapters.conv import ungrouped
 from rankwise.adapters.parameter import ParameterAdapters
 from rankwise.attach.matching import by_ends, names_of_exactly
 from rankwise.config import LoraConfig
@@ -63,6 +64,15 @@ class Update:
     def grouped(self) -> bool:
         """Whether it is a grouped convolution's in LoRA's layout, which is no change B A of a weight."""
         return self.B.shape[1] != self.rank
+
+    def of_weight(self) -> Update | None:
+        """The same update as a change B A of the layer's weight; None if it is a grouped convolution's, and no such."""
+        if not self.grouped:
+            return self
+        try:
+            return replace(self, A=ungrouped(self.A, self.rank // self.B.shape[1]))
+        except ValueError:
+            return None
 
     def cut(self, rank: int) -> Update:
         """The first ``rank`` ranks of it."""
