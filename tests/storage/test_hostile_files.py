@@ -61,7 +61,8 @@ def base() -> Any:
 def config_of(kind: str) -> Any:
     if kind.startswith(("adalora", "default")):
         start = True if kind.startswith("adalora") else "principal"
-        return rw.AdaLoraConfig(init_lora_weights=start, init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=2, total_step=14, lora_alpha=8,
+        return rw.AdaLoraConfig(init_lora_weights=start,
+                                init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=2, total_step=14, lora_alpha=8,
                                 target_modules=["first", "conv", "second"], modules_to_save=["head"],
                                 bias="lora_only")  # fmt: skip
     return rw.LoraConfig(r=2, lora_alpha=4, target_modules=["embed", "first", "conv", "second"],
@@ -459,7 +460,8 @@ DAMAGE: dict[str, list[tuple[str, Callable[[Path], None], str]]] = {
         ("extra state too short", put("_extra_state", lambda t: t[:7], STATE), "16 or more"),
         ("extra state without scales", put("_extra_state", lambda t: t[:16], STATE), "cut off"),
         ("extra state without history", put("_extra_state", lambda t: t[:20], STATE), "rank history"),
-        ("scales without end", put("_extra_state", lambda t: t.index_fill(0, torch.tensor(16), 2**40), STATE), "cut off"),
+        ("scales without end", put("_extra_state", lambda t: t.index_fill(0, torch.tensor(16), 2**40), STATE),
+         "cut off"),
         ("extra state cut off", put("_extra_state", lambda t: t[:-1], STATE), "cut off"),
         ("layout from the future", put("_extra_state", lambda t: t.index_fill(0, torch.tensor(0), 9), STATE),
          "layout 9"),

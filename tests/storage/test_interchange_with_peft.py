@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import functools
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,7 +86,7 @@ class Conv2dAdapters(AdapterLayer):
 
     def _changes_weight(self, name: str) -> bool:
         """Whether the factors are those of a change of the weight, and not in plain LoRA's layout for groups."""
-        return self.lora_B[name].shape[1] == len(self.lora_A[name])
+        return bool(self.lora_B[name].shape[1] == len(self.lora_A[name]))
 
     def _of_weight(self, name: str) -> tuple[Tensor, Tensor]:
         """The factors, if their product changes the weight, or a ValueError."""

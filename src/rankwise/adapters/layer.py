@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.inplace import InPlace
-from rankwise.parallel.ddp import note_use, keep_in_graph
+from rankwise.parallel.ddp import keep_in_graph, note_use
 
 
 class AdapterLayer(InPlace, nn.Module):

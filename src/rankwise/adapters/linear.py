@@ -14,7 +14,7 @@ from rankwise.adapters.branch import Down, Up, add_up, apply_of, hidden_of
 from rankwise.adapters.fused import How, adapted_linear
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.ready import ready
-from rankwise.parallel.ddp import note_use, keep_in_graph
+from rankwise.parallel.ddp import keep_in_graph, note_use
 
 _down, _up = apply_of(Down), apply_of(Up)
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what it casts

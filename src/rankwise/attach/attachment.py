@@ -342,7 +342,9 @@ def _names_for(model: nn.Module, paths: list[str], heads: list[str]) -> list[str
     short = sorted({path.rpartition(".")[2] for path in paths})
     inside = tuple(f"{head}." for head in heads)
     others = [
-        path for path, _ in model.named_modules() if path not in heads and not (inside and path.startswith(inside))
+        path
+        for path, _ in model.named_modules()
+        if path not in heads and not (inside and path.startswith(inside))
     ]
     matched = [path for path in others if path.rpartition(".")[2] in short]
     return short if matched == paths else names_of_exactly(paths, others)

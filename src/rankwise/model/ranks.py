@@ -8,9 +8,9 @@ from rankwise.attach.attachment import adapter_layers
 from rankwise.config import AdaLoraConfig
 from rankwise.model.held import HoldsAdapters
 from rankwise.run.history import RankHistory
+from rankwise.run.pairs import block_names
 from rankwise.run.state import AllocationState
 from rankwise.run.summary import LayerRank, RankSummary
-from rankwise.run.pairs import block_names
 
 
 class AllocatesRanks(HoldsAdapters):

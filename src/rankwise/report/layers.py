@@ -79,7 +79,10 @@ def of_history(layers: list[InspectedLayer], history: RankHistory) -> list[Inspe
     records = history.records
     if not records:
         return layers
-    by_path, kinds = ({layer.path: layer for layer in layers}, {_last_name(each.path): each.kind for each in layers})
+    by_path, kinds = (
+        {layer.path: layer for layer in layers},
+        {_last_name(each.path): each.kind for each in layers},
+    )
     found = []
     for path, first, rank in zip(history.layers, records[0].ranks, records[-1].ranks, strict=True):
         layer = by_path.get(path)

@@ -13,6 +13,7 @@ read from the disk, and everything is checked before the model changes.
 
 from __future__ import annotations
 
+from rankwise.storage.adapter_file import AdapterFile
 from rankwise.storage.names import (
     EXTRA_STATE,
     HISTORY_NAME,
@@ -24,7 +25,6 @@ from rankwise.storage.names import (
     WEIGHTS_NAME,
     checkpoint_step,
 )
-from rankwise.storage.adapter_file import AdapterFile
 from rankwise.storage.read import AdapterHeader, read_adapter, read_header
 from rankwise.storage.training import plan_from_training_state, prepare_training_state, trains_more
 from rankwise.storage.values import plan_from_file, prepare_values

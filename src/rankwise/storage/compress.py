@@ -20,8 +20,8 @@ from torch import Tensor
 from rankwise.config.checks import check_number, check_whole
 from rankwise.files.atomic import refuse_existing
 from rankwise.method.truncation import kept_by, parameters_of, ranks_for_budget, ranks_for_share
-from rankwise.storage.names import OWNED
 from rankwise.storage.lora_layout import Update
+from rankwise.storage.names import OWNED
 from rankwise.storage.updates import Updates, read_updates, write_lora
 
 if TYPE_CHECKING:

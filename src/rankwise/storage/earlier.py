@@ -28,7 +28,8 @@ def as_plain_lora(file: AdapterFile) -> AdapterFile:
     Raises:
         ValueError: the state of the run is broken.
     """
-    run_config, training, scales = None, file.training, {}
+    run_config, training = None, file.training
+    scales: dict[str, float] = {}
     if training is not None:
         run_config = _run_config(file)
         training, scales = _without_E(training, run_config)
@@ -88,7 +89,9 @@ def _run_config(file: AdapterFile) -> AdaLoraConfig:
     if packed is None:
         raise ValueError(f"{file.training_source} lacks {EXTRA_STATE!r}.")
     try:
-        state = RunState.from_tensor([name for path in file.factors for name in names_of_blocks(file, path)], packed)
+        state = RunState.from_tensor(
+            [name for path in file.factors for name in names_of_blocks(file, path)], packed
+        )
     except ValueError as error:
         raise ValueError(f"{file.training_source}: {error}") from None
     changes = {"inference_mode": False, "rank_pattern": None}

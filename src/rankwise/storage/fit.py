@@ -26,8 +26,8 @@ from rankwise.attach.targets import (
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
 from rankwise.config.suggest import suggestion
 from rankwise.files.tensors import check_finite
-from rankwise.storage.nesting import by_owner
 from rankwise.storage.adapter_file import AdapterFile, kept_by_pattern, name_parameters
+from rankwise.storage.nesting import by_owner
 
 _DOUBLES = (
     "original_module.",

@@ -21,13 +21,13 @@ from rankwise.config import AdaLoraConfig
 from rankwise.files.tensors import check_finite
 from rankwise.parallel.sharded import laid_out
 from rankwise.run.controller import Controller
-from rankwise.run.state import RunState
 from rankwise.run.run_tensors import BUFFERS, was_left_empty
+from rankwise.run.state import RunState
+from rankwise.storage.adapter_file import AdapterFile, names_of_blocks, sort_tensors
 from rankwise.storage.fit import fit_all, with_all_heads
 from rankwise.storage.names import (
     EXTRA_STATE,
 )
-from rankwise.storage.adapter_file import AdapterFile, names_of_blocks, sort_tensors
 from rankwise.storage.read import check_factors
 
 
@@ -90,7 +90,9 @@ def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) 
     check_factors(uncut, cut=False)
     fit_all(model, file, file.config)
     changes: dict[str, Any] = {"inference_mode": False}
-    if isinstance(file.config, AdaLoraConfig):  # PEFT's format, in which a run of unknown length has a schedule
+    if isinstance(
+        file.config, AdaLoraConfig
+    ):  # PEFT's format, in which a run of unknown length has a schedule
         changes["rank_pattern"] = None
         blocks = [name for path in uncut.factors for name in names_of_blocks(file, path)]
         if _run_state(file, blocks).schedule is None:

@@ -32,6 +32,7 @@ from rankwise.storage.lora_layout import Update, in_file_order, lora_config, pla
 if TYPE_CHECKING:
     from rankwise.model import PeftModel
 
+
 @dataclass(frozen=True)
 class Updates:
     """All that an adapter adds to a model.
@@ -155,7 +156,9 @@ def padded_config(updates: Updates, layers: Iterable[str], rank: int) -> LoraCon
             f"{updates.source} adapts experts ({inner!r}), for which this format has no place. `save_as_lora` without "
             "`pad` writes what PEFT reads; or export the merged model (`--to merged`), and serve that."
         )
-    return lora_config(updates.config, dict.fromkeys(layers, (rank, 1.0)), left_out=_all_paths(updates) - set(layers))
+    return lora_config(
+        updates.config, dict.fromkeys(layers, (rank, 1.0)), left_out=_all_paths(updates) - set(layers)
+    )
 
 
 def _in_stacks(updates: Updates) -> set[str]:

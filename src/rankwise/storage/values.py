@@ -26,12 +26,12 @@ from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.parallel.sharded import laid_out, local, local_like
 from rankwise.run.controller import Controller
 from rankwise.run.pairs import block_names
+from rankwise.storage.adapter_file import AdapterFile, kept_by_pattern, without_E
 from rankwise.storage.fit import fit_all, with_all_heads
+from rankwise.storage.lora_layout import ranks_and_alphas
 from rankwise.storage.names import (
     NO_SCHEDULE,
 )
-from rankwise.storage.lora_layout import ranks_and_alphas
-from rankwise.storage.adapter_file import AdapterFile, kept_by_pattern, without_E
 
 
 def plan_from_file(model: nn.Module, file: AdapterFile, adapter: str, trainable: bool) -> Attachment:
@@ -52,7 +52,7 @@ def plan_from_file(model: nn.Module, file: AdapterFile, adapter: str, trainable:
     for path in file.nested:
         layers[path].kept = _acting_of_stack(layers[path])
     if isinstance(config, AdaLoraConfig) and config.target_parameters:
-        stacks = [path for path, kept in kept_by_pattern(config).items() if len(kept) > config.init_r]  # type: ignore
+        stacks = [path for path, kept in kept_by_pattern(config).items() if len(kept) > config.init_r]
         for path in stacks:
             layers[path] = _stacked(layers[path], kept_by_pattern(config)[path], config, trainable)
     if config.target_parameters:
@@ -94,12 +94,14 @@ def prepare_values(
     for path in (own.keys() ^ (layers.keys() | at_rank_0)) | (copies.keys() ^ heads.keys()):
         where = "the model" if path in own or path in copies else file.source
         raise ValueError(f"{file.source}: only {where} adapts {path!r}; this is another adapter.")
-    if takes_ranks:
-        made = {path: _with_first_ranks(own[path], adapter, path, layers.get(path), file) for path in own}
-        kept = {path: factors.kept for path, factors in made.items()}
-    else:
-        kept = {path: _places(own[path], adapter, path, factors, file) for path, factors in layers.items()}
-        made = {path: _spread_factors(factors, kept[path]) for path, factors in layers.items()}
+    made: dict[str, Factors] = {}
+    kept: dict[str, Tensor] = {}
+    for path in own:
+        if takes_ranks:
+            made[path], kept[path] = _with_first_ranks(own[path], adapter, path, layers.get(path), file)
+        else:
+            kept[path] = _places(own[path], adapter, path, layers[path], file)
+            made[path] = _spread_factors(layers[path], kept[path])
     all_parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
 
     @torch.no_grad()
@@ -110,6 +112,10 @@ def prepare_values(
                 if value is not None:
                     local(parameters[key]).copy_(local_like(value, parameters[key]))
             own[path].scaling[adapter] = factors.scaling
+            if path in file.nested and controller is None:  # a stack's ranks that are filled up with zeros
+                own[path].kept.pop(adapter, None)
+                if (acting := _acting_of_stack(factors)) is not None:
+                    own[path].kept[adapter] = acting.nonzero().flatten().to(own[path].lora_A[adapter].device)
         for path, tensors in heads.items():
             copy = copies[path].modules_to_save[adapter]
             copy.load_state_dict(laid_out(tensors, copy.state_dict()))
@@ -129,27 +135,32 @@ def _at_rank_0(own: Mapping[str, AdapterLayer], file: AdapterFile) -> set[str]:
 
 def _with_first_ranks(
     layer: AdapterLayer, adapter: str, path: str, factors: Factors | None, file: AdapterFile
-) -> Factors:
-    """The values of a layer whose first ranks, in each of its blocks, are a file's, and whose others are 0."""
+) -> tuple[Factors, Tensor]:
+    """The values of a layer whose first ranks, in each of its blocks, are a file's, and whose others are 0.
+
+    Returns:
+        The values, and which ranks are not 0, (ranks,), bool.
+    """
     A, B = (parameter.detach() for parameter in (layer.lora_A[adapter], layer.lora_B[adapter]))
     blocks = layer.blocks(layer)
     kept = torch.zeros(blocks, len(A) // blocks, dtype=torch.bool)
     if factors is None:
         scale = base_scaling(file.config, "", file.config.r)
-        return Factors(torch.zeros_like(A), torch.zeros_like(B), None, scale, kept.flatten())
+        return Factors(torch.zeros_like(A), torch.zeros_like(B), None, scale), kept.flatten()
     try:
         own_A, own_B = layer.from_lora(layer, factors.A, factors.B)
     except ValueError as error:
         raise ValueError(f"{file.source}: {path!r}: {error}") from None
     rank = len(own_A) // blocks
     if rank > kept.shape[1]:
-        raise ValueError(f"{file.source}: {path!r} has rank {rank}, but the attached adapter {kept.shape[1]}.")
+        raise ValueError(
+            f"{file.source}: {path!r} has rank {rank}, but the attached adapter {kept.shape[1]}."
+        )
     kept[:, :rank] = True
     first = kept.flatten()
     values = Factors(_spread(own_A, False, first), _spread(own_B, True, first), None, factors.scaling)
     kept[:, :rank] = _acts(own_A, own_B).view(blocks, -1)
-    values.kept = kept.flatten()
-    return values
+    return values, kept.flatten()
 
 
 def _acts(A: Tensor, B: Tensor) -> Tensor:

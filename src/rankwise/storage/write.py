@@ -135,7 +135,7 @@ def _plain_lora(
             stacks[path] = zeros
         else:
             (plain[path],) = zeros
-    plain = {path: replace(each, **_as_lora(layers[path], each)) for path, each in plain.items()}
+    plain = {path: _as_lora(layers[path], each) for path, each in plain.items()}
     left_out = layers.keys() - plain.keys() - stacks.keys()
     modules = list(map(plain_name, own_modules(model))) if left_out else ()
     if config.target_parameters:
@@ -161,9 +161,9 @@ def _kept_matrices(
     ]
 
 
-def _as_lora(layer: AdapterLayer, update: Update) -> dict[str, Tensor]:
+def _as_lora(layer: AdapterLayer, update: Update) -> Update:
     A, B = layer.as_lora(layer, update.A, update.B)
-    return {"A": A, "B": B}
+    return replace(update, A=A, B=B)
 
 
 def _factors(

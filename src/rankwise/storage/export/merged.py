@@ -24,8 +24,8 @@ from rankwise.storage.export.base import base_path, read_base_config
 from rankwise.storage.export.converted import Converted
 from rankwise.storage.export.exported import IN_PYTHON, Exported
 from rankwise.storage.export.places import DTYPES, Place, read_places, same_weight
-from rankwise.storage.nesting import by_owner, named_by_targets
 from rankwise.storage.lora_layout import Update
+from rankwise.storage.nesting import by_owner, named_by_targets
 from rankwise.storage.updates import Updates
 
 _NOT_COPIED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
