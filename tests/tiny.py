@@ -71,4 +71,6 @@ def mix_ranks(adapted: Any, rank_of: Callable[[int, str], int], std: float = 0.3
             parameter.data.normal_(std=std, generator=generator)
         blocks = range(len(layer.lora_A["default"]) // init_r)  # of experts: one each
         kept[path] = torch.cat([torch.arange(init_r) < rank_of(number + block, path) for block in blocks])
+        layer.lora_A["default"].data[~kept[path]] = 0
+        layer.lora_B["default"].data[:, ~kept[path]] = 0
     controller.take_over(kept)
