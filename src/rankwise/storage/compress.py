@@ -188,7 +188,8 @@ def compress_adapter(
     Args:
         save_directory: the folder to write; made if need be.
         adapter: an adapted model, or an adapter folder that rankwise or PEFT wrote.
-        rank: as many parameters as LoRA of this rank in all layers has, greater than 0.
+        rank: as many parameters as LoRA of this rank has in all layers of the adapter, greater than 0. A layer that has
+            ended at rank 0 in the default form is none of them.
         parameters: at most so many numbers in the factors.
         keep: the share of the squared norm of all updates to keep, in (0, 1], with as few parameters as that takes.
         adapter_name: which adapter of the model.

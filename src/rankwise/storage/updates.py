@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankwise.adapters import AdapterLayer, ParameterSlot
+from rankwise.adapters import AdapterLayer
 from rankwise.adapters.parameter import ParameterAdapters, stacked_columns
 from rankwise.attach.attachment import adapter_layers, base_scaling
 from rankwise.attach.matching import pattern_value
@@ -40,8 +40,8 @@ class Updates:
     Args:
         source: where it comes from, for messages.
         config: the adapter's configuration.
-        layers: the update of each layer by its path, those at rank 0 included. Each matrix of a stack is a layer of
-            its own, called by its number: ``"mlp.experts.up.3"``.
+        layers: the update of each layer in the folder by its path; in PEFT's AdaLoRA format those at rank 0 are among
+            them. Each matrix of a stack is a layer of its own, called by its number: ``"mlp.experts.up.3"``.
         others: biases and modules saved whole, by their names in the file.
         stacks: for each stack of matrices, such as experts, its path and what its matrices are called.
     """
@@ -66,13 +66,9 @@ def read_updates(adapter: PeftModel | str | os.PathLike[str], adapter_name: str 
         file, own = read_model_adapter(adapter, adapter_name), adapter_layers(adapter, adapter_name)
     layers: dict[str, Update] = {}
     stacks: dict[str, list[str]] = {}
-    for path in sorted({**file.factors, **own}, key=_in_order):
-        layer = own.get(path)
-        if path not in file.factors:  # at rank 0
-            found, matrices = _nothing(own[path], adapter_name)
-        else:
-            matrices = matrices_of(file, path)
-            found = [_update(file, path, layer)] if matrices is None else _unstacked(file, path, matrices)
+    for path in sorted(file.factors, key=_in_order):
+        matrices = matrices_of(file, path)
+        found = [_update(file, path, own.get(path))] if matrices is None else _unstacked(file, path, matrices)
         if matrices is None:
             layers[path] = found[0]
         else:
@@ -169,15 +165,6 @@ def _in_stacks(updates: Updates) -> set[str]:
 def _all_paths(updates: Updates) -> set[str]:
     """The paths of all layers and parameters that the adapter has."""
     return (updates.layers.keys() - _in_stacks(updates)) | updates.stacks.keys()
-
-
-def _nothing(layer: AdapterLayer, adapter: str) -> tuple[list[Update], int | None]:
-    """The updates of a layer at rank 0, and how many matrices it stacks; None if it is no parameter."""
-    factors, kind = layer.adapter_parameters(adapter), type(layer)
-    A, B = (factors[f"lora_{key}"].detach().cpu() for key in "AB")
-    update = Update(A[:0], B[:, :0], kind, tuple(getattr(layer, "kernel_size", ())))
-    matrices = layer.blocks(layer) if isinstance(layer, ParameterSlot) else None
-    return [update] * (matrices or 1), matrices
 
 
 def _unstacked(file: AdapterFile, path: str, matrices: int) -> list[Update]:

@@ -30,7 +30,7 @@ def save_as_lora(
 
     What the default form of AdaLoRA saves is plain LoRA already. This is for the paper's form, whose files have a third
     factor; and for servers that take one rank only, or factors of another dtype. Layers at rank 0 are left out; with
-    ``pad`` those stay, as zeros, that the adapter still knows: a folder of plain LoRA knows none.
+    ``pad`` those of the paper's form stay, as zeros.
 
     Args:
         save_directory: the folder to write; made if need be.
