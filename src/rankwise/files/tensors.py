@@ -82,6 +82,17 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
+def stored_checksum(path: Path) -> str | None:
+    """The checksum that rankwise has written into a safetensors file; None if it holds none.
+
+    Raises:
+        ValueError: it is empty, cut off, or not such a file.
+    """
+    with _opened(path) as file:
+        found: str | None = (file.metadata() or {}).get(CHECKSUM)
+    return found
+
+
 def read_tensor_file(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU.
 

@@ -17,14 +17,14 @@ def update_spectra(folder: str | os.PathLike[str]) -> dict[str, list[float]]:
 
     Returns:
         For each module path the singular values that are not 0, at most as many as the layer has ranks. LoRA's
-        convolutions with groups are left out: their updates are no single product.
+        convolutions with groups are left out, unless AdaLoRA wrote them: their updates are no single product.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: it can't be read, or computes more than the product of its factors.
     """
-    layers = read_updates(Path(folder)).layers
+    updates = {path: update.of_weight() for path, update in read_updates(Path(folder)).layers.items()}
     return {
         path: principal(update)[1].tolist() if update.rank else []
-        for path, update in layers.items()
-        if not update.grouped
+        for path, update in updates.items()
+        if update is not None
     }

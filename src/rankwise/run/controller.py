@@ -277,10 +277,15 @@ class Controller:
         self.factors.narrow()
 
     def take_over(self, kept: Mapping[str, Tensor], history: RankHistory | None = None) -> None:
-        """Fix the choice to ``kept``: path -> (ranks,), bool, at which it has arrived by ``history``."""
+        """Fix the choice to ``kept``: path -> (ranks,), bool, at which it has arrived by ``history``.
+
+        Where no history of these layers is given, the run's own gets a record of the choice.
+        """
+        self.factors.mask.copy_(torch.cat([kept[pair.path] for pair in self.factors.pairs]))
         if history is not None and history.layers == self.history.layers:
             self.history = history
-        self.factors.mask.copy_(torch.cat([kept[pair.path] for pair in self.factors.pairs]))
+        else:
+            self.history.record(self.step, int(self.factors.mask.sum()), self.factors.block_ranks())
         self.fix()
 
     # What others ask.

@@ -23,8 +23,9 @@ from rankwise.files.tensors import check_finite
 from rankwise.method.magnitude import largest, power_below
 from rankwise.method.truncation import kept_by, parameters_of, ranks_for_budget, ranks_for_share
 from rankwise.storage.finite import near
+from rankwise.storage.lora_layout import Update
 from rankwise.storage.names import OWNED
-from rankwise.storage.updates import Update, Updates, read_updates, write_lora
+from rankwise.storage.updates import Updates, read_updates, write_lora
 
 if TYPE_CHECKING:
     from rankwise.model import PeftModel
@@ -93,7 +94,7 @@ class Spectra:
             if update.grouped:
                 raise ValueError(
                     f"{updates.source}: {path!r} is a grouped convolution, whose LoRA is no change of its weight, so "
-                    "that it has no singular values. Train such adapters as AdaLoRA, or without that layer."
+                    "that it has no singular values. Train such adapters without that layer."
                 )
             for name, factor in (("A", update.A), ("B", update.B)):
                 check_finite(updates.source, f"lora_{name} of {path!r}", factor)
@@ -158,7 +159,7 @@ class Spectra:
         for path, rank in ranks.items():
             if rank:
                 own = self._factors[path]
-                cut[path] = Update(own.A[:rank], own.B[:, :rank], own.kind, own.kernel)
+                cut[path] = own.cut(rank)
         return cut
 
     def curve(self) -> list[Compression]:
@@ -195,7 +196,8 @@ def compress_adapter(
     Args:
         save_directory: the folder to write; made if need be.
         adapter: an adapted model, or an adapter folder that rankwise or PEFT wrote.
-        rank: as many parameters as LoRA of this rank in all layers has, greater than 0.
+        rank: as many parameters as LoRA of this rank has in all layers of the adapter, greater than 0. A layer that has
+            ended at rank 0 in the default form is none of them.
         parameters: at most so many numbers in the factors.
         keep: the share of the squared norm of all updates to keep, in (0, 1], with as few parameters as that takes.
         adapter_name: which adapter of the model.

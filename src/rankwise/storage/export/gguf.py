@@ -23,7 +23,8 @@ from rankwise.storage.export.exported import (
     refuse_whole_tensors,
 )
 from rankwise.storage.finite import converted
-from rankwise.storage.updates import Update, Updates, acting
+from rankwise.storage.lora_layout import Update
+from rankwise.storage.updates import Updates, acting
 
 _PAIRED = ("llama",)  # architectures whose q and k have the halves of each head as pairs
 _TIED = "Its base model has one matrix for input embedding and output layer, of which llama.cpp can't adapt only one."

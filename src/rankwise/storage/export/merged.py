@@ -26,8 +26,9 @@ from rankwise.storage.export.converted import Converted
 from rankwise.storage.export.exported import IN_PYTHON, Exported
 from rankwise.storage.export.places import DTYPES, Place, read_places, same_weight
 from rankwise.storage.finite import refuse_overflow
+from rankwise.storage.lora_layout import Update
 from rankwise.storage.nesting import by_owner, named_by_targets
-from rankwise.storage.updates import Update, Updates
+from rankwise.storage.updates import Updates
 
 _NOT_COPIED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
 _CONV1D = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  # their weights are (d_in, d_out)
