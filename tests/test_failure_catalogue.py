@@ -732,3 +732,54 @@ def test_a_pickle_cloned_without_git_lfs_is_named_a_pointer(tmp_path: Path) -> N
     (tmp_path / "adapter_model.bin").write_text(POINTER)
     with pytest.raises(ValueError, match="git lfs pull"):
         rw.PeftModel.from_pretrained(llama(), tmp_path)
+
+
+# --- numbers that grow beyond all bounds ---------------------------------------------------------------------------
+
+
+class Idle(nn.Module):
+    """A layer that trains in nobody's forward pass, as a head for another task, beside two that are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.idle = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("size", [1e14, 1e19, 1e25, 1e37, math.nan, math.inf])
+def test_linalgerror_from_a_decomposition_in_the_middle_of_a_run(size: float) -> None:
+    """The run goes on to its budget, and the layers that are used learn as if nothing had been."""
+    whole = rw.AdaLoraConfig(
+        init_r=4, target_r=2, tinit=1, tfinal=3, total_step=STEPS, target_modules=["first", "second", "idle"]
+    )
+    model = adapted(Idle(), whole=whole)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    losses = []
+    for step in range(STEPS):
+        if step == 2:
+            for key in ("lora_A", "lora_B"):
+                getattr(model.idle, key)["default"].data.normal_().mul_(size)
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+        loss = (model(x) - x[:, :3]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(map(math.isfinite, losses)) and model.allocation_state.phase == "final"
+    assert all(model.get_parameter(f"{name}.lora_A.default").isfinite().all() for name in ("first", "second"))
+    if math.isfinite(size) and size < 1e37:
+        assert model.idle.lora_A["default"].isfinite().all() and model.idle.lora_B["default"].isfinite().all()
+
+
+def test_a_run_diverges_and_the_good_adapter_is_replaced_by_one_full_of_nan(tmp_path: Path) -> None:
+    model = train(adapted(), steps=3)
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(math.nan)
+    with pytest.raises(ValueError, match="lora_B.*NaN.*go on from there"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    rw.PeftModel.from_pretrained(llama(), tmp_path)

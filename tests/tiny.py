@@ -68,11 +68,13 @@ def mix_ranks(adapted: Any, rank_of: Callable[[int, str], int], std: float = 0.3
     generator = torch.Generator().manual_seed(seed)
     init_r = adapted.peft_config["default"].init_r
     kept = {}
-    for number, (path, layer) in enumerate(controller.triplets.layers.items()):
+    for number, (path, layer) in enumerate((pair.path, pair.layer) for pair in controller.factors.pairs):
         for parameter in layer.adapter_parameters("default").values():
             parameter.data.normal_(std=std, generator=generator)
         blocks = range(len(layer.lora_A["default"]) // init_r)  # of experts: one each
         kept[path] = torch.cat([torch.arange(init_r) < rank_of(number + block, path) for block in blocks])
+        layer.lora_A["default"].data[~kept[path]] = 0
+        layer.lora_B["default"].data[:, ~kept[path]] = 0
     controller.take_over(kept)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -17,11 +16,12 @@ from rankwise.adapt.refusals import check_adapter, check_model, chosen_adapter
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_positive
 from rankwise.parallel.processes import many_processes
+from rankwise.run.checkpoint import load_packed_state, packed_state
 from rankwise.run.choice.principal import PrincipalChoice
 from rankwise.run.controller import Controller
 from rankwise.run.factors import Factors
 from rankwise.run.history import RankHistory
-from rankwise.run.pairs import FactorPair, device_of
+from rankwise.run.pairs import FactorPair
 from rankwise.run.run_tensors import OwnTensors
 from rankwise.run.state import AllocationState
 from rankwise.run.summary import LayerRank, RankSummary
@@ -162,7 +162,7 @@ class AdaptiveRanks:
         self._narrow_when_over = True  # a trainer decides itself when the run is over
         self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # once the layers are narrowed
         warn = WarnOnce()
-        self._tensors = OwnTensors(functools.partial(device_of, pairs))
+        self._tensors = OwnTensors(pairs[0].device)
         factors = Factors(pairs, self._tensors)
         rslora = bool(getattr(peft_config, "use_rslora", False))
         config = AdaLoraConfig(
@@ -298,7 +298,7 @@ class AdaptiveRanks:
         if self.is_over:
             raise ValueError("The run is over and its layers are narrowed: there is nothing to resume.")
         ends = torch.tensor(self._choice.end_scales, dtype=torch.float64)
-        return {**self._tensors.state_dict(), "run": self._controller.packed_state(), "end_scales": ends}
+        return {**self._tensors.state_dict(), "run": packed_state(self._controller), "end_scales": ends}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave; load the adapter's factors and the optimizer's state yourself.
@@ -312,7 +312,7 @@ class AdaptiveRanks:
         before = self._tensors.state_dict()
         self._tensors.load_state_dict(dict(state))
         try:
-            self._controller.load_packed_state(packed)
+            load_packed_state(self._controller, packed)
         except ValueError:
             self._tensors.load_state_dict(before)
             raise

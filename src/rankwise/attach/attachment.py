@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankwise.adapters import AdapterLayer, ParameterSlot, adapters_for, prepare_layer, restore_layer
 from rankwise.adapters.owner import SLOTS
 from rankwise.adapters.saved import SavedModule, prepare_saved_module, restore_saved_module
-from rankwise.attach.matching import pattern_value
+from rankwise.attach.matching import names_of_exactly, pattern_value
 from rankwise.attach.parameters import in_model_order, layer_at
 from rankwise.attach.targets import find_targets, modules_to_save_paths
 from rankwise.config import AdaLoraConfig, LoraConfig
@@ -337,16 +337,17 @@ def _resolved(
     return replace(config, **changes)
 
 
-def _names_for(model: nn.Module, paths: list[str], heads: list[str]) -> list[str]:
+def _names_for(model: nn.Module, paths: list[str], heads: list[str]) -> list[str] | str:
     """Short names that match exactly ``paths``, or the paths themselves where short names match more."""
     short = sorted({path.rpartition(".")[2] for path in paths})
     inside = tuple(f"{head}." for head in heads)
-    matched = [
+    others = [
         path
         for path, _ in model.named_modules()
-        if path.rpartition(".")[2] in short and path not in heads and not (inside and path.startswith(inside))
+        if path not in heads and not (inside and path.startswith(inside))
     ]
-    return short if matched == paths else paths
+    matched = [path for path in others if path.rpartition(".")[2] in short]
+    return short if matched == paths else names_of_exactly(paths, others)
 
 
 def _dtype_of(module: nn.Module, key: str) -> torch.dtype:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from rankwise.config.checks import (
     Default,
@@ -136,14 +136,16 @@ class LoraConfig(CheckedKeywords):
         for listener in when_made:
             listener()
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _ASKED_BY_PEFT:
-            raise NotPeftsConfig(
-                f"This {type(self).__name__} is rankwise's, and PEFT takes its own: pass it to "
-                "`rankwise.get_peft_model`. Or give PEFT a `peft.LoraConfig`, and let its ranks adapt with "
-                "`rankwise.adapt_ranks(model)`, or in a trainer with `callbacks=[rankwise.AdaptRanks(...)]`."
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # to a type checker there are the fields and nothing else
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _ASKED_BY_PEFT:
+                raise NotPeftsConfig(
+                    f"This {type(self).__name__} is rankwise's, and PEFT takes its own: pass it to "
+                    "`rankwise.get_peft_model`. Or give PEFT a `peft.LoraConfig`, and let its ranks adapt with "
+                    "`rankwise.adapt_ranks(model)`, or in a trainer with `callbacks=[rankwise.AdaptRanks(...)]`."
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in field_names(type(self)):

@@ -55,7 +55,9 @@ class StoresAdapters(NamesAdapters):
             unused: other arguments of PEFT's and Transformers' ``save_pretrained`` that have no meaning here.
 
         Raises:
-            ValueError: there is no adapter of a selected name, or an option has an impossible value.
+            ValueError: there is no adapter of a selected name, or an option has an impossible value; or a tensor holds
+                NaN or infinite values, which nothing could load. The message names the last good checkpoint, where
+                one lies near. Nothing is written then, so that a trainer stops at its next checkpoint.
             OSError: it can't be written; what was there before is whole.
         """
         writes = writes_files() if is_main_process is None else is_main_process

@@ -7,7 +7,7 @@ wherever the factors are. Parameters are called by their number in the holder's 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,18 @@ from rankwise.parallel.optimizer_state import KINDS, can_be_rewritten, start_ane
 from rankwise.parallel.sharded import gather, local, local_like, squared_norms
 
 
-class Measured(Protocol):
-    """A factor whose gradient's norm is asked for: which one, and how its blocks lie in it."""
+class Measured(NamedTuple):
+    """A factor whose gradient's norm is asked for.
 
-    @property
-    def number(self) -> int: ...
-    @property
-    def blocks(self) -> int: ...
-    @property
-    def order(self) -> Tensor | None: ...
+    Args:
+        number: the factor's.
+        blocks: how many blocks its ranks make up.
+        order: the order in which its ranks lie block by block, (ranks,), int64; None: as they are.
+    """
+
+    number: int
+    blocks: int
+    order: Tensor | None = None
 
 
 class Step(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from rankwise.run.choice.principal import PrincipalChoice
 from rankwise.run.controller import Controller
 from rankwise.run.factors import Factors
 from rankwise.run.own_pairs import own_pairs
-from rankwise.run.pairs import KEYS, device_of
+from rankwise.run.pairs import KEYS
 from rankwise.run.run_tensors import ModelBuffers
 from rankwise.run.warn_once import WarnOnce
 
@@ -36,9 +35,7 @@ def own_controller(
     """
     pairs, warn = own_pairs(layers, adapter), WarnOnce()
     has_E = config.form.has_E
-    factors = Factors(
-        pairs, ModelBuffers(model, functools.partial(device_of, pairs)), ("E", *KEYS) if has_E else KEYS
-    )
+    factors = Factors(pairs, ModelBuffers(model, pairs[0].device), ("E", *KEYS) if has_E else KEYS)
     _warn_of_unused_penalty(config, warn)
     choice: Choice
     if has_E:

@@ -7,7 +7,6 @@ layer. So it runs on any layer for which somebody says where these three are: th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,6 +86,10 @@ class FactorPair(ABC):
         """
         return None
 
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.parameter("A").device
+
     # Views of a factor, of its gradient, and of what an optimizer remembers of it.
 
     def rows(self, key: str, values: Tensor) -> Tensor:
@@ -104,11 +107,6 @@ class FactorPair(ABC):
         lengths: list[Any] = list(shape)
         lengths[0], lengths[dim] = lengths[dim], lengths[0]
         return rows.reshape(-1, *lengths[1:]).transpose(0, dim)
-
-
-def device_of(pairs: Sequence[FactorPair]) -> torch.device:
-    """Where the factors are."""
-    return pairs[0].parameter("A").device
 
 
 def block_names(path: str, blocks: int) -> list[str]:

@@ -28,7 +28,11 @@ class RunTensors(ABC):
     """The tensors of one run.
 
     Attributes in `NAMES`: ``sensitivity`` and ``uncertainty``, (entries,), float32, the statistics of gradients;
-    ``mask``, (ranks,), bool, the ranks that the last cut kept; ``skipped``, (), int64, steps that the statistics miss.
+    ``mask``, (ranks,), bool, the ranks that the last cut kept; ``skipped``, (), int64, steps left out of the
+    statistics.
+
+    Args:
+        device: tells where the factors are. It must be fit for copying and pickling, as ``FactorPair.device`` is.
     """
 
     def __init__(self, device: Callable[[], torch.device]) -> None:

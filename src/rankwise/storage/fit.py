@@ -26,8 +26,8 @@ from rankwise.attach.targets import (
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
 from rankwise.config.suggest import suggestion
 from rankwise.files.tensors import check_finite
+from rankwise.storage.adapter_file import AdapterFile, kept_by_pattern, name_parameters
 from rankwise.storage.nesting import by_owner
-from rankwise.storage.read import AdapterFile, kept_by_pattern, name_parameters
 
 _DOUBLES = (
     "original_module.",
@@ -169,9 +169,12 @@ def _fit(
     found = dict(factors)
     if file.laid_out:
         found = {name: mixin.from_file(layer, name, tensor, adalora) for name, tensor in factors.items()}
-    rows = len(found["A"])
     rank = config.init_r if adalora else pattern_value(config.rank_pattern or {}, path, config.r)  # type: ignore
-    matrices = mixin.blocks(layer)
+    scale, matrices = base_scaling(config, path, rank), mixin.blocks(layer)
+    if file.of_weight:
+        found["A"], found["B"] = mixin.as_lora(layer, found["A"], found["B"])
+        rank *= len(found["A"]) // max(len(factors["A"]), 1)
+    rows = len(found["A"])
     if not adalora and matrices * rank != rows and rows % rank == 0 and matrices > 1:
         raise ValueError(_other_stack(file, path, rows // rank, matrices))
     if not adalora and mixin.rank_of(layer, found["A"]) != rank:
@@ -194,7 +197,7 @@ def _fit(
     for name, tensor in made.items():  # again: a number may have been too large for the dtype
         if tensor.dtype != factors[name].dtype:
             check_finite(file.source, f"{path}.lora_{name}", tensor)
-    return Factors(made["A"], made["B"], made.get("E"), base_scaling(config, path, rank))
+    return Factors(made["A"], made["B"], made.get("E"), scale)
 
 
 def _check_stack(file: AdapterFile, path: str, matrices: int, config: LoraConfig) -> None:

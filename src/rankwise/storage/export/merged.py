@@ -20,12 +20,15 @@ from torch import Tensor
 from rankwise.adapters.embedding import EmbeddingAdapters
 from rankwise.config import AdaLoraConfig
 from rankwise.files.atomic import write_folder
+from rankwise.files.tensors import is_finite
 from rankwise.storage.export.base import base_path, read_base_config
 from rankwise.storage.export.converted import Converted
 from rankwise.storage.export.exported import IN_PYTHON, Exported
 from rankwise.storage.export.places import DTYPES, Place, read_places, same_weight
+from rankwise.storage.finite import refuse_overflow
+from rankwise.storage.lora_layout import Update
 from rankwise.storage.nesting import by_owner, named_by_targets
-from rankwise.storage.updates import Update, Updates
+from rankwise.storage.updates import Updates
 
 _NOT_COPIED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
 _CONV1D = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  # their weights are (d_in, d_out)
@@ -51,7 +54,8 @@ def export_merged(folder: Path, updates: Updates, base: Path | None = None) -> E
 
     Raises:
         FileNotFoundError: the base model is not there.
-        ValueError: the base is quantized or of another kind of file, or lacks a weight that the adapter changes.
+        ValueError: the base is quantized or of another kind of file, or lacks a weight that the adapter changes; or a
+            weight would not be finite.
         OSError: it can't be written; what was there before is whole.
     """
     source = base_path(updates, base, "a merged model")
@@ -80,7 +84,9 @@ def export_merged(folder: Path, updates: Updates, base: Path | None = None) -> E
         for place, tensor in whole:
             with open(temporary / place.file, "r+b") as opened:
                 opened.seek(place.start)
-                opened.write(_bytes(tensor.to(DTYPES[place.dtype])))
+                made = tensor.to(DTYPES[place.dtype])
+                refuse_overflow(place.name, tensor, made)
+                opened.write(_bytes(made))
         for change in changes:
             if change.right.shape[0]:
                 with open(temporary / change.place.file, "r+b") as opened:
@@ -188,7 +194,11 @@ def _factors(update: Update, place: Place, config: Mapping[str, Any]) -> tuple[T
 
 
 def _add(file: BinaryIO, change: _Change) -> None:
-    """Add to a weight in a file, some rows at a time, in single precision or better."""
+    """Add to a weight in a file, some rows at a time, in single precision or better.
+
+    Raises:
+        ValueError: the sum is not finite, or too large for the dtype of the file.
+    """
     place, left = change.place, change.left
     dtype = DTYPES[place.dtype]
     rows, columns = place.flat
@@ -201,8 +211,14 @@ def _add(file: BinaryIO, change: _Change) -> None:
         held = bytearray(file.read(count * columns * dtype.itemsize))
         weight = torch.frombuffer(held, dtype=dtype).view(count, columns)
         merged = torch.addmm(weight.to(precise), left[first : first + count].to(precise), right)
+        made = merged.to(dtype)
+        if not is_finite(made) and is_finite(weight):
+            refuse_overflow(f"{place.name}, merged,", merged, made)
+            raise ValueError(
+                f"{place.name}, merged, holds NaN or infinite values: use an earlier checkpoint."
+            )
         file.seek(place.start + first * columns * dtype.itemsize)
-        file.write(_bytes(merged.to(dtype)))
+        file.write(_bytes(made))
 
 
 def _bytes(tensor: Tensor) -> bytes:
