@@ -41,13 +41,18 @@ class Factors:
 
 @dataclass
 class Attachment:
-    """An adapter that is made and checked, but not yet in the model."""
+    """An adapter that is made and checked, but not yet in the model.
+
+    ``biases`` are parameters of the base that train with the adapter, or that its file replaces; ``frozen`` are those
+    that a run's file replaces and that don't train in it.
+    """
 
     adapter: str
     config: LoraConfig
     layers: dict[str, Factors]
     saved_modules: dict[str, Mapping[str, Tensor] | None] = field(default_factory=dict)
     biases: dict[str, Tensor | None] = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
@@ -175,7 +180,7 @@ def apply_attachment(model: nn.Module, attachment: Attachment) -> None:
             copy = module.modules_to_save[name]
             copy.load_state_dict({key: tensor.to(_dtype_of(copy, key)) for key, tensor in tensors.items()})
     with torch.no_grad():
-        for path, value in attachment.biases.items():
+        for path, value in [*attachment.biases.items(), *attachment.frozen.items()]:
             if value is not None:
                 model.get_parameter(path).copy_(value)
 

@@ -18,6 +18,8 @@ _ATTRIBUTES = (
     "peft_config",
     "_rankwise_controller",
     "_rankwise_histories",
+    "_rankwise_places",
+    "_rankwise_vocabulary",
     "_ddp_params_and_buffers_to_ignore",
     "_hf_peft_config_loaded",
 )

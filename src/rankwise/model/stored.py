@@ -75,6 +75,7 @@ class StoresAdapters(NamesAdapters):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{str(folder)!r} is a file; give the name of a folder.")
+        self._check_in_place()
         names = selected_adapters or list(self.peft_config)
         for name in names:
             self._check_name(name)

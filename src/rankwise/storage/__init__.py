@@ -12,6 +12,7 @@ read from the disk, and everything is checked before the model changes.
 
 from __future__ import annotations
 
+from rankwise.storage.embeddings import embedding_keys
 from rankwise.storage.names import (
     EXTRA_STATE,
     HISTORY_NAME,
@@ -25,7 +26,7 @@ from rankwise.storage.names import (
 from rankwise.storage.read import AdapterFile, AdapterHeader, read_adapter, read_header
 from rankwise.storage.training import plan_from_training_state, prepare_training_state, trains_more
 from rankwise.storage.values import plan_from_file, prepare_values
-from rankwise.storage.write import embedding_keys, gathered_state, read_model_adapter, write_adapter
+from rankwise.storage.write import gathered_state, read_model_adapter, write_adapter
 
 __all__ = [
     "EXTRA_STATE",
