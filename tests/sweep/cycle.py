@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import rankwise as rw
-from sweep.shrunk import linear_layers, outputs_of, quiet, shrunk_model, working_inputs
+from sweep.shrunk import linear_layers, outputs_of, quiet, shrunk_model, tensors_in, working_inputs
 
 RANK = 2
 SCALE = 0.2
@@ -41,6 +41,9 @@ class Library(Protocol):
 
     def merged(self, model: Any) -> Any: ...
 
+    def bypassed(self, model: Any, inputs: dict[str, Any]) -> list[str]:
+        """Adapted layers whose weights the outputs depend on, but not their adapters."""
+
 
 class Rankwise:
     def attach(self, model: Any) -> Any:
@@ -63,6 +66,29 @@ class Rankwise:
 
     def merged(self, model: Any) -> Any:
         return model.merge_and_unload()
+
+    def bypassed(self, model: Any, inputs: dict[str, Any]) -> list[str]:
+        from rankwise.attach.attachment import adapter_layers
+
+        layers = adapter_layers(model)
+        weights = [layer.weight for layer in layers.values()]
+        factors = [layer.lora_B["default"] for layer in layers.values()]
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            with quiet():
+                outputs = list(tensors_in(model(**{name: value.clone() for name, value in inputs.items()})))
+            total = sum(output.double().square().sum() for output in outputs if output.requires_grad)
+            if not isinstance(total, Tensor):
+                return []
+            found = torch.autograd.grad(total, [*weights, *factors], allow_unused=True)
+        except (NotImplementedError, RuntimeError):  # no backward pass is written, or it changes in place
+            return []
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        pairs = zip(layers, found[: len(weights)], found[len(weights) :], strict=True)
+        return [path for path, of_weight, of_B in pairs if of_weight is not None and of_B is None]
 
 
 class Peft:
@@ -94,6 +120,9 @@ class Peft:
 
     def merged(self, model: Any) -> Any:
         return model.merge_and_unload()
+
+    def bypassed(self, model: Any, inputs: dict[str, Any]) -> list[str]:
+        return []
 
 
 def cycle(model_type: str, library: Library, base: Callable[[str], Any] = shrunk_model) -> str:
@@ -144,8 +173,9 @@ def cycle(model_type: str, library: Library, base: Callable[[str], Any] = shrunk
     _compare_layers(wanted, found)
     if adapted is not None:
         assert inputs is not None and plain is not None
-        if _same(plain, adapted):
-            raise Differs("the adapter does nothing")
+        passed_by = library.bypassed(model, inputs)
+        if passed_by:
+            raise Differs(f"{passed_by[0]} and {len(passed_by) - 1} more are read without their adapters")
         if not _close(adapted, outputs_of(loaded, inputs), 1e-4):
             raise Differs("the loaded model gives other outputs")
     with quiet(), warnings.catch_warnings():

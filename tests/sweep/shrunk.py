@@ -291,19 +291,20 @@ def outputs_of(model: PreTrainedModel, inputs: dict[str, Any]) -> list[torch.Ten
     torch.manual_seed(3)
     with torch.no_grad(), quiet():
         output = model(**{name: value.clone() for name, value in inputs.items()})
-    return list(_tensors(output))
+    return list(tensors_in(output))
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors in nested values."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
             yield value
     elif isinstance(value, dict):
         for each in value.values():
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, (list, tuple)):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
 
 
 def working_inputs(model: PreTrainedModel) -> dict[str, Any] | None:

@@ -330,7 +330,7 @@ def _resolved(
     slots = [path for path, layer in targets.items() if isinstance(layer, ParameterSlot)]
     if config.target_modules is None or config.target_modules == "all-linear":
         layers = [path for path in targets if path not in slots]
-        changes["target_modules"] = _names_for(model, layers, heads)
+        changes["target_modules"] = names_for(model, layers, heads)
         changes["exclude_modules"] = None
     if config.target_parameters:
         changes["target_parameters"] = in_model_order(config.target_parameters, slots)
@@ -345,7 +345,7 @@ def _resolved(
     return replace(config, **changes)
 
 
-def _names_for(model: nn.Module, paths: list[str], heads: list[str]) -> list[str]:
+def names_for(model: nn.Module, paths: list[str], heads: list[str]) -> list[str]:
     """Short names that match exactly ``paths``, or the paths themselves where short names match more."""
     short = sorted({path.rpartition(".")[2] for path in paths})
     inside = tuple(f"{head}." for head in heads)

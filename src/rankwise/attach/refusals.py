@@ -106,8 +106,8 @@ def adaptable(
             left_out.setdefault(f"can't be adapted: {reason}", []).append(path)
         elif path in shared:
             said = (
-                f"won't be adapted: its weight is that of {shared[path]!r}, too, and an adapter of one of them can't be "
-                "merged into it. To adapt it all the same, name it in `target_modules`."
+                f"won't be adapted: its weight is that of {shared[path]!r}, too, and an adapter of one of them "
+                "can't be merged into it. To adapt it all the same, name it in `target_modules`."
             )
             left_out.setdefault(said, []).append(path)
         else:

@@ -78,10 +78,10 @@ def why_unlike_linear(path: str, layer: nn.Module) -> str | None:
     finally:
         layer.training = was_training
         torch.set_rng_state(before)
+    name = path.rpartition(".")[2]
     return (
         f"{cls.__name__} is a linear layer by its class, but computes something else with its weight, to which an "
-        f"adapter's output can't be added. `target_parameters=[\"{path.rpartition('.')[2]}.weight\"]` adapts the weight "
-        "itself."
+        f"adapter's output can't be added. `target_parameters=['{name}.weight']` adapts the weight itself."
     )
 
 

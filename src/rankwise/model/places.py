@@ -1,4 +1,8 @@
-"""An adapted model's modules stay where they are: what would replace them is refused, what has replaced them is noticed."""
+"""What is seen to at each training pass of an adapted model.
+
+Adapted modules stay where they are: what would replace them is refused, and what has replaced them is noticed. And
+gradients reach the adapters through gradient checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from rankwise.attach.attachment import adapter_layers, saved_modules
 from rankwise.attach.embeddings import input_embeddings, output_embeddings
+from rankwise.attach.input_gradients import any_reentrant, checkpointing_modules, hook_inputs
 from rankwise.attach.matching import within
 from rankwise.attach.replaced import check_in_place
 from rankwise.attach.targets import find_tied
@@ -19,10 +25,13 @@ class KeepsPlaces(HoldsAdapters):
     """The part of an adapted model that has to do with modules that are replaced."""
 
     _rankwise_places: dict[str, nn.Module]
+    _rankwise_checkpointing: list[nn.Module]
+    _rankwise_input_hooks: list[RemovableHandle]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and not torch.compiler.is_compiling():
             self._check_in_place()
+            self._let_gradients_through_checkpoints()
         return super().__call__(*args, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -84,6 +93,7 @@ class KeepsPlaces(HoldsAdapters):
             for path, module in before.items()
             if any(map(self.peft_config.__contains__, _names(module)))
         }
+        self._rankwise_checkpointing = checkpointing_modules(self)
         self._rankwise_places = {**lost, **adapter_layers(self), **saved_modules(self)}
 
     def _check_in_place(self) -> None:
@@ -93,6 +103,13 @@ class KeepsPlaces(HoldsAdapters):
             ValueError: one was.
         """
         check_in_place(self, self.__dict__.get("_rankwise_places", {}))
+
+
+    def _let_gradients_through_checkpoints(self) -> None:
+        """Whoever has switched gradient checkpointing on, and whenever: see to what it needs of a frozen base."""
+        modules = self.__dict__.get("_rankwise_checkpointing", ())
+        if "_rankwise_input_hooks" not in self.__dict__ and any_reentrant(modules):
+            self._rankwise_input_hooks = hook_inputs(self, modules)
 
 
 def _names(module: nn.Module) -> list[str]:

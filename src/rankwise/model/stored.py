@@ -130,6 +130,7 @@ class StoresAdapters(NamesAdapters):
         """
         check_compute_dtype(adapter_compute_dtype)
         file = storage.read_adapter(find_adapter_folder(model_id, **hub_options), training_state=is_trainable)
+        storage.take_present_names(self, file)
         if file.training is None:
             attachment = storage.plan_from_file(self, file, adapter_name, is_trainable)
         else:
@@ -183,6 +184,7 @@ class StoresAdapters(NamesAdapters):
         own = folder / name
         place = own if name != "default" and own.is_dir() else folder
         file, controller = storage.read_adapter(place, training_state=True), self._controller_of(name)
+        storage.take_present_names(self, file)
         if file.training is not None:
             return storage.prepare_training_state(self, name, file, controller)
         if controller is not None:

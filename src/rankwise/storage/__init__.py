@@ -23,6 +23,7 @@ from rankwise.storage.names import (
     WEIGHTS_NAME,
     checkpoint_step,
 )
+from rankwise.storage.older_names import take_present_names
 from rankwise.storage.read import AdapterFile, AdapterHeader, read_adapter, read_header
 from rankwise.storage.training import plan_from_training_state, prepare_training_state, trains_more
 from rankwise.storage.values import plan_from_file, prepare_values
@@ -48,6 +49,7 @@ __all__ = [
     "read_adapter",
     "read_header",
     "read_model_adapter",
+    "take_present_names",
     "trains_more",
     "write_adapter",
 ]

@@ -114,7 +114,7 @@ class Converted:
         if None in sources or not sources:
             raise self._unknown(name)
         converter = self._converters[next(iter(sources))]
-        if not _stacks_and_joins(converter.operations) or len(sources) != len(converter.source_patterns):
+        if not stacks_and_joins(converter.operations) or len(sources) != len(converter.source_patterns):
             raise self._unknown(name)
         pieces, first = [], 0
         for pattern in converter.source_patterns:  # in the order in which they are joined
@@ -158,7 +158,7 @@ def _without_weights(folder: Path) -> Any:
         ) from None
 
 
-def _stacks_and_joins(operations: list[Any]) -> bool:
+def stacks_and_joins(operations: list[Any]) -> bool:
     """Whether a converter stacks matrices, and then at most puts the rows of one kind below those of another."""
     known = [("MergeModulelist", 0), ("Concatenate", 1)]
     found = [(type(each).__name__, getattr(each, "dim", None)) for each in operations]

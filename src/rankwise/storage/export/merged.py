@@ -130,8 +130,9 @@ class _Weights:
         if shared:
             whole = "trains" if name in self.updates.others else "adapts"
             raise ValueError(
-                f"{self.updates.source} {whole} {path!r}, whose weight {self.source} shares with {shared[0]!r}: merged, "
-                "it would change both. Load the adapter beside the base model instead, or train on a base that is untied."
+                f"{self.updates.source} {whole} {path!r}, whose weight {self.source} shares with {shared[0]!r}: "
+                "merged, it would change both. Load the adapter beside the base model instead, or train on a base "
+                "that is untied."
             )
 
     def _output_layer_like(self, name: str) -> list[str]:
