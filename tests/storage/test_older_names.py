@@ -47,9 +47,16 @@ def qwen2_vl() -> Any:
 def llava() -> Any:
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
     )
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_index=60)).eval()
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_index=60)
+    ).eval()
 
 
 def mixtral() -> Any:
@@ -202,7 +209,9 @@ def test_experts_of_before_compute_what_they_compute_in_peft(kind: str, tmp_path
     model.save_pretrained(tmp_path / "again")
     again = rw.PeftModel.from_pretrained(base(), tmp_path / "again")
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits(by_peft(base(), tmp_path / "again")), logits(model), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(by_peft(base(), tmp_path / "again")), logits(model), atol=1e-4, rtol=1e-4
+    )
     assert not torch.allclose(logits(model), logits(base()), atol=1e-2)
 
 

@@ -76,7 +76,7 @@ def plain_name(name: str) -> str:
 
     An adapted parameter's factors are found under the parameter's own name.
     """
-    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod.", f"{SLOTS}."):
+    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.", f"{SLOTS}."):
         name = name.replace(wrapper, "")
     return name
 

@@ -35,6 +35,8 @@ def any_reentrant(modules: Iterable[Any]) -> bool:
 def hook_inputs(model: nn.Module, modules: Iterable[nn.Module]) -> list[RemovableHandle]:
     """Let the first inputs ask for a gradient in training, where gradients are computed.
 
+    A module that has others of its kind in it is left to these: some change ``requires_grad`` of what they get.
+
     Args:
         model: whose embeddings are meant.
         modules: its `checkpointing_modules`.
@@ -43,7 +45,10 @@ def hook_inputs(model: nn.Module, modules: Iterable[nn.Module]) -> list[Removabl
         What removes the hooks again.
     """
     handles = [each.register_forward_hook(_after_embedding) for each in input_embeddings(model)]
-    return [*handles, *(each.register_forward_pre_hook(_before_block) for each in modules)]
+    held = list(modules)
+    among = {id(module) for module in held}
+    inner = [each for each in held if not any(id(m) in among for m in each.modules() if m is not each)]
+    return [*handles, *(each.register_forward_pre_hook(_before_block) for each in inner)]
 
 
 def _after_embedding(module: nn.Module, inputs: Any, output: Any) -> Any:

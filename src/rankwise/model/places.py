@@ -42,7 +42,7 @@ class KeepsPlaces(HoldsAdapters):
         """
         own: Any = super()
         if new_num_tokens is None and not args and not kwargs:
-            return own.resize_token_embeddings()
+            return own.get_input_embeddings()
         self._refuse_if_adapted("resize_token_embeddings", "resize")
         before = _rows(self)
         made = own.resize_token_embeddings(new_num_tokens, *args, **kwargs)
@@ -103,7 +103,6 @@ class KeepsPlaces(HoldsAdapters):
             ValueError: one was.
         """
         check_in_place(self, self.__dict__.get("_rankwise_places", {}))
-
 
     def _let_gradients_through_checkpoints(self) -> None:
         """Whoever has switched gradient checkpointing on, and whenever: see to what it needs of a frozen base."""

@@ -17,6 +17,7 @@ from rankwise.attach.attachment import Attachment, check_compute_dtype, plain_st
 from rankwise.files.hub import find_adapter_folder
 from rankwise.model.named import NamesAdapters
 from rankwise.parallel import zero
+from rankwise.parallel.flattened import refuse_flattened
 from rankwise.parallel.processes import all_wait_for_this, writes_files
 from rankwise.parallel.sharded import shared_out
 
@@ -58,6 +59,13 @@ class StoresAdapters(NamesAdapters):
             ValueError: there is no adapter of a selected name, or an option has an impossible value.
             OSError: it can't be written; what was there before is whole.
         """
+        if state_dict is None:
+            refuse_flattened(
+                self,
+                "save_pretrained",
+                "Call `FSDP.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT)` in all processes, and pass "
+                "`state_dict=wrapped.state_dict()`; or use `fully_shard` (FSDP version 2).",
+            )
         writes = writes_files() if is_main_process is None else is_main_process
         sharded = state_dict is None and shared_out(self)
         if not (writes or sharded):

@@ -156,7 +156,10 @@ class _Taken:
         number, rows, columns = self.own[name].shape
         patterns = self.names.converters[next(iter(sources))].source_patterns
         found = {path: self.file.factors[path] for each in sources.values() for path in each.values()}
-        ranks = {p: max((len(found[path]["A"]) for path in sources.get(p, {}).values()), default=0) for p in patterns}
+        ranks = {
+            p: max((len(found[path]["A"]) for path in sources.get(p, {}).values()), default=0)
+            for p in patterns
+        }
         heights = {p: len(found[next(iter(sources[p].values()))]["B"]) for p in patterns if p in sources}
         absent = [p for p in patterns if p not in heights]
         heights |= dict.fromkeys(absent, (rows - sum(heights.values())) // max(len(absent), 1))
@@ -202,7 +205,11 @@ class _Taken:
         if self.stacks:
             self.file.training = None
             return
-        moved = {f"{old}.lora_{factor}": f"{new}.lora_{factor}" for old, new in self.moved.items() for factor in "ABE"}
+        moved = {
+            f"{old}.lora_{factor}": f"{new}.lora_{factor}"
+            for old, new in self.moved.items()
+            for factor in "ABE"
+        }
         self.file.training = {
             moved.get(name) or self._other(name): tensor for name, tensor in self.file.training.items()
         }
