@@ -230,8 +230,6 @@ def test_an_adapted_layer_that_takes_in_pictures_is_no_vocabulary(tmp_path: Path
 def test_a_trainer_on_wav2vec2_writes_and_resumes_its_checkpoints(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from test_places import wav2vec2
-
     sounds = [
         {"input_values": sound, "labels": torch.tensor([3, 4])}
         for sound in torch.randn(4, 400, generator=torch.Generator().manual_seed(0))

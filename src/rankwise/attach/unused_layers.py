@@ -24,7 +24,7 @@ def why_ignored(model: nn.Module, path: str, config: LoraConfig) -> str | None:
     """Why an adapter on the layer would do nothing, if so: its parent takes the weight and calls no layer."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    called, read = _uses(getattr(parent, "_original_class", type(parent)))
+    called, read = _uses(_class_of(parent))
     kind = type(parent).__name__
     if name in read and name not in called:
         return f"{kind} reads its weight without calling it, so an adapter would do nothing."
@@ -33,6 +33,11 @@ def why_ignored(model: nn.Module, path: str, config: LoraConfig) -> str | None:
             f"the fused kernels of {kind} read its weight without calling it, so an adapter would not train."
         )
     return None
+
+
+def _class_of(module: nn.Module) -> Any:
+    """A module's class, as it was before it was adapted."""
+    return getattr(module, "_original_class", type(module))
 
 
 def check_fast_path(model: nn.Module, path: str) -> None:
@@ -55,12 +60,12 @@ def why_unlike_linear(path: str, layer: nn.Module) -> str | None:
 
     Routers give out choices of experts, grouped layers multiply blocks. The class is tried out on a few numbers.
     """
-    cls = getattr(layer, "_original_class", type(layer))
+    cls = _class_of(layer)
     plain = cls.forward in (nn.Linear.forward, NonDynamicallyQuantizableLinear.forward)
     weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) and not plain else None
     if weight is None or weight.is_meta or not weight.is_floating_point() or type(weight) is not nn.Parameter:
         return None
-    if weight.shape != (layer.out_features, layer.in_features):  # packed, or shared out over processes
+    if list(weight.shape) != [layer.out_features, layer.in_features]:  # packed, or shared out over processes
         return None
     before, was_training = torch.get_rng_state(), layer.training
     try:

@@ -1,4 +1,4 @@
-"""What FSDP version 1 (``FullyShardedDataParallel``) leaves of parameters: pieces of a flat one, of which no row is whole.
+"""What FSDP version 1 (``FullyShardedDataParallel``) leaves of parameters: pieces of a flat one.
 
 Plain LoRA trains under it, as that needs no rows. What needs whole matrices is refused.
 """
@@ -11,7 +11,7 @@ from rankwise.parallel.sharded import shared_out
 
 
 def flattened(model: nn.Module) -> bool:
-    """Whether FSDP version 1 holds the model's parameters; version 2 marks modules alike, but keeps parameters apart."""
+    """Whether FSDP version 1 holds the model's parameters. Version 2 marks modules too, but has DTensors."""
     managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
     return managed and not shared_out(model)
 

@@ -67,7 +67,7 @@ def resized_vocabulary(model: Any) -> tuple[int, int] | None:
 
     It looks only at what is on this machine: the folder that the base was loaded from, or the hub's cache.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     place = getattr(config, "_name_or_path", None)
     here = _vocabulary(config)
     resized = vars(model).get("_rankwise_vocabulary") if here is not None else None

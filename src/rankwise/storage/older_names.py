@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import adapters_for
@@ -26,7 +25,7 @@ from rankwise.storage.read import AdapterFile
 
 
 def take_present_names(model: nn.Module, file: AdapterFile) -> None:
-    """Give what a file holds the names that ``model`` has; a file whose names fit, or that nobody knows, stays as it is.
+    """Give what a file holds the names that ``model`` has; names that fit, or that nobody knows, stay as they are.
 
     Raises:
         ValueError: it is known what the names mean, but the adapter has no form that the model could take.
@@ -135,8 +134,8 @@ class _Taken:
             number = self.names.number(name, pattern)
             if number is None or not stacks_and_joins(self.names.converters[pattern].operations):
                 raise ValueError(
-                    f"{self.file.source} adapts {path!r}, which this Transformers holds in {new!r}, in a form into which "
-                    "an adapter can't be brought. Load it with the Transformers that it was trained with."
+                    f"{self.file.source} adapts {path!r}, which this Transformers holds in {new!r}, in a form into "
+                    "which an adapter can't be brought. Load it with the Transformers that it was trained with."
                 )
             self.stacks.setdefault(new, {}).setdefault(pattern, {})[number] = path
             return

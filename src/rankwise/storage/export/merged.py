@@ -162,9 +162,9 @@ def _refuse_shared(updates: Updates, weights: _Weights) -> None:
             weights.refuse_shared(path, f"{path}.weight")
     whole = updates.config.modules_to_save or ()
     for name, tensor in updates.others.items():
-        path = saved_module_of(name, whole, lambda path: True)
-        if path is not None and tensor.dim() == 2 and same_weight(weights.places, name) is not None:
-            weights.refuse_shared(path, name)
+        owner = saved_module_of(name, whole, lambda path: True)
+        if owner is not None and tensor.dim() == 2 and same_weight(weights.places, name) is not None:
+            weights.refuse_shared(owner, name)
 
 
 def _of_layers(updates: Updates, weights: _Weights) -> Iterator[_Change]:
