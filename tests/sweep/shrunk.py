@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 import io
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -49,16 +51,20 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING_NAMES)
 
 
-def model_class(model_type: str) -> type[PreTrainedModel] | None:
-    """The class of a model type that is tried, or None if it has none with parameters of its own."""
-    config_class = CONFIG_MAPPING[model_type]
-    for name in [*(f"MODEL_FOR_{each}_MAPPING_NAMES" for each in _MAPPINGS), "MODEL_MAPPING_NAMES"]:
-        found = getattr(modeling_auto, name).get(model_type)
-        if found is not None:
-            import transformers
+def model_classes(model_type: str) -> list[type[PreTrainedModel]]:
+    """The classes of a model type, those that are tried first coming first; none if it has none of its own.
 
-            return getattr(transformers, found if isinstance(found, str) else found[0], None)
-    return _class_of_module(config_class)
+    A class can want another configuration than the type's: that of the text model inside, say.
+    """
+    found: dict[type[PreTrainedModel], None] = {}
+    for name in [*(f"MODEL_FOR_{each}_MAPPING_NAMES" for each in _MAPPINGS), "MODEL_MAPPING_NAMES"]:
+        names = getattr(modeling_auto, name).get(model_type)
+        for each in [names] if isinstance(names, str) else names or ():
+            if (cls := getattr(transformers, each, None)) is not None:
+                found[cls] = None
+    if not found and (own := _class_of_module(CONFIG_MAPPING[model_type])) is not None:
+        found[own] = None
+    return list(found)
 
 
 def _class_of_module(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
@@ -82,35 +88,40 @@ def _class_of_module(config_class: type[PreTrainedConfig]) -> type[PreTrainedMod
     return own[-1] if own else None
 
 
+class TooLarge(Exception):
+    """It has too many parameters even at its smallest."""
+
+
 def shrunk_model(model_type: str) -> PreTrainedModel:
-    """A small model of this type, in evaluation mode, always with the same weights.
+    """A small model of this type, in evaluation mode.
 
     Raises:
         LookupError: there is no class for it.
+        TooLarge: see there.
         Exception: whatever its class raises; that of the last attempt.
     """
-    cls = model_class(model_type)
-    if cls is None:
+    return made(*_recipe(model_type))
+
+
+@functools.lru_cache(maxsize=4)
+def _recipe(model_type: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    classes = model_classes(model_type)
+    if not classes:
         raise LookupError("has no class of its own")
-    last: Exception | None = None
-    for layers, shrink in itertools.product((2, 6), (16, 8, 4, 2, 1)):
+    first: Exception | None = None
+    for cls, layers, shrink in itertools.product(classes, (2, 6), (16, 8, 4, 2, 1)):
         try:
             config = shrunk_config(model_type, shrink, layers)
-            size = parameters_of(cls, config)
-        except Exception as error:  # noqa: BLE001 - it is of any class's constructor
-            last = last or error
-            continue
-        if size > MOST_PARAMETERS:
-            last = MemoryError(
-                f"has more than {MOST_PARAMETERS / 1e6:.0f} million parameters at its smallest"
-            )
-            break
-        try:
-            return made(cls, config)
-        except Exception as error:  # noqa: BLE001
-            last = error
-    assert last is not None
-    raise last
+            if parameters_of(cls, config) > MOST_PARAMETERS:
+                raise TooLarge(f"has more than {MOST_PARAMETERS / 1e6:.0f} million parameters")
+            made(cls, config)
+            return cls, config
+        except (ImportError, TooLarge):
+            raise
+        except Exception as error:  # it is of any class's constructor
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def parameters_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> int:
@@ -166,8 +177,9 @@ def _shrink(config: Any, by: int, layers: int) -> None:
                 _shrink(each, by, layers)
     if "vocab_size" in vars(config) and config.vocab_size is None:
         config.vocab_size = _VOCABULARY
-    if "prediction_length" in vars(config) and config.prediction_length is None:
-        config.prediction_length = 4
+    for name, value in (("prediction_length", 4), ("context_length", 8)):
+        if name in vars(config) and getattr(config, name) is None:
+            setattr(config, name, value)
     before = dict(vars(config))
     counted = _layers_of(before)
     for name, value in before.items():
@@ -177,8 +189,20 @@ def _shrink(config: Any, by: int, layers: int) -> None:
             new = _shrunk_value(name, value, by, layers, counted)
             if new is not value:
                 setattr(config, name, new)
-        except Exception:  # noqa: BLE001, S112 - a property without a setter
+        except Exception:  # a property without a setter
             continue
+    _fill_in(config)
+
+
+def _fill_in(config: Any) -> None:
+    """What some classes compute with although their configuration's default is None."""
+    held = vars(config)
+    heads, width = held.get("num_attention_heads"), held.get("hidden_size")
+    if isinstance(heads, int) and isinstance(width, int):
+        if held.get("head_dim", 0) is None:
+            config.head_dim = width // heads
+        if held.get("num_key_value_heads", 0) is None:
+            config.num_key_value_heads = heads
 
 
 def _layers_of(values: dict[str, Any]) -> bool:
@@ -312,7 +336,7 @@ def working_inputs(model: PreTrainedModel) -> dict[str, Any] | None:
     for inputs in forward_inputs(model):
         try:
             found = outputs_of(model, inputs)
-        except Exception:  # noqa: BLE001, S112 - what fits is tried out
+        except Exception:  # what fits is tried out
             continue
         if found and all(each.isfinite().all() for each in found):
             return inputs
