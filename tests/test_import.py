@@ -84,7 +84,21 @@ def test_the_core_works_where_no_optional_library_is_installed():
     """)
 
 
-CHAPTERS = "method files config parallel adapters attach run adapt storage integrations model report recipes cli".split()
+CHAPTERS = (
+    *(
+        "method",
+        "files",
+        "config",
+        "parallel",
+        "adapters",
+        "attach",
+        "run",
+        "adapt",
+        "storage",
+        "integrations",
+    ),
+    *("model", "report", "recipes", "cli"),
+)
 
 
 def imports_of_chapters() -> Iterator[tuple[Path, str, str]]:

@@ -247,22 +247,3 @@ def test_a_layer_that_is_not_finite_is_worth_nothing() -> None:
     model[0].lora_B["default"].data[0, 0] = torch.nan
     first, second = (row.importance for row in model.rank_summary().layers)
     assert first == 0 and second > 0
-
-
-def test_a_layer_that_was_loaded_at_rank_0_is_turned_along_with_the_others(tmp_path: Any) -> None:
-    """Its factors are empty, and with gradients (as they have in DistributedDataParallel) so are their means."""
-    model = _model(target_r=1)
-    model[0].lora_B["default"].data.zero_()
-    model.finalize_ranks()
-    assert [row.rank for row in model.rank_summary().layers] == [0, 2]
-    model.save_pretrained(tmp_path)
-    base = nn.Sequential(nn.Linear(*WIDTHS[:2]), nn.Tanh(), nn.Linear(*WIDTHS[1:])).double()
-    again: Any = rw.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
-    assert not again[0].lora_A["default"].numel()
-    optimizer = torch.optim.AdamW(_trained(again), lr=0.0, weight_decay=0.0)
-    for parameter in _trained(again):
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    before = again[2].delta_weight("default")
-    _write(again, {0: 2.0, 1: 2.0}, [optimizer])
-    torch.testing.assert_close(2 * again[2].delta_weight("default"), before)

@@ -208,7 +208,9 @@ def test_an_adapter_with_layers_at_rank_0_is_loaded_and_trains_on(tmp_path: Any)
     moved = [
         name for name, p in again.named_parameters() if name in before and not torch.equal(p, before[name])
     ]
-    assert 0 < len(moved) < len(before)
+    assert moved == list(before) and moved
+    layers = {row.path for row in model.rank_summary().layers if row.rank}
+    assert {name.partition(".lora_B.")[0] for name in before} == layers
 
 
 def _wide_and_narrow() -> nn.ModuleList:
@@ -233,4 +235,4 @@ def test_a_finished_adapter_of_many_narrow_ranks_is_not_pruned_again(tmp_path: A
     again: Any = rw.PeftModel.from_pretrained(_wide_and_narrow(), tmp_path, is_trainable=True)
     _train_the_narrow_ones(again)
     assert [row.rank for row in again.rank_summary().layers] == [0, 4, 4, 4]
-    assert again.allocation_state.reached_target
+    assert again.allocation_state is None  # plain LoRA, whose ranks are fixed

@@ -19,6 +19,10 @@ _ATTRIBUTES = (
     "_rankwise_controller",
     "_rankwise_histories",
     "_rankwise_to_train",
+    "_rankwise_places",
+    "_rankwise_vocabulary",
+    "_rankwise_checkpointing",
+    "_rankwise_input_hooks",
     "_ddp_params_and_buffers_to_ignore",
     "_hf_peft_config_loaded",
 )
@@ -101,6 +105,8 @@ class HoldsAdapters(nn.Module):
         self._drop_controller()
         release_layout(self)
         detach_all(self, keep_saved)
+        for handle in self.__dict__.get("_rankwise_input_hooks", ()):
+            handle.remove()
         for name in _ATTRIBUTES:
             self.__dict__.pop(name, None)
         inner = self.__dict__.pop("_rankwise_inner", None)

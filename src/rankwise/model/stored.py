@@ -17,6 +17,7 @@ from rankwise.attach.attachment import Attachment, check_compute_dtype, plain_st
 from rankwise.files.hub import find_adapter_folder
 from rankwise.model.named import NamesAdapters
 from rankwise.parallel import zero
+from rankwise.parallel.flattened import refuse_flattened
 from rankwise.parallel.processes import all_wait_for_this, writes_files
 from rankwise.parallel.sharded import shared_out
 
@@ -60,6 +61,13 @@ class StoresAdapters(NamesAdapters):
                 one lies near. Nothing is written then, so that a trainer stops at its next checkpoint.
             OSError: it can't be written; what was there before is whole.
         """
+        if state_dict is None:
+            refuse_flattened(
+                self,
+                "save_pretrained",
+                "Call `FSDP.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT)` in all processes, and pass "
+                "`state_dict=wrapped.state_dict()`; or use `fully_shard` (FSDP version 2).",
+            )
         writes = writes_files() if is_main_process is None else is_main_process
         sharded = state_dict is None and shared_out(self)
         if not (writes or sharded):
@@ -77,6 +85,7 @@ class StoresAdapters(NamesAdapters):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{str(folder)!r} is a file; give the name of a folder.")
+        self._check_in_place()
         names = selected_adapters or list(self.peft_config)
         for name in names:
             self._check_name(name)
@@ -131,6 +140,7 @@ class StoresAdapters(NamesAdapters):
         """
         check_compute_dtype(adapter_compute_dtype)
         file = storage.read_adapter(find_adapter_folder(model_id, **hub_options), training_state=is_trainable)
+        storage.take_present_names(self, file)
         if file.training is None:
             attachment = storage.plan_from_file(self, file, adapter_name, is_trainable)
         else:
@@ -184,6 +194,7 @@ class StoresAdapters(NamesAdapters):
         own = folder / name
         place = own if name != "default" and own.is_dir() else folder
         file, controller = storage.read_adapter(place, training_state=True), self._controller_of(name)
+        storage.take_present_names(self, file)
         if file.training is not None:
             return storage.prepare_training_state(self, name, file, controller)
         if controller is not None:

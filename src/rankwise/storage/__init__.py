@@ -14,6 +14,7 @@ read from the disk, and everything is checked before the model changes.
 from __future__ import annotations
 
 from rankwise.storage.adapter_file import AdapterFile
+from rankwise.storage.embeddings import embedding_keys
 from rankwise.storage.names import (
     EXTRA_STATE,
     HISTORY_NAME,
@@ -25,10 +26,11 @@ from rankwise.storage.names import (
     WEIGHTS_NAME,
     checkpoint_step,
 )
+from rankwise.storage.older_names import take_present_names
 from rankwise.storage.read import AdapterHeader, read_adapter, read_header
 from rankwise.storage.training import plan_from_training_state, prepare_training_state, trains_more
 from rankwise.storage.values import plan_from_file, prepare_values
-from rankwise.storage.write import embedding_keys, gathered_state, read_model_adapter, write_adapter
+from rankwise.storage.write import gathered_state, read_model_adapter, write_adapter
 
 __all__ = [
     "EXTRA_STATE",
@@ -51,6 +53,7 @@ __all__ = [
     "read_adapter",
     "read_header",
     "read_model_adapter",
+    "take_present_names",
     "trains_more",
     "write_adapter",
 ]

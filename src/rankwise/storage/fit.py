@@ -15,11 +15,11 @@ from rankwise.attach.attachment import (
     factor_options,
     plain_name,
 )
+from rankwise.attach.embeddings import input_embeddings, output_embeddings
 from rankwise.attach.matching import matcher, pattern_value, saved_module_of
 from rankwise.attach.targets import (
     find_targets,
     modules_to_save_paths,
-    output_embeddings,
     own_modules,
     parameter_targets,
 )
@@ -92,15 +92,15 @@ def _fit_rest(
 ) -> None:
     """Check single parameters: biases if ``config`` trains them, embeddings; any if there is no ``config``."""
     own = {plain_name(name): value for name, value in model.named_parameters(remove_duplicate=False)}
-    outputs = {id(module) for module in output_embeddings(model)}
+    embeddings = {id(module) for find in (input_embeddings, output_embeddings) for module in find(model)}
     for name, tensor in rest.items():
         if name not in own:
             raise ValueError(f"{file.source}: the model has no {name!r}.{suggestion(name, own)}")
-        if own[name].shape != tensor.shape:
-            raise ValueError(_shape_message(file, name, tensor, own[name].shape))
         module = modules.get(name.rpartition(".")[0], model)
         kind = adapters_for(module)
-        embeds = id(module) in outputs or (kind is not None and kind.base_in_file)
+        embeds = id(module) in embeddings or (kind is not None and kind.base_in_file)
+        if own[name].shape != tensor.shape:
+            raise ValueError(_shape_message(file, name, tensor, own[name].shape, embeds))
         bias = config is not None and config.bias != "none" and name.endswith("bias")
         if (
             not (config is None or bias or embeds)
@@ -215,9 +215,18 @@ def _other_stack(file: AdapterFile, path: str, held: int, matrices: int) -> str:
     )
 
 
-def _shape_message(file: AdapterFile, name: str, tensor: Tensor, shape: Iterable[int]) -> str:
+def _shape_message(
+    file: AdapterFile, name: str, tensor: Tensor, shape: Iterable[int], embeds: bool = False
+) -> str:
+    found, wanted = tuple(tensor.shape), tuple(shape)
+    if embeds and found[1:] == wanted[1:]:
+        mend = f"call `model.resize_token_embeddings({found[0]})` on the base before loading."
+        return (
+            f"{file.source}: {name} has {found[0]} rows, but this model's has {wanted[0]}. The adapter was saved after "
+            f"the vocabulary was resized: {mend}"
+        )
     return (
-        f"{file.source}: {name} is {tuple(tensor.shape)}, but this model takes {tuple(shape)}. The adapter belongs "
+        f"{file.source}: {name} is {found}, but this model takes {wanted}. The adapter belongs "
         "to a model of other shapes: load the base model that it was trained on."
     )
 
@@ -232,7 +241,8 @@ def _fit_head(module: nn.Module, path: str, tensors: Mapping[str, Tensor], file:
     parameters = dict(module.named_parameters())
     for key, tensor in tensors.items():
         if own[key].shape != tensor.shape:
-            raise ValueError(_shape_message(file, f"{path}.{key}", tensor, own[key].shape))
+            embeds = isinstance(module, nn.Embedding)
+            raise ValueError(_shape_message(file, f"{path}.{key}", tensor, own[key].shape, embeds))
         if own[key].is_floating_point() != tensor.is_floating_point() or tensor.is_complex():
             raise ValueError(
                 f"{file.source}: {path}.{key} is {tensor.dtype}, but the model has {own[key].dtype}."

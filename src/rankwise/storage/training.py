@@ -89,7 +89,7 @@ def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) 
     })  # fmt: skip
     uncut.laid_out = False
     check_factors(uncut, cut=False)
-    fit_all(model, file, file.config)
+    in_file = fit_all(model, file, file.config)[2]
     changes: dict[str, Any] = {"inference_mode": False}
     if isinstance(
         file.config, AdaLoraConfig
@@ -100,7 +100,11 @@ def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) 
             changes["total_step"] = None
     uncut.config = replace(run_config, **changes)
     layers, heads, rest = fit_all(model, uncut, uncut.config, all_parameters=True)
-    return Attachment(adapter, with_all_heads(uncut.config, heads), layers, heads, rest)  # type: ignore[arg-type]
+    config = with_all_heads(uncut.config, heads)
+    frozen = {
+        name: tensor for name, tensor in in_file.items() if name not in rest
+    }  # such as a resized vocabulary
+    return Attachment(adapter, config, layers, heads, rest, frozen)  # type: ignore[arg-type]
 
 
 def _run_state(file: AdapterFile, layers: list[str]) -> RunState:
@@ -124,7 +128,7 @@ def prepare_training_state(
         ValueError: it is broken, or of another run.
     """
     tensors, source = file.training or {}, file.training_source
-    fit_all(model, file, file.config)
+    in_file = fit_all(model, file, file.config)[2]
     own = plain_state(model.state_dict())
     names = training_keys(model, adapter)
     parameters = {plain_name(name) for name, _ in model.named_parameters()}
@@ -149,9 +153,10 @@ def prepare_training_state(
             scales = tuple(file.scales[pair.path] for pair in controller.factors.pairs)
             tensors = {**tensors, EXTRA_STATE: replace(state, scales=scales).to_tensor()}
     keys = {plain_name(key): key for key in model.state_dict()}
+    frozen = {key: tensor.to(own[key].dtype) for key, tensor in in_file.items() if key not in names}
 
     def load() -> None:
-        loaded = laid_out({key: tensors[name] for key, name in names.items()}, own)
+        loaded = laid_out({**frozen, **{key: tensors[name] for key, name in names.items()}}, own)
         model.load_state_dict({keys[key]: tensor for key, tensor in loaded.items()}, strict=False)
 
     return load

@@ -65,7 +65,8 @@ def write_adapter(
         controller: the one that trains this adapter, if any.
         state: the model's `plain_state`, whole, where the model itself may hold only a part (sharded).
         training_state: also write what resuming needs.
-        more: names of base parameters to write, too, and their names in the file; see `embedding_keys`.
+        more: names of base parameters to write, too, and their names in the file; see
+            `storage.embeddings`.
 
     Raises:
         OSError: it can't be written; what was there before is untouched.
@@ -223,34 +224,6 @@ def read_model_adapter(model: Any, adapter: str) -> AdapterFile:
     config, controller = model.peft_config[adapter], model._controller_of(adapter)
     saved, tensors = adapter_content(model, adapter, config, controller, plain_state(model.state_dict()))
     return sort_tensors(f"The adapter {adapter!r}", saved, tensors)
-
-
-def embedding_keys(model: nn.Module, adapter: str, save: bool | str) -> dict[str, str]:
-    """The base parameters of input and output embeddings that belong in an adapter's file, and their names there.
-
-    Args:
-        model: the adapted model; none if it is not one of Transformers'.
-        adapter: one of its adapters.
-        save: True for all embeddings, "auto" for those that the adapter adapts, or False.
-    """
-    if save not in (True, False, "auto"):
-        raise ValueError(f"`save_embedding_layers` must be True, False or 'auto', but is {save!r}.")
-    getters = [getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output")]
-    embeddings = [getter() for getter in getters if callable(getter)] if save else []
-    if save is not True:
-        embeddings = [each for each in embeddings if _adapts(each, adapter)]
-    keys: dict[str, str] = {}
-    for path, module in own_modules(model).items() if embeddings else ():
-        adapted = _adapts(module, adapter)
-        if any(module is each for each in embeddings):
-            for name, _ in module.named_parameters(recurse=False):
-                inner = f"base_layer.{name}" if adapted else name
-                keys[plain_name(f"{path}.{name}")] = plain_name(f"{path}.{inner}")
-    return keys
-
-
-def _adapts(module: Any, adapter: str) -> bool:
-    return isinstance(module, AdapterLayer) and adapter in module.lora_A
 
 
 def gathered_state(model: nn.Module, adapter: str, bias: str, more: Iterable[str] = ()) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def export_adapter(
         to: "peft-lora" (plain LoRA with a rank for each layer), "vllm", "sglang" (and LoRAX: one rank, with zeros),
             "gguf" (llama.cpp and Ollama) or "merged" (a whole model in the base's dtype).
         base: the base model's folder, or for "gguf" also its ``.gguf`` file; where the adapter says that it is if None.
+            "sglang" needs it only where the adapter lacks layers that the server expects.
         adapter_name: which adapter of the model.
         dtype: of the written factors, such as ``torch.bfloat16``; as they are if None. Not for "merged".
         overwrite: replace what is at ``output``.
@@ -78,7 +79,9 @@ def export_adapter(
         from rankwise.storage.export.base import base_path, read_base_shape
         from rankwise.storage.export.sglang import export_for_sglang
 
-        shape = None if base is None else read_base_shape(base_path(updates, base, "this export"))
+        named = updates.config.base_model_name_or_path
+        here = base is not None or (named is not None and Path(named).exists())
+        shape = read_base_shape(base_path(updates, base, "this export")) if here else None
         return export_for_sglang(path, updates, dtype, shape)
     if to == "gguf":
         from rankwise.storage.export.gguf import export_for_llama_cpp
