@@ -48,6 +48,7 @@ class Attachment:
     layers: dict[str, Factors]
     saved_modules: dict[str, Mapping[str, Tensor] | None] = field(default_factory=dict)
     biases: dict[str, Tensor | None] = field(default_factory=dict)
+    widens: bool = True  # copies of whole modules are float32 where the module has half precision
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
@@ -122,11 +123,18 @@ def check_adapter_name(model: nn.Module, adapter: str) -> None:
     """Refuse names that can't be module names or are taken."""
     if not isinstance(adapter, str):
         raise TypeError(f"An adapter's name must be a string, but is {adapter!r}.")
-    if not adapter or "." in adapter or hasattr(nn.ModuleDict, adapter) or hasattr(nn.ParameterDict, adapter):
+    if not adapter or "." in adapter:
         raise ValueError(f"{adapter!r} can't name an adapter: use letters, digits and '_', without dots.")
+    if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
+        raise ValueError(
+            f"{adapter!r} can't name an adapter: every module of PyTorch has an attribute of that name. Choose another, "
+            f"such as {adapter + '_adapter'!r}."
+        )
     if adapter in getattr(model, "peft_config", {}):
         raise ValueError(
-            f"The model has an adapter {adapter!r} already. Choose another name, or `delete_adapter` it first."
+            f"The model has an adapter {adapter!r} already. To attach anew, as when a notebook's cell is run again, call "
+            "`model = model.unload()` first, which gives the base model back. To add a second adapter, choose another "
+            "name; to replace this one beside others, `delete_adapter` it first."
         )
 
 
@@ -170,7 +178,7 @@ def apply_attachment(model: nn.Module, attachment: Attachment) -> None:
             layer.kept[name] = factors.kept.nonzero().flatten().to(factors.A.device)
     for path, tensors in attachment.saved_modules.items():
         module = _named(path, prepare_saved_module, model.get_submodule(path))
-        module.add_copy(name)
+        module.add_copy(name, attachment.widens)
         if tensors is not None:
             copy = module.modules_to_save[name]
             copy.load_state_dict({key: tensor.to(_dtype_of(copy, key)) for key, tensor in tensors.items()})

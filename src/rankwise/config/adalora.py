@@ -183,7 +183,7 @@ class AdaLoraConfig(LoraConfig):
                 f"at target_r={self.target_r} on average. For an average rank of {r}, set target_r={r} and "
                 f"init_r={2 * r}, and leave `r` out.",
                 UserWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _check_schedule(self) -> None:

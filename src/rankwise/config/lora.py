@@ -34,8 +34,16 @@ from rankwise.config.checks import (
     check_whole,
     short,
 )
-from rankwise.config.names import CheckedKeywords, check_extra, field_names, unknown_keyword
+from rankwise.config.names import (
+    CheckedKeywords,
+    check_extra,
+    field_names,
+    is_neutral,
+    tell_of_unknown,
+    unknown_keyword,
+)
 from rankwise.files.atomic import write_file
+from rankwise.files.hub import check_hub_options, find_adapter_folder
 from rankwise.files.json_file import read_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -128,6 +136,8 @@ class LoraConfig(CheckedKeywords):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in field_names(type(self)):
+            if is_neutral(type(self), name, value):
+                return
             raise AttributeError(unknown_keyword(type(self), name, field_names(type(self))))
         if "_made" not in self.__dict__:
             self.__dict__[name] = value
@@ -238,8 +248,9 @@ class LoraConfig(CheckedKeywords):
     def from_dict(cls: type[_Config], data: Mapping[str, Any], source: str = CONFIG_NAME) -> _Config:
         """Read what ``to_dict`` or PEFT wrote; ``peft_type`` decides the class.
 
-        Unknown fields are kept in ``extra`` where they change nothing. For an adapter in ``inference_mode``
-        the schedule is not checked, as nothing will be trained.
+        Fields that the class does not have are kept in ``extra``, and refused where they are known to change what
+        the adapter computes. For an adapter in ``inference_mode`` the schedule is not checked, as nothing will be
+        trained.
 
         Args:
             data: the fields.
@@ -247,6 +258,9 @@ class LoraConfig(CheckedKeywords):
 
         Raises:
             TypeError, ValueError: as the class, and for another kind of adapter. Each begins with ``source``.
+
+        Warns:
+            UserWarning: a field is not known, and may change what the adapter computes.
 
         Example:
             >>> config = LoraConfig.from_dict({"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "r": 8})
@@ -261,9 +275,11 @@ class LoraConfig(CheckedKeywords):
         try:
             values, extra = _split_fields(kind, data)
             kind._from_file(values, extra)
-            return kind(**values, extra=extra)
+            config: _Config = kind(**values, extra=extra)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{source}: {error}") from None
+        tell_of_unknown(extra, source)
+        return config
 
     @classmethod
     def _from_file(cls, values: dict[str, Any], extra: dict[str, Any]) -> None:
@@ -281,14 +297,19 @@ class LoraConfig(CheckedKeywords):
         values["init_lora_weights"] = True
 
     @classmethod
-    def from_pretrained(cls: type[_Config], folder: str | os.PathLike[str]) -> _Config:
-        """Read ``adapter_config.json`` in a folder.
+    def from_pretrained(cls: type[_Config], folder: str | os.PathLike[str], **hub_options: Any) -> _Config:
+        """Read ``adapter_config.json`` in a folder, or in a repository on the Hugging Face hub.
+
+        Args:
+            folder: the adapter's folder, or "owner/name" on the hub.
+            hub_options: ``subfolder``; and for the hub ``revision``, ``token``, ``cache_dir``, ….
 
         Raises:
-            FileNotFoundError: the folder has no such file.
-            TypeError, ValueError: the file is broken; see ``from_dict``.
+            FileNotFoundError: there is no such file.
+            TypeError, ValueError: the file is broken, see ``from_dict``; or there is no such option.
         """
-        path = Path(folder) / CONFIG_NAME
+        check_hub_options(f"{cls.__name__}.from_pretrained", hub_options)
+        path = find_adapter_folder(folder, only_config=True, **hub_options) / CONFIG_NAME
         if not path.is_file():
             raise FileNotFoundError(
                 f"{os.fspath(folder)!r} is not the folder of an adapter: no {CONFIG_NAME}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from rankwise import storage
 from rankwise.attach.attachment import Attachment, check_compute_dtype, plain_state, set_compute_dtype
+from rankwise.attach.precision import in_base_dtype
+from rankwise.config.checks import check_flag
 from rankwise.files.hub import find_adapter_folder
 from rankwise.model.named import NamesAdapters
+from rankwise.model.options import check_save_options, load_options
 from rankwise.parallel import zero
 from rankwise.parallel.processes import all_wait_for_this, writes_files
 from rankwise.parallel.sharded import shared_out
@@ -33,6 +37,7 @@ class StoresAdapters(NamesAdapters):
         is_main_process: bool | None = None,
         training_state: bool | None = None,
         save_embedding_layers: bool | str = "auto",
+        safe_serialization: bool = True,
         **unused: Any,
     ) -> None:
         """Save the adapters in PEFT's format; the base model is not saved.
@@ -52,9 +57,11 @@ class StoresAdapters(NamesAdapters):
             save_embedding_layers: also write the base weights of a Transformers model's input and output
                 embeddings, as is needed after the vocabulary was resized: True, False, or "auto" for those that
                 are adapted, as in PEFT.
+            safe_serialization: True; False is refused, as a pickle can run code where it is opened.
             unused: other arguments of PEFT's and Transformers' ``save_pretrained`` that have no meaning here.
 
         Raises:
+            TypeError: there is no such argument.
             ValueError: there is no adapter of a selected name, or an option has an impossible value.
             OSError: it can't be written; what was there before is whole.
         """
@@ -70,8 +77,7 @@ class StoresAdapters(NamesAdapters):
                 stacklevel=2,
             )
             return
-        if unused.get("safe_serialization") is False:
-            raise ValueError("Adapters are only saved as safetensors: leave `safe_serialization` out.")
+        check_save_options(unused, inspect.signature(StoresAdapters.save_pretrained).parameters)
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{str(folder)!r} is a file; give the name of a folder.")
@@ -118,21 +124,37 @@ class StoresAdapters(NamesAdapters):
         adapter_name: str = "default",
         is_trainable: bool = False,
         adapter_compute_dtype: torch.dtype | None = None,
-        **hub_options: Any,
+        **options: Any,
     ) -> None:
         """Attach one more adapter from a folder or the hub; `set_adapter` makes it act.
 
         One whose run goes on (``is_trainable``, and the folder holds the state of a run) acts and trains at once.
-        ``adapter_compute_dtype`` is as for `get_peft_model`.
+        ``adapter_compute_dtype`` is as for `get_peft_model`, and ``options`` are as for `from_pretrained`.
 
         Raises: as `from_pretrained`.
         """
+        self._load("load_adapter", model_id, adapter_name, is_trainable, adapter_compute_dtype, options)
+
+    def _load(
+        self,
+        function: str,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool,
+        adapter_compute_dtype: torch.dtype | None,
+        given: dict[str, Any],
+    ) -> None:
         check_compute_dtype(adapter_compute_dtype)
-        file = storage.read_adapter(find_adapter_folder(model_id, **hub_options), training_state=is_trainable)
+        check_flag("is_trainable", is_trainable)
+        options = load_options(function, given)
+        folder = find_adapter_folder(model_id, **options.hub)
+        file = storage.read_adapter(folder, training_state=is_trainable, config=options.config)
         if file.training is None:
             attachment = storage.plan_from_file(self, file, adapter_name, is_trainable)
         else:
             attachment = storage.plan_from_training_state(self, file, adapter_name)
+        if not options.autocast_adapter_dtype:
+            attachment = in_base_dtype(self, attachment)
         with self._as_before_on_failure(attachment):
             self._attach(attachment)
             if file.training is not None:
