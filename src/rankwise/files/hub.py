@@ -38,7 +38,9 @@ def check_hub_options(function: str, options: Iterable[str], more: Iterable[str]
     known = {*HUB_OPTIONS, *_OLD, *more}
     for name in options:
         if name not in known:
-            raise TypeError(f"{function} has no argument {name!r}.{suggestion(name, sorted(known - set(_OLD)))}")
+            raise TypeError(
+                f"{function} has no argument {name!r}.{suggestion(name, sorted(known - set(_OLD)))}"
+            )
 
 
 def find_adapter_folder(

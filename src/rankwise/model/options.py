@@ -10,7 +10,7 @@ from typing import Any
 from rankwise.config import LoraConfig
 from rankwise.config.checks import check_flag
 from rankwise.config.suggest import suggestion
-from rankwise.files.hub import HUB_OPTIONS, check_hub_options
+from rankwise.files.hub import check_hub_options
 
 # Options that say where or how fast values are read. Here they go to the device of the layer that they belong to.
 _NO_DIFFERENCE = frozenset(
@@ -18,7 +18,11 @@ _NO_DIFFERENCE = frozenset(
     "offload_buffers offload_state_dict max_memory".split()
 )
 # Options that belong to loading the base model, which has been loaded already.
-_OF_THE_BASE = frozenset({"device_map", "dtype", "torch_dtype", "load_in_4bit", "load_in_8bit", "quantization_config"})
+_OF_THE_BASE = frozenset(
+    {"device_map", "dtype", "torch_dtype", "load_in_4bit", "load_in_8bit", "quantization_config"}
+)
+# Arguments with a place of their own, for messages about misspelt ones.
+_ALREADY_TAKEN = frozenset({"model_id", "adapter_name", "is_trainable", "adapter_compute_dtype"})
 
 
 @dataclass
@@ -51,7 +55,7 @@ def load_options(function: str, given: Mapping[str, Any]) -> LoadOptions:
         {'revision': 'main'}
     """
     own = {"config", "autocast_adapter_dtype", "key_mapping", "ignore_mismatched_sizes", "hotswap"}
-    check_hub_options(function, given, own | _NO_DIFFERENCE | _OF_THE_BASE)
+    check_hub_options(function, given, own | _NO_DIFFERENCE | _OF_THE_BASE | _ALREADY_TAKEN)
     config = given.get("config")
     if config is not None and not isinstance(config, LoraConfig):
         raise TypeError(
@@ -81,7 +85,9 @@ _INSTEAD = {
 }
 
 # What PEFT's and Transformers' `save_pretrained` take that changes nothing of what is written here.
-_SAVING_SAME = frozenset({"save_function", "max_shard_size", "token", "save_peft_format", "save_original_format"})
+_SAVING_SAME = frozenset(
+    {"save_function", "max_shard_size", "token", "save_peft_format", "save_original_format"}
+)
 _SAVING_NOT = {
     "push_to_hub": "call `model.push_to_hub(repo_id)`",
     "path_initial_model_for_weight_conversion": "use PEFT's own layers under `rankwise.adapt_ranks`",

@@ -30,7 +30,9 @@ class PeftModel(InPlace, TakesRows, TellsOfNoTraining, OncePerPass, SharesAdapte
     ``generate`` and so on. The names of these methods are PEFT's.
     """
 
-    def __init__(self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **options: Any
+    ) -> None:
         """Nothing: ``PeftModel(model, config)``, PEFT's other way to call `get_peft_model`, returns its model."""
 
     @classmethod

@@ -38,7 +38,8 @@ class GeneratesByRow(HoldsAdapters):
             return own.generate(*args, **kwargs)
         settings = kwargs.get("generation_config") or getattr(self, "generation_config", None)
         counts = [
-            kwargs.get(name) or getattr(settings, name, None) or 1 for name in ("num_beams", "num_return_sequences")
+            kwargs.get(name) or getattr(settings, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
         ]
         with rows(self, adapter_names, (1, max(counts))):
             return own.generate(*args, **kwargs)
@@ -68,13 +69,21 @@ def rows(model: HoldsAdapters, names: Sequence[str], repeats: Sequence[int]) -> 
 
 
 def _check(model: HoldsAdapters, names: Sequence[str]) -> None:
-    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
-        raise TypeError(f"`adapter_names` must be a list with an adapter's name for each row, but is {names!r}.")
+    if (
+        isinstance(names, str)
+        or not isinstance(names, Sequence)
+        or not all(isinstance(n, str) for n in names)
+    ):
+        raise TypeError(
+            f"`adapter_names` must be a list with an adapter's name for each row, but is {names!r}."
+        )
     for name in dict.fromkeys(names):
         if name != BASE:
             model._check_name(name)
     if model.training:
-        raise ValueError("`adapter_names` is for inference: call `model.eval()` first, or train one adapter at a time.")
+        raise ValueError(
+            "`adapter_names` is for inference: call `model.eval()` first, or train one adapter at a time."
+        )
     if model._merged():
         raise ValueError("`adapter_names` needs adapters that are not merged: call `unmerge_adapter` first.")
     for name in dict.fromkeys(names):
@@ -140,16 +149,16 @@ def _copies_by_row(
             inputs = ((part,), {}) if args else ((), {next(iter(kwargs)): part})
             made.append((places, module.run_with(name, *inputs)))
         if not all(isinstance(output, Tensor) for _, output in made):
-            raise ValueError(f"{path!r} gives no single tensor, so `adapter_names` can't tell rows apart in it.")
+            raise ValueError(
+                f"{path!r} gives no single tensor, so `adapter_names` can't tell rows apart in it."
+            )
         order = torch.cat([places for places, _ in made]).argsort()
         return torch.cat([output for _, output in made])[order]
 
     return forward
 
 
-def _places(
-    path: str, x: Tensor, names: Sequence[str], repeats: Sequence[int]
-) -> dict[str, Tensor]:
+def _places(path: str, x: Tensor, names: Sequence[str], repeats: Sequence[int]) -> dict[str, Tensor]:
     """The rows of ``x`` that belong to each name."""
     for times in dict.fromkeys(repeats):
         if x.dim() > 0 and len(x) == times * len(names):

@@ -16,10 +16,11 @@ from torch import Tensor
 from rankwise import storage
 from rankwise.attach.attachment import Attachment, check_compute_dtype, plain_state, set_compute_dtype
 from rankwise.attach.precision import in_base_dtype
+from rankwise.config import CONFIG_NAME
 from rankwise.config.checks import check_flag
 from rankwise.files.hub import find_adapter_folder
 from rankwise.model.named import NamesAdapters
-from rankwise.model.options import check_save_options, load_options
+from rankwise.model.options import LoadOptions, check_save_options, load_options
 from rankwise.parallel import zero
 from rankwise.parallel.processes import all_wait_for_this, writes_files
 from rankwise.parallel.sharded import shared_out
@@ -148,6 +149,17 @@ class StoresAdapters(NamesAdapters):
         check_flag("is_trainable", is_trainable)
         options = load_options(function, given)
         folder = find_adapter_folder(model_id, **options.hub)
+        try:
+            self._attach_file(folder, adapter_name, is_trainable, options)
+        except ValueError as error:
+            if options.config is None:
+                raise
+            raise ValueError(
+                f"{error} (`config` was given, and takes the place of {folder / CONFIG_NAME}.)"
+            ) from None
+        set_compute_dtype(self, adapter_name, adapter_compute_dtype)
+
+    def _attach_file(self, folder: Path, adapter_name: str, is_trainable: bool, options: LoadOptions) -> None:
         file = storage.read_adapter(folder, training_state=is_trainable, config=options.config)
         if file.training is None:
             attachment = storage.plan_from_file(self, file, adapter_name, is_trainable)
@@ -161,7 +173,6 @@ class StoresAdapters(NamesAdapters):
                 self._go_on(attachment, file)
             elif file.history is not None:
                 self._rankwise_histories[adapter_name] = file.history
-        set_compute_dtype(self, adapter_name, adapter_compute_dtype)
 
     def _go_on(self, attachment: Attachment, file: storage.AdapterFile) -> None:
         name = attachment.adapter

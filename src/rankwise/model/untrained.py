@@ -65,7 +65,7 @@ def _tell_of(optimizer: Optimizer, model: Any) -> None:
             "An optimizer steps that holds frozen weights of the adapted layers but none of the adapter's, so it "
             "doesn't train the adapter. Build the optimizer after `get_peft_model`.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

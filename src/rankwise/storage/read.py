@@ -121,9 +121,7 @@ class AdapterFile:
             raise type(error)(f"{Path(self.source).with_name(CONFIG_NAME)}: {error}") from None
 
 
-def read_adapter(
-    folder: Path, training_state: bool = False, config: LoraConfig | None = None
-) -> AdapterFile:
+def read_adapter(folder: Path, training_state: bool = False, config: LoraConfig | None = None) -> AdapterFile:
     """Read an adapter folder, with ``training_state`` also the state of the run, if there is one.
 
     A ``config`` takes the place of the folder's, which then need not have one.
