@@ -11,6 +11,21 @@ from rankwise.attach.rank_plan import RankPlan
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.model import PeftModel, get_peft_model
+from rankwise.peft_api import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    PeftConfig,
+    PeftType,
+    TaskType,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from rankwise.run.history import RankHistory, RankRecord
 from rankwise.run.state import AllocationState
 from rankwise.run.summary import LayerRank, RankSummary
@@ -22,22 +37,35 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaLoraConfig",
     "AllocationState",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BudgetSchedule",
     "LayerRank",
     "LayerSpectrum",
     "LoraConfig",
+    "PeftConfig",
     "PeftModel",
+    "PeftType",
     "Phase",
     "Probe",
     "RankHistory",
     "RankPlan",
     "RankRecord",
     "RankSummary",
+    "TaskType",
     "compress_adapter",
     "compression_curve",
     "export_adapter",
     "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
     "probe",
     "save_as_lora",
+    "set_peft_model_state_dict",
 ]

@@ -15,8 +15,9 @@ from rankwise.adapters import AdapterLayer, ParameterSlot, adapters_for, prepare
 from rankwise.adapters.owner import SLOTS
 from rankwise.adapters.saved import SavedModule, prepare_saved_module, restore_saved_module
 from rankwise.attach.matching import pattern_value
+from rankwise.attach.new_heads import tell_of_new_heads
 from rankwise.attach.parameters import in_model_order, layer_at
-from rankwise.attach.targets import find_targets, modules_to_save_paths
+from rankwise.attach.targets import find_targets, modules_to_save_paths, own_modules
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.method.scale import adalora_scale, lora_scale
 
@@ -113,6 +114,7 @@ def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attac
         config = replace(config, rank_pattern=None)
     targets = find_targets(model, config)
     heads = modules_to_save_paths(model, config)
+    tell_of_new_heads(model, own_modules(model), config, heads, targets)
     layers = {path: _start(layer, config, path) for path, layer in targets.items()}
     resolved = _resolved(model, config, targets, heads)
     biases = dict.fromkeys(bias_names(model, config.bias, list(targets), heads))

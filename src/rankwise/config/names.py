@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -110,7 +111,18 @@ class CheckedKeywords(metaclass=_TakesNeutral):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """False: PEFT's word for methods that train prompts."""
+        """False: PEFT's word for methods that train prompts.
+
+        Raises:
+            TypeError: PEFT's `get_peft_model_state_dict` or `set_peft_model_state_dict` asks, which would find none of the
+                adapter's tensors and say nothing.
+        """
+        caller = sys._getframe(1)
+        if caller.f_globals.get("__name__") == "peft.utils.save_and_load":
+            raise TypeError(
+                f"PEFT's `{caller.f_code.co_name}` finds nothing in a model that rankwise has adapted: call "
+                f"`rankwise.{caller.f_code.co_name}` instead."
+            )
         return False
 
     @property

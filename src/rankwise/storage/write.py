@@ -70,8 +70,8 @@ def write_adapter(
     kept = controller.kept_triplets(state) if controller else {}
     layers = adapter_layers(model, adapter)
     tensors = adapter_tensors(model, adapter, config, layers, state, kept)
-    tensors |= {PREFIX + name: _portable(state[key]) for key, name in (more or {}).items()}
-    saved_config = _config_to_save(config, controller, kept, layers)
+    tensors |= {PREFIX + name: portable(state[key]) for key, name in (more or {}).items()}
+    saved_config = config_to_save(config, controller, kept, layers)
     if config.target_parameters:
         slots = [path for path, layer in layers.items() if isinstance(layer, ParameterSlot)]
         saved_config = replace(
@@ -84,7 +84,7 @@ def write_adapter(
         if controller:
             controller.history.save(temporary / HISTORY_NAME)
         if training_state:
-            own = {name: _portable(state[key]) for key, name in training_keys(model, adapter).items()}
+            own = {name: portable(state[key]) for key, name in training_keys(model, adapter).items()}
             write_tensor_file(temporary / TRAINING_STATE_NAME, own)
 
     write_folder(folder, write, owned=OWNED)
@@ -117,11 +117,11 @@ def adapter_tensors(
     for path, module in heads.items():
         inside = f"{path}.modules_to_save.{adapter}."
         for name in module.modules_to_save[adapter].state_dict() if adapter in module.modules_to_save else ():
-            tensors[f"{PREFIX}{path}.{name}"] = _portable(state[inside + name])
+            tensors[f"{PREFIX}{path}.{name}"] = portable(state[inside + name])
     for name in map(plain_name, bias_names(model, config.bias, list(layers), list(heads))):
         module_path = name.rpartition(".")[0]
         file_name = f"{module_path}.base_layer.bias" if module_path in layers else name
-        tensors[PREFIX + file_name] = _portable(state[name])
+        tensors[PREFIX + file_name] = portable(state[name])
     return tensors
 
 
@@ -138,7 +138,7 @@ def read_model_adapter(model: Any, adapter: str) -> AdapterFile:
     kept = controller.kept_triplets(state) if controller else {}
     layers = adapter_layers(model, adapter)
     tensors = adapter_tensors(model, adapter, config, layers, state, kept)
-    config = _config_to_save(config, controller, kept, layers)
+    config = config_to_save(config, controller, kept, layers)
     return sort_tensors(f"The adapter {adapter!r}", config, tensors)
 
 
@@ -181,12 +181,13 @@ def gathered_state(model: nn.Module, adapter: str, bias: str, more: Iterable[str
     return {**{key: state[key] for key in keys}, **dict(zip(tensors, whole, strict=True))}
 
 
-def _config_to_save(
+def config_to_save(
     config: LoraConfig,
     controller: Controller | None,
     kept: Mapping[str, Tensor],
     layers: Mapping[str, AdapterLayer],
 ) -> LoraConfig:
+    """The configuration that belongs to an adapter's tensors, cut to the ``kept`` triplets."""
     if not isinstance(config, AdaLoraConfig):
         return replace(config, inference_mode=True)
     schedule = controller.schedule if controller else None
@@ -212,7 +213,8 @@ def _filled_up(mask: Tensor, blocks: int, init_r: int) -> list[bool]:
     return [each for row in rows for each in (*row, *[False] * (init_r - len(row)))]
 
 
-def _portable(value: Tensor | str) -> Tensor:
+def portable(value: Tensor | str) -> Tensor:
+    """An entry of a state dictionary as a file has it: whole, on the CPU, sharing memory with nothing."""
     if isinstance(value, str):  # the extra state of a sharded model
         return torch.tensor(json.loads(value), dtype=torch.int64)
     return _whole(value).clone()
