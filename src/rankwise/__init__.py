@@ -22,8 +22,10 @@ from rankwise.peft_api import (
     PeftConfig,
     PeftType,
     TaskType,
+    get_base_model_state_dict,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_base_model_state_dict,
     set_peft_model_state_dict,
 )
 from rankwise.run.history import RankHistory, RankRecord
@@ -62,10 +64,12 @@ __all__ = [
     "compression_curve",
     "export_adapter",
     "get_peft_model",
+    "get_base_model_state_dict",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
     "probe",
     "save_as_lora",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]

@@ -34,6 +34,7 @@ from rankwise.config.checks import (
     check_whole,
     short,
 )
+from rankwise.config.kinds import PeftType, TaskType
 from rankwise.config.names import (
     CheckedKeywords,
     check_extra,
@@ -47,7 +48,7 @@ from rankwise.files.hub import check_hub_options, find_adapter_folder
 from rankwise.files.json_file import read_json
 
 CONFIG_NAME = "adapter_config.json"
-TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASK_TYPES = tuple(task.value for task in TaskType)
 
 _BIASES = ("none", "all", "lora_only")
 PEFT_DEFAULT_R = 8
@@ -99,7 +100,7 @@ class LoraConfig(CheckedKeywords):
 
     Example:
         >>> config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
-        >>> config.peft_type, config.r
+        >>> config.peft_type.value, config.r
         ('LORA', 16)
         >>> LoraConfig(rank=16)
         Traceback (most recent call last):
@@ -107,7 +108,7 @@ class LoraConfig(CheckedKeywords):
         TypeError: LoraConfig has no field `rank`. Did you mean `r`?
     """
 
-    peft_type: ClassVar[str] = "LORA"
+    peft_type: ClassVar[PeftType] = PeftType.LORA
 
     r: int = PEFT_DEFAULT_R
     target_modules: list[str] | str | None = None
@@ -239,7 +240,7 @@ class LoraConfig(CheckedKeywords):
         values = {each.name: self.__dict__[each.name] for each in dataclasses.fields(self)}
         extra = dict(values.pop("extra"))
         start = extra.pop("init_lora_weights", None)
-        data = {**values, **extra, "peft_type": self.peft_type}
+        data = {**values, **extra, "peft_type": self.peft_type.value}
         if start is not None and self.init_lora_weights is True:
             data["init_lora_weights"] = start
         return {name: _plain(value) for name, value in data.items()}
@@ -280,6 +281,30 @@ class LoraConfig(CheckedKeywords):
             raise type(error)(f"{source}: {error}") from None
         tell_of_unknown(extra, source)
         return config
+
+    @classmethod
+    def from_peft_type(cls, **fields: Any) -> LoraConfig:
+        """Make a configuration of the class that ``peft_type`` names; without it, of this one.
+
+        Example:
+            >>> type(LoraConfig.from_peft_type(peft_type="ADALORA", total_step=100)).__name__
+            'AdaLoraConfig'
+        """
+        kind = _kind_of_adapter(fields["peft_type"], "from_peft_type") if "peft_type" in fields else cls
+        made: LoraConfig = kind(**fields)
+        return made
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """The fields in a configuration's file, as they are; `from_pretrained` makes a configuration of them.
+
+        Raises:
+            ValueError: the file holds no JSON object.
+        """
+        fields = read_json(Path(path_json_file))
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path_json_file} must hold a JSON object, but holds {short(fields)}.")
+        return {name: value for name, value in fields.items() if name != "runtime_config"}
 
     @classmethod
     def _from_file(cls, values: dict[str, Any], extra: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from rankwise.adapters import ParameterSlot
 from rankwise.adapters.inplace import remove_methods
 from rankwise.adapters.quantized import release_layout
 from rankwise.attach.attachment import adapter_layers, detach_all, saved_modules
@@ -47,6 +48,16 @@ class HoldsAdapters(nn.Module):
     def active_peft_config(self) -> LoraConfig:
         """Configuration of the adapter that acts."""
         return self.peft_config[self._trained_or_active()]
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the layers that are adapted."""
+        return [path for path, layer in adapter_layers(self).items() if not isinstance(layer, ParameterSlot)]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of the parameters that are adapted, such as stacks of experts."""
+        return [path for path, layer in adapter_layers(self).items() if isinstance(layer, ParameterSlot)]
 
     def _controller_of(self, adapter_name: str) -> Controller | None:
         controller = self._rankwise_controller

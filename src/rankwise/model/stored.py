@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
 
 from rankwise import storage
 from rankwise.attach.attachment import Attachment, check_compute_dtype, plain_state, set_compute_dtype
 from rankwise.attach.precision import in_base_dtype
+from rankwise.attach.targets import modules_to_save_paths
 from rankwise.config import CONFIG_NAME
 from rankwise.config.checks import check_flag
 from rankwise.files.hub import find_adapter_folder
@@ -58,7 +60,8 @@ class StoresAdapters(NamesAdapters):
             save_embedding_layers: also write the base weights of a Transformers model's input and output
                 embeddings, as is needed after the vocabulary was resized: True, False, or "auto" for those that
                 are adapted, as in PEFT.
-            safe_serialization: True; False is refused, as a pickle can run code where it is opened.
+            safe_serialization: False writes ``adapter_model.bin`` for programs that read no safetensors. It is a pickle,
+                which `compress_adapter` and exports don't read.
             unused: other arguments of PEFT's and Transformers' ``save_pretrained`` that have no meaning here.
 
         Raises:
@@ -78,6 +81,7 @@ class StoresAdapters(NamesAdapters):
                 stacklevel=2,
             )
             return
+        check_flag("safe_serialization", safe_serialization)
         check_save_options(unused, inspect.signature(StoresAdapters.save_pretrained).parameters)
         folder = Path(save_directory)
         if folder.is_file():
@@ -93,7 +97,7 @@ class StoresAdapters(NamesAdapters):
             state = storage.gathered_state(self, name, bias, more) if sharded else state_dict
             with all_wait_for_this() if sharded else nullcontext():
                 if writes:
-                    self._save_one(folder, name, state, training_state, more)
+                    self._save_one(folder, name, state, training_state, more, not safe_serialization)
 
     def _save_one(
         self,
@@ -102,6 +106,7 @@ class StoresAdapters(NamesAdapters):
         state_dict: dict[str, Tensor] | None,
         training_state: bool | None,
         more: dict[str, str],
+        as_pickle: bool,
     ) -> None:
         controller = self._controller_of(name)
         state = plain_state(self.state_dict() if state_dict is None else state_dict)
@@ -117,7 +122,7 @@ class StoresAdapters(NamesAdapters):
                 training_state = checkpoint and storage.trains_more(self, name)
         place = folder if name == "default" else folder / name
         config = self.peft_config[name]
-        storage.write_adapter(place, self, name, config, controller, state, training_state, more)
+        storage.write_adapter(place, self, name, config, controller, state, training_state, more, as_pickle)
 
     def load_adapter(
         self,
@@ -126,15 +131,19 @@ class StoresAdapters(NamesAdapters):
         is_trainable: bool = False,
         adapter_compute_dtype: torch.dtype | None = None,
         **options: Any,
-    ) -> None:
+    ) -> Any:
         """Attach one more adapter from a folder or the hub; `set_adapter` makes it act.
 
         One whose run goes on (``is_trainable``, and the folder holds the state of a run) acts and trains at once.
         ``adapter_compute_dtype`` is as for `get_peft_model`, and ``options`` are as for `from_pretrained`.
 
+        Returns:
+            PyTorch's pair of ``missing_keys`` and ``unexpected_keys``, as PEFT does; both are empty, or there is an error.
+
         Raises: as `from_pretrained`.
         """
         self._load("load_adapter", model_id, adapter_name, is_trainable, adapter_compute_dtype, options)
+        return _IncompatibleKeys([], [])
 
     def _load(
         self,
@@ -161,6 +170,9 @@ class StoresAdapters(NamesAdapters):
 
     def _attach_file(self, folder: Path, adapter_name: str, is_trainable: bool, options: LoadOptions) -> None:
         file = storage.read_adapter(folder, training_state=is_trainable, config=options.config)
+        if options.config is not None:  # a user's: what it implies is not spelled out yet, as it is in a file
+            heads = modules_to_save_paths(self, options.config)
+            file.config = file.config_with(modules_to_save=heads or None)
         if file.training is None:
             attachment = storage.plan_from_file(self, file, adapter_name, is_trainable)
         else:

@@ -5,6 +5,8 @@ Each is a thin layer over what is here. What takes more is PEFT's own: `rankwise
 
 from __future__ import annotations
 
+from rankwise.config import LoraConfig
+from rankwise.config.kinds import PeftType, TaskType
 from rankwise.peft_api.auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -15,8 +17,16 @@ from rankwise.peft_api.auto import (
     AutoPeftModelForTokenClassification,
 )
 from rankwise.peft_api.inject import inject_adapter_in_model
-from rankwise.peft_api.names import PeftConfig, PeftType, TaskType
-from rankwise.peft_api.states import get_peft_model_state_dict, set_peft_model_state_dict
+from rankwise.peft_api.states import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
+
+PeftConfig = (
+    LoraConfig  # what all configurations are: `PeftConfig.from_pretrained(folder)` reads any adapter's
+)
 
 __all__ = [
     "AutoPeftModel",
@@ -29,7 +39,9 @@ __all__ = [
     "PeftConfig",
     "PeftType",
     "TaskType",
+    "get_base_model_state_dict",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]

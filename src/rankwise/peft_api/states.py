@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from rankwise import storage
+from rankwise.attach.targets import own_modules
 from rankwise.model import PeftModel
+from rankwise.run.triplets import BUFFERS
 
 
 def get_peft_model_state_dict(
@@ -87,6 +89,68 @@ def set_peft_model_state_dict(
     own._refuse_merged()
     storage.load_file_tensors(own, adapter_name, own._controller_of(adapter_name), peft_model_state_dict)
     return _IncompatibleKeys([], [])
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dictionary of the base model alone, under the names that it has without adapters.
+
+    Args:
+        model: the adapted model, or what ``torch.compile`` or DistributedDataParallel made of it.
+
+    Raises:
+        TypeError: no model that rankwise has adapted.
+
+    Example:
+        >>> import torch, rankwise as rw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = rw.get_peft_model(model, rw.LoraConfig(r=2, target_modules=["0"]))
+        >>> sorted(get_base_model_state_dict(model))
+        ['0.bias', '0.weight']
+    """
+    own = _adapted(model)
+    state = own.state_dict()
+    return {name: state[name] for name in _base_names(own) if name in state}
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
+    """Give the base model the values that `get_base_model_state_dict` took; the adapters stay as they are.
+
+    Args:
+        model: the adapted model, or what ``torch.compile`` or DistributedDataParallel made of it.
+        state_dict: values by the names of the base model.
+        strict: refuse names that are missing or that the base model does not have.
+
+    Returns:
+        PyTorch's pair of ``missing_keys`` and ``unexpected_keys``.
+
+    Raises:
+        TypeError: no model that rankwise has adapted.
+        ValueError: an adapter is merged, so that the weights are not the base model's.
+        RuntimeError: names are missing or unexpected and ``strict``, or a shape is another.
+    """
+    own = _adapted(model)
+    own._refuse_merged()
+    names = [name for name in _base_names(own) if name in own.state_dict()]
+    missing = [name for name in names if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in set(names)]
+    if strict and (missing or unexpected):
+        raise RuntimeError(
+            f"The base model's state dictionary has missing keys {missing} and unexpected keys {unexpected}."
+        )
+    own.load_state_dict(
+        {name: value for name, value in state_dict.items() if name in set(names)}, strict=False
+    )
+    return _IncompatibleKeys(missing, unexpected)
+
+
+def _base_names(model: PeftModel) -> list[str]:
+    modules = {"": model, **own_modules(model)}
+    found = []
+    for path, module in modules.items():
+        for name in (*module._parameters, *module._buffers):
+            if name not in BUFFERS:
+                found.append(f"{path}.{name}".removeprefix("."))
+    return found
 
 
 def _adapted(model: Any) -> PeftModel:

@@ -33,6 +33,7 @@ from rankwise.storage.names import (
     HISTORY_NAME,
     NO_SCHEDULE,
     OWNED,
+    PICKLE_NAME,
     PREFIX,
     TRAINING_STATE_NAME,
     WEIGHTS_NAME,
@@ -51,6 +52,7 @@ def write_adapter(
     state: Mapping[str, Any],
     training_state: bool = False,
     more: Mapping[str, str] | None = None,
+    as_pickle: bool = False,
 ) -> None:
     """Write an adapter folder, all or nothing.
 
@@ -63,6 +65,7 @@ def write_adapter(
         state: the model's `plain_state`, whole, where the model itself may hold only a part (sharded).
         training_state: also write what resuming needs.
         more: names of base parameters to write, too, and their names in the file; see `embedding_keys`.
+        as_pickle: write the adapter's tensors as PyTorch's pickle instead of safetensors.
 
     Raises:
         OSError: it can't be written; what was there before is untouched.
@@ -79,7 +82,10 @@ def write_adapter(
         )
 
     def write(temporary: Path) -> None:
-        write_tensor_file(temporary / WEIGHTS_NAME, tensors)
+        if as_pickle:
+            torch.save(tensors, temporary / PICKLE_NAME)
+        else:
+            write_tensor_file(temporary / WEIGHTS_NAME, tensors)
         saved_config.save_pretrained(temporary)
         if controller:
             controller.history.save(temporary / HISTORY_NAME)
