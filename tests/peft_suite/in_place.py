@@ -113,7 +113,7 @@ def _name_what_is_inside() -> None:
     layer.active_adapter = property(
         lambda self: self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
     )
-    layer.r = property(lambda self: {name: len(A) for name, A in self.lora_A.items()})
+    layer.r = property(lambda self: {name: self.rank_of(self, A) for name, A in self.lora_A.items()})
     layer._all_available_adapter_names = lambda self: sorted(self.lora_A)
     layer.enable_adapters = lambda self, enabled: setattr(self, "adapters_enabled", enabled)
     layer.set_adapter = _set_adapter
@@ -198,7 +198,11 @@ def _is_ours(item: pytest.Item) -> bool:
                 return False
             if settings.get("init_lora_weights", True) not in _STARTS:
                 return False
-    name = getattr(item, "originalname", item.name) if classes else f"{getattr(item.cls, '__name__', '')}::{item.name}"
+    name = (
+        getattr(item, "originalname", item.name)
+        if classes
+        else f"{getattr(item.cls, '__name__', '')}::{item.name}"
+    )
     return not _OTHER.search(name)
 
 

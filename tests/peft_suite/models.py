@@ -27,9 +27,13 @@ ENDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 WIDTHS = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 DECODER = dict(**WIDTHS, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=256, **ENDS)
 ENCODER = dict(**WIDTHS, intermediate_size=37, max_position_embeddings=256)
-LLAMA = dict(DECODER, hidden_size=16, intermediate_size=32, num_key_value_heads=4, max_position_embeddings=512)
+LLAMA = dict(
+    DECODER, hidden_size=16, intermediate_size=32, num_key_value_heads=4, max_position_embeddings=512
+)
 OPT = dict(vocab_size=VOCABULARY, num_attention_heads=4, max_position_embeddings=256, **ENDS)
-GPT2 = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
+GPT2 = dict(
+    vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+)
 T5 = dict(
     vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=37, num_layers=3, num_decoder_layers=3, num_heads=4,
     decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
@@ -44,7 +48,9 @@ ALTERNATING = ["sliding_attention", "full_attention"]
 
 
 def _llava() -> Any:
-    vision = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=30)
+    vision = dict(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=30
+    )
     return transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**vision, patch_size=15, projection_dim=32),
         text_config=transformers.LlamaConfig(**LLAMA),

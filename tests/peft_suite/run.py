@@ -32,7 +32,7 @@ FILES = (
 
 # What differs between a wrapper around a model and the model itself, in the text of the tests; and schedules of one
 # step, in which nothing could be pruned.
-CHANGES = [(r"\.base_model\.model\b", ""), (r"""(total_step["']?\s*[=:]\s*)1(?=\s*[,)}])""", r"\g<1>8")]
+CHANGES = [(r"\.base_model(\.model)?\b", ""), (r"""(total_step["']?\s*[=:]\s*)1(?=\s*[,)}])""", r"\g<1>8")]
 
 
 class Reason(NamedTuple):
@@ -52,8 +52,14 @@ def prepare(work: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     archive = ["--no-deps", "--no-binary", ":all:", f"peft=={version('peft')}"]
     subprocess.run([*pip, "download", "-qq", "--dest", work, *archive], check=True)
-    packages = ["diffusers==0.42.1", "parameterized==0.9.0"]  # imported by the tests; apart, as nothing else needs them
-    subprocess.run([*pip, "install", "-qq", "--no-deps", "--upgrade", "--target", work / "packages", *packages], check=True)
+    packages = [
+        "diffusers==0.42.1",
+        "parameterized==0.9.0",
+    ]  # imported by the tests; apart, as nothing else needs them
+    subprocess.run(
+        [*pip, "install", "-qq", "--no-deps", "--upgrade", "--target", work / "packages", *packages],
+        check=True,
+    )
     (work / "tests").mkdir(exist_ok=True)
     with tarfile.open(work / f"peft-{version('peft')}.tar.gz") as tar:
         for member in tar.getmembers():
@@ -123,7 +129,12 @@ def write_expected(reasons: list[Reason], outcomes: dict[str, str]) -> None:
         left = {test: error for test, error in left.items() if test not in own}
         tests = sorted([*own, *(test for test in reason.tests if test.partition("::")[0] not in files)])
         if tests:
-            lines += [*_wrapped(reason.text), f"error: {reason.error}", *(f"    {test}" for test in tests), ""]
+            lines += [
+                *_wrapped(reason.text),
+                f"error: {reason.error}",
+                *(f"    {test}" for test in tests),
+                "",
+            ]
     EXPECTED.write_text("\n".join(lines))
 
 
@@ -149,7 +160,11 @@ def compare(outcomes: dict[str, str], reasons: list[Reason]) -> list[str]:
             wrong.append(f"passes, but is listed as failing ({reason.text[:80]}): {test}")
         elif outcome not in ("passed", "skipped") and reason is None:
             wrong.append(f"fails: {test}\n    {outcome[:300]}")
-        elif outcome not in ("passed", "skipped") and reason is not None and not re.search(reason.error, outcome):
+        elif (
+            outcome not in ("passed", "skipped")
+            and reason is not None
+            and not re.search(reason.error, outcome)
+        ):
             wrong.append(f"fails otherwise than listed: {test}\n    {outcome[:300]}")
     files = {test.partition("::")[0] for test in outcomes}
     gone = [test for test in expected if test.partition("::")[0] in files and test not in outcomes]
@@ -161,7 +176,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(FILES)}; default: all")
     parser.add_argument("--work", type=Path, default=Path(".venv", "peft_suite"), help="folder to work in")
-    parser.add_argument("--update", action="store_true", help="rewrite the lists of tests that are expected to fail")
+    parser.add_argument(
+        "--update", action="store_true", help="rewrite the lists of tests that are expected to fail"
+    )
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     prepare(work)
@@ -182,7 +199,9 @@ def main() -> int:
     for each in wrong:
         print(each)
     passed = sum(outcome == "passed" for outcome in outcomes.values())
-    print(f"{passed} of {sum(outcome != 'skipped' for outcome in outcomes.values())} tests pass; {len(wrong)} are not as expected.")
+    print(
+        f"{passed} of {sum(outcome != 'skipped' for outcome in outcomes.values())} tests pass; {len(wrong)} are not as expected."
+    )
     return int(bool(wrong))
 
 

@@ -37,13 +37,13 @@ def tell_of_idle_selectors(
     """
     told = [
         *_idle_targets(modules, targets, config),
-        *_idle_exclusions(modules, names, config),
+        *_idle_exclusions(modules, targets, names, config),
         *_idle_layers(modules, targets, names, config),
         *_idle_patterns(targets, config),
         *_idle_bias(modules, targets, config),
     ]
     for message in told:
-        warnings.warn(message, UserWarning, stacklevel=6)
+        warnings.warn(message, UserWarning, stacklevel=5)
 
 
 def _idle_targets(
@@ -73,7 +73,10 @@ def _what_takes(matched: list[str], names: list[str], config: LoraConfig) -> str
 
 
 def _idle_exclusions(
-    modules: Mapping[str, nn.Module], names: list[str] | str, config: LoraConfig
+    modules: Mapping[str, nn.Module],
+    targets: Mapping[str, nn.Module],
+    names: list[str] | str,
+    config: LoraConfig,
 ) -> Iterable[str]:
     excluded = config.exclude_modules or []
     wanted = frozenset(names).__contains__ if config.target_modules == "all-linear" else matcher(names)
@@ -89,7 +92,7 @@ def _idle_exclusions(
             else:
                 yield f"{what}but the model has no such module.{nearest_name(part, modules)}"
             continue
-        inside = [path for path in modules if wanted(path) and within(path, matched)]
+        inside = [path for path in targets if within(path, matched)]
         if inside:
             yield (
                 f"{what}which matches {some(matched, 2)}, but not the layers in it (such as {inside[0]!r}), which are "

@@ -208,7 +208,10 @@ def unknown_keyword(cls: type[Any], name: str, names: AbstractSet[str]) -> str:
     """What to say of a keyword that is none of ``names``."""
     message = f"{cls.__name__} has no field `{name}`."
     if name == "peft_type":
-        return f"`peft_type` of a {cls.__name__} is {cls.__dict__.get('peft_type')!r}: leave it out, or take another class."
+        return (
+            f"`peft_type` of a {cls.__name__} is {str(cls.__dict__.get('peft_type'))!r}: leave it out, or take another "
+            "class."
+        )
     for other in cls.__subclasses__():
         if name in field_names(other):
             return f"{message} It is one of {other.__name__}'s."
