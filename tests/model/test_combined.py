@@ -130,7 +130,7 @@ def test_a_module_that_trains_whole_goes_along_if_only_one_adapter_has_it() -> N
             ValueError,
             "one rank, but theirs are",
         ),
-        ((["a", "b"], [1.0, 1.0], "s"), dict(density=0.5), ValueError, "`density` is not offered"),
+        ((["a", "b"], [1.0, 1.0], "s"), dict(svd_clamp=0.5), ValueError, "`svd_clamp` is not offered"),
         ((["a", "b"], [1.0, 1.0], "s"), dict(svd_rnk=3), TypeError, "no argument 'svd_rnk'"),
         ((["a", "b"], [1.0, 1.0], "s"), dict(svd_rank=0), ValueError, "at least 1"),
         ((["a", "b"], [1.0], "s"), {}, ValueError, "lists of one length"),

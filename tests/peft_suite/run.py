@@ -33,6 +33,9 @@ FILES = (
 # What differs between a wrapper around a model and the model itself, in the text of the tests; and schedules of one
 # step, in which nothing could be pruned.
 CHANGES = [(r"\.base_model(\.model)?\b", ""), (r"""(total_step["']?\s*[=:]\s*)1(?=\s*[,)}])""", r"\g<1>8")]
+CHANGES += [
+    (r"model\.forward\(\*\*inputs\)", "model(**inputs)")
+]  # with `adapter_names`, which no model takes itself
 
 
 class Reason(NamedTuple):

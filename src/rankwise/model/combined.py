@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -53,8 +54,8 @@ class CombinesAdapters(NamesAdapters):
                 the square root of its weight and scale, as PEFT does: of several adapters that is no sum of
                 updates, since each A is multiplied by every B.
             svd_rank: for "svd"; None: the greatest of the adapters' ranks.
-            options: ``svd_full_matrices`` and ``svd_driver``, which make no difference here; all others of PEFT's are
-                refused.
+            options: ``svd_full_matrices`` and ``svd_driver``, which make no difference here, and ``density``, which has
+                no effect on these ways of combining; all others of PEFT's are refused.
 
         Raises:
             TypeError: there is no such option, or a value is of a wrong type.
@@ -128,10 +129,17 @@ def _check_options(combination_type: str, options: dict[str, Any]) -> None:
         )
     check_one_of("combination_type", combination_type, _COMBINATIONS)
     for name, value in options.items():
-        if name in ("svd_clamp", "density"):
+        if name == "svd_clamp":
             if value is not None:
                 raise ValueError(
-                    f"`{name}` is not offered: combine the saved adapters with PEFT, which has it."
+                    "`svd_clamp` is not offered: combine the saved adapters with PEFT, which has it."
+                )
+        elif name == "density":
+            if value is not None:
+                warnings.warn(
+                    f"`density`={value!r} has no effect on `combination_type`={combination_type!r}.",
+                    UserWarning,
+                    stacklevel=3,
                 )
         elif name not in ("svd_full_matrices", "svd_driver", "majority_sign_method"):
             raise TypeError(f"add_weighted_adapter has no argument {name!r}.")

@@ -40,9 +40,15 @@ class HoldsAdapters(nn.Module):
         return [name for module in saved_modules(self).values() if (name := module.active_adapter)][:1]
 
     @property
-    def active_adapter(self) -> str | None:
-        """Name of the adapter that acts."""
-        return next(iter(self.active_adapters), None)
+    def active_adapter(self) -> str | list[str] | None:
+        """Name of the adapter that acts, a list of names if several do, as in PEFT, or None."""
+        names = self.active_adapters
+        return names if len(names) > 1 else next(iter(names), None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter acts: one is active, and adapters are not disabled."""
+        return bool(self.active_adapters) and self._adapters_enabled()
 
     @property
     def active_peft_config(self) -> LoraConfig:
@@ -77,7 +83,7 @@ class HoldsAdapters(nn.Module):
     def _trained_or_active(self) -> str:
         if self._rankwise_controller is not None:
             return self._rankwise_controller.adapter
-        name = self.active_adapter
+        name = next(iter(self.active_adapters), None)
         if name is None:
             raise ValueError("The model has no active adapter.")
         return name

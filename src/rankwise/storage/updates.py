@@ -42,7 +42,7 @@ class Update:
         A: (rank, d_in), with the scale and AdaLoRA's E in it.
         B: (d_out, rank), or (d_out, rank / groups) for a grouped convolution in LoRA's layout.
         kind: of layer, which knows how a file names the factors. An embedding has d_in entries.
-        kernel: height and width of a convolution, whose d_in is channels * height * width.
+        kernel: size of a convolution's kernel in each dimension, whose d_in is channels * their product.
     """
 
     A: Tensor
@@ -284,7 +284,7 @@ def named_tensors(path: str, update: Update, dtype: torch.dtype | None = None) -
     """A layer's factors under PEFT's names and in PEFT's shapes."""
     A, B = update.A.to(dtype or update.A.dtype), update.B.to(dtype or update.B.dtype)
     if update.kernel:
-        A, B = A.view(len(A), -1, *update.kernel), B[:, :, None, None]
+        A, B = A.view(len(A), -1, *update.kernel), B.view(*B.shape, *[1] * len(update.kernel))
     return {
         PREFIX + update.kind.file_name(path, name, adalora=False): each for name, each in (("A", A), ("B", B))
     }
