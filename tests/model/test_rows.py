@@ -30,16 +30,17 @@ def lora(**fields: Any) -> rw.LoraConfig:
     return rw.LoraConfig(**{"r": 2, "init_lora_weights": False, **fields})
 
 
-def model(*, heads: bool = True) -> Any:
+def model(*targets: str) -> Any:
     torch.manual_seed(0)
-    adapted = rw.get_peft_model(Swallows(), lora(target_modules=["embed", "conv", "body"]), "a")
-    more = dict(modules_to_save=["head"]) if heads else {}
+    adapted = rw.get_peft_model(
+        Swallows(), lora(target_modules=list(targets or ("embed", "conv", "body"))), "a"
+    )
+    more = dict(modules_to_save=["head"])
     adapted.add_adapter("b", lora(r=4, target_modules=["body"], **more))
     adapted.add_adapter("c", rw.AdaLoraConfig(init_r=3, target_r=2, total_step=50, target_modules=["body"]))
     with torch.no_grad():
         adapted.body.lora_B["c"].normal_()
-        if heads:
-            adapted.head.modules_to_save["b"].weight.add_(1)
+        adapted.head.modules_to_save["b"].weight.add_(1)
     return adapted.eval()
 
 
@@ -72,8 +73,9 @@ def test_each_row_is_what_its_adapter_alone_gives(names: list[str]) -> None:
 
 def test_rows_are_pefts(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    adapted = model()
-    adapted.delete_adapter("c")
+    torch.manual_seed(0)
+    adapted = rw.get_peft_model(Swallows(), lora(target_modules=["embed", "body"]), "a").eval()
+    adapted.add_adapter("b", lora(r=4, target_modules=["embed", "body"]))
     adapted.save_pretrained(tmp_path)
     names = ["b", "a", "__base__", "b", "a"]
     base = Swallows()
