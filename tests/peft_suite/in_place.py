@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import datasets
@@ -113,7 +113,7 @@ def _name_what_is_inside() -> None:
     layer.active_adapter = property(
         lambda self: self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
     )
-    layer.r = property(lambda self: {name: self.rank_of(self, A) for name, A in self.lora_A.items()})
+    layer.r = property(_Ranks)
     layer._all_available_adapter_names = lambda self: sorted(self.lora_A)
     layer.enable_adapters = lambda self, enabled: setattr(self, "adapters_enabled", enabled)
     layer.set_adapter = _set_adapter
@@ -127,6 +127,25 @@ def _name_what_is_inside() -> None:
     import transformers
 
     transformers.PreTrainedModel.prefix = "lora_"  # of `model.base_model`
+
+
+class _Ranks(Mapping[str, int]):
+    """The ranks of a layer's adapters, as they are whenever somebody looks."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def __getitem__(self, name: str) -> int:
+        return int(self.layer.rank_of(self.layer, self.layer.lora_A[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(getattr(self.layer, "lora_A", ()))  # a layer without adapters is a plain one again
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(iter(self))
 
 
 def _set_adapter(self: Any, names: Any, inference_mode: bool = False) -> None:

@@ -150,7 +150,8 @@ def snapshot(repository: str) -> Path:
     """The folder of a repository in the hub's cache, made if need be."""
     own = Path(os.environ["HF_HOME"], "hub", "models--" + repository.replace("/", "--"))
     (own / "refs").mkdir(parents=True, exist_ok=True)
-    (own / "refs" / "main").write_text(REVISION)
+    for branch in ("main", "test"):
+        (own / "refs" / branch).write_text(REVISION)
     folder = own / "snapshots" / REVISION
     folder.mkdir(parents=True, exist_ok=True)
     return folder

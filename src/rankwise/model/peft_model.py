@@ -97,6 +97,18 @@ class PeftModel(InPlace, TakesRows, TellsOfNoTraining, OncePerPass, SharesAdapte
         sizes = [(p.numel() * _packing(p), p.requires_grad) for p in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
+    def get_layer_status(self) -> Any:
+        """The state of each adapted layer; see `rankwise.get_layer_status`."""
+        from rankwise.peft_api.status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        """The state of the model as a whole; see `rankwise.get_model_status`."""
+        from rankwise.peft_api.status import get_model_status
+
+        return get_model_status(self)
+
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words."""
         trainable, total = self.get_nb_trainable_parameters()

@@ -23,6 +23,7 @@ from rankwise.peft_api.states import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from rankwise.peft_api.status import get_layer_status, get_model_status
 
 PeftConfig = (
     LoraConfig  # what all configurations are: `PeftConfig.from_pretrained(folder)` reads any adapter's
@@ -40,6 +41,8 @@ __all__ = [
     "PeftType",
     "TaskType",
     "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "set_base_model_state_dict",
