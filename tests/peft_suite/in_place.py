@@ -239,15 +239,16 @@ _outcomes: dict[str, str] = {}
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """Note how a test ends: "passed", "skipped", or its error."""
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Note how a test ends: "passed", "skipped", or its error and the statement that raised it."""
     report = yield
     name = item.nodeid.removeprefix("tests/test_")
     name = re.sub(r"\.py(?=::)", "", name, count=1).encode("unicode_escape").decode()
     if report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         message = str(crash.message if crash else report.longrepr)
-        _outcomes[name] = message.replace("\n", " ")[:600] or "failed"
+        statement = str(call.excinfo.traceback[-1].statement).strip() if call.excinfo else ""
+        _outcomes[name] = f"{message.replace(chr(10), ' ')[:500]} [{' '.join(statement.split())[:150]}]"
     elif report.skipped and not hasattr(report, "wasxfail"):
         _outcomes[name] = "skipped"
     elif report.when == "call":

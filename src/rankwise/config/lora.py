@@ -34,6 +34,7 @@ from rankwise.config.checks import (
     check_whole,
     short,
 )
+from rankwise.config.hub_options import check_hub_options
 from rankwise.config.kinds import PeftType, TaskType
 from rankwise.config.names import (
     CheckedKeywords,
@@ -44,7 +45,7 @@ from rankwise.config.names import (
     unknown_keyword,
 )
 from rankwise.files.atomic import write_file
-from rankwise.files.hub import check_hub_options, find_adapter_folder
+from rankwise.files.hub import find_adapter_folder
 from rankwise.files.json_file import read_json
 
 CONFIG_NAME = "adapter_config.json"

@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rankwise.config.suggest import suggestion
-
-# Of `huggingface_hub.snapshot_download`, and a folder in the repository.
-HUB_OPTIONS = frozenset(
-    "cache_dir endpoint etag_timeout force_download headers library_name library_version local_dir local_files_only "
-    "max_workers repo_type revision subfolder tqdm_class token user_agent".split()
-)
-# What older versions of it took, and what they are called now, if they have a meaning at all.
-_OLD = {"use_auth_token": "token", "resume_download": None, "proxies": None, "local_dir_use_symlinks": None}
-
-
-def check_hub_options(function: str, options: Iterable[str], more: Iterable[str] = ()) -> None:
-    """See that all options have a meaning.
-
-    Args:
-        function: what the user has called.
-        options: names that he gave.
-        more: names that it takes beside those for the hub.
-
-    Raises:
-        TypeError: it takes no such option; the message names the nearest that it takes.
-
-    Example:
-        >>> check_hub_options("load", ["revison"])
-        Traceback (most recent call last):
-        ...
-        TypeError: load has no argument 'revison'. Did you mean 'revision'?
-    """
-    known = {*HUB_OPTIONS, *_OLD, *more}
-    for name in options:
-        if name not in known:
-            raise TypeError(
-                f"{function} has no argument {name!r}.{suggestion(name, sorted(known - set(_OLD)))}"
-            )
+# What older versions of `huggingface_hub` took, and what it is called now, if it has a meaning at all.
+OLD_OPTIONS = {
+    "use_auth_token": "token",
+    "resume_download": None,
+    "proxies": None,
+    "local_dir_use_symlinks": None,
+}
 
 
 def find_adapter_folder(
@@ -79,7 +51,7 @@ def _download(name: str, subfolder: str, only_config: bool, options: dict[str, A
         ) from None
     files = ["adapter_config.json", *([] if only_config else ["adapter_model.*", "rank_history.json"])]
     wanted = [f"{subfolder}/{file}" if subfolder else file for file in files]
-    for old, new in _OLD.items():
+    for old, new in OLD_OPTIONS.items():
         if old in options:
             value = options.pop(old)
             if new is not None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from rankwise.config import LoraConfig
 from rankwise.config.checks import check_flag
+from rankwise.config.hub_options import check_hub_options
 from rankwise.config.suggest import suggestion
-from rankwise.files.hub import check_hub_options
 
 # Options that say where or how fast values are read. Here they go to the device of the layer that they belong to.
 _NO_DIFFERENCE = frozenset(

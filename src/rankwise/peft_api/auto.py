@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from rankwise.config import LoraConfig
+from rankwise.config.hub_options import HUB_OPTIONS
 from rankwise.files.atomic import read_folder
-from rankwise.files.hub import HUB_OPTIONS, find_adapter_folder
+from rankwise.files.hub import find_adapter_folder
 from rankwise.model import PeftModel
 from rankwise.storage import OWNED, PREFIX, WEIGHTS_NAME, read_header
 
