@@ -97,7 +97,7 @@ CHAPTERS = (
         "storage",
         "integrations",
     ),
-    *("model", "report", "recipes", "cli"),
+    *("model", "peft_api", "report", "recipes", "cli"),
 )
 
 
