@@ -55,6 +55,7 @@ def adapt_ranks(
     tinit: int | float | None = None,
     tfinal: int | float | None = None,
     deltaT: int | None = None,
+    **unknown: Any,
 ) -> None:
     """Let the ranks of ms-swift's LoRA adapt; call it in a file that ``external_plugins`` names.
 
@@ -65,6 +66,7 @@ def adapt_ranks(
         tinit: warm-up, in steps or as a fraction of the run. None: 2 % of the run.
         tfinal: last phase, in which no rank changes, in steps or as a fraction. None: three fifths of the run.
         deltaT: steps between two cuts. None: chosen to give twenty cuts.
+        unknown: refused by name; an option that is misspelt.
 
     Raises:
         TypeError, ValueError: an option is wrong, ``callbacks`` does not name ``rankwise``, or this kind of adapter
@@ -79,7 +81,7 @@ def adapt_ranks(
         raise moved(
             "ms-swift", lambda: version("ms-swift"), "`swift.callbacks.callbacks_map`", _TESTED
         ) from error
-    options = {"target_r": target_r, "tinit": tinit, "tfinal": tfinal, "deltaT": deltaT}
+    options = {"target_r": target_r, "tinit": tinit, "tfinal": tfinal, "deltaT": deltaT, **unknown}
     arguments = _being_read()
     settings = check_options(options, _PLACE, None, "lora_rank")
     if arguments is not None and hasattr(arguments, "callbacks"):  # a command that trains

@@ -21,6 +21,9 @@ from rankwise.parallel.processes import all_wait_for_this, writes_files
 from rankwise.parallel.sharded import shared_out
 
 
+_NOT_GIVEN = object()
+
+
 class StoresAdapters(NamesAdapters):
     """The part of an adapted model that has to do with adapter folders."""
 
@@ -33,6 +36,7 @@ class StoresAdapters(NamesAdapters):
         is_main_process: bool | None = None,
         training_state: bool | None = None,
         save_embedding_layers: bool | str = "auto",
+        variant: Any = _NOT_GIVEN,
         **unused: Any,
     ) -> None:
         """Save the adapters in PEFT's format; the base model is not saved.
@@ -52,12 +56,20 @@ class StoresAdapters(NamesAdapters):
             save_embedding_layers: also write the base weights of a Transformers model's input and output
                 embeddings, as is needed after the vocabulary was resized: True, False, or "auto" for those that
                 are adapted, as in PEFT.
+            variant: of whole models, as diffusers' pipelines pass it; adapters have none.
             unused: other arguments of PEFT's and Transformers' ``save_pretrained`` that have no meaning here.
 
         Raises:
-            ValueError: there is no adapter of a selected name, or an option has an impossible value.
+            ValueError: there is no adapter of a selected name, or an option has an impossible value; or a pipeline of
+                diffusers is being saved, which needs whole models.
             OSError: it can't be written; what was there before is whole.
         """
+        if variant is not _NOT_GIVEN and _of_diffusers(self):
+            raise ValueError(
+                f"A pipeline is saved with whole models, but its {type(self).__name__} has adapters of rankwise. For "
+                "the adapter, call `export_adapter(folder, model, 'diffusers')`, which `pipe.load_lora_weights` takes. "
+                "For a pipeline with the adapter in its weights, set `model = model.merge_and_unload()` in it first."
+            )
         writes = writes_files() if is_main_process is None else is_main_process
         sharded = state_dict is None and shared_out(self)
         if not (writes or sharded):
@@ -191,3 +203,7 @@ class StoresAdapters(NamesAdapters):
                 stacklevel=3,
             )
         return storage.prepare_values(self, name, file, controller)
+
+
+def _of_diffusers(model: Any) -> bool:
+    return any(each.__module__.partition(".")[0] == "diffusers" for each in type(model).__mro__)
