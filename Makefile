@@ -39,7 +39,8 @@ test-slow: $(VENV)/.slow ## run the tests that take minutes
 	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: there is no such test
 
 test-deepspeed: $(VENV)/.deepspeed ## run the tests with DeepSpeed, which is installed apart (Linux)
-	PYTHONPATH=$(abspath $(VENV)/deepspeed) $(PYTEST) tests/parallel/test_deepspeed.py -m "slow or not slow"
+	PYTHONPATH=$(abspath $(VENV)/deepspeed) $(PYTEST) tests/parallel/test_deepspeed.py \
+	  tests/parallel/test_adapt_ranks_processes.py -m "slow or not slow"
 
 test-trackers: $(VENV)/.trackers ## run the tests with Weights & Biases, MLflow and trackio, which are installed apart
 	PYTHONPATH=src OMP_NUM_THREADS=1 $(VENV)/trackers/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_trackers.py -m slow

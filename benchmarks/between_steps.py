@@ -72,7 +72,7 @@ def _row(model: Model, name: str, setting: Setting, rounds: int) -> str:
     rank, spare = SPARE[name]
     setting = replace(setting, rank=rank, spare=spare)
     watched = Watched(training_of(partial(rankwise_adalora, deltaT=2), model, setting))
-    layers = len(watched.training.model._rankwise_controller.triplets.layers)
+    layers = len(watched.training.model._rankwise_controller.factors.pairs)
     measured = [watched.step() for _ in range(4 + 2 * rounds)][4:]  # the first take memory
     plain, cut = measured[0::2], measured[1::2]
     books, with_cut = (statistics.median(books for _, books in each) for each in (plain, cut))

@@ -83,6 +83,7 @@ def page_namespace() -> dict[str, Any]:
         "classification_batches": [
             {"input_ids": ids, "labels": label} for ids, label in zip(tokens, labels, strict=True)
         ],
+        "texts": [{"input_ids": ids, "labels": ids} for ids in tokens.flatten(0, 1)],
         "dataset": [
             {"input_ids": ids, "labels": label}
             for ids, label in zip(tokens.flatten(0, 1), labels.flatten(), strict=True)

@@ -85,7 +85,19 @@ def test_the_core_works_where_no_optional_library_is_installed():
 
 
 CHAPTERS = (
-    "method files config parallel adapters attach run storage integrations model report recipes cli".split()
+    *(
+        "method",
+        "files",
+        "config",
+        "parallel",
+        "adapters",
+        "attach",
+        "run",
+        "adapt",
+        "storage",
+        "integrations",
+    ),
+    *("model", "report", "recipes", "cli"),
 )
 
 
@@ -117,3 +129,37 @@ def test_chapters_import_only_those_further_inside() -> None:
         if CHAPTERS.index(other) > CHAPTERS.index(chapter)
     ]
     assert not outward
+
+
+def imports_within_chapters() -> dict[str, set[str]]:
+    """Module -> the modules of its own chapter that it imports, be it in a function or for type checkers only."""
+    files = {
+        ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in SOURCE.glob("*/**/*.py")
+    }
+    found: dict[str, set[str]] = {module: set() for module in files}
+    for module, file in files.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name if name in files else str(node.module) for name in inside]
+            chapter = module.split(".")[1]
+            found[module] |= {
+                name
+                for name in names
+                if name in files and name.split(".")[1] == chapter and "." in name[len("rankwise.") :]
+            }
+    return found
+
+
+def test_no_two_modules_of_a_chapter_import_each_other_not_even_for_their_types() -> None:
+    """So that a reader who follows imports comes to an end."""
+    imports = imports_within_chapters()
+    assert sum(map(len, imports.values())) > 100
+    while done := [module for module, others in imports.items() if not others & imports.keys()]:
+        for module in done:
+            del imports[module]
+    assert not {module: sorted(others & imports.keys()) for module, others in imports.items()}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+WORDS = "a cat sat on the mat while dogs ran far away".split()
+
 
 @contextmanager
 def told() -> Iterator[list[str]]:
@@ -66,9 +68,19 @@ def mix_ranks(adapted: Any, rank_of: Callable[[int, str], int], std: float = 0.3
     generator = torch.Generator().manual_seed(seed)
     init_r = adapted.peft_config["default"].init_r
     kept = {}
-    for number, (path, layer) in enumerate(controller.triplets.layers.items()):
+    for number, (path, layer) in enumerate((pair.path, pair.layer) for pair in controller.factors.pairs):
         for parameter in layer.adapter_parameters("default").values():
             parameter.data.normal_(std=std, generator=generator)
         blocks = range(len(layer.lora_A["default"]) // init_r)  # of experts: one each
         kept[path] = torch.cat([torch.arange(init_r) < rank_of(number + block, path) for block in blocks])
+        layer.lora_A["default"].data[~kept[path]] = 0
+        layer.lora_B["default"].data[:, ~kept[path]] = 0
     controller.take_over(kept)
+
+
+def words_tokenizer() -> Any:
+    """A tokenizer that knows `WORDS`; its ends of sequences are "[SEP]"."""
+    from transformers import BertTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    return BertTokenizerFast(vocab=vocabulary, eos_token="[SEP]")

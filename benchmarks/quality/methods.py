@@ -197,9 +197,7 @@ def cut(model: Model) -> None:
 def trained_parameters(model: Model) -> int:
     """The numbers of the adapter that train in the end; heads, which are the same for all, are left out."""
     if hasattr(model, "rank_summary"):
-        summary = model.rank_summary()
-        gates = summary.total_rank if not _trains_E(model) else 0
-        return int(summary.parameters - gates)
+        return int(model.rank_summary().parameters)
     factors = [(name, p) for name, p in model.named_parameters() if ".lora_" in name and p.requires_grad]
     kept = getattr(model.peft_config["default"], "rank_pattern", None) or {}
     if not any(".lora_E." in name for name, _ in factors):
@@ -213,10 +211,6 @@ def _kept(name: str, parameter: Tensor, pattern: dict[str, list[bool]]) -> int:
     rank = min(parameter.shape) if mask is None else sum(mask)
     size = max(parameter.shape) if ".lora_E." not in name else 1
     return int(rank * size)
-
-
-def _trains_E(model: Model) -> bool:
-    return any(".lora_E." in name and p.requires_grad for name, p in model.named_parameters())
 
 
 def after_step(model: Model, step: int) -> None:

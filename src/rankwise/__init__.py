@@ -5,6 +5,7 @@ Names and file formats are those of Hugging Face PEFT; see the README.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rankwise.adapt import AdaptiveRanks, adapt_ranks
@@ -12,6 +13,7 @@ from rankwise.attach.prepare import prepare_model_for_kbit_training
 from rankwise.attach.probe import LayerSpectrum, Probe, probe
 from rankwise.attach.rank_plan import RankPlan
 from rankwise.config import AdaLoraConfig, LoraConfig
+from rankwise.config.lora import when_made
 from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.model import PeftModel, get_peft_model
 from rankwise.run.history import RankHistory, RankRecord
@@ -52,6 +54,17 @@ __all__ = [
     "probe",
     "save_as_lora",
 ]
+
+
+def _teach_trainers() -> None:
+    """Let Transformers' trainers know rankwise's configurations, as soon as there are both."""
+    if "transformers.trainer" in sys.modules:
+        from rankwise.integrations.trl import explain_foreign_configurations
+
+        explain_foreign_configurations()
+
+
+when_made.append(_teach_trainers)
 
 
 def __getattr__(name: str) -> Any:

@@ -73,7 +73,8 @@ def final(model: Any, **form: Any) -> Any:
     model = pruning(model, **form)
     for module in model.modules():
         if hasattr(module, "lora_E"):
-            module.lora_E["default"].data[8:] = 0
+            module.lora_A["default"].data[8:] = 0
+            module.lora_B["default"].data[:, 8:] = 0
             module.kept["default"] = 8
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from expert_world import EXPERTS, some_tokens, tiny_moe
 from rankwise.recipes import load_recipe, plan_memory
 from rankwise.report.grid import rank_grids
 from rankwise.report.inspect import inspect_adapter
+from rankwise.run.own import kept_ranks
 
 FORMS = ["principal", True]
 STEPS = 12
@@ -79,9 +81,9 @@ def test_the_history_names_every_expert_and_ends_with_its_rank(trained: Any) -> 
 
 def test_with_the_ranks_fixed_the_forward_pass_is_that_of_all_triplets_that_stay() -> None:
     model = adalora(tiny_moe())
-    train(model, STEPS)  # of which the gates that are closed stay 0
+    train(model, STEPS)  # ranks that are off stay 0
     fixed = model(some_tokens()).logits
-    model._rankwise_controller.triplets.unfix()
+    model._rankwise_controller.factors.widen()
     torch.testing.assert_close(fixed, model(some_tokens()).logits, atol=1e-6, rtol=1e-5)
 
 
@@ -191,16 +193,18 @@ def test_as_a_lora_it_is_read_by_peft_with_equal_logits(source: str, trained: An
 
 
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")
-def test_a_stack_at_rank_0_is_left_out_of_the_lora(tmp_path: Path) -> None:
+@pytest.mark.parametrize("export", [True, False])
+def test_a_stack_at_rank_0_is_left_out_of_the_lora(export: bool, tmp_path: Path) -> None:
     model = adalora(tiny_moe())
     train(model, STEPS)
     controller = model._rankwise_controller
-    kept = controller.kept_triplets()
+    kept = kept_ranks(controller)
     kept["model.layers.0.mlp.experts.gate_up_proj"][:] = False
-    controller.triplets.mask.copy_(torch.cat(list(kept.values())))
-    controller.triplets.close(controller.triplets.mask, None)
-    controller.triplets.fix()
-    rw.save_as_lora(tmp_path, model)
+    controller.take_over(kept)
+    rw.save_as_lora(tmp_path, model) if export else model.save_pretrained(tmp_path)
+    stacks = json.loads((tmp_path / "adapter_config.json").read_text())["target_parameters"]
+    assert "model.layers.0.mlp.experts.gate_up_proj" not in stacks
+    assert "model.layers.0.mlp.experts.down_proj" in stacks
     theirs = peft.PeftModel.from_pretrained(tiny_moe(), tmp_path).eval()
     torch.testing.assert_close(
         theirs(some_tokens()).logits, model(some_tokens()).logits, atol=1e-6, rtol=1e-5

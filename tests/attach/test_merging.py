@@ -28,14 +28,17 @@ def adapted(adalora: bool = False, **changes: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("adalora", [False, True])
-def test_a_merged_weight_is_the_base_plus_scale_times_B_E_A(adalora: bool) -> None:
-    model = adapted(adalora)
+@pytest.mark.parametrize("form", ["lora", "principal", True])
+def test_a_merged_weight_is_the_base_plus_scale_times_B_E_A(form: Any) -> None:
+    paper = form is True
+    model = adapted() if form == "lora" else adapted(adalora=True, init_lora_weights=form)
     expected = {}
     for path, layer in adapter_layers(model).items():
         A, B = layer.lora_A["default"].detach(), layer.lora_B["default"].detach()
-        E = layer.lora_E["default"].detach().flatten() if adalora else torch.ones(len(A), dtype=A.dtype)
-        scale = 6 / (4 + 1e-5) if adalora else 6 / 3
+        if paper:
+            nn.init.normal_(layer.lora_E["default"])
+        E = layer.lora_E["default"].detach().flatten() if paper else torch.ones(len(A), dtype=A.dtype)
+        scale = {"lora": 6 / 3, "principal": 6 / 4, True: 6 / (4 + 1e-5)}[form]
         expected[path] = layer.weight.detach() + scale * B @ torch.diag(E) @ A
     inputs = torch.randn(7, 6, dtype=torch.float64)
     before = model(inputs)

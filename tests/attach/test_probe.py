@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from io import StringIO
 from pathlib import Path
@@ -220,3 +221,45 @@ def results(folder: Path) -> dict[str, Any]:
     import json
 
     return dict(json.loads((folder / "results.json").read_text()))
+
+
+def scaled_loss(by: float) -> Any:
+    return lambda model, batch: model(**batch).loss * by
+
+
+@pytest.mark.parametrize("max_rank", [2, 32])
+@pytest.mark.parametrize("by", [1e-25, 1e-30, 1e15, 1e19])
+def test_finite_gradients_of_any_size_give_the_same_plan(by: float, max_rank: int) -> None:
+    batches = list(token_batches(3, size=2))
+    model = llama()
+    plain = rw.probe(model, batches, LINEAR, max_rank=max_rank)
+    found = rw.probe(model, batches, LINEAR, max_rank=max_rank, loss=scaled_loss(by))
+    for mine, usual in zip(found.layers, plain.layers, strict=True):
+        assert mine.square == pytest.approx(usual.square * by**2, rel=1e-3)
+        most = usual.singular_values[0]
+        assert [each / by for each in mine.singular_values] == pytest.approx(
+            usual.singular_values, rel=1e-3, abs=1e-4 * most
+        )
+    assert found.plan(rank=1).ranks == plain.plan(rank=1).ranks
+    assert found.plan(keep=0.2).kept == pytest.approx(plain.plan(keep=0.2).kept, rel=1e-2)
+    assert f"{math.sqrt(found.layers[0].square):.3g}" in found.table()
+
+
+def test_a_loss_that_is_not_finite_in_the_second_pass_only_is_refused_by_name() -> None:
+    calls = []
+
+    def loss(model: Any, batch: Any) -> Any:
+        calls.append(batch)
+        return model(**batch).loss * (float("nan") if len(calls) > 3 else 1.0)
+
+    with pytest.raises(ValueError, match=r"gradient of 'model\.layers.* is not finite"):
+        rw.probe(llama(), token_batches(3, size=2), LINEAR, max_rank=1, loss=loss)
+    assert len(calls) > 3
+
+
+@pytest.mark.parametrize("by", [1e-200, 1e200])
+def test_gradients_whose_squares_are_no_numbers_are_refused_with_their_norm(by: float) -> None:
+    batches = [torch.ones(2, 5, dtype=torch.float64)]
+    config = rw.LoraConfig(target_modules=["0"])
+    with pytest.raises(ValueError, match=r"has the norm .*e[-+]\d+, of which no square.*Multiply the loss"):
+        rw.probe(nn.Sequential(nn.Linear(5, 3).double()), batches, config, loss=lambda m, x: m(x).sum() * by)

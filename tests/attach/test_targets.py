@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import rankwise
 from rankwise.adapters import prepare_layer
 from rankwise.attach.defaults import ADALORA_DEFAULTS, DEFAULTS
 from rankwise.attach.matching import pattern_value
@@ -301,6 +302,101 @@ def test_users_own_module_that_reads_a_weight_is_recognised() -> None:
     with pytest.raises(ValueError, match="Reads reads its weight"):
         find_targets(Reads(), LoraConfig(target_modules=["read"]))
     assert len(find_targets(Reads(), LoraConfig(target_modules=["asked", "called"]))) == 2
+
+
+def test_only_what_a_forward_pass_reaches_counts_as_reading() -> None:
+    """As diffusers' attention does it: a helper calls the layers, and other methods read and join their weights."""
+
+    class Helper:
+        def __call__(self, attention: Any, x: torch.Tensor) -> torch.Tensor:
+            return attention.to_q(x) + attention.to_k(x)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q, self.to_k, self.read = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+            self.processor = Helper()
+
+        def fuse_projections(self) -> None:
+            self.to_q.weight.data.copy_(torch.cat([self.to_q.weight, self.to_k.weight]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.processor(self, x) + self.inner(x)
+
+        def inner(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.read.weight.T
+
+    class Child(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    class Mended(Attention):
+        def inner(self, x: torch.Tensor) -> torch.Tensor:
+            return self.read(x)
+
+    for made in (Attention(), Child()):
+        assert len(find_targets(made, LoraConfig(target_modules=["to_q", "to_k"]))) == 2
+        with pytest.raises(ValueError, match="reads its weight"):
+            find_targets(made, LoraConfig(target_modules=["read"]))
+    assert len(find_targets(Mended(), LoraConfig(target_modules=["to_q", "read"]))) == 2
+
+
+class Grouped(nn.Linear):
+    """A linear layer by its class, which multiplies blocks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("...gi,goi->...go", x, self.weight.view(2, -1, self.in_features))
+
+
+class Router(nn.Linear):
+    """One that gives out choices, and draws numbers."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = super().forward(x) + torch.rand(())
+        return logits, logits.argmax(-1)
+
+
+class Same(nn.Linear):
+    """One that computes what a linear layer does, in words of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("cls", [Grouped, Router])
+def test_a_linear_layer_that_computes_something_else_is_refused_and_left_out(cls: type[nn.Linear]) -> None:
+    model = nn.ModuleDict({"odd": cls(4, 4), "same": Same(4, 4), "plain": nn.Linear(4, 4)})
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=rf"'odd' can't be adapted: {cls.__name__} is.*odd\.weight"):
+        find_targets(model, LoraConfig(target_modules=["odd"]))
+    with pytest.warns(UserWarning, match="'odd' can't be adapted.*Left out"):
+        assert list(find_targets(model, LoraConfig(target_modules="all-linear"))) == ["same", "plain"]
+    assert torch.equal(torch.get_rng_state(), before), "trying it out draws no number of the user's"
+    assert model["odd"].training
+    adapted = rankwise.get_peft_model(
+        model, LoraConfig(target_modules=[], target_parameters=["odd.weight"], init_lora_weights=False, r=2)
+    )
+    x = torch.randn(3, 2, 4) if cls is Grouped else torch.randn(3, 4)
+    torch.manual_seed(0)
+    found = adapted["odd"](x)
+    adapted.merge_and_unload()
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, adapted["odd"](x))
+
+
+def test_all_linear_leaves_out_layers_whose_weight_another_module_has_so_that_merging_works() -> None:
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("one", "two", "free")})
+    model["two"].weight = model["one"].weight
+    with pytest.warns(UserWarning, match="'one', 'two'|'one' won't be adapted.*Left out"):
+        assert list(find_targets(model, LoraConfig(target_modules="all-linear"))) == ["free"]
+    assert list(find_targets(model, LoraConfig(target_modules=["one"]))) == ["one"], "named, it is adapted"
+    twice = nn.ModuleDict({"a": model["free"], "b": model["free"]})
+    adapted = rankwise.get_peft_model(
+        twice, LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+    )
+    x, found = torch.randn(2, 4), adapted["b"](torch.ones(2, 4))
+    assert torch.equal(adapted["a"](x), adapted["b"](x)), "one module, however many paths lead to it"
+    torch.testing.assert_close(adapted.merge_and_unload()["b"](torch.ones(2, 4)), found)
 
 
 @pytest.mark.parametrize("name", ["out_proj", "x_proj", "dt_proj"])

@@ -78,7 +78,7 @@ def test_training_ends_at_the_target_with_a_plain_lora_adapter(trained: Path) ->
     log = log_of(trained / "out")
     assert log[-1]["loss"] < log[0]["loss"] / 2
     budgets = [record["budget"] for record in log]
-    assert budgets[0] == RANK * LAYERS and budgets == sorted(budgets, reverse=True)
+    assert RANK * LAYERS >= budgets[0] > budgets[-1] and budgets == sorted(budgets, reverse=True)
 
 
 def test_the_report_reads_what_the_framework_wrote(trained: Path) -> None:

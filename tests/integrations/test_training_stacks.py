@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 import rankwise as rw
-from tiny import bert, llama, token_batches, told
+from tiny import WORDS, bert, llama, token_batches, told, words_tokenizer
 
 STEPS = 8
-WORDS = "a cat sat on the mat while dogs ran far away".split()
 
 
 # --- small runs ----------------------------------------------------------------------------------------------------
@@ -428,22 +427,13 @@ def test_generate_and_pipelines_work_while_training_in_half_and_after_merging() 
 # --- TRL -----------------------------------------------------------------------------------------------------------
 
 
-def words_tokenizer() -> Any:
-    from transformers import BertTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    return BertTokenizerFast(vocab=vocabulary)
-
-
 def sft_trainer(model: nn.Module, folder: Path, **changes: Any) -> Any:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
     data = Dataset.from_dict({"text": [" ".join(WORDS[i % 5 : i % 5 + 6]) for i in range(32)]})
-    tokenizer = words_tokenizer()
-    tokenizer.eos_token = "[SEP]"
     arguments = trl.SFTConfig(str(folder), **{**ARGUMENTS, "max_length": 16, **changes})
-    return trl.SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    return trl.SFTTrainer(model, args=arguments, train_dataset=data, processing_class=words_tokenizer())
 
 
 def test_sft_trainer_trains_the_adapter_as_it_is_and_resumes_bit_for_bit(tmp_path: Path) -> None:

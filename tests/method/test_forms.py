@@ -9,39 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.method.forms import form_of
-from rankwise.method.layout import TripletLayout
-
-LAYOUT = TripletLayout(ranks=(8,), widths_in=(50,), widths_out=(40,))
 
 
-def started(form: Any, use_rslora: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def started(form: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     """A, E and B in float64 after the form's start, with a plain LoRA's start of A = 3 and B = 0."""
     torch.manual_seed(0)
     A, E, B = (torch.full(shape, 9.0, dtype=torch.float64) for shape in ((8, 50), (8, 1), (40, 8)))
+    given = E if form.has_E else None
 
     def as_lora(A: Tensor, B: Tensor) -> None:
         nn.init.constant_(A, 3.0)
         nn.init.zeros_(B)
 
-    form.start(A, E, B, as_lora, use_rslora)
-    return A, E, B
+    form.start(A, given, B, as_lora)
+    return A, given, B
 
 
-@pytest.mark.parametrize(("use_rslora", "power"), [(False, 1.0), (True, 0.5)])
-def test_gates_make_the_scale_loras_at_the_average_rank_of_now(use_rslora: bool, power: float) -> None:
-    form = form_of("principal")
-    for average in (8.0, 5.5, 1.0, 0.25):
-        gate = form.gates(8, torch.tensor(average), use_rslora)
-        assert float(16 / 8 * gate) == pytest.approx(16 / average**power)
-    assert form.gates(8, torch.tensor(0.0), use_rslora).isfinite(), "with none left it is of no consequence"
-    _, E, _ = started(form, use_rslora)
-    assert float(E.flatten()[0]) == pytest.approx(float(form.gates(8, torch.tensor(8.0), use_rslora)))
-
-
-def test_the_default_form_starts_as_lora_with_all_gates_open() -> None:
+def test_the_default_form_starts_as_lora_and_has_no_third_factor() -> None:
     A, E, B = started(form_of("principal"))
-    assert torch.equal(A, torch.full_like(A, 3.0)) and not B.any()
-    assert torch.equal(E, torch.ones_like(E))
+    assert torch.equal(A, torch.full_like(A, 3.0)) and not B.any() and E is None
 
 
 def test_the_papers_form_starts_with_no_update_and_small_random_factors() -> None:
@@ -57,12 +43,12 @@ def test_a_random_start_of_the_papers_form_changes_the_output() -> None:
     assert (B @ torch.diag(E.flatten()) @ A).abs().max() > 1
 
 
-def test_what_trains_is_what_is_scored_or_decides_it() -> None:
+def test_only_the_papers_form_has_a_third_factor_and_counts_ranks_alike() -> None:
     for start in (True, False, "gaussian"):
         form = form_of(start)
-        importance = form.importance(LAYOUT)
-        assert set(importance.factors) <= set(form.trained) and importance.decisive in form.trained
-    assert form_of("principal").importance(LAYOUT) is None
+        assert form.has_E and not form.counts_parameters and not form.takes_rslora
+    form = form_of("principal")
+    assert not form.has_E and form.counts_parameters and form.takes_rslora
 
 
 def test_what_is_left_out_follows_the_rank_that_is_wanted() -> None:

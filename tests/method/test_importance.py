@@ -28,8 +28,7 @@ def products_of_a_loss() -> dict[str, list[Tensor]]:
     ).sum()
     loss.backward()
     return {
-        name: [(w * w.grad).detach() for w in factors]
-        for name, factors in (("lora_A", A), ("lora_E", E), ("lora_B", B))
+        name: [(w * w.grad).detach() for w in factors] for name, factors in (("A", A), ("E", E), ("B", B))
     }
 
 

@@ -42,7 +42,7 @@ def test_the_mean_of_a_triplet_is_that_of_its_row_its_gate_and_its_column(seed: 
 def test_a_triplet_costs_its_numbers_in_A_and_B() -> None:
     layout = TripletLayout(ranks=(2, 0, 1), widths_in=(3, 9, 5), widths_out=(4, 9, 1))
     assert layout.costs == [7, 7, 6]
-    assert layout.costs_on(CPU).tolist() == [7, 7, 6]
+    assert layout.parameters_per_rank(CPU).tolist() == [7, 7, 6]
 
 
 def test_equals_are_taken_from_every_layer_in_turn() -> None:

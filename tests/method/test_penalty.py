@@ -80,3 +80,35 @@ def test_the_penaltys_gradient_is_autograds(seed: int, weight: float, scale: flo
 def test_the_penaltys_gradient_at_an_orthonormal_matrix_is_zero_and_not_nan() -> None:
     (gradient,) = orthogonality_gradients([torch.eye(3, 5)], False, weight=1.0, count=1)
     assert torch.equal(gradient, torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [14, 19, 30])
+def test_matrices_of_a_run_that_diverges_have_finite_gradients(
+    exponent: int, dtype: torch.dtype, columns: bool
+) -> None:
+    """Beside M M^T the identity vanishes, and the gradient is 2 M M^T M / |M M^T|, as large as M."""
+    torch.manual_seed(0)
+    size = 10.0 ** (exponent if dtype == torch.float32 else 8 * exponent)
+    plain = torch.randn(3, 7, dtype=torch.float64)
+    expected = 0.5 / 4 * 2 * (plain @ plain.T) @ plain / (plain @ plain.T).norm()
+    matrix = (plain * size).to(dtype)
+    matrix = matrix.T if columns else matrix
+    (gradient,) = orthogonality_gradients([matrix], columns, weight=0.5, count=4)
+    got = gradient.double() / size
+    torch.testing.assert_close(got, expected.T if columns else expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_penalty_of_large_matrices_is_right_as_long_as_it_is_a_number_of_the_dtype() -> None:
+    matrix = torch.eye(3, 5) * 1e18  # the squares of M M^T would overflow, and the penalty does not
+    assert orthogonality_penalty([matrix], []).item() == pytest.approx(1e36 * math.sqrt(3), rel=1e-6)
+
+
+def test_the_penalty_has_a_dtype_of_its_own() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert orthogonality_penalty([], []).dtype == torch.float32
+        assert orthogonality_penalty([torch.eye(2)], []).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

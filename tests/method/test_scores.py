@@ -152,3 +152,37 @@ def test_triplet_scores_equal_a_loop_over_rows_and_columns(seed: int) -> None:
     torch.testing.assert_close(
         ours.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1.0, 1e18, 1e37])
+def test_averages_of_any_size_put_triplets_in_the_right_order(size: float) -> None:
+    layout = TripletLayout(ranks=(3, 2), widths_in=(4, 5), widths_out=(3, 6))
+    torch.manual_seed(0)
+    plain = [torch.rand(layout.elements, dtype=torch.float64) for _ in range(2)]
+    expected = triplet_scores(layout, *plain)
+    found = triplet_scores(layout, *((each * size).float() for each in plain))
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.double() / found.max(), expected / expected.max(), rtol=1e-5, atol=0)
+
+
+def test_a_step_counts_as_long_as_its_numbers_are_finite() -> None:
+    sensitivity, uncertainty = torch.zeros(2), torch.zeros(2)
+    huge = torch.full((2,), 3e38)  # whose sum is not
+    assert update_scores(sensitivity, uncertainty, huge, 0.5, 0.5)
+    assert sensitivity.tolist() == pytest.approx([1.5e38] * 2) and uncertainty.isfinite().all()
+    nothing = torch.zeros(0)
+    assert update_scores(nothing.clone(), nothing.clone(), nothing.clone(), 0.5, 0.5)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_averages_do_not_depend_on_the_default_dtype(default: torch.dtype) -> None:
+    found = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            sensitivity, uncertainty = (torch.zeros(1, dtype=torch.float32) for _ in "SU")
+            update_scores(sensitivity, uncertainty, torch.tensor([3.0], dtype=torch.float32), 0.85, 0.9)
+            found.append((sensitivity.item(), uncertainty.item()))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found[0] == found[1]

@@ -46,7 +46,7 @@ def test_leading_singular_values_are_those_of_the_whole_gradient(d_out: int, d_i
     assert torch.allclose(sketch.singular_values(), truth[:12], rtol=0.15)
     assert torch.allclose(sketch.singular_values()[:4], truth[:4], rtol=1e-2)
     assert bool((sketch.singular_values() <= truth[:12] * (1 + 1e-9)).all()), "never too large"
-    assert sketch.square() == pytest.approx(float(truth.square().sum()), rel=0.5)
+    assert sketch.norm() ** 2 == pytest.approx(float(truth.square().sum()), rel=0.5)
 
 
 def test_a_gradient_of_few_directions_is_found_exactly() -> None:
@@ -74,3 +74,22 @@ def test_effective_rank_counts_equal_directions_whatever_their_size() -> None:
     assert effective_rank([5.0] * 7 + [0.0] * 9) == pytest.approx(7)
     assert effective_rank([0.5] * 7) == pytest.approx(7)
     assert 1 < effective_rank([1.0, 0.1]) < 2 and effective_rank([]) == 0
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(60, 50), (12, 90)])
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1e19, 1e30])
+def test_gradients_of_any_size_have_the_singular_values_of_their_size(
+    d_out: int, d_in: int, size: float
+) -> None:
+    batches = tokens(d_out, d_in, decay=1.5)
+    found = []
+    for by in (1.0, size):
+        sketch = GradientSketch(d_out, d_in, 8, torch.Generator().manual_seed(1))
+        for _ in range(sketch.passes):
+            for x, dy in batches:
+                sketch.add(x, dy.float() * by)
+            sketch.end_pass()
+        assert sketch.size() > 0
+        found.append([*(sketch.singular_values() / by).tolist(), sketch.norm() / by])
+    assert sketch.exact == (d_out == 12)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)

@@ -13,7 +13,7 @@ from rankwise.method.worth import worth
 def test_it_is_the_root_of_strength_times_gradient_for_each_parameter() -> None:
     strengths, gradients = torch.tensor([3.0, 0.5, 0.0]).double(), torch.tensor([2.0, 8.0, 5.0]).double()
     found = worth(strengths, gradients, torch.tensor([7, 4, 3]), target_r=1)
-    assert found.tolist() == [math.sqrt(6) / 7, math.sqrt(4) / 4, 0.0]
+    assert found.tolist() == pytest.approx([math.sqrt(6) / 7, math.sqrt(4) / 4, 0.0], rel=1e-12)
 
 
 def test_below_an_average_rank_of_1_costs_count_more() -> None:
@@ -32,3 +32,13 @@ def test_the_unit_of_gradients_changes_no_order(target_r: float) -> None:
     strengths, gradients, costs = torch.rand(50), torch.rand(50), torch.randint(1, 9, (50,))
     orders = [worth(strengths, unit * gradients, costs, target_r).argsort().tolist() for unit in (1.0, 1e6)]
     assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("target_r", [8, 0.25])
+@pytest.mark.parametrize("size", [1e-30, 1e37])
+def test_strengths_and_gradients_of_any_size_keep_their_order(target_r: float, size: float) -> None:
+    torch.manual_seed(0)
+    strengths, gradients, costs = torch.rand(50) + 0.1, torch.rand(50) + 0.1, torch.randint(1, 9, (50,))
+    found = worth(strengths * size, gradients * size, costs, target_r)
+    expected = worth(strengths.double() * size, gradients.double() * size, costs, target_r)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)

@@ -262,7 +262,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
     elif where == "head":
         monkeypatch.setattr(attach, "prepare_saved_module", fail)
     else:
-        monkeypatch.setattr("rankwise.model.named.Controller", fail)
+        monkeypatch.setattr("rankwise.model.named.own_controller", fail)
     with pytest.raises(torch.OutOfMemoryError, match="mine"):
         rw.get_peft_model(model, adalora(modules_to_save=["head"]), adapter_name="new")
     assert_same(before, snapshot(model))

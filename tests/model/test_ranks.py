@@ -22,7 +22,7 @@ def test_summary_and_history_after_training() -> None:
     assert all(record.budget == sum(record.ranks) for record in history.records)
     assert list(history.records[-1].ranks) == [row.rank for row in summary.layers]
     assert summary.total_rank == 2 and summary.budget == 8
-    sizes = {"body.first": 6 + 8 + 1, "body.second": 8 + 6 + 1}
+    sizes = {"body.first": 6 + 8, "body.second": 8 + 6}
     assert summary.parameters == sum(row.rank * sizes[row.path] for row in summary.layers)
     assert all(row.importance >= 0 for row in summary.layers)
     assert "rank 2 of 8" in str(summary)

@@ -33,6 +33,28 @@ def factors(model: Any, key: str) -> list[nn.Parameter]:
     return [getattr(model[place], f"lora_{key}")["default"] for place in (0, 2)]
 
 
+def acting(model: Any, paper: bool) -> list[list[bool]]:
+    """Which triplets of each layer act: by E in the paper's form, by A and B, which must agree, in the default one."""
+    if paper:
+        return [(E != 0).flatten().tolist() for E in factors(model, "E")]
+    rows, columns = ([(p if key == "A" else p.T).any(1) for p in factors(model, key)] for key in "AB")
+    assert all(torch.equal(one, other) for one, other in zip(rows, columns, strict=True))
+    return [one.tolist() for one in rows]
+
+
+def scales(model: Any) -> list[float]:
+    return [model[place].scaling["default"] for place in (0, 2)]
+
+
+def scale_by_hand(kept: list[list[bool]], ranks: int | None) -> float:
+    """``lora_alpha / k`` with k ranks on average, weighted by their parameters; ``ranks`` None: at the target."""
+    if ranks is None:
+        return OPTIONS["lora_alpha"] / OPTIONS["target_r"]
+    costs = [sum(widths) for widths in WIDTHS]
+    spent = sum(cost * sum(layer) for cost, layer in zip(costs, kept, strict=True))
+    return OPTIONS["lora_alpha"] * sum(costs) / spent
+
+
 class ByHand:
     """Choices of the run in plain loops: the paper's from its equations 6 to 11, ours from updates and gradients."""
 
@@ -99,7 +121,7 @@ def test_a_run_scores_allocates_and_fixes_as_by_hand(start: str | bool) -> None:
         (model(inputs) - inputs[:, :3] * inputs[:, 3:]).square().mean().backward()
         gradients = {
             (key, layer): factor.grad.clone()
-            for key in "AEB"
+            for key in ("AEB" if hand.paper else "AB")
             for layer, factor in enumerate(factors(model, key))
             if factor.grad is not None
         }
@@ -111,8 +133,10 @@ def test_a_run_scores_allocates_and_fixes_as_by_hand(start: str | bool) -> None:
             hand.measure(gradients)
         if schedule.allocates(step):
             hand.choose(schedule.budget(step, 8, 4))
-            closed = [(E == 0).flatten().tolist() for E in factors(model, "E")]
-            assert closed == [[not stays for stays in layer] for layer in hand.kept], f"step {step}"
+            assert acting(model, hand.paper) == hand.kept, f"step {step}"
+            if not hand.paper:
+                ranks = None if step == schedule.last_allocation else sum(map(sum, hand.kept))
+                assert scales(model) == pytest.approx([scale_by_hand(hand.kept, ranks)] * 2), f"step {step}"
     assert model.rank_history.records[-1].ranks == [sum(layer) for layer in hand.kept]
     assert model.allocation_state.reached_target
     assert sum(map(sum, hand.kept)) < 8
@@ -127,7 +151,7 @@ def test_a_pruned_rank_grows_back_in_the_papers_form_only() -> None:
             model(torch.randn(8, 6, dtype=torch.float64)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            closed = torch.cat([E.detach().flatten() == 0 for E in factors(model, "E")])
+            closed = ~torch.tensor(acting(model, paper=start is True)).flatten()
             if closed_before is not None:
                 grown |= bool((closed_before & ~closed).any())
             closed_before = closed

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise.run import hooks as listening
-from rankwise.run.triplets import BUFFERS
+from rankwise.run.run_tensors import BUFFERS
 from tiny import bert, llama, token_batches, told
 
 STEPS, LAST_ALLOCATION, TARGET = 12, 9, 6
@@ -312,7 +312,7 @@ def test_an_optimizer_built_before_the_model_was_adapted_is_told_once() -> None:
     with told() as messages:
         train(model, early, steps=range(1, 4))
     (message,) = messages
-    assert "Build the optimizer after `get_peft_model`" in message
+    assert "Build the optimizer after the adapter is attached" in message
     assert model.allocation_state.step == 0
     train(model, adamw(model))
     assert model.allocation_state.step == STEPS
@@ -711,7 +711,7 @@ def test_optimizers_that_come_and_go_leave_nothing_behind() -> None:
     del optimizer
     assert gone() is None
     assert model.allocation_state.step == 100
-    assert len(controller._optimizers.known()) == 0 and len(controller.triplets._indices) < 10
+    assert len(controller.optimizers.known()) == 0 and len(controller.factors._indices) < 10
 
 
 # --- by hand -------------------------------------------------------------------------------------------------------
@@ -873,9 +873,7 @@ def test_a_run_of_unknown_length_is_refused_at_its_first_step_before_anything_mo
     optimizer = adamw(model)
     before = copy.deepcopy(model.state_dict())
     loss_of(model, 1).backward()
-    with pytest.raises(
-        ValueError, match=r"pass `total_step` to AdaLoraConfig, or call `model.set_total_step\(n\)`"
-    ):
+    with pytest.raises(ValueError, match=r"pass `total_step`, or call `set_total_step\(n\)`"):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.set_total_step(STEPS)

@@ -43,8 +43,10 @@ def _pruned(model: nn.Module, targets: list[str], rank_0: str, **options: Any) -
     return adapted.eval()
 
 
-def test_llama_export_gives_the_same_logits_in_peft_merged_and_not(tmp_path: Path) -> None:
-    model = _pruned(llama(), ["q_proj", "v_proj", "down_proj"], "layers.1.self_attn.v_proj")
+@pytest.mark.parametrize("form", ["principal", True])
+def test_llama_export_gives_the_same_logits_in_peft_merged_and_not(form: Any, tmp_path: Path) -> None:
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = _pruned(llama(), targets, "layers.1.self_attn.v_proj", init_lora_weights=form)
     batch = token_batches(1)[0]
     expected = model(**batch).logits
     rw.save_as_lora(tmp_path, model)
@@ -128,11 +130,21 @@ def test_another_adapter_is_replaced_only_where_that_is_said(tmp_path: Path) -> 
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+def test_plain_lora_with_patterns_and_rslora_gets_the_scale_1(tmp_path: Path) -> None:
+    """So that a server gives the same logits that knows neither."""
+    options = {"rank_pattern": {"layers.1.*": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
+    config = rw.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+    model = rw.get_peft_model(llama(), config).eval()
+    written = rw.save_as_lora(tmp_path, model)
+    assert not written.use_rslora and written.lora_alpha == written.r
+    assert written.alpha_pattern == written.rank_pattern
+    batch = token_batches(1)[0]
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(theirs(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_what_can_not_be_exported_is_refused(tmp_path: Path) -> None:
-    lora = rw.get_peft_model(llama(), rw.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="plain LoRA adapter already"):
-        rw.save_as_lora(tmp_path / "x", lora)
-    empty = _pruned(llama(), ["q_proj"], "q_proj")
+    empty = _pruned(llama(), ["q_proj"], "q_proj", init_lora_weights=True)
     with pytest.raises(ValueError, match="rank 0 in all layers"):
         rw.save_as_lora(tmp_path / "x", empty)
     with pytest.raises(FileNotFoundError):

@@ -337,6 +337,44 @@ def test_an_embedding_shared_by_the_classes_default_is_not_merged_into(tmp_path:
         rw.export_adapter(tmp_path / "x", tmp_path / "own", "merged", base=tmp_path / "base")
 
 
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_whole_module_is_not_merged_into_a_weight_that_another_has(
+    kind: str, said: bool, tmp_path: Path
+) -> None:
+    """Whatever the configuration says, the files hold no output layer of its own."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    model = llama(tie_word_embeddings=True) if kind == "llama" else GPT2LMHeadModel(sizes)
+    embedding, layer = ("embed_tokens", "q_proj") if kind == "llama" else ("wte", "c_attn")
+    model.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["tie_word_embeddings"] = True
+    if not said:
+        del config["tie_word_embeddings"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    options = {"r": 2, "target_modules": [layer], "modules_to_save": [embedding]}
+    of_peft(tmp_path / "own", peft.LoraConfig(**options), model)
+    with pytest.raises(ValueError, match=rf"trains '.*{embedding}'.*shares with .*both"):
+        rw.export_adapter(tmp_path / "x", tmp_path / "own", "merged", base=tmp_path / "base")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_whole_embedding_of_an_untied_base_is_merged(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    config = rw.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], init_lora_weights=False
+    )
+    model = rw.get_peft_model(llama(), config)
+    model.model.embed_tokens.modules_to_save["default"].weight.data.mul_(2)
+    model.save_pretrained(tmp_path / "own")
+    rw.export_adapter(tmp_path / "x", tmp_path / "own", "merged", base=tmp_path / "base")
+    ids = torch.arange(3, 9)[None]
+    merged = type(llama()).from_pretrained(tmp_path / "x")
+    torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits, atol=1e-5, rtol=0)
+
+
 def test_merging_takes_less_memory_than_the_model_has(tmp_path: Path) -> None:
     """A file of 160 MB is merged by a process that may hold 80 MB more than it starts with."""
     if sys.platform != "linux":

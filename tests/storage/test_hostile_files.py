@@ -30,7 +30,7 @@ import rankwise as rw
 from rankwise.files.tensors import write_tensor_file
 
 CONFIG, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
-HISTORY, PICKLE = "rank_history.json", "adapter_model.bin"
+HISTORY, PICKLE, RUN = "rank_history.json", "adapter_model.bin", "training_config.json"
 PREFIX = "base_model.model."
 IDS = torch.arange(12).reshape(3, 4) % 11
 
@@ -59,8 +59,10 @@ def base() -> Any:
 
 
 def config_of(kind: str) -> Any:
-    if kind.startswith("adalora"):
-        return rw.AdaLoraConfig(init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=2, total_step=14, lora_alpha=8,
+    if kind.startswith(("adalora", "default")):
+        start = True if kind.startswith("adalora") else "principal"
+        return rw.AdaLoraConfig(init_lora_weights=start,
+                                init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=2, total_step=14, lora_alpha=8,
                                 target_modules=["first", "conv", "second"], modules_to_save=["head"],
                                 bias="lora_only")  # fmt: skip
     return rw.LoraConfig(r=2, lora_alpha=4, target_modules=["embed", "first", "conv", "second"],
@@ -75,7 +77,15 @@ def train(model: Any, steps: int) -> None:
         optimizer.zero_grad()
 
 
-KINDS = {"adalora": 14, "adalora in training": 9, "lora": 3, "lora as a pickle": 3}
+# AdaLoRA of the paper, whose folders are in PEFT's format of it; and in the default form, which saves plain LoRA.
+KINDS = {
+    "adalora": 14,
+    "adalora in training": 9,
+    "default": 14,
+    "default in training": 9,
+    "lora": 3,
+    "lora as a pickle": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +255,26 @@ def tensors(change: Callable[[dict[str, Tensor]], object], name: str = WEIGHTS) 
     return damage
 
 
+def run(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Change the run's configuration."""
+
+    def damage(folder: Path) -> None:
+        data = json.loads((folder / RUN).read_text())
+        change(data)
+        (folder / RUN).write_text(json.dumps(data))
+
+    return damage
+
+
+def with_layer(history: bytes, rank: int) -> bytes:
+    """A history that names one layer more."""
+    data = json.loads(history)
+    data["layers"].append("third")
+    for record in data["records"]:
+        record["ranks"].append(rank)
+    return json.dumps(data).encode()
+
+
 def put(key: str, value: Callable[[Tensor], Tensor], name: str = WEIGHTS) -> Callable[[Path], None]:
     return tensors(lambda held: held.update({key: value(held[key])}), name)
 
@@ -306,7 +336,7 @@ DAMAGE: dict[str, list[tuple[str, Callable[[Path], None], str]]] = {
         ("config with NaN", config(lora_alpha=float("nan")), "NaN"),
         ("config of another kind of adapter", config(peft_type="IA3"), "IA3"),
         ("config without a kind", config(peft_type=None), "peft_type"),
-        ("labelled LORA", config(peft_type="LORA", rank_pattern={}), "`init_lora_weights` is 'principal'"),
+        ("labelled LORA", config(peft_type="LORA", rank_pattern={}), "`beta1`=0.85 is not known"),
         ("r in words", config(init_r="four"), "whole number"),
         ("r a fraction", config(init_r=4.5), "whole number"),
         ("r negative", config(init_r=-4), "at least 1"),
@@ -428,7 +458,10 @@ DAMAGE: dict[str, list[tuple[str, Callable[[Path], None], str]]] = {
          "not saved together|float64"),
         ("extra state of floats", put("_extra_state", lambda t: t.float(), STATE), "1-D int64 tensor"),
         ("extra state too short", put("_extra_state", lambda t: t[:7], STATE), "16 or more"),
-        ("extra state without history", put("_extra_state", lambda t: t[:16], STATE), "rank history"),
+        ("extra state without scales", put("_extra_state", lambda t: t[:16], STATE), "cut off"),
+        ("extra state without history", put("_extra_state", lambda t: t[:20], STATE), "rank history"),
+        ("scales without end", put("_extra_state", lambda t: t.index_fill(0, torch.tensor(16), 2**40), STATE),
+         "cut off"),
         ("extra state cut off", put("_extra_state", lambda t: t[:-1], STATE), "cut off"),
         ("layout from the future", put("_extra_state", lambda t: t.index_fill(0, torch.tensor(0), 9), STATE),
          "layout 9"),
@@ -438,6 +471,35 @@ DAMAGE: dict[str, list[tuple[str, Callable[[Path], None], str]]] = {
         ("settings not finite", put("_extra_state", lambda t: t.index_fill(0, torch.tensor(10), 0x7FF0 << 48), STATE),
          "no run has"),
         ("ranks below 0", put("_extra_state", lambda t: t.index_fill(0, torch.tensor(len(t) - 1), -1), STATE), "below 0"),  # noqa: E501
+    ],
+    "default": [
+        ("labelled ADALORA", config(peft_type="ADALORA", init_r=4, target_r=2, rank_pattern=None, alpha_pattern={}),
+         "ADALORA takes"),
+        ("r other", config(r=9), "has rank"),
+        ("a layer missing", tensors(lambda t: [t.pop(k) for k in list(t) if "first.lora" in k]), "other layers"),
+        ("a layer of another name", tensors(lambda t: t.update({k.replace("first", "third"): t.pop(k) for k in list(t)
+                                                                 if "first.lora" in k})), "other layers"),
+        ("history of other layers", content(HISTORY, lambda d: d.replace(b"first", b"third")), "other layers"),
+        ("a layer with ranks in the history alone", content(HISTORY, lambda d: with_layer(d, 3)), "other layers"),
+        ("A with NaN", put(LORA_A, spoil(torch.nan)), "holds NaN"),
+    ],
+    "default in training": [
+        ("state cut off", content(STATE, lambda data: data[: len(data) // 2]), "can't be read as safetensors"),
+        ("state is the adapter", lambda f: shutil.copy(f / WEIGHTS, f / STATE), "not saved together"),
+        ("state of a moment before", put("first.lora_A", lambda t: t * 0.9, STATE), "not saved together"),
+        ("adapter of a moment before", put(LORA_A, lambda t: t * 0.9), "not saved together"),
+        ("run's configuration missing", lambda f: (f / RUN).unlink(), "no training_config.json"),
+        ("run's configuration empty", content(RUN, lambda _: b""), "not valid JSON"),
+        ("run's configuration a list", content(RUN, lambda _: b"[]"), "must hold a JSON object with"),
+        ("run's configuration a folder", replaced_by(Path.mkdir, RUN), "should be a file"),
+        ("run's configuration nested without end", replaced_by(deep, RUN), "not valid JSON"),
+        ("run's configuration without checksums", run(lambda d: d.pop("adapter")), "must hold a JSON object with"),
+        ("run's configuration of no state", run(lambda d: d.update(state=None)), "not saved together"),
+        ("run's configuration with a text in it", run(lambda d: d.update(config="x")), "must hold a JSON object"),
+        ("run of the paper's form", run(lambda d: d["config"].update(init_lora_weights=True)), "copy all files"),
+        ("run of plain LoRA", run(lambda d: d["config"].update(peft_type="LORA")), "training_config.json"),
+        ("run with a rank absurd", run(lambda d: d["config"].update(init_r=10**40)), "absurdly large"),
+        ("run without a step for pruning", run(lambda d: d["config"].update(tinit=13)), "no step for pruning"),
     ],
     "lora as a pickle": [
         ("empty", content(PICKLE, lambda _: b""), "can't be read as a file of tensors only"),
@@ -459,7 +521,7 @@ CASES = [
     for kind, cases in DAMAGE.items()
     for name, damage, message in cases
     for door in DOORS
-    if not (kind == "adalora in training" and door == "inference")
+    if not (kind.endswith("in training") and door == "inference")
 ]
 
 

@@ -194,7 +194,7 @@ class Reference:
 
 def _regrown(model: Any) -> int:
     """Triplets that were pruned at the last allocation and act again."""
-    if model.allocation_state is None:
+    if model.allocation_state is None or not model.peft_config["default"].form.has_E:
         return 0
     E = torch.cat([p.flatten() for name, p in model.named_parameters() if ".lora_E." in name])
     return int((E != 0)[~model.rankwise_mask].sum())

@@ -48,8 +48,8 @@ def set_version(model, version):
         mask = model.rankwise_mask
         mask.fill_(True)
         mask[: 1 + version % 3] = False
-        for layer, kept in zip(model._rankwise_controller.triplets.layers.values(), mask.split(4)):
-            layer.lora_E["default"].mul_(kept[:, None])
+        for pair, kept in zip(model._rankwise_controller.factors.pairs, mask.split(4)):
+            pair.parameter("E").mul_(kept[:, None])
     controller = model._rankwise_controller
     controller.step = version
     controller.history.record(version, int(mask.sum()), [int(part.sum()) for part in mask.split(4)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -109,7 +110,15 @@ def _drop_layer(model: nn.Module, pair: PeftPair, optimizers: Sequence[Optimizer
         for optimizer in optimizers:
             optimizer.state.pop(parameter, None)
     layer: Any = pair.layer
-    layer.delete_adapter(pair.adapter)
+    active, trains = layer._active_adapter, {p: p.requires_grad for p in layer.parameters()}
+    with (
+        warnings.catch_warnings()
+    ):  # PEFT says that it lets another adapter act in this layer: it does not, see below
+        warnings.simplefilter("ignore")
+        layer.delete_adapter(pair.adapter)
+    layer._active_adapter = active
+    for parameter in layer.parameters():
+        parameter.requires_grad_(trains[parameter])
     if not any(holds(layer, name) for name in (*layer.lora_A, *layer.lora_embedding_A)):
         parent, _, last = pair.name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.base_layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from rankwise.adapt.refusals import check_adapter, check_model, chosen_adapter
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_positive
 from rankwise.parallel.processes import many_processes
+from rankwise.run.checkpoint import load_packed_state, packed_state
 from rankwise.run.choice.principal import PrincipalChoice
 from rankwise.run.controller import Controller
 from rankwise.run.factors import Factors
@@ -89,8 +91,10 @@ def adapt_ranks(
             raise ValueError(
                 f"The ranks of adapter {name!r} adapt already. Call `detach()` on the first handle to begin anew."
             )
-        peft_config = whole.peft_config[name]
+        # A copy, as the caller may use the configuration again, and TRL's copy of an adapter shares it.
+        peft_config = copy.deepcopy(whole.peft_config[name])
         handle = AdaptiveRanks(pairs, name, target_r, total_step, tinit, tfinal, deltaT, whole, peft_config)
+        whole.peft_config[name] = peft_config
         vars(whole).setdefault(HANDLES, {})[name] = handle
         return handle
     own = cast("Sequence[FactorPair]", model)
@@ -158,7 +162,7 @@ class AdaptiveRanks:
         self._narrow_when_over = True  # a trainer decides itself when the run is over
         self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # once the layers are narrowed
         warn = WarnOnce()
-        self._tensors = OwnTensors(lambda: pairs[0].parameter("A").device)
+        self._tensors = OwnTensors(pairs[0].device)
         factors = Factors(pairs, self._tensors)
         rslora = bool(getattr(peft_config, "use_rslora", False))
         config = AdaLoraConfig(
@@ -174,6 +178,7 @@ class AdaptiveRanks:
         self._choice = PrincipalChoice(factors, config.target_r, rslora, [pair.scale for pair in pairs], warn)
         self._controller = Controller(adapter, factors, self._choice, config, warn)
         self._controller.changed = self._after_step
+        self._controller.finished_by = "ranks.finalize_ranks()"
         self._written = (
             0,
             False,
@@ -229,9 +234,15 @@ class AdaptiveRanks:
 
     # Steering them.
 
-    def leave_the_end_to(self, trainer: bool = True) -> None:
-        """Let a trainer say when the run is over, by `end`: until then checkpoints have the ranks of the start."""
+    def leave_the_end_to(self, trainer: bool = True, handle: str = "ranks") -> None:
+        """Let a trainer say when the run is over, by `end`: until then checkpoints have the ranks of the start.
+
+        Args:
+            trainer: whether it does.
+            handle: where the user finds this object, for warnings.
+        """
         self._narrow_when_over = not trainer
+        self._controller.finished_by = f"{handle}.finalize_ranks()"
 
     def end(self) -> None:
         """The trainer is done: narrow the layers if the choice of ranks is final, or else warn that it is not."""
@@ -287,7 +298,7 @@ class AdaptiveRanks:
         if self.is_over:
             raise ValueError("The run is over and its layers are narrowed: there is nothing to resume.")
         ends = torch.tensor(self._choice.end_scales, dtype=torch.float64)
-        return {**self._tensors.state_dict(), "run": self._controller.packed_state(), "end_scales": ends}
+        return {**self._tensors.state_dict(), "run": packed_state(self._controller), "end_scales": ends}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave; load the adapter's factors and the optimizer's state yourself.
@@ -301,7 +312,7 @@ class AdaptiveRanks:
         before = self._tensors.state_dict()
         self._tensors.load_state_dict(dict(state))
         try:
-            self._controller.load_packed_state(packed)
+            load_packed_state(self._controller, packed)
         except ValueError:
             self._tensors.load_state_dict(before)
             raise

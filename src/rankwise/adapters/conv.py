@@ -15,7 +15,8 @@ class Conv2dAdapters(AdapterLayer):
 
     AdaLoRA's update has exactly the weight's shape: A is (r, in_channels / groups * height * width). Plain LoRA
     follows PEFT's layout, which for ``groups`` > 1 is not a change of the weight. A is a dense convolution over
-    all input channels, B a grouped one with (d_out, r / groups); such an adapter can't be merged.
+    all input channels, B a grouped one with (d_out, r / groups); such an adapter can't be merged, unless AdaLoRA wrote
+    it: then A is 0 for the channels of other groups.
     """
 
     called = "Conv2d"
@@ -49,15 +50,14 @@ class Conv2dAdapters(AdapterLayer):
     def from_file(cls, layer: Any, factor: str, tensor: Tensor, adalora: bool) -> Tensor:
         return tensor.flatten(1)
 
-    def as_lora(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def as_lora(cls, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Every group gets its own k rows of a dense A, which are 0 for the channels of other groups."""
-        groups: int = self.groups  # type: ignore[assignment]
-        if groups == 1:
-            return A, B
-        dense = A.new_zeros(groups, len(A), groups, A.shape[1])
-        for group in range(groups):
-            dense[group, :, group] = A
-        return dense.reshape(groups * len(A), -1), B
+        return _for_each_group(A, layer.groups), B
+
+    @classmethod
+    def from_lora(cls, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return ungrouped(A, layer.groups), B
 
     def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
         """``output`` plus the adapter's output for ``x`` (batch, in_channels, height, width)."""
@@ -75,25 +75,31 @@ class Conv2dAdapters(AdapterLayer):
         return delta.reshape(self.base_weight().shape)
 
     def delta_weight(self, name: str) -> Tensor:
-        self._refuse_grouped(name)
-        return super().delta_weight(name)
+        A, B = self._of_weight(name)
+        return self.shape_like_weight((B @ A) * self.scaling[name])
 
     def check_merge(self, names: list[str], finite: bool = False) -> None:
         for name in names:
             if self.acts(name):
-                self._refuse_grouped(name)
+                self._of_weight(name)
         super().check_merge(names, finite)
 
     def _changes_weight(self, name: str) -> bool:
         """Whether the factors are those of a change of the weight, and not in plain LoRA's layout for groups."""
         return bool(self.lora_B[name].shape[1] == len(self.lora_A[name]))
 
-    def _refuse_grouped(self, name: str) -> None:
-        if self.groups > 1 and not self._changes_weight(name):  # type: ignore[operator]
+    def _of_weight(self, name: str) -> tuple[Tensor, Tensor]:
+        """The factors, if their product changes the weight, or a ValueError."""
+        A, B = self.factors(name)
+        if self._changes_weight(name):
+            return A, B
+        try:
+            return self.from_lora(self, A, B)
+        except ValueError:
             raise ValueError(
                 f"A plain LoRA adapter of a Conv2d with groups={self.groups} is not a change of its weight, "
                 "so it can't be merged. Keep it unmerged, or leave the layer out with `exclude_modules`."
-            )
+            ) from None
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         layer: Any = self
@@ -102,3 +108,32 @@ class Conv2dAdapters(AdapterLayer):
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
         convolved: Tensor = F.conv2d(x, weight, None, layer.stride, padding, layer.dilation, groups)
         return convolved
+
+
+def _for_each_group(A: Tensor, groups: int) -> Tensor:
+    """A (k, d_in) of a change of the weight as plain LoRA has it, (groups * k, groups * d_in)."""
+    if groups == 1:
+        return A
+    dense = A.new_zeros(groups, len(A), groups, A.shape[1])
+    for group in range(groups):
+        dense[group, :, group] = A
+    return dense.reshape(groups * len(A), -1)
+
+
+def ungrouped(A: Tensor, groups: int) -> Tensor:
+    """A (k, d_in) of the change of the weight that plain LoRA's A, (groups * k, groups * d_in), was made of.
+
+    Raises:
+        ValueError: it is none, as it reads the channels of other groups, too.
+
+    Example:
+        >>> ungrouped(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), 2)
+        tensor([[1.]])
+    """
+    own = A if groups == 1 else A.view(groups, len(A) // groups, groups, -1)[0, :, 0]
+    if not _for_each_group(own, groups).equal(A):
+        raise ValueError(
+            f"its factors are no change of the weight of a Conv2d with groups={groups}, but those of plain LoRA, "
+            "which reads the channels of all groups."
+        )
+    return own

@@ -127,8 +127,18 @@ class AdapterLayer(InPlace, nn.Module):
         """A factor as ``layer`` has it: what `to_file` was given."""
         return tensor
 
-    def as_lora(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """AdaLoRA's A and B, with E folded in, in plain LoRA's layout."""
+    @classmethod
+    def as_lora(cls, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of an update ``B A`` of the layer's weight, in plain LoRA's layout."""
+        return A, B
+
+    @classmethod
+    def from_lora(cls, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Undo `as_lora`.
+
+        Raises:
+            ValueError: they are no such update in plain LoRA's layout.
+        """
         return A, B
 
     # Adapters.

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.inplace import InPlace, add_methods, remove_methods
+from rankwise.adapters.summed import SummedWeight
 from rankwise.parallel.ddp import keep_in_graph
-
-if TYPE_CHECKING:
-    from rankwise.adapters.parameter import ParameterAdapters
 
 SLOTS = "adapted_parameters"  # where the module holds a slot for each of its adapted parameters
 
 # Transformers' ways through the experts that read the weights with PyTorch's products. Others, such as kernels from
 # the hub, see only memory.
 _READ_BY_PRODUCTS = ("eager", "batched_mm", "grouped_mm", None)
+
+
+class Slot(Protocol):
+    """What the owner asks of one of its adapted parameters; `rankwise.adapters.parameter` has it."""
+
+    parameter_name: str
+
+    def summed(self) -> SummedWeight | None:
+        """The parameter with all that acts on it, for one forward pass; None if nothing does."""
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """The factors of active adapters that have no rank here."""
 
 
 class ParameterOwner(InPlace, nn.Module):
@@ -41,7 +51,7 @@ class ParameterOwner(InPlace, nn.Module):
         return self._with_updates(args, kwargs)
 
     def _with_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        slots: list[ParameterAdapters] = list(self.adapted_parameters.values())  # type: ignore[arg-type]
+        slots: list[Slot] = list(self.adapted_parameters.values())  # type: ignore[arg-type]
         sums = {slot.parameter_name: slot.summed() for slot in slots}
         summed: dict[str, Any] = {name: weight for name, weight in sums.items() if weight is not None}
         idle = [parameter for slot in slots for parameter in slot.idle_parameters()]

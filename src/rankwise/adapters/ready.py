@@ -94,7 +94,7 @@ def ready(layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) ->
 def _is_as_it_is(layer: AdapterLayer, adapter: str, factor: str) -> bool:
     """Whether a factor itself is what to compute with, but for its dtype."""
     kept, E = layer.kept.get(adapter), layer.factor("lora_E", adapter)
-    return E is None and kept is None if factor == "A" else not _cuts_B(kept, E)
+    return E is None if factor == "A" else not _cuts_B(kept, E)
 
 
 def _cuts_B(kept: Kept, E: Tensor | None) -> bool:
@@ -147,9 +147,11 @@ def _set_gates(every: Sequence[_Asked]) -> None:
     """Find what the rows of every A are multiplied by."""
     first, some = [], []
     for each in every:
-        if each.E is not None and isinstance(each.kept, Tensor):
+        if each.E is None:  # ranks that are off are 0 in A and in B
+            continue
+        if isinstance(each.kept, Tensor):
             some.append((each, each.E, _where(each.kept, each.parameter)))
-        elif each.E is None or each.kept is None:
+        elif each.kept is None:
             each.gates = gates_of(each.parameter, each.E, each.kept)
         elif each.E.requires_grad:  # the optimizer's momentum moves gates that were closed
             first.append((each, each.E, each.kept))

@@ -47,9 +47,25 @@ class SavedModule(InPlace, nn.Module):
     def weight(self) -> Any:
         return self._of_what_acts("weight")
 
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._refuse_to_set("weight")
+
     @property
     def bias(self) -> Any:
         return self._of_what_acts("bias")
+
+    @bias.setter
+    def bias(self, value: Any) -> None:
+        self._refuse_to_set("bias")
+
+    def _refuse_to_set(self, name: str) -> None:
+        """A parameter can be set; only FullyShardedDataParallel sets a mere tensor, a view of its flat parameter."""
+        raise ValueError(
+            f"`{name}` of a {type(self).__name__} in `modules_to_save` can't become a plain tensor. "
+            "FullyShardedDataParallel (FSDP version 1) would make it one: use `fully_shard` (FSDP version 2), or leave "
+            "`modules_to_save` out."
+        )
 
     def _of_what_acts(self, name: str) -> Any:
         made = self._acting_copy()

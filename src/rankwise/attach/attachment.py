@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankwise.adapters import AdapterLayer, ParameterSlot, adapters_for, prepare_layer, restore_layer
 from rankwise.adapters.owner import SLOTS
 from rankwise.adapters.saved import SavedModule, prepare_saved_module, restore_saved_module
-from rankwise.attach.matching import pattern_value
+from rankwise.attach.matching import names_of_exactly, pattern_value
 from rankwise.attach.parameters import in_model_order, layer_at
 from rankwise.attach.targets import find_targets, modules_to_save_paths
 from rankwise.config import AdaLoraConfig, LoraConfig
@@ -41,13 +41,18 @@ class Factors:
 
 @dataclass
 class Attachment:
-    """An adapter that is made and checked, but not yet in the model."""
+    """An adapter that is made and checked, but not yet in the model.
+
+    ``biases`` are parameters of the base that train with the adapter, or that its file replaces; ``frozen`` are those
+    that a run's file replaces and that don't train in it.
+    """
 
     adapter: str
     config: LoraConfig
     layers: dict[str, Factors]
     saved_modules: dict[str, Mapping[str, Tensor] | None] = field(default_factory=dict)
     biases: dict[str, Tensor | None] = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
@@ -71,7 +76,7 @@ def plain_name(name: str) -> str:
 
     An adapted parameter's factors are found under the parameter's own name.
     """
-    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod.", f"{SLOTS}."):
+    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.", f"{SLOTS}."):
         name = name.replace(wrapper, "")
     return name
 
@@ -172,7 +177,7 @@ def apply_attachment(model: nn.Module, attachment: Attachment) -> None:
             copy = module.modules_to_save[name]
             copy.load_state_dict({key: tensor.to(_dtype_of(copy, key)) for key, tensor in tensors.items()})
     with torch.no_grad():
-        for path, value in attachment.biases.items():
+        for path, value in [*attachment.biases.items(), *attachment.frozen.items()]:
             if value is not None:
                 model.get_parameter(path).copy_(value)
 
@@ -322,7 +327,7 @@ def _resolved(
     slots = [path for path, layer in targets.items() if isinstance(layer, ParameterSlot)]
     if config.target_modules is None or config.target_modules == "all-linear":
         layers = [path for path in targets if path not in slots]
-        changes["target_modules"] = _names_for(model, layers, heads)
+        changes["target_modules"] = names_for(model, layers, heads)
         changes["exclude_modules"] = None
     if config.target_parameters:
         changes["target_parameters"] = in_model_order(config.target_parameters, slots)
@@ -337,16 +342,17 @@ def _resolved(
     return replace(config, **changes)
 
 
-def _names_for(model: nn.Module, paths: list[str], heads: list[str]) -> list[str]:
+def names_for(model: nn.Module, paths: list[str], heads: list[str]) -> list[str] | str:
     """Short names that match exactly ``paths``, or the paths themselves where short names match more."""
     short = sorted({path.rpartition(".")[2] for path in paths})
     inside = tuple(f"{head}." for head in heads)
-    matched = [
+    others = [
         path
         for path, _ in model.named_modules()
-        if path.rpartition(".")[2] in short and path not in heads and not (inside and path.startswith(inside))
+        if path not in heads and not (inside and path.startswith(inside))
     ]
-    return short if matched == paths else paths
+    matched = [path for path in others if path.rpartition(".")[2] in short]
+    return short if matched == paths else names_of_exactly(paths, others)
 
 
 def _dtype_of(module: nn.Module, key: str) -> torch.dtype:

@@ -38,6 +38,30 @@ def matcher(names: Sequence[str] | str) -> Callable[[str], bool]:
     return lambda path: path in exact or path.endswith(ends)
 
 
+def names_of_exactly(paths: Sequence[str], others: Iterable[str] | None) -> list[str] | str:
+    r"""``target_modules`` that mean ``paths``, and none of ``others``.
+
+    Names in a list match the ends of paths, too. An expression matches whole paths only.
+
+    Args:
+        paths: of the layers.
+        others: paths of other modules; ``paths`` may be among them. None: they are not known.
+
+    Returns:
+        The paths, or an expression where ``others`` are not known, or one of them ends with one of ``paths``.
+
+    Example:
+        >>> names_of_exactly(["0", "block.0"], ["0", "block.0", "block"])
+        ['0', 'block.0']
+        >>> names_of_exactly(["0", "2"], ["0", "2", "block.0"])
+        '0|2'
+    """
+    means, own = matcher(paths), frozenset(paths)
+    if not paths or others is not None and not any(means(other) for other in others if other not in own):
+        return list(paths)
+    return "|".join(map(re.escape, paths))
+
+
 def saved_module_of(name: str, names: Sequence[str], is_module: Callable[[str], bool]) -> str | None:
     """Which module that trains whole, by ``names``, a tensor in a file belongs to: the outermost.
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from rankwise.attach.attachment import adapter_layers, saved_modules
 from rankwise.attach.targets import find_tied
+from rankwise.parallel.flattened import refuse_flattened
 from rankwise.parallel.sharded import shared_out
 
 
@@ -39,6 +40,7 @@ def merge(model: nn.Module, names: list[str], safe_merge: bool, for_good: bool =
 
 def refuse_sharded(model: nn.Module, method: str) -> None:
     """Refuse what needs whole weights."""
+    refuse_flattened(model, method, "Save the adapter and load it into a whole model.")
     if shared_out(model):
         raise ValueError(
             f"`{method}` can't work on a model that is shared out over processes. Save the "

@@ -7,9 +7,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise.attach.attachment import adapter_layers, saved_modules
+from rankwise.attach.input_gradients import hook_inputs
 
 # Their kernels take scales, zero points and what surrounds them in the dtype that the checkpoint has.
 _KEEP_DTYPES = {"aqlm", "eetq", "gptq", "hqq", "torchao"}
@@ -75,12 +76,7 @@ def let_inputs_require_grad(model: Any) -> None:
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
         return
-    embeddings = model.get_input_embeddings()
-    model._rankwise_input_hook = embeddings.register_forward_hook(_require_grad)
-
-
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
-    output.requires_grad_(True)
+    model._rankwise_input_hook = hook_inputs(model, ())
 
 
 def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -21,6 +21,7 @@ from rankwise.method.spectrum import GradientSketch, effective_rank
 from rankwise.method.truncation import kept_by, ranks_for_budget, ranks_for_share
 
 _FLOAT16_SCALE = 1024.0  # small gradients vanish in float16
+_LEAST, _MOST = 1e-140, 1e140  # norms, which only double precision has: their squares are numbers of it, too
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,12 @@ class Probe:
         if sum(goal is not None for goal in (parameters, bytes, keep, rank)) != 1:
             raise ValueError("Give one of `parameters`, `bytes`, `keep` and `rank`.")
         widths = {layer.path: layer.width for layer in self.layers}
-        squares = {layer.path: [value**2 for value in layer.singular_values] for layer in self.layers}
-        whole = sum(layer.square for layer in self.layers)
+        # Only shares count, and squares of numbers near 1 neither overflow nor vanish.
+        unit = max(value for layer in self.layers for value in layer.singular_values) or 1.0
+        squares = {
+            layer.path: [(value / unit) ** 2 for value in layer.singular_values] for layer in self.layers
+        }
+        whole = sum(layer.square / unit / unit for layer in self.layers)
         if keep is not None:
             ranks = ranks_for_share(squares, widths, self._share_of_found(keep, squares, whole))
         else:
@@ -228,6 +233,7 @@ def probe(
     with _tapped({targets[path]: sketch for path, sketch in sketches.items()}, model) as scale:
         for number in range(max(sketch.passes for sketch in sketches.values())):
             _run(model, own, loss or _own_loss, seed, scale)
+            _check_finite(sketches)
             if number == 0:
                 _check_reached(sketches)
             for sketch in sketches.values():
@@ -238,7 +244,7 @@ def probe(
             path,
             *shapes[path],
             (sketch.singular_values() / by).tolist(),
-            sketch.square() / by**2,
+            (sketch.norm() / by) ** 2,
             sketch.exact,
         )
         for path, sketch in sketches.items()
@@ -282,14 +288,23 @@ def _on(device: torch.device, batch: Any) -> Any:
     return batch.to(device) if isinstance(batch, Tensor) else batch
 
 
+def _check_finite(sketches: Mapping[str, GradientSketch]) -> None:
+    for path, sketch in sketches.items():
+        size = sketch.size()
+        if not math.isfinite(size):
+            raise ValueError(
+                f"The gradient of {path!r} is not finite. Look at the batches, or load the model in bfloat16 or "
+                "float32."
+            )
+        if size and not _LEAST < size < _MOST:
+            raise ValueError(
+                f"The gradient of {path!r} has the norm {size:.3g}, of which no square can be formed: it must be from "
+                f"{_LEAST:g} to {_MOST:g}. Multiply the loss by a number that brings it there."
+            )
+
+
 def _check_reached(sketches: Mapping[str, GradientSketch]) -> None:
-    squares = {path: sketch.sum_of_squares() for path, sketch in sketches.items()}
-    broken = next((path for path, square in squares.items() if not math.isfinite(square)), None)
-    if broken is not None:
-        raise ValueError(
-            f"The gradient of {broken!r} is not finite. Look at the batches, or load the model in bfloat16 or float32."
-        )
-    if not any(squares.values()):
+    if not any(sketch.size() for sketch in sketches.values()):
         raise ValueError(
             "No gradient reaches any of the layers. Is the loss made of the model's output, with gradients on? "
             "Reentrant gradient checkpointing stops them: use_reentrant=False."
@@ -306,7 +321,8 @@ def _tapped(sketches: Mapping[nn.Module, GradientSketch], model: nn.Module) -> I
     Yields:
         What to multiply the loss with.
     """
-    anchor = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
+    first = next(model.parameters())
+    anchor = torch.zeros((), device=first.device, dtype=torch.float32, requires_grad=True)
 
     def listen(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))

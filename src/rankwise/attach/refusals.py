@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from rankwise.adapters import adapters_for, in_all_linear, kinds_in_words
 from rankwise.attach.defaults import HEADS
 from rankwise.attach.matching import by_ends, by_letters, matcher, pattern_matches, within
-from rankwise.attach.unused_layers import check_fast_path, why_ignored
+from rankwise.attach.unused_layers import check_fast_path, why_ignored, why_unlike_linear
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.config.suggest import suggestion
 
@@ -81,26 +81,40 @@ def check_layer(model: nn.Module, path: str, module: nn.Module, config: LoraConf
         raise ValueError(_cannot_adapt(path, module, config))
     if any(isinstance(each, UninitializedParameter) for each in module.parameters(recurse=False)):
         raise ValueError(f"{path!r} has no shape yet: run the model once before it is adapted.")
-    reason = why_ignored(model, path, config)
+    reason = why_ignored(model, path, config) or why_unlike_linear(path, module)
     if reason:
         raise ValueError(f"{path!r} can't be adapted: {reason} Name it in `exclude_modules`.")
     check_fast_path(model, path)
 
 
 def adaptable(
-    model: nn.Module, targets: Mapping[str, nn.Module], config: LoraConfig
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    config: LoraConfig,
+    shared: Mapping[str, str],
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Of targets that nobody named, those that can be adapted; it is said if others look as if they could."""
+    """Of targets that nobody named, those that can be adapted; it is said if others look as if they could.
+
+    ``shared`` says with which module a target shares its weight, if with any.
+    """
     left_out: dict[str, list[str]] = {}
     for path, module in targets.items():
-        reason = why_ignored(model, path, config) if adapters_for(module) is not None else None
+        if adapters_for(module) is None:
+            continue
+        reason = why_ignored(model, path, config) or why_unlike_linear(path, module)
         if reason:
-            left_out.setdefault(reason, []).append(path)
-        elif adapters_for(module) is not None:
+            left_out.setdefault(f"can't be adapted: {reason}", []).append(path)
+        elif path in shared:
+            said = (
+                f"won't be adapted: its weight is that of {shared[path]!r}, too, and an adapter of one of them "
+                "can't be merged into it. To adapt it all the same, name it in `target_modules`."
+            )
+            left_out.setdefault(said, []).append(path)
+        else:
             check_layer(model, path, module, config)
             yield path, module
-    for reason, paths in left_out.items():
-        warnings.warn(f"{some(paths)} can't be adapted: {reason} Left out.", UserWarning, stacklevel=3)
+    for said, paths in left_out.items():
+        warnings.warn(f"{some(paths)} {said} Left out.", UserWarning, stacklevel=3)
 
 
 def _cannot_adapt(path: str, module: nn.Module, config: LoraConfig) -> str:

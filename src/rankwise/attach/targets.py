@@ -7,7 +7,7 @@ without calling the layer, so that an adapter would do nothing) is said or refus
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from rankwise.adapters import AdapterLayer, ParameterSlot, in_all_linear
 from rankwise.adapters.owner import SLOTS, ParameterOwner
 from rankwise.adapters.saved import SavedModule
 from rankwise.attach.defaults import ADALORA_DEFAULTS, DEFAULTS, HEADS
+from rankwise.attach.embeddings import output_embeddings
 from rankwise.attach.matching import in_layers, matcher, within
 from rankwise.attach.parameters import find_parameters, layer_at, tell_of_experts
 from rankwise.attach.refusals import (
@@ -89,7 +90,7 @@ def _find_layers(
         for path, module in targets.items():
             check_layer(model, path, module, config)
     else:
-        targets = dict(adaptable(model, targets, config))
+        targets = dict(adaptable(model, targets, config, _with_shared_weight(model, targets)))
     if not targets:
         raise ValueError(nothing_found(modules, matched, saved, names, config))
     return targets
@@ -155,6 +156,23 @@ def find_tied(model: nn.Module, targets: Iterable[str]) -> dict[str, list[str]]:
     return tied
 
 
+def _with_shared_weight(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, str]:
+    """For each target whose weight another module has, too, that module's path."""
+    others = find_tied(model, targets)
+    return {
+        path: next(each for each in tied if _has_weight(model, each, targets[path]))
+        for path, tied in others.items()
+        if any(_has_weight(model, each, targets[path]) for each in tied)
+    }
+
+
+def _has_weight(model: nn.Module, path: str, layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    return weight is not None and any(
+        each is weight for each in model.get_submodule(path)._parameters.values()
+    )
+
+
 # What is in the model
 
 
@@ -171,19 +189,6 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
         if path and not (inside_adapter or factors or slots or copies):
             own[path] = module
     return own
-
-
-def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
-    """The output layer of the model, or of models inside a model of the user's own."""
-    for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        if callable(getter):
-            try:
-                found = getter()
-            except (NotImplementedError, AttributeError):
-                continue
-            if isinstance(found, nn.Module):
-                yield found
 
 
 def _model_type(model: nn.Module) -> str | None:

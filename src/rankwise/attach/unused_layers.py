@@ -1,4 +1,8 @@
-"""Layers whose weight their parent reads without calling them, so that an adapter would do nothing."""
+"""Layers on which an adapter would do nothing, or something else than it should.
+
+Of some a parent reads the weight without calling them. Others are linear layers by their class, but compute something
+else in a forward of their own.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,11 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rankwise.config import LoraConfig
 
@@ -20,7 +24,7 @@ def why_ignored(model: nn.Module, path: str, config: LoraConfig) -> str | None:
     """Why an adapter on the layer would do nothing, if so: its parent takes the weight and calls no layer."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    called, read = _uses(type(parent))  # type: ignore[arg-type]
+    called, read = _uses(_class_of(parent))
     kind = type(parent).__name__
     if name in read and name not in called:
         return f"{kind} reads its weight without calling it, so an adapter would do nothing."
@@ -29,6 +33,11 @@ def why_ignored(model: nn.Module, path: str, config: LoraConfig) -> str | None:
             f"the fused kernels of {kind} read its weight without calling it, so an adapter would not train."
         )
     return None
+
+
+def _class_of(module: nn.Module) -> Any:
+    """A module's class, as it was before it was adapted."""
+    return getattr(module, "_original_class", type(module))
 
 
 def check_fast_path(model: nn.Module, path: str) -> None:
@@ -46,31 +55,84 @@ def check_fast_path(model: nn.Module, path: str) -> None:
         )
 
 
+def why_unlike_linear(path: str, layer: nn.Module) -> str | None:
+    """Why a linear layer is none after all, if so: a class of its own computes something else with the weight.
+
+    Routers give out choices of experts, grouped layers multiply blocks. The class is tried out on a few numbers.
+    """
+    cls = _class_of(layer)
+    plain = cls.forward in (nn.Linear.forward, NonDynamicallyQuantizableLinear.forward)
+    weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) and not plain else None
+    if weight is None or weight.is_meta or not weight.is_floating_point() or type(weight) is not nn.Parameter:
+        return None
+    if list(weight.shape) != [layer.out_features, layer.in_features]:  # packed, or shared out over processes
+        return None
+    before, was_training = torch.get_rng_state(), layer.training
+    try:
+        layer.training = False
+        with torch.no_grad():
+            x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device)
+            x = x.view(2, weight.shape[1])
+            wanted = nn.functional.linear(x, weight, layer._parameters.get("bias"))
+            found = cls.forward(layer, x)
+        if isinstance(found, torch.Tensor) and found.shape == wanted.shape:
+            if torch.allclose(found.double(), wanted.double(), rtol=1e-2, atol=1e-2, equal_nan=True):
+                return None
+    except Exception:  # it takes no input of this shape, or more than an input
+        pass
+    finally:
+        layer.training = was_training
+        torch.set_rng_state(before)
+    name = path.rpartition(".")[2]
+    return (
+        f"{cls.__name__} is a linear layer by its class, but computes something else with its weight, to which an "
+        f"adapter's output can't be added. `target_parameters=['{name}.weight']` adapts the weight itself."
+    )
+
+
 @functools.lru_cache(maxsize=512)
 def _uses(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of submodules that ``cls``'s methods use as a whole, and of those whose weight they compute with."""
+    """What a forward pass of ``cls`` does: names of submodules used as a whole, and of those whose weight it reads."""
     called: set[str] = set()
     read: set[str] = set()
-    for method in _methods(cls):
-        try:
-            source = textwrap.dedent(inspect.getsource(method))
-            tree = ast.parse(source) if ".weight" in source else None
-        except (OSError, TypeError, SyntaxError, ValueError):
+    methods = _methods(cls)
+    waiting = ["forward"] if "forward" in methods else list(methods)
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
             continue
-        if tree is None:
-            called.update(re.findall(r"\bself\.(\w+)", source))
-        else:
-            _walk(tree, None, None, called, read)
+        seen.add(name)
+        for method in methods[name]:
+            if "super()" not in _look_into(method, called, read):
+                break  # what it overrides does not run
+        waiting += [each for each in called if each in methods and each not in seen]
     return frozenset(called), frozenset(read)
 
 
-def _methods(cls: type[nn.Module]) -> Iterator[Any]:
-    seen: set[str] = {"__init__", "__repr__", "extra_repr", "__setstate__"}
+def _look_into(method: Any, called: set[str], read: set[str]) -> str:
+    """Collect what a method does with ``self``; its source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(method))
+        tree = ast.parse(source) if ".weight" in source else None
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return ""
+    if tree is None:
+        called.update(re.findall(r"\bself\.(\w+)", source))
+    else:
+        _walk(tree, None, None, called, read)
+    return source
+
+
+def _methods(cls: type[nn.Module]) -> dict[str, list[Any]]:
+    """The methods of a class by name, each followed by those that it overrides."""
+    left_out = {"__init__", "__repr__", "extra_repr", "__setstate__"}
+    found: dict[str, list[Any]] = {}
     for each in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, method in vars(each).items():
-            if name not in seen and "init_" not in name and "reset_" not in name and callable(method):
-                seen.add(name)
-                yield inspect.unwrap(method)
+            if name not in left_out and "init_" not in name and "reset_" not in name and callable(method):
+                found.setdefault(name, []).append(inspect.unwrap(method))
+    return found
 
 
 _ONLY_ASKED = frozenset(

@@ -11,7 +11,8 @@ from rankwise.cli.failures import failures
 
 
 @app.command(
-    epilog="Exit codes: 0 done, 2 for what you must mend, 1 for a fault of rankwise, 130 after Ctrl-C."
+    epilog="Exit codes: 0 done, 2 for what you must mend and for a run that has diverged, 1 for a fault of rankwise, "
+    "130 after Ctrl-C."
 )
 def train(
     recipe: RecipeFile,

@@ -21,7 +21,7 @@ from rankwise.config.checks import (
 )
 from rankwise.config.lora import PEFT_DEFAULT_R, LoraConfig
 from rankwise.method.forms import Form, form_of
-from rankwise.method.schedule import BudgetSchedule, check_length, whole_steps
+from rankwise.method.schedule import BudgetSchedule, check_length, phase_lengths
 
 
 @dataclass(kw_only=True)
@@ -105,15 +105,9 @@ class AdaLoraConfig(LoraConfig):
                 "call `model.set_total_step(n)` before training."
             )
         total, form = self.total_step, self.form
-        tinit, tfinal = (
-            None if _left_out(length) else whole_steps(length, total)  # type: ignore[arg-type]
-            for length in (self.tinit, self.tfinal)
-        )
-        # What is left out takes its share of what the other leaves, so that they never meet.
-        if tfinal is None:
-            tfinal = round(form.tfinal * max(total - (tinit or 0), 0))
-        if tinit is None:
-            tinit = round(form.tinit * (total if _left_out(self.tfinal) else max(total - tfinal, 0)))
+        given_tinit = None if _left_out(self.tinit) else self.tinit
+        given_tfinal = None if _left_out(self.tfinal) else self.tfinal
+        tinit, tfinal = phase_lengths(given_tinit, given_tfinal, total, (form.tinit, form.tfinal))
         deltaT = form.deltaT(total - tinit - tfinal) if _left_out(self.deltaT) else self.deltaT
         return BudgetSchedule(tinit, tfinal, total, deltaT)  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import zipfile
 import zlib
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
@@ -81,6 +82,17 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
+def stored_checksum(path: Path) -> str | None:
+    """The checksum that rankwise has written into a safetensors file; None if it holds none.
+
+    Raises:
+        ValueError: it is empty, cut off, or not such a file.
+    """
+    with _opened(path) as file:
+        found: str | None = (file.metadata() or {}).get(CHECKSUM)
+    return found
+
+
 def read_tensor_file(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
@@ -102,8 +114,36 @@ def read_tensor_file(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, with a checksum by which `read_tensor_file` notices damage."""
+    """Write tensors as safetensors, with a checksum by which `read_tensor_file` notices damage.
+
+    The same tensors always give the same bytes.
+    """
     save_file(dict(tensors), path, metadata={"format": "pt", CHECKSUM: checksum(tensors)})
+    _order_metadata(path)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put the metadata in the header of a safetensors file into alphabetical order.
+
+    The library has them in an order of chance. The header is JSON, and begins at the ninth byte, with the metadata.
+    """
+    with open(path, "r+b") as file:
+        start = b'{"__metadata__":'
+        file.seek(8)
+        if file.read(len(start)) != start:
+            return
+        size = int.from_bytes(_at(file, 0, 8), "little")
+        header = _at(file, 8, size).decode("utf-8")
+        metadata, end = json.JSONDecoder().raw_decode(header, len(start))
+        ordered = json.dumps(dict(sorted(metadata.items())), ensure_ascii=False, separators=(",", ":"))
+        if len(ordered) == end - len(start):  # or else it holds what has several spellings in JSON
+            file.seek(8 + len(start))
+            file.write(ordered.encode("utf-8"))
+
+
+def _at(file: BinaryIO, place: int, size: int) -> bytes:
+    file.seek(place)
+    return file.read(size)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -159,11 +199,20 @@ def check_finite(source: str, name: str, tensor: Tensor) -> None:
     Raises:
         ValueError: there are some; the message names ``source`` and ``name``.
     """
+    if not is_finite(tensor):
+        raise ValueError(
+            f"{source}: {name} holds NaN or infinite values, so what was saved is broken: use an earlier checkpoint."
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinite values, as whole numbers never have; it must not be on "meta".
+
+    Example:
+        >>> is_finite(torch.ones(2)), is_finite(torch.tensor([1.0, torch.nan])), is_finite(torch.tensor(3))
+        (True, False, True)
+    """
     if not tensor.is_floating_point():
-        return
-    for part in tensor.reshape(-1).split(2**24):
-        if not (part.float() if part.element_size() == 1 else part).isfinite().all():
-            raise ValueError(
-                f"{source}: {name} holds NaN or infinite values, so what was saved is broken: use an earlier "
-                "checkpoint."
-            )
+        return True
+    parts = tensor.detach().reshape(-1).split(2**24)
+    return all(bool((part.float() if part.element_size() == 1 else part).isfinite().all()) for part in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from rankwise.adapt.peft_pairs import lora_layers
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
-from rankwise.integrations.transformers import add_metrics
+from rankwise.adapt.refusals import check_model
+from rankwise.integrations.common import own_model
+from rankwise.integrations.transformers import add_metrics, install
 from rankwise.storage.names import HISTORY_NAME
 
 _STATE_FILE = "trainer_state.json"
@@ -65,8 +68,12 @@ class AdaptRanks(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Refuse what can't be adapted when the trainer is made, and not hours later."""
+        install()
         found = _lora_model(model)
-        if found is not None and not vars(found).get(HANDLES):
+        if found is None and own_model(model) is not None:
+            check_model(own_model(model))
+        handle = None if found is None else self._handle_of(found)
+        if found is not None and (handle is None or handle.is_over):
             check_adaptable(found, self._settings["adapter"], self._settings["target_r"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
@@ -75,14 +82,21 @@ class AdaptRanks(TrainerCallback, ExportableState):
         target = model if found is None else found
         ranks = self._handle_of(target)
         if ranks is not None and ranks.is_over:
-            return
+            if ranks is self.ranks:
+                warnings.warn(
+                    "The run of adaptive ranks is over, so the ranks stay as they are, and their values train on. To "
+                    "adapt them further, make a trainer with a new `AdaptRanks`.",
+                    stacklevel=2,
+                )
+                return
+            ranks.detach()
+            ranks = None
         if ranks is None:
             ranks = adapt_ranks(target, total_step=state.max_steps, **self._settings)
-        elif (
-            not state.global_step
-        ):  # a trainer that has given up an attempt, such as one with too large a batch
+        elif not state.global_step:
+            # A trainer has given up an attempt, such as one with too large a batch.
             ranks.begin_anew(state.max_steps)
-        ranks.leave_the_end_to(trainer=True)
+        ranks.leave_the_end_to(trainer=True, handle="callback.ranks")
         self.ranks = ranks
         if state.global_step:
             _load(ranks, state.stateful_callbacks, f"The checkpoint of step {state.global_step}")
@@ -110,9 +124,16 @@ class AdaptRanks(TrainerCallback, ExportableState):
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and best != os.path.join(args.output_dir, f"checkpoint-{state.global_step}"):
             file = Path(best) / _STATE_FILE
-            if file.is_file():  # the trainer has loaded that checkpoint's factors
+            try:  # the trainer has loaded that checkpoint's factors
                 saved = json.loads(file.read_text(encoding="utf-8"))
                 _load(self.ranks, saved.get("stateful_callbacks", {}), str(file))
+            except (OSError, ValueError) as error:
+                warnings.warn(
+                    f"The trainer has loaded the best checkpoint, but not the ranks that it had ({error}). The layers "
+                    "are not narrowed: the adapter computes as that checkpoint does.",
+                    stacklevel=2,
+                )
+                return
         self.ranks.end()
         self._write_history(Path(args.output_dir), state)
 

@@ -14,6 +14,8 @@ from typing import Any
 from rankwise.adapt import AdaptiveRanks
 from rankwise.integrations.common import fit_total_step, rank_metrics, run_of, warn_if_unfinished
 
+_KEY = "rankwise_adaptive_ranks"  # in a checkpoint
+
 
 class RankwiseHooks:
     """What the callback does, for Lightning under either of its names."""
@@ -29,6 +31,8 @@ class RankwiseHooks:
         if run is None or where is None:
             return
         if isinstance(run, AdaptiveRanks):
+            if run.is_over:
+                return
             run.leave_the_end_to(trainer=True)
         steps = trainer.estimated_stepping_batches
         if math.isfinite(steps):
@@ -49,6 +53,28 @@ class RankwiseHooks:
         if metrics and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Put the run on PEFT's layers into a checkpoint; rankwise's own layers have theirs in the model's state."""
+        run = run_of(pl_module)
+        if isinstance(run, AdaptiveRanks) and not run.is_over:
+            checkpoint[_KEY] = run.state_dict()
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Take the run up where the checkpoint left it; the factors have been loaded.
+
+        Raises:
+            ValueError: the checkpoint holds no run, or that of other layers.
+        """
+        run = run_of(pl_module)
+        if not isinstance(run, AdaptiveRanks):
+            return
+        if _KEY not in checkpoint:
+            raise ValueError(
+                "This checkpoint holds no state of adaptive ranks, so the run can't go on from it: it was written "
+                "without `adapt_ranks`, or after the run was over."
+            )
+        run.load_state_dict(checkpoint[_KEY])
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Narrow PEFT's layers to the ranks that are left; warn if the budget has not come down."""

@@ -26,6 +26,11 @@ from rankwise.integrations.common import (
     warn_if_unfinished,
 )
 from rankwise.integrations.trackers import RankPictures
+from rankwise.integrations.trl import (
+    check_new_trainer,
+    check_reference_in_use,
+    explain_foreign_configurations,
+)
 from rankwise.storage import WEIGHTS_NAME
 
 
@@ -36,22 +41,33 @@ class RankwiseCallback(TrainerCallback):
     ``orth_penalty`` (without its weight).
     """
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Teach kinds of Trainer that were imported after the model was adapted."""
+    _reference_given = False  # the caller gave the trainer a reference model
+    _under_way = False  # training has begun and not ended: when it begins again, an attempt was given up
+    _fitted = False  # the length of the run is the trainer's
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
+        """Teach kinds of Trainer that were imported after the model was adapted; refuse what would train wrongly."""
         install()
+        self._reference_given = check_new_trainer(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Set ``total_step`` where it was left out; warn where it is not the trainer's."""
+        check_reference_in_use(model, self._reference_given)
         adapted = own_model(model)
         controller = adapted._rankwise_controller if adapted is not None else None
         if controller is None:
             return
-        if controller.step and not state.global_step and args.auto_find_batch_size:
-            controller.begin_anew(state.max_steps)
+        if self._under_way and not state.global_step:  # as with `auto_find_batch_size`
+            length = controller.config.total_step
+            controller.begin_anew(state.max_steps if self._fitted or length is None else length)
+        else:
+            self._fitted = controller.config.total_step is None
+        self._under_way = True
         fit_total_step(adapted, state.max_steps, "Trainer")
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Warn if the run has ended before the budget has come down."""
+        self._under_way = False
         warn_if_unfinished(own_model(model))
 
     def on_log(
@@ -76,6 +92,7 @@ def install() -> None:
     """Teach Trainer, and all of its subclasses that exist by now, about adapted models; as often as you like."""
     if RankwiseCallback not in transformers_trainer.DEFAULT_CALLBACKS:
         transformers_trainer.DEFAULT_CALLBACKS.append(RankwiseCallback)
+    explain_foreign_configurations()
     for trainer in _with_subclasses(transformers_trainer.Trainer):
         _replace(trainer, "_load_from_checkpoint", _resuming)
         _replace(trainer, "_load_best_model", _loading_best)

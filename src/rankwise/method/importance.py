@@ -70,7 +70,7 @@ class ElementImportance:
 
 def _filled(products: Sequence[Tensor | None], sizes: Sequence[int], device: torch.device) -> list[Tensor]:
     return [
-        torch.zeros(size, device=device) if product is None else product
+        torch.zeros(size, device=device, dtype=torch.float32) if product is None else product
         for product, size in zip(products, sizes, strict=True)
     ]
 

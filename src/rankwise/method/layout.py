@@ -6,6 +6,7 @@ Nothing in it leaves the device.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,6 +111,41 @@ class TripletLayout:
             23
         """
         return sum(self.costs)
+
+    def target(self, target_r: float, counts_parameters: bool) -> int:
+        """How many triplets are to be left at an average rank of ``target_r`` per block; all, if there are no more.
+
+        Args:
+            target_r: greater than 0.
+            counts_parameters: triplets cost their numbers in A and B. Then they all stay where they cost no more than
+                so many of average size, as in the many narrow triplets that a run may have left behind.
+
+        Example:
+            >>> layout = TripletLayout(ranks=(4, 8), widths_in=(3, 3), widths_out=(4, 4))
+            >>> layout.target(2, True), layout.target(9, True)
+            (4, 12)
+        """
+        blocks = len(self.block_ranks)
+        target = round(target_r * blocks)
+        if counts_parameters and self.cost * blocks <= target * self.parameters_of_rank_one:
+            return self.triplets
+        return min(target, self.triplets)
+
+    def without(self, left_out: Sequence[bool], target_r: float) -> tuple[int, int]:
+        """Triplets of all layers but some: at the start, and with an average rank of ``target_r``.
+
+        Args:
+            left_out: for every layer, whether it is left out.
+            target_r: per block.
+
+        Example:
+            >>> TripletLayout(ranks=(4, 8), widths_in=(3, 3), widths_out=(4, 4)).without([True, False], 2)
+            (8, 2)
+        """
+        others = [number for number, left in enumerate(left_out) if not left]
+        initial = sum(self.ranks[number] for number in others)
+        blocks = sum(self.block_counts[number] for number in others)
+        return initial, min(round(target_r * blocks), initial)
 
     def parameters_per_rank(self, device: torch.device) -> Tensor:
         """The numbers that each triplet has in A and B, (triplets,), int64."""

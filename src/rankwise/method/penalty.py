@@ -5,7 +5,8 @@ AdaLoRA keeps the rows of A and the columns of B near orthonormal (Zhang et al.,
     R = weight * mean over all A and B of ||A A^T - I||_F and ||B^T B - I||_F
 
 with d||B^T B - I||_F / dB = 2 B (B^T B - I) / ||B^T B - I||_F, and likewise for A. Knowing the gradient, the
-penalty needs no place in the loss.
+penalty needs no place in the loss. A matrix M with numbers above 1 is divided by the largest of them, p, first, with
+M M^T - I = p^2 (M/p (M/p)^T - I/p^2), so that no product overflows in a run that diverges.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankwise.method.magnitude import largest
+
 
 def orthogonality_penalty(A: Sequence[Tensor], B: Sequence[Tensor]) -> Tensor:
     """Mean of ``||A A^T - I||_F`` over all A (r, width) and ``||B^T B - I||_F`` over all B (width, r); 0-dim.
@@ -23,9 +26,9 @@ def orthogonality_penalty(A: Sequence[Tensor], B: Sequence[Tensor]) -> Tensor:
         >>> orthogonality_penalty([torch.eye(2, 3)], [torch.zeros(5, 1)])
         tensor(0.5000)
     """
-    norms = [_error_and_norm(stack, False)[1] for stack, _ in _stacks(A)]
-    norms += [_error_and_norm(stack, True)[1] for stack, _ in _stacks(B)]
-    return torch.cat(norms).sum() / (len(A) + len(B)) if norms else torch.zeros(())
+    norms = [_norm(stack, False) for stack, _ in _stacks(A)]
+    norms += [_norm(stack, True) for stack, _ in _stacks(B)]
+    return torch.cat(norms).sum() / (len(A) + len(B)) if norms else torch.zeros((), dtype=torch.float32)
 
 
 def orthogonality_gradients(
@@ -43,9 +46,10 @@ def orthogonality_gradients(
     """
     gradients: list[Tensor] = [torch.empty(0)] * len(matrices)
     for stack, places in _stacks(matrices):
-        error, norm = _error_and_norm(stack, columns)
-        error *= torch.where(norm > 0, 2 * weight / count / norm, 0.0)[:, None, None]
-        product = stack @ error if columns else error @ stack
+        scaled, size, error, norm = _error_and_norm(stack, columns)
+        error *= torch.where(norm > 0, 2 * weight / count / norm, 0.0)
+        error *= size
+        product = scaled @ error if columns else error @ scaled
         for place, gradient in zip(places, product.unbind(0), strict=True):
             gradients[place] = gradient
     return gradients
@@ -72,11 +76,24 @@ def out_of_blocks(parts: Sequence[Tensor], blocks: Sequence[int], columns: bool)
     return found
 
 
-def _error_and_norm(stack: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
-    """M M^T - I (or M^T M - I) of every matrix in (n, …, …), as (n, r, r), and its Frobenius norm, (n,)."""
-    error = stack.mT @ stack if columns else stack @ stack.mT
-    error.diagonal(dim1=1, dim2=2).sub_(1)
-    return error, error.flatten(1).norm(dim=1)
+def _norm(stack: Tensor, columns: bool) -> Tensor:
+    """The Frobenius norm of M M^T - I (or M^T M - I) of every matrix in (n, …, …), (n,)."""
+    _, size, _, norm = _error_and_norm(stack, columns)
+    return (norm * size * size).flatten()
+
+
+def _error_and_norm(stack: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `orthogonality_penalty` is made of, for every matrix M in (n, …, …).
+
+    Returns:
+        M / p; p, the largest number of M, at least 1, (n, 1, 1); M M^T / p^2 - I / p^2 (or with M^T M), (n, r, r); and
+        its Frobenius norm, (n, 1, 1).
+    """
+    size = largest(stack, (1, 2)).clamp_min(1)
+    scaled = stack / size
+    error = scaled.mT @ scaled if columns else scaled @ scaled.mT
+    error.diagonal(dim1=1, dim2=2).sub_((1 / size / size)[:, :, 0])
+    return scaled, size, error, torch.linalg.vector_norm(error, dim=(1, 2), keepdim=True)
 
 
 def _wide(matrix: Tensor) -> Tensor:

@@ -15,10 +15,13 @@ their means as ``M^-T`` times those of A and ``M^T`` times those of B, means of 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from rankwise.method.magnitude import largest, power_below
 
 _RELATIVE = 1e-6  # singular values of R_A below this share of the largest count as 0
 
@@ -26,13 +29,17 @@ _RELATIVE = 1e-6  # singular values of R_A below this share of the largest count
 class Principal(NamedTuple):
     """n layers of one shape in their principal directions, the strongest first.
 
+    A layer whose ``finite`` is False is not turned: A and B are those that were given, and M is the identity.
+
     Args:
         A: (n, r, d_in), rows orthogonal and of one norm in each layer.
         B: (n, d_out, r), columns orthogonal.
-        strengths: (n, r), the singular values of ``B A``, falling.
+        strengths: (n, r), the singular values of ``B A``, falling, at most the largest finite number. Of a layer that
+            is not turned: ``|b_i| |a_i|`` of each acting triplet, or 0 if it holds NaN or infinite values.
         turn: (n, r, r), M with ``A' = M A``.
         inverse: (n, r, r), ``M^-1``, with ``B' = B M^-1``.
-        finite: (n,), bool: False for a layer that is as it was, as it holds NaN or infinite values.
+        finite: (n,), bool: False for a layer that stays as it is, because it holds NaN or infinite values or because
+            the numbers of its principal directions are outside of what the dtype can hold.
     """
 
     A: Tensor
@@ -46,8 +53,11 @@ class Principal(NamedTuple):
 def principal_directions(A: Tensor, B: Tensor, acts: Tensor) -> Principal:
     """Turn the factors of n layers of one shape into their principal directions.
 
-    A triplet that does not act takes no part: as many directions as act come first, and the others are 0. A layer
-    with values that are not finite stays as it is, with strengths of 0.
+    A triplet that does not act takes no part: as many directions as act come first, and the others are 0. A layer that
+    can't be turned stays as it is, and says so by ``finite``; nothing that A and B may hold raises an error.
+
+    Each layer's A and B are divided by a power of two of the size of their largest number, so that neither large nor
+    small numbers overflow or vanish on the way.
 
     Args:
         A: (n, r, d_in), float32 or float64.
@@ -62,37 +72,97 @@ def principal_directions(A: Tensor, B: Tensor, acts: Tensor) -> Principal:
         >>> torch.allclose(turned.strengths, torch.linalg.svdvals(B @ A)[:, :2], atol=1e-5)
         True
     """
-    rank = A.shape[1]
-    finite = A.isfinite().flatten(1).all(1) & B.isfinite().flatten(1).all(1)
-    takes_part = (acts & finite[:, None]).to(A.dtype)
-    a, b = _zero_where(A, takes_part[:, :, None]), _zero_where(B, takes_part[:, None, :])
-    norm = (a.square().sum((1, 2)) / takes_part.sum(1).clamp_min(1)).sqrt()[:, None, None]
+    valid = A.isfinite().flatten(1).all(1) & B.isfinite().flatten(1).all(1)
+    takes_part = acts & valid[:, None]
+    a = torch.where(takes_part[:, :, None], A, torch.zeros_like(A))
+    b = torch.where(takes_part[:, None, :], B, torch.zeros_like(B))
+    row_sizes, column_sizes = largest(a, (2,))[:, :, 0], largest(b, (1,))[:, 0]
+    power_A, power_B = (power_below(largest(sizes, (1,))) for sizes in (row_sizes, column_sizes))
+    own = _decomposed(a / power_A[:, :, None], b / power_B[:, :, None], takes_part.sum(1))
+    found = own._replace(
+        A=own.A * power_A[:, :, None],
+        B=own.B * power_B[:, :, None],
+        strengths=_times(own.strengths, power_A, power_B),
+        finite=own.finite & valid & ~_lost(row_sizes, column_sizes),
+    )
+    came_out = torch.stack([each.isfinite().flatten(1).all(1) for each in found[:5]]).all(0)
+    finite = found.finite & came_out
+    keep = finite[:, None, None]
+    eye = torch.eye(A.shape[1], dtype=A.dtype, device=A.device).expand_as(found.turn)
+    return Principal(
+        torch.where(keep, found.A, A),
+        torch.where(keep, found.B, B),
+        torch.where(finite[:, None], found.strengths, _strengths_of_triplets(a, b)),
+        torch.where(keep, found.turn, eye),
+        torch.where(keep, found.inverse, eye),
+        finite,
+    )
+
+
+def _decomposed(a: Tensor, b: Tensor, counts: Tensor) -> Principal:
+    """As `principal_directions`, of numbers that are finite and at most 2, with ``counts``, (n,), acting triplets."""
+    try:
+        return _turned(a, b, counts)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # The message names one layer of the batch at most, so each is tried alone.
+        if len(a) > 1:
+            parts = [_decomposed(a[n : n + 1], b[n : n + 1], counts[n : n + 1]) for n in range(len(a))]
+            return Principal(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    square = a.new_zeros(1, a.shape[1], a.shape[1])
+    no = torch.zeros(1, dtype=torch.bool, device=a.device)
+    return Principal(a, b, square[:, 0], square, square, no)
+
+
+def _turned(a: Tensor, b: Tensor, counts: Tensor) -> Principal:
+    rank = a.shape[1]
+    norm = (a.square().sum((1, 2)) / counts.clamp_min(1)).sqrt()[:, None, None]
     Q_A, R_A = torch.linalg.qr(a.mT)
     Q_B, R_B = torch.linalg.qr(b)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
     # There are fewer than r where a width is smaller than that.
     S, U, Vh = _padded(S, rank, 1), _padded(U, rank, 2), _padded(Vh, rank, 1)
-    order = torch.arange(rank, device=A.device)
-    leads = (order < takes_part.sum(1, keepdim=True)).to(A.dtype)  # as many directions as there are triplets
+    leads = torch.arange(rank, device=a.device) < counts[:, None]  # as many directions as there are triplets
     S, Vh = S * leads, Vh * leads[:, :, None]
     safe = torch.where(norm > 0, norm, 1.0)
-    turned_A, turned_B = norm * (Vh @ Q_A.mT), (Q_B @ U) * (S[:, None, :] / safe)
-    turn = norm * (Vh @ torch.linalg.pinv(R_A, rtol=_RELATIVE).mT)
-    inverse = (R_A.mT @ Vh.mT) / safe
-    keep = finite[:, None, None]
-    eye = torch.eye(rank, dtype=A.dtype, device=A.device).expand_as(turn)
     return Principal(
-        torch.where(keep, turned_A, A),
-        torch.where(keep, turned_B, B),
-        torch.where(finite[:, None], S, torch.zeros_like(S)),
-        torch.where(keep, turn, eye),
-        torch.where(keep, inverse, eye),
-        finite,
+        A=norm * (Vh @ Q_A.mT),
+        B=(Q_B @ U) * (S[:, None, :] / safe),
+        strengths=S,
+        turn=norm * (Vh @ torch.linalg.pinv(R_A, rtol=_RELATIVE).mT),
+        inverse=(R_A.mT @ Vh.mT) / safe,
+        finite=torch.ones(len(a), dtype=torch.bool, device=a.device),
     )
 
 
-def _zero_where(values: Tensor, takes_part: Tensor) -> Tensor:
-    return torch.where(takes_part > 0, values, torch.zeros_like(values))
+def _lost(row_sizes: Tensor, column_sizes: Tensor) -> Tensor:
+    """Which layers, (n,), bool, have products that vanish beside the largest numbers of A and B.
+
+    That is so where the large numbers of A belong to other triplets than those of B.
+
+    Args:
+        row_sizes: the largest number in each row of A, (n, r).
+        column_sizes: the largest number in each column of B, (n, r).
+    """
+    info = torch.finfo(row_sizes.dtype)
+    in_A, in_B = (each.log2() - largest(each, (1,)).log2() for each in (row_sizes, column_sizes))
+    top = (in_A + in_B).amax(1)  # NaN if A or B is 0, and minus infinity if no triplet adds anything
+    return (top > -math.inf) & (top < math.log2(info.tiny / info.eps))
+
+
+def _strengths_of_triplets(a: Tensor, b: Tensor) -> Tensor:
+    """``|b_i| |a_i|`` of every triplet, (n, r), at most the largest finite number."""
+    power_a, power_b = power_below(largest(a, (2,))), power_below(largest(b, (1,)))
+    norms = torch.linalg.vector_norm(a / power_a, dim=2) * torch.linalg.vector_norm(b / power_b, dim=1)
+    return _times(norms, power_a[:, :, 0], power_b[:, 0])
+
+
+def _times(values: Tensor, power: Tensor, other: Tensor) -> Tensor:
+    """``values * power * other`` for powers of two, at most the largest finite number."""
+    # Powers whose product is outside of the dtype's range are both large or both small: then any order is right.
+    both = power * other
+    usable = both.isfinite() & (both > 0)
+    product = torch.where(usable, values * both, values * power * other)
+    return product.clamp(max=torch.finfo(values.dtype).max)
 
 
 def _padded(values: Tensor, size: int, dim: int) -> Tensor:

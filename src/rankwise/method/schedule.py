@@ -71,7 +71,7 @@ class BudgetSchedule:
     ) -> BudgetSchedule:
         """Make a schedule from steps (int) or fractions of the run (float in [0, 1)).
 
-        A fraction is rounded to the nearest whole step.
+        A fraction is rounded to the nearest whole step, or down where there would be no step left for pruning.
 
         Raises:
             TypeError, ValueError: as the class; also a fraction outside [0, 1).
@@ -80,12 +80,7 @@ class BudgetSchedule:
             >>> BudgetSchedule.resolve(tinit=0.1, tfinal=0.3, total_step=1000)
             BudgetSchedule(tinit=100, tfinal=300, total_step=1000, deltaT=1)
         """
-        return cls(
-            whole_steps(tinit, total_step, "tinit"),
-            whole_steps(tfinal, total_step, "tfinal"),
-            total_step,
-            deltaT,
-        )
+        return cls(*phase_lengths(tinit, tfinal, total_step), total_step, deltaT)
 
     @property
     def last_allocation(self) -> int:
@@ -172,6 +167,58 @@ def whole_steps(value: int | float, total_step: int, name: str = "length") -> in
     """
     check_length(name, value)
     return round(value * total_step) if isinstance(value, float) else value
+
+
+def phase_lengths(
+    tinit: int | float | None,
+    tfinal: int | float | None,
+    total_step: int,
+    shares: tuple[float, float] = (0.0, 0.0),
+) -> tuple[int, int]:
+    """The steps of warm-up and of the final phase, which leave a step for pruning wherever what is given allows it.
+
+    A length that is left out takes its share of what the other leaves. Fractions of a short run that would be rounded
+    up to all of it make one phase a step shorter: one that is left out, or else the longer.
+
+    Args:
+        tinit: of the warm-up, in steps (int) or as a fraction of the run (float in [0, 1)); None: left out.
+        tfinal: of the final phase, likewise.
+        total_step: steps of the run, at least 1.
+        shares: of warm-up and final phase where they are left out, each in [0, 1) and together less than 1.
+
+    Raises:
+        TypeError, ValueError: as `check_length`.
+
+    Example:
+        >>> phase_lengths(None, None, 1000, shares=(0.02, 0.6)), phase_lengths(None, None, 1, shares=(0.02, 0.6))
+        ((20, 600), (0, 0))
+        >>> phase_lengths(500, None, 1000, shares=(0.02, 0.6)), phase_lengths(0.5, 0.4, 2)
+        ((500, 300), (1, 0))
+    """
+    warmup = None if tinit is None else whole_steps(tinit, total_step, "tinit")
+    final = None if tfinal is None else whole_steps(tfinal, total_step, "tfinal")
+    if final is None:
+        final = round(shares[1] * max(total_step - (warmup or 0), 0))
+    if warmup is None:
+        warmup = round(shares[0] * (total_step if tfinal is None else max(total_step - final, 0)))
+    if not 0 < total_step <= warmup + final or _share(tinit, total_step) + _share(tfinal, total_step) >= 1:
+        return warmup, final
+    # Then it is rounding that takes the last step.
+    if _gives_way(tfinal, final) >= _gives_way(tinit, warmup):
+        return warmup, final - 1
+    return warmup - 1, final
+
+
+def _gives_way(length: int | float | None, steps: int) -> tuple[bool, bool, int]:
+    """Greater for the phase to shorten: one that was left out before a fraction, a longer one before a shorter."""
+    return steps > 0 and not isinstance(length, int), length is None, steps
+
+
+def _share(length: int | float | None, total_step: int) -> float:
+    """How much of the run is asked for, without rounding."""
+    if length is None or isinstance(length, float):
+        return length or 0.0
+    return length / max(total_step, 1)
 
 
 def _overlap_message(tinit: int, tfinal: int, total_step: int) -> str:

@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 from rankwise.method.layout import TripletLayout
+from rankwise.method.magnitude import largest, power_below
+
+_LEAST, _MOST = 2.0**-30, 2.0**30  # between them, averages that matter have products that float32 can hold
 
 
 def flatten(matrices: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -64,16 +67,26 @@ def update_scores(
         (tensor(False), tensor([0.5000]))
     """
     importance.abs_()
-    counted = importance.sum().isfinite()
+    # The largest number, and not the sum, which may overflow where no number does.
+    counted = importance.amax().isfinite() if importance.numel() else importance.sum().isfinite()
     importance.masked_fill_(~counted, 0.0)  # NaN would get through a weight of 0
     moves = counted if known is None else counted & known
-    sensitivity.lerp_(importance, torch.where(moves, 1 - beta1, 0.0).to(sensitivity.dtype))
-    uncertainty.lerp_(
-        importance.sub_(sensitivity).abs_(), torch.where(moves, 1 - beta2, 0.0).to(uncertainty.dtype)
-    )
+    sensitivity.lerp_(importance, moves.to(sensitivity.dtype) * (1 - beta1))
+    uncertainty.lerp_(importance.sub_(sensitivity).abs_(), moves.to(uncertainty.dtype) * (1 - beta2))
     return counted
 
 
 def triplet_scores(layout: TripletLayout, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
-    """One score per triplet, (triplets,), from the running averages, (elements,)."""
-    return layout.mean_per_triplet(sensitivity * uncertainty)
+    """One score per triplet, (triplets,), from the running averages, (elements,).
+
+    Where averages are so large or so small that their products would overflow or vanish, all of one kind are divided
+    by one power of two: scores only have to be in the right order.
+    """
+    return layout.mean_per_triplet(_of_usual_size(sensitivity) * _of_usual_size(uncertainty))
+
+
+def _of_usual_size(averages: Tensor) -> Tensor:
+    if not averages.numel():
+        return averages
+    power = power_below(largest(averages, (0,)))
+    return averages / torch.where((power > _LEAST) & (power < _MOST), torch.ones_like(power), power)

@@ -9,10 +9,13 @@ W's size is formed. Where W is so small that G takes no more room, G itself is s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from rankwise.method.magnitude import largest, power_below, scaled_norm
 
 OVERSAMPLING = 8  # columns of the sketch beyond the directions that are asked for
 
@@ -39,7 +42,7 @@ class GradientSketch:
         ...     sketch.add(x, dy)
         ...     sketch.end_pass()
         >>> exact = torch.linalg.svdvals(dy.T @ x)
-        >>> bool(torch.allclose(sketch.singular_values(), exact, rtol=1e-4))
+        >>> bool(torch.allclose(sketch.singular_values(), exact.double(), rtol=1e-4))
         True
     """
 
@@ -60,7 +63,7 @@ class GradientSketch:
         if not self.exact:
             self._wide = torch.randn(d_in, size, generator=generator, **options)  # type: ignore[call-overload]
         self._sum = torch.zeros(d_out, d_in if self.exact else size, **options)  # type: ignore[call-overload]
-        self._in_second, self._square = False, 0.0
+        self._in_second, self._norm = False, 0.0
         self.finished = False
 
     @property
@@ -85,25 +88,31 @@ class GradientSketch:
             self.finished = True
             return
         # Of G times a normal vector the squared length is that of G, on average.
-        self._square = float(self._sum.square().sum()) / self._sum.shape[1]
+        self._norm = scaled_norm(self._sum) / math.sqrt(self._sum.shape[1])
         d_in = len(self._wide)
-        self._wide = torch.linalg.qr(self._sum).Q
+        self._wide = torch.linalg.qr(self._sum / self._power()).Q
         self._sum = self._sum.new_zeros(self._wide.shape[1], d_in)
         self._in_second = True
 
-    def sum_of_squares(self) -> float:
-        """Of the numbers that were summed up: 0 if no gradient came, and not finite if one was not."""
-        return float(self._sum.square().sum())
+    def size(self) -> float:
+        """The norm of what this pass has summed up: 0 if no gradient came, and not finite if one was not."""
+        return scaled_norm(self._sum)
 
     def singular_values(self) -> Tensor:
-        """The largest singular values of the sum, falling: exact ones, or a little too small."""
-        values: Tensor = torch.linalg.svdvals(self._sum)
-        return values[: self.directions]
+        """The largest singular values of the sum, falling, float64: exact ones, or a little too small."""
+        power = self._power()
+        values: Tensor = torch.linalg.svdvals(self._sum / power)
+        return values[: self.directions].double() * power.flatten().double()
 
-    def square(self) -> float:
-        """The sum of all squared singular values: exact, or an unbiased estimate, at least what was found."""
-        found = self.sum_of_squares()
-        return found if self.exact else max(found, self._square)
+    def norm(self) -> float:
+        """The root of the sum of all squared singular values.
+
+        It is exact, or at least what was found and else the root of an unbiased estimate of the square.
+        """
+        return self.size() if self.exact else max(self.size(), self._norm)
+
+    def _power(self) -> Tensor:
+        return power_below(largest(self._sum, (0, 1)))
 
 
 def effective_rank(singular_values: Sequence[float]) -> float:
@@ -120,8 +129,7 @@ def effective_rank(singular_values: Sequence[float]) -> float:
         (1.0, 3.0, 0.0)
     """
     values = torch.tensor(singular_values, dtype=torch.float64)
-    total = float(values.sum())
-    if total <= 0:
+    if not values.any():
         return 0.0
-    shares = values / total
-    return float(torch.special.entr(shares).sum().exp())
+    shares = values / values.max()
+    return float(torch.special.entr(shares / shares.sum()).sum().exp())

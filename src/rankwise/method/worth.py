@@ -25,9 +25,10 @@ def worth(strengths: Tensor, gradient_norms: Tensor, costs: Tensor, target_r: fl
 
     Example:
         >>> import torch
-        >>> values = torch.tensor([8.0, 1.0]), torch.tensor([2.0, 64.0]), torch.tensor([2, 8])
+        >>> values = torch.tensor([4.0, 1.0]), torch.tensor([4.0, 64.0]), torch.tensor([2, 8])
         >>> worth(*values, target_r=1), worth(*values, target_r=0.25)
         (tensor([2., 1.]), tensor([1.2599, 0.5000]))
     """
     exponent = _EXPONENT if target_r >= 1 else _EXPONENT_BELOW_ONE
-    return (strengths * gradient_norms).pow(exponent) / costs
+    # The root of each factor, and not of the product, which might overflow or vanish.
+    return strengths.pow(exponent) * gradient_norms.pow(exponent) / costs

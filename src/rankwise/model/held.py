@@ -18,6 +18,11 @@ _ATTRIBUTES = (
     "peft_config",
     "_rankwise_controller",
     "_rankwise_histories",
+    "_rankwise_to_train",
+    "_rankwise_places",
+    "_rankwise_vocabulary",
+    "_rankwise_checkpointing",
+    "_rankwise_input_hooks",
     "_ddp_params_and_buffers_to_ignore",
     "_hf_peft_config_loaded",
 )
@@ -29,6 +34,7 @@ class HoldsAdapters(nn.Module):
     peft_config: dict[str, LoraConfig]
     _rankwise_controller: Controller | None
     _rankwise_histories: dict[str, RankHistory]
+    _rankwise_to_train: set[str]  # adapters that were attached to be trained
 
     @property
     def active_adapters(self) -> list[str]:
@@ -99,6 +105,8 @@ class HoldsAdapters(nn.Module):
         self._drop_controller()
         release_layout(self)
         detach_all(self, keep_saved)
+        for handle in self.__dict__.get("_rankwise_input_hooks", ()):
+            handle.remove()
         for name in _ATTRIBUTES:
             self.__dict__.pop(name, None)
         inner = self.__dict__.pop("_rankwise_inner", None)

@@ -6,10 +6,10 @@ from typing import Any
 
 from rankwise.attach.attachment import adapter_layers
 from rankwise.attach.merging import merge, refuse_sharded, refuse_shared_copies
-from rankwise.model.held import HoldsAdapters
+from rankwise.model.places import KeepsPlaces
 
 
-class MergesAdapters(HoldsAdapters):
+class MergesAdapters(KeepsPlaces):
     """The part of an adapted model that has to do with its base weights."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

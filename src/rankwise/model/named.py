@@ -114,7 +114,9 @@ class NamesAdapters(MergesAdapters):
             self._drop_controller()
         detach(self, adapter_name)
         del self.peft_config[adapter_name]
+        self._note_places()
         self._rankwise_histories.pop(adapter_name, None)
+        self._rankwise_to_train.discard(adapter_name)
         if was_active and self.peft_config and not self.active_adapters:
             self.set_adapter(next(iter(self.peft_config)))
 
@@ -143,11 +145,13 @@ class NamesAdapters(MergesAdapters):
             )
         self._refuse_shared_biases(name, config)
         refuse_overlap(self, attachment)
+        self._check_in_place()
         active, enabled = self.active_adapters, self._adapters_enabled()
         with self._as_before_on_failure(attachment):
             apply_attachment(self, attachment)
             self.peft_config[name] = config
             if not config.inference_mode:
+                self._rankwise_to_train.add(name)
                 _install_integrations(self)
                 hold_layout(self)
             if getattr(self, "is_quantized", False):
@@ -160,6 +164,7 @@ class NamesAdapters(MergesAdapters):
                 follow(self, name, active, enabled)
             else:
                 self.set_adapter(name)
+            self._note_places()
 
     def _refuse_shared_biases(self, name: str, config: LoraConfig) -> None:
         for other, its_config in self.peft_config.items():
@@ -176,7 +181,9 @@ class NamesAdapters(MergesAdapters):
         trained = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         active = [(layer, list(layer.active_adapters)) for layer in adapter_layers(self).values()]
         copies = [(module, module.active_adapter) for module in saved_modules(self).values()]
-        values = [(p, p.detach().clone()) for p in map(self.get_parameter, attachment.biases)]
+        values = [
+            (p, p.detach().clone()) for p in map(self.get_parameter, [*attachment.biases, *attachment.frozen])
+        ]
         try:
             yield
         except BaseException:
@@ -184,7 +191,9 @@ class NamesAdapters(MergesAdapters):
                 self._drop_controller()
             detach(self, name)
             self.peft_config.pop(name, None)
+            self._note_places()
             self._rankwise_histories.pop(name, None)
+            self._rankwise_to_train.discard(name)
             for layer, names in active:
                 layer.active_adapters = names
             for module, was in copies:

@@ -172,6 +172,7 @@ def _check_unused(options: dict[str, Any]) -> None:
 
 def _make_peft_model(model: Any) -> PeftModel:
     model.peft_config, model._rankwise_controller, model._rankwise_histories = {}, None, {}
+    model._rankwise_to_train = set()
     add_methods(model, PeftModel)
     inner = model.base_model
     if inner is not model and isinstance(

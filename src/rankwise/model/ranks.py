@@ -69,19 +69,24 @@ class AllocatesRanks(HoldsAdapters):
         controller = self._controller_of(name)
         layers = adapter_layers(self, name)
         config = self.peft_config[name]
-        allocated = controller.allocated_ranks() if controller else {}
+        adalora = isinstance(config, AdaLoraConfig)
+        first, last = _ends(self._rankwise_histories.get(name))
+        ranks = controller.allocated_ranks() if controller else {} if adalora else last
         scores = iter(controller.layer_importance() if controller else ())
-        rows = []
+        rows = {}
         for path, layer in layers.items():
             factors, blocks = layer.adapter_parameters(name), layer.blocks(layer)
             held = factors["lora_A"].shape[0] // blocks
             size = sum(p.numel() for p in factors.values()) // blocks
             start = config.init_r if isinstance(config, AdaLoraConfig) else held
             for block, own in zip(block_names(path, blocks), layer.block_ranks(name), strict=True):
-                rank = allocated.get(block, own)
+                rank = ranks.get(block, own)
                 parameters = size * rank // held if held else 0
-                rows.append(LayerRank(block, rank, start, next(scores, float("nan")), parameters))
-        return RankSummary(rows, budget=sum(row.init_r for row in rows))
+                row = LayerRank(block, rank, first.get(block, start), next(scores, float("nan")), parameters)
+                rows[block] = row
+        # A plain LoRA folder has no tensors of layers at rank 0: the history names them, in the model's order.
+        rows = {block: LayerRank(block, 0, start, float("nan"), 0) for block, start in first.items()} | rows
+        return RankSummary(list(rows.values()), budget=sum(row.init_r for row in rows.values()))
 
     def orthogonal_penalty(self) -> Tensor:
         """Mean of ||A Aᵀ - I||_F and ||Bᵀ B - I||_F over all layers, without its weight; a 0-dim tensor.
@@ -90,3 +95,12 @@ class AllocatesRanks(HoldsAdapters):
             ValueError: no AdaLoRA adapter trains.
         """
         return self._controller_or_refuse().penalty()
+
+
+def _ends(history: RankHistory | None) -> tuple[dict[str, int], dict[str, int]]:
+    """The ranks of all blocks at the start and in the end of a loaded adapter's history."""
+    records = history.records if history is not None else []
+    if history is None or not records:
+        return {}, {}
+    first, last = (dict(zip(history.layers, records[n].ranks, strict=True)) for n in (0, -1))
+    return first, last

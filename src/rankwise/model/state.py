@@ -15,6 +15,7 @@ from rankwise.attach.attachment import adapter_layers
 from rankwise.model.held import HoldsAdapters
 from rankwise.parallel import zero
 from rankwise.parallel.sharded import is_sharded
+from rankwise.run.checkpoint import load_packed_state, packed_state
 from rankwise.run.run_tensors import BUFFERS, was_left_empty
 from rankwise.storage.names import EXTRA_STATE
 
@@ -28,7 +29,7 @@ class CarriesRun(HoldsAdapters):
         Sharded checkpoints load tensors into tensors of the same size, and a history grows: there it is a string.
         """
         controller = self._rankwise_controller
-        state = controller.packed_state() if controller else torch.zeros(0, dtype=torch.int64)
+        state = packed_state(controller) if controller else torch.zeros(0, dtype=torch.int64)
         return json.dumps(state.tolist()) if any(map(is_sharded, self.parameters())) else state
 
     def set_extra_state(self, state: Tensor | str) -> None:
@@ -39,7 +40,7 @@ class CarriesRun(HoldsAdapters):
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{state[:80]!r} is not the state of a run ({error}).") from None
         if self._rankwise_controller is not None and state.numel():
-            self._rankwise_controller.load_packed_state(state)
+            load_packed_state(self._rankwise_controller, state)
         for name in self.peft_config:
             for layer in adapter_layers(self, name).values():
                 zero.tell_who_uses(layer, layer.adapter_parameters(name).values())

@@ -17,6 +17,7 @@ from rankwise.attach.attachment import Attachment, check_compute_dtype, plain_st
 from rankwise.files.hub import find_adapter_folder
 from rankwise.model.named import NamesAdapters
 from rankwise.parallel import zero
+from rankwise.parallel.flattened import refuse_flattened
 from rankwise.parallel.processes import all_wait_for_this, writes_files
 from rankwise.parallel.sharded import shared_out
 
@@ -60,8 +61,10 @@ class StoresAdapters(NamesAdapters):
             unused: other arguments of PEFT's and Transformers' ``save_pretrained`` that have no meaning here.
 
         Raises:
-            ValueError: there is no adapter of a selected name, or an option has an impossible value; or a pipeline of
-                diffusers is being saved, which needs whole models.
+            ValueError: there is no adapter of a selected name, or an option has an impossible value; or a tensor holds
+                NaN or infinite values, which nothing could load. The message names the last good checkpoint, where
+                one lies near. Nothing is written then, so that a trainer stops at its next checkpoint. Or a pipeline
+                of diffusers is being saved, which needs whole models.
             OSError: it can't be written; what was there before is whole.
         """
         if variant is not _NOT_GIVEN and _of_diffusers(self):
@@ -69,6 +72,13 @@ class StoresAdapters(NamesAdapters):
                 f"A pipeline is saved with whole models, but its {type(self).__name__} has adapters of rankwise. For "
                 "the adapter, call `export_adapter(folder, model, 'diffusers')`, which `pipe.load_lora_weights` takes. "
                 "For a pipeline with the adapter in its weights, set `model = model.merge_and_unload()` in it first."
+            )
+        if state_dict is None:
+            refuse_flattened(
+                self,
+                "save_pretrained",
+                "Call `FSDP.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT)` in all processes, and pass "
+                "`state_dict=wrapped.state_dict()`; or use `fully_shard` (FSDP version 2).",
             )
         writes = writes_files() if is_main_process is None else is_main_process
         sharded = state_dict is None and shared_out(self)
@@ -87,6 +97,7 @@ class StoresAdapters(NamesAdapters):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{str(folder)!r} is a file; give the name of a folder.")
+        self._check_in_place()
         names = selected_adapters or list(self.peft_config)
         for name in names:
             self._check_name(name)
@@ -141,6 +152,7 @@ class StoresAdapters(NamesAdapters):
         """
         check_compute_dtype(adapter_compute_dtype)
         file = storage.read_adapter(find_adapter_folder(model_id, **hub_options), training_state=is_trainable)
+        storage.take_present_names(self, file)
         if file.training is None:
             attachment = storage.plan_from_file(self, file, adapter_name, is_trainable)
         else:
@@ -194,6 +206,7 @@ class StoresAdapters(NamesAdapters):
         own = folder / name
         place = own if name != "default" and own.is_dir() else folder
         file, controller = storage.read_adapter(place, training_state=True), self._controller_of(name)
+        storage.take_present_names(self, file)
         if file.training is not None:
             return storage.prepare_training_state(self, name, file, controller)
         if controller is not None:

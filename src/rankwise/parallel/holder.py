@@ -7,7 +7,7 @@ wherever the factors are. Parameters are called by their number in the holder's 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,18 @@ from rankwise.parallel.optimizer_state import KINDS, can_be_rewritten, start_ane
 from rankwise.parallel.sharded import gather, local, local_like, squared_norms
 
 
-class Measured(Protocol):
-    """A factor whose gradient's norm is asked for: which one, and how its blocks lie in it."""
+class Measured(NamedTuple):
+    """A factor whose gradient's norm is asked for.
 
-    @property
-    def number(self) -> int: ...
-    @property
-    def blocks(self) -> int: ...
-    @property
-    def order(self) -> Tensor | None: ...
+    Args:
+        number: the factor's.
+        blocks: how many blocks its ranks make up.
+        order: the order in which its ranks lie block by block, (ranks,), int64; None: as they are.
+    """
+
+    number: int
+    blocks: int
+    order: Tensor | None = None
 
 
 class Step(Protocol):
@@ -80,23 +83,21 @@ class TensorHolder:
     """Factors in plain tensors, or in DTensors as ``fully_shard`` makes them.
 
     Args:
-        parameters: gives all of them; they are looked up anew at each use.
+        parameter: gives the parameter of a number; it is looked up anew at each use.
     """
 
-    def __init__(self, parameters: Callable[[], list[nn.Parameter]]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameter: Callable[[int], nn.Parameter]) -> None:
+        self._parameter = parameter
 
     def whole(self, numbers: Sequence[int]) -> list[Tensor]:
-        own = self._parameters()
-        return [each.detach() for each in gather([own[number] for number in numbers])]
+        return [each.detach() for each in gather([self._parameter(number) for number in numbers])]
 
     def write(self, values: Mapping[int, Tensor]) -> None:
-        own = self._parameters()
-        self._copy([own[number] for number in values], list(values.values()))
+        self._copy([self._parameter(number) for number in values], list(values.values()))
 
     def state_names(self, optimizer: Optimizer, numbers: Sequence[int]) -> list[str]:
-        own, names = self._parameters(), {}
-        for parameter in (own[number] for number in numbers):
+        names: dict[str, None] = {}
+        for parameter in map(self._parameter, numbers):
             state = optimizer.state.get(parameter)
             if not state:
                 continue
@@ -121,21 +122,21 @@ class TensorHolder:
         self._copy(list(held.values()), [values[number] for number in held])
 
     def _held_states(self, optimizer: Optimizer, name: str, numbers: Sequence[int]) -> dict[int, Tensor]:
-        own, held = self._parameters(), {}
+        held = {}
         for number in numbers:
-            value = optimizer.state.get(own[number], {}).get(name)
-            if isinstance(value, Tensor) and value.shape == own[number].shape:
+            parameter = self._parameter(number)
+            value = optimizer.state.get(parameter, {}).get(name)
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
                 held[number] = value
         return held
 
     def gradients(self, numbers: Sequence[int]) -> dict[int, Tensor]:
-        own = self._parameters()
-        held = {number: own[number].grad for number in numbers if own[number].grad is not None}
+        found = ((number, self._parameter(number).grad) for number in numbers)
+        held = {number: gradient for number, gradient in found if gradient is not None}
         return dict(zip(held, gather(list(held.values())), strict=True))
 
     def write_gradients(self, values: Mapping[int, Tensor]) -> None:
-        own = self._parameters()
-        self._copy([own[number].grad for number in values], list(values.values()))
+        self._copy([self._parameter(number).grad for number in values], list(values.values()))
 
     @staticmethod
     def _copy(targets: Sequence[Tensor | None], values: Sequence[Tensor]) -> None:
@@ -150,24 +151,27 @@ class TensorStep:
     """An optimizer's step on parameters that it holds itself; their gradients are in ``.grad``.
 
     Args:
-        parameters: all of the holder's.
+        parameter: gives the parameter of a number.
         numbers: of those that the optimizer holds.
         optimizer: which steps, if gradients are to be added.
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], numbers: Sequence[int], optimizer: Optimizer | None = None
+        self,
+        parameter: Callable[[int], nn.Parameter],
+        numbers: Sequence[int],
+        optimizer: Optimizer | None = None,
     ) -> None:
-        self._parameters, self.numbers, self._optimizer = parameters, numbers, optimizer
+        self._parameter, self.numbers, self._optimizer = parameter, numbers, optimizer
 
     def has_gradients(self, numbers: Sequence[int]) -> list[bool]:
-        return [self._parameters[number].grad is not None for number in numbers]
+        return [self._parameter(number).grad is not None for number in numbers]
 
     def values(self, numbers: Sequence[int]) -> list[Tensor]:
-        return gather([self._parameters[number].detach() for number in numbers])
+        return gather([self._parameter(number).detach() for number in numbers])
 
     def products(self, numbers: Sequence[int]) -> list[Tensor | None]:
-        parameters = [self._parameters[number] for number in numbers]
+        parameters = [self._parameter(number) for number in numbers]
         weights = [parameter.detach() for parameter in parameters]
         filled = [torch.zeros_like(p.detach()) if p.grad is None else p.grad for p in parameters]
         if any(weight.element_size() < 4 for weight in weights):
@@ -176,7 +180,7 @@ class TensorStep:
         return [None if p.grad is None else each for p, each in zip(parameters, products, strict=True)]
 
     def squared_norms(self, measured: Sequence[Measured], device: torch.device) -> Tensor:
-        gradients = [self._parameters[each.number].grad for each in measured]
+        gradients = [self._parameter(each.number).grad for each in measured]
         blocks, orders = [each.blocks for each in measured], [each.order for each in measured]
         return squared_norms(gradients, blocks, device, orders)
 
@@ -185,7 +189,7 @@ class TensorStep:
         values = list(added.values())
         if scale is not None:
             torch._foreach_mul_(values, scale)
-        gradients = [self._parameters[number].grad for number in added]
+        gradients = [self._parameter(number).grad for number in added]
         torch._foreach_add_(
             [local(gradient) for gradient in gradients],
             [local_like(one, gradient) for one, gradient in zip(values, gradients, strict=True)],

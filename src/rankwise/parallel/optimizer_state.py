@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,28 @@ KINDS = {
 }
 
 
+def kind_of(optimizer: Optimizer, name: str, names: Iterable[str]) -> str:
+    """What a state tensor holds: a "gradient", the "square" of one, or a "weight" or the movement of one.
+
+    Args:
+        optimizer: whose it is.
+        name: of the tensor, one of `KINDS`.
+        names: of all that the optimizer remembers of the same parameter.
+
+    Example:
+        >>> import torch
+        >>> rmsprop = torch.optim.RMSprop([torch.zeros(1)], momentum=0.9)
+        >>> kind_of(rmsprop, "momentum_buffer", ["square_avg", "momentum_buffer"])  # it sums up steps
+        'weight'
+    """
+    if name == "momentum_buffer" and "square_avg" in names:
+        return "weight"
+    # bitsandbytes has one name for both, and calls the algorithm by its name
+    if name == "state1" and getattr(optimizer, "optimizer_name", None) in ("rmsprop", "adagrad"):
+        return "square"
+    return KINDS[name]
+
+
 def can_be_rewritten(state: dict[str, Any], parameter: nn.Parameter) -> bool:
     """Whether every tensor in ``state`` is a number or a known tensor of the parameter's shape."""
     for name, value in state.items():
@@ -38,20 +61,31 @@ def start_anew(optimizer: Optimizer, parameter: nn.Parameter) -> None:
     """Let ``optimizer`` forget what it remembers of ``parameter``, as if it had not stepped yet.
 
     Most optimizers make their state in the first step, so theirs is removed. Some make it in their constructor and
-    fail without it: an optimizer of the same kind is asked for a fresh one.
+    fail without it: an optimizer of the same kind is asked for a fresh one. Where none can be made, because the
+    constructor takes something else, what is remembered becomes 0 in place.
     """
     fresh = _made_in_constructor(optimizer, parameter)
-    if fresh:
+    if fresh is None:
+        _become_zero(optimizer.state.get(parameter, {}), parameter)
+    elif fresh:
         optimizer.state[parameter] = fresh
     else:
         optimizer.state.pop(parameter, None)
 
 
-def _made_in_constructor(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+def _made_in_constructor(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
     group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
     settings = {name: value for name, value in group.items() if name in optimizer.defaults}
     stand_in = nn.Parameter(parameter.detach().clone())
     try:
         return dict(type(optimizer)([stand_in], **settings).state.get(stand_in, {}))
-    except Exception:  # a constructor that takes something else
-        return {}
+    except Exception:  # whatever a constructor raises that takes something else
+        return None
+
+
+def _become_zero(state: dict[str, Any], parameter: nn.Parameter) -> None:
+    for name, value in state.items():
+        if isinstance(value, Tensor) and (value.shape == parameter.shape or value.numel() == 1):
+            value.zero_()
+        elif name == "step" and isinstance(value, int):
+            state[name] = 0

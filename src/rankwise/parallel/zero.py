@@ -185,7 +185,8 @@ class ZeroParts:
         All processes call it together: it costs one exchange between them.
         """
         shapes = [self.shape(number) for number in numbers]
-        vector = torch.zeros(sum(shape.numel() for shape in shapes), device=self.parameters[0].device)
+        size, device = sum(shape.numel() for shape in shapes), self.parameters[0].device
+        vector = torch.zeros(size, device=device, dtype=torch.float32)
         places = dict(zip(numbers, vector.split([shape.numel() for shape in shapes]), strict=True))
         for piece in pieces:
             if piece.number in places:

@@ -13,6 +13,7 @@ They need ``pip install "rankwise[train,report]"``.
 examples, and `memory` what a run will take.
 """
 
+from rankwise.recipes.divergence import DivergedError
 from rankwise.recipes.errors import Problem, RecipeError
 from rankwise.recipes.load import load_recipe
 from rankwise.recipes.plan import Plan
@@ -23,6 +24,7 @@ from rankwise.recipes.run import Result, plan, plan_memory, train
 
 __all__ = [
     "BaseRecipe",
+    "DivergedError",
     "Measured",
     "Plan",
     "Predictions",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.attach.embeddings import output_embeddings
 from rankwise.recipes.errors import refusal
 from rankwise.recipes.places import Place, find_place
 from rankwise.recipes.recipe import BaseRecipe
@@ -128,11 +129,13 @@ def head_modules(model: Any) -> list[str]:
     They are trained whole, and saved with the adapter. The output layer of a language model is none: it was pretrained.
     """
     body = getattr(model, "base_model_prefix", "")
-    output = model.get_output_embeddings()
+    outputs = list(output_embeddings(model))
     return [
         name
         for name, module in model.named_children()
-        if name != body and module is not output and next(module.parameters(), None) is not None
+        if name != body
+        and not any(module is each for each in outputs)
+        and next(module.parameters(), None) is not None
     ]
 
 

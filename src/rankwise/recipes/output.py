@@ -22,7 +22,7 @@ from rankwise.files.atomic import write_file
 from rankwise.recipes.errors import RecipeError
 from rankwise.recipes.places import find_place
 from rankwise.recipes.recipe import BaseRecipe
-from rankwise.storage import checkpoint_step
+from rankwise.storage import OWNED, PICKLE_NAME, checkpoint_step
 
 # The last file of a checkpoint that Transformers writes, and others that it can't do without.
 _NEEDED = (
@@ -34,10 +34,7 @@ _NEEDED = (
 )
 _RECIPE, _RESULTS = "recipe.yaml", "results.json"
 # What an earlier run may have left, for --overwrite; nothing else in the folder is touched.
-_OWN_FILES = (
-    *(_RECIPE, _RESULTS, "adapter_config.json", "adapter_model.safetensors", "rank_history.json"),
-    *("training_state.safetensors", "config.json"),
-)
+_OWN_FILES = (_RECIPE, _RESULTS, "config.json", *(name for name in OWNED if name != PICKLE_NAME))
 
 
 class Output:

@@ -21,7 +21,9 @@ from rich.progress import (
 from rich.table import Column
 from transformers import TrainerCallback
 
+from rankwise.files.tensors import is_finite
 from rankwise.integrations.common import run_of
+from rankwise.parallel.sharded import shared_out
 from rankwise.recipes.interrupt import Interruption
 from rankwise.recipes.output import Output
 
@@ -158,6 +160,53 @@ class KeepResults(TrainerCallback):
         }
         with contextlib.suppress(OSError):  # a full disk is for the next checkpoint to tell
             self.output.write_results({**self.output.results, **now, "finished": False})
+
+
+class KeepGoodCheckpoints(TrainerCallback):
+    """Writes no checkpoint while the loss is far too large, as each takes the place of an earlier, good one.
+
+    And it stops a run whose weights have become NaN or infinite: no step can mend them.
+
+    Args:
+        say: prints a line.
+
+    Attributes:
+        most: the largest loss with which a checkpoint is written.
+        broken: whether weights are NaN or infinite.
+    """
+
+    def __init__(self, say: Any) -> None:
+        self.most, self.broken = math.inf, False
+        self._say, self._loss = say, 0.0
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Look at the loss; and, where it is no number, which alone may pass, at the weights."""
+        if "loss" not in (logs or {}) or model is None:
+            return
+        self._loss = logs["loss"]
+        if not math.isfinite(self._loss):
+            self.broken = _holds_broken_weights(model)
+            control.should_training_stop = control.should_training_stop or self.broken
+        self._decide(state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write no checkpoint until a better loss is logged."""
+        self._decide(state, control)
+
+    def _decide(self, state: Any, control: Any) -> None:
+        asked_to_stop = control.should_training_stop and not self.broken  # then there is no later checkpoint
+        unsound = not self._loss <= self.most
+        if control.should_save and (self.broken or (unsound and not asked_to_stop)):
+            control.should_save = False
+            self._say(f"No checkpoint of step {state.global_step:,}: the loss is {self._loss:.4g}.")
+
+
+def _holds_broken_weights(model: Any) -> bool:
+    if shared_out(model):
+        return False  # each process has another part, and all must decide alike
+    return not all(is_finite(each) for each in model.parameters() if each.requires_grad)
 
 
 class StopWhenAsked(TrainerCallback):

@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.attach.prepare import checkpointing_name
 from rankwise.recipes.card import card_of
+from rankwise.recipes.divergence import (
+    DivergedError,
+    diverged,
+    has_diverged,
+    highest_sound_loss,
+    looks_diverged,
+)
 from rankwise.recipes.errors import refusal
 from rankwise.recipes.interrupt import Interruption
 from rankwise.recipes.memory.estimate import Memory
@@ -24,6 +31,7 @@ from rankwise.recipes.preparing import preparing
 from rankwise.recipes.recipe import BaseRecipe
 from rankwise.recipes.samples import Sample, before_and_after, sample_lines, write_samples
 from rankwise.recipes.tasks import Metric, TaskData, load_task
+from rankwise.storage.finite import NotFiniteError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +97,8 @@ def train(
         overwrite: replace what an earlier run left in the output folder.
 
     Raises:
-        RecipeError: the data, the adapter or the output folder can't be used.
+        RecipeError: the data, the adapter or the output folder can't be used; or the run has diverged, as
+            `DivergedError`, which knows the last good checkpoint.
         KeyboardInterrupt: stopped by a signal where there was nothing to save.
     """
     console = _console(console)
@@ -118,7 +127,7 @@ def _train(
     # The model with its adapters, and the trainer.
     from transformers import PrinterCallback, Trainer, set_seed
 
-    from rankwise.recipes.progress import KeepResults, LiveProgress, StopWhenAsked
+    from rankwise.recipes.progress import KeepGoodCheckpoints, KeepResults, LiveProgress, StopWhenAsked
 
     set_seed(recipe.training.seed)
     with console.status("loading the model"):
@@ -136,7 +145,8 @@ def _train(
     metrics = task.metrics(recipe)
     with LiveProgress(console, [(metric.key, metric.title, metric.style) for metric in metrics]) as progress:
         stop = StopWhenAsked(interruption, progress.say)
-        callbacks = [stop, progress, KeepResults(output)]
+        good = KeepGoodCheckpoints(progress.say)
+        callbacks = [stop, progress, good, KeepResults(output)]
         with _refusals(recipe):
             trainer = trainer_class(model=model, args=arguments, callbacks=callbacks, **for_task)
         trainer.remove_callback(PrinterCallback)
@@ -148,13 +158,27 @@ def _train(
             before = evaluate_with(trainer, metrics)
             _make_ready_to_train(trainer)
             samples = write_samples(recipe, data, processor, model)
+        loss_before = (before or {}).get("loss")
+        good.most = highest_sound_loss(loss_before)
         started = _started(output, before, samples)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except NotFiniteError as error:  # the run was about to write a checkpoint
+            raise _diverged(output, trainer, before) from error
+        if good.broken:
+            raise _diverged(output, trainer, before)
         if interruption.number is not None and trainer.state.global_step < planned.total_step:
             return _interrupted(output, console, interruption.number, before or {}, trainer)
-        if is_main_process():
-            save(model, processor, output.folder)
+        log = trainer.state.log_history
+        # As a rule the adapter is on the disk before anything else can go wrong.
+        in_doubt = looks_diverged(loss_before, log)
+        if not in_doubt and is_main_process():
+            _save_finite(model, processor, output, trainer, before)
         after = evaluate_with(trainer, metrics)
+        if has_diverged(loss_before, after.get("loss"), log):
+            raise _diverged(output, trainer, before, after)
+        if in_doubt and is_main_process():
+            _save_finite(model, processor, output, trainer, before)
         seconds = time.monotonic() - started
         samples = before_and_after(samples, write_samples(recipe, data, processor, model))
 
@@ -236,6 +260,29 @@ def save(model: Any, processor: Any, folder: Path) -> None:
     processor.save_pretrained(str(folder))
     model.config.save_pretrained(str(folder))
     model.save_pretrained(str(folder))
+
+
+def _save_finite(
+    model: Any, processor: Any, output: Output, trainer: Any, before: Mapping[str, float] | None
+) -> None:
+    try:
+        save(model, processor, output.folder)
+    except NotFiniteError as error:
+        raise _diverged(output, trainer, before) from error
+
+
+def _diverged(
+    output: Output,
+    trainer: Any,
+    before: Mapping[str, float] | None,
+    after: Mapping[str, float] | None = None,
+) -> DivergedError:
+    """The error of a run that has diverged, which is also noted in the results."""
+    log = trainer.state.log_history
+    if is_main_process():
+        noted = {"steps": trainer.state.global_step, "after": after or {}, "log": log, "diverged": True}
+        output.write_results({**output.results, **noted, "finished": False})
+    return diverged(output, (before or {}).get("loss"), (after or {}).get("loss"), log)
 
 
 def evaluate_with(trainer: Any, metrics: Sequence[Metric]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.files.atomic import write_file
+from rankwise.method.spectrum import effective_rank
 from rankwise.report import figures
 from rankwise.report.grid import RankGrid, largest_rank, short_kinds
 from rankwise.report.runs import Run, read_runs, thinned
-from rankwise.report.spectra import effective_rank
 from rankwise.run.history import RankRecord
 
 _MOST_BYTES = 2_000_000
@@ -167,7 +168,7 @@ class Page:
             rows.append(
                 {
                     "layer": layer,
-                    "norm": sum(value**2 for value in values) ** 0.5 if values is not None else None,
+                    "norm": math.hypot(*values) if values is not None else None,
                     "effective": effective_rank(values) if values is not None else None,
                     "singular": _listed(values or []),
                 }

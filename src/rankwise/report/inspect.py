@@ -18,18 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.attach.matching import saved_module_of
-from rankwise.config import CONFIG_NAME
+from rankwise.config import CONFIG_NAME, AdaLoraConfig
 from rankwise.files.atomic import read_folder
+from rankwise.files.json_file import read_json
 from rankwise.files.tensors import TensorInfo
 from rankwise.method.forms import COUNTS_PARAMETERS
 from rankwise.report.grid import grid_position, kind_order
-from rankwise.report.layers import InspectedLayer, read_layers
+from rankwise.report.layers import InspectedLayer, of_history, read_layers
 from rankwise.run.history import RankHistory
 from rankwise.run.summary import LayerRank, RankSummary
 from rankwise.storage import (
     HISTORY_NAME,
     OWNED,
     PREFIX,
+    TRAINING_CONFIG_NAME,
     TRAINING_STATE_NAME,
     WEIGHTS_NAME,
     checkpoint_step,
@@ -61,15 +63,16 @@ class AdapterReport:
     Args:
         folder: the folder.
         base_model: the name or path of the base model, if it was recorded.
-        method: ``"AdaLoRA"``, ``"LoRA"``, ``"rsLoRA"`` or ``"DoRA"``.
+        method: how it was trained: ``"AdaLoRA"``, ``"LoRA"``, ``"rsLoRA"`` or ``"DoRA"``.
         task_type: such as ``"CAUSAL_LM"``, if it was given.
         written_by: such as ``"PEFT 0.21.2"``, where the folder tells.
-        init_r: the initial rank (LoRA: the rank) of layers without a pattern of their own.
-        target_r: AdaLoRA's mean rank in the end; None for LoRA.
+        init_r: the initial rank of AdaLoRA's layers; the largest rank of LoRA's.
+        target_r: AdaLoRA's mean rank in the end; None for LoRA, and where the folder doesn't tell.
         lora_alpha: the numerator of the scale.
         target_modules: what the configuration adapts: names, or an expression.
         target_parameters: parameters that it adapts beside them, such as experts.
-        layers: adapted layers with tensors in the file.
+        layers: adapted layers; those at rank 0, too, of which a plain LoRA file has no tensors, where the history names
+            them.
         saved_modules: modules saved whole.
         bias_parameters: numbers in trained biases.
         other_parameters: numbers in tensors of no known use.
@@ -80,6 +83,7 @@ class AdapterReport:
         resumable: whether the state that training needs to go on is there.
         history: the ranks over the run, if they were saved.
         notes: what the user should know about the folder.
+        peft_type: the folder's format, ``"LORA"`` or ``"ADALORA"``: AdaLoRA's default form is saved as plain LoRA.
     """
 
     folder: str
@@ -103,6 +107,7 @@ class AdapterReport:
     resumable: bool = False
     history: RankHistory | None = None
     notes: list[str] = field(default_factory=list)
+    peft_type: str = "LORA"
 
     @property
     def total_rank(self) -> int:
@@ -183,21 +188,24 @@ def _read(folder: Path) -> AdapterReport:
         )
     adalora = config["peft_type"] == "ADALORA"
     layers = read_layers(folder, header, rest.added)
-    history, notes = _history(folder, layers)
-    notes = [*_mismatches(config, layers), *_unprefixed(header.tensors), *notes]
-    if adalora:
-        notes += _unfinished(config, layers, history)
+    history, notes = _history(folder, config, layers)
+    run, more = _run(folder, config)
+    notes = [*_mismatches(config, layers), *_unprefixed(header.tensors), *notes, *more]
+    if history is not None and not adalora:
+        layers = of_history(layers, history)
+    if run:
+        notes += _unfinished(run, layers, history)
     dtypes: Counter[str] = Counter()
     for tensor in header.tensors.values():
         dtypes[tensor.dtype] += tensor.size
     return AdapterReport(
         folder=str(folder),
         base_model=_text(config, "base_model_name_or_path"),
-        method=_method(config),
+        method="AdaLoRA" if run or history is not None else _method(config),
         task_type=_text(config, "task_type"),
         written_by=f"PEFT {config['peft_version']}" if _text(config, "peft_version") else None,
-        init_r=config["init_r" if adalora else "r"],
-        target_r=config["target_r"] if adalora else None,
+        init_r=run["init_r"] if run else max((layer.init_r for layer in layers), default=config["r"]),
+        target_r=run["target_r"] if run else None,
         lora_alpha=config["lora_alpha"],
         target_modules=_targets(config),
         layers=_in_order(layers, history),
@@ -207,11 +215,12 @@ def _read(folder: Path) -> AdapterReport:
         other_parameters=rest.others,
         dtypes=dict(dtypes),
         files={each.name: each.stat().st_size for each in sorted(folder.iterdir()) if each.is_file()},
-        schedule={name: config.get(name) for name in SCHEDULE} if adalora else None,
+        schedule={name: run.get(name) for name in SCHEDULE} if run else None,
         checkpoint=_checkpoint(folder),
         resumable=(folder / TRAINING_STATE_NAME).is_file(),
         history=history,
         notes=notes,
+        peft_type=config["peft_type"],
     )
 
 
@@ -275,7 +284,9 @@ def _in_order(layers: list[InspectedLayer], history: RankHistory | None) -> list
 # Everything else in the folder.
 
 
-def _history(folder: Path, layers: list[InspectedLayer]) -> tuple[RankHistory | None, list[str]]:
+def _history(
+    folder: Path, config: Mapping[str, Any], layers: list[InspectedLayer]
+) -> tuple[RankHistory | None, list[str]]:
     path = folder / HISTORY_NAME
     if not path.is_file():
         return None, []
@@ -283,9 +294,28 @@ def _history(folder: Path, layers: list[InspectedLayer]) -> tuple[RankHistory | 
         history = RankHistory.load(path)
     except ValueError as error:
         return None, [f"The history is left out: {error}"]
-    if set(history.layers) != {layer.path for layer in layers}:
+    last = dict(zip(history.layers, history.records[-1].ranks, strict=True)) if history.records else {}
+    beside = set(history.layers) - {layer.path for layer in layers}
+    foreign = {layer.path for layer in layers} - set(history.layers)
+    # A plain LoRA file has no tensors of layers at rank 0.
+    if foreign or any(config["peft_type"] == "ADALORA" or last.get(path) != 0 for path in beside):
         return None, [f"The history is left out: {HISTORY_NAME} is of other layers than {WEIGHTS_NAME}."]
     return history, []
+
+
+def _run(folder: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """The configuration of the run; empty if it was none of AdaLoRA, or the folder does not tell."""
+    if config["peft_type"] == "ADALORA":
+        return config, []
+    path = folder / TRAINING_CONFIG_NAME
+    if not path.is_file():
+        return {}, []
+    try:
+        content = read_json(path)
+        run = AdaLoraConfig.from_dict(content["config"] if isinstance(content, dict) else {}, str(path))
+    except (KeyError, TypeError, ValueError) as error:
+        return {}, [f"How it was trained is left out: {error}"]
+    return run.to_dict(), []
 
 
 def _checkpoint(folder: Path) -> Checkpoint | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME
 from rankwise.files.tensors import read_tensors
 from rankwise.method.scale import adalora_scale, lora_scale
+from rankwise.run.history import RankHistory
 from rankwise.run.pairs import block_names
 from rankwise.storage import PREFIX, WEIGHTS_NAME, AdapterHeader
 from rankwise.storage.contents import check_pattern_names
@@ -71,6 +72,31 @@ def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -
             part = size * own // max(rank, 1)
             layers.append(InspectedLayer(name, "parameter", own, first, scale, part))
     return layers
+
+
+def of_history(layers: list[InspectedLayer], history: RankHistory) -> list[InspectedLayer]:
+    """The layers of a plain LoRA folder with the ranks that the run's history gives them, those at rank 0 included."""
+    records = history.records
+    if not records:
+        return layers
+    by_path, kinds = (
+        {layer.path: layer for layer in layers},
+        {_last_name(each.path): each.kind for each in layers},
+    )
+    found = []
+    for path, first, rank in zip(history.layers, records[0].ranks, records[-1].ranks, strict=True):
+        layer = by_path.get(path)
+        if layer is None:
+            found.append(InspectedLayer(path, kinds.get(_last_name(path), "linear"), 0, first, 0.0, 0))
+        else:  # a stack's matrices are filled up with zeros to the largest rank of any
+            size = layer.parameters * rank // max(layer.rank, 1)
+            found.append(replace(layer, rank=rank, init_r=first, parameters=size))
+    return found
+
+
+def _last_name(path: str) -> str:
+    """What layers of a kind are called: the last part of the path that is no number."""
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)
 
 
 def _gates(folder: Path, header: AdapterHeader) -> dict[str, float]:

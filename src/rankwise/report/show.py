@@ -60,7 +60,14 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
         yield "checkpoint", _checkpoint_line(report.checkpoint)
     yield "base model", report.base_model or "not recorded"
     details = ", ".join(
-        filter(None, (report.task_type, report.written_by and f"saved by {report.written_by}"))
+        filter(
+            None,
+            (
+                report.task_type,
+                report.written_by and f"saved by {report.written_by}",
+                "saved as plain LoRA" if report.method == "AdaLoRA" and report.peft_type == "LORA" else None,
+            ),
+        )
     )
     yield "method", report.method + (f" ({details})" if details else "")
     yield "adapts", _targets_line(report)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 from rankwise.storage.compress import principal
 from rankwise.storage.updates import read_updates
 
@@ -19,28 +17,14 @@ def update_spectra(folder: str | os.PathLike[str]) -> dict[str, list[float]]:
 
     Returns:
         For each module path the singular values that are not 0, at most as many as the layer has ranks. LoRA's
-        convolutions with groups are left out: their updates are no single product.
+        convolutions with groups are left out, unless AdaLoRA wrote them: their updates are no single product.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: it can't be read, or computes more than the product of its factors.
     """
-    layers = read_updates(Path(folder)).layers
+    updates = {path: update.of_weight() for path, update in read_updates(Path(folder)).layers.items()}
     return {
         path: principal(update)[1].tolist() if update.rank else []
-        for path, update in layers.items()
-        if not update.grouped
+        for path, update in updates.items()
+        if update is not None
     }
-
-
-def effective_rank(values: list[float]) -> float:
-    """How many directions an update spreads over: the exponential of the entropy of its squared singular values.
-
-    Example:
-        >>> effective_rank([2.0, 2.0, 2.0]), effective_rank([5.0, 0.0]), effective_rank([])
-        (3.0, 1.0, 0.0)
-    """
-    squares = torch.tensor(values, dtype=torch.float64).square()
-    total = squares.sum()
-    if not total > 0:
-        return 0.0
-    return round(float(torch.special.entr(squares / total).sum().exp()), 6)

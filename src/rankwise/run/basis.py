@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rankwise.method.magnitude import largest, power_below
 from rankwise.method.principal import Principal, principal_directions
 from rankwise.run.factors import Factors
 from rankwise.run.moments import BasisChange, rewrite_memory
@@ -140,17 +141,22 @@ def mean_strengths(factors: Factors) -> Tensor:
     """The root mean square of the strengths of the ranks that act in each block, (ranks,); 0 where none does.
 
     It needs no decomposition: the sum of their squares is the squared norm of B A. Where factors are not finite it is
-    0, too.
+    0, too; where it is above what the dtype holds, it is the largest finite number.
     """
     device, found = factors.mask.device, []
     acting = factors.mask.split(factors.layout.ranks)
     for A, B, acts, pair in zip(factors.rows("A"), factors.rows("B"), acting, factors.pairs, strict=True):
-        rows, columns = (
-            _in_blocks(each.masked_fill(~acts.to(each.device)[:, None], 0), pair.blocks) for each in (A, B)
-        )
-        found.append(((rows @ rows.mT) * (columns @ columns.mT)).sum((1, 2)).to(device))
-    sums = torch.cat(found).clamp_min(0).nan_to_num(0.0, posinf=0.0)
-    return factors.spread((sums / factors.block_ranks().clamp_min(1)).sqrt()) * factors.mask
+        products, sizes = [], []
+        for each in (A, B):
+            rows = _in_blocks(each.masked_fill(~acts.to(each.device)[:, None], 0), pair.blocks)
+            power = power_below(largest(rows, (1, 2)))  # of two, so that products neither overflow nor vanish
+            rows = rows / power
+            products.append(rows @ rows.mT)
+            sizes.append(power.flatten())
+        norms = (products[0] * products[1]).sum((1, 2)).clamp_min(0).sqrt() * sizes[0] * sizes[1]
+        found.append(norms.nan_to_num(0.0).to(device))
+    counts = factors.block_ranks().clamp_min(1)
+    return factors.spread(torch.cat(found) / counts.sqrt()) * factors.mask
 
 
 def _in_blocks(rows: Tensor, count: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankwise.config import AdaLoraConfig
+from rankwise.config.checks import check_whole
 from rankwise.method.allocation import Budget, budget_with_reserved, choose
 from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.run.choice.choice import Choice
@@ -23,7 +24,7 @@ from rankwise.run.history import RankHistory
 from rankwise.run.hooks import Closure, listen, stop_listening
 from rankwise.run.optimizers import Optimizers
 from rankwise.run.penalty import AddedPenalty
-from rankwise.run.state import AllocationState, RunState, RunWeights
+from rankwise.run.state import AllocationState
 from rankwise.run.unreached import unreached_ranks
 from rankwise.run.warn_once import WarnOnce
 
@@ -45,21 +46,18 @@ class Controller:
         self, adapter: str, factors: Factors, choice: Choice, config: AdaLoraConfig, warn: WarnOnce
     ) -> None:
         self.adapter, self.factors, self.choice = adapter, factors, choice
-        self.config, self._warn = config, warn
-        self.schedule: BudgetSchedule | None = None
-        if config.total_step is not None:
-            self.schedule = config.resolved_schedule()
+        self.config, self.warn = config, warn
+        self.schedule: BudgetSchedule | None = config.resolved_schedule() if config.total_step else None
         self.step = 0
         self.fixed = False  # the choice of ranks is final
         self.automatic = True  # steps are counted here, and not by calls of update_and_allocate
         self.history = RankHistory(factors.names)
         self.history.record(0, self.initial, list(factors.layout.block_ranks))
         self._penalty = AddedPenalty(factors, config.orth_reg_weight)
-        self._optimizers = Optimizers(factors, warn)
-        self._heard = (
-            False  # an optimizer's steps are heard of, so that they are observed without a call by hand
-        )
+        self.optimizers = Optimizers(factors, warn)
+        self._heard = False  # hooks have told of a step, so steps are observed without a call by hand
         self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
+        self.finished_by = "model.finalize_ranks()"  # what a warning tells the user to call
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
 
@@ -74,7 +72,7 @@ class Controller:
 
     def known_optimizers(self) -> list[Optimizer]:
         """All optimizers that have stepped the adapter and still exist."""
-        return self._optimizers.known()
+        return self.optimizers.known()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_heard": False}
@@ -93,12 +91,7 @@ class Controller:
     @property
     def target(self) -> int:
         """Ranks in the end: ``target_r`` per block, or all if the adapter has no more than that."""
-        layout = self.factors.layout
-        blocks = len(layout.block_ranks)
-        target = round(self.config.target_r * blocks)
-        # Many narrow ranks, as a run leaves behind that has ended, may cost no more than so many average ones.
-        paid = layout.cost * blocks <= target * layout.parameters_of_rank_one
-        return self.initial if self.choice.counts_parameters and paid else min(target, self.initial)
+        return self.factors.layout.target(self.config.target_r, self.choice.counts_parameters)
 
     @property
     def prunes(self) -> bool:
@@ -115,12 +108,14 @@ class Controller:
 
         Ranks that were cut stay cut.
         """
-        if self.fixed:
-            return
         self.set_total_step(total_step)
-        self.step = 0
-        for name in ("sensitivity", "uncertainty"):
+        for name in ("sensitivity", "uncertainty", "skipped"):
             self.factors.tensors.get(name).zero_()
+        budget = self._budget()
+        self.history = RankHistory(self.factors.names)
+        self.history.record(0, budget, self.factors.block_ranks())
+        self.step = 0
+        self.optimizers = Optimizers(self.factors, self.warn)
 
     def state(self) -> AllocationState:
         """Where the run stands. Waits for the device."""
@@ -147,11 +142,10 @@ class Controller:
         """Warn, once a step, that a run which may end here has not brought the budget down to its target."""
         if self.fixed or not self.prunes or not self.step:
             return
-        self._warn(
-            f"At step {self.step} the budget is {self._budget()} triplets; its target is "
-            f"{self.target}, which the schedule reaches at step "
-            f"{self.schedule.last_allocation if self.schedule else '?'}. If training ends here, call "
-            "`model.finalize_ranks()`, which brings it to the target, and save (again)."
+        self.warn(
+            f"At step {self.step} the budget is {self._budget()} triplets; its target is {self.target}, which the "
+            f"schedule reaches at step {self.schedule.last_allocation if self.schedule else '?'}. If training ends "
+            f"here, call `{self.finished_by}`, which brings it to the target, and save (again)."
         )
 
     def _budget(self) -> int:
@@ -163,7 +157,7 @@ class Controller:
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer trains any of this adapter."""
-        return self._optimizers.holds(optimizer, self.prunes and not self.fixed)
+        return self.optimizers.holds(optimizer, self.prunes and not self.fixed)
 
     def before_step(self, optimizer: Optimizer, closure: Closure | None = None) -> Closure | None:
         """Add the penalty's gradient to the gradients: now, or whenever ``closure`` has computed them.
@@ -174,46 +168,25 @@ class Controller:
         Raises:
             ValueError: the length of the run is not known, or the optimizer can't do with a penalty.
         """
-        if self.schedule is None and self.automatic and self.prunes:
+        if self.schedule is None and self.automatic and self.prunes and not self.fixed:
             raise ValueError(
                 "The length of the run is not known: pass `total_step`, or call `set_total_step(n)` with the number of "
                 "optimizer steps before the first one."
             )
-        weight = self.config.orth_reg_weight
-        if weight and isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS compares values of the loss within a step, and the orthogonality penalty is in no loss: "
-                f"set `orth_reg_weight=0` (it is {weight}), or use another optimizer."
-            )
-        step = self._optimizers.begins(optimizer)
-        if step is None or not weight:
-            return closure
-        if closure is None:
-            self._penalty.add(step, optimizer)
-            return None
-
-        def penalized() -> Any:
-            loss = closure()
-            self._penalty.add(step, optimizer)
-            return loss
-
-        return penalized
+        self._penalty.refuse_unfit(optimizer)
+        if self.optimizers.overdue(optimizer):
+            self._completed()
+        step = self.optimizers.begins(optimizer)
+        return closure if step is None else self._penalty.add_before(step, optimizer, closure)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        """Observe the gradients; count the step, and cut where the schedule says so.
-
-        If `update_and_allocate` is called by hand, only observe: gradients may be gone by then.
-        """
-        step, complete = self._optimizers.ended(optimizer)
-        if step is None:
-            return
-        if self._observes_at(self.step + 1):
+        """Observe the gradients; then count the step and cut, unless `update_and_allocate` is called for that."""
+        step, complete = self.optimizers.ended(optimizer)
+        if step is not None and self._observes_at(self.step + 1):
             self.choice.observe(step, self.step + 1)
         if complete:
-            self._heard = True
-            if self.automatic:
-                self._advance(self.step + 1)
+            self._completed()
 
     @torch.no_grad()
     def update_and_allocate(self, global_step: int) -> None:
@@ -221,21 +194,24 @@ class Controller:
 
         The step that the optimizer has just taken may have been counted and observed already; neither happens twice.
         """
-        if isinstance(global_step, bool) or not isinstance(global_step, int):
-            raise TypeError(
-                f"`global_step` must be a whole number of optimizer steps, but is {global_step!r}."
+        check_whole("global_step", global_step, 0)
+        if self.schedule is None and self.prunes and not self.fixed:
+            raise ValueError(
+                "The length of the run is not known: pass `total_step`, or call `set_total_step(n)` first."
             )
-        if global_step < 0:
-            raise ValueError(f"`global_step` must be at least 0, but is {global_step}.")
-        if self.schedule is None and self.prunes:
-            raise ValueError("Pass `total_step` to AdaLoraConfig, or call `model.set_total_step(n)` first.")
         self.automatic = False
         if not self._heard and self._observes_at(global_step):
-            self.choice.observe(self._optimizers.now(), global_step)
+            self.choice.observe(self.optimizers.now(), global_step)
         self._advance(global_step)
 
     def _observes_at(self, step: int) -> bool:
         return self.prunes and not self.fixed and bool(self.schedule and step < self.schedule.last_allocation)
+
+    @torch.no_grad()
+    def _completed(self) -> None:
+        self._heard = True
+        if self.automatic:
+            self._advance(self.step + 1)
 
     def _advance(self, step: int) -> None:
         self.step, schedule = step, self.schedule
@@ -249,7 +225,7 @@ class Controller:
             if step >= schedule.last_allocation:
                 self.fix()
         if step > schedule.total_step:
-            self._warn(
+            self.warn(
                 f"Training goes on past total_step={schedule.total_step}. The ranks stay as they are; "
                 "only their values train on."
             )
@@ -272,7 +248,9 @@ class Controller:
         if any(unchanged):
             reserved = factors.spread_layers(unchanged, device)
             held = factors.mask & reserved
-            initial, share = self._of_the_others(unchanged, final)
+            initial, share = layout.without(unchanged, self.config.target_r)
+            if not final and self.schedule is not None:
+                share = self.schedule.budget(self.step, initial, share)
             budget = budget_with_reserved(budget, share, initial, reserved, held, costs)
         unreached = unreached_ranks(factors)
         tie_order = factors.index("tie_order", layout.round_robin, device)
@@ -280,30 +258,18 @@ class Controller:
         if final and unreached is not None:  # what is left over is no use to them
             mask &= ~unreached
         factors.mask.copy_(mask)
-        self.choice.apply(factors.mask, unchanged, final, self._optimizers.known())
+        self.choice.apply(factors.mask, unchanged, final, self.optimizers.known())
         self.history.record(self.step, budget.ranks, factors.block_ranks())
 
-    def _of_the_others(self, unchanged: list[bool], final: bool) -> tuple[int, int]:
-        """Ranks that layers which are not ``unchanged`` had at the start, and their share of the budget now."""
-        layout = self.factors.layout
-        others = [n for n, stays in enumerate(unchanged) if not stays]
-        initial = sum(layout.ranks[n] for n in others)
-        blocks = sum(layout.block_counts[n] for n in others)
-        target = min(round(self.config.target_r * blocks), initial)
-        if final or self.schedule is None:
-            return initial, target if final else initial
-        return initial, self.schedule.budget(self.step, initial, target)
-
+    @torch.no_grad()
     def finalize_ranks(self) -> None:
         """Bring the budget to its target now, as things are, and fix the choice."""
-        if self.fixed:
-            return
-        if self.prunes:
-            with torch.no_grad():
+        if not self.fixed:
+            if self.prunes:
                 self._cut(self.target)
-        self.fix()
-        if self.changed is not None:
-            self.changed()
+            self.fix()
+            if self.changed is not None:
+                self.changed()
 
     def fix(self) -> None:
         """From here on no rank changes, and layers may drop those that are off."""
@@ -311,10 +277,15 @@ class Controller:
         self.factors.narrow()
 
     def take_over(self, kept: Mapping[str, Tensor], history: RankHistory | None = None) -> None:
-        """Fix the choice to ``kept``: path -> (ranks,), bool, at which it has arrived by ``history``."""
+        """Fix the choice to ``kept``: path -> (ranks,), bool, at which it has arrived by ``history``.
+
+        Where no history of these layers is given, the run's own gets a record of the choice.
+        """
+        self.factors.mask.copy_(torch.cat([kept[pair.path] for pair in self.factors.pairs]))
         if history is not None and history.layers == self.history.layers:
             self.history = history
-        self.factors.mask.copy_(torch.cat([kept[pair.path] for pair in self.factors.pairs]))
+        else:
+            self.history.record(self.step, int(self.factors.mask.sum()), self.factors.block_ranks())
         self.fix()
 
     # What others ask.
@@ -333,58 +304,3 @@ class Controller:
     def penalty(self) -> Tensor:
         """The orthogonality penalty as it stands, a 0-dim tensor, without its weight."""
         return self._penalty.value()
-
-    # The state that is not in the run's tensors.
-
-    def run_state(self) -> RunState:
-        """Everything that is not in the run's tensors."""
-        return RunState(
-            step=self.step,
-            fixed=self.fixed,
-            automatic=self.automatic,
-            leader=self._optimizers.leader,
-            schedule=self.schedule,
-            target_r=self.config.target_r,
-            form=self.config.form.name,
-            weights=RunWeights.of(self.config),
-            scales=tuple(pair.scale for pair in self.factors.pairs),
-            history=self.history,
-        )
-
-    def packed_state(self) -> Tensor:
-        """`run_state` as one int64 vector, for the model's extra state."""
-        return self.run_state().to_tensor()
-
-    def check_packed_state(self, packed: Tensor) -> RunState:
-        """What `packed_state` gave, unpacked, if it is of this run.
-
-        Raises:
-            ValueError: it is damaged, or of a run with other layers, another schedule, target or scale.
-        """
-        state = RunState.from_tensor(self.factors.names, packed)
-        schedule = self.schedule
-        if schedule is None and state.schedule is not None:
-            schedule = self.config.with_total_step(state.schedule.total_step).resolved_schedule()
-        state.check_same_run(self.run_state(), schedule if self.prunes else None)
-        return state
-
-    def load_packed_state(self, packed: Tensor) -> None:
-        """Take over what `packed_state` gave; the run's tensors have been loaded already.
-
-        Raises:
-            ValueError: as `check_packed_state`.
-        """
-        state = self.check_packed_state(packed)
-        if state.schedule is not None and self.schedule is None:
-            self.set_total_step(state.schedule.total_step)
-        for name, was in vars(state.weights).items():
-            value = getattr(self.config, name)
-            if value != was:
-                self._warn(f"The run goes on with `{name}`={value}; so far it had {was}.")
-        self.step, self.automatic, self.history = state.step, state.automatic, state.history
-        self._optimizers = Optimizers(self.factors, self._warn, state.leader)
-        self.choice.restore(state.scales)
-        self.fixed = False
-        self.factors.widen()
-        if state.fixed:
-            self.fix()

@@ -6,29 +6,20 @@ layer is (see `FactorPair.rows`). Which process holds it is the business of a `H
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.method.layout import TripletLayout
-from rankwise.parallel.holder import Holder, TensorHolder
+from rankwise.parallel.holder import Holder, Measured, TensorHolder
 from rankwise.parallel.zero import ZeroParts, partitioned, shape_of
 from rankwise.parallel.zero_holder import ZeroHolder
 from rankwise.run.pairs import KEYS, FactorPair, block_names
 from rankwise.run.run_tensors import RunTensors
-
-
-@dataclass(frozen=True)
-class MeasuredFactor:
-    """A factor whose gradient's norm is asked for; see `rankwise.parallel.holder.Measured`."""
-
-    number: int
-    blocks: int
-    order: Tensor | None
 
 
 class Factors:
@@ -56,7 +47,6 @@ class Factors:
         )
         self.shapes = {"A": shapes_A, "B": shapes_B, "E": [torch.Size((s[0], 1)) for s in shapes_A]}
         self._indices: dict[Any, Tensor] = {}
-        self._tensor_holder = TensorHolder(self.all_parameters)
         self._zero_holder: ZeroHolder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,6 +62,11 @@ class Factors:
     def parameters(self, key: str) -> list[nn.Parameter]:
         """The factors of one kind, in layer order."""
         return [pair.parameter(key) for pair in self.pairs]
+
+    def parameter(self, number: int) -> nn.Parameter:
+        """The factor of a number."""
+        key, layer = divmod(number, len(self.pairs))
+        return self.pairs[layer].parameter(self.keys[key])
 
     def all_parameters(self) -> list[nn.Parameter]:
         """All factors, by number."""
@@ -92,8 +87,9 @@ class Factors:
 
     @property
     def holder(self) -> Holder:
-        """Who holds the factors."""
-        return self._tensor_holder if self.zero_parts() is None else self._zero_holder  # type: ignore[return-value]
+        """Who holds the factors now."""
+        self.zero_parts()
+        return self._zero_holder or TensorHolder(self.parameter)
 
     def zero_parts(self) -> ZeroParts | None:
         """The factors as DeepSpeed ZeRO holds them; None if it doesn't."""
@@ -130,10 +126,11 @@ class Factors:
         numbers, shapes = self.numbers(key), self.shapes[key]
         return {numbers[n]: self.pairs[n].from_rows(key, each, shapes[n]) for n, each in rows.items()}
 
-    def measured(self) -> list[MeasuredFactor]:
+    @functools.cached_property
+    def measured(self) -> list[Measured]:
         """For every layer the factor that is 0 at the start and carries the update."""
         return [
-            MeasuredFactor(
+            Measured(
                 self.numbers(pair.starts_at_zero)[n],
                 pair.blocks,
                 pair.order(pair.starts_at_zero, self.layout.ranks[n]),

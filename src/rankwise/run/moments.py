@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankwise.parallel.optimizer_state import KINDS
+from rankwise.parallel.optimizer_state import kind_of
 from rankwise.run.factors import Factors
 
 
@@ -61,9 +62,30 @@ def rewrite_memory(
     holder.write_gradients(_rewritten(factors, key, changes, waiting, "gradient"))
     done: set[int] = set()  # one state can be shared by an optimizer and its copy
     for optimizer in optimizers:
-        for name in holder.state_names(optimizer, numbers):
-            states = holder.states(optimizer, name, numbers, done)
-            holder.write_states(optimizer, name, _rewritten(factors, key, changes, states, KINDS[name]))
+        names = holder.state_names(optimizer, numbers)
+        states = {name: holder.states(optimizer, name, numbers, done) for name in names}
+        with _centered(states):
+            for name in names:
+                kind = kind_of(optimizer, name, names)
+                states[name] = _rewritten(factors, key, changes, states[name], kind)
+        for name, values in states.items():
+            holder.write_states(optimizer, name, values)
+
+
+@contextmanager
+def _centered(states: dict[str, dict[int, Tensor]]) -> Iterator[None]:
+    """Have variances in ``square_avg`` meanwhile, where an optimizer remembers the mean in ``grad_avg``.
+
+    Mean and mean square, each rewritten by itself, could make a negative variance, of which RMSprop takes the root.
+    """
+    both = "grad_avg" in states and "square_avg" in states
+    if both:
+        means = states["grad_avg"]
+        states["square_avg"] = {n: v - means[n].square() for n, v in states["square_avg"].items()}
+    yield
+    if both:
+        means = states["grad_avg"]
+        states["square_avg"] = {n: v + means[n].square() for n, v in states["square_avg"].items()}
 
 
 def _rewritten(

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.parallel.holder import Step, TensorStep
@@ -16,6 +16,7 @@ from rankwise.parallel.zero_holder import ZeroStep
 from rankwise.run.factors import Factors
 from rankwise.run.pairs import KEYS
 from rankwise.run.step_counter import StepCounter
+from rankwise.run.under_peft import FROZEN_BY_PEFT, parameters_of_peft
 
 
 class Optimizers:
@@ -31,6 +32,15 @@ class Optimizers:
         self._factors, self._warn = factors, warn
         self._counter = StepCounter(leader)
         self._held: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
+        # A step of the run is complete when others have stepped, too: those that did so after the leader's optimizer in
+        # the step before, and for which new gradients wait.
+        self._later: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._expected: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._incomplete = False
+        # A gradient with which each has stepped, and that gradient's version.
+        self._used: weakref.WeakKeyDictionary[Optimizer, tuple[weakref.ref[Tensor], int]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def __reduce__(self) -> Any:
         return Optimizers, (self._factors, self._warn, self.leader)
@@ -58,17 +68,23 @@ class Optimizers:
             return self._zero_step(optimizer, held)
         if not self._counter.begin(optimizer):
             return None
-        return TensorStep(self._factors.all_parameters(), self._held_by(optimizer), optimizer)
+        return TensorStep(self._factors.parameter, self._held_by(optimizer), optimizer)
+
+    def overdue(self, optimizer: Optimizer) -> bool:
+        """Whether a step of the run was waiting for others when ``optimizer`` began to step; it waits no longer."""
+        overdue = self._incomplete and optimizer not in self._expected and bool(self._held_by(optimizer))
+        self._incomplete = self._incomplete and not overdue
+        return overdue
 
     def now(self) -> TensorStep:
         """The gradients of all factors as they are now, as a step."""
-        own = self._factors.all_parameters()
-        return TensorStep(own, range(len(own)))
+        count = len(self._factors.keys) * len(self._factors.pairs)
+        return TensorStep(self._factors.parameter, range(count))
 
     def ended(self, optimizer: Optimizer) -> tuple[Step | None, bool]:
-        """The step that ``optimizer`` has taken, and whether it completes a step of the run.
+        """The step that ``optimizer`` has taken, if its gradients are to be observed; and whether a step is complete.
 
-        None: it is no affair of the run's, as a wrapper is stepping or another optimizer counts.
+        The gradients of all factors are observed once in a step of the run: when the leader's optimizer has stepped.
         """
         if held := self._in_parts(optimizer, False):
             parts = self._factors.zero_parts()
@@ -76,11 +92,35 @@ class Optimizers:
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips steps by itself
         if skipped is not None and bool(skipped):
             return None, False
-        own = self._factors.all_parameters()
-        counts = self._counter.end(
-            optimizer, self._held_by(optimizer), lambda number: own[number].requires_grad
-        )
-        return (self.now(), True) if counts else (None, False)
+        parameter = self._factors.parameter
+        mine, own_step = self._held_by(optimizer), self._counter.is_stepping(optimizer)
+        if self._counter.end(optimizer, mine, lambda number: parameter(number).requires_grad):
+            self._expected = weakref.WeakSet(filter(self._has_fresh_gradients, self._later))
+            self._later = weakref.WeakSet()
+            self._expected.discard(optimizer)
+            self._incomplete = len(self._expected) > 0
+            return self.now(), not self._incomplete
+        if not own_step or not mine:
+            return None, False
+        self._later.add(optimizer)
+        if (gradient := self._first_gradient(optimizer)) is not None:
+            self._used[optimizer] = (weakref.ref(gradient), gradient._version)
+        self._expected.discard(optimizer)
+        complete = self._incomplete and not len(self._expected)
+        self._incomplete = self._incomplete and not complete
+        return None, complete
+
+    def _first_gradient(self, optimizer: Optimizer) -> Tensor | None:
+        own = map(self._factors.parameter, self._held_by(optimizer))
+        return next((each.grad for each in own if each.grad is not None), None)
+
+    def _has_fresh_gradients(self, optimizer: Optimizer) -> bool:
+        """Whether there are gradients for ``optimizer`` with which it has not stepped yet."""
+        gradient = self._first_gradient(optimizer)
+        if gradient is None:
+            return False
+        used, version = self._used.get(optimizer, (None, 0))
+        return used is None or used() is not gradient or gradient._version != version
 
     def _zero_step(self, optimizer: Optimizer, held: frozenset[int]) -> ZeroStep | None:
         parts = self._factors.zero_parts()
@@ -105,12 +145,24 @@ class Optimizers:
             )
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         found = tuple(number for number, parameter in enumerate(own) if id(parameter) in trained)
-        if not found and trained & self._factors.base_weights():
+        if not found:
+            self._explain_why_not(trained)
+        return found
+
+    def _explain_why_not(self, trained: set[int]) -> None:
+        """Warn if an optimizer that holds none of the adapter was meant to train it; ``trained``: ids of parameters."""
+        if trained & self._factors.base_weights():
             self._warn(
                 "An optimizer steps that holds weights of the adapted layers but none of the adapter's, so it "
                 "doesn't train the adapter. Build the optimizer after the adapter is attached."
             )
-        return found
+        model = self._factors.tensors.model
+        frozen = not any(parameter.requires_grad for parameter in self._factors.all_parameters())
+        if model is not None and frozen and trained & parameters_of_peft(model):
+            self._warn(
+                f"{FROZEN_BY_PEFT} Give PEFT the base model instead (`model.unload()` takes rankwise's layers out), "
+                "and call `rankwise.adapt_ranks(peft_model)` if the ranks of PEFT's adapter are to adapt."
+            )
 
     def _in_parts(self, optimizer: Optimizer, prunes: bool) -> frozenset[int]:
         """Which factors DeepSpeed ZeRO is about to step or has stepped with ``optimizer``; mostly none.

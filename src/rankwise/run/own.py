@@ -34,12 +34,8 @@ def own_controller(
         config: its configuration.
     """
     pairs, warn = own_pairs(layers, adapter), WarnOnce()
-
-    def device() -> torch.device:
-        return pairs[0].parameter("A").device
-
     has_E = config.form.has_E
-    factors = Factors(pairs, ModelBuffers(model, device), ("E", *KEYS) if has_E else KEYS)
+    factors = Factors(pairs, ModelBuffers(model, pairs[0].device), ("E", *KEYS) if has_E else KEYS)
     _warn_of_unused_penalty(config, warn)
     choice: Choice
     if has_E:

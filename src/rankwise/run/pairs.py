@@ -86,6 +86,10 @@ class FactorPair(ABC):
         """
         return None
 
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.parameter("A").device
+
     # Views of a factor, of its gradient, and of what an optimizer remembers of it.
 
     def rows(self, key: str, values: Tensor) -> Tensor:

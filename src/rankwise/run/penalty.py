@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from rankwise.method.penalty import (
 )
 from rankwise.parallel.holder import Step
 from rankwise.run.factors import Factors
+from rankwise.run.hooks import Closure
 
 _PENALIZED = (("A", False), ("B", True))  # and whether ranks are columns there
 
@@ -39,6 +41,35 @@ class AddedPenalty:
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_added_to": None}
+
+    def refuse_unfit(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that can't do with the penalty.
+
+        Raises:
+            ValueError: it is LBFGS.
+        """
+        if self._weight and isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS compares values of the loss within a step, and the orthogonality penalty is in no loss: "
+                f"set `orth_reg_weight=0` (it is {self._weight}), or use another optimizer."
+            )
+
+    def add_before(self, step: Step, optimizer: Optimizer, closure: Closure | None) -> Closure | None:
+        """Add it now; or, if there is a ``closure`` that computes gradients, whenever that has run.
+
+        Returns:
+            The closure to step with, if there is one.
+        """
+        if closure is None or not self._weight:
+            self.add(step, optimizer)
+            return closure
+
+        def penalized() -> Any:
+            loss = closure()
+            self.add(step, optimizer)
+            return loss
+
+        return penalized
 
     @torch.no_grad()
     def add(self, step: Step, optimizer: Optimizer) -> None:

@@ -28,11 +28,20 @@ class RunTensors(ABC):
     """The tensors of one run.
 
     Attributes in `NAMES`: ``sensitivity`` and ``uncertainty``, (entries,), float32, the statistics of gradients;
-    ``mask``, (ranks,), bool, the ranks that the last cut kept; ``skipped``, (), int64, steps that the statistics miss.
+    ``mask``, (ranks,), bool, the ranks that the last cut kept; ``skipped``, (), int64, steps left out of the
+    statistics.
+
+    Args:
+        device: tells where the factors are. It must be fit for copying and pickling, as ``FactorPair.device`` is.
     """
 
     def __init__(self, device: Callable[[], torch.device]) -> None:
         self._device = device
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose buffers they are; None if the run holds them itself."""
+        return None
 
     def create(self, entries: int, ranks: int) -> None:
         """Make the tensors, with all ranks kept and ``entries`` zeros in each of the statistics."""

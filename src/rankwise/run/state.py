@@ -148,7 +148,7 @@ class RunState:
                 raise ValueError("The state of the run is cut off.")
             scales = packed[start + 1 : start + 1 + count].view(torch.float64)
             start += 1 + count
-            if not scales.isfinite().all():
+            if not (scales.isfinite() & (scales != 0)).all():
                 raise ValueError("The state of the run holds a scale that no layer has: it is damaged.")
         history = RankHistory.from_tensor(layers, packed[start:])
         return cls(
@@ -174,6 +174,11 @@ class RunState:
         Raises:
             ValueError: they are different runs.
         """
+        if self.scales and len(self.scales) != len(here.scales):
+            raise ValueError(
+                f"The state of the run has scales of {len(self.scales)} layers, but the adapter has "
+                f"{len(here.scales)}: it is damaged."
+            )
         was: dict[str, Any] = {
             "lora_alpha": self.weights.lora_alpha,
             "target_r": self.target_r,

@@ -44,6 +44,10 @@ class StepCounter:
             return True
         return False
 
+    def is_stepping(self, optimizer: Optimizer) -> bool:
+        """Whether the step that has begun last and not ended is that of ``optimizer`` itself."""
+        return self._stepping is not None and self._stepping() is optimizer
+
     def end(self, optimizer: Optimizer, holds: Sequence[int], trains: Callable[[int], bool]) -> bool:
         """Whether the step that ``optimizer`` has taken counts.
 
@@ -52,7 +56,7 @@ class StepCounter:
             holds: the numbers of the factors that it holds, rising.
             trains: whether the factor of a number trains now.
         """
-        if self._stepping is None or self._stepping() is not optimizer:
+        if not self.is_stepping(optimizer):
             return False
         self._stepping = None
         first = next((number for number in holds if trains(number)), None)

@@ -19,9 +19,13 @@ from torch import Tensor
 
 from rankwise.config.checks import check_number, check_whole
 from rankwise.files.atomic import refuse_existing
+from rankwise.files.tensors import check_finite
+from rankwise.method.magnitude import largest, power_below
 from rankwise.method.truncation import kept_by, parameters_of, ranks_for_budget, ranks_for_share
+from rankwise.storage.finite import near
+from rankwise.storage.lora_layout import Update
 from rankwise.storage.names import OWNED
-from rankwise.storage.updates import Update, Updates, read_updates, write_lora
+from rankwise.storage.updates import Updates, read_updates, write_lora
 
 if TYPE_CHECKING:
     from rankwise.model import PeftModel
@@ -77,24 +81,29 @@ class Spectra:
         updates: as `read_updates` gives them.
 
     Raises:
-        ValueError: a layer is a grouped convolution in LoRA's layout, or no update has anything in it.
+        ValueError: a layer is a grouped convolution in LoRA's layout or holds NaN or infinite values, or no update has
+            anything in it.
     """
 
     def __init__(self, updates: Updates) -> None:
         self.updates = updates
         self.widths = {path: update.width for path, update in updates.layers.items()}
         self._factors: dict[str, Update] = {}
-        self._squares: dict[str, list[float]] = {}
+        found: dict[str, Tensor] = {}
         for path, update in updates.layers.items():
             if update.grouped:
                 raise ValueError(
                     f"{updates.source}: {path!r} is a grouped convolution, whose LoRA is no change of its weight, so "
-                    "that it has no singular values. Train such adapters as AdaLoRA, or without that layer."
+                    "that it has no singular values. Train such adapters without that layer."
                 )
-            self._factors[path], singular = principal(update)
-            self._squares[path] = singular.square().tolist()
-        if not any(map(sum, self._squares.values())):
+            for name, factor in (("A", update.A), ("B", update.B)):
+                check_finite(updates.source, f"lora_{name} of {path!r}", factor)
+            self._factors[path], found[path] = principal(update)
+        # Only shares count, and squares of numbers of at most 1 don't overflow.
+        unit = max((float(singular.max()) for singular in found.values() if len(singular)), default=0.0)
+        if not unit:
             raise ValueError(f"{updates.source} changes nothing: all its updates are 0.")
+        self._squares = {path: (singular / unit).square().tolist() for path, singular in found.items()}
 
     def ranks(
         self, rank: float | None = None, parameters: int | None = None, keep: float | None = None
@@ -150,7 +159,7 @@ class Spectra:
         for path, rank in ranks.items():
             if rank:
                 own = self._factors[path]
-                cut[path] = Update(own.A[:rank], own.B[:, :rank], own.kind, own.kernel)
+                cut[path] = own.cut(rank)
         return cut
 
     def curve(self) -> list[Compression]:
@@ -187,7 +196,8 @@ def compress_adapter(
     Args:
         save_directory: the folder to write; made if need be.
         adapter: an adapted model, or an adapter folder that rankwise or PEFT wrote.
-        rank: as many parameters as LoRA of this rank in all layers has, greater than 0.
+        rank: as many parameters as LoRA of this rank has in all layers of the adapter, greater than 0. A layer that has
+            ended at rank 0 in the default form is none of them.
         parameters: at most so many numbers in the factors.
         keep: the share of the squared norm of all updates to keep, in (0, 1], with as few parameters as that takes.
         adapter_name: which adapter of the model.
@@ -255,7 +265,8 @@ def principal(update: Update) -> tuple[Update, Tensor]:
         update: of rank r.
 
     Returns:
-        The update, in its dtype, of as many directions as have anything in them, and their singular values, float64.
+        The update, in its dtype, of as many directions as have anything in them, and their singular values, float64, at
+        most its largest number.
 
     Example:
         >>> from rankwise.adapters import adapters_for
@@ -265,12 +276,15 @@ def principal(update: Update) -> tuple[Update, Tensor]:
         ([4.0, 3.0], [[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
     """
     # In double precision, as what is small beside the largest direction is what the cut is about.
-    Q_A, R_A = torch.linalg.qr(update.A.double().T)
-    Q_B, R_B = torch.linalg.qr(update.B.double())
+    A, B = update.A.double(), update.B.double()
+    power_A, power_B = (power_below(largest(each, (0, 1))).flatten() for each in (A, B))
+    Q_A, R_A = torch.linalg.qr(A.T / power_A)
+    Q_B, R_B = torch.linalg.qr(B / power_B)
     U, singular, Vh = torch.linalg.svd(R_B @ R_A.T)
     least = singular[:1].sum() * max(update.A.shape[1], update.B.shape[0]) * torch.finfo(torch.float64).eps
     rank = int((singular > least).sum())
-    root = singular[:rank].sqrt()
-    A = (root[:, None] * (Vh[:rank] @ Q_A.T)).to(update.A.dtype)
-    B = (Q_B @ U[:, :rank] * root).to(update.B.dtype)
-    return Update(A, B, update.kind, update.kernel), singular[:rank]
+    root = singular[:rank].sqrt() * power_A.sqrt() * power_B.sqrt()
+    new_A = near(root[:, None] * (Vh[:rank] @ Q_A.T), update.A.dtype)
+    new_B = near(Q_B @ U[:, :rank] * root, update.B.dtype)
+    values = (singular[:rank] * power_A * power_B).clamp(max=torch.finfo(torch.float64).max)
+    return Update(new_A, new_B, update.kind, update.kernel), values

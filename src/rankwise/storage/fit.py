@@ -15,19 +15,19 @@ from rankwise.attach.attachment import (
     factor_options,
     plain_name,
 )
+from rankwise.attach.embeddings import input_embeddings, output_embeddings
 from rankwise.attach.matching import matcher, pattern_value, saved_module_of
 from rankwise.attach.targets import (
     find_targets,
     modules_to_save_paths,
-    output_embeddings,
     own_modules,
     parameter_targets,
 )
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
 from rankwise.config.suggest import suggestion
 from rankwise.files.tensors import check_finite
+from rankwise.storage.adapter_file import AdapterFile, kept_by_pattern, name_parameters
 from rankwise.storage.nesting import by_owner
-from rankwise.storage.read import AdapterFile, kept_by_pattern, name_parameters
 
 _DOUBLES = (
     "original_module.",
@@ -92,15 +92,15 @@ def _fit_rest(
 ) -> None:
     """Check single parameters: biases if ``config`` trains them, embeddings; any if there is no ``config``."""
     own = {plain_name(name): value for name, value in model.named_parameters(remove_duplicate=False)}
-    outputs = {id(module) for module in output_embeddings(model)}
+    embeddings = {id(module) for find in (input_embeddings, output_embeddings) for module in find(model)}
     for name, tensor in rest.items():
         if name not in own:
             raise ValueError(f"{file.source}: the model has no {name!r}.{suggestion(name, own)}")
-        if own[name].shape != tensor.shape:
-            raise ValueError(_shape_message(file, name, tensor, own[name].shape))
         module = modules.get(name.rpartition(".")[0], model)
         kind = adapters_for(module)
-        embeds = id(module) in outputs or (kind is not None and kind.base_in_file)
+        embeds = id(module) in embeddings or (kind is not None and kind.base_in_file)
+        if own[name].shape != tensor.shape:
+            raise ValueError(_shape_message(file, name, tensor, own[name].shape, embeds))
         bias = config is not None and config.bias != "none" and name.endswith("bias")
         if (
             not (config is None or bias or embeds)
@@ -169,9 +169,12 @@ def _fit(
     found = dict(factors)
     if file.laid_out:
         found = {name: mixin.from_file(layer, name, tensor, adalora) for name, tensor in factors.items()}
-    rows = len(found["A"])
     rank = config.init_r if adalora else pattern_value(config.rank_pattern or {}, path, config.r)  # type: ignore
-    matrices = mixin.blocks(layer)
+    scale, matrices = base_scaling(config, path, rank), mixin.blocks(layer)
+    if file.of_weight:
+        found["A"], found["B"] = mixin.as_lora(layer, found["A"], found["B"])
+        rank *= len(found["A"]) // max(len(factors["A"]), 1)
+    rows = len(found["A"])
     if not adalora and matrices * rank != rows and rows % rank == 0 and matrices > 1:
         raise ValueError(_other_stack(file, path, rows // rank, matrices))
     if not adalora and mixin.rank_of(layer, found["A"]) != rank:
@@ -194,7 +197,7 @@ def _fit(
     for name, tensor in made.items():  # again: a number may have been too large for the dtype
         if tensor.dtype != factors[name].dtype:
             check_finite(file.source, f"{path}.lora_{name}", tensor)
-    return Factors(made["A"], made["B"], made.get("E"), base_scaling(config, path, rank))
+    return Factors(made["A"], made["B"], made.get("E"), scale)
 
 
 def _check_stack(file: AdapterFile, path: str, matrices: int, config: LoraConfig) -> None:
@@ -212,9 +215,18 @@ def _other_stack(file: AdapterFile, path: str, held: int, matrices: int) -> str:
     )
 
 
-def _shape_message(file: AdapterFile, name: str, tensor: Tensor, shape: Iterable[int]) -> str:
+def _shape_message(
+    file: AdapterFile, name: str, tensor: Tensor, shape: Iterable[int], embeds: bool = False
+) -> str:
+    found, wanted = tuple(tensor.shape), tuple(shape)
+    if embeds and found[1:] == wanted[1:]:
+        mend = f"call `model.resize_token_embeddings({found[0]})` on the base before loading."
+        return (
+            f"{file.source}: {name} has {found[0]} rows, but this model's has {wanted[0]}. The adapter was saved after "
+            f"the vocabulary was resized: {mend}"
+        )
     return (
-        f"{file.source}: {name} is {tuple(tensor.shape)}, but this model takes {tuple(shape)}. The adapter belongs "
+        f"{file.source}: {name} is {found}, but this model takes {wanted}. The adapter belongs "
         "to a model of other shapes: load the base model that it was trained on."
     )
 
@@ -229,7 +241,8 @@ def _fit_head(module: nn.Module, path: str, tensors: Mapping[str, Tensor], file:
     parameters = dict(module.named_parameters())
     for key, tensor in tensors.items():
         if own[key].shape != tensor.shape:
-            raise ValueError(_shape_message(file, f"{path}.{key}", tensor, own[key].shape))
+            embeds = isinstance(module, nn.Embedding)
+            raise ValueError(_shape_message(file, f"{path}.{key}", tensor, own[key].shape, embeds))
         if own[key].is_floating_point() != tensor.is_floating_point() or tensor.is_complex():
             raise ValueError(
                 f"{file.source}: {path}.{key} is {tensor.dtype}, but the model has {own[key].dtype}."

@@ -11,9 +11,12 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 HISTORY_NAME = "rank_history.json"
 TRAINING_STATE_NAME = "training_state.safetensors"
-OWNED = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, HISTORY_NAME, TRAINING_STATE_NAME)
+TRAINING_CONFIG_NAME = "training_config.json"
+OWNED = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, HISTORY_NAME, TRAINING_STATE_NAME, TRAINING_CONFIG_NAME)
 PREFIX = "base_model.model."
-NO_SCHEDULE = 1  # total_step in a file whose run had no length yet: no run is as short
+NO_SCHEDULE = (
+    1  # total_step in a file whose run had no length yet; of a run of one step nothing is left to go on
+)
 EXTRA_STATE = "_extra_state"  # PyTorch's key for what `get_extra_state` gives
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankwise.adapters import KINDS, AdapterLayer
+from rankwise.adapters import KINDS
 from rankwise.adapters.parameter import stacked_columns
 from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
@@ -23,7 +22,14 @@ from rankwise.files.tensors import (
     read_tensor_header,
 )
 from rankwise.run.history import RankHistory
-from rankwise.run.pairs import block_names
+from rankwise.run.run_tensors import BUFFERS
+from rankwise.storage.adapter_file import (
+    AdapterFile,
+    kept_by_pattern,
+    names_of_blocks,
+    sort_tensors,
+    without_E,
+)
 from rankwise.storage.contents import (
     Contents,
     check_complete,
@@ -31,16 +37,17 @@ from rankwise.storage.contents import (
     common_rank,
     sort_by_use,
 )
+from rankwise.storage.earlier import as_plain_lora
 from rankwise.storage.folder import check_folder, holds, read_config
 from rankwise.storage.names import (
     HISTORY_NAME,
     OWNED,
     PICKLE_NAME,
-    PREFIX,
+    TRAINING_CONFIG_NAME,
     TRAINING_STATE_NAME,
     WEIGHTS_NAME,
 )
-from rankwise.storage.nesting import named_by_targets, unnested_paths
+from rankwise.storage.run_config import read_run_config
 
 _CONVERT = (
     "import torch; from safetensors.torch import save_file; "
@@ -98,29 +105,6 @@ def _no_header(folder: Path) -> str:
     )
 
 
-@dataclass
-class AdapterFile:
-    """The content of an adapter folder, checked as far as that goes without a model."""
-
-    source: str
-    config: LoraConfig
-    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> {"A": …, "B": …, "E": …}
-    others: dict[str, Tensor] = field(default_factory=dict)  # biases and modules saved whole
-    kinds: dict[str, type[AdapterLayer]] = field(default_factory=dict)  # path -> as its names tell it
-    nested: dict[str, str] = field(default_factory=dict)  # path of a parameter -> its path in a LoRA file
-    laid_out: bool = True  # as in a file, and not as in a layer
-    history: RankHistory | None = None
-    training: dict[str, Tensor] | None = None  # content of TRAINING_STATE_NAME
-    training_source: str = ""
-
-    def config_with(self, **changes: Any) -> LoraConfig:
-        """The configuration with ``changes``; an error names the folder's file."""
-        try:
-            return replace(self.config, **changes)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{Path(self.source).with_name(CONFIG_NAME)}: {error}") from None
-
-
 def read_adapter(folder: Path, training_state: bool = False) -> AdapterFile:
     """Read an adapter folder, with ``training_state`` also the state of the run, if there is one.
 
@@ -139,17 +123,31 @@ def _read(folder: Path, training_state: bool) -> AdapterFile:
     check_factors(file)
     if holds(folder, HISTORY_NAME):
         file.history = RankHistory.load(folder / HISTORY_NAME)
-        if set(file.history.layers) != {
-            name for path in file.factors for name in names_of_blocks(file, path)
-        }:
-            raise ValueError(
-                f"{folder / HISTORY_NAME} is of other layers than {source}: one is another adapter's."
-            )
+        _check_history(file, folder / HISTORY_NAME)
     if training_state and holds(folder, TRAINING_STATE_NAME):
         file.training_source = str(folder / TRAINING_STATE_NAME)
         file.training = read_tensor_file(folder / TRAINING_STATE_NAME)
-        _check_same_run(file)
-    return file
+        if holds(folder, TRAINING_CONFIG_NAME):
+            file.run_config = read_run_config(folder, tensors)
+        elif not isinstance(config, AdaLoraConfig) and BUFFERS[-1] in file.training:
+            raise ValueError(
+                f"{folder} is incomplete: it has {TRAINING_STATE_NAME}, but no {TRAINING_CONFIG_NAME}, which says how "
+                "the run goes on. Copy it from where the checkpoint was saved."
+            )
+        else:
+            _check_same_run(file)
+    return as_plain_lora(file) if without_E(config) else file
+
+
+def _check_history(file: AdapterFile, path: Path) -> None:
+    """Refuse the history of another adapter: it names all layers in the file, and beside them only some at rank 0."""
+    history: RankHistory = file.history  # type: ignore[assignment]
+    held = {name for path in file.factors for name in names_of_blocks(file, path)}
+    last = dict(zip(history.layers, history.records[-1].ranks, strict=True)) if history.records else {}
+    beside = {name for name in history.layers if name not in held}
+    adalora = isinstance(file.config, AdaLoraConfig)
+    if not held <= set(history.layers) or any(adalora or last.get(name) != 0 for name in beside):
+        raise ValueError(f"{path} is of other layers than {file.source}: one is another adapter's.")
 
 
 def _check_same_run(file: AdapterFile) -> None:
@@ -179,25 +177,6 @@ def _check_same_run(file: AdapterFile) -> None:
             )
 
 
-def sort_tensors(source: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> AdapterFile:
-    """Tensors under PEFT's names, sorted into layers' factors and others; ``source`` is where they come from."""
-    contents = sort_by_use(source, tensors)
-    file = AdapterFile(source, config, contents.factors, contents.others, contents.kinds)
-    if config.target_parameters and not isinstance(config, AdaLoraConfig):
-        name_parameters(file, named_by_targets(config.target_parameters))
-    return file
-
-
-def name_parameters(file: AdapterFile, names_of: Callable[[str], Sequence[str]]) -> None:
-    """Give the factors of parameters their own paths; ``names_of`` as `unnested_paths` takes it."""
-    as_in_file = {path: file.nested.get(path, path) for path in file.factors}
-    paths = unnested_paths(as_in_file.values(), names_of)
-    renamed = {path: paths.get(in_file, in_file) for path, in_file in as_in_file.items()}
-    file.factors = {renamed[path]: factors for path, factors in file.factors.items()}
-    file.kinds = {renamed[path]: kind for path, kind in file.kinds.items()}
-    file.nested = {parameter: in_file for in_file, parameter in paths.items()}
-
-
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
     if holds(folder, WEIGHTS_NAME):
         return read_tensor_file(folder / WEIGHTS_NAME), str(folder / WEIGHTS_NAME)
@@ -207,13 +186,17 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def check_factors(file: AdapterFile, cut: bool = True) -> None:
-    """Check kinds, numbers and dimensions of the factors; if ``cut`` to `rank_pattern`, also the ranks."""
+    """Check kinds, numbers and dimensions of the factors; if ``cut`` to `rank_pattern`, also the ranks.
+
+    A run in the default form has no third factor, and the folders that earlier versions wrote of one have it.
+    """
     adalora = isinstance(file.config, AdaLoraConfig)
+    with_E = adalora and not (without_E(file.config) and file.laid_out is False)
     dims = {2} if adalora else {kind.file_dims for kind in KINDS} | {2}
     if not file.factors and not file.others:
         raise ValueError(f"{file.source} holds no adapter tensors.")
     config_path = str(Path(file.source).with_name(CONFIG_NAME))
-    check_complete(file.source, config_path, file.config.peft_type, file.factors)
+    check_complete(file.source, config_path, "ADALORA" if with_E else "LORA", file.factors)
     for path, factors in file.factors.items():
         common_rank(file.source, path, factors, file.kinds[path])
         for name, tensor in factors.items():
@@ -244,17 +227,3 @@ def _check_rank_pattern(file: AdapterFile) -> None:
                 f"{file.source}: {path!r} should have {rank} triplets by {CONFIG_NAME} "
                 f"({'`rank_pattern`' if path in pattern else '`init_r`'}), but its tensors are {shapes}."
             )
-
-
-def names_of_blocks(file: AdapterFile, path: str) -> list[str]:
-    """What the blocks of the layer at ``path`` are called; see `block_names`."""
-    if not isinstance(file.config, AdaLoraConfig):
-        return [path]
-    kept = kept_by_pattern(file.config).get(path, [])
-    return block_names(path, max(len(kept) // file.config.init_r, 1))
-
-
-def kept_by_pattern(config: LoraConfig) -> dict[str, list[bool]]:
-    """AdaLoRA's `rank_pattern` by module path."""
-    pattern = (config.rank_pattern or {}) if isinstance(config, AdaLoraConfig) else {}
-    return {key.removesuffix(".lora_E").removeprefix(PREFIX): kept for key, kept in pattern.items()}

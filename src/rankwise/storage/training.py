@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,14 +20,16 @@ from rankwise.attach.attachment import (
 from rankwise.config import AdaLoraConfig
 from rankwise.files.tensors import check_finite
 from rankwise.parallel.sharded import laid_out
+from rankwise.run.checkpoint import check_packed_state
 from rankwise.run.controller import Controller
 from rankwise.run.run_tensors import BUFFERS, was_left_empty
 from rankwise.run.state import RunState
+from rankwise.storage.adapter_file import AdapterFile, names_of_blocks, sort_tensors
 from rankwise.storage.fit import fit_all, with_all_heads
 from rankwise.storage.names import (
     EXTRA_STATE,
 )
-from rankwise.storage.read import AdapterFile, check_factors, names_of_blocks, sort_tensors
+from rankwise.storage.read import check_factors
 
 
 def training_keys(model: nn.Module, adapter: str) -> dict[str, str]:
@@ -79,22 +82,29 @@ def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) 
     """
     check_adapter_name(model, adapter)
     buffers = {*BUFFERS, EXTRA_STATE, *(name for name, _ in model.named_buffers())}
-    uncut = sort_tensors(file.training_source, file.config, {
+    run_config = file.run_config or file.config
+    uncut = sort_tensors(file.training_source, run_config, {
         key.replace(".modules_to_save.", "."): tensor
         for key, tensor in (file.training or {}).items() if key not in buffers
     })  # fmt: skip
     uncut.laid_out = False
     check_factors(uncut, cut=False)
-    fit_all(model, file, file.config)
+    in_file = fit_all(model, file, file.config)[2]
     changes: dict[str, Any] = {"inference_mode": False}
-    if isinstance(file.config, AdaLoraConfig):
+    if isinstance(
+        file.config, AdaLoraConfig
+    ):  # PEFT's format, in which a run of unknown length has a schedule
         changes["rank_pattern"] = None
         blocks = [name for path in uncut.factors for name in names_of_blocks(file, path)]
         if _run_state(file, blocks).schedule is None:
             changes["total_step"] = None
-    uncut.config = file.config_with(**changes)
+    uncut.config = replace(run_config, **changes)
     layers, heads, rest = fit_all(model, uncut, uncut.config, all_parameters=True)
-    return Attachment(adapter, with_all_heads(uncut.config, heads), layers, heads, rest)  # type: ignore[arg-type]
+    config = with_all_heads(uncut.config, heads)
+    frozen = {
+        name: tensor for name, tensor in in_file.items() if name not in rest
+    }  # such as a resized vocabulary
+    return Attachment(adapter, config, layers, heads, rest, frozen)  # type: ignore[arg-type]
 
 
 def _run_state(file: AdapterFile, layers: list[str]) -> RunState:
@@ -118,7 +128,7 @@ def prepare_training_state(
         ValueError: it is broken, or of another run.
     """
     tensors, source = file.training or {}, file.training_source
-    fit_all(model, file, file.config)
+    in_file = fit_all(model, file, file.config)[2]
     own = plain_state(model.state_dict())
     names = training_keys(model, adapter)
     parameters = {plain_name(name) for name, _ in model.named_parameters()}
@@ -136,13 +146,17 @@ def prepare_training_state(
                 check_finite(source, name, tensors[name])
     if controller is not None:
         try:
-            controller.check_packed_state(tensors[EXTRA_STATE])
+            state = check_packed_state(controller, tensors[EXTRA_STATE])
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+        if file.scales:
+            scales = tuple(file.scales[pair.path] for pair in controller.factors.pairs)
+            tensors = {**tensors, EXTRA_STATE: replace(state, scales=scales).to_tensor()}
     keys = {plain_name(key): key for key in model.state_dict()}
+    frozen = {key: tensor.to(own[key].dtype) for key, tensor in in_file.items() if key not in names}
 
     def load() -> None:
-        loaded = laid_out({key: tensors[name] for key, name in names.items()}, own)
+        loaded = laid_out({**frozen, **{key: tensors[name] for key, name in names.items()}}, own)
         model.load_state_dict({keys[key]: tensor for key, tensor in loaded.items()}, strict=False)
 
     return load

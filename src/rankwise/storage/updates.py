@@ -1,7 +1,8 @@
 """What an adapter adds to each layer, as two factors, whatever kind of adapter it is; and writing that as LoRA.
 
-AdaLoRA's update s * B diag(E) A and LoRA's s * B A both become B A, with scale and E multiplied into A. This is exact:
-no product is formed and nothing is approximated. Written again with alpha equal to the rank, every layer's scale is 1.
+LoRA's update s * B A and the paper's s * B diag(E) A both become B A, with scale and E multiplied into A. This is
+exact: no product is formed and nothing is approximated. Written again with alpha equal to the rank, every layer's scale
+is 1.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -21,54 +22,16 @@ from rankwise.adapters import AdapterLayer
 from rankwise.adapters.parameter import ParameterAdapters, stacked_columns
 from rankwise.attach.attachment import adapter_layers, base_scaling
 from rankwise.attach.matching import pattern_value
-from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
+from rankwise.config import CONFIG_NAME, LoraConfig
 from rankwise.files.atomic import write_folder
 from rankwise.run.pairs import block_names
 from rankwise.storage import OWNED, PREFIX, WEIGHTS_NAME, AdapterFile, read_adapter, read_model_adapter
-from rankwise.storage.nesting import by_owner, named_by_targets, nested_paths
-from rankwise.storage.read import kept_by_pattern, names_of_blocks
+from rankwise.storage.adapter_file import kept_by_pattern, matrices_of
+from rankwise.storage.finite import near
+from rankwise.storage.lora_layout import Update, in_file_order, lora_config, plain_lora
 
 if TYPE_CHECKING:
     from rankwise.model import PeftModel
-
-_KEPT_EXTRA = ("auto_mapping",)  # says which class the base model has
-
-
-@dataclass(frozen=True)
-class Update:
-    """The change B A of one layer's weight.
-
-    Args:
-        A: (rank, d_in), with the scale and AdaLoRA's E in it.
-        B: (d_out, rank), or (d_out, rank / groups) for a grouped convolution in LoRA's layout.
-        kind: of layer, which knows how a file names the factors. An embedding has d_in entries.
-        kernel: height and width of a convolution, whose d_in is channels * height * width.
-    """
-
-    A: Tensor
-    B: Tensor
-    kind: type[AdapterLayer]
-    kernel: tuple[int, ...] = ()
-
-    @property
-    def rank(self) -> int:
-        """Rows of A."""
-        return self.A.shape[0]
-
-    @property
-    def width(self) -> int:
-        """Numbers that one more rank takes: d_in + d_out."""
-        return self.A.shape[1] + self.B.shape[0]
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in A and B."""
-        return self.A.numel() + self.B.numel()
-
-    @property
-    def grouped(self) -> bool:
-        """Whether it is a grouped convolution's in LoRA's layout, which is no change B A of a weight."""
-        return self.B.shape[1] != self.rank
 
 
 @dataclass(frozen=True)
@@ -78,8 +41,8 @@ class Updates:
     Args:
         source: where it comes from, for messages.
         config: the adapter's configuration.
-        layers: the update of each layer by its path, those at rank 0 included. Each matrix of a stack is a layer of
-            its own, called by its number: ``"mlp.experts.up.3"``.
+        layers: the update of each layer in the folder by its path; in PEFT's AdaLoRA format those at rank 0 are among
+            them. Each matrix of a stack is a layer of its own, called by its number: ``"mlp.experts.up.3"``.
         others: biases and modules saved whole, by their names in the file.
         stacks: for each stack of matrices, such as experts, its path and what its matrices are called.
     """
@@ -104,13 +67,14 @@ def read_updates(adapter: PeftModel | str | os.PathLike[str], adapter_name: str 
         file, own = read_model_adapter(adapter, adapter_name), adapter_layers(adapter, adapter_name)
     layers: dict[str, Update] = {}
     stacks: dict[str, list[str]] = {}
-    for path, tensors in sorted(file.factors.items(), key=_in_order):
-        matrices = _matrices(file, path)
+    for path in sorted(file.factors, key=_in_order):
+        matrices = matrices_of(file, path)
+        found = [_update(file, path, own.get(path))] if matrices is None else _unstacked(file, path, matrices)
         if matrices is None:
-            layers[path] = _update(file, path, tensors, own.get(path))
+            layers[path] = found[0]
         else:
             stacks[path] = block_names(path, matrices)
-            layers |= zip(stacks[path], _unstacked(file, path, tensors, matrices), strict=True)
+            layers |= zip(stacks[path], found, strict=True)
     return Updates(file.source, file.config, layers, file.others, stacks)
 
 
@@ -147,26 +111,33 @@ def write_lora(
 
     Raises:
         OSError: it can't be written; what was there before is whole.
+        ValueError: factors hold NaN or infinite values, or numbers that ``dtype`` can't hold. Nothing is written then.
     """
     plain = {path: update for path, update in layers.items() if path not in _in_stacks(updates)}
-    stacks = _stacked(updates, layers)
-    ranks = {path: update.rank for path, update in plain.items()}
-    ranks |= {path: update.rank // len(updates.stacks[path]) for path, update in stacks.items()}
-    config = lora_config(updates, ranks)
+    stacks = {}
+    for path in in_file_order(updates.config, updates.stacks):
+        names = updates.stacks[path]
+        if any(name in layers for name in names):
+            stacks[path] = [layers.get(name, updates.layers[name].cut(0)) for name in names]
+    left_out = _all_paths(updates) - plain.keys() - stacks.keys()
+    config, factors = plain_lora(updates.config, plain, stacks, left_out, dtype=dtype)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in updates.others.items()}
-    for path, update in plain.items():
-        tensors |= named_tensors(path, update, dtype)
-    nested = nested_paths(stacks)
-    for path, update in stacks.items():
-        tensors |= named_tensors(nested[path], update, dtype)
-    write_lora_folder(folder, config, tensors, companions)
+    write_lora_folder(folder, config, {**tensors, **factors}, companions)
     return config
 
 
 def write_lora_folder(
     folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], companions: Iterable[Path] = ()
 ) -> None:
-    """Write a configuration and tensors under PEFT's names as an adapter folder, all or nothing."""
+    """Write a configuration and tensors under PEFT's names as an adapter folder, all or nothing.
+
+    Raises:
+        OSError: it can't be written; what was there before is whole.
+        ValueError: a tensor holds NaN.
+    """
+    for name, tensor in tensors.items():  # of the factors it is known
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise ValueError(f"{name.removeprefix(PREFIX)!r} holds NaN: use an earlier checkpoint.")
 
     def write(temporary: Path) -> None:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / WEIGHTS_NAME,
@@ -178,131 +149,63 @@ def write_lora_folder(
     write_folder(folder, write, owned=OWNED)
 
 
-def lora_config(updates: Updates, ranks: Mapping[str, int]) -> LoraConfig:
-    """A configuration of LoRA layers of these ranks, with rank and alpha equal, so that the scale is 1 everywhere.
+def padded_config(updates: Updates, layers: Iterable[str], rank: int) -> LoraConfig:
+    """A configuration of LoRA layers of one rank, with alpha equal to it, so that the scale is 1.
 
     Raises:
-        ValueError: one is a matrix of a stack, of which all have one rank in a LoRA file.
+        ValueError: one is a matrix of a stack, which a LoRA file has only as a whole.
     """
-    inner = next((path for path in ranks if path in _in_stacks(updates) - updates.stacks.keys()), None)
+    layers = list(layers)
+    inner = next((path for path in layers if path in _in_stacks(updates)), None)
     if inner is not None:
         raise ValueError(
             f"{updates.source} adapts experts ({inner!r}), for which this format has no place. `save_as_lora` without "
             "`pad` writes what PEFT reads; or export the merged model (`--to merged`), and serve that."
         )
-    config, top = updates.config, max(ranks.values())
-    others = {path: rank for path, rank in ranks.items() if rank != top}
-    plain = [path for path in ranks if path not in updates.stacks]
-    every_layer_is_left = len(plain) == len(updates.layers.keys() - _in_stacks(updates))
-    every_stack_is_left = len(ranks) - len(plain) == len(updates.stacks)
-    return LoraConfig(
-        r=top,
-        lora_alpha=top,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        target_modules=config.target_modules if every_layer_is_left else plain,
-        target_parameters=config.target_parameters if every_stack_is_left else _in_file_order(updates, ranks),
-        exclude_modules=config.exclude_modules if every_layer_is_left else None,
-        layers_to_transform=config.layers_to_transform if every_layer_is_left else None,
-        layers_pattern=config.layers_pattern if every_layer_is_left else None,
-        bias=config.bias,
-        fan_in_fan_out=config.fan_in_fan_out,
-        modules_to_save=config.modules_to_save,
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        inference_mode=True,
-        extra={name: config.extra[name] for name in _KEPT_EXTRA if name in config.extra},
+    return lora_config(
+        updates.config, dict.fromkeys(layers, (rank, 1.0)), left_out=_all_paths(updates) - set(layers)
     )
 
 
-# Stacks of matrices, such as experts: in a LoRA file all of one have the largest rank of any.
-
-
 def _in_stacks(updates: Updates) -> set[str]:
+    """The names of the matrices of all stacks."""
     return {name for names in updates.stacks.values() for name in names}
 
 
-def _in_file_order(updates: Updates, paths: Iterable[str]) -> list[str]:
-    """Those of ``paths`` that are stacks, each module's in the order in which it holds them."""
-    names_of = named_by_targets(updates.config.target_parameters or [])
-    owners = by_owner(path for path in paths if path in updates.stacks)
-    return [
-        path
-        for owner, own in owners.items()
-        for name in names_of(owner)
-        if (path := f"{owner}.{name}") in own
-    ]
+def _all_paths(updates: Updates) -> set[str]:
+    """The paths of all layers and parameters that the adapter has."""
+    return (updates.layers.keys() - _in_stacks(updates)) | updates.stacks.keys()
 
 
-def _stacked(updates: Updates, layers: Mapping[str, Update]) -> dict[str, Update]:
-    """Each stack as a LoRA file has it: A (n * k, d_in), and B (d_out, k * n), with rank for rank."""
-    made: dict[str, Update] = {}
-    for path in _in_file_order(updates, updates.stacks):
-        names = updates.stacks[path]
-        rank = max((layers[name].rank for name in names if name in layers), default=0)
-        if rank:
-            A, B = (updates.layers[names[0]].A, updates.layers[names[0]].B)
-            whole_A, whole_B = (
-                A.new_zeros(len(names), rank, A.shape[1]),
-                B.new_zeros(len(B), rank, len(names)),
-            )
-            for number, name in enumerate(names):
-                if name in layers:
-                    whole_A[number, : layers[name].rank] = layers[name].A
-                    whole_B[:, : layers[name].rank, number] = layers[name].B
-            made[path] = Update(whole_A.flatten(0, 1), whole_B.flatten(1), ParameterAdapters)
-    return made
-
-
-def _matrices(file: AdapterFile, path: str) -> int | None:
-    """How many matrices are stacked in the parameter at ``path``; None if it is no parameter's."""
-    config = file.config
-    if isinstance(config, AdaLoraConfig):
-        named = any(f".{path}".endswith(f".{name}") for name in config.target_parameters or ())
-        return len(names_of_blocks(file, path)) if named else None
-    rank = pattern_value(config.rank_pattern or {}, path, config.r)
-    return max(len(file.factors[path]["A"]) // rank, 1) if path in file.nested else None
-
-
-def _unstacked(file: AdapterFile, path: str, own: Mapping[str, Tensor], matrices: int) -> list[Update]:
+def _unstacked(file: AdapterFile, path: str, matrices: int) -> list[Update]:
     """The update of each matrix of a stack."""
-    config, A, B = file.config, own["A"], own["B"]
-    if isinstance(config, AdaLoraConfig):
-        A = A * (own["E"] * base_scaling(config, path, config.init_r))
+    config, own = file.config, file.factors[path]
+    A, B = own["A"], own["B"]
+    if "E" in own:
+        A = _scaled(A, own["E"] * base_scaling(config, path, config.init_r))  # type: ignore[attr-defined]
         kept = torch.tensor(kept_by_pattern(config).get(path, [True] * len(A))).view(matrices, -1)
         counts = kept.sum(1).tolist()
     else:
         rank = pattern_value(config.rank_pattern or {}, path, config.r)
-        A, B = A * base_scaling(config, path, rank), stacked_columns(B, matrices)
+        A, B = _scaled(A, base_scaling(config, path, rank)), stacked_columns(B, matrices)
         counts = [rank] * matrices
     parts = zip(A.split(counts), B.split(counts, dim=1), strict=True)
     return [Update(one_A, one_B, ParameterAdapters) for one_A, one_B in parts]
 
 
-def named_tensors(path: str, update: Update, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A layer's factors under PEFT's names and in PEFT's shapes."""
-    A, B = update.A.to(dtype or update.A.dtype), update.B.to(dtype or update.B.dtype)
-    if update.kernel:
-        A, B = A.view(len(A), -1, *update.kernel), B[:, :, None, None]
-    return {
-        PREFIX + update.kind.file_name(path, name, adalora=False): each for name, each in (("A", A), ("B", B))
-    }
-
-
-def _in_order(named: tuple[str, Any]) -> list[tuple[int, str]]:
+def _in_order(path: str) -> list[tuple[int, str]]:
     """Layer 2 before layer 10, which a file has after layer 1."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in named[0].split(".")]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
-def _update(file: AdapterFile, path: str, own: Mapping[str, Tensor], layer: AdapterLayer | None) -> Update:
-    config, kind = file.config, file.kinds[path]
+def _update(file: AdapterFile, path: str, layer: AdapterLayer | None) -> Update:
+    config, kind, own = file.config, file.kinds[path], file.factors[path]
     # Of a convolution: the layer knows it, or plain LoRA's file has it in the shape.
     kernel = getattr(layer, "kernel_size", tuple(own["A"].shape[2:]))
     A, B = own["A"].flatten(1), own["B"].flatten(1)
-    if isinstance(config, AdaLoraConfig):
-        A = A * (own["E"] * base_scaling(config, path, config.init_r))
-        A, B = (A, B) if layer is None else layer.as_lora(A, B)
+    if "E" in own:
+        A = _scaled(A, own["E"] * base_scaling(config, path, config.init_r))  # type: ignore[attr-defined]
+        A, B = (A, B) if layer is None else layer.as_lora(layer, A, B)
         return Update(A, B, kind, kernel)
     rank = pattern_value(config.rank_pattern or {}, path, config.r)
     grouped = kernel and B.shape[1] and rank % B.shape[1] == 0
@@ -311,4 +214,9 @@ def _update(file: AdapterFile, path: str, own: Mapping[str, Tensor], layer: Adap
             f"{file.source}: {path!r} should have rank {rank} by `r` and `rank_pattern` of {CONFIG_NAME}, but its "
             f"factors are {tuple(own['A'].shape)} and {tuple(own['B'].shape)}. One of the files is another adapter's."
         )
-    return Update(A * base_scaling(config, path, rank), B, kind, kernel)
+    return Update(_scaled(A, base_scaling(config, path, rank)), B, kind, kernel)
+
+
+def _scaled(A: Tensor, by: Tensor | float) -> Tensor:
+    """``A * by``, in float32 where half precision can't hold it."""
+    return near(A.to(torch.promote_types(A.dtype, torch.float32)) * by, A.dtype)

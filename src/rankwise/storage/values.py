@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters import AdapterLayer
+from rankwise.adapters import AdapterLayer, adapters_for
 from rankwise.attach.attachment import (
     Attachment,
     Factors,
     adapter_layers,
+    base_scaling,
     check_adapter_name,
     plain_name,
     saved_modules,
 )
-from rankwise.attach.parameters import in_model_order
+from rankwise.attach.parameters import in_model_order, layer_at
 from rankwise.attach.targets import parameter_targets
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.parallel.sharded import laid_out, local, local_like
 from rankwise.run.controller import Controller
+from rankwise.run.pairs import block_names
+from rankwise.storage.adapter_file import AdapterFile, kept_by_pattern, without_E
 from rankwise.storage.fit import fit_all, with_all_heads
+from rankwise.storage.lora_layout import ranks_and_alphas
 from rankwise.storage.names import (
     NO_SCHEDULE,
 )
-from rankwise.storage.read import AdapterFile, kept_by_pattern
 
 
 def plan_from_file(model: nn.Module, file: AdapterFile, adapter: str, trainable: bool) -> Attachment:
@@ -43,10 +46,16 @@ def plan_from_file(model: nn.Module, file: AdapterFile, adapter: str, trainable:
         changes["total_step"] = None
     config = file.config_with(**changes)
     layers, heads, rest = fit_all(model, file, config)
-    if config.target_parameters:
-        stacks = [path for path, kept in kept_by_pattern(config).items() if len(kept) > config.init_r]  # type: ignore
+    if file.of_weight:  # in LoRA's layout a convolution has so many times the ranks as it has groups
+        sizes = {path: (_rank_of(model, path, factors), factors.scaling) for path, factors in layers.items()}
+        config = replace(config, **ranks_and_alphas(sizes))
+    for path in file.nested:
+        layers[path].kept = _acting_of_stack(layers[path])
+    if isinstance(config, AdaLoraConfig) and config.target_parameters:
+        stacks = [path for path, kept in kept_by_pattern(config).items() if len(kept) > config.init_r]
         for path in stacks:
             layers[path] = _stacked(layers[path], kept_by_pattern(config)[path], config, trainable)
+    if config.target_parameters:
         found = map(plain_name, parameter_targets(model, replace(config, inference_mode=True)))
         config = replace(config, target_parameters=in_model_order(config.target_parameters, found))
     return Attachment(adapter, with_all_heads(config, heads), layers, heads, rest)  # type: ignore[arg-type]
@@ -80,20 +89,33 @@ def prepare_values(
     layers, heads, rest = fit_all(model, file, file.config)
     own = adapter_layers(model, adapter)
     copies = {path: m for path, m in saved_modules(model).items() if adapter in m.modules_to_save}
-    for path in (own.keys() ^ layers.keys()) | (copies.keys() ^ heads.keys()):
+    takes_ranks = controller is not None and without_E(controller.config)
+    at_rank_0 = _at_rank_0(own, file) - layers.keys() if takes_ranks else set()
+    for path in (own.keys() ^ (layers.keys() | at_rank_0)) | (copies.keys() ^ heads.keys()):
         where = "the model" if path in own or path in copies else file.source
         raise ValueError(f"{file.source}: only {where} adapts {path!r}; this is another adapter.")
-    kept = {path: _places(own[path], adapter, path, factors, file) for path, factors in layers.items()}
+    made: dict[str, Factors] = {}
+    kept: dict[str, Tensor] = {}
+    for path in own:
+        if takes_ranks:
+            made[path], kept[path] = _with_first_ranks(own[path], adapter, path, layers.get(path), file)
+        else:
+            kept[path] = _places(own[path], adapter, path, layers[path], file)
+            made[path] = _spread_factors(layers[path], kept[path])
     all_parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
 
     @torch.no_grad()
     def load() -> None:
-        for path, factors in layers.items():
+        for path, factors in made.items():
             parameters = own[path].adapter_parameters(adapter)
             for key, value in (("lora_A", factors.A), ("lora_E", factors.E), ("lora_B", factors.B)):
                 if value is not None:
-                    whole = value if factors.E is None else _spread(value, key == "lora_B", kept[path])
-                    local(parameters[key]).copy_(local_like(whole, parameters[key]))
+                    local(parameters[key]).copy_(local_like(value, parameters[key]))
+            own[path].scaling[adapter] = factors.scaling
+            if path in file.nested and controller is None:  # a stack's ranks that are filled up with zeros
+                own[path].kept.pop(adapter, None)
+                if (acting := _acting_of_stack(factors)) is not None:
+                    own[path].kept[adapter] = acting.nonzero().flatten().to(own[path].lora_A[adapter].device)
         for path, tensors in heads.items():
             copy = copies[path].modules_to_save[adapter]
             copy.load_state_dict(laid_out(tensors, copy.state_dict()))
@@ -103,6 +125,67 @@ def prepare_values(
             controller.take_over(kept, file.history)
 
     return load
+
+
+def _at_rank_0(own: Mapping[str, AdapterLayer], file: AdapterFile) -> set[str]:
+    """Paths of layers that have no rank left in a plain LoRA folder, and so no tensors: its history names them."""
+    named = set(file.history.layers) if file.history is not None else set()
+    return {path for path, layer in own.items() if set(block_names(path, layer.blocks(layer))) <= named}
+
+
+def _with_first_ranks(
+    layer: AdapterLayer, adapter: str, path: str, factors: Factors | None, file: AdapterFile
+) -> tuple[Factors, Tensor]:
+    """The values of a layer whose first ranks, in each of its blocks, are a file's, and whose others are 0.
+
+    Returns:
+        The values, and which ranks are not 0, (ranks,), bool.
+    """
+    A, B = (parameter.detach() for parameter in (layer.lora_A[adapter], layer.lora_B[adapter]))
+    blocks = layer.blocks(layer)
+    kept = torch.zeros(blocks, len(A) // blocks, dtype=torch.bool)
+    if factors is None:
+        scale = base_scaling(file.config, "", file.config.r)
+        return Factors(torch.zeros_like(A), torch.zeros_like(B), None, scale), kept.flatten()
+    try:
+        own_A, own_B = layer.from_lora(layer, factors.A, factors.B)
+    except ValueError as error:
+        raise ValueError(f"{file.source}: {path!r}: {error}") from None
+    rank = len(own_A) // blocks
+    if rank > kept.shape[1]:
+        raise ValueError(
+            f"{file.source}: {path!r} has rank {rank}, but the attached adapter {kept.shape[1]}."
+        )
+    kept[:, :rank] = True
+    first = kept.flatten()
+    values = Factors(_spread(own_A, False, first), _spread(own_B, True, first), None, factors.scaling)
+    kept[:, :rank] = _acts(own_A, own_B).view(blocks, -1)
+    return values, kept.flatten()
+
+
+def _acts(A: Tensor, B: Tensor) -> Tensor:
+    """Which ranks have anything but zeros, (ranks,), bool, on the CPU."""
+    return ((A != 0).any(1) | (B != 0).any(0)).cpu()
+
+
+def _acting_of_stack(factors: Factors) -> Tensor | None:
+    """Which ranks of a stack are no filling of zeros; None if all act."""
+    acts = _acts(factors.A, factors.B)
+    return None if acts.all() else acts
+
+
+def _rank_of(model: nn.Module, path: str, factors: Factors) -> int:
+    layer = layer_at(model, path)
+    kind = adapters_for(layer)
+    return len(factors.A) if kind is None else kind.rank_of(layer, factors.A)
+
+
+def _spread_factors(factors: Factors, kept: Tensor) -> Factors:
+    """The factors with zeros where ``kept`` is False; a plain LoRA adapter has all."""
+    if factors.E is None:
+        return factors
+    A, B = _spread(factors.A, False, kept), _spread(factors.B, True, kept)
+    return Factors(A, B, _spread(factors.E, False, kept), factors.scaling)
 
 
 def _spread(value: Tensor, is_B: bool, kept: Tensor) -> Tensor:

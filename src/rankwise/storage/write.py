@@ -20,9 +20,7 @@ from rankwise.attach.attachment import (
     saved_modules,
 )
 from rankwise.attach.parameters import in_model_order
-from rankwise.attach.targets import (
-    own_modules,
-)
+from rankwise.attach.targets import own_modules
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.files.atomic import write_folder
 from rankwise.files.tensors import write_tensor_file
@@ -30,16 +28,20 @@ from rankwise.parallel import zero
 from rankwise.parallel.sharded import gather
 from rankwise.run.controller import Controller
 from rankwise.run.own import kept_ranks
+from rankwise.storage.adapter_file import AdapterFile, sort_tensors, without_E
+from rankwise.storage.finite import refuse_broken
+from rankwise.storage.lora_layout import Update, plain_lora
 from rankwise.storage.names import (
     HISTORY_NAME,
     NO_SCHEDULE,
     OWNED,
     PREFIX,
+    TRAINING_CONFIG_NAME,
     TRAINING_STATE_NAME,
     WEIGHTS_NAME,
 )
 from rankwise.storage.nesting import nested_paths
-from rankwise.storage.read import AdapterFile, sort_tensors
+from rankwise.storage.run_config import write_run_config
 from rankwise.storage.training import training_keys
 
 
@@ -63,21 +65,19 @@ def write_adapter(
         controller: the one that trains this adapter, if any.
         state: the model's `plain_state`, whole, where the model itself may hold only a part (sharded).
         training_state: also write what resuming needs.
-        more: names of base parameters to write, too, and their names in the file; see `embedding_keys`.
+        more: names of base parameters to write, too, and their names in the file; see
+            `storage.embeddings`.
 
     Raises:
         OSError: it can't be written; what was there before is untouched.
+        ValueError: a tensor holds NaN or infinite values. Nothing is written then.
     """
-    kept = kept_ranks(controller, state) if controller else {}
-    layers = adapter_layers(model, adapter)
-    tensors = adapter_tensors(model, adapter, config, layers, state, kept)
+    saved_config, tensors = adapter_content(model, adapter, config, controller, state)
     tensors |= {PREFIX + name: _portable(state[key]) for key, name in (more or {}).items()}
-    saved_config = _config_to_save(config, controller, kept, layers)
-    if config.target_parameters:
-        slots = [path for path, layer in layers.items() if isinstance(layer, ParameterSlot)]
-        saved_config = replace(
-            saved_config, target_parameters=in_model_order(config.target_parameters, slots)
-        )
+
+    keys = training_keys(model, adapter) if training_state else {}
+    own = {name: _portable(state[key]) for key, name in keys.items()}
+    refuse_broken(folder, model, adapter, {**own, **tensors})
 
     def write(temporary: Path) -> None:
         write_tensor_file(temporary / WEIGHTS_NAME, tensors)
@@ -85,26 +85,105 @@ def write_adapter(
         if controller:
             controller.history.save(temporary / HISTORY_NAME)
         if training_state:
-            own = {name: _portable(state[key]) for key, name in training_keys(model, adapter).items()}
             write_tensor_file(temporary / TRAINING_STATE_NAME, own)
+        if controller and without_E(config):
+            run_config = _with_schedule(controller.config, controller)
+            state_of_run = own if training_state else None
+            write_run_config(temporary / TRAINING_CONFIG_NAME, run_config, tensors, state_of_run)
 
     write_folder(folder, write, owned=OWNED)
 
 
-def adapter_tensors(
+def adapter_content(
+    model: nn.Module,
+    adapter: str,
+    config: LoraConfig,
+    controller: Controller | None,
+    state: Mapping[str, Any],
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The configuration and the tensors of an adapter's folder; arguments as for `write_adapter`."""
+    kept = kept_ranks(controller, state) if controller else {}
+    layers = adapter_layers(model, adapter)
+    if without_E(config):
+        saved, tensors = _plain_lora(model, adapter, config, layers, state, kept)
+    else:
+        saved = _config_to_save(config, controller, kept, layers)
+        tensors = _factors(adapter, config, layers, state, kept)
+    return saved, {**tensors, **_others(model, adapter, config, list(layers), state)}
+
+
+def _plain_lora(
     model: nn.Module,
     adapter: str,
     config: LoraConfig,
     layers: Mapping[str, AdapterLayer],
     state: Mapping[str, Any],
     kept: Mapping[str, Tensor],
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The configuration and the factors of an adapter that is written as plain LoRA, with the ``kept`` ranks."""
+    plain: dict[str, Update] = {}
+    stacks: dict[str, list[Update]] = {}
+    for path, layer in layers.items():
+        matrices = _kept_matrices(path, layer, adapter, state, kept.get(path))
+        if any(update.rank for update in matrices):
+            if isinstance(layer, ParameterSlot):
+                stacks[path] = matrices
+            else:
+                (plain[path],) = matrices
+    if not plain and not stacks:  # a LoRA folder holds at least one rank: it is 0
+        path, layer = next(iter(layers.items()))
+        first = torch.arange(len(layer.lora_A[adapter])) == 0
+        zeros = [
+            replace(update, A=torch.zeros_like(update.A), B=torch.zeros_like(update.B))
+            for update in _kept_matrices(path, layer, adapter, state, first)
+        ]
+        if isinstance(layer, ParameterSlot):
+            stacks[path] = zeros
+        else:
+            (plain[path],) = zeros
+    plain = {path: _as_lora(layers[path], each) for path, each in plain.items()}
+    left_out = layers.keys() - plain.keys() - stacks.keys()
+    modules = list(map(plain_name, own_modules(model))) if left_out else ()
+    if config.target_parameters:
+        slots = [path for path, layer in layers.items() if isinstance(layer, ParameterSlot)]
+        config = replace(config, target_parameters=in_model_order(config.target_parameters, slots))
+    return plain_lora(config, plain, stacks, left_out, modules)
+
+
+def _kept_matrices(
+    path: str, layer: AdapterLayer, adapter: str, state: Mapping[str, Any], kept: Tensor | None
+) -> list[Update]:
+    """The ``kept`` ranks, (ranks,), bool, of each of a layer's matrices; None: those that act."""
+    A, B = (_whole(state[f"{path}.lora_{key}.{adapter}"]) for key in "AB")
+    if kept is None:
+        kept = torch.zeros(len(A), dtype=torch.bool)
+        acting = layer.kept.get(adapter, len(A))
+        kept[slice(acting) if isinstance(acting, int) else acting.cpu()] = True
+    kernel = tuple(getattr(layer, "kernel_size", ()))
+    parts = (part.tensor_split(layer.blocks(layer), dim) for part, dim in ((A, 0), (B, 1), (kept, 0)))
+    return [
+        Update(own_A[own], own_B[:, own], type(layer), kernel, layer.scaling[adapter])
+        for own_A, own_B, own in zip(*parts, strict=True)
+    ]
+
+
+def _as_lora(layer: AdapterLayer, update: Update) -> Update:
+    A, B = layer.as_lora(layer, update.A, update.B)
+    return replace(update, A=A, B=B)
+
+
+def _factors(
+    adapter: str,
+    config: LoraConfig,
+    layers: Mapping[str, AdapterLayer],
+    state: Mapping[str, Any],
+    kept: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter on ``layers`` under PEFT's names, cut to the ``kept`` triplets."""
+    """The factors on ``layers`` under PEFT's names, cut to the ``kept`` triplets."""
     tensors: dict[str, Tensor] = {}
     adalora = isinstance(config, AdaLoraConfig)
-    names = (
-        {} if adalora else nested_paths(p for p, each in layers.items() if isinstance(each, ParameterSlot))
-    )
+    slots = (path for path, layer in layers.items() if isinstance(layer, ParameterSlot))
+    names = {} if adalora else nested_paths(slots)
     for path, layer in layers.items():
         stays = kept[path] if path in kept else layer.kept_ranks_of_stack(adapter) if adalora else None
         places = None if stays is None or bool(stays.all()) else stays.nonzero().flatten()
@@ -114,12 +193,20 @@ def adapter_tensors(
             tensor = tensor.clone() if places is None else tensor.index_select(int(factor == "B"), places)
             name = PREFIX + layer.file_name(names.get(path, path), factor, adalora)
             tensors[name] = layer.to_file(factor, tensor, adalora).contiguous()
+    return tensors
+
+
+def _others(
+    model: nn.Module, adapter: str, config: LoraConfig, layers: list[str], state: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Modules saved whole, and biases."""
+    tensors: dict[str, Tensor] = {}
     heads = saved_modules(model)
     for path, module in heads.items():
         inside = f"{path}.modules_to_save.{adapter}."
         for name in module.modules_to_save[adapter].state_dict() if adapter in module.modules_to_save else ():
             tensors[f"{PREFIX}{path}.{name}"] = _portable(state[inside + name])
-    for name in map(plain_name, bias_names(model, config.bias, list(layers), list(heads))):
+    for name in map(plain_name, bias_names(model, config.bias, layers, list(heads))):
         module_path = name.rpartition(".")[0]
         file_name = f"{module_path}.base_layer.bias" if module_path in layers else name
         tensors[PREFIX + file_name] = _portable(state[name])
@@ -135,40 +222,8 @@ def read_model_adapter(model: Any, adapter: str) -> AdapterFile:
     if adapter not in model.peft_config:
         raise ValueError(f"There is no adapter {adapter!r}; the model has {sorted(model.peft_config)}.")
     config, controller = model.peft_config[adapter], model._controller_of(adapter)
-    state = plain_state(model.state_dict())
-    kept = kept_ranks(controller, state) if controller else {}
-    layers = adapter_layers(model, adapter)
-    tensors = adapter_tensors(model, adapter, config, layers, state, kept)
-    config = _config_to_save(config, controller, kept, layers)
-    return sort_tensors(f"The adapter {adapter!r}", config, tensors)
-
-
-def embedding_keys(model: nn.Module, adapter: str, save: bool | str) -> dict[str, str]:
-    """The base parameters of input and output embeddings that belong in an adapter's file, and their names there.
-
-    Args:
-        model: the adapted model; none if it is not one of Transformers'.
-        adapter: one of its adapters.
-        save: True for all embeddings, "auto" for those that the adapter adapts, or False.
-    """
-    if save not in (True, False, "auto"):
-        raise ValueError(f"`save_embedding_layers` must be True, False or 'auto', but is {save!r}.")
-    getters = [getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output")]
-    embeddings = [getter() for getter in getters if callable(getter)] if save else []
-    if save is not True:
-        embeddings = [each for each in embeddings if _adapts(each, adapter)]
-    keys: dict[str, str] = {}
-    for path, module in own_modules(model).items() if embeddings else ():
-        adapted = _adapts(module, adapter)
-        if any(module is each for each in embeddings):
-            for name, _ in module.named_parameters(recurse=False):
-                inner = f"base_layer.{name}" if adapted else name
-                keys[plain_name(f"{path}.{name}")] = plain_name(f"{path}.{inner}")
-    return keys
-
-
-def _adapts(module: Any, adapter: str) -> bool:
-    return isinstance(module, AdapterLayer) and adapter in module.lora_A
+    saved, tensors = adapter_content(model, adapter, config, controller, plain_state(model.state_dict()))
+    return sort_tensors(f"The adapter {adapter!r}", saved, tensors)
 
 
 def gathered_state(model: nn.Module, adapter: str, bias: str, more: Iterable[str] = ()) -> dict[str, Any]:
@@ -188,13 +243,14 @@ def _config_to_save(
     kept: Mapping[str, Tensor],
     layers: Mapping[str, AdapterLayer],
 ) -> LoraConfig:
-    if not isinstance(config, AdaLoraConfig):
-        return replace(config, inference_mode=True)
-    schedule = controller.schedule if controller else None
     changes: dict[str, Any] = {"inference_mode": True}
-    if schedule:
-        changes |= {"tinit": schedule.tinit, "tfinal": schedule.tfinal, "total_step": schedule.total_step}
-    elif config.total_step is None:  # PEFT takes no adapter without a schedule
+    if config.target_parameters:
+        slots = [path for path, layer in layers.items() if isinstance(layer, ParameterSlot)]
+        changes["target_parameters"] = in_model_order(config.target_parameters, slots)
+    if not isinstance(config, AdaLoraConfig):
+        return replace(config, **changes)
+    config = _with_schedule(config, controller)
+    if config.total_step is None:  # PEFT takes no adapter without a schedule
         changes |= {"tinit": 0, "tfinal": 0, "total_step": NO_SCHEDULE}
     if controller:
         pattern = {
@@ -205,6 +261,14 @@ def _config_to_save(
         # PEFT warns about every pattern that it reads; it reads none of an adapter of parameters.
         changes["rank_pattern"] = pattern if pruned or config.target_parameters else None
     return replace(config, **changes)
+
+
+def _with_schedule(config: AdaLoraConfig, controller: Controller | None) -> AdaLoraConfig:
+    """The configuration with the schedule that the run follows, where its length is known."""
+    plan = controller.schedule if controller else None
+    if plan is None:
+        return config
+    return replace(config, tinit=plan.tinit, tfinal=plan.tfinal, total_step=plan.total_step)
 
 
 def _filled_up(mask: Tensor, blocks: int, init_r: int) -> list[bool]:

@@ -19,8 +19,9 @@ class PrincipalForm(Form):
     Then the directions go, over all layers, that are worth least for their parameters, by their singular value and by
     the gradients that their layer has had (see `rankwise.method.principal` and `rankwise.method.worth`).
 
-    There is no E. All layers have one scale: ``lora_alpha / k``, where k is the average rank of the moment. Adam moves
-    a layer in proportion to scale times rank, so the average layer moves as LoRA's do at any time.
+    There is no E. All layers have one scale. It is ``lora_alpha / k`` while k ranks act on average, and from the last
+    cut on ``lora_alpha / target_r``. Adam moves a layer in proportion to scale times rank, so the average layer moves
+    as LoRA's do at any time.
 
     Example:
         >>> PrincipalForm().lora_alpha(target_r=8, use_rslora=False)

@@ -63,7 +63,9 @@ def speech_batch(
     frames = frames or 2 * config.max_source_positions
     tokens = tokens or config.max_target_positions
     return {
-        "input_features": torch.zeros((size, config.num_mel_bins, frames), device="meta"),
+        "input_features": torch.zeros(
+            (size, config.num_mel_bins, frames), dtype=torch.float32, device="meta"
+        ),
         "labels": torch.zeros((size, tokens), dtype=torch.int64, device="meta"),
     }
 
@@ -75,6 +77,8 @@ def image_batch(size: int, config: Any) -> dict[str, Tensor]:
     side = getattr(config, "image_size", _SIDE_IF_UNKNOWN)  # networks of convolutions take any
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
     return {
-        "pixel_values": torch.zeros((size, getattr(config, "num_channels", 3), height, width), device="meta"),
+        "pixel_values": torch.zeros(
+            (size, getattr(config, "num_channels", 3), height, width), dtype=torch.float32, device="meta"
+        ),
         "labels": torch.zeros((size,), dtype=torch.int64, device="meta"),
     }

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rankwise.attach.attachment import adapter_layers, saved_modules
+from rankwise.attach.embeddings import output_embeddings
 from rankwise.recipes.recipe import TrainingSection
 
 if TYPE_CHECKING:
@@ -289,9 +290,7 @@ def _packed_weights(model: Any) -> set[int]:
     skipped = _quantization(model)
     names = skipped.get("llm_int8_skip_modules") or skipped.get("modules_to_not_convert") or ()
     kept = {id(parameter) for module in saved_modules(model).values() for parameter in module.parameters()}
-    output = model.get_output_embeddings()
-    if output is not None:
-        kept |= {id(parameter) for parameter in output.parameters()}
+    kept |= {id(parameter) for output in output_embeddings(model) for parameter in output.parameters()}
     return {
         id(module.weight)
         for path, module in model.named_modules()

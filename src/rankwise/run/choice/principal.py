@@ -96,7 +96,7 @@ class PrincipalChoice:
 
     def observe(self, step: Step, number: int) -> None:
         self._before_start.clear()
-        measured = self._factors.measured()
+        measured = self._factors.measured
         if not self.checks.has_gradients(step, [each.number for each in measured]):
             return
         squares = step.squared_norms(measured, self._factors.mask.device)

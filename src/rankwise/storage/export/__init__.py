@@ -42,6 +42,7 @@ def export_adapter(
             "gguf" (llama.cpp and Ollama), "diffusers" (for ``pipe.load_lora_weights``) or "merged" (a whole model in
             the base's dtype).
         base: the base model's folder, or for "gguf" also its ``.gguf`` file; where the adapter says that it is if None.
+            "sglang" needs it only where the adapter lacks layers that the server expects.
         adapter_name: which adapter of the model.
         dtype: of the written factors, such as ``torch.bfloat16``; as they are if None. Not for "merged".
         component: for "diffusers", what the pipeline calls the adapted model, such as "unet" or "transformer"; told by
@@ -86,7 +87,9 @@ def export_adapter(
         from rankwise.storage.export.base import base_path, read_base_shape
         from rankwise.storage.export.sglang import export_for_sglang
 
-        shape = None if base is None else read_base_shape(base_path(updates, base, "this export"))
+        named = updates.config.base_model_name_or_path
+        here = base is not None or (named is not None and Path(named).exists())
+        shape = read_base_shape(base_path(updates, base, "this export")) if here else None
         return export_for_sglang(path, updates, dtype, shape)
     if to == "diffusers":
         from rankwise.storage.export.diffusers import export_for_diffusers

@@ -68,13 +68,25 @@ class Converted:
         return place
 
     def sharing(self, name: str) -> list[str]:
-        """Which other parameters of the model are the same as this one."""
+        """Which other parameters of the model are the same as this one.
+
+        Those are that the model ties when it is made, and those of its shape that the files don't hold: Transformers
+        gives these the weight of another one when it loads the files, whatever the configuration says.
+        """
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         found = same_weight(parameters, name)
+        if found is None:
+            return []
+        absent = (
+            [other for other in parameters if not self._sources.get(other)]
+            if self._sources.get(found)
+            else []
+        )
         return [
             other
             for other, each in parameters.items()
-            if other != found and found is not None and each is parameters[found]
+            if other != found
+            and (each is parameters[found] or (other in absent and each.shape == parameters[found].shape))
         ]
 
     def is_transposed(self, name: str) -> bool:
@@ -102,7 +114,7 @@ class Converted:
         if None in sources or not sources:
             raise self._unknown(name)
         converter = self._converters[next(iter(sources))]
-        if not _stacks_and_joins(converter.operations) or len(sources) != len(converter.source_patterns):
+        if not stacks_and_joins(converter.operations) or len(sources) != len(converter.source_patterns):
             raise self._unknown(name)
         pieces, first = [], 0
         for pattern in converter.source_patterns:  # in the order in which they are joined
@@ -146,7 +158,7 @@ def _without_weights(folder: Path) -> Any:
         ) from None
 
 
-def _stacks_and_joins(operations: list[Any]) -> bool:
+def stacks_and_joins(operations: list[Any]) -> bool:
     """Whether a converter stacks matrices, and then at most puts the rows of one kind below those of another."""
     known = [("MergeModulelist", 0), ("Concatenate", 1)]
     found = [(type(each).__name__, getattr(each, "dim", None)) for each in operations]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.attach.matching import saved_module_of
-from rankwise.storage.updates import Update, Updates
+from rankwise.storage.lora_layout import Update
+from rankwise.storage.updates import Updates
 
 MERGE_INSTEAD = (
     "Export the merged model instead (`--to merged`); one with a new head only in Python: load base and adapter, "

@@ -22,7 +22,9 @@ from rankwise.storage.export.exported import (
     refuse_convolutions,
     refuse_whole_tensors,
 )
-from rankwise.storage.updates import Update, Updates, acting
+from rankwise.storage.finite import converted
+from rankwise.storage.lora_layout import Update
+from rankwise.storage.updates import Updates, acting
 
 _PAIRED = ("llama",)  # architectures whose q and k have the halves of each head as pairs
 _TIED = "Its base model has one matrix for input embedding and output layer, of which llama.cpp can't adapt only one."
@@ -132,6 +134,7 @@ def _gguf(architecture: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> 
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
         for name, tensor in tensors.items():
+            converted(f"{name}", tensor, dtype)
             data = gguf.quantize(tensor.detach().float().contiguous().numpy(), kinds[dtype])
             writer.add_tensor(name, data, raw_dtype=kinds[dtype])
         writer.write_header_to_file()

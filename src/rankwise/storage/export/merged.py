@@ -18,14 +18,18 @@ import torch
 from torch import Tensor
 
 from rankwise.adapters.embedding import EmbeddingAdapters
+from rankwise.attach.matching import saved_module_of
 from rankwise.config import AdaLoraConfig
 from rankwise.files.atomic import write_folder
+from rankwise.files.tensors import is_finite
 from rankwise.storage.export.base import base_path, read_base_config
 from rankwise.storage.export.converted import Converted
 from rankwise.storage.export.exported import IN_PYTHON, Exported
 from rankwise.storage.export.places import DTYPES, Place, read_places, same_weight
+from rankwise.storage.finite import refuse_overflow
+from rankwise.storage.lora_layout import Update
 from rankwise.storage.nesting import by_owner, named_by_targets
-from rankwise.storage.updates import Update, Updates
+from rankwise.storage.updates import Updates
 
 _NOT_COPIED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
 _CONV1D = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  # their weights are (d_in, d_out)
@@ -51,7 +55,8 @@ def export_merged(folder: Path, updates: Updates, base: Path | None = None) -> E
 
     Raises:
         FileNotFoundError: the base model is not there.
-        ValueError: the base is quantized or of another kind of file, or lacks a weight that the adapter changes.
+        ValueError: the base is quantized or of another kind of file, or lacks a weight that the adapter changes; or a
+            weight would not be finite.
         OSError: it can't be written; what was there before is whole.
     """
     source = base_path(updates, base, "a merged model")
@@ -62,6 +67,7 @@ def export_merged(folder: Path, updates: Updates, base: Path | None = None) -> E
             "precision with `--base`."
         )
     weights = _Weights(source, config, updates)
+    _refuse_shared(updates, weights)
     whole = [
         (weights.find(name.replace(".base_layer.", ".")), tensor) for name, tensor in updates.others.items()
     ]
@@ -80,7 +86,9 @@ def export_merged(folder: Path, updates: Updates, base: Path | None = None) -> E
         for place, tensor in whole:
             with open(temporary / place.file, "r+b") as opened:
                 opened.seek(place.start)
-                opened.write(_bytes(tensor.to(DTYPES[place.dtype])))
+                made = tensor.to(DTYPES[place.dtype])
+                refuse_overflow(place.name, tensor, made)
+                opened.write(_bytes(made))
         for change in changes:
             if change.right.shape[0]:
                 with open(temporary / change.place.file, "r+b") as opened:
@@ -120,16 +128,49 @@ class _Weights:
         return place
 
     def refuse_shared(self, path: str, name: str) -> None:
-        """Refuse to change an embedding that is the output layer, too."""
+        """Refuse to change the parameter ``name`` of the module at ``path`` if another module has the same one."""
         try:
-            shared = bool(self.converted.sharing(name))
-        except ValueError:
-            shared = False
-        if shared or self.config.get("tie_word_embeddings"):
+            shared = self.converted.sharing(name)
+        except ValueError:  # without Transformers, an embedding can be judged by names and shapes alone
+            shared = self._output_layer_like(name)
+        if shared:
+            whole = "trains" if name in self.updates.others else "adapts"
             raise ValueError(
-                f"{self.updates.source} adapts the embedding {path!r}, which {self.source} shares with its output "
-                "layer: merged, it would change both."
+                f"{self.updates.source} {whole} {path!r}, whose weight {self.source} shares with {shared[0]!r}: "
+                "merged, it would change both. Load the adapter beside the base model instead, or train on a base "
+                "that is untied."
             )
+
+    def _output_layer_like(self, name: str) -> list[str]:
+        """The output layer that has an embedding's weight: a language model whose files hold no such layer."""
+        found = same_weight(self.places, name)
+        shape = None if found is None else self.places[found].shape
+        alike = [other for other, place in self.places.items() if other != found and place.shape == shape]
+        kinds = self.config.get("architectures") or [""]
+        writes = any(
+            end in str(kinds[0]) for end in ("CausalLM", "LMHead", "ConditionalGeneration", "MaskedLM")
+        )
+        tied = self.config.get("tie_word_embeddings", writes and not alike)
+        return ["the output layer"] if tied else []
+
+
+def _refuse_shared(updates: Updates, weights: _Weights) -> None:
+    """Refuse weights that one module would get a value of its own for, while another one has the same weight.
+
+    They are those of adapted embeddings and of modules that train whole: any other layer that shares its weight is
+    called several times, and its update belongs to all calls.
+
+    Raises:
+        ValueError: there is such a weight.
+    """
+    for path, update in updates.layers.items():
+        if issubclass(update.kind, EmbeddingAdapters):
+            weights.refuse_shared(path, f"{path}.weight")
+    whole = updates.config.modules_to_save or ()
+    for name, tensor in updates.others.items():
+        owner = saved_module_of(name, whole, lambda path: True)
+        if owner is not None and tensor.dim() == 2 and same_weight(weights.places, name) is not None:
+            weights.refuse_shared(owner, name)
 
 
 def _of_layers(updates: Updates, weights: _Weights) -> Iterator[_Change]:
@@ -139,8 +180,6 @@ def _of_layers(updates: Updates, weights: _Weights) -> Iterator[_Change]:
             continue
         if update.grouped:
             raise ValueError(f"{path!r} is a grouped convolution, whose LoRA is no change of its weight.")
-        if issubclass(update.kind, EmbeddingAdapters):
-            weights.refuse_shared(path, f"{path}.weight")
         place = weights.find(f"{path}.weight")
         yield _Change(place, *_factors(update, place, weights.config))
 
@@ -188,7 +227,11 @@ def _factors(update: Update, place: Place, config: Mapping[str, Any]) -> tuple[T
 
 
 def _add(file: BinaryIO, change: _Change) -> None:
-    """Add to a weight in a file, some rows at a time, in single precision or better."""
+    """Add to a weight in a file, some rows at a time, in single precision or better.
+
+    Raises:
+        ValueError: the sum is not finite, or too large for the dtype of the file.
+    """
     place, left = change.place, change.left
     dtype = DTYPES[place.dtype]
     rows, columns = place.flat
@@ -201,8 +244,14 @@ def _add(file: BinaryIO, change: _Change) -> None:
         held = bytearray(file.read(count * columns * dtype.itemsize))
         weight = torch.frombuffer(held, dtype=dtype).view(count, columns)
         merged = torch.addmm(weight.to(precise), left[first : first + count].to(precise), right)
+        made = merged.to(dtype)
+        if not is_finite(made) and is_finite(weight):
+            refuse_overflow(f"{place.name}, merged,", merged, made)
+            raise ValueError(
+                f"{place.name}, merged, holds NaN or infinite values: use an earlier checkpoint."
+            )
         file.seek(place.start + first * columns * dtype.itemsize)
-        file.write(_bytes(merged.to(dtype)))
+        file.write(_bytes(made))
 
 
 def _bytes(tensor: Tensor) -> bytes:

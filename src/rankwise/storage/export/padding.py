@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankwise.storage.updates import Update, Updates, acting
+from rankwise.storage.lora_layout import Update
+from rankwise.storage.updates import Updates, acting
 
 
 def padded(updates: Updates, rank: int | None = None) -> dict[str, Update]:

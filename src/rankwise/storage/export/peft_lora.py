@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rankwise.config import AdaLoraConfig, LoraConfig
+from rankwise.config import LoraConfig
 from rankwise.files.atomic import refuse_existing
 from rankwise.storage.export.padding import padded
 from rankwise.storage.updates import acting, read_updates, write_lora
@@ -26,14 +26,16 @@ def save_as_lora(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> LoraConfig:
-    """Write an AdaLoRA adapter as a plain LoRA adapter with a rank per layer, exactly.
+    """Write any adapter as a plain LoRA adapter whose scale is 1 in every layer, exactly.
 
-    Layers at rank 0 are left out; with ``pad`` they stay, as zeros.
+    What the default form of AdaLoRA saves is plain LoRA already. This is for the paper's form, whose files have a third
+    factor; and for servers that take one rank only, or factors of another dtype. Layers at rank 0 are left out; with
+    ``pad`` those of the paper's form stay, as zeros.
 
     Args:
         save_directory: the folder to write; made if need be.
-        adapter: an adapted model, or an adapter folder. Of a folder, only linear layers and embeddings can be
-            exported, because it doesn't say which layers are convolutions.
+        adapter: an adapted model, or an adapter folder. Of a folder in PEFT's AdaLoRA format, only linear layers and
+            embeddings can be exported, because it doesn't say which layers are convolutions.
         adapter_name: which adapter of the model.
         pad: give all layers the same rank, for servers that take only one.
         dtype: of the written factors, such as ``torch.bfloat16``; as they are if None.
@@ -45,7 +47,7 @@ def save_as_lora(
     Raises:
         FileNotFoundError: there is no such adapter folder.
         FileExistsError: ``save_directory`` is not empty, and ``overwrite`` is False.
-        ValueError: the adapter is no AdaLoRA adapter, or has rank 0 in all layers.
+        ValueError: the adapter has rank 0 in all layers.
         OSError: it can't be written; what was there before is whole.
 
     Example:
@@ -62,7 +64,5 @@ def save_as_lora(
     if not overwrite:
         refuse_existing(path)
     updates = read_updates(adapter, adapter_name)
-    if not isinstance(updates.config, AdaLoraConfig):
-        raise ValueError(f"{updates.source} is a plain LoRA adapter already.")
     layers = padded(updates) if pad else acting(updates)
     return write_lora(path, updates, layers, dtype)

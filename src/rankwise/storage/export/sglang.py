@@ -24,7 +24,8 @@ from rankwise.storage.export.exported import (
     refuse_whole_tensors,
 )
 from rankwise.storage.export.padding import padded
-from rankwise.storage.updates import Update, Updates, lora_config, named_tensors, write_lora_folder
+from rankwise.storage.lora_layout import Update, named_tensors
+from rankwise.storage.updates import Updates, padded_config, write_lora_folder
 
 _LAYER = re.compile(r"(.+\.)(\d+)(\..+)")
 _SERVER = "SGLang"
@@ -50,7 +51,7 @@ def export_for_sglang(
     refuse_convolutions(updates, layers, _SERVER)
     layers = _with_companions(_with_all_layers(layers, base), updates, base)
     rank = next(iter(layers.values())).rank
-    config = lora_config(updates, dict.fromkeys(layers, rank))
+    config = padded_config(updates, layers, rank)
     config.target_modules = sorted({path.rpartition(".")[2] for path in layers})
     tensors: dict[str, Tensor] = {}
     for path, update in layers.items():

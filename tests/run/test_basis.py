@@ -1,4 +1,4 @@
-"""Turning layers in a model: the update stays, and what optimizers remember moves along."""
+"""Writing the layers of a model in their principal bases: the update stays, and what optimizers remember follows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.run.turning import Turned, mean_strengths
+from rankwise.run.basis import PrincipalBases, mean_strengths
 
 WIDTHS = (7, 9, 7)
 
@@ -53,6 +53,13 @@ def _pull(model: Any) -> list[Tensor]:
     return pulls
 
 
+def _write(model: Any, louder: dict[int, float], optimizers: list[torch.optim.Optimizer]) -> None:
+    """Write all bases, with every rank kept."""
+    factors = model._rankwise_controller.factors
+    with torch.no_grad():
+        PrincipalBases(factors).write(torch.ones_like(factors.mask), louder, optimizers)
+
+
 @pytest.mark.parametrize(
     ("make", "name", "share"),
     [
@@ -70,13 +77,14 @@ def test_means_of_gradients_become_those_of_the_turned_factors(
     pulls = _pull(model)
     optimizer.step()
     before = [layer.delta_weight("default") for layer in _layers(model)]
-    louder = torch.tensor([2.0, 0.5])
-    with torch.no_grad():
-        Turned(model._rankwise_controller.triplets, None).put_in(louder.repeat_interleave(4), [optimizer])
-    for layer, G, by, update in zip(_layers(model), pulls, louder, before, strict=True):
+    louder = {0: 2.0, 1: 0.5}
+    _write(model, louder, [optimizer])
+    for layer, G, by, update in zip(_layers(model), pulls, louder.values(), before, strict=True):
         A, B = layer.lora_A["default"], layer.lora_B["default"]
         torch.testing.assert_close(by * layer.delta_weight("default"), update)
-        # E, which multiplies both gradients by `by`, has not been changed here.
+        torch.testing.assert_close(A.grad, by * (B.T @ G).detach())  # it may wait for another optimizer
+        torch.testing.assert_close(B.grad, by * (G @ A.T).detach())
+        # The scale, which multiplies both gradients by `by`, has not been changed here.
         torch.testing.assert_close(optimizer.state[A][name], share * by * (B.T @ G).detach())
         torch.testing.assert_close(optimizer.state[B][name], share * by * (G @ A.T).detach())
 
@@ -87,13 +95,48 @@ def test_means_of_squares_stay_positive_and_of_the_size_of_the_turned_gradients(
     for _ in range(3):
         _pull(model)
         optimizer.step()
-    with torch.no_grad():
-        Turned(model._rankwise_controller.triplets, None).put_in(torch.ones(8), [optimizer])
+    _write(model, {0: 1.0, 1: 1.0}, [optimizer])
     for layer in _layers(model):
         for factor in (layer.lora_A["default"], layer.lora_B["default"]):
             for name in ("exp_avg_sq", "max_exp_avg_sq"):
                 assert bool((optimizer.state[factor][name] >= 0).all())
                 assert optimizer.state[factor][name].any()
+
+
+def test_momentum_of_rmsprop_is_movement_and_moves_the_update_as_before() -> None:
+    model = _model()
+    optimizer = torch.optim.RMSprop(_trained(model), lr=0.0, momentum=0.9)
+    for _ in range(3):
+        _pull(model)
+        optimizer.step()
+
+    def movements() -> list[Tensor]:
+        found = []
+        for layer in _layers(model):
+            A, B = layer.lora_A["default"], layer.lora_B["default"]
+            moved_A, moved_B = (optimizer.state[p]["momentum_buffer"] for p in (A, B))
+            found += [(B @ moved_A).detach(), (moved_B @ A).detach()]
+        return found
+
+    before, louder = movements(), {0: 2.0, 1: 0.5}
+    _write(model, louder, [optimizer])
+    for was, now, by in zip(before, movements(), (2.0, 2.0, 0.5, 0.5), strict=True):
+        torch.testing.assert_close(by * now, was)
+
+
+def test_variances_of_centered_rmsprop_stay_positive() -> None:
+    model = _model()
+    optimizer = torch.optim.RMSprop(_trained(model), lr=0.0, alpha=0.5, centered=True)
+    for _ in range(
+        12
+    ):  # of nearly the same gradients, so that mean squares are hardly more than squares of means
+        _pull(model)
+        optimizer.step()
+    _write(model, {0: 1.0, 1: 1.0}, [optimizer])
+    for factor in _trained(model):
+        state = optimizer.state[factor]
+        assert state["grad_avg"].any()
+        assert bool((state["square_avg"] - state["grad_avg"].square() >= -1e-12).all())
 
 
 class Quantized(torch.optim.SGD):
@@ -106,14 +149,13 @@ class Quantized(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_what_cannot_be_turned_is_forgotten_for_what_was_turned_only() -> None:
+def test_what_cannot_be_rewritten_is_forgotten_for_the_factors_that_were_rewritten_only() -> None:
     model = _model()
     other = nn.Parameter(torch.zeros(3, 3))
     optimizer = Quantized([*_trained(model), other], lr=0.0)
     _pull(model)
     optimizer.step()
-    with torch.no_grad():
-        Turned(model._rankwise_controller.triplets, None).put_in(torch.ones(8), [optimizer])
+    _write(model, {0: 1.0, 1: 1.0}, [optimizer])
     assert list(optimizer.state) == [other]
 
 
@@ -153,8 +195,7 @@ def test_a_run_meets_its_budget_and_learns_with_every_optimizer(name: str, dtype
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
     summary = model.rank_summary()
-    gates = summary.total_rank
-    assert summary.parameters - gates <= 2 * 2 * (12 + 16)
+    assert summary.parameters <= 2 * 2 * (12 + 16)
     assert losses[-1] < losses[0] and all(loss == loss for loss in losses)
 
 
@@ -172,13 +213,15 @@ def test_with_enough_rank_to_keep_everything_cutting_changes_no_output() -> None
     torch.testing.assert_close(model(x), before)
 
 
-def test_a_layer_that_does_not_train_keeps_its_ranks_and_is_not_turned() -> None:
+def test_a_layer_that_does_not_train_keeps_its_ranks_its_basis_and_its_scale() -> None:
     model = _model()
     first = model[0]
     for parameter in (first.lora_A["default"], first.lora_B["default"]):
         parameter.requires_grad_(False)
     before = {key: value.detach().clone() for key, value in first.state_dict().items() if "lora_" in key}
+    scale = first.scaling["default"]
     model.finalize_ranks()
+    assert first.scaling["default"] == scale != model[2].scaling["default"]
     assert {row.path: row.rank for row in model.rank_summary().layers} == {"0": 4, "2": 2}
     assert all(torch.equal(first.state_dict()[key], value) for key, value in before.items())
 
@@ -186,16 +229,17 @@ def test_a_layer_that_does_not_train_keeps_its_ranks_and_is_not_turned() -> None
 @pytest.mark.parametrize("pruned", [[], [1, 2, 5]])
 def test_the_mean_strength_needs_no_singular_values(pruned: list[int]) -> None:
     model = _model()
-    triplets = model._rankwise_controller.triplets
-    triplets.mask[pruned] = False
-    acts = triplets.mask.view(2, 4)
+    factors = model._rankwise_controller.factors
+    factors.mask[pruned] = False
+    acts = factors.mask.view(2, 4)
     with torch.no_grad():
-        strengths = Turned(triplets, None).strengths().view(2, 4)
-        found = mean_strengths(triplets, None).view(2, 4)
+        strengths = PrincipalBases(factors).strengths().view(2, 4)
+        found = mean_strengths(factors).view(2, 4)
     means = (strengths.square().sum(1, keepdim=True) / acts.sum(1, keepdim=True)).sqrt()
     torch.testing.assert_close(found, means * acts)
     importance = [row.importance for row in model.rank_summary().layers]
-    assert importance == pytest.approx((found.sqrt().sum(1) / 16).tolist())
+    scale = model[0].scaling["default"]
+    assert importance == pytest.approx(((scale * found).sqrt().sum(1) / 16).tolist())
 
 
 def test_a_layer_that_is_not_finite_is_worth_nothing() -> None:
@@ -203,23 +247,3 @@ def test_a_layer_that_is_not_finite_is_worth_nothing() -> None:
     model[0].lora_B["default"].data[0, 0] = torch.nan
     first, second = (row.importance for row in model.rank_summary().layers)
     assert first == 0 and second > 0
-
-
-def test_a_layer_that_was_loaded_at_rank_0_is_turned_along_with_the_others(tmp_path: Any) -> None:
-    """Its factors are empty, and with gradients (as they have in DistributedDataParallel) so are their means."""
-    model = _model(target_r=1)
-    model[0].lora_B["default"].data.zero_()
-    model.finalize_ranks()
-    assert [row.rank for row in model.rank_summary().layers] == [0, 2]
-    model.save_pretrained(tmp_path)
-    base = nn.Sequential(nn.Linear(*WIDTHS[:2]), nn.Tanh(), nn.Linear(*WIDTHS[1:])).double()
-    again: Any = rw.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
-    assert not again[0].lora_A["default"].numel()
-    optimizer = torch.optim.AdamW(_trained(again), lr=0.0, weight_decay=0.0)
-    for parameter in _trained(again):
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    before = again[2].delta_weight("default")
-    with torch.no_grad():
-        Turned(again._rankwise_controller.triplets, None).put_in(torch.full((2,), 2.0), [optimizer])
-    torch.testing.assert_close(2 * again[2].delta_weight("default"), before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import nn
 
 import rankwise as rw
 from expert_world import EXPERTS, tiny_moe
+from rankwise.parallel.holder import Measured
 from rankwise.parallel.sharded import squared_norms
-from rankwise.parallel.zero import Piece
-from rankwise.run.gradient_norms import _by_block
+from rankwise.parallel.zero import Piece, ZeroParts
+from rankwise.parallel.zero_holder import ZeroStep
 
 
 def _config(**changes: Any) -> rw.AdaLoraConfig:
@@ -42,9 +44,10 @@ def test_of_a_linear_layer_and_an_embedding_the_factor_is_summed_that_starts_at_
     expected = [0.0, 0.0]
     for step in range(1, 11):
         kept = [layer.rank for layer in model.rank_summary().layers]
-        _step(model, optimizer, model(torch.randint(11, (8,))).square().mean())
+        model(torch.randint(11, (8,))).square().mean().backward()
         for place, factor in enumerate(factors):
             expected[place] += math.sqrt(float(factor.grad.square().sum()) / max(kept[place], 1))
+        optimizer.step()
         optimizer.zero_grad()
         assert model.rankwise_sensitivity.tolist() == pytest.approx(expected), step
     assert sum(kept) < 6, "something should have been cut, or the ranks that act are not seen to count"
@@ -113,7 +116,11 @@ def test_pieces_of_a_factor_add_up_to_the_squared_norms_of_its_blocks(cut: int) 
     torch.manual_seed(0)
     gradient = torch.randn(4, 6)
     flat = gradient.flatten()
-    for blocks in (1, 3):
+    step = ZeroStep(ZeroParts([nn.Parameter(gradient)]), [0], torch.optim.SGD([gradient]))
+    for blocks, order in itertools.product((1, 3), (None, torch.tensor([3, 0, 5, 1, 4, 2]))):
         pieces = [Piece(0, start, flat[start:end], flat[start:end]) for start, end in ((0, cut), (cut, 24))]
-        found = sum(_by_block(piece, 6, blocks) for piece in pieces)
-        torch.testing.assert_close(found, squared_norms([gradient], [blocks], torch.device("cpu")))
+        found = sum(step._by_block(piece, Measured(0, blocks, order)) for piece in pieces)
+        wanted = squared_norms([gradient], [blocks], torch.device("cpu"), [order])
+        torch.testing.assert_close(found, wanted)
+    by_hand = [float(gradient[:, columns].square().sum()) for columns in ([3, 0], [5, 1], [4, 2])]
+    assert wanted.tolist() == pytest.approx(by_hand)

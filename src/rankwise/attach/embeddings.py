@@ -1,0 +1,63 @@
+"""A model's embeddings: the layers that take tokens in, and the one that gives their scores out.
+
+Transformers' models say which these are. Many have none, and say so by raising ``NotImplementedError``; the getters of
+others fail in ways of their own (a CLIP model made for images alone, a model in parts). So every question goes through
+this file, where "there is none" is an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def input_embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    """The input embeddings of the model and of models inside it, each once; none if there are none.
+
+    For models of pictures and of sound this can be a convolution or a linear layer.
+
+    Example:
+        >>> list(input_embeddings(nn.Linear(2, 2)))
+        []
+    """
+    return _found(model, "get_input_embeddings")
+
+
+def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    """The output layers over the vocabulary, of the model and of models inside it, each once.
+
+    Example:
+        >>> class Speller(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.head = nn.Linear(4, 8)
+        ...     def get_input_embeddings(self):
+        ...         raise NotImplementedError
+        ...     def get_output_embeddings(self):
+        ...         return self.head
+        >>> model = nn.ModuleDict({"speller": Speller()})
+        >>> list(output_embeddings(model)), list(input_embeddings(model))
+        ([Linear(in_features=4, out_features=8, bias=True)], [])
+    """
+    return _found(model, "get_output_embeddings")
+
+
+def _found(model: nn.Module, getter: str) -> Iterator[nn.Module]:
+    seen: set[int] = set()
+    for module in model.modules():
+        found = _ask(module, getter)
+        if isinstance(found, nn.Module) and id(found) not in seen:
+            seen.add(id(found))
+            yield found
+
+
+def _ask(module: Any, getter: str) -> Any:
+    ask = getattr(module, getter, None)
+    if not callable(ask):
+        return None
+    try:
+        return ask()
+    except Exception:  # of any kind: a model that can't say which layer it is has none that could be meant
+        return None

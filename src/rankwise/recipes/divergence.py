@@ -1,0 +1,153 @@
+"""Whether a run has diverged: its loss has grown far beyond what it was before training, or is no number any more.
+
+A run that overfits is another matter. Its held-out loss may grow, but its training loss is small. So a finite loss
+counts as diverged only where both are far above the held-out loss before training.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.config import CONFIG_NAME
+from rankwise.recipes.errors import RecipeError
+from rankwise.recipes.output import Output, is_whole
+from rankwise.storage import checkpoint_step
+from rankwise.storage.finite import holds_finite_adapter
+
+_TIMES, _AT_LEAST, _TIMES_FOR_SURE = 2.0, 0.1, 10.0
+
+Log = Sequence[Mapping[str, Any]]
+
+
+class DivergedError(RecipeError):
+    """A run has diverged, so that what it has trained is of no use.
+
+    Args:
+        message: what happened, and what to do.
+        checkpoint: the last checkpoint from before that; None if there is none.
+    """
+
+    def __init__(self, message: str, checkpoint: Path | None) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
+def highest_sound_loss(before: float | None) -> float:
+    """The loss up to which a run has not diverged: twice the loss before training, and 0.1 more than it at least.
+
+    A loss of next to nothing may become a few times as much; ten times is too much of any. Infinite where the loss
+    before training is not known or not finite.
+
+    Example:
+        >>> highest_sound_loss(3.8), highest_sound_loss(0.02), highest_sound_loss(0.001)
+        (7.6, 0.12000000000000001, 0.01)
+        >>> highest_sound_loss(None), highest_sound_loss(float("nan"))
+        (inf, inf)
+    """
+    if before is None or not math.isfinite(before):
+        return math.inf
+    most = max(_TIMES * before, before + _AT_LEAST)
+    return min(most, _TIMES_FOR_SURE * before) if before > 0 else most
+
+
+def last_training_loss(log: Log) -> float | None:
+    """The training loss that was logged last; of a run too short for that, the mean of all steps; None if none was.
+
+    Example:
+        >>> last_training_loss([{"loss": 2.0, "step": 1}, {"eval_loss": 1.5, "step": 1}])
+        2.0
+    """
+    for key in ("loss", "train_loss"):
+        found = [float(entry[key]) for entry in log if key in entry]
+        if found:
+            return found[-1]
+    return None
+
+
+def looks_diverged(before: float | None, log: Log) -> bool:
+    """Whether the training loss is too large in the end, or no number; then the held-out loss decides."""
+    loss = last_training_loss(log)
+    return loss is not None and not (math.isfinite(loss) and loss <= highest_sound_loss(before))
+
+
+def has_diverged(before: float | None, after: float | None, log: Log) -> bool:
+    """Whether a run has diverged.
+
+    Args:
+        before: the held-out loss before training, if known.
+        after: the held-out loss after it, if known.
+        log: what Transformers' Trainer has logged.
+
+    Example:
+        >>> has_diverged(3.8, 431.0, [{"loss": 500.0}]), has_diverged(3.8, 12.0, [{"loss": 0.01}])
+        (True, False)
+        >>> has_diverged(3.8, float("nan"), [{"loss": 1.0}]), has_diverged(3.8, 1.2, [{"loss": float("inf")}])
+        (True, False)
+    """
+    was_a_number = before is None or math.isfinite(before)
+    if after is not None and not math.isfinite(after) and was_a_number:
+        return True
+    if not looks_diverged(before, log):
+        return False
+    return after is None or not was_a_number or not after <= highest_sound_loss(before)
+
+
+def last_sound_step(before: float | None, log: Log) -> int:
+    """The last step whose training loss was finite and not too large; 0 if there is none.
+
+    Example:
+        >>> last_sound_step(2.0, [{"loss": 1.9, "step": 5}, {"loss": 90.0, "step": 10}])
+        5
+    """
+    most = highest_sound_loss(before)
+    steps = [
+        int(entry["step"])
+        for entry in log
+        if "loss" in entry and math.isfinite(entry["loss"]) and entry["loss"] <= most
+    ]
+    return max(steps, default=0)
+
+
+def last_sound_checkpoint(output: Output, before: float | None, log: Log) -> Path | None:
+    """The newest checkpoint of a run from before it diverged."""
+    last = last_sound_step(before, log)
+    return next(
+        (
+            each
+            for each in output.checkpoints()
+            if (checkpoint_step(each) or 0) <= last and is_whole(each) and holds_finite_adapter(each)
+        ),
+        None,
+    )
+
+
+def diverged(output: Output, before: float | None, after: float | None, log: Log) -> DivergedError:
+    """The error, to be raised, of a run that has diverged; ``after`` is None where weights are not finite."""
+    recipe, loss = output.recipe, last_training_loss(log)
+    said = [f"{before:.4g} before training" if before is not None else "not known before training"]
+    said.append(
+        "can't be measured now, as weights are NaN or infinite" if after is None else f"is {after:.4g} now"
+    )
+    message = f"The run has diverged: the loss on held-out examples was {said[0]} and {said[1]}"
+    message += f" (in training it was {loss:.4g} at last). " if loss is not None else ". "
+    checkpoint = last_sound_checkpoint(output, before, log)
+    if checkpoint is not None:
+        message += (
+            f"The last good checkpoint is {str(checkpoint)!r}: a whole adapter, to be used as any other. "
+        )
+    else:
+        message += "There is no checkpoint from before that. "
+    lower = recipe.training.learning_rate / 10
+    changes = {"training.learning_rate": f"{lower:.3g}", "output": f"{output.folder}-again"}
+    kept = [each for each in recipe.overrides if each.partition("=")[0].strip() not in changes]
+    program = ["rankwise", "train", str(recipe.source), *kept, *map("=".join, changes.items())]
+    saved = (output.folder / CONFIG_NAME).exists()
+    message += (
+        f"What was saved to {str(output.folder)!r} is of no use. " if saved else "No adapter was saved. "
+    )
+    message += f"Train again with a lower learning rate:\n\n  {shlex.join(program)}\n"
+    return DivergedError(message, checkpoint)

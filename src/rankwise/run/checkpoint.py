@@ -1,0 +1,70 @@
+"""What a checkpoint holds of a run beside the run's tensors: packed, checked, and taken up again.
+
+The run's tensors say which ranks are kept, and hold the statistics of gradients (see `rankwise.run.run_tensors`). The
+rest is a `RunState`, which travels as one tensor.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rankwise.run.controller import Controller
+from rankwise.run.optimizers import Optimizers
+from rankwise.run.state import RunState, RunWeights
+
+
+def run_state(controller: Controller) -> RunState:
+    """Everything that is not in the run's tensors."""
+    return RunState(
+        step=controller.step,
+        fixed=controller.fixed,
+        automatic=controller.automatic,
+        leader=controller.optimizers.leader,
+        schedule=controller.schedule,
+        target_r=controller.config.target_r,
+        form=controller.config.form.name,
+        weights=RunWeights.of(controller.config),
+        scales=tuple(pair.scale for pair in controller.factors.pairs),
+        history=controller.history,
+    )
+
+
+def packed_state(controller: Controller) -> Tensor:
+    """`run_state` as one int64 vector, for the model's extra state."""
+    return run_state(controller).to_tensor()
+
+
+def check_packed_state(controller: Controller, packed: Tensor) -> RunState:
+    """What `packed_state` gave, unpacked, if it is of this run.
+
+    Raises:
+        ValueError: it is damaged, or of a run with other layers, another schedule, target or scale.
+    """
+    state = RunState.from_tensor(controller.factors.names, packed)
+    schedule = controller.schedule
+    if schedule is None and state.schedule is not None:
+        schedule = controller.config.with_total_step(state.schedule.total_step).resolved_schedule()
+    state.check_same_run(run_state(controller), schedule if controller.prunes else None)
+    return state
+
+
+def load_packed_state(controller: Controller, packed: Tensor) -> None:
+    """Take over what `packed_state` gave; the run's tensors have been loaded already.
+
+    Raises:
+        ValueError: as `check_packed_state`.
+    """
+    state = check_packed_state(controller, packed)
+    for name, was in vars(state.weights).items():
+        value = getattr(controller.config, name)
+        if value != was:
+            controller.warn(f"The run goes on with `{name}`={value}; so far it had {was}.")
+    if state.schedule is not None and controller.schedule is None:
+        controller.set_total_step(state.schedule.total_step)
+    controller.step, controller.automatic, controller.history = state.step, state.automatic, state.history
+    controller.optimizers = Optimizers(controller.factors, controller.warn, state.leader)
+    controller.choice.restore(state.scales)
+    controller.fixed = False
+    controller.factors.widen()
+    if state.fixed:
+        controller.fix()

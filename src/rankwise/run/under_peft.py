@@ -1,0 +1,24 @@
+"""An adapter of rankwise on which somebody has put one of PEFT's: PEFT freezes all that is not its own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+FROZEN_BY_PEFT = (
+    "The model has rankwise's own layers, and PEFT has put an adapter on top of them. PEFT freezes all parameters that "
+    "are not its own, so rankwise's adapter does not train, and its ranks do not change."
+)
+
+
+def parameters_of_peft(model: nn.Module) -> set[int]:
+    """The ids of the parameters that layers of PEFT have added to ``model``.
+
+    PEFT is not imported: its layers are known by the module that their classes are in.
+    """
+    found: set[int] = set()
+    for module in model.modules():
+        if any(cls.__module__.startswith("peft.tuners.") for cls in type(module).__mro__):
+            for name, child in module.named_children():
+                if name not in ("base_layer", "model"):
+                    found |= {id(parameter) for parameter in child.parameters()}
+    return found

@@ -1,0 +1,95 @@
+"""Which of the base's embeddings an adapter's file holds: those without which it would not mean the same again."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from rankwise.adapters import AdapterLayer
+from rankwise.attach.attachment import plain_name, saved_modules
+from rankwise.attach.embeddings import input_embeddings, output_embeddings
+from rankwise.attach.matching import within
+from rankwise.attach.targets import own_modules
+
+
+def embedding_keys(model: nn.Module, adapter: str, save: bool | str) -> dict[str, str]:
+    """The base parameters of input and output embeddings that belong in an adapter's file, and their names there.
+
+    Modules in ``modules_to_save`` are not among them: the file has the adapter's own copies of these.
+
+    Args:
+        model: the adapted model; no parameters are found if none in it says what its embeddings are.
+        adapter: one of its adapters.
+        save: True for all embeddings, False for none. "auto" for those that the adapter adapts, and for all if the
+            vocabulary is of another size than in the checkpoint that the base was loaded from.
+
+    Raises:
+        ValueError: ``save`` is something else.
+
+    Warns:
+        UserWarning: "auto" has found a vocabulary that was resized.
+    """
+    if save not in (True, False, "auto"):
+        raise ValueError(f"`save_embedding_layers` must be True, False or 'auto', but is {save!r}.")
+    if save is False:
+        return {}
+    # An adapted layer that takes in pictures or sound is no vocabulary: its base weight is the base's.
+    inputs, outputs = list(input_embeddings(model)), list(output_embeddings(model))
+    sizes = resized_vocabulary(model) if save == "auto" else None
+    if sizes is not None:
+        warnings.warn(
+            f"The model's vocabulary has {sizes[1]} tokens, but the base model's checkpoint {sizes[0]}: the embeddings "
+            "are saved with the adapter. Whoever loads it must call `model.resize_token_embeddings"
+            f"({sizes[1]})` on the base first. To save the adapter alone, pass `save_embedding_layers=False`.",
+            UserWarning,
+            stacklevel=4,
+        )
+    everything = save is True or sizes is not None
+    copied = [path for path, module in saved_modules(model).items() if adapter in module.modules_to_save]
+    keys: dict[str, str] = {}
+    for path, module in own_modules(model).items():
+        meant = any(module is each for each in outputs)
+        meant |= any(module is each for each in inputs) and (everything or isinstance(module, nn.Embedding))
+        if not meant or within(plain_name(path), copied):
+            continue
+        adapted = isinstance(module, AdapterLayer) and adapter in module.lora_A
+        if adapted or everything:
+            for name, _ in module.named_parameters(recurse=False):
+                inner = f"base_layer.{name}" if adapted else name
+                keys[plain_name(f"{path}.{name}")] = plain_name(f"{path}.{inner}")
+    return keys
+
+
+def resized_vocabulary(model: Any) -> tuple[int, int] | None:
+    """How many tokens the base's checkpoint has, and how many the model; None if as many, or if nobody knows.
+
+    It looks only at what is on this machine: the folder that the base was loaded from, or the hub's cache.
+    """
+    config: Any = getattr(model, "config", None)
+    place = getattr(config, "_name_or_path", None)
+    here = _vocabulary(config)
+    resized = vars(model).get("_rankwise_vocabulary") if here is not None else None
+    if resized is not None:
+        return None if resized == here else (resized, here)  # type: ignore[return-value]
+    if here is None or not isinstance(place, str) or not place:
+        return None
+    try:
+        before = _vocabulary(
+            type(config).from_pretrained(
+                place, local_files_only=True, revision=getattr(config, "_commit_hash", None) or "main"
+            )
+        )
+    except Exception:  # the checkpoint is gone, was never cached, or is of another kind of model
+        return None
+    return None if before is None or before == here else (before, here)
+
+
+def _vocabulary(config: Any) -> int | None:
+    text = getattr(config, "get_text_config", None)
+    for each in (text() if callable(text) else None, config):
+        size = getattr(each, "vocab_size", None)
+        if isinstance(size, int):
+            return size
+    return None

@@ -1,0 +1,411 @@
+"""Adaptive ranks on PEFT's own layers: the same method, and an ordinary LoRA adapter in the end."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import rankwise as rw
+from lora_world import STEPS, WORLDS, base, examples, train, with_lora
+from tiny import told
+
+KINDS = list(WORLDS)
+SCHEDULE: dict[str, Any] = {"total_step": STEPS, "tfinal": 15}
+
+
+def off(model: nn.Module, ranks: rw.AdaptiveRanks) -> float:
+    """The largest number in what is switched off."""
+    factors = ranks._controller.factors
+    largest = 0.0
+    for key in ("A", "B"):
+        for rows, mask in zip(factors.rows(key), factors.mask.split(factors.layout.ranks), strict=True):
+            largest = max(largest, float(rows[~mask].abs().max()) if (~mask).any() else 0.0)
+    return largest
+
+
+# The same method.
+
+OWN = ("linear", "conv2d", "embedding", "experts")
+
+
+def start_alike(own: Any, other: Any) -> None:
+    """Give rankwise's layers the factors that PEFT's layers start with."""
+    state = peft.get_peft_model_state_dict(other)
+    for path, layer in own.named_modules():
+        if not hasattr(layer, "lora_A") or "default" not in layer.lora_A:
+            continue
+        plain = path.replace("adapted_parameters.", "")
+        inner = {"experts.up": "experts.base_layer", "experts.down": "experts"}.get(plain, plain)
+        embeds = isinstance(layer, nn.Embedding)
+        for factor, held in (("A", layer.lora_A), ("B", layer.lora_B)):
+            name = f"base_model.model.{inner}.lora_{'embedding_' if embeds else ''}{factor}"
+            value = state[name if embeds else f"{name}.weight"]
+            value = type(layer).from_file(layer, factor, value, False) if not embeds else value
+            held["default"].data.copy_(value.reshape(held["default"].shape))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_pefts_layers_and_rankwises_own_give_the_same_ranks_and_losses(name: str) -> None:
+    model = with_lora(name)
+    config = rw.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=4, **SCHEDULE, **WORLDS[name][1])
+    own = rw.get_peft_model(base(name), config)
+    start_alike(own, model)
+    ranks = rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+
+    losses, own_losses = train(model, name), train(own, name)
+
+    assert losses == pytest.approx(own_losses, rel=1e-9)
+    assert losses[-1] < 0.9 * losses[0]
+    found = [
+        (r.step, r.budget, sorted(zip(ranks.rank_history.layers, r.ranks, strict=True)))
+        for r in ranks.rank_history.records
+    ]
+    assert found == [
+        (r.step, r.budget, sorted(zip(own.rank_history.layers, r.ranks, strict=True)))
+        for r in own.rank_history.records
+    ]
+    assert len(found) > 5 and found[-1][2] != found[0][2]
+
+
+# Every kind of layer.
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_pefts_layers_ends_as_an_ordinary_adapter(name: str, tmp_path: Path) -> None:
+    model = with_lora(name)
+    ranks = rw.adapt_ranks(model, target_r=1.5, **SCHEDULE)
+
+    losses = train(model, name)
+    x, _ = examples(name)
+    output = model(x)
+
+    assert ranks.allocation_state.reached_target and losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(name), tmp_path)
+    assert torch.allclose(again(x), output, rtol=1e-6, atol=1e-7)
+    merged = peft.PeftModel.from_pretrained(base(name), tmp_path).merge_and_unload()
+    assert torch.allclose(merged(x), output, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(model.merge_and_unload()(x), output, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_switched_off_stays_exactly_0_until_it_is_dropped(name: str) -> None:
+    model = with_lora(name)
+    ranks = rw.adapt_ranks(model, target_r=1.5, **SCHEDULE)
+    ranks.leave_the_end_to(trainer=True)
+
+    train(model, name)
+
+    assert not ranks.is_over and off(model, ranks) == 0.0
+    x, _ = examples(name)
+    padded = model(x)
+    before = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ranks.end()
+    assert ranks.is_over
+    assert torch.allclose(model(x), padded, rtol=1e-9, atol=1e-10)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) < before
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_saved_in_the_middle_of_a_run_computes_the_same(name: str, tmp_path: Path) -> None:
+    model = with_lora(name)
+    rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+    train(model, name, steps=12)
+    x, _ = examples(name)
+
+    model.save_pretrained(tmp_path)
+
+    again = peft.PeftModel.from_pretrained(base(name), tmp_path)
+    assert torch.allclose(again(x), model(x), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_quantized_layers_adapt(kind: str, tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer: Any = (
+        bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
+        if kind == "4bit"
+        else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    )
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(64, 4)).to("cpu")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2"]))
+    ranks = rw.adapt_ranks(model, target_r=1, total_step=20)
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 64), torch.randn(16, 4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(20):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ranks.is_over and ranks.rank_summary().total_rank <= 2
+    model.save_pretrained(tmp_path)
+    assert model(x).isfinite().all()
+
+
+# What a user chose.
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_scale_that_the_user_chose_is_that_of_the_end(rslora: bool) -> None:
+    model = with_lora("linear", use_rslora=rslora)
+    chosen = 8 / (4**0.5 if rslora else 4)
+    rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    layer = model.base_model.model[2]
+    assert layer.scaling["default"] == pytest.approx(chosen * (0.5 if rslora else 0.25))
+
+    train(model, "linear")
+
+    held = [each for each in model.modules() if "default" in getattr(each, "scaling", {})]
+    assert held and all(each.scaling["default"] == pytest.approx(chosen) for each in held)
+
+
+def test_a_rank_pattern_at_the_start_is_where_each_layer_starts() -> None:
+    model = with_lora("linear", rank_pattern={"2": 8}, alpha_pattern={"2": 32})
+    ranks = rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+    assert ranks.rank_history.records[0].ranks == [4, 8, 4]
+
+    train(model, "linear")
+
+    chosen = {"0": 2.0, "2": 4.0, "4": 2.0}
+    held = {n: each for n, each in model.base_model.model.named_children() if hasattr(each, "scaling")}
+    assert "2" in held and {n: each.scaling["default"] for n, each in held.items()} == {
+        n: chosen[n] for n in held
+    }
+
+
+def test_half_of_the_adapters_rank_is_the_target_where_none_is_given() -> None:
+    ranks = rw.adapt_ranks(with_lora("linear"), **SCHEDULE)
+    assert ranks.allocation_state.target == 6
+
+
+def test_an_adapter_that_was_trained_before_computes_the_same_when_its_ranks_begin_to_adapt() -> None:
+    model = with_lora("linear")
+    train(model, "linear", steps=20)
+    x, _ = examples("linear")
+    before = model(x)
+
+    rw.adapt_ranks(model, target_r=1.5, **SCHEDULE)
+
+    assert torch.allclose(model(x), before, rtol=1e-12)
+
+
+def test_dora_keeps_its_magnitudes_also_where_no_rank_is_left(tmp_path: Path) -> None:
+    model = with_lora("linear", use_dora=True)
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    train(model, "linear")
+    x, _ = examples("linear")
+    assert ranks.is_over
+
+    model.save_pretrained(tmp_path)
+
+    again = peft.PeftModel.from_pretrained(base("linear"), tmp_path)
+    assert torch.allclose(again(x), model(x), rtol=1e-6, atol=1e-7)
+    assert all(
+        model.base_model.model[n].lora_magnitude_vector["default"].weight is not None for n in (0, 2, 4)
+    )
+
+
+def test_of_several_adapters_one_adapts_and_the_others_stay(tmp_path: Path) -> None:
+    model = with_lora("linear")
+    model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False))
+    state = {k: v.clone() for k, v in peft.get_peft_model_state_dict(model, adapter_name="other").items()}
+    ranks = rw.adapt_ranks(model, target_r=0.7, adapter="default", **SCHEDULE)
+
+    train(model, "linear")
+
+    x, _ = examples("linear")
+    output = model(x)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".other." in name)
+    model.set_adapter("default")
+    assert torch.equal(model(x), output) and ranks.rank_summary().total_rank < 3
+    now = peft.get_peft_model_state_dict(model, adapter_name="other")
+    assert now.keys() == state.keys() and all(torch.equal(now[key], state[key]) for key in state)
+    model.set_adapter("other")
+    assert model(x).isfinite().all()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base("linear"), tmp_path)
+    model.set_adapter("default")
+    assert torch.allclose(again(x), model(x), rtol=1e-6, atol=1e-7)
+
+
+def test_adapters_that_were_injected_adapt_too() -> None:
+    model = base("linear")
+    model = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["0", "2"]), model)
+    model.peft_config = {"default": peft.LoraConfig(r=4, target_modules=["0", "2"])}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    ranks = rw.adapt_ranks(model, target_r=1, adapter="default", **SCHEDULE)
+    train(model, "linear")
+    assert ranks.is_over and ranks.rank_history.layers == ["0", "2"]
+
+
+# In any loop.
+
+
+def test_the_model_keeps_the_handle() -> None:
+    model = with_lora("linear")
+    rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    gc.collect()
+
+    train(model, "linear")
+
+    assert model.peft_config["default"].rank_pattern or len(model.peft_config["default"].target_modules) < 3
+
+
+def test_training_goes_on_after_the_end_as_if_zeros_were_still_there() -> None:
+    runs = []
+    for narrow in (True, False):
+        model = with_lora("linear")
+        ranks = rw.adapt_ranks(model, target_r=1.5, **SCHEDULE)
+        ranks.leave_the_end_to(trainer=not narrow)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        with told():
+            train(model, "linear", optimizer=optimizer)
+            runs.append(train(model, "linear", steps=20, optimizer=optimizer))
+        assert ranks.is_over == narrow
+    assert runs[0] == pytest.approx(runs[1], rel=1e-10)
+
+
+def test_a_run_that_ends_early_is_finished_by_a_call(tmp_path: Path) -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    train(model, "linear", steps=5)
+
+    ranks.finalize_ranks()
+
+    assert ranks.is_over and ranks.rank_summary().total_rank <= 3 and ranks.allocation_state.reached_target
+    model.save_pretrained(tmp_path)
+    x, _ = examples("linear")
+    assert torch.allclose(peft.PeftModel.from_pretrained(base("linear"), tmp_path)(x), model(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("load_first", [True, False])
+def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(load_first: bool) -> None:
+    def begin() -> tuple[Any, torch.optim.Optimizer]:
+        model = with_lora("linear")
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    model, optimizer = begin()
+    ranks = rw.adapt_ranks(model, target_r=1.5, **SCHEDULE)
+    train(model, "linear", steps=12, optimizer=optimizer)
+    saved = [copy.deepcopy(each.state_dict()) for each in (model, optimizer, ranks)]
+    train(model, "linear", steps=STEPS - 12, optimizer=optimizer)
+
+    other, its_optimizer = begin()
+    if load_first:
+        other.load_state_dict(saved[0])
+    again = rw.adapt_ranks(other, target_r=1.5, **SCHEDULE)
+    if not load_first:
+        other.load_state_dict(saved[0])
+    its_optimizer.load_state_dict(saved[1])
+    again.load_state_dict(saved[2])
+    train(other, "linear", steps=STEPS - 12, optimizer=its_optimizer)
+
+    assert again.rank_history == ranks.rank_history
+    end, its_end = model.state_dict(), other.state_dict()
+    assert end.keys() == its_end.keys() and all(torch.equal(end[key], its_end[key]) for key in end)
+
+
+def test_a_script_that_cuts_by_hand_keeps_control() -> None:
+    runs = []
+    for by_hand in (False, True):
+        model = with_lora("linear")
+        ranks = rw.adapt_ranks(model, target_r=1.5, **SCHEDULE)
+        ranks.leave_the_end_to(trainer=True)
+        if by_hand:
+            x, y = examples("linear")
+            optimizer = torch.optim.AdamW(
+                [p for p in model.parameters() if p.requires_grad], lr=2e-2, weight_decay=0.01
+            )
+            for step in range(STEPS):
+                (model(x) - y).square().mean().backward()
+                optimizer.step()
+                ranks.update_and_allocate(step + 1)
+                optimizer.zero_grad()
+        else:
+            train(model, "linear")
+        runs.append(ranks.rank_history.records[-1].ranks)
+    assert runs[0] == runs[1]
+
+
+def test_a_compiled_model_is_compiled_twice_at_most_in_a_run_of_twenty_cuts() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1.5, total_step=60)
+    ranks.leave_the_end_to(trainer=True)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    x, y = examples("linear")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(60):
+        (compiled(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(ranks.rank_history) > 15 and counter.frame_count <= 2
+    assert torch.allclose(compiled(x), model(x))
+
+
+def test_after_detach_ranks_stay_as_they_are() -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    train(model, "linear", steps=8)
+    before = ranks.rank_history.records[-1].ranks
+    ranks.detach()
+    train(model, "linear", steps=STEPS)
+    assert ranks.rank_history.records[-1].ranks == before
+    rw.adapt_ranks(model, target_r=1, **SCHEDULE)  # and a new run may begin
+
+
+# Anyone's LoRA.
+
+
+class MyLora(nn.Module):
+    """A LoRA layer of somebody's own: factors as plain parameters, the other way round."""
+
+    def __init__(self, d_in: int, d_out: int, r: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(d_in, d_out)
+        self.base.requires_grad_(False)
+        self.lora_a, self.lora_b = nn.Linear(d_in, r, bias=False), nn.Linear(r, d_out, bias=False)
+        nn.init.zeros_(self.lora_b.weight)
+        self.alpha, self.rank = 8.0, r
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.alpha / self.rank * self.lora_b(self.lora_a(x))
+
+
+class MyPair(rw.FactorPair):
+    def __init__(self, path: str, layer: MyLora) -> None:
+        super().__init__(path)
+        self.layer = layer
+
+    def parameter(self, key: str) -> nn.Parameter:
+        return self.layer.lora_a.weight if key == "A" else self.layer.lora_b.weight
+
+    @property
+    def scale(self) -> float:
+        return self.layer.alpha / self.layer.rank
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self.layer.alpha = value * self.layer.rank
+
+
+def test_a_layer_of_ones_own_takes_a_dozen_lines() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(MyLora(8, 16, 4), nn.Tanh(), MyLora(16, 4, 4)).double()
+    pairs = [MyPair(f"layer {n}", model[n]) for n in (0, 2)]  # type: ignore[arg-type]
+    ranks = rw.adapt_ranks(pairs, target_r=1, **SCHEDULE)
+
+    losses = train(model, "linear")
+
+    assert losses[-1] < losses[0] and ranks.rank_summary().total_rank <= 2
+    assert off(model, ranks) == 0.0 and [pair.scale for pair in pairs] == pytest.approx([2, 2])

@@ -1,0 +1,43 @@
+"""Copies of a model whose ranks adapt carry their run, and go on by themselves."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import rankwise as rw
+from lora_world import STEPS, train, with_lora
+from rankwise.adapt.ranks import HANDLES
+
+
+def saved(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved],
+    ids=["deepcopy", "pickle", "torch.save"],
+)  # fmt: skip
+def test_a_copy_goes_on_as_the_original_does_and_neither_touches_the_other(
+    copied: Callable[[Any], Any],
+) -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=2, total_step=STEPS, tfinal=15)
+    train(model, "linear", 12)
+    other = copied(model)
+    again = vars(other)[HANDLES]["default"]
+    assert again is not ranks and again.allocation_state == ranks.allocation_state
+
+    losses = train(model, "linear", STEPS - 12)
+    assert again.allocation_state.step == 12
+    assert train(other, "linear", STEPS - 12) == losses
+    assert again.is_over and again.rank_history == ranks.rank_history

@@ -1,0 +1,173 @@
+"""What `adapt_ranks` refuses: by name, with what to do, and before anything is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import rankwise as rw
+from lora_world import base, with_lora
+
+
+def untouched(model: Any, before: dict[str, torch.Tensor]) -> bool:
+    state = model.state_dict()
+    return state.keys() == before.keys() and all(torch.equal(state[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"lora_bias": True}, "lora_bias"),
+    ],
+)
+def test_what_would_change_its_meaning_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    model = with_lora("linear", base("linear", torch.float32), **changes)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=named):
+        rw.adapt_ranks(model, target_r=2, total_step=10)
+    assert untouched(model, before)
+    assert model.base_model.model[0].scaling["default"] == 2.0
+
+
+def test_loftq_is_refused() -> None:
+    model = with_lora("linear")
+    model.peft_config["default"].init_lora_weights = "loftq"
+    with pytest.raises(ValueError, match="loftq"):
+        rw.adapt_ranks(model, target_r=2, total_step=10)
+
+
+def test_variants_that_read_the_factors_in_a_way_of_their_own_are_refused() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[1, 2]
+    )
+    with pytest.raises(ValueError, match="ALora"):
+        rw.adapt_ranks(peft.get_peft_model(model, config), target_r=2, total_step=10)
+
+
+def test_grouped_convolutions_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"]))
+    with pytest.raises(ValueError, match="groups"):
+        rw.adapt_ranks(adapted, target_r=2, total_step=10)
+
+
+def test_shared_factors_are_refused() -> None:
+    model = with_lora("linear", target_modules=["2", "4"])
+    layers = model.base_model.model
+    layers[4].lora_A["default"].weight = layers[2].lora_A["default"].weight
+    with pytest.raises(ValueError, match=r"'2' and '4' share their factor A"):
+        rw.adapt_ranks(model, target_r=2, total_step=10)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (peft.AdaLoraConfig(target_modules=["0"], total_step=10), "ADALORA"),
+        (peft.IA3Config(target_modules=["0"], feedforward_modules=[]), "IA3"),
+    ],
+)
+def test_other_kinds_of_adapters_are_named(config: Any, named: str) -> None:
+    model = peft.get_peft_model(base("linear", torch.float32), config)
+    with pytest.raises(ValueError, match=named):
+        rw.adapt_ranks(model, target_r=2, total_step=10)
+
+
+def test_a_model_without_an_adapter_is_told_how_to_get_one() -> None:
+    with pytest.raises(ValueError, match=r"has no adapter.*get_peft_model"):
+        rw.adapt_ranks(base("linear"), target_r=2)
+    with pytest.raises(TypeError, match="FactorPairs"):
+        rw.adapt_ranks("model", target_r=2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="FactorPairs"):
+        rw.adapt_ranks([], target_r=2)
+
+
+def test_rankwises_own_layers_adapt_already() -> None:
+    config = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["0"])
+    model = rw.get_peft_model(base("linear"), config)
+    with pytest.raises(ValueError, match="adapt by themselves"):
+        rw.adapt_ranks(model)
+
+
+def test_a_second_run_on_the_same_adapter_is_refused() -> None:
+    model = with_lora("linear")
+    rw.adapt_ranks(model, target_r=2, total_step=10)
+    with pytest.raises(ValueError, match="detach"):
+        rw.adapt_ranks(model, target_r=2, total_step=10)
+
+
+def test_merged_adapters_are_refused() -> None:
+    model = with_lora("linear")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        rw.adapt_ranks(model, target_r=2, total_step=10)
+
+
+def test_an_adapter_that_is_not_there_or_not_clear_is_named() -> None:
+    model = with_lora("linear")
+    with pytest.raises(ValueError, match=r"no adapter 'sft'.*'default'"):
+        rw.adapt_ranks(model, target_r=2, total_step=10, adapter="sft")
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["0"]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="say which one"):
+        rw.adapt_ranks(model, target_r=2, total_step=10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "named"),
+    [
+        ({"target_r": 5}, ValueError, r"`target_r`=5 is greater than the adapter's rank, which is 4"),
+        ({"target_r": 0}, ValueError, "target_r"),
+        ({"target_r": "8"}, TypeError, "target_r"),
+        ({"target_r": True}, TypeError, "target_r"),
+        ({"target_r": 0.1}, ValueError, "no rank at all"),
+        ({"total_step": 0}, ValueError, "total_step"),
+        ({"tinit": 8, "tfinal": 8}, ValueError, "tinit"),
+        ({"deltaT": 0}, ValueError, "deltaT"),
+        ({"tinit": -1}, ValueError, "tinit"),
+    ],
+)
+def test_numbers_that_make_no_run_are_refused(
+    settings: dict[str, Any], kind: type[Exception], named: str
+) -> None:
+    model = with_lora("linear")
+    with pytest.raises(kind, match=named):
+        rw.adapt_ranks(model, **{"target_r": 2, "total_step": 10, **settings})
+    assert model.base_model.model[0].scaling["default"] == 2.0
+    rw.adapt_ranks(model, target_r=2, total_step=10)  # nothing is left of the first attempt
+
+
+def test_a_run_of_unknown_length_does_not_begin() -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match=r"set_total_step"):
+        optimizer.step()
+    ranks.set_total_step(20)
+    optimizer.step()
+
+
+def test_the_state_of_another_run_is_refused_and_changes_nothing() -> None:
+    one = rw.adapt_ranks(with_lora("linear"), target_r=2, total_step=10)
+    other = rw.adapt_ranks(with_lora("embedding"), target_r=2, total_step=10)
+    with pytest.raises(ValueError, match="not the state of a run on these layers"):
+        one.load_state_dict(other.state_dict())
+    longer = rw.adapt_ranks(with_lora("linear"), target_r=2, total_step=20)
+    with pytest.raises(ValueError, match="total_step"):
+        one.load_state_dict(longer.state_dict())
+    assert one.allocation_state.total_step == 10

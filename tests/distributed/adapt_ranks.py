@@ -1,0 +1,149 @@
+"""The run of `lora_run` under DistributedDataParallel and `fully_shard`. Usage: torchrun adapt_ranks.py FOLDER."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from reporting import FOLDER, fingerprint, mean, run
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import rankwise as rw
+from lora_run import SCHEDULE, TARGET, adapting, with_lora
+from one_run import STEPS, batches, optimizer_for, train
+
+dist.init_process_group("gloo")
+RANK = dist.get_rank()
+MESH = init_device_mesh("cpu", (2,))
+
+
+def of_ranks(model: Any, ranks: rw.AdaptiveRanks, losses: list[float]) -> dict[str, Any]:
+    """What a run is compared by."""
+    factors = [p for name, p in model.named_parameters() if "lora_" in name]
+    return {
+        "losses": mean(losses),
+        "history": [list(record.ranks) for record in ranks.rank_history.records],
+        "ranks": [layer.rank for layer in ranks.rank_summary().layers],
+        "bits": fingerprint(factors),
+        "over": ranks.is_over,
+    }
+
+
+# DistributedDataParallel.
+
+
+def ddp(reentrant: bool | None = None, finish: str = "", **options: Any) -> dict[str, Any]:
+    model, ranks = adapting()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    wrapped = DistributedDataParallel(model, **options)
+    result = of_ranks(model, ranks, train(wrapped, optimizer_for(model), batches(RANK, 2)))
+    if finish:
+        del wrapped
+        ranks.finalize_ranks()
+        result["narrowed"] = ranks.is_over
+        result["rows"] = [p.shape[0] for name, p in model.named_parameters() if "lora_A" in name]
+        if RANK == 0:
+            model.save_pretrained(FOLDER / finish)
+    return result
+
+
+def accumulating() -> dict[str, Any]:
+    model, ranks = adapting()
+    wrapped = DistributedDataParallel(model)
+    optimizer, losses = optimizer_for(model), []
+    for batch in batches(RANK, 2):
+        total = 0.0
+        for half in (0, 1):
+            part = {key: value[2 * half : 2 * half + 2] for key, value in batch.items()}
+            with wrapped.no_sync() if half == 0 else nullcontext():
+                loss = wrapped(**part).loss / 2
+                loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return of_ranks(model, ranks, losses)
+
+
+# fully_shard.
+
+
+def sharded(model: Any) -> Any:
+    for block in model.base_model.model.model.layers:
+        fully_shard(block, mesh=MESH)
+    return fully_shard(model, mesh=MESH)
+
+
+def save(model: Any, folder: str) -> None:
+    """As PEFT saves where the parameters are shared out: from a whole state dictionary."""
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if RANK == 0:
+        model.save_pretrained(FOLDER / folder, state_dict=whole)
+    dist.barrier()
+
+
+def fsdp(adapt_first: bool) -> dict[str, Any]:
+    if adapt_first:
+        model, ranks = adapting()
+        sharded(model)
+    else:
+        model = sharded(with_lora())
+        ranks = rw.adapt_ranks(model, target_r=TARGET, **SCHEDULE)
+    losses = train(model, optimizer_for(model), batches(RANK, 2))
+    ranks.finalize_ranks()
+    save(model, f"fsdp-{adapt_first}")
+    return of_ranks(model, ranks, losses)
+
+
+def fsdp_resumed(steps: int) -> dict[str, Any]:
+    data, folder = batches(RANK, 2), FOLDER / f"sharded-{steps}"
+    model, ranks = adapting()
+    sharded(model)
+    optimizer = optimizer_for(model)
+    losses = train(model, optimizer, data[:steps])
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save({**states, "ranks": ranks.state_dict()}, checkpoint_id=folder)
+
+    torch.manual_seed(77)
+    model, ranks = adapting()
+    sharded(model)
+    optimizer = optimizer_for(model)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(states, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    saved = dcp.state_dict_loader._load_state_dict_from_keys({"ranks"}, checkpoint_id=folder)
+    ranks.load_state_dict(saved["ranks"])
+    return of_ranks(model, ranks, losses + train(model, optimizer, data[steps:]))
+
+
+cases: dict[str, Any] = {
+    "ddp": functools.partial(ddp, finish="ddp"),
+    "ddp, re-entrant": functools.partial(ddp, True, static_graph=True),
+    "ddp, not re-entrant": functools.partial(ddp, False),
+    "ddp, find_unused_parameters": functools.partial(ddp, find_unused_parameters=True),
+    "ddp, not re-entrant, find_unused_parameters": functools.partial(ddp, False, find_unused_parameters=True),
+    "ddp, gradients are views": functools.partial(ddp, gradient_as_bucket_view=True),
+    "ddp, no_sync": accumulating,
+    "fsdp, adapted before": functools.partial(fsdp, True),
+    "fsdp, adapted after": functools.partial(fsdp, False),
+    "fsdp, resumed while pruning": functools.partial(fsdp_resumed, 4),
+    "fsdp, resumed in the final phase": functools.partial(fsdp_resumed, 8),
+}
+
+if __name__ == "__main__":
+    assert STEPS == 10
+    run(cases)
