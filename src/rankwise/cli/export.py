@@ -21,6 +21,7 @@ class Target(str, Enum):
     VLLM = "vllm"
     SGLANG = "sglang"
     GGUF = "gguf"
+    DIFFUSERS = "diffusers"
     MERGED = "merged"
 
 
@@ -59,13 +60,23 @@ def export(
         Precision | None,
         typer.Option("--dtype", help="Of the written factors; as they are if left out.", show_default=False),
     ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(
+            "--component",
+            metavar="NAME",
+            help="For diffusers: what the pipeline calls the adapted model, such as unet or transformer.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter in the form that a server reads.
 
     **peft-lora**: plain LoRA with a rank for each layer. **vllm**: the same, checked for what vLLM takes. **sglang**,
     for LoRAX too: one rank, with zeros where a layer has fewer or none. **gguf**: a file for llama.cpp and Ollama.
-    **merged**: a whole model folder, in the base's dtype. What a server can't take is refused, with the way round it.
+    **diffusers**: a file for `pipe.load_lora_weights`. **merged**: a whole model folder, in the base's dtype. What a
+    server can't take is refused, with the way round it.
     """
     with failures(ValueError, TypeError, OSError):
         import torch
@@ -78,6 +89,7 @@ def export(
             to.value,
             base=base,
             dtype=None if dtype is None else getattr(torch, dtype.value),
+            component=component,
             overwrite=overwrite,
         )
     console = Console()

@@ -28,6 +28,8 @@ from rankwise.parallel.flattened import refuse_flattened
 from rankwise.parallel.processes import all_wait_for_this, writes_files
 from rankwise.parallel.sharded import shared_out
 
+_NOT_GIVEN = object()
+
 
 class StoresAdapters(NamesAdapters):
     """The part of an adapted model that has to do with adapter folders."""
@@ -42,6 +44,7 @@ class StoresAdapters(NamesAdapters):
         training_state: bool | None = None,
         save_embedding_layers: bool | str = "auto",
         safe_serialization: bool = True,
+        variant: Any = _NOT_GIVEN,
         **unused: Any,
     ) -> None:
         """Save the adapters in PEFT's format; the base model is not saved.
@@ -61,17 +64,25 @@ class StoresAdapters(NamesAdapters):
             save_embedding_layers: also write the base weights of a Transformers model's input and output
                 embeddings, as is needed after the vocabulary was resized: True, False, or "auto" for those that
                 are adapted, as in PEFT.
-            safe_serialization: False writes ``adapter_model.bin`` for programs that read no safetensors. It is a pickle,
-                which `compress_adapter` and exports don't read.
+            safe_serialization: False writes ``adapter_model.bin`` for programs that read no safetensors. It is a
+                pickle, which `compress_adapter` and exports don't read.
+            variant: of whole models, as diffusers' pipelines pass it; adapters have none.
             unused: other arguments of PEFT's and Transformers' ``save_pretrained`` that have no meaning here.
 
         Raises:
             TypeError: there is no such argument.
             ValueError: there is no adapter of a selected name, or an option has an impossible value; or a tensor holds
                 NaN or infinite values, which nothing could load. The message names the last good checkpoint, where
-                one lies near. Nothing is written then, so that a trainer stops at its next checkpoint.
+                one lies near. Nothing is written then, so that a trainer stops at its next checkpoint. Or a pipeline
+                of diffusers is being saved, which needs whole models.
             OSError: it can't be written; what was there before is whole.
         """
+        if variant is not _NOT_GIVEN and _of_diffusers(self):
+            raise ValueError(
+                f"A pipeline is saved with whole models, but its {type(self).__name__} has adapters of rankwise. For "
+                "the adapter, call `export_adapter(folder, model, 'diffusers')`, which `pipe.load_lora_weights` takes. "
+                "For a pipeline with the adapter in its weights, set `model = model.merge_and_unload()` in it first."
+            )
         if state_dict is None:
             refuse_flattened(
                 self,
@@ -249,3 +260,7 @@ class StoresAdapters(NamesAdapters):
                 stacklevel=3,
             )
         return storage.prepare_values(self, name, file, controller)
+
+
+def _of_diffusers(model: Any) -> bool:
+    return any(each.__module__.partition(".")[0] == "diffusers" for each in type(model).__mro__)

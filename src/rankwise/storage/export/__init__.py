@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Exported", "Target", "export_adapter", "save_as_lora"]
 
-Target = Literal["peft-lora", "vllm", "sglang", "gguf", "merged"]
+Target = Literal["peft-lora", "vllm", "sglang", "gguf", "diffusers", "merged"]
 
 
 def export_adapter(
@@ -29,6 +29,7 @@ def export_adapter(
     base: str | os.PathLike[str] | None = None,
     adapter_name: str = "default",
     dtype: torch.dtype | None = None,
+    component: str | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Write a LoRA or AdaLoRA adapter in the form that a server reads; exactly, up to rounding to ``dtype``.
@@ -38,11 +39,14 @@ def export_adapter(
         adapter: an adapted model, or an adapter folder that rankwise or PEFT wrote. Of an AdaLoRA folder, only linear
             layers and embeddings can be exported, because it doesn't say which layers are convolutions.
         to: "peft-lora" (plain LoRA with a rank for each layer), "vllm", "sglang" (and LoRAX: one rank, with zeros),
-            "gguf" (llama.cpp and Ollama) or "merged" (a whole model in the base's dtype).
+            "gguf" (llama.cpp and Ollama), "diffusers" (for ``pipe.load_lora_weights``) or "merged" (a whole model in
+            the base's dtype).
         base: the base model's folder, or for "gguf" also its ``.gguf`` file; where the adapter says that it is if None.
             "sglang" needs it only where the adapter lacks layers that the server expects.
         adapter_name: which adapter of the model.
         dtype: of the written factors, such as ``torch.bfloat16``; as they are if None. Not for "merged".
+        component: for "diffusers", what the pipeline calls the adapted model, such as "unet" or "transformer"; told by
+            its layers if None.
         overwrite: replace what is at ``output``.
 
     Returns:
@@ -66,6 +70,10 @@ def export_adapter(
     """
     if to not in get_args(Target):
         raise ValueError(f"`to` must be one of {', '.join(get_args(Target))}, but is {to!r}.")
+    if component is not None and to != "diffusers":
+        raise ValueError(
+            f"`component` belongs to 'diffusers', whose pipelines have several models, and not to {to!r}."
+        )
     path, base = Path(output), None if base is None else Path(base)
     if not overwrite:
         refuse_existing(path)
@@ -83,6 +91,10 @@ def export_adapter(
         here = base is not None or (named is not None and Path(named).exists())
         shape = read_base_shape(base_path(updates, base, "this export")) if here else None
         return export_for_sglang(path, updates, dtype, shape)
+    if to == "diffusers":
+        from rankwise.storage.export.diffusers import export_for_diffusers
+
+        return export_for_diffusers(path, updates, dtype, component)
     if to == "gguf":
         from rankwise.storage.export.gguf import export_for_llama_cpp
 

@@ -1,0 +1,132 @@
+"""For diffusers, as run with 0.42: a file that ``pipe.load_lora_weights`` applies.
+
+A pipeline has several models, so each tensor's name begins with the name of the model in it that is adapted, such as
+``unet.`` or ``transformer.``. Alpha equals the rank in every layer, so that the scale is 1 for every version of
+diffusers that knows ranks of layers; versions since 0.34 read the configuration in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from rankwise.files.atomic import write_folder
+from rankwise.storage import PREFIX
+from rankwise.storage.export.exported import Exported, refuse_whole_tensors
+from rankwise.storage.updates import Update, Updates, acting, named_tensors
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+_METADATA_KEY = "lora_adapter_metadata"
+# Where the layers of diffusers' models lie, by which a component can be told.
+_STARTS = {
+    "unet": (
+        "down_blocks",
+        "mid_block",
+        "up_blocks",
+        "conv_in",
+        "conv_out",
+        "time_embedding",
+        "add_embedding",
+    ),
+    "transformer": (
+        "transformer_blocks",
+        "single_transformer_blocks",
+        "blocks",
+        "layers",
+        "proj_out",
+        "x_embedder",
+        "context_embedder",
+        "time_text_embed",
+        "pos_embed",
+    ),
+    "text_encoder": ("text_model", "text_projection"),
+}
+
+
+def export_for_diffusers(
+    folder: Path, updates: Updates, dtype: torch.dtype | None = None, component: str | None = None
+) -> Exported:
+    """Write a folder that ``pipe.load_lora_weights`` applies.
+
+    Args:
+        folder: made if need be.
+        updates: of the adapter.
+        dtype: of the written factors; as they are if None.
+        component: what the pipeline calls the adapted model, such as "unet", "transformer" or "text_encoder_2". None:
+            told by the names of its layers.
+
+    Raises:
+        ValueError: the adapter holds what diffusers takes not, or its layers don't tell the component.
+        OSError: it can't be written; what was there before is whole.
+    """
+    refuse_whole_tensors(updates, "diffusers' `load_lora_weights`")
+    layers = acting(updates)
+    for path, update in layers.items():
+        _check(updates, path, update)
+    name = _component(updates, layers) if component is None else _checked(component)
+    tensors = {
+        f"{name}.{key.removeprefix(PREFIX)}": tensor.contiguous()
+        for path, update in layers.items()
+        for key, tensor in named_tensors(path, update, dtype).items()
+    }
+    config = {f"{name}.{key}": value for key, value in _config(layers).items()}
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary / FILE_NAME, metadata=metadata)
+
+    write_folder(folder, write, owned=(FILE_NAME,))
+    return Exported(folder, (f"diffusers: pipe.load_lora_weights({str(folder)!r})  # into pipe.{name}",))
+
+
+def _config(layers: Mapping[str, Update]) -> dict[str, Any]:
+    """Fields of PEFT's LoraConfig. Each pattern is anchored, as the end of one path may be another's path."""
+    ranks = {path: update.rank for path, update in layers.items()}
+    top = max(ranks.values())
+    others = {f"^{path}": rank for path, rank in ranks.items() if rank != top}
+    return {
+        "r": top,
+        "lora_alpha": top,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(layers),
+    }
+
+
+def _check(updates: Updates, path: str, update: Update) -> None:
+    if any(path in names for names in updates.stacks.values()):
+        raise ValueError(f"{updates.source} adapts the experts {path!r}, which diffusers has no place for.")
+    if update.grouped:
+        raise ValueError(
+            f"{updates.source} adapts the grouped convolution {path!r}, of which diffusers can't tell the rank. Train "
+            "without it (`exclude_modules`)."
+        )
+    if not any(key.endswith("lora_B.weight") for key in named_tensors(path, update)):
+        raise ValueError(
+            f"{updates.source} adapts the embedding {path!r}, and diffusers' `load_lora_weights` takes none. Train "
+            "without it (`exclude_modules`)."
+        )
+
+
+def _checked(component: str) -> str:
+    if not component.isidentifier():
+        raise ValueError(
+            f"`component` must be what the pipeline calls the adapted model, such as 'unet', but is {component!r}."
+        )
+    return component
+
+
+def _component(updates: Updates, paths: Iterable[str]) -> str:
+    starts = {path.partition(".")[0] for path in paths}
+    found = [name for name, known in _STARTS.items() if starts & set(known)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{updates.source} adapts layers under {', '.join(sorted(starts)[:6])}, which don't tell what a pipeline "
+            "calls the model. Say it: `component='unet'` (`--component unet`), or 'transformer', 'text_encoder', ..."
+        )
+    return found[0]
