@@ -6,6 +6,7 @@ results.json           metrics before and after, log and ranks, kept up to date;
 adapter_config.json    the adapter, when training is done
 …
 checkpoint-500/        what resuming needs
+best-450/              the best adapter by now; in the end it is the one above
 """
 
 from __future__ import annotations
@@ -87,10 +88,18 @@ class Output:
         self.folder.mkdir(parents=True, exist_ok=True)
         for checkpoint in self.checkpoints():
             shutil.rmtree(checkpoint)
+        self.clear_best()
         for name in _OWN_FILES:
             (self.folder / name).unlink(missing_ok=True)
         text = yaml.safe_dump(_settled(self.recipe), sort_keys=False, allow_unicode=True, width=100)
         write_file(self.folder / _RECIPE, f"# The whole recipe of this run, defaults included.\n{text}")
+
+    def clear_best(self) -> None:
+        """Remove the best adapters that were kept while the run went on."""
+        from rankwise.recipes.best import best_folders
+
+        for folder in best_folders(self.folder):
+            shutil.rmtree(folder)
 
     def checkpoints(self) -> Iterator[Path]:
         """The checkpoint folders, whole or not, the newest first."""

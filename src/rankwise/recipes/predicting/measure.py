@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rankwise.recipes.models import quiet
 from rankwise.recipes.predicting.saved import open_adapter
 from rankwise.recipes.preparing import preparing
-from rankwise.recipes.run import evaluate_with, training_arguments
+from rankwise.recipes.run import evaluate_with
 from rankwise.recipes.tasks import Metric, load_task
+from rankwise.recipes.training import training_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,6 +103,6 @@ def evaluate(
             arguments = training_arguments(saved.recipe, 1, Path(nowhere), trainer_class)
             trainer = trainer_class(model=model, args=arguments, callbacks=[progress], **for_task)
             trainer.remove_callback(PrinterCallback)
-            values = evaluate_with(trainer, metrics)
+            values = evaluate_with(trainer, metrics, for_task["eval_dataset"])
     shown = [metric for metric in metrics if metric.key in values]
     return Measured(str(adapter), str(file), len(data.evaluation), values, shown, [*notes, *more])

@@ -56,11 +56,13 @@ class Metric:
         key: its name in ``Trainer.evaluate()``'s result, without ``eval_``.
         title: its name for people.
         style: how to format it.
+        greater_is_better: whether a better model has more of it.
     """
 
     key: str
     title: str
     style: str = field(default=".4f")
+    greater_is_better: bool = True
 
 
 class Task(Protocol):

@@ -184,7 +184,7 @@ def metrics(recipe: Recipe) -> Sequence[Metric]:
     return (
         Metric("accuracy", "accuracy", ".2%"),
         Metric("macro_f1", "macro F1"),
-        Metric("loss", "held-out loss"),
+        Metric("loss", "held-out loss", greater_is_better=False),
     )
 
 

@@ -221,14 +221,14 @@ def metrics(recipe: Recipe) -> Sequence[Metric]:
     """Accuracy and macro F1, or squared error and correlations; and the loss."""
     if recipe.is_regression:
         return (
-            Metric("mse", "mean squared error"),
+            Metric("mse", "mean squared error", greater_is_better=False),
             Metric("pearson", "Pearson"),
             Metric("spearman", "Spearman"),
         )
     return (
         Metric("accuracy", "accuracy", ".2%"),
         Metric("macro_f1", "macro F1"),
-        Metric("loss", "held-out loss"),
+        Metric("loss", "held-out loss", greater_is_better=False),
     )
 
 

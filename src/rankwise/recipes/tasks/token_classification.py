@@ -313,7 +313,7 @@ def metrics(recipe: Recipe) -> Sequence[Metric]:
         Metric("precision", "entity precision", ".2%"),
         Metric("recall", "entity recall", ".2%"),
         Metric("accuracy", "accuracy of words", ".2%"),
-        Metric("loss", "held-out loss"),
+        Metric("loss", "held-out loss", greater_is_better=False),
     )
 
 

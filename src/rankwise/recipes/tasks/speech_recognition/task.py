@@ -371,7 +371,9 @@ def set_generation(recipe: Recipe, processor: Any, model: Any, longest: int | No
 def metrics(recipe: Recipe) -> Sequence[Metric]:
     """Word error rate, or character error rate in languages without spaces; and the loss."""
     unit = "character" if whisper.counts_characters(recipe.writes) else "word"
-    return Metric("wer", f"{unit} error rate", ".2%"), Metric("loss", "held-out loss")
+    return Metric("wer", f"{unit} error rate", ".2%", greater_is_better=False), Metric(
+        "loss", "held-out loss", greater_is_better=False
+    )
 
 
 def samples(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> list[dict[str, Any]]:
