@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.console import Console
 from rankwise.cli.adapters import Adapter, Overwrite
 from rankwise.cli.app import app
 from rankwise.cli.failures import failures
+
+if TYPE_CHECKING:
+    from rankwise.storage.export.exported import Exported
 
 
 class Target(str, Enum):
@@ -65,21 +68,42 @@ def export(
 
     **peft-lora**: plain LoRA with a rank for each layer. **vllm**: the same, checked for what vLLM takes. **sglang**,
     for LoRAX too: one rank, with zeros where a layer has fewer or none. **gguf**: a file for llama.cpp and Ollama.
-    **merged**: a whole model folder, in the base's dtype. What a server can't take is refused, with the way round it.
+    **merged**: a whole model folder, with its head, that Transformers loads alone. What a server can't take is refused,
+    with the way round it.
     """
     with failures(ValueError, TypeError, OSError):
         import torch
 
         from rankwise.storage.export import export_adapter
 
-        exported = export_adapter(
-            output,
-            adapter,
-            to.value,
-            base=base,
-            dtype=None if dtype is None else getattr(torch, dtype.value),
-            overwrite=overwrite,
-        )
+        if to is Target.MERGED and dtype is None:
+            exported = _merged(adapter, output, base, overwrite)
+        else:
+            exported = export_adapter(
+                output,
+                adapter,
+                to.value,
+                base=base,
+                dtype=None if dtype is None else getattr(torch, dtype.value),
+                overwrite=overwrite,
+            )
     console = Console()
     for line in (f"Saved to {exported.path}", *exported.notes):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _merged(adapter: Path, output: Path, base: Path | None, overwrite: bool) -> Exported:
+    """Merge in the base model's files; or load the model, where it has a new head or its task has settings."""
+    from rankwise.storage.export import export_adapter
+    from rankwise.storage.export.exported import NotInBase
+
+    try:
+        from rankwise.recipes.predicting.merging import merge_adapter, needs_loading
+    except ImportError:  # without the extra `train`, there are the files
+        return export_adapter(output, adapter, "merged", base=base, overwrite=overwrite)
+    if needs_loading(adapter, base):
+        return merge_adapter(adapter, output, base=base, overwrite=overwrite)
+    try:
+        return export_adapter(output, adapter, "merged", base=base, overwrite=overwrite)
+    except NotInBase:
+        return merge_adapter(adapter, output, base=base, overwrite=overwrite)
