@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import warnings
+
 from rankwise.cli.app import app
 
 from rankwise.cli.train import train  # isort: skip
@@ -33,4 +38,20 @@ __all__ = [
 
 def main() -> None:
     """The ``rankwise`` command."""
+    quieten_libraries()
     app()
+
+
+def quieten_libraries() -> None:
+    """Leave out what libraries log below errors, and their warnings about what is to change in them.
+
+    They tell of optional parts that are not installed, before anything was done. Whoever sets ``TORCH_LOGS``, or
+    Python's ``-W``, gets what they ask for.
+    """
+    if logging.lastResort is not None:  # what loggers without a handler write to
+        logging.lastResort.setLevel(logging.ERROR)
+    if "TORCH_LOGS" not in os.environ:
+        logging.getLogger("torch").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)

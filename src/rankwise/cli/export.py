@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,35 +9,30 @@ import typer
 from rich.console import Console
 
 from rankwise.cli.adapters import Adapter, Overwrite
-from rankwise.cli.app import app
+from rankwise.cli.app import app, one_of
 from rankwise.cli.failures import failures
 
 if TYPE_CHECKING:
     from rankwise.storage.export.exported import Exported
 
 
-class Target(str, Enum):
-    """What to export to."""
-
-    PEFT_LORA = "peft-lora"
-    VLLM = "vllm"
-    SGLANG = "sglang"
-    GGUF = "gguf"
-    MERGED = "merged"
-
-
-class Precision(str, Enum):
-    """The dtype of written factors."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
+TARGETS = ("peft-lora", "vllm", "sglang", "gguf", "merged")
+PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 @app.command(epilog="Example: `rankwise export output/reviews --to vllm -o output/reviews-vllm`")
 def export(
     adapter: Adapter,
-    to: Annotated[Target, typer.Option("--to", help="Which server is to read it.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            parser=one_of(*TARGETS),
+            metavar="TARGET",
+            help=f"Which server is to read it: {', '.join(TARGETS)}.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[
         Path,
         typer.Option(
@@ -59,8 +53,14 @@ def export(
         ),
     ] = None,
     dtype: Annotated[
-        Precision | None,
-        typer.Option("--dtype", help="Of the written factors; as they are if left out.", show_default=False),
+        str | None,
+        typer.Option(
+            "--dtype",
+            parser=one_of(*PRECISIONS),
+            metavar="DTYPE",
+            help=f"Of the written factors: {', '.join(PRECISIONS)}; as they are if left out.",
+            show_default=False,
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -76,15 +76,15 @@ def export(
 
         from rankwise.storage.export import export_adapter
 
-        if to is Target.MERGED and dtype is None:
+        if to == "merged" and dtype is None:
             exported = _merged(adapter, output, base, overwrite)
         else:
             exported = export_adapter(
                 output,
                 adapter,
-                to.value,
+                to,  # type: ignore[arg-type]  # one of the targets, as the parser says
                 base=base,
-                dtype=None if dtype is None else getattr(torch, dtype.value),
+                dtype=None if dtype is None else getattr(torch, dtype),
                 overwrite=overwrite,
             )
     console = Console()

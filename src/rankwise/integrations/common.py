@@ -73,8 +73,8 @@ def fit_total_step(adapted: AdaptedModel, steps: int, who: str) -> None:
 def rank_metrics(adapted: AdaptedModel) -> dict[str, float]:
     """Where the ranks are, for a log; empty if no AdaLoRA adapter trains.
 
-    ``budget`` and ``total_rank`` (triplets), ``rank_phase`` (0 warm-up, 1 pruning, 2 final) and ``orth_penalty``
-    (without its weight).
+    ``budget`` and ``total_rank`` (triplets), ``rank_phase`` (0 warm-up, 1 pruning, 2 final); and ``orth_penalty``
+    (without its weight) where there is a penalty.
     """
     where, controller = adapted.allocation_state, adapted._rankwise_controller
     if where is None or controller is None:
@@ -84,7 +84,11 @@ def rank_metrics(adapted: AdaptedModel) -> dict[str, float]:
         # Not from `rank_summary`, which looks at all factors to say what layers are worth.
         "total_rank": sum(controller.allocated_ranks().values()),
         "rank_phase": _PHASE_NUMBERS[where.phase],
-        "orth_penalty": round(float(adapted.orthogonal_penalty()), 6),
+        **(
+            {"orth_penalty": round(float(adapted.orthogonal_penalty()), 6)}
+            if controller.config.orth_reg_weight
+            else {}
+        ),
     }
 
 

@@ -11,7 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rankwise.report.grid import RankGrid, grid_position, kind_order, rank_colour, rank_grids, short_kinds
+from rankwise.report.grid import (
+    RankGrid,
+    grid_position,
+    ink_on,
+    kind_order,
+    rank_colour,
+    rank_grids,
+    short_kinds,
+)
 from rankwise.report.runs import Run
 from rankwise.run.summary import shorten
 
@@ -58,6 +66,12 @@ def heatmap(run: Run, grid: RankGrid, largest: int, scale: bool) -> tuple[Figure
         "hoverongaps": False,
         "texttemplate": "" if small else "%{z}",
         "showscale": scale,
+        # The page writes numbers in white up to this rank, and in black on the lighter colours above.
+        "meta": {
+            "white": max(
+                (r for r in range(1, largest + 1) if ink_on(rank_colour(r, largest)) == "white"), default=0
+            )
+        },
         "colorbar": {
             "orientation": "h",
             "y": 0,

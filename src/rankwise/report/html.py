@@ -6,6 +6,7 @@ Library and data are compressed, and the browser unpacks them. Tables are not: t
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import os
@@ -185,16 +186,38 @@ class Page:
         """The history, thinned for a table."""
         return _thinned(run.records)
 
-    def metrics(self) -> list[tuple[str, list[tuple[float | None, float | None]]]]:
-        """For each metric its name, and of each run the value before and after."""
+    def metrics(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """For each metric its title, and of each run the value before and after, as text."""
         names = dict.fromkeys(key for run in self.runs for side in (run.before, run.after) for key in side)
-        return [(name, [(run.before.get(name), run.after.get(name)) for run in self.runs]) for name in names]
+        titles = {
+            name: next((run.titles[name] for run in self.runs if name in run.titles), name) for name in names
+        }
+        return [
+            (
+                titles[name],
+                [(_shown(run, name, run.before), _shown(run, name, run.after)) for run in self.runs],
+            )
+            for name in names
+        ]
+
+    def counts_parameters(self) -> bool:
+        """Whether some run holds more ranks than its budget, which then counts parameters."""
+        return any(sum(record.ranks) > record.budget for run in self.runs for record in run.records)
 
     def kinds(self) -> list[tuple[str, list[int | None]]]:
         """For each kind of module its name, and of each run the parameters."""
         counts = [figures.kind_parameters(run) for run in self.runs]
         names = dict.fromkeys(kind for each in counts for kind in each)
         return [(name, [each.get(name) for each in counts]) for name in names]
+
+
+def _shown(run: Run, name: str, values: dict[str, float]) -> str:
+    """A metric as the run's task formats it; of older folders with four digits."""
+    if name not in values:
+        return "–"
+    with contextlib.suppress(ValueError):
+        return format(values[name], run.styles.get(name) or ".4g")
+    return f"{values[name]:.4g}"
 
 
 def _listed(values: list[float]) -> str:

@@ -137,7 +137,8 @@ def _history_line(history: RankHistory) -> str:
 
 def _parameters_line(report: AdapterReport) -> str:
     parts = [
-        (sum(layer.parameters for layer in report.layers), "in adapted layers"),
+        (sum(layer.parameters for layer in report.layers) - report.gate_parameters, "in A and B of layers"),
+        (report.gate_parameters, "in E"),
         (sum(module.parameters for module in report.saved_modules), "in modules saved whole"),
         (report.bias_parameters, "in biases"),
         (report.other_parameters, "in other tensors"),
