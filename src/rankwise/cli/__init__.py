@@ -10,6 +10,7 @@ import warnings
 from rankwise.cli.app import app
 
 from rankwise.cli.train import train  # isort: skip
+from rankwise.cli.sweep import sweep  # isort: skip
 from rankwise.cli.probe import probe  # isort: skip
 from rankwise.cli.plan import plan  # isort: skip
 from rankwise.cli.inspect import inspect  # isort: skip
@@ -31,6 +32,7 @@ __all__ = [
     "predict",
     "probe",
     "report",
+    "sweep",
     "train",
     "watch",
 ]

@@ -91,7 +91,7 @@ class Output:
         self.clear_best()
         for name in _OWN_FILES:
             (self.folder / name).unlink(missing_ok=True)
-        text = yaml.safe_dump(_settled(self.recipe), sort_keys=False, allow_unicode=True, width=100)
+        text = yaml.safe_dump(settled(self.recipe), sort_keys=False, allow_unicode=True, width=100)
         write_file(self.folder / _RECIPE, f"# The whole recipe of this run, defaults included.\n{text}")
 
     def clear_best(self) -> None:
@@ -141,7 +141,7 @@ class Output:
             before = yaml.safe_load((self.folder / _RECIPE).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             return
-        old, new = dict(_flat(before)), dict(_flat(_settled(self.recipe)))
+        old, new = dict(flat(before)), dict(flat(settled(self.recipe)))
         for key in dict.fromkeys([*old, *new]):
             if old.get(key) != new.get(key) and key not in self.recipe.free_when_resuming:
                 yield f"{key} was {old.get(key)!r} and is {new.get(key)!r} now"
@@ -158,7 +158,7 @@ def is_whole(checkpoint: Path) -> bool:
     return isinstance(state, dict) and "global_step" in state
 
 
-def _settled(recipe: BaseRecipe) -> dict[str, Any]:
+def settled(recipe: BaseRecipe) -> dict[str, Any]:
     """The recipe as plain data that means the same in every folder."""
     plain = recipe.plain()
     plain["model"] = find_place(recipe.model, "model", recipe.folder).reference
@@ -174,13 +174,13 @@ def _settled(recipe: BaseRecipe) -> dict[str, Any]:
     return plain
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values."""
     if not isinstance(value, dict):
         yield prefix, value
         return
     for key, inner in value.items():
-        yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _finite(value: Any) -> Any:

@@ -94,6 +94,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     callbacks: Sequence[Any] = (),
+    compare: bool = True,
 ) -> Result:
     """Train a recipe.
 
@@ -103,6 +104,7 @@ def train(
         resume: go on from the newest whole checkpoint in the output folder; from the start if there is none.
         overwrite: replace what an earlier run left in the output folder.
         callbacks: more callbacks of Transformers for the trainer.
+        compare: measure before training, too, and let a model that writes show what it writes.
 
     Raises:
         RecipeError: the device, the data, the adapter or the output folder can't be used.
@@ -120,7 +122,7 @@ def train(
     with Interruption() as interruption, quiet(), warnings.catch_warnings():
         # A checkpoint in the course of a run is not at its target, and need not be.
         warnings.filterwarnings("ignore", message=r"At step \d+ .*finalize_ranks")
-        return _train(recipe, console, output, resume, interruption, callbacks)
+        return _train(recipe, console, output, resume, interruption, callbacks, compare)
 
 
 def _train(
@@ -130,6 +132,7 @@ def _train(
     resume: bool,
     interruption: Interruption,
     more_callbacks: Sequence[Any],
+    compare: bool,
 ) -> Result:
     # What the run is about to do. Everything that can be wrong with the recipe shows here, in seconds.
     task = load_task(recipe.task)
@@ -173,7 +176,7 @@ def _train(
         # How good it is before, the training itself, the best adapter on disk, and how good it is then.
         before = output.results.get("before") if checkpoint else None
         samples = output.results.get("samples") or [] if checkpoint else []
-        if before is None and checkpoint is None:
+        if before is None and checkpoint is None and compare:
             before = evaluate_with(trainer, metrics, held_out)
             _make_ready_to_train(trainer)
             samples = write_samples(recipe, data, processor, model)
@@ -191,7 +194,8 @@ def _train(
         else:
             after = evaluate_with(trainer, metrics, held_out)
         seconds = time.monotonic() - started
-        samples = before_and_after(samples, write_samples(recipe, data, processor, model))
+        if compare:
+            samples = before_and_after(samples, write_samples(recipe, data, processor, model))
 
     trainable, _ = model.get_nb_trainable_parameters()
     kept = trainable - factor_parameters(model) + model.rank_summary().parameters
