@@ -101,8 +101,8 @@ def sweep(
     """Find the learning rate and the rank, or whatever else, that serve your data best.
 
     Trains many short runs of the recipe, and of LoRA with as many parameters beside it, chosen by Optuna by their
-    held-out loss. Shows the trials, the frontier of loss against parameters, and the smallest adapter within a tolerance of the
-    best, and writes the recipe to repeat it. Ctrl-C stops it; the same command goes on.
+    held-out loss. Shows the trials, the frontier of loss against parameters, and the smallest adapter within a
+    tolerance of the best, and writes the recipe to repeat it. Ctrl-C stops it; the same command goes on.
     """
     with failures():
         from rankwise.recipes.sweep import sweep as run

@@ -180,6 +180,8 @@ def _train(
             before = evaluate_with(trainer, metrics, held_out)
             _make_ready_to_train(trainer)
             samples = write_samples(recipe, data, processor, model)
+        if checkpoint is None:
+            set_seed(recipe.training.seed)  # what was measured before changes nothing of the training
         started = _started(output, before, samples)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         steps = trainer.state.global_step

@@ -21,6 +21,7 @@ from rankwise.report.grid import (
     short_kinds,
 )
 from rankwise.report.runs import Run
+from rankwise.report.sweeps import Sweep
 from rankwise.run.summary import shorten
 
 Figure = dict[str, Any]  # Plotly's: {"data": [...], "layout": {...}}
@@ -147,6 +148,44 @@ def loss(runs: Sequence[Run]) -> Figure | None:
                 trace["mode"] = "lines+markers" if key == "eval_loss" or len(steps) < 3 else "lines"
                 data.append(trace)
     return _chart(data, "optimizer step", "loss")
+
+
+def sweep(sweep: Sweep) -> Figure | None:
+    """The metric of every trial against the parameters that its adapter keeps, and the frontier; None without any."""
+    data: list[dict[str, Any]] = []
+    done = [trial for trial in sweep.trials if trial["state"] == "complete" and trial["value"] is not None]
+    by_name = {trial["name"]: trial for trial in done}
+    for number, method in enumerate(dict.fromkeys(trial["method"] for trial in done)):
+        own = [trial for trial in done if trial["method"] == method]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": {"adalora": "AdaLoRA", "lora": "LoRA"}.get(method, _plain(method)),
+                "x": [trial["parameters"] for trial in own],
+                "y": [trial["value"] for trial in own],
+                "text": [_plain(_settings(trial)) for trial in own],
+                "hovertemplate": "%{text}<br>%{x:,} parameters: %{y:.4g}<extra></extra>",
+                "marker": {"color": _colour(number), "symbol": ("circle", "diamond")[number % 2], "size": 9},
+            }
+        )
+    frontier = [by_name[name] for name in sweep.frontier if name in by_name]
+    x, y = [trial["parameters"] for trial in frontier], [trial["value"] for trial in frontier]
+    data.insert(0, _line("frontier", x, y, {"shape": "hv", "color": "#8a8f95", "width": 1.5, "dash": "dot"}))
+    figure = _chart(data if done else [], "parameters of the adapter", sweep.title)
+    if figure is not None:
+        figure["layout"]["xaxis"] |= {"type": "log", "dtick": "D2", "tickformat": "~s"}
+    return figure
+
+
+def _settings(trial: dict[str, Any]) -> str:
+    values = (
+        f"{key.rpartition('.')[2]} {value:.3g}"
+        if isinstance(value, float)
+        else f"{key.rpartition('.')[2]} {value}"
+        for key, value in trial["values"].items()
+    )
+    return f"{trial['name']}: {', '.join(values)}"
 
 
 def series(run: Run, key: str) -> tuple[list[int], list[float]]:

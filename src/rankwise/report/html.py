@@ -22,6 +22,7 @@ from rankwise.report import figures
 from rankwise.report.grid import RankGrid, largest_rank, short_kinds
 from rankwise.report.runs import Run, read_runs, thinned
 from rankwise.report.spectra import effective_rank
+from rankwise.report.sweeps import Sweep, split_sweeps
 from rankwise.run.history import RankRecord
 
 _MOST_BYTES = 2_000_000
@@ -37,7 +38,7 @@ def write_report(
     """Write a page about one or several adapters: ranks over the steps, budget, loss, spectra, parameters, recipes.
 
     Args:
-        folders: adapter folders or trainers' checkpoints, written by rankwise or by PEFT.
+        folders: adapter folders or trainers' checkpoints, written by rankwise or by PEFT; or folders of sweeps.
         path: the file to write, whole or not at all.
         overwrite: replace the file if it exists.
 
@@ -69,7 +70,8 @@ def render_report(folders: Sequence[str | os.PathLike[str]]) -> str:
         import jinja2
     except ImportError as error:
         raise ImportError('Reports need jinja2: pip install "rankwise[report]"') from error
-    runs = read_runs(folders)
+    sweeps, adapters = split_sweeps(folders)
+    runs = read_runs(adapters)
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -78,7 +80,7 @@ def render_report(folders: Sequence[str | os.PathLike[str]]) -> str:
     environment.filters["place"] = _place
     template = environment.get_template("report.html.jinja")
     while True:
-        page = Page(runs)
+        page = Page(runs, sweeps)
         text = template.render(page=page, runs=runs, asset=_asset, packed_asset=_packed_asset)
         moments = max(len(run.records) for run in runs)
         if len(text.encode()) < _MOST_BYTES or moments <= 2:
@@ -91,10 +93,12 @@ class Page:
 
     Args:
         runs: the runs on the page.
+        sweeps: the sweeps that some of them are of.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], sweeps: Sequence[Sweep] = ()) -> None:
         self.runs = runs
+        self.sweeps = sweeps
         self._grids = {run.name: figures.grids_of(run) for run in runs}
         cells = sum(len(grid.rows) * len(grid.columns) for grids in self._grids.values() for grid in grids)
         self._shown = min(1.0, _MOST_CELLS / max(1, cells))  # of the rows of each table of ranks
@@ -104,6 +108,8 @@ class Page:
         self._largest = max(ever, *(largest_rank(run.adapter.summary().layers) for run in runs))
         for number, run in enumerate(runs):
             self._add_heatmaps(number, run)
+        for number, sweep in enumerate(sweeps):
+            self._add(f"sweep-{number}", figures.sweep(sweep))
         self._add("budget", figures.budget(runs))
         self._add("loss", figures.loss(runs))
         self._add("parameters", figures.parameters(runs))

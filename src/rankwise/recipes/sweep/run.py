@@ -316,7 +316,8 @@ class _Sweep:
             made = yaml.safe_load((self.folder / "trials" / smallest.name / "recipe.yaml").read_text("utf-8"))
             made["output"] = self.recipe.output
             text = yaml.safe_dump(made, sort_keys=False, allow_unicode=True, width=100)
-            said = f"# The recipe of {smallest.name}: the smallest adapter within {100 * self.within:g} % of the best.\n"
+            near = f"within {100 * self.within:g} % of the best"
+            said = f"# The recipe of {smallest.name}: the smallest adapter {near}.\n"
             write_file(self.folder / "recipe.yaml", said + text)
 
     @contextlib.contextmanager

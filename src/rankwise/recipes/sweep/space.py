@@ -33,7 +33,6 @@ _FIXED: Mapping[str, str] = {
     "sample_tokens": "it changes no result.",
     "generation": "it changes how a model writes, not what it learns.",
     "adapter.method": "--beside lora trains LoRA, too.",
-    "adapter.r": "in AdaLoRA it has no effect. Vary adapter.target_r.",
     "training.seed": "the best seed is luck. A sweep of one seed compares alike.",
     "training.metric_for_best_model": "--metric says by what trials are compared.",
     "training.greater_is_better": "--metric says by what trials are compared.",

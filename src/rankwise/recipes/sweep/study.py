@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SAMPLERS = ("tpe", "gp", "random", "qmc", "grid")
 PRUNERS = ("median", "halving", "hyperband", "none")
 _HEARTBEAT, _GRACE = 15, 60  # seconds: how often a process says that it lives, and how long it may be silent
+_PATIENCE = 300  # seconds to wait for a SQLite file that another process writes to: the default, 5, is short on a busy disk
 
 
 def open_storage(url: str) -> Any:
@@ -44,7 +45,12 @@ def open_storage(url: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
-            return optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+            return optuna.storages.RDBStorage(
+                url,
+                engine_kwargs={"connect_args": {"timeout": _PATIENCE}} if url.startswith("sqlite") else None,
+                heartbeat_interval=_HEARTBEAT,
+                grace_period=_GRACE,
+            )
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
         message = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
         raise refusal(f"--storage {url}", f"can't be opened: {message}") from error
