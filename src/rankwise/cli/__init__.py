@@ -9,6 +9,7 @@ import warnings
 
 from rankwise.cli.app import app
 
+from rankwise.cli.init import init  # isort: skip
 from rankwise.cli.train import train  # isort: skip
 from rankwise.cli.sweep import sweep  # isort: skip
 from rankwise.cli.probe import probe  # isort: skip
@@ -26,6 +27,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "init",
     "inspect",
     "main",
     "plan",
