@@ -95,6 +95,11 @@ def words_a_line(folder: Path) -> Path:
     return folder / "words.conll"
 
 
+def asked(folder: Path) -> Path:
+    made = [{"prompt": each["question"], "completion": each["answer"]} for each in questions()]
+    return write_lines(folder / "asked.jsonl", made)
+
+
 def plain(folder: Path) -> Path:
     path = folder / "plain.csv"
     path.write_text("\n".join(["text", *(f"{text} number {at}" for at, (text, *_) in enumerate(rows(20)))]))
@@ -108,11 +113,10 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
     (texts_in_folders, "text-classification", {}),
     (tagged, "token-classification", {"tokens": "tokens", "tags": "tags"}),
     (words_a_line, "token-classification", {}),
-    (lambda folder: write_lines(folder / "q.jsonl", questions()), "causal-lm",
-     {"prompt": "question", "completion": "answer", "loss_on": "completion"}),
+    (asked, "causal-lm", {"prompt": "prompt", "completion": "completion", "loss_on": "completion"}),
     (lambda folder: write_lines(folder / "c.jsonl", chats()), "causal-lm", {"messages": "messages"}),
     (plain, "causal-lm", {"text": "text"}),
-    (loose_texts, "causal-lm", {"text": "text"}),
+    (loose_texts, "causal-lm", {}),
     (photos, "image-classification", {}),
     (photo_table, "image-classification", {"image": "image", "label": "label"}),
     (recordings, "speech-recognition", {}),

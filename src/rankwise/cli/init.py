@@ -40,8 +40,8 @@ def init(
 ) -> None:
     """Write a first recipe for your data.
 
-    Looks at a table, a folder of texts, pictures or audio files, or JSON lines; guesses the task, the columns and a model
-    to start from, says what it guessed, and writes a commented recipe to change. It asks nothing.
+    Looks at a table, a folder of texts, pictures or audio files, or JSON lines; guesses the task, the columns and a
+    model to start from, says what it guessed, and writes a commented recipe to change. It asks nothing.
     """
     with failures():
         from rankwise.recipes.starting import start_recipe

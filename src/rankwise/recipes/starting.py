@@ -159,12 +159,8 @@ def _of_folder(folder: Path) -> Guess | None:
         labels = sorted({path.relative_to(folder).parts[0] for path in found if path.parent != folder})
         if found and len(labels) > 1:
             shown = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
-            return Guess(
-                task,
-                {},
-                [f"{len(found):,} {kind} in {len(labels)} sub-folders, one for each label: {shown}."],
-                len(found),
-            )
+            why = f"{len(found):,} {kind} in {len(labels)} sub-folders, one for each label: {shown}."
+            return Guess(task, {}, [why], len(found))
     texts = [path for path in files if path.suffix.lower() == ".txt"]
     if texts:
         return Guess("causal-lm", {"text": "text"}, [f"{len(texts):,} texts without labels, to write on."])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SAMPLERS = ("tpe", "gp", "random", "qmc", "grid")
 PRUNERS = ("median", "halving", "hyperband", "none")
 _HEARTBEAT, _GRACE = 15, 60  # seconds: how often a process says that it lives, and how long it may be silent
-_PATIENCE = 300  # seconds to wait for a SQLite file that another process writes to: the default, 5, is short on a busy disk
+_PATIENCE = 300  # seconds to wait for a SQLite file that another process writes to; 5, the default, is short
 
 
 def open_storage(url: str) -> Any:
