@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,17 @@ class KeepBest(TrainerCallback):
         folder: the run's output folder.
         examples: how many held-out examples an evaluation while training looks at.
         say: prints a line.
+        predicted: gives what was predicted in the last evaluation.
     """
 
     def __init__(
-        self, recipe: BaseRecipe, metrics: Sequence[Metric], folder: Path, examples: int, say: Any
+        self,
+        recipe: BaseRecipe,
+        metrics: Sequence[Metric],
+        folder: Path,
+        examples: int,
+        say: Any,
+        predicted: Callable[[], Any] = lambda: None,
     ) -> None:
         training = recipe.training
         self.metric = training.metric_for_best_model
@@ -70,6 +77,10 @@ class KeepBest(TrainerCallback):
         self.greater = task_says if training.greater_is_better is None else training.greater_is_better
         self.folder, self.examples = folder, examples
         self.stopped = False
+        self.prediction: Any = (
+            None  # of the best; None if it was kept by the part of the run before it was resumed
+        )
+        self._predicted = predicted
         self._keys = list(dict.fromkeys(["loss", *(each.key for each in metrics)]))
         self._say = say
         self._wanted = training.load_best_model_at_end and training.evaluates != "no"
@@ -94,6 +105,7 @@ class KeepBest(TrainerCallback):
         if math.isfinite(value) and (self.best is None or self._better(value, self.best.value)):
             found = {key: float(metrics[f"eval_{key}"]) for key in self._keys if f"eval_{key}" in metrics}
             self.best = Best(state.global_step, self.metric, float(value), found, self.examples)
+            self.prediction = self._predicted()
             if is_main_process():
                 _keep(self.folder, self.best, adapted)
         elif self.patience is not None and self._waited(state) >= self.patience:

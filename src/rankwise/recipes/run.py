@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.recipes.card import card_of
+from rankwise.recipes.details import Details, Keep, details_of
 from rankwise.recipes.errors import RecipeError
 from rankwise.recipes.interrupt import Interruption
 from rankwise.recipes.memory.estimate import Memory
@@ -166,7 +167,10 @@ def _train(
     held_out = for_task["eval_dataset"]
     for_task["eval_dataset"] = some_examples(held_out, recipe.training.eval_examples)
     with LiveProgress(console, [(metric.key, metric.title, metric.style) for metric in metrics]) as progress:
-        keep = KeepBest(recipe, metrics, output.folder, len(for_task["eval_dataset"]), progress.say)
+        seen = Keep(for_task["compute_metrics"])
+        for_task["compute_metrics"] = seen
+        some = len(for_task["eval_dataset"])
+        keep = KeepBest(recipe, metrics, output.folder, some, progress.say, lambda: seen.prediction)
         stop = StopWhenAsked(interruption, progress.say, needs_last=lambda: keep.best is not None)
         callbacks = [stop, progress, KeepResults(output), keep, *more_callbacks]
         with refusals(recipe):
@@ -191,10 +195,12 @@ def _train(
         trainer.accelerator.wait_for_everyone()
         if is_main_process():
             save(model, processor, output.folder)
-        if best is not None and best.examples == len(held_out):
-            after = dict(best.metrics)  # of the same adapter, on the same examples
+        if best is not None and best.examples == len(held_out) and keep.prediction is not None:
+            # Of the same adapter, on the same examples.
+            after, prediction = dict(best.metrics), keep.prediction
         else:
-            after = evaluate_with(trainer, metrics, held_out)
+            after, prediction = evaluate_with(trainer, metrics, held_out), seen.prediction
+        behind = details_of(recipe, data, processor, held_out, prediction)
         seconds = time.monotonic() - started
         if compare:
             samples = before_and_after(samples, write_samples(recipe, data, processor, model))
@@ -203,7 +209,7 @@ def _train(
     kept = trainable - factor_parameters(model) + model.rank_summary().parameters
     result = Result(output.folder, None, before or {}, after, trainable, kept, samples, best)
     if is_main_process():
-        _write_final_results(output, trainer, result, metrics, seconds)
+        _write_final_results(output, trainer, result, metrics, seconds, behind)
         facts = card_of(recipe, metrics, result.before, after, len(data.evaluation), steps, best)
         model.create_or_update_model_card(output.folder, facts)
         output.clear_best()
@@ -293,7 +299,12 @@ def _say_new_weights(console: Console, model: Any, modules_to_save: Sequence[str
 
 
 def _write_final_results(
-    output: Output, trainer: Any, result: Result, metrics: Sequence[Metric], seconds: float
+    output: Output,
+    trainer: Any,
+    result: Result,
+    metrics: Sequence[Metric],
+    seconds: float,
+    behind: Details | None,
 ) -> None:
     _, everything = trainer.model.get_nb_trainable_parameters()
     output.write_results(
@@ -302,6 +313,7 @@ def _write_final_results(
             "before": result.before,
             "after": result.after,
             "samples": result.samples,
+            "details": behind,
             "trainable_parameters": result.trainable_parameters,
             "kept_parameters": result.kept_parameters,
             "all_parameters": everything,
@@ -336,7 +348,7 @@ def _show_result(
     share = f"{100 * result.trainable_parameters / everything:.2f} %"
     _say(
         console,
-        f"\nTrained {result.trainable_parameters:,} of {everything:,} parameters ({share}) in {_duration(seconds)}; "
+        f"\nTrained {result.trainable_parameters:,} of {everything:,} parameters ({share}) in {duration(seconds)}; "
         f"the adapter keeps {result.kept_parameters:,}.",
     )
     best = result.best
@@ -425,11 +437,11 @@ def _say(console: Console, text: str, style: str = "") -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A duration for people.
 
     Example:
-        >>> _duration(8.24), _duration(83), _duration(4000)
+        >>> duration(8.24), duration(83), duration(4000)
         ('8.2 s', '1 min 23 s', '1 h 6 min')
     """
     if seconds < 60:

@@ -131,8 +131,8 @@ def guess_task(data: str) -> Guess:
     if guess is None:
         raise refusal(
             "DATA",
-            f"what to learn from {place.name} can't be guessed: it has the columns {', '.join(columns)}. A recipe names "
-            "a column with texts, pictures or audio files, and one with what is to be predicted: docs/command-line.md",
+            f"what to learn from {place.name} can't be guessed: it has the columns {', '.join(columns)}. A recipe "
+            "names a column with texts, pictures or audio files, and one with what is to be predicted.",
         )
     guess.rows = len(table.rows)
     return guess

@@ -150,6 +150,36 @@ def loss(runs: Sequence[Run]) -> Figure | None:
     return _chart(data, "optimizer step", "loss")
 
 
+def details(run: Run) -> Figure | None:
+    """Which labels are taken for which, or true against predicted numbers; None where the run has neither."""
+    found = run.details
+    if found.get("kind") == "confusion":
+        labels, matrix = [_plain(str(label)) for label in found["labels"]], found["matrix"]
+        count = len(labels)
+        shares = [[value / max(1, sum(row)) for value in row] for row in matrix]
+        trace = {
+            "type": "heatmap", "x": labels, "y": labels, "z": shares, "zmin": 0, "zmax": 1,
+            "customdata": matrix, "colorscale": "Blues", "reversescale": True, "showscale": False, "xgap": 1, "ygap": 1,
+            "text": matrix if count <= 20 else [], "texttemplate": "%{text}" if count <= 20 else "",
+            "hovertemplate": "%{y} taken for %{x}: %{customdata}<extra></extra>",
+        }  # fmt: skip
+        figure = (
+            _chart([trace], "predicted", "true label", yaxis={"autorange": "reversed", "type": "category"})
+            or {}
+        )
+        figure["layout"]["height"] = 160 + 24 * max(4, min(count, 40))
+        figure["layout"]["xaxis"] |= {"type": "category"}
+        return figure
+    if found.get("kind") == "scatter":
+        truth, guess = found["truth"], found["predicted"]
+        ends = [min([*truth, *guess], default=0), max([*truth, *guess], default=1)]
+        points = {"type": "scatter", "mode": "markers", "x": truth, "y": guess, "name": "held-out examples",
+                  "marker": {"color": _colour(0), "size": 6, "opacity": 0.6}}  # fmt: skip
+        line = _line("right", ends, ends, {"color": "#8a8f95", "width": 1.5, "dash": "dot"})
+        return _chart([points, line], "true", "predicted")
+    return None
+
+
 def sweep(sweep: Sweep) -> Figure | None:
     """The metric of every trial against the parameters that its adapter keeps, and the frontier; None without any."""
     data: list[dict[str, Any]] = []

@@ -115,6 +115,7 @@ class Page:
         self._add("parameters", figures.parameters(runs))
         for number, run in enumerate(runs):
             self._add(f"spectra-{number}", figures.spectra(run))
+            self._add(f"details-{number}", figures.details(run))
 
     def _add(self, name: str, figure: figures.Figure | None) -> None:
         if figure is not None:

@@ -30,6 +30,7 @@ class Run:
         before: metrics before training.
         after: metrics after training.
         titles: of metrics, for people, by their names; and ``styles`` how to format them.
+        details: what is behind the metrics, as the run's task wrote it; and ``samples`` that a model wrote.
         recipe: the text of the run's recipe, if there is one.
         notes: what is missing, and why.
     """
@@ -43,8 +44,24 @@ class Run:
     after: dict[str, float] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
     styles: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
     recipe: str = ""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def confusions(self) -> list[dict[str, Any]]:
+        """The labels that are most often taken for others, the most frequent first."""
+        if self.details.get("kind") != "confusion":
+            return []
+        labels = self.details["labels"]
+        found = [
+            {"true label": labels[true], "predicted": labels[guess], "how often": count}
+            for true, row in enumerate(self.details["matrix"])
+            for guess, count in enumerate(row)
+            if count and true != guess
+        ]
+        return sorted(found, key=lambda each: -each["how often"])[:20]
 
 
 def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
@@ -110,9 +127,15 @@ def _read_run(folder: Path, name: str) -> Run:
         _numbers(results.get("after")),
         {key: str(each["title"]) for key, each in shown.items() if "title" in each},
         {key: str(each["style"]) for key, each in shown.items() if "style" in each},
+        _object(results.get("details")),
+        [each for each in results.get("samples") or () if isinstance(each, dict)],
         _recipe(folder),
         notes,
     )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _last_step(adapter: AdapterReport, results: dict[str, Any]) -> int | None:

@@ -69,7 +69,8 @@ class Task(Protocol):
     """The members of a task's module.
 
     A task whose model writes may also have ``samples(recipe, data, processor, model)``: what it writes to a few
-    prompts, each a dictionary with ``prompt``, ``written`` and maybe ``expected``, to show before and after.
+    prompts, each a dictionary with ``prompt``, ``written`` and maybe ``expected``, to show before and after. And any
+    task may have ``details(recipe, data, processor, examples, prediction)``; see `rankwise.recipes.details`.
     """
 
     # The recipe's class, with the task's own keys.

@@ -64,7 +64,7 @@
   function dataOf(figure) {
     const colour = colours();
     return figure.data.flatMap((trace) => {
-      if (trace.type !== "heatmap") return [trace];
+      if (!trace.meta) return [trace];
       const colorscale = trace.colorscale.map(([at, c], i) => [at, i < 2 ? colour("empty") : c]);
       const inks = [colour("ink"), "#ffffff", "#000000"];
       return byInk(trace, trace.z).map((z, i) => ({
