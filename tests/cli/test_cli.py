@@ -149,6 +149,14 @@ def test_a_missing_extra_is_named_with_its_install_command(
     assert "omegaconf" in err and 'pip install "rankwise[train,report]"' in err
 
 
+def test_a_missing_optuna_is_named_with_the_extra_of_sweeps(
+    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    code, _, err = call("sweep", write_recipe(world, tiny_model))
+    assert code == 2 and 'pip install "rankwise[sweep]"' in err
+
+
 def test_train_then_inspect(world: Path, tiny_model: Path) -> None:
     code, out, err = call("train", write_recipe(world, tiny_model))
     assert code == 0, err

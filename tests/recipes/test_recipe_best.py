@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from rankwise.recipes import RecipeError, Result, evaluate, load_recipe, train
 from rankwise.recipes.best import best_folders, ranks_are_final
+from rankwise.report import inspect_adapter, render_terminal
 from recipe_world import save_tiny_model, write_recipe, write_table
 
 STEPS, EVERY = 40, 4  # the last phase begins after step 20
@@ -110,6 +111,9 @@ def test_the_best_of_those_with_final_ranks_is_kept_and_the_folder_says_its_step
         weights(world / "out")["base_model.model.classifier.weight"], head, rtol=0, atol=0
     )
     assert evaluate(world / "out", world / "reviews.csv").values  # it loads
+    shown = Console(file=StringIO(), width=200)
+    render_terminal(inspect_adapter(world / "out"), shown)
+    assert f"step {expected} of {STEPS}, the best by loss" in shown.file.getvalue()  # type: ignore[attr-defined]
     assert not list(best_folders(world / "out"))
     assert not (world / "out" / "training_state.safetensors").exists()
 

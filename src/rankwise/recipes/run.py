@@ -223,7 +223,7 @@ def some_examples(examples: Any, most: int | None) -> Any:
 
     Example:
         >>> list(some_examples(range(10), 4)), some_examples(range(3), None)
-        ([0, 2, 5, 8], range(0, 3))
+        ([0, 2, 5, 7], range(0, 3))
     """
     count = len(examples)
     if most is None or count <= most:
