@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 from io import StringIO
 from pathlib import Path
@@ -67,7 +68,7 @@ class Watch(TrainerCallback):
 
 
 def run(
-    world: Path, model: Path, watch: Watch | None = None, resume: bool = False, **changes: Any
+    world: Path, model: Path, watch: TrainerCallback | None = None, resume: bool = False, **changes: Any
 ) -> tuple[Result, str, dict[str, Any]]:
     settings: dict[str, Any] = {
         "schedule": {"tinit": 2, "tfinal": 20, "deltaT": 2},
@@ -219,6 +220,24 @@ def test_a_run_killed_while_it_keeps_an_adapter_has_the_one_before(world: Path, 
     (world / "out" / "best-12").mkdir()  # no best.json: it was not whole
     found = kept(world / "out")
     assert found is not None and found.step == 8
+
+
+class Remove(TrainerCallback):
+    """Takes the best adapter away before it is brought back, as someone may who tidies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for path in best_folders(self.folder):
+            shutil.rmtree(path)
+
+
+def test_a_best_adapter_that_is_gone_costs_the_best_and_not_the_run(world: Path, tiny_model: Path) -> None:
+    _, said, results = run(world, tiny_model, Remove(world / "out"))
+    assert results["finished"] and results["best"] is None
+    assert "The best adapter can't be kept, so that the last one will be" in said
+    assert evaluate(world / "out", world / "held-out.csv").values == pytest.approx(results["after"], rel=1e-5)
 
 
 def test_a_new_run_does_not_take_up_what_an_earlier_one_kept(world: Path, tiny_model: Path) -> None:

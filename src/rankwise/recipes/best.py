@@ -107,7 +107,10 @@ class KeepBest(TrainerCallback):
             self.best = Best(state.global_step, self.metric, float(value), found, self.examples)
             self.prediction = self._predicted()
             if is_main_process():
-                _keep(self.folder, self.best, adapted)
+                try:
+                    _keep(self.folder, self.best, adapted)
+                except OSError as error:  # a full disk must not end the run
+                    self._give_up(error)
         elif self.patience is not None and self._waited(state) >= self.patience:
             self.stopped = control.should_training_stop = True
             at = "" if self.best is None else f" than at step {self.best.step:,}"
@@ -121,8 +124,16 @@ class KeepBest(TrainerCallback):
             The best; None if none was kept, so that the model is as training left it.
         """
         if self.best is not None and self.best.step != last_step:
-            model.load_checkpoint(self.folder / f"{_FOLDER}{self.best.step}")
+            try:
+                model.load_checkpoint(self.folder / f"{_FOLDER}{self.best.step}")
+            except (OSError, ValueError) as error:  # what was trained must not be lost over it
+                self._give_up(error)
         return self.best
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without the best adapter: the last one is kept."""
+        self.best, self._wanted = None, False
+        self._say(f"The best adapter can't be kept, so that the last one will be: {error}")
 
     def _better(self, value: float, than: float) -> bool:
         return value > than if self.greater else value < than
