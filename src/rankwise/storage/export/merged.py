@@ -24,7 +24,7 @@ from rankwise.files.atomic import write_folder
 from rankwise.files.tensors import is_finite
 from rankwise.storage.export.base import base_path, read_base_config
 from rankwise.storage.export.converted import Converted
-from rankwise.storage.export.exported import IN_PYTHON, Exported
+from rankwise.storage.export.exported import IN_PYTHON, Exported, NotInBase
 from rankwise.storage.export.places import DTYPES, Place, read_places, same_weight
 from rankwise.storage.finite import refuse_overflow
 from rankwise.storage.lora_layout import Update
@@ -121,7 +121,7 @@ class _Weights:
         except ValueError:
             place = None  # what is said below holds all the same
         if place is None:
-            raise ValueError(
+            raise NotInBase(
                 f"{self.updates.source} changes {name!r}, which {self.source} does not hold as one weight: it is "
                 f"another model's, new (a head), stored together with others, or shared with another. {IN_PYTHON}"
             )
