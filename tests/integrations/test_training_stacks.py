@@ -56,7 +56,7 @@ def assert_whole_run(model: Any, steps: int = STEPS) -> None:
     assert 0 < model.rank_summary().total_rank < state.initial
     assert budgets[0] == state.initial and budgets[-1] == state.target
     assert any(state.target < budget < state.initial for budget in budgets)
-    assert any(parameter.any() for name, parameter in model.named_parameters() if ".lora_E." in name)
+    assert any(parameter.any() for name, parameter in model.named_parameters() if ".lora_B." in name)
     assert state.skipped_steps == 0
 
 

@@ -160,6 +160,7 @@ def ungrouped(A: Tensor, groups: int) -> Tensor:
         ValueError: it is none, as it reads the channels of other groups, too.
 
     Example:
+        >>> import torch
         >>> ungrouped(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), 2)
         tensor([[1.]])
     """

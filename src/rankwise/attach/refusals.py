@@ -66,7 +66,7 @@ def check_layer(model: nn.Module, path: str, module: nn.Module, config: LoraConf
         raise ValueError(_cannot_adapt(path, module, config))
     if any(isinstance(each, UninitializedParameter) for each in module.parameters(recurse=False)):
         raise ValueError(f"{path!r} has no shape yet: run the model once before it is adapted.")
-    reason = why_ignored(model, path, config) or why_unlike_linear(path, module)
+    reason = why_ignored(model, path, config) or why_unlike_linear(path, module, same_numbers=False)
     if reason:
         raise ValueError(f"{path!r} can't be adapted: {reason} Name it in `exclude_modules`.")
     check_fast_path(model, path)
@@ -86,7 +86,7 @@ def adaptable(
     for path, module in targets.items():
         if adapters_for(module) is None:
             continue
-        reason = why_ignored(model, path, config) or why_unlike_linear(path, module)
+        reason = why_ignored(model, path, config) or why_unlike_linear(path, module, same_numbers=True)
         if reason:
             left_out.setdefault(f"can't be adapted: {reason}", []).append(path)
         elif path in shared:

@@ -155,7 +155,7 @@ def get_peft_model(
         >>> config = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=10, tfinal=2, target_modules=["0", "2"])
         >>> model = rw.get_peft_model(model, config)
         >>> model.print_trainable_parameters()
-        trainable params: 104 || all params: 202 || trainable%: 51.4851
+        trainable params: 104 || all params: 194 || trainable%: 53.6082
         >>> isinstance(model, torch.nn.Sequential)
         True
     """

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from rankwise import storage
 from rankwise.attach.targets import own_modules
 from rankwise.model import PeftModel
-from rankwise.run.triplets import BUFFERS
+from rankwise.run.run_tensors import BUFFERS
 
 
 def get_peft_model_state_dict(
