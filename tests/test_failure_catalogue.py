@@ -611,7 +611,7 @@ def test_resuming_in_the_pruning_phase_diverges_and_counts_the_budget_anew(tmp_p
     resumed.train(resume_from_checkpoint=True)
 
     def steps(trainer: Any) -> list[dict[str, Any]]:
-        numbers = ("step", "loss", "grad_norm", "budget", "total_rank", "rank_phase", "orth_penalty")
+        numbers = ("step", "loss", "grad_norm", "budget", "total_rank", "rank_phase")
         return [
             {key: entry[key] for key in numbers} for entry in trainer.state.log_history if "loss" in entry
         ]
