@@ -141,14 +141,16 @@ $(VENV)/.vllm: $(VENV)/.python
 	$(VENV)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-# The lowest version of each requirement, as uv resolves them; pip installs them.
+# The lowest version of each requirement, as uv resolves them; pip installs them. With LOWEST_TORCH, PyTorch alone is
+# another, and its libraries for NVIDIA GPUs are left out.
 $(VENV)/.lowest: $(VENV)/.python pyproject.toml
 	$(PYTHON) -m venv $(VENV)/lowest
 	$(VENV)/lowest/bin/python -m pip install --quiet uv
+	echo "$(if $(LOWEST_TORCH),torch==$(LOWEST_TORCH))" > $(VENV)/lowest-override.txt
 	$(VENV)/lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra lowest pyproject.toml \
-	  --output-file $(VENV)/lowest.txt
-	$(if $(LOWEST_TORCH),sed -i -E '/^(nvidia|cuda|triton)/d; s/^torch==.*/torch==$(LOWEST_TORCH)/' $(VENV)/lowest.txt)
-	$(VENV)/lowest/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  --override $(VENV)/lowest-override.txt --output-file $(VENV)/lowest.txt
+	$(if $(LOWEST_TORCH),sed -i -E '/^(nvidia|cuda|triton)/d' $(VENV)/lowest.txt)
+	$(VENV)/lowest/bin/python -m pip install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  --requirement $(VENV)/lowest.txt
 	$(VENV)/lowest/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
