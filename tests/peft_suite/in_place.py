@@ -1,8 +1,8 @@
-"""A plugin of pytest that puts rankwise in PEFT's place, for the tests of LoRA and AdaLoRA, and notes how each test ends.
+"""A plugin of pytest that puts rankwise in PEFT's place and notes how each test ends, for tests of LoRA and AdaLoRA.
 
-Whatever has a counterpart in rankwise is replaced in all modules of the installed PEFT before any test is imported. What
-PEFT's tests look at inside of adapted layers is given its name there as far as it has the same meaning, so that the rest
-of a test can run.
+Whatever has a counterpart in rankwise is replaced in all modules of the installed PEFT, before any test is imported.
+What PEFT's tests look at inside of adapted layers is given its name there as far as it has the same meaning, so that
+the rest of a test can run.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ _name_what_is_inside()
 # Which tests are of LoRA and AdaLoRA
 
 OTHER_METHODS = """
-    adamss adaption arrow beft bd_?lora boft bone c3a cartridge corda cpt deft delora dora eva fourier frod glora gralora
-    hira hra ia3 kasa layer_replication lily ln_?tuning loftq loha lokr lora_?ga lora_conversion megatron mica miss
+    adamss adaption arrow beft bd_?lora boft bone c3a cartridge corda cpt deft delora dora eva fourier frod glora
+    gralora hira hra ia3 kasa layer_replication lily ln_?tuning loftq loha lokr lora_?ga lora_conversion megatron mica miss
     mixed_model monteclora oft olora orthogonal osf p_tuning peanut pissa poly prefix prompt psoft pvera qalora randlora
     road shadow shira supertuning tinylora trainable_tokens unilora vb_?lora velora vera waveft xlora (?<!ad)alora
 """.split()

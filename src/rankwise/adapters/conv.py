@@ -1,4 +1,4 @@
-"""Adapters for convolutions in one, two or three dimensions, with any stride, padding, dilation and number of groups."""
+"""Adapters for convolutions in one, two or three dimensions, with any stride, padding, dilation and groups."""
 
 from __future__ import annotations
 

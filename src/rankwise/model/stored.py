@@ -60,8 +60,8 @@ class StoresAdapters(NamesAdapters):
             save_embedding_layers: also write the base weights of a Transformers model's input and output
                 embeddings, as is needed after the vocabulary was resized: True, False, or "auto" for those that
                 are adapted, as in PEFT.
-            safe_serialization: False writes ``adapter_model.bin`` for programs that read no safetensors. It is a pickle,
-                which `compress_adapter` and exports don't read.
+            safe_serialization: False writes ``adapter_model.bin``, for programs that read no safetensors. It is a
+                pickle, which `compress_adapter` and exports don't read.
             unused: other arguments of PEFT's and Transformers' ``save_pretrained`` that have no meaning here.
 
         Raises:
@@ -138,7 +138,7 @@ class StoresAdapters(NamesAdapters):
         ``adapter_compute_dtype`` is as for `get_peft_model`, and ``options`` are as for `from_pretrained`.
 
         Returns:
-            PyTorch's pair of ``missing_keys`` and ``unexpected_keys``, as PEFT does; both are empty, or there is an error.
+            PyTorch's pair of ``missing_keys`` and ``unexpected_keys``, as in PEFT; both empty, or there is an error.
 
         Raises: as `from_pretrained`.
         """

@@ -28,8 +28,10 @@ class TellsOfNoTraining(HoldsAdapters):
         super().train(mode)
         if mode and self.peft_config and not any(p.requires_grad for p in self.parameters()):
             warnings.warn(
-                f"Nothing of this model trains: the adapters {sorted(self.peft_config)} are for inference, so `backward()` "
-                "will fail. To train one on, load it with `PeftModel.from_pretrained(model, folder, is_trainable=True)`.",
+                f"Nothing of this model trains: the adapters {sorted(self.peft_config)} are for inference, so "
+                "`backward()` "
+                "will fail. To train one on, load it with `PeftModel.from_pretrained(model, folder, "
+                "is_trainable=True)`.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -114,7 +114,8 @@ def _class_in_transformers(module: str, name: str) -> Any:
     """The class that a file names; it must be one of Transformers', as importing anything else could run any code."""
     if module.split(".")[0] != "transformers":
         raise ValueError(
-            f"The adapter's configuration names {module}.{name} as the base model's class, which is not in Transformers. "
+            f"The adapter's configuration names {module}.{name} as the base model's class, which is not in "
+            "Transformers. "
             "Load the base model yourself, and call `PeftModel.from_pretrained(base, folder)`."
         )
     return getattr(importlib.import_module(module), name)
