@@ -192,10 +192,11 @@ _name_what_is_inside()
 # Which tests are of LoRA and AdaLoRA
 
 OTHER_METHODS = """
-    adamss adaption arrow beft bd_?lora boft bone c3a cartridge corda cpt deft delora dora eva fourier frod glora
-    gralora hira hra ia3 kasa layer_replication lily ln_?tuning loftq loha lokr lora_?ga lora_conversion megatron mica miss
-    mixed_model monteclora oft olora orthogonal osf p_tuning peanut pissa poly prefix prompt psoft pvera qalora randlora
-    road shadow shira supertuning tinylora trainable_tokens unilora vb_?lora velora vera waveft xlora (?<!ad)alora
+    adamss adaption arrow beft bd_?lora boft bone c3a cartridge corda cpt deft delora dora eva fourier frod
+    glora gralora hira hra ia3 kasa layer_replication lily ln_?tuning loftq loha lokr lora_?ga lora_conversion
+    megatron mica miss mixed_model monteclora oft olora orthogonal osf p_tuning peanut pissa poly prefix
+    prompt psoft pvera qalora randlora road shadow shira supertuning tinylora trainable_tokens unilora
+    vb_?lora velora vera waveft xlora (?<!ad)alora
 """.split()
 _OTHER = re.compile(r"(?<![a-z])(" + "|".join(OTHER_METHODS) + ")", re.IGNORECASE)
 VARIANTS = """
