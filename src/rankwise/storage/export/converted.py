@@ -77,6 +77,14 @@ class Converted:
             if other != found and found is not None and each is parameters[found]
         ]
 
+    def output_weight(self) -> str | None:
+        """The name of the output layer's weight, if the model has such a layer."""
+        getter = getattr(self._model, "get_output_embeddings", None)
+        weight = getattr(getter(), "weight", None) if callable(getter) else None
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        names = [name for name, each in parameters if each is weight]
+        return names[-1] if names else None
+
     def is_transposed(self, name: str) -> bool:
         """Whether the matrices of a stack are (d_in, d_out)."""
         parameter = self._parameter(name)

@@ -119,10 +119,18 @@ class _Weights:
             )
         return place
 
+    def _holds(self, name: str) -> bool:
+        try:
+            return self.find(name) is not None
+        except ValueError:
+            return False
+
     def refuse_shared(self, path: str, name: str) -> None:
         """Refuse to change an embedding that is the output layer, too."""
         try:
-            shared = bool(self.converted.sharing(name))
+            output = self.converted.output_weight()
+            # What the files don't hold is filled with the embedding's weight, whatever the configuration says.
+            shared = bool(self.converted.sharing(name)) or (output is not None and not self._holds(output))
         except ValueError:
             shared = False
         if shared or self.config.get("tie_word_embeddings"):
