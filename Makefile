@@ -9,7 +9,7 @@
 #   BENCH_ARGS   arguments for benchmarks/speed.py, such as --fast or "--device cuda"
 #   PEFT_FILES   which of PEFT's test files to run, such as "config other"          [all that are of LoRA]
 #   LOWEST_TESTS what to run at the lowest versions                                 [the core and the trainers]
-#   LOWEST_TORCH another version of PyTorch for that than its lowest
+#   LOWEST_TORCH "installed": test that with the environment's PyTorch instead of its lowest version
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -142,14 +142,19 @@ $(VENV)/.vllm: $(VENV)/.python
 	$(VENV)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-# The lowest version of each requirement, as uv resolves them; pip installs them.
-$(VENV)/.lowest: $(VENV)/.python pyproject.toml
+# The lowest version of each requirement, as uv resolves them; pip installs them. LOWEST_TORCH=installed leaves PyTorch
+# out, whose oldest builds are gigabytes large, and takes the one in the environment.
+$(VENV)/.lowest: $(VENV)/.test pyproject.toml
 	$(PYTHON) -m venv $(VENV)/lowest
-	$(VENV)/lowest/bin/python -m pip install --quiet uv
-	$(VENV)/lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra lowest pyproject.toml \
-	  --output-file $(VENV)/lowest.txt
-	$(if $(LOWEST_TORCH),sed -i -E '/^(nvidia|cuda|triton)/d; s/^torch==.*/torch==$(LOWEST_TORCH)/' $(VENV)/lowest.txt)
-	$(VENV)/lowest/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	$(PIP) install --quiet uv
+	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' > $(VENV)/lowest-torch.txt
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --extra lowest pyproject.toml --output-file $(VENV)/lowest.txt \
+	  $(if $(LOWEST_TORCH),--override $(VENV)/lowest-torch.txt)
+ifdef LOWEST_TORCH
+	sed -i.all -E '/^(torch|nvidia|cuda|triton)/d' $(VENV)/lowest.txt
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(VENV)/lowest/lib/python*/site-packages)/torch.pth
+endif
+	$(VENV)/lowest/bin/python -m pip install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  --requirement $(VENV)/lowest.txt
 	$(VENV)/lowest/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@

@@ -1,7 +1,6 @@
-"""A plugin of pytest that puts rankwise in PEFT's place, for the tests of LoRA and AdaLoRA, and notes how each test
-ends.
+"""A plugin of pytest that puts rankwise in PEFT's place and notes how each test ends, for tests of LoRA and AdaLoRA.
 
-Whatever has a counterpart in rankwise is replaced in all modules of the installed PEFT before any test is imported.
+Whatever has a counterpart in rankwise is replaced in all modules of the installed PEFT, before any test is imported.
 What PEFT's tests look at inside of adapted layers is given its name there as far as it has the same meaning, so that
 the rest of a test can run.
 """

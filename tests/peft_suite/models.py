@@ -1,5 +1,4 @@
-"""Makes the models that PEFT's tests take from the Hugging Face hub: small, random, and in a cache of the hub's own
-form.
+"""Makes the models that PEFT's tests take from the Hugging Face hub: small, random, in a cache of the hub's form.
 
 Usage: HF_HUB_OFFLINE=1 HF_HOME=... python models.py
 """

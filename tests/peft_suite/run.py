@@ -26,8 +26,8 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 EXPECTED = HERE / "expected_failures.txt"
 FILES = (
-    "config seq_classifier feature_extraction_models encoder_decoder_models target_parameters vision_models "
-    "tuners_utils "
+    "config seq_classifier feature_extraction_models encoder_decoder_models target_parameters "
+    "vision_models tuners_utils "
     "other decoder_models custom_models"
 ).split()
 
@@ -143,9 +143,9 @@ def write_expected(reasons: list[Reason], outcomes: dict[str, str]) -> None:
 
 
 HEADER = """\
-# Tests of PEFT's that fail with rankwise in its place, by reason. `python tests/peft_suite/run.py --update` sorts
-# failed tests under the first reason whose expression is found in their error. Write a reason by hand, above its
-expression.
+# Tests of PEFT's that fail with rankwise in its place, by reason. `python tests/peft_suite/run.py --update` sorts the
+# failed tests under the first reason whose expression is found in their error, or in the statement that raised it.
+# Write a reason by hand, above its expression.
 """
 
 
@@ -205,8 +205,8 @@ def main() -> int:
         print(each)
     passed = sum(outcome == "passed" for outcome in outcomes.values())
     print(
-        f"{passed} of {sum(outcome != 'skipped' for outcome in outcomes.values())} tests pass; {len(wrong)} are "
-        f"not as expected."
+        f"{passed} of {sum(outcome != 'skipped' for outcome in outcomes.values())} tests pass; {len(wrong)} "
+        "are not as expected."
     )
     return int(bool(wrong))
 

@@ -28,7 +28,10 @@ class SavedModule(InPlace, nn.Module):
     adapters_enabled: bool
 
     def add_copy(self, name: str, widens: bool = True) -> None:
-        """Make adapter ``name``'s copy of the module as it is without adapters; ``widens``: half becomes float32."""
+        """Make adapter ``name``'s own copy of the module as it is without adapters.
+
+        ``widens``: a half-precision module gets a float32 copy.
+        """
         self._check_can_train()
         held, self.modules_to_save = self.modules_to_save, nn.ModuleDict()
         try:

@@ -132,13 +132,13 @@ def check_adapter_name(model: nn.Module, adapter: str) -> None:
     if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
         raise ValueError(
             f"{adapter!r} can't name an adapter: every module of PyTorch has an attribute of that name. Choose "
-            f"another, "
+            "another, "
             f"such as {adapter + '_adapter'!r}."
         )
     if adapter in getattr(model, "peft_config", {}):
         raise ValueError(
             f"The model has an adapter {adapter!r} already. To attach anew, as when a notebook's cell is run "
-            f"again, call "
+            "again, call "
             "`model = model.unload()` first, which gives the base model back. To add a second adapter, choose another "
             "name; to replace this one beside others, `delete_adapter` it first."
         )

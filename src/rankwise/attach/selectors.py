@@ -1,8 +1,7 @@
 """Tells of every part of a configuration that selects nothing, by looking at what was selected.
 
 A name that the model does not have is only one way to select nothing: others are a parent's name, an index beyond the
-last layer, an expression that leaves a layer's last part out, or a name of which another selector takes everything
-away.
+last layer, an expression that leaves a layer's last part out, or a name of which another selector takes all away.
 """
 
 from __future__ import annotations
@@ -97,8 +96,8 @@ def _idle_exclusions(
         if inside:
             yield (
                 f"{what}which matches {some(matched, 2)}, but not the layers in it (such as {inside[0]!r}), which are "
-                f"adapted: only a layer's own path is compared, as in PEFT. Write an expression for whole "
-                f"paths, such as "
+                f"adapted: only a layer's own path is compared, as in PEFT. Write an expression for whole paths, such "
+                "as "
                 f"{_expression_for(part)!r}."
             )
 
@@ -171,9 +170,5 @@ def _idle_bias(
         else modules.values()
     )
     if not any(getattr(module, "bias", None) is not None for module in among):
-        where = (
-            "none of the adapted layers has one"
-            if config.bias == "lora_only"
-            else "the model has no such parameter"
-        )
-        yield f"`bias`={config.bias!r} trains no bias, as {where}."
+        where = "no adapted layer" if config.bias == "lora_only" else "no module of the model"
+        yield f"`bias`={config.bias!r} trains no bias, as {where} has one."

@@ -91,8 +91,7 @@ class _TakesNeutral(type):
 class CheckedKeywords(metaclass=_TakesNeutral):
     """Refuses unknown keywords with the nearest real name; the dataclass keeps its typed ``__init__``.
 
-    PEFT's fields that are not here can be given and asked for at their neutral values, which say that they are not
-    used.
+    PEFT's fields that are not here can be given and asked for at their neutral values, which say they are not used.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -115,9 +114,8 @@ class CheckedKeywords(metaclass=_TakesNeutral):
         """False: PEFT's word for methods that train prompts.
 
         Raises:
-            TypeError: PEFT's `get_peft_model_state_dict` or `set_peft_model_state_dict` asks, which would find none
-                of the
-                adapter's tensors and say nothing.
+            TypeError: PEFT's `get_peft_model_state_dict` or `set_peft_model_state_dict` asks. They would find none of
+                the adapter's tensors, and say nothing.
         """
         caller = sys._getframe(1)
         if caller.f_globals.get("__name__") == "peft.utils.save_and_load":
@@ -134,7 +132,7 @@ class CheckedKeywords(metaclass=_TakesNeutral):
 
 
 def _own_fields(cls: type[Any], names: AbstractSet[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given for the fields ``names``; PEFT's others must be neutral, what says nothing becomes ``extra``."""
+    """What is given for the fields ``names``; PEFT's others must be neutral, and some become ``extra``."""
     own = {name: value for name, value in given.items() if name in names}
     said = {name: value for name, value in given.items() if name in _SAY_NOTHING and value is not None}
     for name, value in given.items():
@@ -194,7 +192,7 @@ def tell_of_unknown(extra: Mapping[str, Any], source: str) -> None:
         said = ", ".join(f"`{name}`={short(value)}" for name, value in unknown.items())
         warnings.warn(
             f"{source}: rankwise does not know {said}, and passes over it, as PEFT does. Newer versions of PEFT "
-            f"may write "
+            "may write "
             "such fields. If one of them changes what the adapter computes, the model differs from the one that was "
             "trained: compare their outputs.",
             UserWarning,

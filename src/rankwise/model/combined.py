@@ -113,8 +113,8 @@ class CombinesAdapters(NamesAdapters):
             self._check_name(name)
             if self.peft_config[name].bias != "none":
                 raise ValueError(
-                    f"{name!r} has trained biases of the base model (bias={self.peft_config[name].bias!r}), "
-                    f"which can't "
+                    f"{name!r} has trained the base model's biases (bias={self.peft_config[name].bias!r}), which can't "
+                    ""
                     "be combined."
                 )
         if shared_out(self):
@@ -126,7 +126,7 @@ def _check_options(combination_type: str, options: dict[str, Any]) -> None:
     if combination_type in _OF_PEFT:
         raise ValueError(
             f"`combination_type`={combination_type!r} is not offered: use one of {', '.join(_COMBINATIONS)}, or "
-            f"combine "
+            "combine "
             "the saved adapters with PEFT, which has it."
         )
     check_one_of("combination_type", combination_type, _COMBINATIONS)

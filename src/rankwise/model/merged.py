@@ -21,8 +21,7 @@ class MergesAdapters(KeepsPlaces):
                 or ``safe_merge`` and a merged weight would not be finite. The model is then as before.
 
         Warns:
-            UserWarning: base weights are quantized, so that what is merged is rounded; or the adapters are merged
-                already.
+            UserWarning: base weights are quantized, so that what is merged is rounded; or they are merged already.
         """
         names = self._checked_names(adapter_names)
         if names and set(names) <= set(self._merged()):

@@ -160,8 +160,7 @@ class StoresAdapters(NamesAdapters):
         ``adapter_compute_dtype`` is as for `get_peft_model`, and ``options`` are as for `from_pretrained`.
 
         Returns:
-            PyTorch's pair of ``missing_keys`` and ``unexpected_keys``, as PEFT does; both are empty, or there is an
-            error.
+            PyTorch's pair of ``missing_keys`` and ``unexpected_keys``, as in PEFT; both empty, or there is an error.
 
         Raises: as `from_pretrained`.
         """

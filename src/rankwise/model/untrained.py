@@ -29,7 +29,7 @@ class TellsOfNoTraining(HoldsAdapters):
         if mode and self.peft_config and not any(p.requires_grad for p in self.parameters()):
             warnings.warn(
                 f"Nothing of this model trains: the adapters {sorted(self.peft_config)} are for inference, so "
-                f"`backward()` "
+                "`backward()` "
                 "will fail. To train one on, load it with `PeftModel.from_pretrained(model, folder, "
                 "is_trainable=True)`.",
                 UserWarning,

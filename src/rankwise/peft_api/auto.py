@@ -115,7 +115,7 @@ def _class_in_transformers(module: str, name: str) -> Any:
     if module.split(".")[0] != "transformers":
         raise ValueError(
             f"The adapter's configuration names {module}.{name} as the base model's class, which is not in "
-            f"Transformers. "
+            "Transformers. "
             "Load the base model yourself, and call `PeftModel.from_pretrained(base, folder)`."
         )
     return getattr(importlib.import_module(module), name)

@@ -127,10 +127,20 @@ class _Weights:
             )
         return place
 
-    def refuse_shared(self, path: str, name: str) -> None:
+    def _holds(self, name: str) -> bool:
+        try:
+            return self.find(name) is not None
+        except ValueError:
+            return False
+
+    def refuse_shared(self, path: str, name: str, embeds: bool = False) -> None:
         """Refuse to change the parameter ``name`` of the module at ``path`` if another module has the same one."""
         try:
             shared = self.converted.sharing(name)
+            output = self.converted.output_weight()
+            # What the files don't hold is filled with the embedding's weight, whatever the configuration says.
+            if embeds and not shared and output is not None and not self._holds(output):
+                shared = [output]
         except ValueError:  # without Transformers, an embedding can be judged by names and shapes alone
             shared = self._output_layer_like(name)
         if shared:
@@ -165,7 +175,7 @@ def _refuse_shared(updates: Updates, weights: _Weights) -> None:
     """
     for path, update in updates.layers.items():
         if issubclass(update.kind, EmbeddingAdapters):
-            weights.refuse_shared(path, f"{path}.weight")
+            weights.refuse_shared(path, f"{path}.weight", embeds=True)
     whole = updates.config.modules_to_save or ()
     for name, tensor in updates.others.items():
         owner = saved_module_of(name, whole, lambda path: True)
