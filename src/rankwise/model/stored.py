@@ -21,7 +21,6 @@ from rankwise.parallel.flattened import refuse_flattened
 from rankwise.parallel.processes import all_wait_for_this, writes_files
 from rankwise.parallel.sharded import shared_out
 
-
 _NOT_GIVEN = object()
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from rankwise.files.atomic import write_folder
 from rankwise.storage import PREFIX
 from rankwise.storage.export.exported import Exported, refuse_whole_tensors
-from rankwise.storage.updates import Update, Updates, acting, named_tensors
+from rankwise.storage.lora_layout import Update, named_tensors
+from rankwise.storage.updates import Updates, acting
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 _METADATA_KEY = "lora_adapter_metadata"
