@@ -547,3 +547,14 @@ def test_any_json_is_read_or_refused_with_a_value_or_type_error(
             assert str(error).startswith("a.json: ")
         else:
             assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("cls", [LoraConfig, AdaLoraConfig])
+@pytest.mark.parametrize("flag", ["fan_in_fan_out", "use_rslora", "inference_mode"])
+def test_a_flag_of_null_in_a_file_is_left_out_as_in_peft(cls: Any, flag: str) -> None:
+    written = {**cls().to_dict(), "total_step": 100, "inference_mode": False, flag: None}
+    if cls is LoraConfig:
+        del written["total_step"]
+    assert getattr(LoraConfig.from_dict(written), flag) is False
+    with pytest.raises(TypeError, match=f"`{flag}` must be True or False, but is None"):
+        cls(**{flag: None})

@@ -52,6 +52,7 @@ CONFIG_NAME = "adapter_config.json"
 TASK_TYPES = tuple(task.value for task in TaskType)
 
 _BIASES = ("none", "all", "lora_only")
+_FLAGS = ("fan_in_fan_out", "use_rslora", "inference_mode")
 PEFT_DEFAULT_R = 8
 _PEFT_DEFAULT_ALPHA = 8
 
@@ -188,7 +189,7 @@ class LoraConfig(CheckedKeywords):
             raise ValueError(
                 f"`lora_dropout`={self.lora_dropout} does not go with `target_parameters`, as in PEFT: set it to 0."
             )
-        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
+        for name in _FLAGS:
             values[name] = check_flag(name, values[name])
         values["bias"] = check_one_of("bias", self.bias, _BIASES)
         if self.task_type is not None:
@@ -392,6 +393,9 @@ def _kind_of_adapter(peft_type: Any, source: str) -> type[Any]:
 def _split_fields(kind: type[Any], data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     names = field_names(kind) - {"extra"}
     values = {name: value for name, value in data.items() if name in names}
+    for name in _FLAGS:
+        if values.get(name, False) is None:  # PEFT takes None for False, and frameworks write it
+            del values[name]
     extra = {name: value for name, value in data.items() if name not in names and name != "peft_type"}
     return values, extra
 
