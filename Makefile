@@ -30,7 +30,7 @@ export OMP_WAIT_POLICY ?= passive
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-deepspeed test-trackers test-servers test-peft test-lowest lint format types check bench constraints clean
+.PHONY: help quickstart test test-slow test-deepspeed test-trackers test-servers test-peft test-lowest test-frameworks lint format types check bench constraints clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
@@ -60,6 +60,16 @@ test-peft: $(VENV)/.test ## run PEFT's own tests of LoRA and AdaLoRA with rankwi
 
 test-lowest: $(VENV)/.lowest ## run the core's and the trainers' tests at the lowest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest $(PYTEST_ARGS) $(LOWEST_TESTS)
+
+# Tests of one framework alone: make test-frameworks FRAMEWORKS=ms-swift
+FRAMEWORKS ?= axolotl llama-factory ms-swift diffusers
+ENVIRONMENTS := $(VENV)/frameworks
+
+test-frameworks: $(FRAMEWORKS:%=$(ENVIRONMENTS)/%/.made) ## train in axolotl, LLaMA-Factory, ms-swift and diffusers, each installed apart
+	FRAMEWORKS_VENV=$(abspath $(ENVIRONMENTS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) \
+	  tests/frameworks/test_frameworks.py -m slow
+	[ ! -e $(ENVIRONMENTS)/diffusers/.made ] || PYTHONPATH=src OMP_NUM_THREADS=1 $(ENVIRONMENTS)/diffusers/bin/python \
+	  -m pytest $(PYTEST_ARGS) tests/frameworks/test_diffusers.py tests/test_docs.py -k "test_diffusers or diffusers.md"
 
 lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .
@@ -126,6 +136,15 @@ $(VENV)/.trackers: $(VENV)/.test
 	$(VENV)/trackers/bin/python -m pip install --quiet --constraint constraints.txt wandb==0.31.0 mlflow-skinny==3.17.2 \
 	  brotli==1.2.1 orjson==3.13.0 python-multipart==0.0.34
 	$(VENV)/trackers/bin/python -m pip install --quiet --no-deps trackio==0.43.0 gradio-client==2.7.2  # wants an older Pillow
+	@touch $@
+
+# Frameworks in environments of their own, which see the tests' packages: each wants other versions of Transformers and
+# PEFT. Of what they ask for, they get what a run on a CPU needs; torchaudio's parts for GPUs would keep it from starting.
+$(ENVIRONMENTS)/%/.made: tests/frameworks/%.txt $(VENV)/.test
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(@D)/lib/python*/site-packages)/tests.pth
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	rm -f $(@D)/lib/python*/site-packages/torchaudio/lib/*.so
 	@touch $@
 
 # llama.cpp with its server, for Linux, macOS and Windows.

@@ -1,6 +1,6 @@
 """axolotl, LLaMA-Factory and ms-swift as their users start them: commands and YAML, each in its own environment.
 
-``FRAMEWORKS`` names the folder that holds their environments, which `make test-frameworks` makes.
+``FRAMEWORKS_VENV`` names the folder that holds their environments, which `make test-frameworks` makes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ import yaml
 from language_world import OPPOSITES, questions, save_language_model, write_lines
 
 ROOT = Path(__file__).parent.parent
+
+
+def added_lines(page: str) -> dict[str, Any]:
+    """What a page of the documentation adds to a framework's YAML: the last paragraph of its YAML."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    block = text.partition("```yaml\n")[2].partition("```")[0]
+    return yaml.safe_load(block.rpartition("\n\n")[2])
+
+
 STEPS = 24
 RANK, ALPHA, TARGET = 8, 16, 3.0
 
@@ -73,14 +82,13 @@ class Framework:
     """How one framework is configured and started."""
 
     name: str
-    options_file: Mapping[str, Any]
 
     def __init__(self, world: World) -> None:
         self.world = world
 
     @property
     def bin(self) -> Path:
-        return Path(os.environ["FRAMEWORKS"]).resolve() / self.name / "bin"
+        return Path(os.environ["FRAMEWORKS_VENV"]).resolve() / self.name / "bin"
 
     def run(self, command: list[str | Path], folder: Path) -> Done:
         environment = {
@@ -140,7 +148,7 @@ class Axolotl(Framework):
             "sequence_len": 64, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": STEPS,
             "save_steps": STEPS // 2, "learning_rate": 0.01, "optimizer": "adamw_torch", "lr_scheduler": "constant",
             "logging_steps": 1, "seed": 3,
-            "plugins": ["rankwise.integrations.axolotl.AdaptiveRanks"],
+            **added_lines("axolotl.md"),
             "rankwise": dict(options),
             **changes,
         }  # fmt: skip
@@ -188,6 +196,7 @@ class LlamaFactory(Framework):
             "output_dir": str(folder / "out"), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
             "max_steps": STEPS, "save_steps": STEPS // 2, "learning_rate": 0.01, "lr_scheduler_type": "constant",
             "logging_steps": 1, "report_to": "none", "overwrite_cache": True, "dataloader_num_workers": 0, "seed": 3,
+            **added_lines("llama-factory.md"),
             "rankwise": dict(options or {"target_r": TARGET}),
             **changes,
         }  # fmt: skip
@@ -229,7 +238,7 @@ class MsSwift(Framework):
             "save_steps": STEPS // 2, "learning_rate": 0.01, "lr_scheduler_type": "constant", "logging_steps": 1,
             "output_dir": str(folder / "out"), "add_version": False, "report_to": "none", "split_dataset_ratio": 0,
             "dataloader_num_workers": 0, "seed": 3,
-            "external_plugins": "ranks.py", "callbacks": "rankwise",
+            **added_lines("ms-swift.md"),
             **changes,
         }  # fmt: skip
         file = self.write(folder, {name: value for name, value in config.items() if value is not None})

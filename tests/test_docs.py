@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import importlib.util
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -55,6 +57,15 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relativ
 @pages
 def test_every_example_on_the_page_runs(page: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(workspace)
+    if page.stem == "diffusers":  # in an environment of its own: `make test-frameworks`
+        pytest.importorskip("diffusers")
+        from diffusion_world import save_pipelines
+
+        save_pipelines(workspace)
+    if page.stem == "ms-swift":
+        monkeypatch.setitem(sys.modules, "swift", ModuleType("swift"))
+        monkeypatch.setitem(sys.modules, "swift.callbacks", ModuleType("swift.callbacks"))
+        monkeypatch.setattr(sys.modules["swift.callbacks"], "callbacks_map", {}, raising=False)
     document = DOCUMENTATION.parse(page)
     document.namespace.update(page_namespace())
     for example in document.examples():
@@ -79,6 +90,10 @@ def page_namespace() -> dict[str, Any]:
     tokens = torch.randint(5, 20, (6, 4, 8), generator=generator)
     labels = torch.randint(0, 2, (6, 4), generator=generator)
     return {
+        "latents_and_prompts": [
+            (torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 3, 8, generator=generator))
+            for _ in range(20)
+        ],
         "batches": [{"input_ids": ids, "labels": ids} for ids in tokens],
         "classification_batches": [
             {"input_ids": ids, "labels": label} for ids, label in zip(tokens, labels, strict=True)
@@ -234,6 +249,9 @@ def check_pip_extras(arguments: list[str]) -> None:
 
 def check_script(arguments: list[str]) -> None:
     """Scripts that run for long: that they exist, and say all options that the page gives them."""
+    if arguments[0] == "-m":
+        assert importlib.util.find_spec(arguments[1]), f"python {shlex.join(arguments)}"
+        return check_files(arguments[2:])
     script = ROOT / arguments[0]
     assert script.is_file(), f"python {shlex.join(arguments)}"
     options = {word.partition("=")[0] for word in arguments[1:] if word.startswith("--")}
@@ -242,7 +260,16 @@ def check_script(arguments: list[str]) -> None:
         assert told.returncode == 0 and options <= set(re.findall(r"--[\w-]+", told.stdout)), told.stdout
 
 
+def check_files(arguments: list[str]) -> None:
+    """Commands of frameworks, which have environments of their own: that the files they are given are on the page."""
+    missing = [word for word in arguments if word.endswith((".yaml", ".py")) and not Path(word).is_file()]
+    assert not missing, shlex.join(arguments)
+
+
 COMMANDS = {
+    "axolotl": check_files,
+    "llamafactory-cli": check_files,
+    "swift": check_files,
     "rankwise": run_rankwise,
     "python": check_script,
     "make": check_make_target,

@@ -1,6 +1,6 @@
 """axolotl, LLaMA-Factory and ms-swift adapt ranks by their own configuration, from training to the merged model.
 
-`make test-frameworks` installs each in an environment of its own; ``FRAMEWORKS`` names the folder that holds them.
+`make test-frameworks` installs each in an environment of its own; ``FRAMEWORKS_VENV`` names the folder that holds them.
 Without it these tests are skipped.
 """
 
@@ -20,7 +20,7 @@ from framework_world import ALPHA, FRAMEWORKS, RANK, STEPS, TARGET, Framework, W
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif("FRAMEWORKS" not in os.environ, reason="`make test-frameworks` installs them"),
+    pytest.mark.skipif("FRAMEWORKS_VENV" not in os.environ, reason="`make test-frameworks` installs them"),
 ]
 LAYERS = 14  # of the tiny Llama
 
@@ -152,7 +152,7 @@ def test_dpo_starts_at_ln_2_and_ends_at_the_target(framework: Framework, tmp_pat
     assert done.code == 0, done.told[-6000:]
     log = log_of(tmp_path / "out")
     assert float(log[0]["loss"]) == pytest.approx(math.log(2), abs=1e-4)
-    assert abs(float(log[-1]["loss"]) - math.log(2)) > 0.01
+    assert abs(float(log[-1]["loss"]) - math.log(2)) > 1e-3
     check_target(framework, tmp_path / "out")
 
 
@@ -185,6 +185,11 @@ def test_a_plugin_that_no_callback_asks_for_is_no_silent_lora(framework: Framewo
 def test_two_processes_end_at_the_target(
     framework: Framework, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torchrun = tmp_path / "bin" / "torchrun"  # PyTorch, and with it the script, is in the tests' environment
+    torchrun.parent.mkdir()
+    torchrun.write_text(f'#!/bin/sh\nexec "{framework.bin / "python"}" -m torch.distributed.run "$@"\n')
+    torchrun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{torchrun.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FORCE_TORCHRUN", "1")
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     done = framework.train(tmp_path, ddp_backend="gloo")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from rankwise.config.checks import (
     Default,
@@ -59,15 +59,9 @@ _PEFT_DEFAULT_ALPHA = 8
 # Starts that only matter before training. Any other has changed the base weights, which are not in the file.
 _STARTS_OF_NO_CONSEQUENCE = ("eva", "mica", "orthogonal")
 
-_ASKED_BY_PEFT = ("is_prompt_learning", "is_adaption_prompt")  # what it asks its own configurations for first
-
 when_made: list[Callable[[], None]] = []  # called whenever a configuration has been made
 
 _Config = TypeVar("_Config", bound="LoraConfig")
-
-
-class NotPeftsConfig(AttributeError, TypeError):
-    """PEFT has been given a configuration of rankwise. To ``hasattr`` it is an attribute that is not there."""
 
 
 @dataclass(kw_only=True)
@@ -146,17 +140,6 @@ class LoraConfig(CheckedKeywords):
         self.__dict__["_made"] = True
         for listener in when_made:
             listener()
-
-    if not TYPE_CHECKING:  # to a type checker there are the fields and nothing else
-
-        def __getattr__(self, name: str) -> Any:
-            if name in _ASKED_BY_PEFT:
-                raise NotPeftsConfig(
-                    f"This {type(self).__name__} is rankwise's, and PEFT takes its own: pass it to "
-                    "`rankwise.get_peft_model`. Or give PEFT a `peft.LoraConfig`, and let its ranks adapt with "
-                    "`rankwise.adapt_ranks(model)`, or in a trainer with `callbacks=[rankwise.AdaptRanks(...)]`."
-                )
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in field_names(type(self)):

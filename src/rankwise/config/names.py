@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rankwise.config.checks import short
@@ -77,6 +78,10 @@ ON_PEFTS_LAYERS = (
 )
 
 
+# Modules of PEFT that attach adapters, and ask a configuration for its kind first.
+_ATTACHES = ("peft.mapping", "peft.mapping_func", "peft.peft_model")
+
+
 class _TakesNeutral(type):
     """Lets a script of PEFT's name fields that rankwise does not have, as long as it does not use them."""
 
@@ -114,21 +119,31 @@ class CheckedKeywords(metaclass=_TakesNeutral):
         """False: PEFT's word for methods that train prompts.
 
         Raises:
-            TypeError: PEFT's `get_peft_model_state_dict` or `set_peft_model_state_dict` asks. They would find none of
-                the adapter's tensors, and say nothing.
+            TypeError: PEFT's own functions ask, which find nothing in a model that rankwise has adapted, and can do
+                nothing with its configurations.
         """
-        caller = sys._getframe(1)
-        if caller.f_globals.get("__name__") == "peft.utils.save_and_load":
-            raise TypeError(
-                f"PEFT's `{caller.f_code.co_name}` finds nothing in a model that rankwise has adapted: call "
-                f"`rankwise.{caller.f_code.co_name}` instead."
-            )
+        self._refuse_peft(sys._getframe(1))
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
         """False: PEFT's word for another method."""
+        self._refuse_peft(sys._getframe(1))
         return False
+
+    def _refuse_peft(self, caller: FrameType) -> None:
+        module = caller.f_globals.get("__name__")
+        if module == "peft.utils.save_and_load":
+            raise TypeError(
+                f"PEFT's `{caller.f_code.co_name}` finds nothing in a model that rankwise has adapted: call "
+                f"`rankwise.{caller.f_code.co_name}` instead."
+            )
+        if module in _ATTACHES:
+            raise TypeError(
+                f"This {type(self).__name__} is rankwise's, and PEFT takes its own: pass it to "
+                "`rankwise.get_peft_model`. Or give PEFT a `peft.LoraConfig`, and let its ranks adapt with "
+                "`rankwise.adapt_ranks(model)`, or in a trainer with `callbacks=[rankwise.AdaptRanks(...)]`."
+            )
 
 
 def _own_fields(cls: type[Any], names: AbstractSet[str], given: Mapping[str, Any]) -> dict[str, Any]:
