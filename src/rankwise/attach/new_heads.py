@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from torch import nn
 
 from rankwise.attach.defaults import HEADS
+from rankwise.attach.embeddings import input_embeddings, output_embeddings, resized_vocabulary
 from rankwise.attach.matching import within
 from rankwise.config import LoraConfig
 
@@ -70,8 +71,8 @@ def _new_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator
     if not marked:
         yield from _heads_of_another_class(model, modules)
         return
-    embeddings = list(_embeddings(model))
-    resized = [each for each in embeddings if isinstance(each, nn.Embedding) and _is_new(each)]
+    embeddings = [*input_embeddings(model), *output_embeddings(model)]
+    resized = any(map(_is_new, embeddings)) and resized_vocabulary(model) is not None
     left_out = {id(each) for each in embeddings} if resized else set()
     for path, module in modules.items():
         named = any(part in _MAY_BE_UNUSED for part in path.split("."))
@@ -94,16 +95,3 @@ def _heads_of_another_class(model: nn.Module, modules: Mapping[str, nn.Module]) 
     for path, module in modules.items():
         if path.rpartition(".")[2] in HEADS[task] and any(True for _ in module.parameters()):
             yield path
-
-
-def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        for kind in ("input", "output"):
-            getter = getattr(module, f"get_{kind}_embeddings", None)
-            if callable(getter):
-                try:
-                    found = getter()
-                except (NotImplementedError, AttributeError):
-                    continue
-                if isinstance(found, nn.Module):
-                    yield found

@@ -103,6 +103,8 @@ class StoresAdapters(NamesAdapters):
             )
             return
         check_flag("safe_serialization", safe_serialization)
+        if variant is not _NOT_GIVEN:
+            unused = {**unused, "variant": variant}
         check_save_options(unused, inspect.signature(StoresAdapters.save_pretrained).parameters)
         folder = Path(save_directory)
         if folder.is_file():

@@ -43,4 +43,4 @@ def load_file_tensors(
     config, _ = adapter_content(model, adapter, model.peft_config[adapter], controller, state)
     file = sort_tensors("The state dictionary", config, tensors)
     check_factors(file)
-    prepare_values(model, adapter, file, None)()
+    prepare_values(model, adapter, file, controller, takes_choice=False)()
