@@ -70,9 +70,9 @@ def _new_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator
     if not marked:
         yield from _heads_of_another_class(model, modules)
         return
-    embeddings = list(_embeddings(model))
-    resized = [each for each in embeddings if isinstance(each, nn.Embedding) and _is_new(each)]
-    left_out = {id(each) for each in embeddings} if resized else set()
+    saved_as = getattr(getattr(model, "config", None), "architectures", None) or ()
+    # The checkpoint is of this class, and so had them: they are new because the vocabulary was resized.
+    left_out = {id(each) for each in _embeddings(model)} if type(model).__name__ in saved_as else set()
     for path, module in modules.items():
         named = any(part in _MAY_BE_UNUSED for part in path.split("."))
         if _is_new(module) and not named and id(module) not in left_out:
