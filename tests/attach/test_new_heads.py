@@ -113,10 +113,10 @@ def test_an_output_layer_that_no_checkpoint_has_is_told_but_a_resized_vocabulary
     llama: Path, tmp_path: Path
 ) -> None:
     model = transformers.LlamaForCausalLM.from_pretrained(llama)
-    model.model.save_pretrained(tmp_path)
-    assert "'lm_head'" in said(transformers.LlamaForCausalLM.from_pretrained(tmp_path))[0]
     model.resize_token_embeddings(40)
     assert said(model) == []
+    transformers.LlamaForCausalLM.from_pretrained(llama).model.save_pretrained(tmp_path)
+    assert "'lm_head'" in said(transformers.LlamaForCausalLM.from_pretrained(tmp_path))[0]
 
 
 def test_an_adapter_for_inference_says_nothing_of_heads(bert: Path) -> None:

@@ -234,6 +234,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let each test draw the same numbers each time."""
+    torch.manual_seed(0)
+
+
 # How each test ends
 
 _outcomes: dict[str, str] = {}

@@ -352,7 +352,6 @@ DAMAGE: dict[str, list[tuple[str, Callable[[Path], None], str]]] = {
         ("targets a number", config(target_modules=3), "target_modules"),
         ("heads a text", config(modules_to_save="head"), "modules_to_save"),
         ("an unknown field that matters", config(use_dora=True), "use_dora"),
-        ("a field from the future", config(reticulate_splines=3), "reticulate_splines"),
         ("pattern a list", config(rank_pattern=[True]), "must be a dictionary"),
         ("pattern of numbers", pattern(lambda p: p.update({"first.lora_E": [1, 1, 0, 0]})), "list of booleans"),
         ("pattern too short", pattern(lambda p: p.update({"first.lora_E": [True]})), "must have init_r=4 booleans"),
