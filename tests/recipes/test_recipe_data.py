@@ -203,7 +203,9 @@ def test_a_small_training_set_leaves_the_rest_held_out(world: Path) -> None:
 
 
 def test_more_rows_than_there_are_is_refused(world: Path) -> None:
-    assert "can't be split into 5000 for training" in message(world, data__train_size=5000)
+    assert "There are 60 rows: `held_out` takes 12, and `train_size` 5000." in message(
+        world, data__train_size=5000
+    )
     with pytest.raises(ValueError, match="needs `train_size`"):
         split_sizes(10, "rest", None)
 
@@ -256,3 +258,35 @@ def test_a_split_of_a_file_is_refused(world: Path) -> None:
     assert "data.eval_split: is for datasets from the hub" in message(
         world, data__eval_split="test", data__held_out=None
     )
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "parquet"])
+def test_a_table_without_rows_is_refused_before_it_is_read(world: Path, kind: str) -> None:
+    """The message is ours, whatever the library says that reads such tables."""
+    path = world / f"empty.{kind}"
+    if kind == "parquet":
+        import pandas
+
+        pandas.DataFrame({"text": [], "label": []}).to_parquet(path)
+    else:
+        path.write_text({"csv": "text,label\n", "tsv": "text\tlabel\n\n", "json": " [ ]\n"}[kind])
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write_recipe(world, world / "model", data__train=str(path)))
+    assert f"{path.name}' has no rows" in str(error.value)
+    assert kind == "json" or "only the names of its columns, text, label" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "train_size", "said"),
+    [
+        (15000, None, "There are 1530 rows: `held_out` takes 15000. At least 1 must train"),
+        (1000, 1000, "`held_out` takes 1000, and `train_size` 1000."),
+        ("rest", 1530, "nothing is left to hold out, and `train_size` 1530."),
+    ],
+)
+def test_a_split_that_does_not_fit_names_what_was_asked_for_and_no_other_number(
+    held_out: Any, train_size: int | None, said: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        split_sizes(1530, held_out, train_size)
+    assert said in str(error.value) and "-" not in str(error.value).replace("`", "")

@@ -375,7 +375,7 @@ def test_layers_come_in_the_order_of_the_model(tmp_path: Path) -> None:
 def test_a_folder_that_is_none(tmp_path: Path, lora: Path) -> None:
     with pytest.raises(ValueError, match="There is no folder"):
         inspect_adapter(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="is a file. Give the adapter's folder"):
+    with pytest.raises(ValueError, match="is a file, and an adapter is a folder"):
         inspect_adapter(lora / WEIGHTS)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no adapter_config\.json"):

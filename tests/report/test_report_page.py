@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import rankwise as rw
 from browser import chromium
 from expert_world import EXPERTS, some_tokens, tiny_moe
+from rankwise.report.grid import rank_colour
 from rankwise.report.html import render_report, write_report
 from rankwise.report.spectra import update_spectra
 from rankwise.run.history import RankHistory
@@ -73,9 +74,13 @@ def test_the_page_is_small_and_asks_nothing_of_a_network(page: str) -> None:
 def test_the_slider_goes_through_the_ranks_of_the_history(page: str, trained: Path) -> None:
     history = RankHistory.load(trained / "rank_history.json")
     [frame] = data_of(page)["frames"]
-    assert frame["steps"] == [record.step for record in history.records]
-    assert frame["budgets"] == [record.budget for record in history.records]
-    for ranks, record in zip(frame["ranks"], history.records, strict=True):
+    records = [
+        *history.records,
+        history.records[-1],
+    ]  # as they were after the last allocation, to the end of the run
+    assert frame["steps"] == [*(record.step for record in history.records), 10]
+    assert frame["budgets"] == [record.budget for record in records]
+    for ranks, record in zip(frame["ranks"], records, strict=True):
         assert ranks == record.ranks
     cells = [cell for rows in frame["cells"].values() for row in rows for cell in row]
     assert sorted(cells) == list(range(len(history.layers)))
@@ -287,10 +292,10 @@ def test_every_expert_has_its_history(experts: Path) -> None:
     history = RankHistory.load(experts / "rank_history.json")
     data = data_of(render_report([experts]))
     [frame] = data["frames"]
-    assert frame["steps"] == [record.step for record in history.records] and len(frame["steps"]) > 2
+    assert frame["steps"] == [*(record.step for record in history.records), 5] and len(frame["steps"]) > 3
     titles = [paths[0] for paths in _hovered(data, "ranks-0-1")]
     assert titles == [f"model.layers.{layer}.mlp.experts.gate_up_proj.0" for layer in (0, 1)]
-    for record, ranks in zip(history.records, frame["ranks"], strict=True):
+    for record, ranks in zip([*history.records, history.records[-1]], frame["ranks"], strict=True):
         known = dict(zip(history.layers, record.ranks, strict=True))
         for name, rows in frame["cells"].items():
             for paths, cells in zip(_hovered(data, name), rows, strict=True):
@@ -300,6 +305,21 @@ def test_every_expert_has_its_history(experts: Path) -> None:
 def _hovered(data: Any, name: str) -> list[list[str]]:
     """The layers of a heat map by row, as the page tells them to who points there."""
     return data["figures"][name]["data"][0]["customdata"]
+
+
+def test_metrics_have_their_titles_and_formats(page: str, trained: Path) -> None:
+    after = json.loads((trained / "results.json").read_text())["after"]
+    assert f"<b>{after['accuracy']:.2%}</b>" in page and ">accuracy</th>" in page
+    assert f"<b>{after['loss']:.4f}</b>" in page and ">held-out loss</th>" in page
+
+
+def test_more_ranks_than_the_budget_are_explained(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    history = json.loads((tmp_path / "run" / "rank_history.json").read_text())
+    assert "ranks of average size" not in render_report([tmp_path / "run"])
+    history["records"][-1]["budget"] -= 1
+    (tmp_path / "run" / "rank_history.json").write_text(json.dumps(history))
+    assert "ranks of average size" in render_report([tmp_path / "run"])
 
 
 # In a browser.
@@ -354,9 +374,39 @@ def test_the_slider_moves_the_heat_maps_and_the_console_stays_empty(
     assert f"budget {second.budget}" in tab.locator(".at").first.text_content()
     tab.keyboard.press("Home")
     tab.locator("#play").click()
-    expect(tab.locator("#where")).to_have_text(f"{history.records[-1].step}")
+    last = json.loads((trained / "results.json").read_text())["steps"]
+    expect(tab.locator("#where")).to_have_text(f"{last}")
     assert sorted(ranks_shown(tab)) == sorted(history.records[-1].ranks)
     assert troubles == []
+
+
+def test_the_slider_ends_with_the_run(browser: Any, file: str, trained: Path) -> None:
+    from playwright.sync_api import expect
+
+    steps = json.loads((trained / "results.json").read_text())["steps"]
+    assert RankHistory.load(trained / "rank_history.json").records[-1].step < steps
+    tab, _ = opened(browser, file)
+    expect(tab.locator("#where")).to_have_text(f"{steps}")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_rank_is_legible_on_its_colour(browser: Any, file: str, trained: Path, scheme: str) -> None:
+    """Contrast by WCAG 2, of each number in the heat map to the cell that it stands on, at least 4.5 to 1."""
+    tab, _ = opened(browser, file, color_scheme=scheme)
+    labels = '[...document.querySelectorAll("#ranks-0-0 .heatmap-label text")].filter((e) => e.textContent)'
+    found = tab.evaluate(f"{labels}.map((e) => [Number(e.textContent), getComputedStyle(e).fill])")
+    assert found
+    empty = tab.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--empty').trim()")
+    for rank, ink in found:
+        ground = rank_colour(rank, 4) if rank else tuple(int(empty[at : at + 2], 16) for at in (1, 3, 5))
+        tones = sorted(map(luminance, (ground, tuple(map(int, re.findall(r"\d+", ink)[:3])))))
+        assert (tones[1] + 0.05) / (tones[0] + 0.05) >= 4.5, (rank, ink)
+
+
+def luminance(colour: Any) -> float:
+    parts = [part / 255 for part in colour]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_the_slider_moves_the_experts_too(browser: Any, experts: Path, tmp_path: Path) -> None:

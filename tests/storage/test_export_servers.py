@@ -459,3 +459,22 @@ def test_the_command_leaves_with_2_and_writes_nothing_where_the_user_must_mend(t
         code, out, err = run("export", *words)
         assert code == 2 and said in err and "Traceback" not in err, (words, out, err)
     assert not (tmp_path / "x").exists() and (tmp_path / "full.gguf").read_text() == "mine"
+
+
+@pytest.mark.parametrize("says", [True, None])
+def test_an_embedding_that_the_files_share_is_refused_whatever_the_configuration_says(
+    says: bool | None, tmp_path: Path
+) -> None:
+    """Transformers 5.0 writes no `tie_word_embeddings` for GPT-2: what the files lack is the embedding's weight."""
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    data = {k: v for k, v in json.loads(path.read_text()).items() if k != "tie_word_embeddings"}
+    path.write_text(json.dumps(data | ({} if says is None else {"tie_word_embeddings": says})))
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    config = rw.LoraConfig(r=2, target_modules=["wte"], init_lora_weights=False)
+    rw.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="shares with its output layer"):
+        rw.export_adapter(tmp_path / "out", tmp_path / "adapter", "merged", base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()

@@ -120,14 +120,15 @@ class Peft:
     def deltas(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         from peft.tuners.lora import LoraLayer
 
-        return {
-            path.removeprefix("base_model.model."): (
-                layer.get_base_layer().weight.detach().clone(),
-                layer.get_delta_weight("default").detach(),
-            )
-            for path, layer in model.named_modules()
-            if isinstance(layer, LoraLayer)
-        }
+        found = {}
+        for path, layer in model.named_modules():
+            if isinstance(layer, LoraLayer):
+                path = path.removeprefix("base_model.model.").replace(".base_layer", "")
+                stack = hasattr(layer, "get_param")  # of experts
+                weight = layer.get_param() if stack else layer.get_base_layer().weight
+                name = f"{path}.{layer.parameter_name}" if stack else path
+                found[name] = (weight.detach().clone(), layer.get_delta_weight("default").detach())
+        return found
 
     def merged(self, model: Any) -> Any:
         return model.merge_and_unload()
@@ -220,9 +221,11 @@ def _compare_merged(
     after = merged.state_dict()
     if before.keys() != after.keys():
         raise Differs(f"merged, it has other weights: {sorted(before.keys() ^ after.keys())[:3]}")
-    modules = dict(merged.named_modules(remove_duplicate=False))
-    changed = {id(modules[path].weight): (path, delta) for path, (_, delta) in wanted.items()}
     held = dict(merged.named_parameters(remove_duplicate=False))
+    changed = {
+        id(held[path] if path in held else held[f"{path}.weight"]): (path, delta)
+        for path, (_, delta) in wanted.items()
+    }
     for key, value in before.items():
         path_and_delta = changed.get(id(held.get(key)))
         expected = value if path_and_delta is None else value + path_and_delta[1]

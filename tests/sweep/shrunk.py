@@ -275,7 +275,8 @@ def forward_inputs(model: PreTrainedModel) -> Sequence[dict[str, Any]]:
         "hidden_states": [{"hidden_states": _noise(2, 6, width)} for width in _widths(config)],
     }
     main = getattr(model, "main_input_name", "input_ids")
-    order = [main, *(name for name in named if name != main)]
+    mains = [main] if isinstance(main, str) else list(main)
+    order = [*mains, *(name for name in named if name not in mains)]
     found = [each for name in order for each in named.get(name, ())]
     found += [{**text, **each} for each in named["pixel_values"]]
     found += [{"inputs_embeds": _noise(2, 6, width)} for width in _widths(config)]

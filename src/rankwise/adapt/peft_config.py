@@ -25,11 +25,12 @@ def write_config(config: Any, pairs: Sequence[PeftPair], dropped: Sequence[PeftP
     at_most = [alphas[path] for path, rank in ranks.items() if rank == config.r]
     config.lora_alpha = Counter(at_most).most_common(1)[0][0]
     every = [*pairs, *dropped]
+    named = [pair for pair in pairs if not _is_inner(pair)]
     config.rank_pattern = {
-        _key(pair, every): ranks[pair.path] for pair in pairs if ranks[pair.path] != config.r
+        _key(pair, every): ranks[pair.path] for pair in named if ranks[pair.path] != config.r
     }
     config.alpha_pattern = {
-        _key(pair, every): alphas[pair.path] for pair in pairs if alphas[pair.path] != config.lora_alpha
+        _key(pair, every): alphas[pair.path] for pair in named if alphas[pair.path] != config.lora_alpha
     }
     if dropped:
         _write_targets(config, pairs, dropped)
@@ -41,14 +42,16 @@ def _key(pair: PeftPair, every: Sequence[PeftPair]) -> str:
     return f"^{pair.path}" if ends_like_it else pair.path
 
 
+def _is_inner(pair: PeftPair) -> bool:
+    """Whether PEFT adapts the layer along with the one around it, whose settings it has."""
+    return ".base_layer." in f".{pair.path}"
+
+
 def _write_targets(config: Any, pairs: Sequence[PeftPair], dropped: Sequence[PeftPair]) -> None:
     parameters = [pair.path for pair in pairs if pair.is_parameter]
     if config.target_parameters:
         config.target_parameters = parameters or None
-    inner = {
-        pair.path for pair in pairs if ".base_layer." in f".{pair.path}"
-    }  # adapted along with their parent
-    paths = [pair.path for pair in pairs if not pair.is_parameter and pair.path not in inner]
+    paths = [pair.path for pair in pairs if not pair.is_parameter and not _is_inner(pair)]
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     lost = [pair.path for pair in dropped if not pair.is_parameter]
     ambiguous = any(other.endswith(f".{path}") for path in paths for other in lost)

@@ -179,10 +179,8 @@ class AdaptiveRanks:
         self._controller = Controller(adapter, factors, self._choice, config, warn)
         self._controller.changed = self._after_step
         self._controller.finished_by = "ranks.finalize_ranks()"
-        self._written = (
-            0,
-            False,
-        )  # cuts so far, and whether the choice is final, when the configuration was written
+        # Cuts so far, and whether the choice was final, when the configuration was written last.
+        self._written = (0, False)
         self._choice.start()
         self._sync()
 

@@ -1,8 +1,10 @@
-"""Adapters for ``nn.Conv2d``, with any stride, padding, dilation and number of groups."""
+"""Adapters for convolutions in one, two or three dimensions, with any stride, padding, dilation and groups."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,40 +12,40 @@ from torch.nn import functional as F
 from rankwise.adapters.layer import AdapterLayer
 
 
-class Conv2dAdapters(AdapterLayer):
-    """For ``nn.Conv2d``: weight (d_out, in_channels / groups, kernel height, kernel width).
+class ConvAdapters(AdapterLayer):
+    """For convolutions: weight (d_out, in_channels / groups, *kernel).
 
-    AdaLoRA's update has exactly the weight's shape: A is (r, in_channels / groups * height * width). Plain LoRA
+    AdaLoRA's update has exactly the weight's shape: A is (r, in_channels / groups * size of the kernel). Plain LoRA
     follows PEFT's layout, which for ``groups`` > 1 is not a change of the weight. A is a dense convolution over
     all input channels, B a grouped one with (d_out, r / groups); such an adapter can't be merged, unless AdaLoRA wrote
     it: then A is 0 for the channels of other groups.
     """
 
-    called = "Conv2d"
-    file_dims = 4
+    base: ClassVar[type[nn.Module]]
+    convolution: ClassVar[Callable[..., Tensor]]
 
     @classmethod
     def adapts(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Conv2d)
+        return isinstance(layer, cls.base)
 
     @classmethod
     def factor_shapes(cls, layer: Any, rank: int, adalora: bool) -> tuple[tuple[int, int], tuple[int, int]]:
-        height, width = layer.kernel_size
+        size = math.prod(layer.kernel_size)
         if adalora:
-            d_in = layer.in_channels // layer.groups * height * width
+            d_in = layer.in_channels // layer.groups * size
             return (rank, d_in), (layer.out_channels, rank)
         if rank % layer.groups:
             raise ValueError(
-                f"A Conv2d with groups={layer.groups} takes a LoRA rank divisible by its groups, but r={rank}. "
+                f"A {cls.called} with groups={layer.groups} takes a LoRA rank divisible by its groups, but r={rank}. "
                 "Set another rank for it in `rank_pattern`, or leave it out with `exclude_modules`."
             )
-        return (rank, layer.in_channels * height * width), (layer.out_channels, rank // layer.groups)
+        return (rank, layer.in_channels * size), (layer.out_channels, rank // layer.groups)
 
     def to_file(self, factor: str, tensor: Tensor, adalora: bool) -> Tensor:
-        """Plain LoRA's factors are kernels: A (r, channels, height, width), B (d_out, r / groups, 1, 1)."""
+        """Plain LoRA's factors are kernels: A (r, channels, *kernel), B (d_out, r / groups, 1, …)."""
         if adalora:
             return tensor
-        kernel: Any = self.kernel_size if factor == "A" else (1, 1)
+        kernel: Any = self.kernel_size if factor == "A" else self._ones()
         return tensor.view(tensor.shape[0], -1, *kernel)
 
     @classmethod
@@ -60,7 +62,7 @@ class Conv2dAdapters(AdapterLayer):
         return ungrouped(A, layer.groups), B
 
     def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
-        """``output`` plus the adapter's output for ``x`` (batch, in_channels, height, width)."""
+        """``output`` plus the adapter's output for ``x`` (batch, in_channels, …)."""
         x = self._adapter_input(x, name)
         groups: int = self.groups  # type: ignore[assignment]
         if groups > 1 and self._changes_weight(name):
@@ -68,7 +70,9 @@ class Conv2dAdapters(AdapterLayer):
         else:
             A, B = self.factors(name)
             hidden = self._convolve(x, A.view(A.shape[0], -1, *self.kernel_size), 1)  # type: ignore[misc]
-            added = F.conv2d(hidden, B[:, :, None, None], groups=groups) * self.scaling[name]
+            added = (
+                self.convolution(hidden, B.view(*B.shape, *self._ones()), groups=groups) * self.scaling[name]
+            )
         return (output + added).to(output.dtype)
 
     def shape_like_weight(self, delta: Tensor) -> Tensor:
@@ -97,7 +101,7 @@ class Conv2dAdapters(AdapterLayer):
             return self.from_lora(self, A, B)
         except ValueError:
             raise ValueError(
-                f"A plain LoRA adapter of a Conv2d with groups={self.groups} is not a change of its weight, "
+                f"A plain LoRA adapter of a {self.called} with groups={self.groups} is not a change of its weight, "
                 "so it can't be merged. Keep it unmerged, or leave the layer out with `exclude_modules`."
             ) from None
 
@@ -106,8 +110,37 @@ class Conv2dAdapters(AdapterLayer):
         padding = layer.padding
         if layer.padding_mode != "zeros":
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
-        convolved: Tensor = F.conv2d(x, weight, None, layer.stride, padding, layer.dilation, groups)
-        return convolved
+        return self.convolution(x, weight, None, layer.stride, padding, layer.dilation, groups)
+
+    def _ones(self) -> tuple[int, ...]:
+        return (1,) * (self.file_dims - 2)
+
+
+class Conv1dAdapters(ConvAdapters):
+    """For ``nn.Conv1d``: weight (d_out, in_channels / groups, kernel length)."""
+
+    called = "Conv1d"
+    file_dims = 3
+    base = nn.Conv1d
+    convolution = staticmethod(F.conv1d)
+
+
+class Conv2dAdapters(ConvAdapters):
+    """For ``nn.Conv2d``: weight (d_out, in_channels / groups, kernel height, kernel width)."""
+
+    called = "Conv2d"
+    file_dims = 4
+    base = nn.Conv2d
+    convolution = staticmethod(F.conv2d)
+
+
+class Conv3dAdapters(ConvAdapters):
+    """For ``nn.Conv3d``: weight (d_out, in_channels / groups, kernel depth, kernel height, kernel width)."""
+
+    called = "Conv3d"
+    file_dims = 5
+    base = nn.Conv3d
+    convolution = staticmethod(F.conv3d)
 
 
 def _for_each_group(A: Tensor, groups: int) -> Tensor:
@@ -127,13 +160,14 @@ def ungrouped(A: Tensor, groups: int) -> Tensor:
         ValueError: it is none, as it reads the channels of other groups, too.
 
     Example:
+        >>> import torch
         >>> ungrouped(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), 2)
         tensor([[1.]])
     """
     own = A if groups == 1 else A.view(groups, len(A) // groups, groups, -1)[0, :, 0]
     if not _for_each_group(own, groups).equal(A):
         raise ValueError(
-            f"its factors are no change of the weight of a Conv2d with groups={groups}, but those of plain LoRA, "
+            f"its factors are no change of the weight of a convolution with groups={groups}, but those of plain LoRA, "
             "which reads the channels of all groups."
         )
     return own

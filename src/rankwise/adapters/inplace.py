@@ -20,6 +20,16 @@ class InPlace:
     _mixin: type
     _original_class: type
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new object of an adapted one's class, as ``type(model)(config)`` makes: one without adapters."""
+        if "_original_class" not in vars(cls):
+            return cls._from_scratch(*args, **kwargs)
+        return cls._original_class(*args, **kwargs)
+
+    @classmethod
+    def _from_scratch(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{cls.__name__} gives methods to an object that exists: it makes none.")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: tuple[Any, ...] = super().__reduce_ex__(max(protocol, 2))  # type: ignore[assignment]
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -91,4 +101,5 @@ def _subclass(mixin: Any, original: Any) -> type:
 
 def _new(mixin: type, original: type) -> Any:
     made: Any = _subclass(mixin, original)
-    return made.__new__(made)
+    new = next(each for each in made.__mro__ if each is not InPlace and "__new__" in vars(each))
+    return new.__new__(made)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rankwise.adapters.conv import Conv2dAdapters
+from rankwise.adapters.conv import Conv1dAdapters, Conv2dAdapters, Conv3dAdapters
 from rankwise.adapters.embedding import EmbeddingAdapters
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.linear import Conv1DAdapters, LinearAdapters
@@ -22,6 +22,8 @@ KINDS: tuple[type[AdapterLayer], ...] = (
     LinearAdapters,
     Conv1DAdapters,
     Conv2dAdapters,
+    Conv1dAdapters,
+    Conv3dAdapters,
     EmbeddingAdapters,
 )
 

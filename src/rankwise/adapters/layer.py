@@ -182,6 +182,8 @@ class AdapterLayer(InPlace, nn.Module):
             note_use(self._trained_here(name))
         A, B = self.lora_A[name], self.lora_B[name]
         E = self.lora_E[name] if name in self.lora_E else None
+        if E is None and torch.compiler.is_compiling():
+            return A, B  # ranks that are off are 0; without a look at which, the graph stays the same
         if name in self.kept:
             kept = self.kept[name]
             chosen = slice(kept) if isinstance(kept, int) else kept.to(A.device)
@@ -194,6 +196,8 @@ class AdapterLayer(InPlace, nn.Module):
         A = self.factor("lora_A", name)
         if A is None or not A.numel():
             return False
+        if torch.compiler.is_compiling() and name not in self.lora_E:
+            return True
         kept = self.kept.get(name, 1)
         return kept > 0 if isinstance(kept, int) else kept.numel() > 0
 

@@ -27,8 +27,11 @@ class SavedModule(InPlace, nn.Module):
     active_adapter: str | None
     adapters_enabled: bool
 
-    def add_copy(self, name: str) -> None:
-        """Make adapter ``name``'s own copy of the module as it is without adapters, in float32 if it was half."""
+    def add_copy(self, name: str, widens: bool = True) -> None:
+        """Make adapter ``name``'s own copy of the module as it is without adapters.
+
+        ``widens``: a half-precision module gets a float32 copy.
+        """
         self._check_can_train()
         held, self.modules_to_save = self.modules_to_save, nn.ModuleDict()
         try:
@@ -38,7 +41,7 @@ class SavedModule(InPlace, nn.Module):
             self.modules_to_save = held
         _remove_saved_methods(made)
         for parameter in made.parameters():
-            if parameter.is_floating_point() and parameter.element_size() < 4:
+            if widens and parameter.is_floating_point() and parameter.element_size() < 4:
                 parameter.data = parameter.data.float()
             parameter.requires_grad_(False)
         self.modules_to_save[name] = made
@@ -83,6 +86,19 @@ class SavedModule(InPlace, nn.Module):
             note_use(made.parameters())
             return self._run(made, args, kwargs)
         return super().forward(*args, **kwargs)
+
+    def run_with(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call adapter ``name``'s copy, or the module itself where it has none."""
+        if name is not None and name in self.modules_to_save:
+            return self._run(self.modules_to_save[name], args, kwargs)
+        enabled, self.adapters_enabled = (
+            self.adapters_enabled,
+            False,
+        )  # or `weight` would be that of the copy that acts
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.adapters_enabled = enabled
 
     def _check_can_train(self) -> None:
         for name, parameter in self.named_parameters():

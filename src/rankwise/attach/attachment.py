@@ -15,8 +15,9 @@ from rankwise.adapters import AdapterLayer, ParameterSlot, adapters_for, prepare
 from rankwise.adapters.owner import SLOTS
 from rankwise.adapters.saved import SavedModule, prepare_saved_module, restore_saved_module
 from rankwise.attach.matching import names_of_exactly, pattern_value
+from rankwise.attach.new_heads import tell_of_new_heads
 from rankwise.attach.parameters import in_model_order, layer_at
-from rankwise.attach.targets import find_targets, modules_to_save_paths
+from rankwise.attach.targets import find_targets, modules_to_save_paths, own_modules
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.method.scale import adalora_scale, lora_scale
 
@@ -53,6 +54,7 @@ class Attachment:
     saved_modules: dict[str, Mapping[str, Tensor] | None] = field(default_factory=dict)
     biases: dict[str, Tensor | None] = field(default_factory=dict)
     frozen: dict[str, Tensor] = field(default_factory=dict)
+    widens: bool = True  # copies of whole modules are float32 where the module has half precision
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
@@ -114,6 +116,7 @@ def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attac
         config = replace(config, rank_pattern=None)
     targets = find_targets(model, config)
     heads = modules_to_save_paths(model, config)
+    tell_of_new_heads(model, own_modules(model), config, heads, targets)
     layers = {path: _start(layer, config, path) for path, layer in targets.items()}
     resolved = _resolved(model, config, targets, heads)
     biases = dict.fromkeys(bias_names(model, config.bias, list(targets), heads))
@@ -124,11 +127,20 @@ def check_adapter_name(model: nn.Module, adapter: str) -> None:
     """Refuse names that can't be module names or are taken."""
     if not isinstance(adapter, str):
         raise TypeError(f"An adapter's name must be a string, but is {adapter!r}.")
-    if not adapter or "." in adapter or hasattr(nn.ModuleDict, adapter) or hasattr(nn.ParameterDict, adapter):
+    if not adapter or "." in adapter:
         raise ValueError(f"{adapter!r} can't name an adapter: use letters, digits and '_', without dots.")
+    if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
+        raise ValueError(
+            f"{adapter!r} can't name an adapter: every module of PyTorch has an attribute of that name. Choose "
+            "another, "
+            f"such as {adapter + '_adapter'!r}."
+        )
     if adapter in getattr(model, "peft_config", {}):
         raise ValueError(
-            f"The model has an adapter {adapter!r} already. Choose another name, or `delete_adapter` it first."
+            f"The model has an adapter {adapter!r} already. To attach anew, as when a notebook's cell is run "
+            "again, call "
+            "`model = model.unload()` first, which gives the base model back. To add a second adapter, choose another "
+            "name; to replace this one beside others, `delete_adapter` it first."
         )
 
 
@@ -172,7 +184,7 @@ def apply_attachment(model: nn.Module, attachment: Attachment) -> None:
             layer.kept[name] = factors.kept.nonzero().flatten().to(factors.A.device)
     for path, tensors in attachment.saved_modules.items():
         module = _named(path, prepare_saved_module, model.get_submodule(path))
-        module.add_copy(name)
+        module.add_copy(name, attachment.widens)
         if tensors is not None:
             copy = module.modules_to_save[name]
             copy.load_state_dict({key: tensor.to(_dtype_of(copy, key)) for key, tensor in tensors.items()})

@@ -61,3 +61,36 @@ def _ask(module: Any, getter: str) -> Any:
         return ask()
     except Exception:  # of any kind: a model that can't say which layer it is has none that could be meant
         return None
+
+
+def resized_vocabulary(model: Any) -> tuple[int, int] | None:
+    """How many tokens the base's checkpoint has, and how many the model; None if as many, or if nobody knows.
+
+    It looks only at what is on this machine: the folder that the base was loaded from, or the hub's cache.
+    """
+    config: Any = getattr(model, "config", None)
+    place = getattr(config, "_name_or_path", None)
+    here = _vocabulary(config)
+    resized = vars(model).get("_rankwise_vocabulary") if here is not None else None
+    if resized is not None:
+        return None if resized == here else (resized, here)  # type: ignore[return-value]
+    if here is None or not isinstance(place, str) or not place:
+        return None
+    try:
+        before = _vocabulary(
+            type(config).from_pretrained(
+                place, local_files_only=True, revision=getattr(config, "_commit_hash", None) or "main"
+            )
+        )
+    except Exception:  # the checkpoint is gone, was never cached, or is of another kind of model
+        return None
+    return None if before is None or before == here else (before, here)
+
+
+def _vocabulary(config: Any) -> int | None:
+    text = getattr(config, "get_text_config", None)
+    for each in (text() if callable(text) else None, config):
+        size = getattr(each, "vocab_size", None)
+        if isinstance(size, int):
+            return size
+    return None

@@ -103,15 +103,23 @@ def in_layers(path: str, names: list[str] | str, config: LoraConfig) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or (isinstance(names, list) and path in names):
         return True
-    if config.layers_pattern is None:
+    return layer_index(path, config.layers_pattern) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def layer_index(path: str, layers_pattern: list[str] | str | None) -> int | None:
+    """The index that ``layers_to_transform`` counts, of the layer that ``path`` lies in; None if it lies in none.
+
+    Example:
+        >>> layer_index("model.layers.3.mlp.up", None), layer_index("model.h.3.mlp", ["layers"])
+        (3, None)
+    """
+    if layers_pattern is None:
         expressions = [r".*?\.[^.]*\.(?P<index>\d+)\.", r"[^.]*\.(?P<index>\d+)\."]
     else:
-        given = config.layers_pattern
-        expressions = [
-            rf"(?:^|.*?\.){each}\.(?P<index>\d+)\." for each in ([given] if isinstance(given, str) else given)
-        ]
+        given = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        expressions = [rf"(?:^|.*?\.){each}\.(?P<index>\d+)\." for each in given]
     found = next((match for each in expressions if (match := re.match(each, path))), None)
-    return found is not None and int(found["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
+    return None if found is None else int(found["index"])
 
 
 def within(path: str, outer: Iterable[str]) -> bool:

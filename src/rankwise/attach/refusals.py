@@ -5,23 +5,21 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from rankwise.adapters import adapters_for, in_all_linear, kinds_in_words
 from rankwise.attach.defaults import HEADS
-from rankwise.attach.matching import by_ends, by_letters, matcher, pattern_matches, within
+from rankwise.attach.matching import by_ends, by_letters, matcher, within
 from rankwise.attach.unused_layers import check_fast_path, why_ignored, why_unlike_linear
-from rankwise.config import AdaLoraConfig, LoraConfig
+from rankwise.config import LoraConfig
 from rankwise.config.suggest import suggestion
 
 
 def check_names(modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
-    """Each name in a list must match something, outside of ``modules_to_save`` if that names it, too."""
+    """Refuse a name in ``target_modules`` if all that it matches is in ``modules_to_save``, too."""
     targets = config.target_modules if isinstance(config.target_modules, list) else []
-    excluded = config.exclude_modules if isinstance(config.exclude_modules, list) else []
     matches = by_ends(modules)
     implied = HEADS.get(config.task_type or "", ())
     listed = matcher([name for name in config.modules_to_save or () if name not in implied])
@@ -32,10 +30,6 @@ def check_names(modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
                 f"`target_modules` names {name!r}, but all that it matches is in `modules_to_save` and trains "
                 f"whole (such as {matches[name][0]!r}): take it out of one of them."
             )
-    missing = [name for name in targets if name not in matches]
-    if len(missing) < len(targets):
-        _warn_of_missing("target_modules", missing, modules)
-    _warn_of_missing("exclude_modules", [name for name in excluded if name not in matches], modules)
 
 
 def check_heads(modules: Mapping[str, nn.Module], saved: list[str], config: LoraConfig) -> None:
@@ -62,15 +56,6 @@ def check_heads(modules: Mapping[str, nn.Module], saved: list[str], config: Lora
         )
 
 
-def _warn_of_missing(field: str, names: list[str], modules: Mapping[str, nn.Module]) -> None:
-    for name in names:
-        warnings.warn(
-            f"`{field}` names {name!r}, but the model has no such module.{nearest_name(name, modules)}",
-            UserWarning,
-            stacklevel=5,
-        )
-
-
 def check_layer(model: nn.Module, path: str, module: nn.Module, config: LoraConfig) -> None:
     """Refuse a layer that can't be adapted, or whose adapter would do nothing.
 
@@ -81,7 +66,7 @@ def check_layer(model: nn.Module, path: str, module: nn.Module, config: LoraConf
         raise ValueError(_cannot_adapt(path, module, config))
     if any(isinstance(each, UninitializedParameter) for each in module.parameters(recurse=False)):
         raise ValueError(f"{path!r} has no shape yet: run the model once before it is adapted.")
-    reason = why_ignored(model, path, config) or why_unlike_linear(path, module)
+    reason = why_ignored(model, path, config) or why_unlike_linear(path, module, same_numbers=False)
     if reason:
         raise ValueError(f"{path!r} can't be adapted: {reason} Name it in `exclude_modules`.")
     check_fast_path(model, path)
@@ -101,7 +86,7 @@ def adaptable(
     for path, module in targets.items():
         if adapters_for(module) is None:
             continue
-        reason = why_ignored(model, path, config) or why_unlike_linear(path, module)
+        reason = why_ignored(model, path, config) or why_unlike_linear(path, module, same_numbers=True)
         if reason:
             left_out.setdefault(f"can't be adapted: {reason}", []).append(path)
         elif path in shared:
@@ -160,20 +145,6 @@ def nothing_found(
         what = f"{shown} matches no module of the model"
         hints = "".join(nearest_name(name, modules) for name in names[:4])
     return f"`target_modules`: {what}.{hints} Its linear layers are called {linear_names(modules)}."
-
-
-def check_patterns(targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
-    """Keys of rank_pattern and alpha_pattern that match no target are told: they have no effect."""
-    ranks: dict[str, Any] = {} if isinstance(config, AdaLoraConfig) else config.rank_pattern
-    ends = by_ends(targets)
-    for field, patterns in (("rank_pattern", ranks), ("alpha_pattern", config.alpha_pattern)):
-        for key in patterns:
-            if key not in ends and not any(pattern_matches(key, path) for path in targets):
-                warnings.warn(
-                    f"`{field}` has {key!r}, which matches no adapted layer.{nearest_name(key, targets)}",
-                    UserWarning,
-                    stacklevel=4,
-                )
 
 
 def nearest_name(name: str, paths: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from rankwise.adapters.owner import SLOTS
 _BETWEEN = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module", SLOTS)
 
 
-def check_in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def check_in_place(model: nn.Module, layers: Mapping[str, nn.Module], in_pass: bool = False) -> None:
     """See that each adapted module is still where it was when the adapter was attached.
 
     It costs a few dictionary look-ups a layer, so that it can be called at every step.
@@ -20,6 +20,7 @@ def check_in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     Args:
         model: the adapted model.
         layers: the modules by path, as `adapter_layers` and `saved_modules` gave them then.
+        in_pass: a pass is about to begin. It may leave layers out: what is not there at all may come back.
 
     Raises:
         ValueError: one of them is no part of the model any more; the message names it.
@@ -34,7 +35,8 @@ def check_in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             ...
         ValueError: '0' was replaced after the adapter was attached...
     """
-    moved = [path for path, layer in layers.items() if not _is_at(model, path, layer)]
+    places = {path: _is_at(model, path, layer) for path, layer in layers.items()}
+    moved = [path for path, there in places.items() if there is False or (there is None and not in_pass)]
     if not moved:
         return
     held = {
@@ -50,12 +52,13 @@ def check_in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
+def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool | None:
+    """Whether ``layer`` is at ``path``; None if nothing is."""
     module = model
     for name in path.split("."):
         found = _child(module, name)
         if found is None:
-            return False
+            return None
         module = found
     while module is not layer:
         inner = next((module._modules[name] for name in _BETWEEN[:-1] if name in module._modules), None)

@@ -23,11 +23,11 @@ from rankwise.attach.refusals import (
     check_heads,
     check_layer,
     check_names,
-    check_patterns,
     linear_names,
     nearest_name,
     nothing_found,
 )
+from rankwise.attach.selectors import tell_of_idle_selectors
 from rankwise.config import AdaLoraConfig, LoraConfig
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -43,7 +43,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         ValueError: nothing matches, or something does that can't be adapted; with what to write instead.
 
     Warns:
-        UserWarning: a name that matches nothing, while others do.
+        UserWarning: a selector that selects nothing, while others do; see `tell_of_idle_selectors`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -54,12 +54,17 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """
     modules = own_modules(model)
     saved = modules_to_save_paths(model, config)
-    layers = {} if _only_parameters(model, config) else _find_layers(model, modules, saved, config)
+    names: list[str] | str = []
+    layers: dict[str, nn.Module] = {}
+    if not _only_parameters(model, config):
+        names, chosen_by_user = _target_names(model, config)
+        layers = _find_layers(model, modules, saved, config, names, chosen_by_user)
     slots = find_parameters(modules, config, layers, saved)
     if config.target_modules == "all-linear" and not config.inference_mode:
         tell_of_experts(modules, slots)
     targets = {**layers, **slots}
-    check_patterns(targets, config)
+    if not config.inference_mode:
+        tell_of_idle_selectors(modules, names, targets, config)
     return targets
 
 
@@ -75,9 +80,13 @@ def _only_parameters(model: nn.Module, config: LoraConfig) -> bool:
 
 
 def _find_layers(
-    model: nn.Module, modules: Mapping[str, nn.Module], saved: list[str], config: LoraConfig
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    saved: list[str],
+    config: LoraConfig,
+    names: list[str] | str,
+    chosen_by_user: bool,
 ) -> dict[str, nn.Module]:
-    names, chosen_by_user = _target_names(model, config)
     if chosen_by_user and not config.inference_mode:
         check_names(modules, config)
     check_heads(modules, saved, config)

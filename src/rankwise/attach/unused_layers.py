@@ -55,10 +55,16 @@ def check_fast_path(model: nn.Module, path: str) -> None:
         )
 
 
-def why_unlike_linear(path: str, layer: nn.Module) -> str | None:
+def why_unlike_linear(path: str, layer: nn.Module, same_numbers: bool) -> str | None:
     """Why a linear layer is none after all, if so: a class of its own computes something else with the weight.
 
     Routers give out choices of experts, grouped layers multiply blocks. The class is tried out on a few numbers.
+
+    Args:
+        path: the layer's.
+        layer: any module.
+        same_numbers: whether the output must be what a linear layer computes. Else its shape is enough, so that an
+            adapter's output can be added to it.
     """
     cls = _class_of(layer)
     plain = cls.forward in (nn.Linear.forward, NonDynamicallyQuantizableLinear.forward)
@@ -76,7 +82,9 @@ def why_unlike_linear(path: str, layer: nn.Module) -> str | None:
             wanted = nn.functional.linear(x, weight, layer._parameters.get("bias"))
             found = cls.forward(layer, x)
         if isinstance(found, torch.Tensor) and found.shape == wanted.shape:
-            if torch.allclose(found.double(), wanted.double(), rtol=1e-2, atol=1e-2, equal_nan=True):
+            if not same_numbers or torch.allclose(
+                found.double(), wanted.double(), rtol=1e-2, atol=1e-2, equal_nan=True
+            ):
                 return None
     except Exception:  # it takes no input of this shape, or more than an input
         pass

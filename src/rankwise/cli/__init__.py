@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import warnings
+
 from rankwise.cli.app import app
 
+from rankwise.cli.init import init  # isort: skip
 from rankwise.cli.train import train  # isort: skip
+from rankwise.cli.sweep import sweep  # isort: skip
 from rankwise.cli.probe import probe  # isort: skip
 from rankwise.cli.plan import plan  # isort: skip
 from rankwise.cli.inspect import inspect  # isort: skip
@@ -20,12 +27,14 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "init",
     "inspect",
     "main",
     "plan",
     "predict",
     "probe",
     "report",
+    "sweep",
     "train",
     "watch",
 ]
@@ -33,4 +42,20 @@ __all__ = [
 
 def main() -> None:
     """The ``rankwise`` command."""
+    quieten_libraries()
     app()
+
+
+def quieten_libraries() -> None:
+    """Leave out what libraries log below errors, and their warnings about what is to change in them.
+
+    They tell of optional parts that are not installed, before anything was done. Whoever sets ``TORCH_LOGS``, or
+    Python's ``-W``, gets what they ask for.
+    """
+    if logging.lastResort is not None:  # what loggers without a handler write to
+        logging.lastResort.setLevel(logging.ERROR)
+    if "TORCH_LOGS" not in os.environ:
+        logging.getLogger("torch").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)

@@ -7,11 +7,13 @@ Everything heavier than PyTorch is imported inside the commands, so that ``--hel
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from rankwise import __version__
 from rankwise.cli.failures import EXTRAS
+from rankwise.config.suggest import nearest
 
 try:
     import typer
@@ -38,6 +40,20 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """The parser of an option that takes one of ``names``; it suggests the nearest one, as errors about recipes do."""
+
+    def parse(value: str) -> str:
+        if value in names:
+            return value
+        near = nearest(value, names, or_part=True)
+        raise typer.BadParameter(
+            f"there is no {value!r}, but {', '.join(names)}." + (f" Did you mean {near!r}?" if near else "")
+        )
+
+    return parse
 
 
 def _version(asked: bool) -> None:

@@ -28,19 +28,30 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON, for programs.")] = False,
     recipe: RecipeOption = None,
     batch_size: BatchSize = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Draw the confusion of labels, or true against predicted numbers.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure an adapter on new data, with its task's own metrics.
+    """Measure an adapter on new data, with its task's own metrics, and show where it is wrong.
 
     FILE is what `data.train` may be in a recipe: a table or a folder, with what is to be predicted.
 
     Example:
         rankwise evaluate output/reviews new-reviews.csv -o metrics.json
     """
-    with failures():
+    with failures(ValueError):
         from rankwise.files.atomic import write_file
+        from rankwise.recipes.details import lines, save_plot
+        from rankwise.recipes.errors import RecipeError
         from rankwise.recipes.predicting.measure import evaluate as measure
         from rankwise.recipes.predicting.write import check_free
+        from rankwise.recipes.samples import sample_lines
 
         if out is not None:
             check_free(out, [".json"], overwrite=overwrite, reads=[file])
@@ -50,9 +61,19 @@ def evaluate(
         text = json.dumps(found.to_dict(), indent=2)
         if out is not None:
             write_file(out, f"{text}\n")
+        if plot is not None:
+            if found.details is None:
+                raise RecipeError("Of this task there is no picture: --plot is for labels and numbers.")
+            save_plot(found.details, plot)
     if as_json:
         print(text)
     else:
         title = f"On {found.examples:,} examples of {file}"
         Console().print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
         Console().print(found.table())
+        for part in lines(found.details) if found.details else ():
+            Console().print(part, markup=False, highlight=False) if isinstance(
+                part, str
+            ) else Console().print(part)
+        for line in sample_lines([{**each, "after": each["written"]} for each in found.samples]):
+            Console().print(line, markup=False, highlight=False, soft_wrap=True)

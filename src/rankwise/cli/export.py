@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from rankwise.cli.adapters import Adapter, Overwrite
-from rankwise.cli.app import app
+from rankwise.cli.app import app, one_of
 from rankwise.cli.failures import failures
 
-
-class Target(str, Enum):
-    """What to export to."""
-
-    PEFT_LORA = "peft-lora"
-    VLLM = "vllm"
-    SGLANG = "sglang"
-    GGUF = "gguf"
-    DIFFUSERS = "diffusers"
-    MERGED = "merged"
+if TYPE_CHECKING:
+    from rankwise.storage.export.exported import Exported
 
 
-class Precision(str, Enum):
-    """The dtype of written factors."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
+TARGETS = ("peft-lora", "vllm", "sglang", "gguf", "diffusers", "merged")
+PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 @app.command(epilog="Example: `rankwise export output/reviews --to vllm -o output/reviews-vllm`")
 def export(
     adapter: Adapter,
-    to: Annotated[Target, typer.Option("--to", help="Which server is to read it.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            parser=one_of(*TARGETS),
+            metavar="TARGET",
+            help=f"Which server is to read it: {', '.join(TARGETS)}.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[
         Path,
         typer.Option(
@@ -57,8 +53,14 @@ def export(
         ),
     ] = None,
     dtype: Annotated[
-        Precision | None,
-        typer.Option("--dtype", help="Of the written factors; as they are if left out.", show_default=False),
+        str | None,
+        typer.Option(
+            "--dtype",
+            parser=one_of(*PRECISIONS),
+            metavar="DTYPE",
+            help=f"Of the written factors: {', '.join(PRECISIONS)}; as they are if left out.",
+            show_default=False,
+        ),
     ] = None,
     component: Annotated[
         str | None,
@@ -75,23 +77,43 @@ def export(
 
     **peft-lora**: plain LoRA with a rank for each layer. **vllm**: the same, checked for what vLLM takes. **sglang**,
     for LoRAX too: one rank, with zeros where a layer has fewer or none. **gguf**: a file for llama.cpp and Ollama.
-    **diffusers**: a file for `pipe.load_lora_weights`. **merged**: a whole model folder, in the base's dtype. What a
-    server can't take is refused, with the way round it.
+    **diffusers**: a file for `pipe.load_lora_weights`. **merged**: a whole model folder, with its head, that
+    Transformers loads alone. What a server can't take is refused, with the way round it.
     """
     with failures(ValueError, TypeError, OSError):
         import torch
 
         from rankwise.storage.export import export_adapter
 
-        exported = export_adapter(
-            output,
-            adapter,
-            to.value,
-            base=base,
-            dtype=None if dtype is None else getattr(torch, dtype.value),
-            component=component,
-            overwrite=overwrite,
-        )
+        if to == "merged" and dtype is None and component is None:
+            exported = _merged(adapter, output, base, overwrite)
+        else:
+            exported = export_adapter(
+                output,
+                adapter,
+                to,  # type: ignore[arg-type]  # one of the targets, as the parser says
+                base=base,
+                dtype=None if dtype is None else getattr(torch, dtype),
+                component=component,
+                overwrite=overwrite,
+            )
     console = Console()
     for line in (f"Saved to {exported.path}", *exported.notes):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _merged(adapter: Path, output: Path, base: Path | None, overwrite: bool) -> Exported:
+    """Merge in the base model's files; or load the model, where it has a new head or its task has settings."""
+    from rankwise.storage.export import export_adapter
+    from rankwise.storage.export.exported import NotInBase
+
+    try:
+        from rankwise.recipes.predicting.merging import merge_adapter, needs_loading
+    except ImportError:  # without the extra `train`, there are the files
+        return export_adapter(output, adapter, "merged", base=base, overwrite=overwrite)
+    if needs_loading(adapter, base):
+        return merge_adapter(adapter, output, base=base, overwrite=overwrite)
+    try:
+        return export_adapter(output, adapter, "merged", base=base, overwrite=overwrite)
+    except NotInBase:
+        return merge_adapter(adapter, output, base=base, overwrite=overwrite)

@@ -16,6 +16,7 @@ from typing import Any
 
 MEND, FAULT = 2, 1
 EXTRAS = 'pip install "rankwise[train,report]"'
+_EXTRA_OF = dict.fromkeys(("optuna", "psutil", "sqlalchemy"), 'pip install "rankwise[sweep]"')
 
 
 @contextlib.contextmanager
@@ -35,8 +36,9 @@ def failures(*mendable: type[Exception]) -> Iterator[None]:
         if name == "rankwise":
             raise _fault() from error
         # Libraries that look for optional packages raise errors without a name, which say what to install.
+        extra = _EXTRA_OF.get(name, EXTRAS)
         raise _mend(
-            f"The Python package {name!r} is missing. Install: {EXTRAS}" if name else str(error)
+            f"The Python package {name!r} is missing. Install: {extra}" if name else str(error)
         ) from error
     except Exception as error:
         message = _mendable_message(error, mendable)

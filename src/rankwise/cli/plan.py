@@ -24,6 +24,12 @@ def plan(
             help="Only the memory, from the model's config.json: neither data nor weights need be there.",
         ),
     ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--time", help="Train a few steps, and estimate how long the run takes; nothing is written."
+        ),
+    ] = False,
 ) -> None:
     """Show what a recipe would do, without training.
 
@@ -35,7 +41,16 @@ def plan(
 
         read = recipes.load_recipe(recipe, overrides or (), data_needed=not memory)
         planned = recipes.plan_memory(read) if memory else recipes.plan(read)
+        timing = None
+        if measure and memory:
+            raise recipes.RecipeError("--time needs data and weights, and --memory neither: choose one.")
+        if measure:
+            from rankwise.recipes.timing import measure_time
+
+            timing = measure_time(read)
     if as_json:
-        print(json.dumps(planned.to_dict(), indent=2))
-    else:
-        Console().print(planned)
+        print(json.dumps(planned.to_dict() | ({"time": timing.to_dict()} if timing else {}), indent=2))
+        return
+    Console().print(planned)
+    if timing is not None:
+        Console().print(f"\ntime: {timing.line()}", highlight=False, soft_wrap=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from rankwise.cli.adapters import Adapter, BatchSize, DataFile, Overrides, Overwrite, RecipeOption, say_notes
+from rankwise.cli.adapters import Adapter, BatchSize, Overrides, Overwrite, RecipeOption, say_notes
 from rankwise.cli.app import app
 from rankwise.cli.failures import failures
 
@@ -17,7 +19,14 @@ from rankwise.cli.failures import failures
 @app.command()
 def predict(
     adapter: Adapter,
-    file: DataFile,
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FILE",
+            help="The data; `-` for texts on the standard input, a line each.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
@@ -40,6 +49,10 @@ def predict(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Of labels, write the probability of each.")
     ] = False,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="TEXT", help="A text, in place of FILE.", show_default=False),
+    ] = None,
     column: Annotated[str, typer.Option(metavar="NAME", help="The name of the new column.")] = "prediction",
     overwrite: Overwrite = False,
 ) -> None:
@@ -51,13 +64,18 @@ def predict(
 
     Example:
         rankwise predict output/reviews new-reviews.csv -o predictions.csv
+        rankwise predict output/reviews --text "A film to see twice."
     """
-    with failures():
+    with failures(), tempfile.TemporaryDirectory(prefix="rankwise-texts-") as typed:
+        if text and file is not None and "=" in file:
+            overrides, file = [file, *(overrides or ())], None  # with --text, overrides are what comes first
         from rankwise.recipes.predicting.predict import predict as predict_rows
         from rankwise.recipes.predicting.write import TABLE_ENDINGS, check_free, json_line, write_table
 
         if out is not None:
-            check_free(out, TABLE_ENDINGS, overwrite=overwrite, reads=[file])
+            reads = [] if file is None or file == "-" else [file]
+            check_free(out, TABLE_ENDINGS, overwrite=overwrite, reads=reads)
+        file = _source(adapter, file, text, overrides or (), recipe, Path(typed))
         console = Console(stderr=True)
         found = predict_rows(
             adapter, file, overrides or (), recipe=recipe, batch_size=batch_size, max_new_tokens=max_new_tokens,
@@ -71,3 +89,25 @@ def predict(
             write_table(found.columns, out)
             count = len(next(iter(found.columns.values())))
             console.print(f"{count:,} rows: {out}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _source(
+    adapter: Path,
+    file: str | None,
+    texts: list[str] | None,
+    overrides: Sequence[str],
+    recipe: Path | None,
+    folder: Path,
+) -> str:
+    """The file to predict: as given, or one of the texts that were typed or came in."""
+    from rankwise.recipes.errors import RecipeError
+    from rankwise.recipes.predicting.typed import write_typed
+
+    if texts and file is not None:
+        raise RecipeError(f"--text is in place of a file, but {file!r} is given, too. Take one out.")
+    if not texts and file is None and sys.stdin.isatty():
+        raise RecipeError("FILE is missing: give a file, --text TEXT, or texts on the standard input.")
+    if texts or file is None or file == "-":
+        lines = texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+        return str(write_typed(lines, folder, adapter, overrides, recipe))
+    return file

@@ -16,7 +16,9 @@ from rankwise.cli.failures import failures
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="ADAPTER...", help="Adapters' folders, or checkpoints.", show_default=False),
+        typer.Argument(
+            metavar="ADAPTER...", help="Adapters' folders, checkpoints, or sweeps.", show_default=False
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write.")

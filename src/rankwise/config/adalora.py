@@ -19,6 +19,7 @@ from rankwise.config.checks import (
     check_whole,
     default,
 )
+from rankwise.config.kinds import PeftType
 from rankwise.config.lora import PEFT_DEFAULT_R, LoraConfig
 from rankwise.method.forms import Form, form_of
 from rankwise.method.schedule import BudgetSchedule, check_length, phase_lengths
@@ -72,7 +73,7 @@ class AdaLoraConfig(LoraConfig):
         TypeError: AdaLoraConfig has no field `delta_t`. Did you mean `deltaT`?
     """
 
-    peft_type: ClassVar[str] = "ADALORA"
+    peft_type: ClassVar[PeftType] = PeftType.ADALORA
 
     r: int = field(default=Default(PEFT_DEFAULT_R), repr=False)
     init_r: int = None  # type: ignore[assignment]  # a number once it is checked, as some of the next
@@ -177,7 +178,7 @@ class AdaLoraConfig(LoraConfig):
                 f"at target_r={self.target_r} on average. For an average rank of {r}, set target_r={r} and "
                 f"init_r={2 * r}, and leave `r` out.",
                 UserWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _check_schedule(self) -> None:

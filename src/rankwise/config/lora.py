@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from rankwise.config.checks import (
     Default,
@@ -34,12 +34,22 @@ from rankwise.config.checks import (
     check_whole,
     short,
 )
-from rankwise.config.names import CheckedKeywords, check_extra, field_names, unknown_keyword
+from rankwise.config.hub_options import check_hub_options
+from rankwise.config.kinds import PeftType, TaskType
+from rankwise.config.names import (
+    CheckedKeywords,
+    check_extra,
+    field_names,
+    is_neutral,
+    tell_of_unknown,
+    unknown_keyword,
+)
 from rankwise.files.atomic import write_file
+from rankwise.files.hub import find_adapter_folder
 from rankwise.files.json_file import read_json
 
 CONFIG_NAME = "adapter_config.json"
-TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASK_TYPES = tuple(task.value for task in TaskType)
 
 _BIASES = ("none", "all", "lora_only")
 _FLAGS = ("fan_in_fan_out", "use_rslora", "inference_mode")
@@ -49,15 +59,9 @@ _PEFT_DEFAULT_ALPHA = 8
 # Starts that only matter before training. Any other has changed the base weights, which are not in the file.
 _STARTS_OF_NO_CONSEQUENCE = ("eva", "mica", "orthogonal")
 
-_ASKED_BY_PEFT = ("is_prompt_learning", "is_adaption_prompt")  # what it asks its own configurations for first
-
 when_made: list[Callable[[], None]] = []  # called whenever a configuration has been made
 
 _Config = TypeVar("_Config", bound="LoraConfig")
-
-
-class NotPeftsConfig(AttributeError, TypeError):
-    """PEFT has been given a configuration of rankwise. To ``hasattr`` it is an attribute that is not there."""
 
 
 @dataclass(kw_only=True)
@@ -100,7 +104,7 @@ class LoraConfig(CheckedKeywords):
 
     Example:
         >>> config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
-        >>> config.peft_type, config.r
+        >>> config.peft_type.value, config.r
         ('LORA', 16)
         >>> LoraConfig(rank=16)
         Traceback (most recent call last):
@@ -108,7 +112,7 @@ class LoraConfig(CheckedKeywords):
         TypeError: LoraConfig has no field `rank`. Did you mean `r`?
     """
 
-    peft_type: ClassVar[str] = "LORA"
+    peft_type: ClassVar[PeftType] = PeftType.LORA
 
     r: int = PEFT_DEFAULT_R
     target_modules: list[str] | str | None = None
@@ -137,19 +141,10 @@ class LoraConfig(CheckedKeywords):
         for listener in when_made:
             listener()
 
-    if not TYPE_CHECKING:  # to a type checker there are the fields and nothing else
-
-        def __getattr__(self, name: str) -> Any:
-            if name in _ASKED_BY_PEFT:
-                raise NotPeftsConfig(
-                    f"This {type(self).__name__} is rankwise's, and PEFT takes its own: pass it to "
-                    "`rankwise.get_peft_model`. Or give PEFT a `peft.LoraConfig`, and let its ranks adapt with "
-                    "`rankwise.adapt_ranks(model)`, or in a trainer with `callbacks=[rankwise.AdaptRanks(...)]`."
-                )
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in field_names(type(self)):
+            if is_neutral(type(self), name, value):
+                return
             raise AttributeError(unknown_keyword(type(self), name, field_names(type(self))))
         if "_made" not in self.__dict__:
             self.__dict__[name] = value
@@ -251,7 +246,7 @@ class LoraConfig(CheckedKeywords):
         values = {each.name: self.__dict__[each.name] for each in dataclasses.fields(self)}
         extra = dict(values.pop("extra"))
         start = extra.pop("init_lora_weights", None)
-        data = {**values, **extra, "peft_type": self.peft_type}
+        data = {**values, **extra, "peft_type": self.peft_type.value}
         if start is not None and self.init_lora_weights is True:
             data["init_lora_weights"] = start
         return {name: _plain(value) for name, value in data.items()}
@@ -260,8 +255,9 @@ class LoraConfig(CheckedKeywords):
     def from_dict(cls: type[_Config], data: Mapping[str, Any], source: str = CONFIG_NAME) -> _Config:
         """Read what ``to_dict`` or PEFT wrote; ``peft_type`` decides the class.
 
-        Unknown fields are kept in ``extra`` where they change nothing. For an adapter in ``inference_mode``
-        the schedule is not checked, as nothing will be trained.
+        Fields that the class does not have are kept in ``extra``, and refused where they are known to change what
+        the adapter computes. For an adapter in ``inference_mode`` the schedule is not checked, as nothing will be
+        trained.
 
         Args:
             data: the fields.
@@ -269,6 +265,9 @@ class LoraConfig(CheckedKeywords):
 
         Raises:
             TypeError, ValueError: as the class, and for another kind of adapter. Each begins with ``source``.
+
+        Warns:
+            UserWarning: a field is not known, and may change what the adapter computes.
 
         Example:
             >>> config = LoraConfig.from_dict({"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "r": 8})
@@ -283,9 +282,35 @@ class LoraConfig(CheckedKeywords):
         try:
             values, extra = _split_fields(kind, data)
             kind._from_file(values, extra)
-            return kind(**values, extra=extra)
+            config: _Config = kind(**values, extra=extra)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{source}: {error}") from None
+        tell_of_unknown(extra, source)
+        return config
+
+    @classmethod
+    def from_peft_type(cls, **fields: Any) -> LoraConfig:
+        """Make a configuration of the class that ``peft_type`` names; without it, of this one.
+
+        Example:
+            >>> type(LoraConfig.from_peft_type(peft_type="ADALORA", total_step=100)).__name__
+            'AdaLoraConfig'
+        """
+        kind = _kind_of_adapter(fields["peft_type"], "from_peft_type") if "peft_type" in fields else cls
+        made: LoraConfig = kind(**fields)
+        return made
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """The fields in a configuration's file, as they are; `from_pretrained` makes a configuration of them.
+
+        Raises:
+            ValueError: the file holds no JSON object.
+        """
+        fields = read_json(Path(path_json_file))
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path_json_file} must hold a JSON object, but holds {short(fields)}.")
+        return {name: value for name, value in fields.items() if name != "runtime_config"}
 
     @classmethod
     def _from_file(cls, values: dict[str, Any], extra: dict[str, Any]) -> None:
@@ -303,14 +328,19 @@ class LoraConfig(CheckedKeywords):
         values["init_lora_weights"] = True
 
     @classmethod
-    def from_pretrained(cls: type[_Config], folder: str | os.PathLike[str]) -> _Config:
-        """Read ``adapter_config.json`` in a folder.
+    def from_pretrained(cls: type[_Config], folder: str | os.PathLike[str], **hub_options: Any) -> _Config:
+        """Read ``adapter_config.json`` in a folder, or in a repository on the Hugging Face hub.
+
+        Args:
+            folder: the adapter's folder, or "owner/name" on the hub.
+            hub_options: ``subfolder``; and for the hub ``revision``, ``token``, ``cache_dir``, ….
 
         Raises:
-            FileNotFoundError: the folder has no such file.
-            TypeError, ValueError: the file is broken; see ``from_dict``.
+            FileNotFoundError: there is no such file.
+            TypeError, ValueError: the file is broken, see ``from_dict``; or there is no such option.
         """
-        path = Path(folder) / CONFIG_NAME
+        check_hub_options(f"{cls.__name__}.from_pretrained", hub_options)
+        path = find_adapter_folder(folder, only_config=True, **hub_options) / CONFIG_NAME
         if not path.is_file():
             raise FileNotFoundError(
                 f"{os.fspath(folder)!r} is not the folder of an adapter: no {CONFIG_NAME}."

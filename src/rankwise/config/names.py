@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import warnings
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from rankwise.config.checks import short
 from rankwise.config.suggest import nearest
@@ -54,6 +57,7 @@ _REFUSED = frozenset(
         "ensure_weight_tying",
         "kasa_config",
         "layer_replication",
+        "layers_to_tie",
         "lora_bias",
         "megatron_config",
         "monteclora_config",
@@ -64,38 +68,151 @@ _REFUSED = frozenset(
     }
 )
 
+# What PEFT writes into fields that say nothing of the adapter, and its defaults that are neither None, False nor empty.
+_SAY_NOTHING = frozenset({"auto_mapping", "peft_version"})
+_DEFAULTS: Mapping[str, Any] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
-class CheckedKeywords:
-    """Refuses unknown keywords with the nearest real name; the dataclass keeps its typed ``__init__``."""
+ON_PEFTS_LAYERS = (
+    "Leave it out, or attach the adapter with PEFT and let `rankwise.adapt_ranks` find its ranks: PEFT's own layers "
+    "have it."
+)
+
+
+# Modules of PEFT that attach adapters, and ask a configuration for its kind first.
+_ATTACHES = ("peft.mapping", "peft.mapping_func", "peft.peft_model")
+
+
+class _TakesNeutral(type):
+    """Lets a script of PEFT's name fields that rankwise does not have, as long as it does not use them."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a configuration of its own fields alone."""
+        names = field_names(cls)
+        if not names.issuperset(kwargs):
+            kwargs = _own_fields(cls, names, kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+class CheckedKeywords(metaclass=_TakesNeutral):
+    """Refuses unknown keywords with the nearest real name; the dataclass keeps its typed ``__init__``.
+
+    PEFT's fields that are not here can be given and asked for at their neutral values, which say they are not used.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if args:
             raise TypeError(
                 f"{cls.__name__} takes keyword arguments only: {cls.__name__}(target_modules=...)."
             )
-        names = field_names(cls)
-        for name in kwargs:
-            if name not in names:
-                raise TypeError(unknown_keyword(cls, name, names))
         return super().__new__(cls)
+
+    if not TYPE_CHECKING:  # or misspelt names would pass the type checker
+
+        def __getattr__(self, name: str) -> Any:
+            """PEFT's fields that are not here: as they stand in the file, or their neutral value."""
+            if name in _HARMLESS | _REFUSED:
+                return self.__dict__.get("extra", {}).get(name, _neutral(name))
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False: PEFT's word for methods that train prompts.
+
+        Raises:
+            TypeError: PEFT's own functions ask, which find nothing in a model that rankwise has adapted, and can do
+                nothing with its configurations.
+        """
+        self._refuse_peft(sys._getframe(1))
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """False: PEFT's word for another method."""
+        self._refuse_peft(sys._getframe(1))
+        return False
+
+    def _refuse_peft(self, caller: FrameType) -> None:
+        module = caller.f_globals.get("__name__")
+        if module == "peft.utils.save_and_load":
+            raise TypeError(
+                f"PEFT's `{caller.f_code.co_name}` finds nothing in a model that rankwise has adapted: call "
+                f"`rankwise.{caller.f_code.co_name}` instead."
+            )
+        if module in _ATTACHES:
+            raise TypeError(
+                f"This {type(self).__name__} is rankwise's, and PEFT takes its own: pass it to "
+                "`rankwise.get_peft_model`. Or give PEFT a `peft.LoraConfig`, and let its ranks adapt with "
+                "`rankwise.adapt_ranks(model)`, or in a trainer with `callbacks=[rankwise.AdaptRanks(...)]`."
+            )
+
+
+def _own_fields(cls: type[Any], names: AbstractSet[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given for the fields ``names``; PEFT's others must be neutral, and some become ``extra``."""
+    own = {name: value for name, value in given.items() if name in names}
+    said = {name: value for name, value in given.items() if name in _SAY_NOTHING and value is not None}
+    for name, value in given.items():
+        if name not in names and not is_neutral(cls, name, value):
+            raise TypeError(unknown_keyword(cls, name, names))
+    return {**own, "extra": {**said, **own.get("extra", {})}} if said else own
+
+
+def is_neutral(cls: type[Any], name: str, value: Any) -> bool:
+    """Whether ``name`` is one of PEFT's fields that ``cls`` does not have, and ``value`` says that it is not used.
+
+    Example:
+        >>> from rankwise import LoraConfig
+        >>> is_neutral(LoraConfig, "use_dora", False), is_neutral(LoraConfig, "use_dora", True)
+        (True, False)
+    """
+    if name == "peft_type":
+        return getattr(value, "value", value) in (None, cls.__dict__.get("peft_type"))
+    if name not in _HARMLESS | _REFUSED:
+        return False
+    if name == "runtime_config" and value is not None:  # says only where DoRA computes
+        key = "ephemeral_gpu_offload"
+        return not (value.get(key) if isinstance(value, Mapping) else getattr(value, key, True))
+    empty = isinstance(value, (Mapping, AbstractSet, list, tuple)) and not value
+    return name in _SAY_NOTHING or value is None or value is False or empty or value == _neutral(name)
+
+
+def _neutral(name: str) -> Any:
+    if name in _DEFAULTS:
+        return _DEFAULTS[name]
+    return False if name.startswith("use_") or name in ("lora_bias", "ensure_weight_tying") else None
 
 
 def check_extra(extra: Any) -> dict[str, Any]:
-    """Fields of a file that the configuration does not have: refused unless they change nothing."""
+    """Fields of a file that the configuration does not have.
+
+    Raises:
+        TypeError: it is no dictionary.
+        ValueError: one of them is known to change what the adapter computes.
+    """
     if not isinstance(extra, Mapping):
         raise TypeError(f"`extra` must be a dictionary, but is {short(extra)}.")
     for name, value in extra.items():
-        if name == "init_lora_weights" or name in _HARMLESS or value in (None, False, {}, []):
-            continue
-        if name in _REFUSED:
+        if name in _REFUSED and value not in (None, False, {}, []):
             raise ValueError(
-                f"`{name}`={short(value)} changes what the adapter computes, and is not supported."
+                f"`{name}`={short(value)} changes what the adapter computes, and rankwise's own layers don't have it. "
+                "Load the adapter with PEFT; `rankwise.adapt_ranks` finds ranks on PEFT's own layers, too."
             )
-        raise ValueError(
-            f"`{name}`={short(value)} is not known, and may change what the adapter computes. "
-            "If you know that it does not, take it out of the file."
-        )
     return dict(extra)
+
+
+def tell_of_unknown(extra: Mapping[str, Any], source: str) -> None:
+    """Warn of a file's fields that are not known, unless they say themselves that they are not used."""
+    known = _HARMLESS | _REFUSED | {"init_lora_weights"}
+    unknown = {k: v for k, v in extra.items() if k not in known and v not in (None, False, {}, [])}
+    if unknown:
+        said = ", ".join(f"`{name}`={short(value)}" for name, value in unknown.items())
+        warnings.warn(
+            f"{source}: rankwise does not know {said}, and passes over it, as PEFT does. Newer versions of PEFT "
+            "may write "
+            "such fields. If one of them changes what the adapter computes, the model differs from the one that was "
+            "trained: compare their outputs.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def field_names(cls: type[Any]) -> frozenset[str]:
@@ -107,19 +224,24 @@ def unknown_keyword(cls: type[Any], name: str, names: AbstractSet[str]) -> str:
     """What to say of a keyword that is none of ``names``."""
     message = f"{cls.__name__} has no field `{name}`."
     if name == "peft_type":
-        return f"{message} The class says it: {cls.__dict__.get('peft_type')}."
+        return (
+            f"`peft_type` of a {cls.__name__} is {str(cls.__dict__.get('peft_type'))!r}: leave it out, or take another "
+            "class."
+        )
     for other in cls.__subclasses__():
         if name in field_names(other):
             return f"{message} It is one of {other.__name__}'s."
     if name in _HARMLESS | _REFUSED:
-        return f"{message} It is one of PEFT's that rankwise does not offer: leave it out."
+        return f"{message} {ON_PEFTS_LAYERS}"
     folded = _folded(name)
-    choices = {_folded(each): each for each in sorted(names - {"extra"})}
+    choices = {_folded(each): each for each in sorted((names | _HARMLESS | _REFUSED) - {"extra"})}
     alias = next((each for each in _ALIASES.get(folded, ()) if each in names), None)
     near = nearest(folded, choices)
     guess = alias or (choices[near] if near else None)
     if guess is None:
-        return f"{message} Its fields are {', '.join(choices.values())}."
+        return f"{message} Its fields are {', '.join(sorted(names - {'extra'}))}."
+    if guess not in names:
+        return f"{message} If it means PEFT's `{guess}`: {ON_PEFTS_LAYERS[0].lower()}{ON_PEFTS_LAYERS[1:]}"
     return f"{message} Did you mean `{guess}`?"
 
 

@@ -37,8 +37,8 @@ from rankwise.storage import WEIGHTS_NAME
 class RankwiseCallback(TrainerCallback):
     """Fits the schedule to the trainer's number of steps, and logs where the ranks are.
 
-    The logs get ``budget`` and ``total_rank`` (triplets), ``rank_phase`` (0 warm-up, 1 pruning, 2 final) and
-    ``orth_penalty`` (without its weight).
+    The logs get ``budget`` and ``total_rank`` (triplets), ``rank_phase`` (0 warm-up, 1 pruning, 2 final); and
+    ``orth_penalty`` (without its weight) where there is a penalty.
     """
 
     _reference_given = False  # the caller gave the trainer a reference model

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from rankwise.adapters import ParameterSlot
 from rankwise.adapters.inplace import remove_methods
 from rankwise.adapters.quantized import release_layout
 from rankwise.attach.attachment import adapter_layers, detach_all, saved_modules
@@ -45,14 +46,30 @@ class HoldsAdapters(nn.Module):
         return [name for module in saved_modules(self).values() if (name := module.active_adapter)][:1]
 
     @property
-    def active_adapter(self) -> str | None:
-        """Name of the adapter that acts."""
-        return next(iter(self.active_adapters), None)
+    def active_adapter(self) -> str | list[str] | None:
+        """Name of the adapter that acts, a list of names if several do, as in PEFT, or None."""
+        names = self.active_adapters
+        return names if len(names) > 1 else next(iter(names), None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter acts: one is active, and adapters are not disabled."""
+        return bool(self.active_adapters) and self._adapters_enabled()
 
     @property
     def active_peft_config(self) -> LoraConfig:
         """Configuration of the adapter that acts."""
         return self.peft_config[self._trained_or_active()]
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the layers that are adapted."""
+        return [path for path, layer in adapter_layers(self).items() if not isinstance(layer, ParameterSlot)]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of the parameters that are adapted, such as stacks of experts."""
+        return [path for path, layer in adapter_layers(self).items() if isinstance(layer, ParameterSlot)]
 
     def _controller_of(self, adapter_name: str) -> Controller | None:
         controller = self._rankwise_controller
@@ -72,7 +89,7 @@ class HoldsAdapters(nn.Module):
     def _trained_or_active(self) -> str:
         if self._rankwise_controller is not None:
             return self._rankwise_controller.adapter
-        name = self.active_adapter
+        name = next(iter(self.active_adapters), None)
         if name is None:
             raise ValueError("The model has no active adapter.")
         return name

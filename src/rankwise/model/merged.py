@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from rankwise.attach.attachment import adapter_layers
@@ -20,9 +21,15 @@ class MergesAdapters(KeepsPlaces):
                 or ``safe_merge`` and a merged weight would not be finite. The model is then as before.
 
         Warns:
-            UserWarning: base weights are quantized, so that what is merged is rounded.
+            UserWarning: base weights are quantized, so that what is merged is rounded; or they are merged already.
         """
-        merge(self, self._checked_names(adapter_names), safe_merge)
+        names = self._checked_names(adapter_names)
+        if names and set(names) <= set(self._merged()):
+            warnings.warn(
+                f"The adapters {names} are merged already: nothing changes.", UserWarning, stacklevel=2
+            )
+            return
+        merge(self, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Take merged updates out of the base weights again."""

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -21,8 +22,10 @@ from rankwise.attach.attachment import (
     saved_modules,
     train_biases,
 )
+from rankwise.attach.precision import in_base_dtype
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.model.merged import MergesAdapters
+from rankwise.model.options import check_attach_options
 from rankwise.run.own import own_controller
 from rankwise.run.run_tensors import BUFFERS
 
@@ -30,19 +33,31 @@ from rankwise.run.run_tensors import BUFFERS
 class NamesAdapters(MergesAdapters):
     """The part of an adapted model that has to do with which adapters it has and which of them act."""
 
-    def add_adapter(self, adapter_name: str | LoraConfig, peft_config: LoraConfig | str = "default") -> None:
+    def add_adapter(
+        self,
+        adapter_name: str | LoraConfig,
+        peft_config: LoraConfig | str = "default",
+        **options: Any,
+    ) -> None:
         """Add an untrained adapter; `set_adapter` makes it act and train.
 
         The arguments may come in PEFT's order (name, configuration) or in Transformers' (configuration, name).
 
+        Args:
+            adapter_name: its name.
+            peft_config: its configuration.
+            options: ``autocast_adapter_dtype`` and others, as for `get_peft_model`.
+
         Raises:
             ValueError: the name is taken, the configuration does not fit, or another AdaLoRA adapter trains.
         """
+        widens = check_attach_options("add_adapter", options)
         if isinstance(adapter_name, LoraConfig):
             adapter_name, peft_config = peft_config, adapter_name
         if not isinstance(adapter_name, str) or not isinstance(peft_config, LoraConfig):
             raise TypeError("`add_adapter` takes a name and a LoraConfig or AdaLoraConfig.")
-        self._attach(plan_attachment(self, peft_config, adapter_name))
+        attachment = plan_attachment(self, peft_config, adapter_name)
+        self._attach(attachment if widens else in_base_dtype(self, attachment))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Let one adapter act, or several together, and train if it is not for inference only.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,17 +14,30 @@ from torch import nn
 from rankwise.adapters.inplace import InPlace, add_methods
 from rankwise.adapters.ready import OncePerPass
 from rankwise.attach.attachment import check_compute_dtype, plan_attachment, set_compute_dtype
+from rankwise.attach.precision import in_base_dtype
 from rankwise.config import LoraConfig
+from rankwise.model.options import check_attach_options
+from rankwise.model.rows import GeneratesByRow, TakesRows
 from rankwise.model.shared import SharesAdapters
 from rankwise.model.state import CarriesRun
+from rankwise.model.untrained import TellsOfNoTraining, watch
 
 
-class PeftModel(InPlace, OncePerPass, SharesAdapters, CarriesRun):
+class PeftModel(InPlace, TakesRows, TellsOfNoTraining, OncePerPass, SharesAdapters, CarriesRun):
     """Mixin that an adapted model's class is made of; see `get_peft_model`.
 
     The model stays what it is: the same object, still an instance of its own class, with its own ``forward``,
     ``generate`` and so on. The names of these methods are PEFT's.
     """
+
+    def __init__(
+        self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **options: Any
+    ) -> None:
+        """Nothing: ``PeftModel(model, config)``, PEFT's other way to call `get_peft_model`, returns its model."""
+
+    @classmethod
+    def _from_scratch(cls, *args: Any, **options: Any) -> Any:
+        return get_peft_model(*args, **options)
 
     @classmethod
     def from_pretrained(
@@ -42,11 +56,13 @@ class PeftModel(InPlace, OncePerPass, SharesAdapters, CarriesRun):
             adapter_name: the name it gets, "default" if left out.
             is_trainable: whether to train it on. If the folder holds the state of an unfinished run, the run
                 goes on from there. Otherwise the model is put into evaluation mode.
-            options: ``adapter_compute_dtype``, as for `get_peft_model`; and ``revision``, ``subfolder``,
-                ``cache_dir``, ``token`` for the hub.
+            options: ``adapter_compute_dtype`` and ``autocast_adapter_dtype``, as for `get_peft_model`; ``config``, a
+                configuration to use in place of the folder's; and ``revision``, ``subfolder``, ``cache_dir``,
+                ``token`` for the hub.
 
         Raises:
             FileNotFoundError: there is no such adapter.
+            TypeError: there is no such option; the message names the nearest.
             ValueError: a file is broken, or belongs to another model; the model is then as before.
 
         Example:
@@ -59,7 +75,7 @@ class PeftModel(InPlace, OncePerPass, SharesAdapters, CarriesRun):
             >>> model.active_adapters
             ['default']
         """
-        if cls is PeftModel:
+        if "_original_class" not in vars(cls):
             return _load_into_base(model, model_id, adapter_name, is_trainable, **options)
         own: Any = super()  # called on an adapted model's class: its own way to load a base model
         return own.from_pretrained(model, *([] if model_id is None else [model_id]), **options)
@@ -81,6 +97,18 @@ class PeftModel(InPlace, OncePerPass, SharesAdapters, CarriesRun):
         sizes = [(p.numel() * _packing(p), p.requires_grad) for p in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
+    def get_layer_status(self) -> Any:
+        """The state of each adapted layer; see `rankwise.get_layer_status`."""
+        from rankwise.peft_api.status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        """The state of the model as a whole; see `rankwise.get_model_status`."""
+        from rankwise.peft_api.status import get_model_status
+
+        return get_model_status(self)
+
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words."""
         trainable, total = self.get_nb_trainable_parameters()
@@ -88,12 +116,16 @@ class PeftModel(InPlace, OncePerPass, SharesAdapters, CarriesRun):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
 
+class PeftModelThatGenerates(GeneratesByRow, PeftModel):
+    """`PeftModel` of a model that has ``generate``."""
+
+
 def get_peft_model(
     model: Any,
     peft_config: LoraConfig,
     adapter_name: str = "default",
     adapter_compute_dtype: torch.dtype | None = None,
-    **unused: Any,
+    **options: Any,
 ) -> Any:
     """Attach an adapter to ``model``, in place, and return ``model``.
 
@@ -108,8 +140,9 @@ def get_peft_model(
         adapter_compute_dtype: what the adapter's products in linear layers are computed in. None: in the dtypes that
             the layer's input and output have. With ``torch.float32`` a bfloat16 base costs what it costs in PEFT,
             which computes so.
-        unused: ``mixed``, ``autocast_adapter_dtype``, ``revision`` and ``low_cpu_mem_usage``, as in PEFT, at
-            their defaults.
+        options: PEFT's others. ``autocast_adapter_dtype=False`` keeps the adapter, and modules that train whole, in the
+            half precision of the base model; they are float32 otherwise. ``revision`` is the base model's, to be noted
+            in the configuration. ``low_cpu_mem_usage`` makes no difference here, and ``mixed`` must be False.
 
     Raises:
         TypeError: not a module, not such a configuration, or a dtype that is none to compute in.
@@ -122,7 +155,7 @@ def get_peft_model(
         >>> config = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=10, tfinal=2, target_modules=["0", "2"])
         >>> model = rw.get_peft_model(model, config)
         >>> model.print_trainable_parameters()
-        trainable params: 104 || all params: 202 || trainable%: 51.4851
+        trainable params: 104 || all params: 194 || trainable%: 53.6082
         >>> isinstance(model, torch.nn.Sequential)
         True
     """
@@ -133,10 +166,12 @@ def get_peft_model(
             f"`peft_config` must be a rankwise LoraConfig or AdaLoraConfig, but is a {type(peft_config).__name__}"
             f"{' of another library' if hasattr(peft_config, 'peft_type') else ''}."
         )
-    _check_unused(unused)
+    widens = check_attach_options("get_peft_model", options)
     check_compute_dtype(adapter_compute_dtype)
+    if options.get("revision") is not None:
+        peft_config = replace(peft_config, revision=options["revision"])
     if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, peft_config)
+        model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=widens)
         model.set_adapter(adapter_name)
         set_compute_dtype(model, adapter_name, adapter_compute_dtype)
         return model
@@ -146,6 +181,8 @@ def get_peft_model(
             "(`model.unload()`, or `model.get_base_model()` before it was adapted)."
         )
     attachment = plan_attachment(model, peft_config, adapter_name)
+    if not widens:
+        attachment = in_base_dtype(model, attachment)
     adapted = _make_peft_model(model)
     try:
         adapted._attach(attachment)
@@ -156,30 +193,17 @@ def get_peft_model(
     return model
 
 
-def _check_unused(options: dict[str, Any]) -> None:
-    neutral = {
-        "mixed": (False,),
-        "autocast_adapter_dtype": (True,),
-        "revision": (None,),
-        "low_cpu_mem_usage": (True, False),
-    }
-    for name, value in options.items():
-        if name not in neutral:
-            raise TypeError(f"get_peft_model has no argument {name!r}.")
-        if value not in neutral[name]:
-            raise ValueError(f"`{name}={value!r}` is not supported: leave it out.")
-
-
 def _make_peft_model(model: Any) -> PeftModel:
     model.peft_config, model._rankwise_controller, model._rankwise_histories = {}, None, {}
     model._rankwise_to_train = set()
-    add_methods(model, PeftModel)
+    add_methods(model, PeftModelThatGenerates if callable(getattr(model, "generate", None)) else PeftModel)
     inner = model.base_model
     if inner is not model and isinstance(
         inner, nn.Module
     ):  # PEFT scripts call model.base_model.update_and_allocate
         inner.__dict__["update_and_allocate"] = _UpdateAndAllocate(model)
         model.__dict__["_rankwise_inner"] = inner
+    watch(model)
     adapted: PeftModel = model
     return adapted
 
@@ -205,14 +229,16 @@ def _load_into_base(
     model_id: str | os.PathLike[str],
     adapter_name: str = "default",
     is_trainable: bool = False,
-    **hub_options: Any,
+    adapter_compute_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(f"The base model must be a torch.nn.Module, but is a {type(model).__name__}.")
     new = not isinstance(model, PeftModel)
     adapted = model if isinstance(model, PeftModel) else _make_peft_model(model)
     try:
-        adapted.load_adapter(model_id, adapter_name, is_trainable, **hub_options)
+        function = "PeftModel.from_pretrained"
+        adapted._load(function, model_id, adapter_name, is_trainable, adapter_compute_dtype, options)
         adapted.set_adapter(adapter_name)
         if not is_trainable:
             adapted.eval()

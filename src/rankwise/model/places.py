@@ -30,7 +30,7 @@ class KeepsPlaces(HoldsAdapters):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and not torch.compiler.is_compiling():
-            self._check_in_place()
+            self._check_in_place(in_pass=True)
             self._let_gradients_through_checkpoints()
         return super().__call__(*args, **kwargs)
 
@@ -96,13 +96,13 @@ class KeepsPlaces(HoldsAdapters):
         self._rankwise_checkpointing = checkpointing_modules(self)
         self._rankwise_places = {**lost, **adapter_layers(self), **saved_modules(self)}
 
-    def _check_in_place(self) -> None:
+    def _check_in_place(self, in_pass: bool = False) -> None:
         """See that no adapted module was replaced.
 
         Raises:
             ValueError: one was.
         """
-        check_in_place(self, self.__dict__.get("_rankwise_places", {}))
+        check_in_place(self, self.__dict__.get("_rankwise_places", {}), in_pass)
 
     def _let_gradients_through_checkpoints(self) -> None:
         """Whoever has switched gradient checkpointing on, and whenever: see to what it needs of a frozen base."""

@@ -57,7 +57,7 @@ class AllocatesRanks(HoldsAdapters):
         """The budget and every layer's rank at each allocation; also of an adapter loaded with its history."""
         if self._rankwise_controller:
             return self._rankwise_controller.history
-        return self._rankwise_histories.get(self.active_adapter or "")
+        return self._rankwise_histories.get(next(iter(self.active_adapters), ""))
 
     def rank_summary(self) -> RankSummary:
         """Rank, importance and parameters of every adapted layer, of the adapter that trains or acts.

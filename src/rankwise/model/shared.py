@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.model.combined import CombinesAdapters
 from rankwise.model.ranks import AllocatesRanks
 from rankwise.model.stored import StoresAdapters
 from rankwise.parallel.processes import writes_files
 from rankwise.storage.card import CARD_NAME, Training, adapter_card, is_own, write_card
 
 
-class SharesAdapters(StoresAdapters, AllocatesRanks):
+class SharesAdapters(StoresAdapters, CombinesAdapters, AllocatesRanks):
     """The part of an adapted model that has to do with other people."""
 
     def create_or_update_model_card(

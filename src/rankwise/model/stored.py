@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -11,11 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
 
 from rankwise import storage
 from rankwise.attach.attachment import Attachment, check_compute_dtype, plain_state, set_compute_dtype
+from rankwise.attach.precision import in_base_dtype
+from rankwise.attach.targets import modules_to_save_paths
+from rankwise.config import CONFIG_NAME
+from rankwise.config.checks import check_flag
 from rankwise.files.hub import find_adapter_folder
 from rankwise.model.named import NamesAdapters
+from rankwise.model.options import LoadOptions, check_save_options, load_options
 from rankwise.parallel import zero
 from rankwise.parallel.flattened import refuse_flattened
 from rankwise.parallel.processes import all_wait_for_this, writes_files
@@ -36,6 +43,7 @@ class StoresAdapters(NamesAdapters):
         is_main_process: bool | None = None,
         training_state: bool | None = None,
         save_embedding_layers: bool | str = "auto",
+        safe_serialization: bool = True,
         variant: Any = _NOT_GIVEN,
         **unused: Any,
     ) -> None:
@@ -56,10 +64,13 @@ class StoresAdapters(NamesAdapters):
             save_embedding_layers: also write the base weights of a Transformers model's input and output
                 embeddings, as is needed after the vocabulary was resized: True, False, or "auto" for those that
                 are adapted, as in PEFT.
+            safe_serialization: False writes ``adapter_model.bin`` for programs that read no safetensors. It is a
+                pickle, which `compress_adapter` and exports don't read.
             variant: of whole models, as diffusers' pipelines pass it; adapters have none.
             unused: other arguments of PEFT's and Transformers' ``save_pretrained`` that have no meaning here.
 
         Raises:
+            TypeError: there is no such argument.
             ValueError: there is no adapter of a selected name, or an option has an impossible value; or a tensor holds
                 NaN or infinite values, which nothing could load. The message names the last good checkpoint, where
                 one lies near. Nothing is written then, so that a trainer stops at its next checkpoint. Or a pipeline
@@ -91,8 +102,10 @@ class StoresAdapters(NamesAdapters):
                 stacklevel=2,
             )
             return
-        if unused.get("safe_serialization") is False:
-            raise ValueError("Adapters are only saved as safetensors: leave `safe_serialization` out.")
+        check_flag("safe_serialization", safe_serialization)
+        if variant is not _NOT_GIVEN:
+            unused = {**unused, "variant": variant}
+        check_save_options(unused, inspect.signature(StoresAdapters.save_pretrained).parameters)
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{str(folder)!r} is a file; give the name of a folder.")
@@ -108,7 +121,7 @@ class StoresAdapters(NamesAdapters):
             state = storage.gathered_state(self, name, bias, more) if sharded else state_dict
             with all_wait_for_this() if sharded else nullcontext():
                 if writes:
-                    self._save_one(folder, name, state, training_state, more)
+                    self._save_one(folder, name, state, training_state, more, not safe_serialization)
 
     def _save_one(
         self,
@@ -117,6 +130,7 @@ class StoresAdapters(NamesAdapters):
         state_dict: dict[str, Tensor] | None,
         training_state: bool | None,
         more: dict[str, str],
+        as_pickle: bool,
     ) -> None:
         controller = self._controller_of(name)
         state = plain_state(self.state_dict() if state_dict is None else state_dict)
@@ -132,7 +146,7 @@ class StoresAdapters(NamesAdapters):
                 training_state = checkpoint and storage.trains_more(self, name)
         place = folder if name == "default" else folder / name
         config = self.peft_config[name]
-        storage.write_adapter(place, self, name, config, controller, state, training_state, more)
+        storage.write_adapter(place, self, name, config, controller, state, training_state, more, as_pickle)
 
     def load_adapter(
         self,
@@ -140,29 +154,62 @@ class StoresAdapters(NamesAdapters):
         adapter_name: str = "default",
         is_trainable: bool = False,
         adapter_compute_dtype: torch.dtype | None = None,
-        **hub_options: Any,
-    ) -> None:
+        **options: Any,
+    ) -> Any:
         """Attach one more adapter from a folder or the hub; `set_adapter` makes it act.
 
         One whose run goes on (``is_trainable``, and the folder holds the state of a run) acts and trains at once.
-        ``adapter_compute_dtype`` is as for `get_peft_model`.
+        ``adapter_compute_dtype`` is as for `get_peft_model`, and ``options`` are as for `from_pretrained`.
+
+        Returns:
+            PyTorch's pair of ``missing_keys`` and ``unexpected_keys``, as in PEFT; both empty, or there is an error.
 
         Raises: as `from_pretrained`.
         """
+        self._load("load_adapter", model_id, adapter_name, is_trainable, adapter_compute_dtype, options)
+        return _IncompatibleKeys([], [])
+
+    def _load(
+        self,
+        function: str,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool,
+        adapter_compute_dtype: torch.dtype | None,
+        given: dict[str, Any],
+    ) -> None:
         check_compute_dtype(adapter_compute_dtype)
-        file = storage.read_adapter(find_adapter_folder(model_id, **hub_options), training_state=is_trainable)
+        check_flag("is_trainable", is_trainable)
+        options = load_options(function, given)
+        folder = find_adapter_folder(model_id, **options.hub)
+        try:
+            self._attach_file(folder, adapter_name, is_trainable, options)
+        except ValueError as error:
+            if options.config is None:
+                raise
+            raise ValueError(
+                f"{error} (`config` was given, and takes the place of {folder / CONFIG_NAME}.)"
+            ) from None
+        set_compute_dtype(self, adapter_name, adapter_compute_dtype)
+
+    def _attach_file(self, folder: Path, adapter_name: str, is_trainable: bool, options: LoadOptions) -> None:
+        file = storage.read_adapter(folder, training_state=is_trainable, config=options.config)
         storage.take_present_names(self, file)
+        if options.config is not None:  # a user's: what it implies is not spelled out yet, as it is in a file
+            heads = modules_to_save_paths(self, options.config)
+            file.config = file.config_with(modules_to_save=heads or None)
         if file.training is None:
             attachment = storage.plan_from_file(self, file, adapter_name, is_trainable)
         else:
             attachment = storage.plan_from_training_state(self, file, adapter_name)
+        if not options.autocast_adapter_dtype:
+            attachment = in_base_dtype(self, attachment)
         with self._as_before_on_failure(attachment):
             self._attach(attachment)
             if file.training is not None:
                 self._go_on(attachment, file)
             elif file.history is not None:
                 self._rankwise_histories[adapter_name] = file.history
-        set_compute_dtype(self, adapter_name, adapter_compute_dtype)
 
     def _go_on(self, attachment: Attachment, file: storage.AdapterFile) -> None:
         name = attachment.adapter

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from rankwise.recipes.places import find_place
 from rankwise.recipes.recipe import BaseRecipe
 from rankwise.recipes.tasks import Metric
 from rankwise.storage.card import CardMetric, Training
+
+if TYPE_CHECKING:
+    from rankwise.recipes.best import Best
 
 # The hub's names, where they are not ours.
 _PIPELINES = {"speech-recognition": "automatic-speech-recognition", "causal-lm": "text-generation"}
@@ -23,6 +27,7 @@ def card_of(
     after: Mapping[str, float],
     held_out: int,
     steps: int,
+    best: Best | None = None,
 ) -> Training:
     """The facts for the card of a run that is done. Paths of this machine are not among them.
 
@@ -33,6 +38,7 @@ def card_of(
         after: the metrics in the end.
         held_out: how many examples they were measured on.
         steps: optimizer steps of the run.
+        best: the evaluation whose adapter it is; None for that of the last step.
     """
     sources = {key: getattr(getattr(recipe, "data", None), key, None) for key in ("train", "evaluation")}
     places = [find_place(name, "data", recipe.folder) for name in sources.values() if name is not None]
@@ -52,6 +58,7 @@ def card_of(
     settings = {
         "method": recipe.method,
         "optimizer steps": f"{steps:,}",
+        **({} if best is None else {"kept from step": f"{best.step:,}, the best by {best.metric}"}),
         "examples in a step": f"{batch:,} for each process",
         "learning rate": f"{own.learning_rate:g}, {own.lr_scheduler_type}",
         "optimizer": own.optim,

@@ -15,6 +15,7 @@ from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, raise_pr
 from rankwise.recipes.problems import adapter_problems, schedule_problems, translated
 from rankwise.recipes.recipe import BaseRecipe
 from rankwise.recipes.tasks import TASKS, load_task
+from rankwise.recipes.training import run_problems, training_problems
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data_needed: bool = True) -> BaseRecipe:
@@ -67,11 +68,21 @@ def check_recipe(
     try:
         recipe = task.Recipe.model_validate(data)
     except pydantic.ValidationError as error:
-        problems = [*translated(error, task.Recipe), *adapter_problems(data.get("adapter"))]
+        problems = [
+            *translated(error, task.Recipe),
+            *adapter_problems(data.get("adapter")),
+            *training_problems(data.get("training")),
+        ]
         raise RecipeError(_in_order(problems, lines, overrides), str(path)) from None
     recipe._source, recipe._overrides = path, tuple(overrides)
     found = [each for each in task.check(recipe) if data_needed or not each.where.startswith("data.")]
-    problems = [*adapter_problems(recipe.adapter), *schedule_problems(recipe, data), *found]
+    named = list(training_problems(data.get("training")))
+    problems = [
+        *adapter_problems(recipe.adapter),
+        *schedule_problems(recipe, data),
+        *(named or run_problems(recipe, task.metrics(recipe))),
+        *found,
+    ]
     raise_problems(_in_order(problems, lines, overrides), str(path))
     return recipe
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rankwise.attach.embeddings import output_embeddings
 from rankwise.recipes.errors import refusal
-from rankwise.recipes.places import Place, find_place
+from rankwise.recipes.places import Place, find_place, refuse_unreachable
 from rankwise.recipes.recipe import BaseRecipe
 
 _OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "tekken", "bpe")
@@ -149,6 +149,7 @@ def _from_pretrained(recipe: BaseRecipe, auto_class: str, **options: Any) -> Any
     import transformers
 
     place = model_place(recipe)
+    refuse_unreachable(place, "model", ("config.json",))
     if auto_class == "AutoTokenizer" and place.path is not None and place.path.is_dir():
         _refuse_without_tokenizer(place.path)
     try:

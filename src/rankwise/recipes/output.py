@@ -6,6 +6,7 @@ results.json           metrics before and after, log and ranks, kept up to date;
 adapter_config.json    the adapter, when training is done
 …
 checkpoint-500/        what resuming needs
+best-450/              the best adapter by now; in the end it is the one above
 """
 
 from __future__ import annotations
@@ -84,10 +85,18 @@ class Output:
         self.folder.mkdir(parents=True, exist_ok=True)
         for checkpoint in self.checkpoints():
             shutil.rmtree(checkpoint)
+        self.clear_best()
         for name in _OWN_FILES:
             (self.folder / name).unlink(missing_ok=True)
-        text = yaml.safe_dump(_settled(self.recipe), sort_keys=False, allow_unicode=True, width=100)
+        text = yaml.safe_dump(settled(self.recipe), sort_keys=False, allow_unicode=True, width=100)
         write_file(self.folder / _RECIPE, f"# The whole recipe of this run, defaults included.\n{text}")
+
+    def clear_best(self) -> None:
+        """Remove the best adapters that were kept while the run went on."""
+        from rankwise.recipes.best import best_folders
+
+        for folder in best_folders(self.folder):
+            shutil.rmtree(folder)
 
     def checkpoints(self) -> Iterator[Path]:
         """The checkpoint folders, whole or not, the newest first."""
@@ -129,7 +138,7 @@ class Output:
             before = yaml.safe_load((self.folder / _RECIPE).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             return
-        old, new = dict(_flat(before)), dict(_flat(_settled(self.recipe)))
+        old, new = dict(flat(before)), dict(flat(settled(self.recipe)))
         for key in dict.fromkeys([*old, *new]):
             if old.get(key) != new.get(key) and key not in self.recipe.free_when_resuming:
                 yield f"{key} was {old.get(key)!r} and is {new.get(key)!r} now"
@@ -146,7 +155,7 @@ def is_whole(checkpoint: Path) -> bool:
     return isinstance(state, dict) and "global_step" in state
 
 
-def _settled(recipe: BaseRecipe) -> dict[str, Any]:
+def settled(recipe: BaseRecipe) -> dict[str, Any]:
     """The recipe as plain data that means the same in every folder."""
     plain = recipe.plain()
     plain["model"] = find_place(recipe.model, "model", recipe.folder).reference
@@ -162,13 +171,13 @@ def _settled(recipe: BaseRecipe) -> dict[str, Any]:
     return plain
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values."""
     if not isinstance(value, dict):
         yield prefix, value
         return
     for key, inner in value.items():
-        yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _finite(value: Any) -> Any:

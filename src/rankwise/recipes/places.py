@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -57,6 +58,48 @@ def find_place(reference: str, key: str, beside: Path | None = None) -> Place:
     if _may_be_hub_name(reference, beside or Path()):
         return Place(reference, None)
     raise refusal(key, _nothing_there(reference, path, beside))
+
+
+def refuse_unreachable(place: Place, key: str, files: Sequence[str], kind: str = "model") -> None:
+    """Refuse a hub name that is neither in the hub's cache nor can be asked for: loading would retry for minutes.
+
+    Args:
+        place: what was found.
+        key: the recipe's key, for messages.
+        files: any one of them in the cache tells that the repository is there.
+        kind: ``model`` or ``dataset``.
+
+    Raises:
+        RecipeError: it is not in the cache, and the hub can't be reached.
+    """
+    if place.path is not None:
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = (try_to_load_from_cache(place.name, file, repo_type=kind) for file in files)
+    if constants.HF_HUB_OFFLINE or any(isinstance(path, str) for path in cached) or _hub_answers():
+        return
+    raise refusal(
+        key,
+        f"there is no file or folder {place.name!r} here, and the Hugging Face hub ({constants.ENDPOINT}) can't be "
+        f"reached to look for a {kind} of that name. Mend the path, or the connection.",
+    )
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Whether the hub answers within seconds, asked once in a process; through a proxy where one is set."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception:  # of whichever library the hub's own uses
+        return False
+    return True
+
+
+_PATIENCE = 5.0  # seconds
 
 
 def find_in_package(reference: str, key: str) -> Path:

@@ -17,6 +17,7 @@ from rankwise.recipes.models import head_modules
 from rankwise.recipes.places import find_place
 from rankwise.recipes.recipe import BaseRecipe, TrainingSection, config_class
 from rankwise.recipes.tasks import NO_DATA, TaskData, load_task
+from rankwise.recipes.training import device_line, device_problem
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -42,6 +43,7 @@ class Plan:
         trainable_at_end: numbers that train in the end, if every layer ends at the average rank.
         modules_to_save: modules that train whole.
         processes: training processes.
+        device: what trains, and in which precision.
         notes: what the user should know about the data.
         memory: what training takes; None where nobody asked.
     """
@@ -61,6 +63,7 @@ class Plan:
     trainable_at_end: int
     modules_to_save: tuple[str, ...]
     processes: int
+    device: str
     notes: tuple[str, ...] = ()
     memory: Memory | None = None
 
@@ -72,6 +75,7 @@ class Plan:
             "architecture": self.architecture,
             "task": self.recipe.task,
             "method": self.recipe.method,
+            "device": self.device,
             "data": {
                 "train": self.train_rows,
                 "held_out": self.held_out_rows,
@@ -129,18 +133,40 @@ class Plan:
             yield "labels", f"{len(self.labels)}: {shown}"
         for note in self.notes:
             yield "", note
+        problem = device_problem(recipe)
+        if problem is not None:
+            yield "", f"{problem} `rankwise train` would refuse it here."
         yield "adapter", self._adapter_line()
-        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * self.processes
-        passes = self.total_step * batch / self.train_rows
+        yield "device", self.device
         yield (
             "training",
             (
-                f"{self.total_step:,} steps of {batch} examples (about {passes:,.1f} epochs), "
+                f"{self.total_step:,} steps of {self.batch} examples ({self.epochs}), "
                 f"learning rate {recipe.training.learning_rate:g}, {training.lr_scheduler_type}"
             ),
         )
         yield "trainable", self._trainable_line()
         yield "output", recipe.output
+
+    @property
+    def batch(self) -> int:
+        """Examples in an optimizer step of all processes."""
+        own = self.recipe.training
+        return own.per_device_train_batch_size * own.gradient_accumulation_steps * self.processes
+
+    @property
+    def epochs(self) -> str:
+        """How often the run goes through the training data, for people."""
+        share = self.total_step / steps_in_an_epoch(self.recipe.training, self.train_rows, self.processes)
+        number = f"{share:,.2f}".rstrip("0").rstrip(".")
+        return f"{number} epoch{'' if number == '1' else 's'}"
+
+    def line(self) -> str:
+        """One line: where and in which precision the run trains, on how many examples, and how long."""
+        return (
+            f"Training on {self.device}: {self.train_rows:,} examples, {self.total_step:,} steps of {self.batch}, "
+            f"{self.epochs}."
+        )
 
     def _adapter_line(self) -> str:
         name = {"adalora": "AdaLoRA", "lora": "LoRA"}[self.recipe.method]
@@ -208,6 +234,7 @@ def make_plan(
         trainable_at_end=at_end,
         modules_to_save=tuple(config.modules_to_save or ()),
         processes=processes,
+        device=device_line(recipe),
         notes=tuple(data.notes),
         memory=_memory(recipe, model, processes) if memory else None,
     )
@@ -266,10 +293,15 @@ def total_steps(training: TrainingSection, rows: int, processes: int = 1) -> int
     """
     if training.max_steps is not None:
         return training.max_steps
+    return max(1, math.ceil(training.num_train_epochs * steps_in_an_epoch(training, rows, processes)))
+
+
+def steps_in_an_epoch(training: TrainingSection, rows: int, processes: int = 1) -> int:
+    """Optimizer steps in which a run goes once through ``rows`` examples; arguments as for `total_steps`."""
     batches = math.ceil(math.ceil(rows / training.per_device_train_batch_size) / processes)
-    return max(
-        1, math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
-    )
+    if training.others.get("dataloader_drop_last"):
+        batches = rows // training.per_device_train_batch_size // processes
+    return max(1, math.ceil(batches / training.gradient_accumulation_steps))
 
 
 def attach(recipe: BaseRecipe, model: Any, total_step: int) -> tuple[Any, Any]:

@@ -13,8 +13,8 @@ from rankwise.recipes.errors import refusal
 from rankwise.recipes.models import head_modules, quiet
 from rankwise.recipes.preparing import preparing, tracked
 from rankwise.recipes.recipe import BaseRecipe
-from rankwise.recipes.run import training_arguments
 from rankwise.recipes.tasks import load_task
+from rankwise.recipes.training import training_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,7 +9,14 @@ from typing import Any
 import pydantic
 
 from rankwise.recipes.errors import Problem, RecipeError, did_you_mean
-from rankwise.recipes.recipe import METHODS, BaseRecipe, ScheduleSection, adapter_keys, config_class
+from rankwise.recipes.recipe import (
+    METHODS,
+    BaseRecipe,
+    ScheduleSection,
+    TrainingSection,
+    adapter_keys,
+    config_class,
+)
 
 _TYPES = {
     "int_type": "must be a whole number",
@@ -68,17 +75,6 @@ def _bound(kind: str, context: Mapping[str, Any]) -> str | None:
 
 
 _SYNONYMS = {
-    "epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "lr": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "scheduler": "lr_scheduler_type",
-    "warmup": "warmup_steps",
-    "warmup_ratio": "warmup_steps",
-    "optimizer": "optim",
     "output_dir": "output",
     "validation": "eval",
     "test": "eval",
@@ -95,6 +91,8 @@ def _key_hint(name: str, valid: Sequence[str]) -> str:
 def _special_hint(location: Sequence[str | int]) -> str | None:
     if tuple(location) == ("schedule", "total_step"):
         return "The number of steps comes from training.max_steps or training.num_train_epochs."
+    if len(location) == 1 and location[0] in TrainingSection.model_fields:
+        return f"It belongs into the section `training`: training.{location[0]}."
     return None
 
 

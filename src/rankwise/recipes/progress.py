@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -215,11 +216,13 @@ class StopWhenAsked(TrainerCallback):
     Args:
         interruption: who notes the signals.
         say: prints a line.
+        needs_last: whether the last step, too, is to be evaluated on the examples that were looked at while training.
     """
 
-    def __init__(self, interruption: Interruption, say: Any) -> None:
+    def __init__(self, interruption: Interruption, say: Any, needs_last: Callable[[], bool]) -> None:
         self.interruption = interruption
         self._say = say
+        self._needs_last = needs_last
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on there is something to save."""
@@ -227,11 +230,19 @@ class StopWhenAsked(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Stop if asked to; and leave out the checkpoint and the evaluation that the end of a run makes twice."""
-        last = state.global_step >= state.max_steps
-        if last:
-            control.should_save = control.should_evaluate = False
-        elif self.interruption.agreed() is not None:
-            self._stop(state, control)
+        if state.global_step < state.max_steps:
+            if self.interruption.agreed() is not None:
+                self._stop(state, control)
+            return control
+        return self._at_the_end(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Leave out what the end of a run makes twice, where it comes with the end of an epoch."""
+        return control if state.global_step < state.max_steps else self._at_the_end(control)
+
+    def _at_the_end(self, control: Any) -> Any:
+        control.should_save = False
+        control.should_evaluate = control.should_evaluate and self._needs_last()
         return control
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

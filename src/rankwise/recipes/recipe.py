@@ -58,19 +58,11 @@ class ScheduleSection(Section):
             raise refusal("schedule", str(error)) from error
 
 
-SchedulerName = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-]
-
-
 class TrainingSection(Section):
     """How long and how to train: arguments of Transformers' ``TrainingArguments``, under their names there.
+
+    The arguments below have defaults of their own here, or are rankwise's. All others of ``TrainingArguments`` are
+    taken, too, and checked by it, but for those that `rankwise.recipes.training.NOT_TAKEN` lists.
 
     Args:
         num_train_epochs: how often to go through the training data; fractions are fine.
@@ -85,16 +77,29 @@ class TrainingSection(Section):
         max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
         optim: the optimizer, by its name in Transformers.
         seed: of the new head, the order of the data and dropout.
-        logging_steps: steps between two points of the loss curve.
-        eval_steps: steps between two evaluations while training; none for before and after only.
-        save_steps: steps between two checkpoints; none for one on interruption only.
+        logging_steps: steps between two points of the loss curve; below 1 a fraction of the run, as in the next.
+        eval_strategy: when to evaluate while training: ``epoch``, ``steps`` or ``no``. None: every ``eval_steps`` if
+            that is given, else after each epoch.
+        eval_steps: steps between two evaluations.
+        eval_examples: held-out examples that an evaluation while training looks at, spread evenly over all. Before and
+            after training, all of them are looked at. None: always all.
+        save_strategy: when to save checkpoints: ``steps``, ``epoch``, ``best`` or ``no``. None: every ``save_steps`` if
+            that is given, else on interruption only.
+        save_steps: steps between two checkpoints.
         save_total_limit: how many checkpoints to keep.
+        load_best_model_at_end: keep the best adapter of all evaluations after the ranks are final; else the last one.
+        metric_for_best_model: which is the best: ``loss``, or another metric of the task.
+        greater_is_better: whether that metric is to be large. None: as the task says.
+        early_stopping_patience: stop after so many evaluations without a better adapter, once the ranks are final.
         bf16: train in bfloat16 mixed precision.
         fp16: train in float16 mixed precision.
         gradient_checkpointing: compute activations anew in the backward pass, to save memory.
+        use_cpu: train on the CPU even if there is a GPU.
         dataloader_num_workers: processes that prepare batches.
         report_to: where Transformers should send metrics, such as ``tensorboard``.
     """
+
+    model_config = pydantic.ConfigDict(extra="allow", strict=True, frozen=True)
 
     num_train_epochs: float = Field(default=3.0, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(default=None, ge=1)
@@ -102,27 +107,70 @@ class TrainingSection(Section):
     per_device_eval_batch_size: int = Field(default=32, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
-    lr_scheduler_type: SchedulerName = "linear"
+    lr_scheduler_type: str = "linear"
     warmup_steps: int | float = Field(default=0, ge=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     optim: str = "adamw_torch"
     seed: int = Field(default=42, ge=0, lt=2**32)
-    logging_steps: int = Field(default=10, ge=1)
-    eval_steps: int | None = Field(default=None, ge=1)
-    save_steps: int | None = Field(default=500, ge=1)
+    logging_steps: int | float = Field(default=10, gt=0, allow_inf_nan=False)
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None
+    eval_steps: int | float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    eval_examples: int | None = Field(default=500, ge=1)
+    save_strategy: Literal["no", "steps", "epoch", "best"] | None = None
+    save_steps: int | float | None = Field(default=500, gt=0, allow_inf_nan=False)
     save_total_limit: int | None = Field(default=2, ge=1)
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str = "loss"
+    greater_is_better: bool | None = None
+    early_stopping_patience: int | None = Field(default=None, ge=1)
     bf16: bool = False
     fp16: bool = False
     gradient_checkpointing: bool = False
+    use_cpu: bool = False
     dataloader_num_workers: int = Field(default=0, ge=0)
     report_to: str | list[str] = "none"
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, values: Any) -> Any:
+        """Newer versions of Transformers call gradient checkpointing by another name."""
+        newer = "activation_checkpointing"
+        if isinstance(values, dict) and values.get(newer) is not None:
+            values = {**values, "gradient_checkpointing": values[newer]}
+            del values[newer]
+        return values
+
+    @pydantic.field_validator("eval_strategy", "save_strategy", mode="before")
+    @classmethod
+    def _read_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML takes the word for false
+
+    @pydantic.field_validator("metric_for_best_model")
+    @classmethod
+    def _without_prefix(cls, value: str) -> str:
+        return value.removeprefix("eval_")
 
     @pydantic.model_validator(mode="after")
     def _one_precision(self) -> TrainingSection:
         if self.bf16 and self.fp16:
             raise ValueError("`bf16` and `fp16` can't both be true: choose one")
         return self
+
+    @property
+    def evaluates(self) -> str:
+        """When to evaluate while training, as ``eval_strategy`` says it to Transformers."""
+        return self.eval_strategy or ("epoch" if self.eval_steps is None else "steps")
+
+    @property
+    def saves(self) -> str:
+        """When to save checkpoints, as ``save_strategy`` says it to Transformers."""
+        return self.save_strategy or ("no" if self.save_steps is None else "steps")
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """The arguments of Transformers that are no fields here."""
+        return dict(self.model_extra or {})
 
 
 class BaseRecipe(Section):
@@ -133,6 +181,7 @@ class BaseRecipe(Section):
         task: the task's name.
         adapter: ``method`` (``adalora`` or ``lora``) and the fields of `AdaLoraConfig` or `LoraConfig`.
         output: the folder for the adapter and the checkpoints.
+        device: what trains: ``auto`` (the GPU if there is one), ``cpu``, or the kind of GPU that must be there.
         dtype: of the frozen weights; adapters train in float32 over half-precision weights.
         schedule: the phases; for ``adalora`` only.
         training: how long and how to train.
@@ -142,6 +191,7 @@ class BaseRecipe(Section):
     task: str
     adapter: dict[str, Any] = Field(default_factory=dict)
     output: str = Field(min_length=1)
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     schedule: ScheduleSection = ScheduleSection()
     training: TrainingSection = TrainingSection()
@@ -151,12 +201,15 @@ class BaseRecipe(Section):
         f"training.{key}"
         for key in (
             "logging_steps",
+            "save_strategy",
             "save_steps",
             "save_total_limit",
+            "early_stopping_patience",
             "per_device_eval_batch_size",
             "report_to",
+            "run_name",
         )
-    ) | {"output"}
+    ) | {"output", "device"}
 
     _source: Path = PrivateAttr(default=Path("recipe"))
     _overrides: tuple[str, ...] = PrivateAttr(default=())

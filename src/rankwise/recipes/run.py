@@ -7,13 +7,13 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.attach.prepare import checkpointing_name
 from rankwise.recipes.card import card_of
+from rankwise.recipes.details import Details, Keep, details_of
 from rankwise.recipes.divergence import (
     DivergedError,
     diverged,
@@ -21,7 +21,7 @@ from rankwise.recipes.divergence import (
     highest_sound_loss,
     looks_diverged,
 )
-from rankwise.recipes.errors import refusal
+from rankwise.recipes.errors import RecipeError
 from rankwise.recipes.interrupt import Interruption
 from rankwise.recipes.memory.estimate import Memory
 from rankwise.recipes.models import model_place, new_weights, quiet
@@ -31,10 +31,19 @@ from rankwise.recipes.preparing import preparing
 from rankwise.recipes.recipe import BaseRecipe
 from rankwise.recipes.samples import Sample, before_and_after, sample_lines, write_samples
 from rankwise.recipes.tasks import Metric, TaskData, load_task
+from rankwise.recipes.training import (
+    device_problem,
+    is_main_process,
+    processes,
+    refusals,
+    training_arguments,
+)
 from rankwise.storage.finite import NotFiniteError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from rankwise.recipes.best import Best
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class Result:
         trainable_parameters: how many numbers trained.
         kept_parameters: how many of them the adapter keeps after pruning.
         samples: what the model wrote before and after, for tasks in which it writes.
+        best: the evaluation whose adapter is kept; None where that is the last one, unseen.
     """
 
     folder: Path
@@ -58,6 +68,7 @@ class Result:
     trainable_parameters: int
     kept_parameters: int
     samples: Sequence[Sample] = ()
+    best: Best | None = None
 
 
 def plan(recipe: BaseRecipe) -> Plan:
@@ -86,7 +97,13 @@ def plan_memory(recipe: BaseRecipe) -> Memory:
 
 
 def train(
-    recipe: BaseRecipe, *, console: Console | None = None, resume: bool = False, overwrite: bool = False
+    recipe: BaseRecipe,
+    *,
+    console: Console | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[Any] = (),
+    compare: bool = True,
 ) -> Result:
     """Train a recipe.
 
@@ -95,13 +112,18 @@ def train(
         console: where to show what happens; None for the standard output. Only the main process shows anything.
         resume: go on from the newest whole checkpoint in the output folder; from the start if there is none.
         overwrite: replace what an earlier run left in the output folder.
+        callbacks: more callbacks of Transformers for the trainer.
+        compare: measure before training, too, and let a model that writes show what it writes.
 
     Raises:
-        RecipeError: the data, the adapter or the output folder can't be used; or the run has diverged, as
+        RecipeError: the device, the data, the adapter or the output folder can't be used; or the run has diverged, as
             `DivergedError`, which knows the last good checkpoint.
         KeyboardInterrupt: stopped by a signal where there was nothing to save.
     """
     console = _console(console)
+    problem = device_problem(recipe)
+    if problem is not None:
+        raise RecipeError([problem], str(recipe.source))
     output = Output(recipe)
     if is_main_process():
         output.check(resume=resume, overwrite=overwrite)
@@ -110,11 +132,17 @@ def train(
     with Interruption() as interruption, quiet(), warnings.catch_warnings():
         # A checkpoint in the course of a run is not at its target, and need not be.
         warnings.filterwarnings("ignore", message=r"At step \d+ .*finalize_ranks")
-        return _train(recipe, console, output, resume, interruption)
+        return _train(recipe, console, output, resume, interruption, callbacks, compare)
 
 
 def _train(
-    recipe: BaseRecipe, console: Console, output: Output, resume: bool, interruption: Interruption
+    recipe: BaseRecipe,
+    console: Console,
+    output: Output,
+    resume: bool,
+    interruption: Interruption,
+    more_callbacks: Sequence[Any],
+    compare: bool,
 ) -> Result:
     # What the run is about to do. Everything that can be wrong with the recipe shows here, in seconds.
     task = load_task(recipe.task)
@@ -122,11 +150,13 @@ def _train(
         data = task.read_data(recipe)
         processor = task.processor(recipe)
         planned = make_plan(recipe, data, processor, processes())
+    _say(console, planned.line(), style="bold")
     console.print(planned)
 
     # The model with its adapters, and the trainer.
     from transformers import PrinterCallback, Trainer, set_seed
 
+    from rankwise.recipes.best import KeepBest
     from rankwise.recipes.progress import KeepGoodCheckpoints, KeepResults, LiveProgress, StopWhenAsked
 
     set_seed(recipe.training.seed)
@@ -143,21 +173,29 @@ def _train(
     if checkpoint is None and is_main_process():
         output.begin()
     metrics = task.metrics(recipe)
+    held_out = for_task["eval_dataset"]
+    for_task["eval_dataset"] = some_examples(held_out, recipe.training.eval_examples)
     with LiveProgress(console, [(metric.key, metric.title, metric.style) for metric in metrics]) as progress:
-        stop = StopWhenAsked(interruption, progress.say)
+        seen = Keep(for_task["compute_metrics"])
+        for_task["compute_metrics"] = seen
+        some = len(for_task["eval_dataset"])
+        keep = KeepBest(recipe, metrics, output.folder, some, progress.say, lambda: seen.prediction)
+        stop = StopWhenAsked(interruption, progress.say, needs_last=lambda: keep.best is not None)
         good = KeepGoodCheckpoints(progress.say)
-        callbacks = [stop, progress, good, KeepResults(output)]
-        with _refusals(recipe):
+        callbacks = [stop, progress, good, KeepResults(output), keep, *more_callbacks]
+        with refusals(recipe):
             trainer = trainer_class(model=model, args=arguments, callbacks=callbacks, **for_task)
         trainer.remove_callback(PrinterCallback)
 
-        # How good it is before, the training itself, the adapter on disk, and how good it is then.
+        # How good it is before, the training itself, the best adapter on disk, and how good it is then.
         before = output.results.get("before") if checkpoint else None
         samples = output.results.get("samples") or [] if checkpoint else []
-        if before is None and checkpoint is None:
-            before = evaluate_with(trainer, metrics)
+        if before is None and checkpoint is None and compare:
+            before = evaluate_with(trainer, metrics, held_out)
             _make_ready_to_train(trainer)
             samples = write_samples(recipe, data, processor, model)
+        if checkpoint is None:
+            set_seed(recipe.training.seed)  # what was measured before changes nothing of the training
         loss_before = (before or {}).get("loss")
         good.most = highest_sound_loss(loss_before)
         started = _started(output, before, samples)
@@ -167,99 +205,65 @@ def _train(
             raise _diverged(output, trainer, before) from error
         if good.broken:
             raise _diverged(output, trainer, before)
-        if interruption.number is not None and trainer.state.global_step < planned.total_step:
+        steps = trainer.state.global_step
+        if interruption.number is not None and steps < planned.total_step and not keep.stopped:
             return _interrupted(output, console, interruption.number, before or {}, trainer)
-        log = trainer.state.log_history
+        best, log = keep.bring_back(model, steps), trainer.state.log_history
+        trainer.accelerator.wait_for_everyone()
         # As a rule the adapter is on the disk before anything else can go wrong.
         in_doubt = looks_diverged(loss_before, log)
         if not in_doubt and is_main_process():
             _save_finite(model, processor, output, trainer, before)
-        after = evaluate_with(trainer, metrics)
+        if best is not None and best.examples == len(held_out) and keep.prediction is not None:
+            # Of the same adapter, on the same examples.
+            after, prediction = dict(best.metrics), keep.prediction
+        else:
+            after, prediction = evaluate_with(trainer, metrics, held_out), seen.prediction
         if has_diverged(loss_before, after.get("loss"), log):
             raise _diverged(output, trainer, before, after)
         if in_doubt and is_main_process():
             _save_finite(model, processor, output, trainer, before)
+        behind = details_of(recipe, data, processor, held_out, prediction)
         seconds = time.monotonic() - started
-        samples = before_and_after(samples, write_samples(recipe, data, processor, model))
+        if compare:
+            samples = before_and_after(samples, write_samples(recipe, data, processor, model))
 
     trainable, _ = model.get_nb_trainable_parameters()
     kept = trainable - factor_parameters(model) + model.rank_summary().parameters
-    result = Result(output.folder, None, before or {}, after, trainable, kept, samples)
+    result = Result(output.folder, None, before or {}, after, trainable, kept, samples, best)
     if is_main_process():
-        _write_final_results(output, trainer, result, seconds)
-        steps = trainer.state.global_step
-        facts = card_of(recipe, metrics, result.before, after, len(data.evaluation), steps)
+        _write_final_results(output, trainer, result, metrics, seconds, behind)
+        facts = card_of(recipe, metrics, result.before, after, len(data.evaluation), steps, best)
         model.create_or_update_model_card(output.folder, facts)
-    _show_result(console, result, model, metrics, len(data.evaluation), seconds)
+        output.clear_best()
+    _show_result(console, result, model, metrics, len(data.evaluation), seconds, steps)
     _show_next_steps(console, recipe, data, output.folder)
     return result
 
 
-def is_main_process() -> bool:
-    """Whether this is the process that talks and writes, of those that torchrun may have started."""
-    return os.environ.get("RANK", "0") == "0"
+def some_examples(examples: Any, most: int | None) -> Any:
+    """At most ``most`` of a data set's examples, spread evenly over all; None for all.
 
-
-def processes() -> int:
-    """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def training_arguments(recipe: BaseRecipe, total_step: int, folder: Path, trainer_class: Any) -> Any:
-    """Transformers' arguments for a recipe and a class of trainer; one that can generate does so in evaluation.
-
-    Raises:
-        RecipeError: Transformers refuses them.
+    Example:
+        >>> list(some_examples(range(10), 4)), some_examples(range(3), None)
+        ([0, 2, 5, 7], range(0, 3))
     """
-    import torch
-    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
+    count = len(examples)
+    if most is None or count <= most:
+        return examples
+    chosen = [at * count // most for at in range(most)]
+    if hasattr(examples, "select"):
+        return examples.select(chosen)
+    from torch.utils.data import Subset
 
-    fields = recipe.training.model_dump()
-    fields.pop("num_train_epochs")
-    if fields.pop("gradient_checkpointing"):
-        name = checkpointing_name(TrainingArguments)
-        fields |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    share = fields["warmup_steps"]
-    fields |= {
-        "output_dir": str(folder),
-        "max_steps": total_step,
-        "warmup_steps": round(share * total_step) if isinstance(share, float) and share < 1 else int(share),
-        "eval_strategy": "no" if fields["eval_steps"] is None else "steps",
-        "save_strategy": "no" if fields["save_steps"] is None else "steps",
-        "save_steps": fields["save_steps"] or 500,
-        "disable_tqdm": True,
-        # Without this, the processes that torchrun starts on CPUs would each train for themselves, unconnected.
-        "use_cpu": not torch.accelerator.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "logging_nan_inf_filter": False,
-    }
-    arguments_class = TrainingArguments
-    if issubclass(trainer_class, Seq2SeqTrainer):
-        arguments_class = Seq2SeqTrainingArguments
-        fields["predict_with_generate"] = True
-    with _refusals(recipe):
-        arguments = arguments_class(**fields)
-    if processes() == 1 and arguments.n_gpu > 1:
-        arguments._n_gpu = (
-            1  # several GPUs are for torchrun: nn.DataParallel would copy the adapters at every step
-        )
-    return arguments
-
-
-@contextlib.contextmanager
-def _refusals(recipe: BaseRecipe) -> Iterator[None]:
-    """What Transformers refuses of the training section, such as fp16 without a GPU, is for the user to mend."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        raise refusal("training", str(error), str(recipe.source)) from error
+    return Subset(examples, chosen)
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
     """Write the adapter, and what using it needs: the tokenizer, and the configuration with the labels' names."""
     processor.save_pretrained(str(folder))
     model.config.save_pretrained(str(folder))
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), training_state=False)
 
 
 def _save_finite(
@@ -285,9 +289,11 @@ def _diverged(
     return diverged(output, (before or {}).get("loss"), (after or {}).get("loss"), log)
 
 
-def evaluate_with(trainer: Any, metrics: Sequence[Metric]) -> dict[str, float]:
-    """The loss and the metrics of a trainer's model on its held-out examples."""
-    found = trainer.evaluate()
+def evaluate_with(trainer: Any, metrics: Sequence[Metric], examples: Any) -> dict[str, float]:
+    """The loss and the metrics of a trainer's model on ``examples``."""
+    trainer.__dict__.pop("_eval_dataloaders", None)  # persistent workers would go on with other examples
+    found = trainer.evaluate(eval_dataset=examples)
+    trainer.__dict__.pop("_eval_dataloaders", None)
     keys = dict.fromkeys(["loss", *(metric.key for metric in metrics)])
     return {key: float(found[f"eval_{key}"]) for key in keys if f"eval_{key}" in found}
 
@@ -338,7 +344,14 @@ def _say_new_weights(console: Console, model: Any, modules_to_save: Sequence[str
 # --- what is said in the end -------------------------------------------------------------------------------------
 
 
-def _write_final_results(output: Output, trainer: Any, result: Result, seconds: float) -> None:
+def _write_final_results(
+    output: Output,
+    trainer: Any,
+    result: Result,
+    metrics: Sequence[Metric],
+    seconds: float,
+    behind: Details | None,
+) -> None:
     _, everything = trainer.model.get_nb_trainable_parameters()
     output.write_results(
         {
@@ -346,10 +359,14 @@ def _write_final_results(output: Output, trainer: Any, result: Result, seconds: 
             "before": result.before,
             "after": result.after,
             "samples": result.samples,
+            "details": behind,
             "trainable_parameters": result.trainable_parameters,
             "kept_parameters": result.kept_parameters,
             "all_parameters": everything,
+            "metrics": {each.key: {"title": each.title, "style": each.style} for each in metrics},
             "steps": trainer.state.global_step,
+            "total_steps": trainer.state.max_steps,
+            "best": None if result.best is None else asdict(result.best),
             "seconds": round(seconds, 1),
             "ranks": trainer.model.rank_summary().to_dict(),
             "log": trainer.state.log_history,
@@ -358,7 +375,13 @@ def _write_final_results(output: Output, trainer: Any, result: Result, seconds: 
 
 
 def _show_result(
-    console: Console, result: Result, model: Any, metrics: Sequence[Metric], held_out: int, seconds: float
+    console: Console,
+    result: Result,
+    model: Any,
+    metrics: Sequence[Metric],
+    held_out: int,
+    seconds: float,
+    steps: int,
 ) -> None:
     """The metrics before and after, what it took, and the ranks as a table and a picture."""
     from rankwise.report.terminal import rank_picture, rank_table
@@ -371,9 +394,14 @@ def _show_result(
     share = f"{100 * result.trainable_parameters / everything:.2f} %"
     _say(
         console,
-        f"\nTrained {result.trainable_parameters:,} of {everything:,} parameters ({share}) in {_duration(seconds)}; "
+        f"\nTrained {result.trainable_parameters:,} of {everything:,} parameters ({share}) in {duration(seconds)}; "
         f"the adapter keeps {result.kept_parameters:,}.",
     )
+    best = result.best
+    if best is not None:
+        of = "the last step" if best.step == steps else f"step {best.step:,} of {steps:,}"
+        title = next((metric.title for metric in metrics if metric.key == best.metric), best.metric)
+        _say(console, f"It is the adapter of {of}, the best by {title} of those with final ranks.")
     summary = model.rank_summary()
     for part in (rank_table(summary), rank_picture(summary)):
         console.print()
@@ -455,11 +483,11 @@ def _say(console: Console, text: str, style: str = "") -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A duration for people.
 
     Example:
-        >>> _duration(8.24), _duration(83), _duration(4000)
+        >>> duration(8.24), duration(83), duration(4000)
         ('8.2 s', '1 min 23 s', '1 h 6 min')
     """
     if seconds < 60:

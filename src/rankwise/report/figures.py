@@ -11,8 +11,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rankwise.report.grid import RankGrid, grid_position, kind_order, rank_colour, rank_grids, short_kinds
+from rankwise.report.grid import (
+    RankGrid,
+    grid_position,
+    ink_on,
+    kind_order,
+    rank_colour,
+    rank_grids,
+    short_kinds,
+)
 from rankwise.report.runs import Run
+from rankwise.report.sweeps import Sweep
 from rankwise.run.summary import shorten
 
 Figure = dict[str, Any]  # Plotly's: {"data": [...], "layout": {...}}
@@ -58,6 +67,12 @@ def heatmap(run: Run, grid: RankGrid, largest: int, scale: bool) -> tuple[Figure
         "hoverongaps": False,
         "texttemplate": "" if small else "%{z}",
         "showscale": scale,
+        # The page writes numbers in white up to this rank, and in black on the lighter colours above.
+        "meta": {
+            "white": max(
+                (r for r in range(1, largest + 1) if ink_on(rank_colour(r, largest)) == "white"), default=0
+            )
+        },
         "colorbar": {
             "orientation": "h",
             "y": 0,
@@ -133,6 +148,74 @@ def loss(runs: Sequence[Run]) -> Figure | None:
                 trace["mode"] = "lines+markers" if key == "eval_loss" or len(steps) < 3 else "lines"
                 data.append(trace)
     return _chart(data, "optimizer step", "loss")
+
+
+def details(run: Run) -> Figure | None:
+    """Which labels are taken for which, or true against predicted numbers; None where the run has neither."""
+    found = run.details
+    if found.get("kind") == "confusion":
+        labels, matrix = [_plain(str(label)) for label in found["labels"]], found["matrix"]
+        count = len(labels)
+        shares = [[value / max(1, sum(row)) for value in row] for row in matrix]
+        trace = {
+            "type": "heatmap", "x": labels, "y": labels, "z": shares, "zmin": 0, "zmax": 1,
+            "customdata": matrix, "colorscale": "Blues", "reversescale": True, "showscale": False, "xgap": 1, "ygap": 1,
+            "text": matrix if count <= 20 else [], "texttemplate": "%{text}" if count <= 20 else "",
+            "hovertemplate": "%{y} taken for %{x}: %{customdata}<extra></extra>",
+        }  # fmt: skip
+        figure = (
+            _chart([trace], "predicted", "true label", yaxis={"autorange": "reversed", "type": "category"})
+            or {}
+        )
+        figure["layout"]["height"] = 160 + 24 * max(4, min(count, 40))
+        figure["layout"]["xaxis"] |= {"type": "category"}
+        return figure
+    if found.get("kind") == "scatter":
+        truth, guess = found["truth"], found["predicted"]
+        ends = [min([*truth, *guess], default=0), max([*truth, *guess], default=1)]
+        points = {"type": "scatter", "mode": "markers", "x": truth, "y": guess, "name": "held-out examples",
+                  "marker": {"color": _colour(0), "size": 6, "opacity": 0.6}}  # fmt: skip
+        line = _line("right", ends, ends, {"color": "#8a8f95", "width": 1.5, "dash": "dot"})
+        return _chart([points, line], "true", "predicted")
+    return None
+
+
+def sweep(sweep: Sweep) -> Figure | None:
+    """The metric of every trial against the parameters that its adapter keeps, and the frontier; None without any."""
+    data: list[dict[str, Any]] = []
+    done = [trial for trial in sweep.trials if trial["state"] == "complete" and trial["value"] is not None]
+    by_name = {trial["name"]: trial for trial in done}
+    for number, method in enumerate(dict.fromkeys(trial["method"] for trial in done)):
+        own = [trial for trial in done if trial["method"] == method]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": {"adalora": "AdaLoRA", "lora": "LoRA"}.get(method, _plain(method)),
+                "x": [trial["parameters"] for trial in own],
+                "y": [trial["value"] for trial in own],
+                "text": [_plain(_settings(trial)) for trial in own],
+                "hovertemplate": "%{text}<br>%{x:,} parameters: %{y:.4g}<extra></extra>",
+                "marker": {"color": _colour(number), "symbol": ("circle", "diamond")[number % 2], "size": 9},
+            }
+        )
+    frontier = [by_name[name] for name in sweep.frontier if name in by_name]
+    x, y = [trial["parameters"] for trial in frontier], [trial["value"] for trial in frontier]
+    data.insert(0, _line("frontier", x, y, {"shape": "hv", "color": "#8a8f95", "width": 1.5, "dash": "dot"}))
+    figure = _chart(data if done else [], "parameters of the adapter", sweep.title)
+    if figure is not None:
+        figure["layout"]["xaxis"] |= {"type": "log", "dtick": "D2", "tickformat": "~s"}
+    return figure
+
+
+def _settings(trial: dict[str, Any]) -> str:
+    values = (
+        f"{key.rpartition('.')[2]} {value:.3g}"
+        if isinstance(value, float)
+        else f"{key.rpartition('.')[2]} {value}"
+        for key, value in trial["values"].items()
+    )
+    return f"{trial['name']}: {', '.join(values)}"
 
 
 def series(run: Run, key: str) -> tuple[list[int], list[float]]:

@@ -6,6 +6,7 @@ Library and data are compressed, and the browser unpacks them. Tables are not: t
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import math
@@ -22,6 +23,7 @@ from rankwise.method.spectrum import effective_rank
 from rankwise.report import figures
 from rankwise.report.grid import RankGrid, largest_rank, short_kinds
 from rankwise.report.runs import Run, read_runs, thinned
+from rankwise.report.sweeps import Sweep, split_sweeps
 from rankwise.run.history import RankRecord
 
 _MOST_BYTES = 2_000_000
@@ -37,7 +39,7 @@ def write_report(
     """Write a page about one or several adapters: ranks over the steps, budget, loss, spectra, parameters, recipes.
 
     Args:
-        folders: adapter folders or trainers' checkpoints, written by rankwise or by PEFT.
+        folders: adapter folders or trainers' checkpoints, written by rankwise or by PEFT; or folders of sweeps.
         path: the file to write, whole or not at all.
         overwrite: replace the file if it exists.
 
@@ -69,7 +71,8 @@ def render_report(folders: Sequence[str | os.PathLike[str]]) -> str:
         import jinja2
     except ImportError as error:
         raise ImportError('Reports need jinja2: pip install "rankwise[report]"') from error
-    runs = read_runs(folders)
+    sweeps, adapters = split_sweeps(folders)
+    runs = read_runs(adapters)
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -78,7 +81,7 @@ def render_report(folders: Sequence[str | os.PathLike[str]]) -> str:
     environment.filters["place"] = _place
     template = environment.get_template("report.html.jinja")
     while True:
-        page = Page(runs)
+        page = Page(runs, sweeps)
         text = template.render(page=page, runs=runs, asset=_asset, packed_asset=_packed_asset)
         moments = max(len(run.records) for run in runs)
         if len(text.encode()) < _MOST_BYTES or moments <= 2:
@@ -91,10 +94,12 @@ class Page:
 
     Args:
         runs: the runs on the page.
+        sweeps: the sweeps that some of them are of.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], sweeps: Sequence[Sweep] = ()) -> None:
         self.runs = runs
+        self.sweeps = sweeps
         self._grids = {run.name: figures.grids_of(run) for run in runs}
         cells = sum(len(grid.rows) * len(grid.columns) for grids in self._grids.values() for grid in grids)
         self._shown = min(1.0, _MOST_CELLS / max(1, cells))  # of the rows of each table of ranks
@@ -104,11 +109,14 @@ class Page:
         self._largest = max(ever, *(largest_rank(run.adapter.summary().layers) for run in runs))
         for number, run in enumerate(runs):
             self._add_heatmaps(number, run)
+        for number, sweep in enumerate(sweeps):
+            self._add(f"sweep-{number}", figures.sweep(sweep))
         self._add("budget", figures.budget(runs))
         self._add("loss", figures.loss(runs))
         self._add("parameters", figures.parameters(runs))
         for number, run in enumerate(runs):
             self._add(f"spectra-{number}", figures.spectra(run))
+            self._add(f"details-{number}", figures.details(run))
 
     def _add(self, name: str, figure: figures.Figure | None) -> None:
         if figure is not None:
@@ -186,16 +194,38 @@ class Page:
         """The history, thinned for a table."""
         return _thinned(run.records)
 
-    def metrics(self) -> list[tuple[str, list[tuple[float | None, float | None]]]]:
-        """For each metric its name, and of each run the value before and after."""
+    def metrics(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """For each metric its title, and of each run the value before and after, as text."""
         names = dict.fromkeys(key for run in self.runs for side in (run.before, run.after) for key in side)
-        return [(name, [(run.before.get(name), run.after.get(name)) for run in self.runs]) for name in names]
+        titles = {
+            name: next((run.titles[name] for run in self.runs if name in run.titles), name) for name in names
+        }
+        return [
+            (
+                titles[name],
+                [(_shown(run, name, run.before), _shown(run, name, run.after)) for run in self.runs],
+            )
+            for name in names
+        ]
+
+    def counts_parameters(self) -> bool:
+        """Whether some run holds more ranks than its budget, which then counts parameters."""
+        return any(sum(record.ranks) > record.budget for run in self.runs for record in run.records)
 
     def kinds(self) -> list[tuple[str, list[int | None]]]:
         """For each kind of module its name, and of each run the parameters."""
         counts = [figures.kind_parameters(run) for run in self.runs]
         names = dict.fromkeys(kind for each in counts for kind in each)
         return [(name, [each.get(name) for each in counts]) for name in names]
+
+
+def _shown(run: Run, name: str, values: dict[str, float]) -> str:
+    """A metric as the run's task formats it; of older folders with four digits."""
+    if name not in values:
+        return "–"
+    with contextlib.suppress(ValueError):
+        return format(values[name], run.styles.get(name) or ".4g")
+    return f"{values[name]:.4g}"
 
 
 def _listed(values: list[float]) -> str:

@@ -75,6 +75,7 @@ class AdapterReport:
             them.
         saved_modules: modules saved whole.
         bias_parameters: numbers in trained biases.
+        gate_parameters: numbers in AdaLoRA's E, which a LoRA of the same ranks does not have.
         other_parameters: numbers in tensors of no known use.
         dtypes: how many numbers the file has of each dtype.
         files: size of each file in the folder, in bytes.
@@ -99,6 +100,7 @@ class AdapterReport:
     target_parameters: list[str] = field(default_factory=list)
     saved_modules: list[SavedModule] = field(default_factory=list)
     bias_parameters: int = 0
+    gate_parameters: int = 0
     other_parameters: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
@@ -212,6 +214,7 @@ def _read(folder: Path) -> AdapterReport:
         target_parameters=sorted(map(str, config.get("target_parameters") or ())),
         saved_modules=[SavedModule(path, size) for path, size in sorted(rest.saved.items())],
         bias_parameters=rest.biases,
+        gate_parameters=sum(each["E"].size for each in header.contents.factors.values() if "E" in each),
         other_parameters=rest.others,
         dtypes=dict(dtypes),
         files={each.name: each.stat().st_size for each in sorted(folder.iterdir()) if each.is_file()},

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Run:
         log: what was logged over the run, each entry with its ``step``.
         before: metrics before training.
         after: metrics after training.
+        titles: of metrics, for people, by their names; and ``styles`` how to format them.
+        details: what is behind the metrics, as the run's task wrote it; and ``samples`` that a model wrote.
         recipe: the text of the run's recipe, if there is one.
         notes: what is missing, and why.
     """
@@ -40,8 +42,26 @@ class Run:
     log: list[dict[str, Any]] = field(default_factory=list)
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    styles: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
     recipe: str = ""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def confusions(self) -> list[dict[str, Any]]:
+        """The labels that are most often taken for others, the most frequent first."""
+        if self.details.get("kind") != "confusion":
+            return []
+        labels = self.details["labels"]
+        found = [
+            {"true label": labels[true], "predicted": labels[guess], "how often": count}
+            for true, row in enumerate(self.details["matrix"])
+            for guess, count in enumerate(row)
+            if count and true != guess
+        ]
+        return sorted(found, key=lambda each: -each["how often"])[:20]
 
 
 def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
@@ -96,21 +116,38 @@ def _read_run(folder: Path, name: str) -> Run:
         notes.append(f"The spectra of the updates are left out: {error}")
     results = _results(folder)
     log = results.get("log") or json_object(folder / "trainer_state.json").get("log_history")
+    shown = {key: each for key, each in (results.get("metrics") or {}).items() if isinstance(each, dict)}
     return Run(
         name,
         adapter,
-        _records(adapter),
+        _records(adapter, _last_step(adapter, results)),
         spectra,
         read_log(log),
         _numbers(results.get("before")),
         _numbers(results.get("after")),
+        {key: str(each["title"]) for key, each in shown.items() if "title" in each},
+        {key: str(each["style"]) for key, each in shown.items() if "style" in each},
+        _object(results.get("details")),
+        [each for each in results.get("samples") or () if isinstance(each, dict)],
         _recipe(folder),
         notes,
     )
 
 
-def _records(adapter: AdapterReport) -> list[RankRecord]:
-    """The history, thinned evenly to what a page can take, with its ends; or where the ranks are now."""
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _last_step(adapter: AdapterReport, results: dict[str, Any]) -> int | None:
+    """The last step of the run; None where the folder does not tell."""
+    if adapter.checkpoint is not None:
+        return adapter.checkpoint.step
+    step = results.get("steps") or (adapter.schedule or {}).get("total_step")
+    return step if isinstance(step, int) and not adapter.resumable else None
+
+
+def _records(adapter: AdapterReport, last: int | None) -> list[RankRecord]:
+    """The history, thinned evenly to what a page can take, with its ends and the run's; or where the ranks are now."""
     now = [layer.rank for layer in adapter.layers]
     history = adapter.history
     if history is None or not history.records:
@@ -119,6 +156,8 @@ def _records(adapter: AdapterReport) -> list[RankRecord]:
     places = {path: index for index, path in enumerate(history.layers)}
     order = [places[layer.path] for layer in adapter.layers]
     records = thinned(history.records, _MOST_MOMENTS)
+    if last is not None and last > records[-1].step:  # the last allocation is long before the end
+        records = [*records, replace(records[-1], step=last)]
     return [RankRecord(each.step, each.budget, [each.ranks[index] for index in order]) for each in records]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.report.inspect import SCHEDULE, AdapterReport, Checkpoint
+from rankwise.report.runs import json_object
 from rankwise.run.history import RankHistory
 from rankwise.storage import TRAINING_STATE_NAME
 
@@ -58,6 +59,10 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
     yield "adapter", report.folder
     if report.checkpoint is not None:
         yield "checkpoint", _checkpoint_line(report.checkpoint)
+    results = json_object(Path(report.folder) / "results.json")
+    best = results.get("best")
+    if isinstance(best, dict) and {"step", "metric"} <= best.keys():
+        yield "kept", f"step {best['step']:,} of {results.get('steps', 0):,}, the best by {best['metric']}"
     yield "base model", report.base_model or "not recorded"
     details = ", ".join(
         filter(
@@ -144,7 +149,8 @@ def _history_line(history: RankHistory) -> str:
 
 def _parameters_line(report: AdapterReport) -> str:
     parts = [
-        (sum(layer.parameters for layer in report.layers), "in adapted layers"),
+        (sum(layer.parameters for layer in report.layers) - report.gate_parameters, "in A and B of layers"),
+        (report.gate_parameters, "in E"),
         (sum(module.parameters for module in report.saved_modules), "in modules saved whole"),
         (report.bias_parameters, "in biases"),
         (report.other_parameters, "in other tensors"),

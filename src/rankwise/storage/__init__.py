@@ -28,6 +28,7 @@ from rankwise.storage.names import (
 )
 from rankwise.storage.older_names import take_present_names
 from rankwise.storage.read import AdapterHeader, read_adapter, read_header
+from rankwise.storage.states import file_tensors, load_file_tensors
 from rankwise.storage.training import plan_from_training_state, prepare_training_state, trains_more
 from rankwise.storage.values import plan_from_file, prepare_values
 from rankwise.storage.write import gathered_state, read_model_adapter, write_adapter
@@ -45,7 +46,9 @@ __all__ = [
     "AdapterHeader",
     "checkpoint_step",
     "embedding_keys",
+    "file_tensors",
     "gathered_state",
+    "load_file_tensors",
     "plan_from_file",
     "plan_from_training_state",
     "prepare_training_state",

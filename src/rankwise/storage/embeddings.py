@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 from torch import nn
 
 from rankwise.adapters import AdapterLayer
 from rankwise.attach.attachment import plain_name, saved_modules
-from rankwise.attach.embeddings import input_embeddings, output_embeddings
+from rankwise.attach.embeddings import input_embeddings, output_embeddings, resized_vocabulary
 from rankwise.attach.matching import within
 from rankwise.attach.targets import own_modules
 
@@ -60,36 +59,3 @@ def embedding_keys(model: nn.Module, adapter: str, save: bool | str) -> dict[str
                 inner = f"base_layer.{name}" if adapted else name
                 keys[plain_name(f"{path}.{name}")] = plain_name(f"{path}.{inner}")
     return keys
-
-
-def resized_vocabulary(model: Any) -> tuple[int, int] | None:
-    """How many tokens the base's checkpoint has, and how many the model; None if as many, or if nobody knows.
-
-    It looks only at what is on this machine: the folder that the base was loaded from, or the hub's cache.
-    """
-    config: Any = getattr(model, "config", None)
-    place = getattr(config, "_name_or_path", None)
-    here = _vocabulary(config)
-    resized = vars(model).get("_rankwise_vocabulary") if here is not None else None
-    if resized is not None:
-        return None if resized == here else (resized, here)  # type: ignore[return-value]
-    if here is None or not isinstance(place, str) or not place:
-        return None
-    try:
-        before = _vocabulary(
-            type(config).from_pretrained(
-                place, local_files_only=True, revision=getattr(config, "_commit_hash", None) or "main"
-            )
-        )
-    except Exception:  # the checkpoint is gone, was never cached, or is of another kind of model
-        return None
-    return None if before is None or before == here else (before, here)
-
-
-def _vocabulary(config: Any) -> int | None:
-    text = getattr(config, "get_text_config", None)
-    for each in (text() if callable(text) else None, config):
-        size = getattr(each, "vocab_size", None)
-        if isinstance(size, int):
-            return size
-    return None

@@ -20,7 +20,7 @@ def check_folder(folder: Path) -> None:
         FileNotFoundError: it does not exist, is a file, or has no ``adapter_config.json``.
     """
     if folder.is_file():
-        raise FileNotFoundError(f"{folder} is a file. Give the adapter's folder: {folder.parent}.")
+        raise FileNotFoundError(f"{folder} is a file, and an adapter is a folder. {_instead(folder)}")
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     if (folder / CONFIG_NAME).is_file():
@@ -42,6 +42,15 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds a whole model, not an adapter: it has config.json, but no {CONFIG_NAME}."
         )
     raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG_NAME}.")
+
+
+def _instead(file: Path) -> str:
+    """Which folder may be meant by a file."""
+    if (file.parent / CONFIG_NAME).is_file():
+        return f"Give the folder that the file lies in: {file.parent}."
+    if file.suffix.lower() in (".yaml", ".yml"):
+        return "If it is a recipe, its adapter is in the folder that it names as `output`."
+    return f"Give a folder with {CONFIG_NAME}."
 
 
 def holds(folder: Path, name: str) -> bool:

@@ -207,7 +207,7 @@ def named_tensors(path: str, update: Update, dtype: torch.dtype | None = None) -
     A = converted(f"lora_A of {path!r}", update.A, dtype)
     B = converted(f"lora_B of {path!r}", update.B, dtype)
     if update.kernel:
-        A, B = A.view(len(A), -1, *update.kernel), B[:, :, None, None]
+        A, B = A.view(len(A), -1, *update.kernel), B.view(*B.shape, *[1] * len(update.kernel))
     return {
         PREFIX + update.kind.file_name(path, name, adalora=False): each.contiguous()
         for name, each in (("A", A), ("B", B))

@@ -105,19 +105,22 @@ def _no_header(folder: Path) -> str:
     )
 
 
-def read_adapter(folder: Path, training_state: bool = False) -> AdapterFile:
+def read_adapter(folder: Path, training_state: bool = False, config: LoraConfig | None = None) -> AdapterFile:
     """Read an adapter folder, with ``training_state`` also the state of the run, if there is one.
+
+    A ``config`` takes the place of the folder's, which then need not have one.
 
     Raises:
         FileNotFoundError: it is no adapter folder.
         TypeError, ValueError: a file is broken or does not fit the others; the message names it.
     """
-    return read_folder(folder, OWNED, lambda found: _read(found, training_state))
+    return read_folder(folder, OWNED, lambda found: _read(found, training_state, config))
 
 
-def _read(folder: Path, training_state: bool) -> AdapterFile:
-    check_folder(folder)
-    config = LoraConfig.from_pretrained(folder)
+def _read(folder: Path, training_state: bool, config: LoraConfig | None) -> AdapterFile:
+    if config is None:
+        check_folder(folder)
+        config = LoraConfig.from_pretrained(folder)
     tensors, source = _read_tensors(folder)
     file = sort_tensors(source, config, tensors)
     check_factors(file)

@@ -76,9 +76,20 @@ def _stacked(factors: Factors, kept: Sequence[bool], config: LoraConfig, trainab
 
 
 def prepare_values(
-    model: nn.Module, adapter: str, file: AdapterFile, controller: Controller | None
+    model: nn.Module,
+    adapter: str,
+    file: AdapterFile,
+    controller: Controller | None,
+    takes_choice: bool = True,
 ) -> Callable[[], None]:
     """Check that an attached adapter can take the values in a file; its choice of ranks becomes the file's.
+
+    Args:
+        model: which holds the adapter.
+        adapter: its name.
+        file: the values.
+        controller: the one that trains the adapter, if any.
+        takes_choice: False: the run goes on with the ranks that it has.
 
     Returns:
         What brings the adapter to these values.
@@ -121,7 +132,7 @@ def prepare_values(
             copy.load_state_dict(laid_out(tensors, copy.state_dict()))
         for name, value in rest.items():
             local(all_parameters[name]).copy_(local_like(value, all_parameters[name]))
-        if controller is not None:
+        if controller is not None and takes_choice:
             controller.take_over(kept, file.history)
 
     return load

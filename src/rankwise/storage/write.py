@@ -35,6 +35,7 @@ from rankwise.storage.names import (
     HISTORY_NAME,
     NO_SCHEDULE,
     OWNED,
+    PICKLE_NAME,
     PREFIX,
     TRAINING_CONFIG_NAME,
     TRAINING_STATE_NAME,
@@ -54,6 +55,7 @@ def write_adapter(
     state: Mapping[str, Any],
     training_state: bool = False,
     more: Mapping[str, str] | None = None,
+    as_pickle: bool = False,
 ) -> None:
     """Write an adapter folder, all or nothing.
 
@@ -67,20 +69,24 @@ def write_adapter(
         training_state: also write what resuming needs.
         more: names of base parameters to write, too, and their names in the file; see
             `storage.embeddings`.
+        as_pickle: write the adapter's tensors as PyTorch's pickle instead of safetensors.
 
     Raises:
         OSError: it can't be written; what was there before is untouched.
         ValueError: a tensor holds NaN or infinite values. Nothing is written then.
     """
     saved_config, tensors = adapter_content(model, adapter, config, controller, state)
-    tensors |= {PREFIX + name: _portable(state[key]) for key, name in (more or {}).items()}
+    tensors |= {PREFIX + name: portable(state[key]) for key, name in (more or {}).items()}
 
     keys = training_keys(model, adapter) if training_state else {}
-    own = {name: _portable(state[key]) for key, name in keys.items()}
+    own = {name: portable(state[key]) for key, name in keys.items()}
     refuse_broken(folder, model, adapter, {**own, **tensors})
 
     def write(temporary: Path) -> None:
-        write_tensor_file(temporary / WEIGHTS_NAME, tensors)
+        if as_pickle:
+            torch.save(tensors, temporary / PICKLE_NAME)
+        else:
+            write_tensor_file(temporary / WEIGHTS_NAME, tensors)
         saved_config.save_pretrained(temporary)
         if controller:
             controller.history.save(temporary / HISTORY_NAME)
@@ -107,7 +113,7 @@ def adapter_content(
     if without_E(config):
         saved, tensors = _plain_lora(model, adapter, config, layers, state, kept)
     else:
-        saved = _config_to_save(config, controller, kept, layers)
+        saved = config_to_save(config, controller, kept, layers)
         tensors = _factors(adapter, config, layers, state, kept)
     return saved, {**tensors, **_others(model, adapter, config, list(layers), state)}
 
@@ -205,11 +211,11 @@ def _others(
     for path, module in heads.items():
         inside = f"{path}.modules_to_save.{adapter}."
         for name in module.modules_to_save[adapter].state_dict() if adapter in module.modules_to_save else ():
-            tensors[f"{PREFIX}{path}.{name}"] = _portable(state[inside + name])
+            tensors[f"{PREFIX}{path}.{name}"] = portable(state[inside + name])
     for name in map(plain_name, bias_names(model, config.bias, layers, list(heads))):
         module_path = name.rpartition(".")[0]
         file_name = f"{module_path}.base_layer.bias" if module_path in layers else name
-        tensors[PREFIX + file_name] = _portable(state[name])
+        tensors[PREFIX + file_name] = portable(state[name])
     return tensors
 
 
@@ -237,12 +243,13 @@ def gathered_state(model: nn.Module, adapter: str, bias: str, more: Iterable[str
     return {**{key: state[key] for key in keys}, **dict(zip(tensors, whole, strict=True))}
 
 
-def _config_to_save(
+def config_to_save(
     config: LoraConfig,
     controller: Controller | None,
     kept: Mapping[str, Tensor],
     layers: Mapping[str, AdapterLayer],
 ) -> LoraConfig:
+    """The configuration that belongs to an adapter's tensors, cut to the ``kept`` triplets."""
     changes: dict[str, Any] = {"inference_mode": True}
     if config.target_parameters:
         slots = [path for path, layer in layers.items() if isinstance(layer, ParameterSlot)]
@@ -277,7 +284,8 @@ def _filled_up(mask: Tensor, blocks: int, init_r: int) -> list[bool]:
     return [each for row in rows for each in (*row, *[False] * (init_r - len(row)))]
 
 
-def _portable(value: Tensor | str) -> Tensor:
+def portable(value: Tensor | str) -> Tensor:
+    """An entry of a state dictionary as a file has it: whole, on the CPU, sharing memory with nothing."""
     if isinstance(value, str):  # the extra state of a sharded model
         return torch.tensor(json.loads(value), dtype=torch.int64)
     return _whole(value).clone()

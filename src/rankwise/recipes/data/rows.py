@@ -167,7 +167,8 @@ def bad_rows(key: str, table: Table, rows: Sequence[int], message: Callable[[int
         message: what is wrong with a row, to stand after its place.
     """
     for row in rows[:_MOST_SHOWN]:
-        yield Problem(key, f"{table.where(row)} {message(row).rstrip('.')}.")
+        said = f"{table.where(row)} {message(row).rstrip('. ')}"
+        yield Problem(key, said if said.endswith("?") else f"{said}.")
     if len(rows) > _MOST_SHOWN:
         yield Problem(
             key, f"and {count_rows(len(rows) - _MOST_SHOWN)} more like these in {table.place.name}."

@@ -62,8 +62,11 @@ def split_sizes(rows: int, held_out: float | int | str, train_size: int | None) 
         held = max(1, round(rows * held_out)) if isinstance(held_out, float) else int(held_out)
     train = rows - held if train_size is None else train_size
     if train < 1 or held < 1 or train + held > rows:
+        wanted = f"`held_out` takes {held}" if held > 0 else "nothing is left to hold out"
+        if train_size is not None:
+            wanted += f", and `train_size` {train_size}"
         raise ValueError(
-            f"{rows} rows can't be split into {train} for training and {held} held out: both must be at least 1, "
-            "and together at most all. Change `train_size` or `held_out`."
+            f"There are {rows} rows: {wanted}. At least 1 must train and at least 1 be held out. Change `train_size` "
+            "or `held_out`."
         )
     return train, held

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, refusal
-from rankwise.recipes.places import Place
+from rankwise.recipes.places import Place, refuse_unreachable
 
 SUFFIXES = {
     ".csv": "csv",
@@ -81,7 +82,25 @@ def columns_of(place: Place, key: str) -> list[str] | None:
         raise refusal(key, f"{place.name!r} can't be read as {kind}: {error}") from error
     if columns is not None and not columns:
         raise refusal(key, f"{place.name!r} is empty.")
+    if not _has_rows(path, kind):
+        named = f": only the names of its columns, {', '.join(columns[:20])}" if columns else ""
+        raise refusal(key, f"{place.name!r} has no rows{named}.")
     return columns
+
+
+def _has_rows(path: Path, kind: str) -> bool:
+    """Whether a file whose columns could be read has a row, as far as its head tells."""
+    if kind == "csv":
+        with contextlib.suppress(csv.Error, UnicodeDecodeError):  # what is wrong there is said with its line
+            return next(_csv_lines(path), None) is not None
+    if kind == "json" and _is_json_array(path):
+        with open(path, encoding="utf-8-sig") as file:
+            return re.fullmatch(r"\s*\[\s*\]?\s*", file.read(1000)) is None
+    if kind == "parquet":
+        import pyarrow.parquet
+
+        return int(pyarrow.parquet.read_metadata(path).num_rows) > 0
+    return True
 
 
 _KINDS = f"Valid: {', '.join(SUFFIXES)}"
@@ -146,6 +165,7 @@ def read_table(
     """
     if place.path is not None and place.path.is_dir():
         return _read_folder(place, key)
+    refuse_unreachable(place, key, ("README.md", ".gitattributes"), kind="dataset")
     import datasets
 
     with tempfile.TemporaryDirectory(prefix="rankwise-data-") as cache, quiet_datasets():

@@ -132,7 +132,8 @@ class _GroupedProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not torch.ops.aten._grouped_mm.default:
+        grouped = getattr(torch.ops.aten, "_grouped_mm", None)  # PyTorch 2.6 has none
+        if grouped is None or func is not grouped.default:
             return func(*args, **(kwargs or {}))
         a, b = args[:2]
         offsets: Any = args[2] if len(args) > 2 else (kwargs or {}).get("offs")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.recipes.details import Keep, details_of
 from rankwise.recipes.models import quiet
 from rankwise.recipes.predicting.saved import open_adapter
 from rankwise.recipes.preparing import preparing
-from rankwise.recipes.run import evaluate_with, training_arguments
+from rankwise.recipes.run import evaluate_with
+from rankwise.recipes.samples import write_samples
 from rankwise.recipes.tasks import Metric, load_task
+from rankwise.recipes.training import training_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +32,8 @@ class Measured:
         values: the metrics by key.
         metrics: how to show them.
         notes: what the user should know about the data, a sentence each.
+        details: what is behind the metrics; see `rankwise.recipes.details`. None if the task has none.
+        samples: what a model that writes writes to a few of the examples.
     """
 
     adapter: str
@@ -37,6 +42,8 @@ class Measured:
     values: dict[str, float]
     metrics: Sequence[Metric]
     notes: Sequence[str]
+    details: Mapping[str, Any] | None = None
+    samples: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -46,6 +53,8 @@ class Measured:
             "examples": self.examples,
             "metrics": self.values,
             "notes": list(self.notes),
+            "details": self.details,
+            "samples": list(self.samples),
         }
 
     def table(self) -> Any:
@@ -97,11 +106,17 @@ def evaluate(
             model = saved.model(processor, notes)
             for_task, more = task.trainer_arguments(saved.recipe, data, processor, model)
         trainer_class = for_task.pop("trainer", Trainer)
+        seen = Keep(for_task["compute_metrics"])
+        for_task["compute_metrics"] = seen
         metrics = task.metrics(saved.recipe)
         with tempfile.TemporaryDirectory() as nowhere, LiveProgress(console, []) as progress:
             arguments = training_arguments(saved.recipe, 1, Path(nowhere), trainer_class)
             trainer = trainer_class(model=model, args=arguments, callbacks=[progress], **for_task)
             trainer.remove_callback(PrinterCallback)
-            values = evaluate_with(trainer, metrics)
+            values = evaluate_with(trainer, metrics, for_task["eval_dataset"])
+        behind = details_of(saved.recipe, data, processor, for_task["eval_dataset"], seen.prediction)
+        samples = write_samples(saved.recipe, data, processor, model)
     shown = [metric for metric in metrics if metric.key in values]
-    return Measured(str(adapter), str(file), len(data.evaluation), values, shown, [*notes, *more])
+    return Measured(
+        str(adapter), str(file), len(data.evaluation), values, shown, [*notes, *more], behind, samples
+    )

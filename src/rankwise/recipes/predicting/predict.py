@@ -18,6 +18,7 @@ from rankwise.recipes.predicting.job import Job
 from rankwise.recipes.predicting.saved import SavedAdapter, open_adapter
 from rankwise.recipes.preparing import preparing
 from rankwise.recipes.tasks import load_task
+from rankwise.recipes.training import device_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,6 @@ def predict(
     Raises:
         RecipeError: the folder, the data or the model can't be used.
     """
-    import torch
     from rich.console import Console
 
     console = console or Console(stderr=True)
@@ -99,9 +99,8 @@ def predict(
             processor = load_task(own.task).processor(own)
             notes = list(table.notes)
             model = saved.model(processor, notes)
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         size = own.training.per_device_eval_batch_size if batch_size is None else batch_size
-        job = Job(saved, table, model.to(device or "cpu"), processor, size, max_new_tokens, notes)
+        job = Job(saved, table, model.to(device_of(own)), processor, size, max_new_tokens, notes)
         with preparing(console, "predicting"):
             found = _WAYS[own.task].predict(job)
     if not any(found):

@@ -122,6 +122,7 @@ def open_adapter(
     section: Any = OmegaConf.to_container(data.get("data") or OmegaConf.create({}))
     kept = {key: value for key, value in section.items() if key not in _ABOUT_TRAINING}
     data["data"] = {**kept, "train": str(file)}
+    data.pop("device", None)  # that trained it: this machine may have another
     labels = _labels(folder, data) if data.get("task") in _WITH_LABELS else None
     if labels is not None:
         data["data"]["labels"] = labels

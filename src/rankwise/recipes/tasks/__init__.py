@@ -56,18 +56,21 @@ class Metric:
         key: its name in ``Trainer.evaluate()``'s result, without ``eval_``.
         title: its name for people.
         style: how to format it.
+        greater_is_better: whether a better model has more of it.
     """
 
     key: str
     title: str
     style: str = field(default=".4f")
+    greater_is_better: bool = True
 
 
 class Task(Protocol):
     """The members of a task's module.
 
     A task whose model writes may also have ``samples(recipe, data, processor, model)``: what it writes to a few
-    prompts, each a dictionary with ``prompt``, ``written`` and maybe ``expected``, to show before and after.
+    prompts, each a dictionary with ``prompt``, ``written`` and maybe ``expected``, to show before and after. And any
+    task may have ``details(recipe, data, processor, examples, prediction)``; see `rankwise.recipes.details`.
     """
 
     # The recipe's class, with the task's own keys.

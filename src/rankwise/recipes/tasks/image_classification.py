@@ -33,7 +33,7 @@ from rankwise.recipes.errors import Problem
 from rankwise.recipes.memory.batches import image_batch
 from rankwise.recipes.models import load_model, load_processor, model_config, name_labels
 from rankwise.recipes.tasks import Metric, TaskData
-from rankwise.recipes.tasks.text_classification import classification_metrics
+from rankwise.recipes.tasks.text_classification import classification_metrics, label_details
 from rankwise.recipes.tasks.usage import pipeline_lines
 
 if TYPE_CHECKING:
@@ -184,8 +184,21 @@ def metrics(recipe: Recipe) -> Sequence[Metric]:
     return (
         Metric("accuracy", "accuracy", ".2%"),
         Metric("macro_f1", "macro F1"),
-        Metric("loss", "held-out loss"),
+        Metric("loss", "held-out loss", greater_is_better=False),
     )
+
+
+def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, prediction: Any) -> dict[str, Any]:
+    """Which labels are taken for which, and the mistakes that the model was surest of."""
+
+    def name(at: int) -> str:
+        value = examples.rows[at]["image"]
+        path = value if isinstance(value, str) else value.get("path")
+        return Path(path).name if path else f"picture {at + 1}"
+
+    logits = prediction.predictions
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return label_details(list(data.labels or ()), logits, prediction.label_ids, name)
 
 
 def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:

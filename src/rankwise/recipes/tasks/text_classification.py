@@ -10,7 +10,7 @@ label: stars              # the column with the label
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -27,6 +27,7 @@ from rankwise.recipes.data.rows import (
 )
 from rankwise.recipes.data.splits import shortest_first
 from rankwise.recipes.data.tables import Table, quiet_datasets
+from rankwise.recipes.details import confusion, scatter
 from rankwise.recipes.errors import Problem, raise_problems, refusal
 from rankwise.recipes.memory.batches import longest, text_batch
 from rankwise.recipes.models import load_model, load_tokenizer, name_labels, padding_config, token_limit
@@ -221,14 +222,14 @@ def metrics(recipe: Recipe) -> Sequence[Metric]:
     """Accuracy and macro F1, or squared error and correlations; and the loss."""
     if recipe.is_regression:
         return (
-            Metric("mse", "mean squared error"),
+            Metric("mse", "mean squared error", greater_is_better=False),
             Metric("pearson", "Pearson"),
             Metric("spearman", "Spearman"),
         )
     return (
         Metric("accuracy", "accuracy", ".2%"),
         Metric("macro_f1", "macro F1"),
-        Metric("loss", "held-out loss"),
+        Metric("loss", "held-out loss", greater_is_better=False),
     )
 
 
@@ -270,6 +271,34 @@ def _values(prediction: Any) -> Any:
     """The model's first output, where it has several."""
     values = prediction.predictions
     return values[0] if isinstance(values, tuple) else values
+
+
+def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, prediction: Any) -> dict[str, Any]:
+    """Which labels are taken for which, or numbers side by side; and the worst mistakes."""
+    import numpy as np
+
+    def text(at: int) -> str:
+        return str(processor.decode(examples[at]["input_ids"], skip_special_tokens=True))
+
+    values = np.asarray(_values(prediction), dtype=np.float64)
+    if data.labels is None:
+        return scatter(
+            np.asarray(prediction.label_ids).reshape(-1).tolist(), values.reshape(-1).tolist(), text
+        )
+    return label_details(data.labels, values, prediction.label_ids, text)
+
+
+def label_details(
+    names: Sequence[str], logits: Any, truth: Any, example: Callable[[int], str]
+) -> dict[str, Any]:
+    """The confusion of labels, from logits of shape (n, labels) and labels of shape (n,)."""
+    import numpy as np
+    from scipy.special import softmax
+
+    chances = softmax(np.asarray(logits, dtype=np.float64), axis=-1)
+    return confusion(
+        names, np.asarray(truth).tolist(), chances.argmax(-1).tolist(), chances.max(-1).tolist(), example
+    )
 
 
 def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:

@@ -33,6 +33,7 @@ from rankwise.recipes.data.rows import (
 )
 from rankwise.recipes.data.splits import shortest_first
 from rankwise.recipes.data.tables import Table, column_problems, read_table
+from rankwise.recipes.details import confusion
 from rankwise.recipes.errors import Problem, did_you_mean, raise_problems, refusal
 from rankwise.recipes.memory.batches import longest, text_batch
 from rankwise.recipes.models import (
@@ -313,7 +314,7 @@ def metrics(recipe: Recipe) -> Sequence[Metric]:
         Metric("precision", "entity precision", ".2%"),
         Metric("recall", "entity recall", ".2%"),
         Metric("accuracy", "accuracy of words", ".2%"),
-        Metric("loss", "held-out loss"),
+        Metric("loss", "held-out loss", greater_is_better=False),
     )
 
 
@@ -351,6 +352,29 @@ def tag_metrics(names: Sequence[str], prediction: Any) -> dict[str, float]:
     )
     for key, score in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
         found[key] = float(score(truths, guesses, zero_division=0))
+    return found
+
+
+def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, prediction: Any) -> dict[str, Any]:
+    """Which tags words get in place of theirs; mistakes are sentences, those with the most wrong words first."""
+    import numpy as np
+
+    guess, truth = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    is_word = truth != IGNORED
+    wrong = ((guess != truth) & is_word).sum(axis=-1)
+    names = list(data.labels or ())
+    found = confusion(
+        names, truth[is_word].tolist(), guess[is_word].tolist(), [0.0] * int(is_word.sum()), str
+    )
+    found["mistakes"] = [
+        {
+            "example": processor.decode(examples[int(at)]["input_ids"], skip_special_tokens=True)[:200],
+            "truth": " ".join(names[tag] for tag in truth[at][is_word[at]])[:200],
+            "predicted": " ".join(names[tag] for tag in guess[at][is_word[at]])[:200],
+        }
+        for at in np.argsort(-wrong, kind="stable")[:10]
+        if wrong[at]
+    ]
     return found
 
 

@@ -54,14 +54,23 @@
     };
   }
 
-  /** Rank 0 takes the page's grey, which recedes on light and on dark. */
+  /** The cells of a heat map by the colour that their numbers are legible in: on rank 0, on dark and on light colours. */
+  function byInk(trace, z) {
+    const inks = [(rank) => rank === 0, (rank) => rank > 0 && rank <= trace.meta.white, (rank) => rank > trace.meta.white];
+    return inks.map((has) => z.map((row) => row.map((rank) => (rank !== null && has(rank) ? rank : null))));
+  }
+
+  /** Rank 0 takes the page's grey, which recedes on light and on dark. A heat map becomes one for each ink. */
   function dataOf(figure) {
-    const empty = colours()("empty");
-    return figure.data.map((trace) =>
-      trace.type !== "heatmap"
-        ? trace
-        : { ...trace, colorscale: trace.colorscale.map(([at, c], i) => [at, i < 2 ? empty : c]) },
-    );
+    const colour = colours();
+    return figure.data.flatMap((trace) => {
+      if (!trace.meta) return [trace];
+      const colorscale = trace.colorscale.map(([at, c], i) => [at, i < 2 ? colour("empty") : c]);
+      const inks = [colour("ink"), "#ffffff", "#000000"];
+      return byInk(trace, trace.z).map((z, i) => ({
+        ...trace, z, colorscale, showscale: trace.showscale && i === 0, textfont: { color: inks[i] },
+      }));
+    });
   }
 
   function draw() {
@@ -87,11 +96,11 @@
       const ranks = frame.ranks[at];
       const left = ranks.reduce((sum, rank) => sum + rank, 0).toLocaleString("en");
       document.querySelector(`.at[data-run="${run}"]`).textContent =
-        frame.steps.length > 1 ? `rank ${left}, budget ${frame.budgets[at].toLocaleString("en")}` : `rank ${left}`;
+        frame.steps.length > 1 ? `${left} ranks, budget ${frame.budgets[at].toLocaleString("en")}` : `${left} ranks`;
       for (const [id, cells] of Object.entries(frame.cells)) {
         const trace = figures[id].data[0];
         trace.z = cells.map((row) => row.map((cell) => (cell < 0 ? null : ranks[cell])));
-        Plotly.restyle(id, { z: [trace.z] });
+        Plotly.restyle(id, { z: byInk(trace, trace.z) }, [0, 1, 2]);
       }
     });
   }

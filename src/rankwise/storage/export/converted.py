@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rankwise.attach.embeddings import output_embeddings
 from rankwise.storage.export.exported import IN_PYTHON
 from rankwise.storage.export.places import Place, same_weight
 
@@ -88,6 +89,13 @@ class Converted:
             if other != found
             and (each is parameters[found] or (other in absent and each.shape == parameters[found].shape))
         ]
+
+    def output_weight(self) -> str | None:
+        """The name of the output layer's weight, if the model has such a layer."""
+        weight = getattr(next(output_embeddings(self._model), None), "weight", None)
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        names = [name for name, each in parameters if each is weight]
+        return names[-1] if names else None
 
     def is_transposed(self, name: str) -> bool:
         """Whether the matrices of a stack are (d_in, d_out)."""

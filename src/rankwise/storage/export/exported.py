@@ -11,11 +11,12 @@ from rankwise.attach.matching import saved_module_of
 from rankwise.storage.lora_layout import Update
 from rankwise.storage.updates import Updates
 
-MERGE_INSTEAD = (
-    "Export the merged model instead (`--to merged`); one with a new head only in Python: load base and adapter, "
-    "`model.merge_and_unload().save_pretrained(folder)`."
-)
+MERGE_INSTEAD = "Export the merged model instead: `--to merged`."
 IN_PYTHON = "In Python: load base and adapter, `model.merge_and_unload().save_pretrained(folder)`."
+
+
+class NotInBase(ValueError):
+    """The adapter changes or holds a weight that the base model's files have not, such as a new head's."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rankwise.files.atomic import write_folder
 from rankwise.files.tensors import is_finite
 from rankwise.storage.export.base import base_path, read_base_config
 from rankwise.storage.export.converted import Converted
-from rankwise.storage.export.exported import IN_PYTHON, Exported
+from rankwise.storage.export.exported import IN_PYTHON, Exported, NotInBase
 from rankwise.storage.export.places import DTYPES, Place, read_places, same_weight
 from rankwise.storage.finite import refuse_overflow
 from rankwise.storage.lora_layout import Update
@@ -121,16 +121,26 @@ class _Weights:
         except ValueError:
             place = None  # what is said below holds all the same
         if place is None:
-            raise ValueError(
+            raise NotInBase(
                 f"{self.updates.source} changes {name!r}, which {self.source} does not hold as one weight: it is "
                 f"another model's, new (a head), stored together with others, or shared with another. {IN_PYTHON}"
             )
         return place
 
-    def refuse_shared(self, path: str, name: str) -> None:
+    def _holds(self, name: str) -> bool:
+        try:
+            return self.find(name) is not None
+        except ValueError:
+            return False
+
+    def refuse_shared(self, path: str, name: str, embeds: bool = False) -> None:
         """Refuse to change the parameter ``name`` of the module at ``path`` if another module has the same one."""
         try:
             shared = self.converted.sharing(name)
+            output = self.converted.output_weight()
+            # What the files don't hold is filled with the embedding's weight, whatever the configuration says.
+            if embeds and not shared and output is not None and not self._holds(output):
+                shared = [output]
         except ValueError:  # without Transformers, an embedding can be judged by names and shapes alone
             shared = self._output_layer_like(name)
         if shared:
@@ -165,7 +175,7 @@ def _refuse_shared(updates: Updates, weights: _Weights) -> None:
     """
     for path, update in updates.layers.items():
         if issubclass(update.kind, EmbeddingAdapters):
-            weights.refuse_shared(path, f"{path}.weight")
+            weights.refuse_shared(path, f"{path}.weight", embeds=True)
     whole = updates.config.modules_to_save or ()
     for name, tensor in updates.others.items():
         owner = saved_module_of(name, whole, lambda path: True)

@@ -164,7 +164,9 @@ def trainer_arguments(
 
 def metrics(recipe: Recipe) -> Sequence[Metric]:
     """Perplexity, and the loss per token that it comes from."""
-    return Metric("perplexity", "perplexity", ",.2f"), Metric("loss", "loss per token")
+    return Metric("perplexity", "perplexity", ",.2f", greater_is_better=False), Metric(
+        "loss", "loss per token", greater_is_better=False
+    )
 
 
 def _prompts(recipe: Recipe, tokenizer: Any, limit: int, rows: Any) -> list[Prompt]:

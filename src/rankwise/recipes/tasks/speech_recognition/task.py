@@ -35,6 +35,7 @@ from rankwise.recipes.data.rows import (
     rows_with_text,
 )
 from rankwise.recipes.data.tables import Table, quiet_datasets
+from rankwise.recipes.details import wrong_words
 from rankwise.recipes.errors import Problem, RecipeError, did_you_mean, refusal
 from rankwise.recipes.memory.batches import speech_batch
 from rankwise.recipes.models import load_model, load_processor, model_config
@@ -371,7 +372,9 @@ def set_generation(recipe: Recipe, processor: Any, model: Any, longest: int | No
 def metrics(recipe: Recipe) -> Sequence[Metric]:
     """Word error rate, or character error rate in languages without spaces; and the loss."""
     unit = "character" if whisper.counts_characters(recipe.writes) else "word"
-    return Metric("wer", f"{unit} error rate", ".2%"), Metric("loss", "held-out loss")
+    return Metric("wer", f"{unit} error rate", ".2%", greater_is_better=False), Metric(
+        "loss", "held-out loss", greater_is_better=False
+    )
 
 
 def samples(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> list[dict[str, Any]]:
@@ -395,6 +398,20 @@ def samples(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> list[
         }
         for i in chosen
     ]
+
+
+def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, prediction: Any) -> dict[str, Any]:
+    """The words that are most often written wrong, and the worst transcripts."""
+    pad = processor.tokenizer.pad_token_id
+    normalize = whisper.normalizer(processor.tokenizer, recipe.writes)
+    references, guesses = (
+        [
+            normalize(text)
+            for text in processor.tokenizer.batch_decode(_padded(ids, pad), skip_special_tokens=True)
+        ]
+        for ids in (prediction.label_ids, prediction.predictions)
+    )
+    return wrong_words(references, guesses, lambda at: _name(data.evaluation[at], at))
 
 
 def _name(row: dict[str, Any], index: int) -> str:

@@ -1,0 +1,56 @@
+"""``rankwise init``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rankwise.cli.app import app
+from rankwise.cli.failures import failures
+
+
+@app.command(epilog="Example: `rankwise init reviews.csv -o reviews.yaml`")
+def init(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="A table (CSV, JSON lines, Parquet), a folder, or a dataset.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--output", metavar="RECIPE.yaml", help="The recipe to write.")
+    ] = Path("recipe.yaml"),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model to start from; left out, a small one for the task.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the recipe if it is there.")
+    ] = False,
+) -> None:
+    """Write a first recipe for your data.
+
+    Looks at a table, a folder of texts, pictures or audio files, or JSON lines; guesses the task, the columns and a
+    model to start from, says what it guessed, and writes a commented recipe to change. It asks nothing.
+    """
+    with failures():
+        from rankwise.recipes.starting import start_recipe
+
+        guess = start_recipe(data, out, model=model, overwrite=overwrite)
+    console = Console()
+    for line in (f"task: {guess.task}", *guess.why, f"Recipe: {out}", "", "What next"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for command in ("plan", "train", "sweep"):
+        console.print(
+            f"  rankwise {command} {shlex.quote(str(out))}", markup=False, highlight=False, soft_wrap=True
+        )

@@ -1,0 +1,130 @@
+"""``rankwise sweep``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rankwise.cli.adapters import print_whole
+from rankwise.cli.app import Overrides, RecipeFile, app, one_of
+from rankwise.cli.failures import failures
+
+SAMPLERS = ("tpe", "gp", "random", "qmc", "grid")
+PRUNERS = ("median", "halving", "hyperband", "none")
+
+
+def _share(text: str) -> float:
+    """A share as a number or in percent."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no share: say 1% or 0.01.") from None
+
+
+@app.command(
+    epilog="Example: `rankwise sweep reviews.yaml --over training.learning_rate=1e-4..1e-2 "
+    "--over adapter.target_r=1,2,4,8`"
+)
+def sweep(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--over",
+            metavar="KEY=LOW..HIGH",
+            help="What to vary: a range, or a list KEY=A,B,C. Left out: learning rate and rank, around the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials in all, LoRA's included.")] = 20,
+    metric: Annotated[str, typer.Option(metavar="NAME", help="The held-out metric to compare by.")] = "loss",
+    beside: Annotated[
+        str,
+        typer.Option(
+            parser=one_of("lora", "none"),
+            metavar="METHOD",
+            help="Give every second trial to LoRA at the same parameters: lora or none.",
+        ),
+    ] = "lora",
+    within: Annotated[
+        float,
+        typer.Option(
+            parser=_share,
+            metavar="SHARE",
+            help="How much worse than the best the smallest adapter may be, such as 1%.",
+        ),
+    ] = "1%",  # type: ignore[assignment]  # as it would be given
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="OUT",
+            help="The folder to write; left out, the recipe's `output` with `-sweep`.",
+            show_default=False,
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A storage of Optuna's that several machines share; left out, a SQLite file in OUT.",
+            show_default=False,
+        ),
+    ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Its name in the storage; left out, OUT's.", show_default=False),
+    ] = None,
+    sampler: Annotated[
+        str,
+        typer.Option(parser=one_of(*SAMPLERS), metavar="NAME", help=f"Optuna's: {', '.join(SAMPLERS)}."),
+    ] = "tpe",
+    pruner: Annotated[
+        str,
+        typer.Option(
+            parser=one_of(*PRUNERS),
+            metavar="NAME",
+            help=f"What stops trials that fall behind: {', '.join(PRUNERS)}.",
+        ),
+    ] = "median",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the trials as JSON, for programs.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin a sweep of this name anew.")] = False,
+) -> None:
+    """Find the learning rate and the rank, or whatever else, that serve your data best.
+
+    Trains many short runs of the recipe, and of LoRA with as many parameters beside it, chosen by Optuna by their
+    held-out loss. Shows the trials, the frontier of loss against parameters, and the smallest adapter within a
+    tolerance of the best, and writes the recipe to repeat it. Ctrl-C stops it; the same command goes on.
+    """
+    with failures():
+        from rankwise.recipes.sweep import sweep as run
+
+        console = Console(stderr=as_json)
+        outcome = run(
+            recipe, overrides or (), over=over or (), trials=trials, metric=metric, beside=beside, within=within,
+            storage=storage, name=study, output=output, sampler=sampler, pruner=pruner, overwrite=overwrite,
+            console=console,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(outcome.to_dict(), indent=2))
+    else:
+        print_whole(outcome.table(), console)
+        for line in ("", *outcome.lines()):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if outcome.interrupted is not None:
+        command = shlex.join(["rankwise", *sys.argv[1:]])
+        console.print(f"\nStopped. To go on:\n\n  {command}\n", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(128 + outcome.interrupted)
+    folder = shlex.quote(str(outcome.folder))
+    if not as_json and outcome.smallest is not None:
+        said = f"\nThe smallest adapter: {folder}/trials/{outcome.smallest.name}. To repeat it, and to look at all:\n"
+        commands = (f"rankwise train {folder}/recipe.yaml", f"rankwise report {folder} -o sweep.html")
+        console.print("\n  ".join([said, *commands]), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,252 @@
+"""What a sweep varies: keys of a recipe with ranges or lists of values, and the same for LoRA beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rankwise.config import AdaLoraConfig
+from rankwise.recipes.errors import RecipeError, refusal
+from rankwise.recipes.load import load_recipe
+from rankwise.recipes.recipe import BaseRecipe, adapter_keys
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+Value = None | bool | int | float | str
+
+# What can't be varied, and why: keys, or sections.
+_FIXED: Mapping[str, str] = {
+    "data": "results on other data can't be compared.",
+    "task": "results of other tasks can't be compared.",
+    "problem_type": "results of other tasks can't be compared.",
+    "model": "results of other models can't be compared by their loss alone. Sweep a recipe for each.",
+    "output": "every trial has a folder of its own in that of the sweep.",
+    "device": "it changes no result.",
+    "samples": "it changes no result.",
+    "sample_tokens": "it changes no result.",
+    "generation": "it changes how a model writes, not what it learns.",
+    "adapter.method": "--beside lora trains LoRA, too.",
+    "training.seed": "the best seed is luck. A sweep of one seed compares alike.",
+    "training.metric_for_best_model": "--metric says by what trials are compared.",
+    "training.greater_is_better": "--metric says by what trials are compared.",
+    "training.load_best_model_at_end": "trials are compared by their best adapters.",
+    "training.eval_strategy": "trials are compared at the same moments.",
+    "training.eval_steps": "trials are compared at the same moments.",
+    "training.eval_examples": "trials are compared on the same examples.",
+    "training.early_stopping_patience": "the pruner stops trials that fall behind.",
+}
+_NO_RESULT = "it changes no result."
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One key that is varied: between two numbers, or over a list.
+
+    Args:
+        key: of the recipe, dotted.
+        low: the least value of a range; None for a list.
+        high: the greatest one.
+        log: whether a range is searched by orders of magnitude.
+        choices: the values of a list; text that is no plain value is YAML.
+
+    Example:
+        >>> parse_dimension("training.learning_rate=1e-4..1e-2")
+        Dimension(key='training.learning_rate', low=0.0001, high=0.01, log=True, choices=())
+        >>> parse_dimension("adapter.target_r=1,2,4").choices
+        (1, 2, 4)
+    """
+
+    key: str
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False
+    choices: tuple[Value, ...] = ()
+
+    @property
+    def ends(self) -> tuple[Value, ...]:
+        """Values that all must be right if any is."""
+        return self.choices or (self.low, self.high)
+
+    def suggest(self, trial: Trial) -> Value:
+        """The value of a trial of Optuna's."""
+        if self.choices:
+            chosen: Value = trial.suggest_categorical(self.key, self.choices)
+            return chosen
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return trial.suggest_int(self.key, self.low, self.high, log=self.log)
+        return trial.suggest_float(self.key, float(self.low or 0), float(self.high or 0), log=self.log)
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one of those that are searched."""
+        if self.choices:
+            return any(value == each and type(value) is type(each) for each in self.choices)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and float(self.low or 0) <= value <= float(self.high or 0)
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"{self.key}: {', '.join(map(str, self.choices))}"
+        return f"{self.key}: {self.low:g} to {self.high:g}{', by orders of magnitude' if self.log else ''}"
+
+
+def parse_dimension(text: str) -> Dimension:
+    """Read ``key=low..high`` or ``key=value,value,...``.
+
+    A range of two whole numbers is one of whole numbers. A range of positive numbers that spans a factor of 10 or more
+    is searched by orders of magnitude.
+
+    Raises:
+        RecipeError: it is neither, or the range is empty.
+    """
+    key, equals, values = text.partition("=")
+    key = key.strip()
+    if not equals or not key or not values.strip():
+        raise refusal(
+            f"--over {text}",
+            "say what to vary, such as training.learning_rate=1e-4..1e-2 or adapter.target_r=1,2,4,8.",
+        )
+    reason = next((why for name, why in _FIXED.items() if key == name or key.startswith(f"{name}.")), None)
+    if reason is None and key in BaseRecipe.free_when_resuming:
+        reason = _NO_RESULT
+    if reason is not None:
+        raise refusal(f"--over {text}", f"{key} can't be varied: {reason}")
+    first, dots, last = values.partition("..")
+    if dots:
+        return _range(key, _number(first, text), _number(last, text), text)
+    try:
+        found = yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError as error:
+        raise refusal(f"--over {text}", f"is no list of values: {' '.join(str(error).split())}") from error
+    choices = tuple(_as_number(each) for each in found)
+    if len({repr(each) for each in choices}) < 2:
+        raise refusal(
+            f"--over {text}",
+            "has one value, so there is nothing to search. Set it as an override: key=value.",
+        )
+    return Dimension(key, choices=tuple(dict.fromkeys(choices)))
+
+
+def _as_number(value: Any) -> Value:
+    """A value as Optuna takes it. YAML takes 1e-4 for text, and lists and sections become text again."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return json.dumps(value)
+
+
+def _number(text: str, whole: str) -> int | float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise refusal(f"--over {whole}", f"{text.strip()!r} is no number. A range is LOW..HIGH.")
+    return int(text) if text.strip().lstrip("+-").isdecimal() else number
+
+
+def _range(key: str, low: int | float, high: int | float, text: str) -> Dimension:
+    if low >= high:
+        raise refusal(f"--over {text}", f"the range is empty: {low:g} is not less than {high:g}.")
+    return Dimension(key, low, high, log=low > 0 and high >= 10 * low)
+
+
+def usual_dimensions(recipe: BaseRecipe) -> list[Dimension]:
+    """Learning rate and rank, around the recipe's own: what is searched if nothing else is said."""
+    rate = recipe.training.learning_rate
+    dimensions = [Dimension("training.learning_rate", rate / 10, rate * 10, log=True)]
+    if recipe.adapter_fields.get("plan") or recipe.adapter_fields.get("rank_pattern"):
+        return dimensions  # the ranks are given, layer by layer
+    key = "target_r" if recipe.method == "adalora" else "r"
+    most = recipe.adapter_fields.get("init_r", math.inf)
+    own = recipe.adapter_fields.get(key, AdaLoraConfig().target_r)
+    ranks = sorted({rank for rank in (1, 2, 4, 8, own) if rank <= most})
+    if len(ranks) > 1:
+        dimensions.append(Dimension(f"adapter.{key}", choices=tuple(ranks)))
+    return dimensions
+
+
+def check_dimensions(path: Path, overrides: Sequence[str], dimensions: Sequence[Dimension]) -> None:
+    """Refuse keys and values that the recipe can't have.
+
+    Raises:
+        RecipeError: naming what was asked for.
+    """
+    twice = [each.key for each in dimensions]
+    for key in dict.fromkeys(twice):
+        if twice.count(key) > 1:
+            raise refusal(f"--over {key}", "is given twice. Take one out.")
+    for each in dimensions:
+        for value in each.ends:
+            try:
+                load_recipe(path, [*overrides, override(each.key, value)])
+            except RecipeError as error:
+                problems = "; ".join(problem.message for problem in error.problems)
+                raise refusal(f"--over {each.key}", f"the value {value} can't be used: {problems}") from error
+
+
+def override(key: str, value: Value) -> str:
+    """``key=value`` for `load_recipe`.
+
+    Example:
+        >>> override("training.learning_rate", 1e-05), override("adapter.target_modules", '["query"]')
+        ('training.learning_rate=0.00001', 'adapter.target_modules=["query"]')
+    """
+    if isinstance(value, float):
+        text = f"{value:.17g}"
+        return f"{key}={value:.20f}".rstrip("0") if "e" in text else f"{key}={text}"
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+# --- beside ------------------------------------------------------------------------------------------------------
+
+
+def beside_overrides(recipe: BaseRecipe, values: Mapping[str, Value]) -> list[str]:
+    """The overrides that make of a recipe for AdaLoRA one for LoRA with as many parameters in the end.
+
+    The scale of the updates is the same, as is all else that both have.
+
+    Args:
+        recipe: for AdaLoRA.
+        values: what the trial varies; keys that LoRA does not have are left out.
+    """
+    fields = dict(recipe.adapter_fields)
+    target = values.get("adapter.target_r", fields.get("target_r", AdaLoraConfig().target_r))
+    rank = max(1, round(float(target)))
+    known = adapter_keys("lora")
+    changed = {key.partition(".")[2] for key in values if key.startswith("adapter.")}
+    drop = [key for key in fields if key not in known or key == "init_lora_weights"]
+    overrides = [f"~adapter.{key}" for key in drop if key != "plan"]
+    if any(value is not None for value in recipe.schedule.model_dump().values()):
+        overrides.append("~schedule")
+    overrides.append("adapter.method=lora")
+    if "plan" not in fields:
+        overrides.append(f"adapter.r={rank}")
+    if "lora_alpha" not in fields and "lora_alpha" not in changed:
+        overrides.append(f"adapter.lora_alpha={2 * rank}")
+    for key, value in values.items():
+        name = key.partition(".")[2]
+        if key.startswith("schedule.") or (key.startswith("adapter.") and name not in known):
+            continue
+        overrides.append(override(key, value))
+    return overrides
+
+
+def beside_dimensions(dimensions: Sequence[Dimension]) -> list[Dimension]:
+    """What is varied for LoRA: all but what it does not have. The rank stays, as it becomes LoRA's."""
+    known = {f"adapter.{key}" for key in adapter_keys("lora")} | {"adapter.target_r"}
+    return [
+        each
+        for each in dimensions
+        if not each.key.startswith("schedule.") and (not each.key.startswith("adapter.") or each.key in known)
+    ]

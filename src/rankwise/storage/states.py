@@ -1,0 +1,46 @@
+"""An adapter's tensors by the names of its file, without a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from rankwise.attach.attachment import plain_state
+from rankwise.run.controller import Controller
+from rankwise.storage.adapter_file import sort_tensors
+from rankwise.storage.embeddings import embedding_keys
+from rankwise.storage.names import PREFIX
+from rankwise.storage.read import check_factors
+from rankwise.storage.values import prepare_values
+from rankwise.storage.write import adapter_content, portable
+
+
+def file_tensors(
+    model: Any,
+    adapter: str,
+    controller: Controller | None,
+    state: Mapping[str, Any] | None,
+    save_embedding_layers: bool | str,
+) -> dict[str, Tensor]:
+    """The tensors that `write_adapter` would write; ``state``: the model's state dictionary, None for the present."""
+    state = plain_state(model.state_dict() if state is None else state)
+    _, tensors = adapter_content(model, adapter, model.peft_config[adapter], controller, state)
+    more = embedding_keys(model, adapter, save_embedding_layers)
+    return tensors | {PREFIX + name: portable(state[key]) for key, name in more.items()}
+
+
+def load_file_tensors(
+    model: Any, adapter: str, controller: Controller | None, tensors: Mapping[str, Tensor]
+) -> None:
+    """Give an attached adapter values as `file_tensors` gives them; a run goes on, with the ranks that it has.
+
+    Raises:
+        ValueError: they belong to another adapter, or one of other ranks; nothing has changed then.
+    """
+    state = plain_state(model.state_dict())
+    config, _ = adapter_content(model, adapter, model.peft_config[adapter], controller, state)
+    file = sort_tensors("The state dictionary", config, tensors)
+    check_factors(file)
+    prepare_values(model, adapter, file, controller, takes_choice=False)()

