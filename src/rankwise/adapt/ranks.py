@@ -330,7 +330,7 @@ class AdaptiveRanks:
             self._narrow()
 
     def _sync(self) -> None:
-        """Let PEFT's configuration say the scales of now, so that what is saved computes the same."""
+        """Write the current scales into PEFT's configuration, so that a saved adapter computes the same."""
         if self._peft_config is not None and not self.is_over:
             write_config(self._peft_config, self._peft_pairs(), ())
 

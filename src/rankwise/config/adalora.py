@@ -1,4 +1,4 @@
-"""What a run of AdaLoRA says beside: ranks at the start and in the end, the schedule, the form of the method."""
+"""AdaLoRA's own settings, on top of LoRA's: the first and the last rank, the schedule, the form of the method."""
 
 from __future__ import annotations
 
@@ -27,41 +27,44 @@ from rankwise.method.schedule import BudgetSchedule, check_length, phase_lengths
 
 @dataclass(kw_only=True)
 class AdaLoraConfig(LoraConfig):
-    """An AdaLoRA adapter: ranks start at ``init_r`` and end at ``target_r`` on average, where they help.
+    """An AdaLoRA adapter: every layer starts at rank ``init_r``, and the average rank ends at ``target_r``.
 
     Args:
         init_r: rank of every layer at the start, at least 1. None: with "principal" 8, or twice ``target_r``
-            from 4 up; else 12.
-        target_r: average rank in the end, greater than 0 and at most ``init_r``; below 1, such as 0.25, some layers
-            end without any. Equal ranks mean that nothing is pruned.
-        tinit: warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: 2 % of the run with
-            "principal", else 0.
-        tfinal: last phase, in which no rank changes, in steps or as a fraction. None: three fifths of the run with
-            "principal", else 0.
-        deltaT: steps between two allocations, at least 1. None: so many that there are twenty with "principal", else 1.
-        beta1: decay of the running sensitivity, in (0, 1); of no consequence with "principal", as the next.
-        beta2: decay of the running uncertainty, in (0, 1).
-        orth_reg_weight: weight of the orthogonality penalty, at least 0; None: 0 with "principal", else 0.5.
-        total_step: optimizer steps of the whole run. None: a trainer that knows it fills it in.
-        lora_alpha: with "principal", updates are scaled by ``lora_alpha / k``, where k is the average rank of
-            now; else by ``lora_alpha / init_r``, however many are pruned. None: twice ``target_r``
-            with "principal", else 8.
-        use_rslora: scale by ``lora_alpha / sqrt(k)`` instead; only with "principal".
-        init_lora_weights: "principal", or the method of the paper; see below.
-        rank_pattern: the result of a run: for each ``"<module path>.lora_E"`` a list of ``init_r`` booleans,
-            True for the ranks that stay. A stack of matrices has as many for each, one matrix after the other.
-        r: no field of AdaLoRA, taken with a warning for compatibility.
+            from ``target_r=4`` up; with the paper's form 12.
+        target_r: average rank at the end, greater than 0 and at most ``init_r``. Below 1, such as 0.25, some layers
+            end at rank 0. If it equals ``init_r``, no rank is cut.
+        tinit: length of the warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: 2 % of the
+            run with "principal", 0 with the paper's form.
+        tfinal: length of the last phase, in which no rank changes, in steps or as a fraction. None: three fifths of
+            the run with "principal", 0 with the paper's form.
+        deltaT: steps between two allocations, at least 1. None: with "principal" the number that gives twenty
+            allocations, with the paper's form 1.
+        beta1: decay of the running sensitivity, in (0, 1). Only the paper's form uses it.
+        beta2: decay of the running uncertainty, in (0, 1). Only the paper's form uses it.
+        orth_reg_weight: weight of the orthogonality penalty, at least 0. None: 0 with "principal", 0.5 with the
+            paper's form.
+        total_step: optimizer steps of the whole run. None: the trainer fills it in.
+        lora_alpha: with "principal", updates are scaled by ``lora_alpha / k``, where ``k`` is the current average
+            rank. With the paper's form they are scaled by ``lora_alpha / init_r`` throughout. None: twice
+            ``target_r`` with "principal", 8 with the paper's form.
+        use_rslora: scale by ``lora_alpha / sqrt(k)`` instead. Only for "principal".
+        init_lora_weights: "principal" or the paper's form; see below.
+        rank_pattern: the result of a run. It maps each ``"<module path>.lora_E"`` to a list of ``init_r`` booleans,
+            True for the ranks that stay. A stack of matrices has ``init_r`` booleans per matrix, in order.
+        r: not a field of AdaLoRA. It is accepted with a warning, for compatibility.
 
-    Two forms of the method share this class. ``init_lora_weights="principal"``, the default, starts and learns as LoRA
-    does, with A random and B = 0. Before each cut every layer's update is written in its principal directions, and
-    those go, over all layers, that are worth least for their parameters. The budget counts parameters: in the
-    end there are no more than LoRA of rank ``target_r`` has. LoRA's learning rates are right for it.
-    With ``True`` (PEFT's value) it is the method of the paper as PEFT has it, number for number: E = 0 at the start,
-    A and B normal, everything trains and is scored, and ranks are counted. It needs a much larger learning rate.
-    "gaussian" is the same as True, and False starts at random, for tests.
+    The class has two forms of the method. ``init_lora_weights="principal"`` is the default. It starts and learns as
+    LoRA does: A is random and B is 0, and LoRA's learning rates fit. Before each cut it writes every layer's update in
+    its principal directions. It then cuts, over all layers, the directions that are worth least for their parameters.
+    The budget counts parameters: at the end there are no more than LoRA of rank ``target_r`` has.
+
+    ``init_lora_weights=True`` (PEFT's value) is the paper's form, with the same numbers as PEFT: E starts at 0, A and
+    B start normal, all three train, every triplet is scored, and the budget counts ranks. It needs a much larger
+    learning rate. "gaussian" means the same as True. False starts from a random update, for tests.
 
     Raises:
-        TypeError, ValueError: as LoraConfig; also a schedule without a step for pruning.
+        TypeError, ValueError: as LoraConfig, and for a schedule that leaves no step for pruning.
 
     Example:
         >>> config = AdaLoraConfig(init_r=16, target_r=4, target_modules=["q_proj"])

@@ -1,8 +1,8 @@
-"""What every configuration says: which layers to adapt, with which scale; its checks and its JSON.
+"""LoRA's settings, which AdaLoRA shares: the layers to adapt and the scale, their checks, and their JSON.
 
-Field names, meanings and defaults are those of Hugging Face PEFT, so a script or an ``adapter_config.json``
-moves over as it is. What PEFT accepts and then ignores, or fails on in the middle of a run, is refused here,
-when the configuration is made or changed.
+Field names, meanings and defaults are those of Hugging Face PEFT. A script or an ``adapter_config.json`` moves over
+unchanged. PEFT accepts some values and then ignores them, or fails on them in the middle of a run. Such values are
+refused here, when the configuration is made or changed.
 """
 
 from __future__ import annotations
@@ -66,41 +66,43 @@ _Config = TypeVar("_Config", bound="LoraConfig")
 
 @dataclass(kw_only=True)
 class LoraConfig(CheckedKeywords):
-    """A plain LoRA adapter: ``W x + scale * B A x``, of one rank everywhere or as ``rank_pattern`` says.
+    """A plain LoRA adapter: a layer computes ``W x + scale * B A x``. ``rank_pattern`` may give layers other ranks.
 
-    A configuration is valid at all times: it is checked when it is made, when a file is read, and when a
-    field is set. To change several fields that only fit together, use ``dataclasses.replace``. Where a list
-    is asked for, a tuple or a set does as well.
+    A configuration is always valid: it is checked when it is made, when it is read from a file, and when a field is
+    set. Use ``dataclasses.replace`` to change several fields that depend on each other. A tuple or a set may stand
+    for a list.
 
     Args:
         r: rank, at least 1.
         target_modules: which layers to adapt: a list of names (the whole path, or its last parts), a regular
-            expression for whole paths, ``"all-linear"``, or None for the known defaults of an architecture. An empty
-            list adapts none, for ``target_parameters`` alone.
-        target_parameters: names of parameters to adapt that belong to no such layer, such as the experts of a mixture
-            of experts: a list of whole names, or their last parts (``"experts.down_proj"``). A parameter of three
-            dimensions is a stack of matrices, each with a rank of its own; not with ``lora_dropout``.
-        exclude_modules: names, or a regular expression, of layers to leave alone.
+            expression that matches whole paths, ``"all-linear"``, or None for the known defaults of an architecture.
+            An empty list adapts no layer; use it with ``target_parameters``.
+        target_parameters: names of parameters to adapt directly, such as the experts of a mixture of experts: a list
+            of whole names, or their last parts (``"experts.down_proj"``). A parameter of three dimensions is a stack
+            of matrices, and each matrix has its own rank. ``lora_dropout`` must be 0.
+        exclude_modules: layers to leave alone, by name or by regular expression.
         lora_alpha: the update is scaled by ``lora_alpha / r``; greater than 0.
-        lora_dropout: chance in [0, 1) to drop an element of the adapter's input in training.
+        lora_dropout: probability, in [0, 1), that training drops an element of the adapter's input.
         fan_in_fan_out: kept for compatibility; the kind of layer decides.
         bias: which biases train: "none", "all", or "lora_only" (those of adapted layers).
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
         modules_to_save: names of whole modules to train and save, such as a new classification head.
-        init_lora_weights: True (the update starts at 0), "gaussian" (also, A normal) or False (for tests).
+        init_lora_weights: True (the update starts at 0), "gaussian" (the same with a normal A) or False (a random
+            update, for tests).
         layers_to_transform: adapt only these layers, by index from 0. Needs a list in ``target_modules``.
         layers_pattern: the module list that ``layers_to_transform`` counts in, such as "layers" or "h".
-        rank_pattern: ranks, at least 1, of layers that differ, by regular expression for the end of a path.
+        rank_pattern: ranks of layers that differ from ``r``, at least 1. Each key is a regular expression that matches
+            the end of a path.
         alpha_pattern: the same for ``lora_alpha``.
-        task_type: one of ``TASK_TYPES``, or None. For classification and question answering the head trains.
-        inference_mode: the adapter is for inference, and not to be trained.
+        task_type: one of ``TASK_TYPES``, or None. The types of classification and question answering train the head.
+        inference_mode: True if the adapter is for inference only and does not train.
         base_model_name_or_path: where the base model came from.
         revision: the base model's revision.
-        extra: fields of a PEFT file that have no meaning here, kept to be written again.
+        extra: fields of a PEFT file that have no meaning here. They are written back unchanged.
 
     Raises:
-        TypeError: an unknown field, or a value of a wrong type.
-        ValueError: a value out of range, or two that contradict each other.
+        TypeError: a field is unknown, or a value has the wrong type.
+        ValueError: a value is out of range, or two values contradict each other.
 
     Example:
         >>> config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])

@@ -1,4 +1,4 @@
-"""Git LFS pointers: the texts of three lines that a clone without Git LFS holds in the place of large files."""
+"""Git LFS pointers: three lines of text that stand for a large file in a clone without Git LFS."""
 
 from __future__ import annotations
 

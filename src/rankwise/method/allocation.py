@@ -1,4 +1,4 @@
-"""The allocation: scores and a budget in, the triplets that stay out."""
+"""The allocation: from scores and a budget to the triplets that stay."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def allocate(
 ) -> Tensor:
     """Keep the ``budget`` triplets with the highest scores (Zhang et al., 2023, equation 6).
 
-    The budget is met exactly: equal scores are taken in the order given, and NaN counts as the lowest score. With
-    ``costs`` each is kept, best first, if with it all that are kept cost no more than the budget.
+    The budget is met exactly. Equal scores are taken in the order given, and NaN counts as the lowest score. With
+    ``costs``, triplets are taken best first, and any that would exceed the budget is skipped.
 
     Args:
         scores: one score per triplet over all layers, (triplets,), floating point.

@@ -203,7 +203,7 @@ class ZeroParts:
         return [masters.get(n, self.parameters[n].detach()) for n in numbers]
 
     def _own_pieces(self) -> Iterator[Piece]:
-        """This process's pieces of all that ZeRO steps, with the master in the place of a gradient."""
+        """This process's pieces of all that ZeRO steps, with the master copy as its gradient."""
         for number in self._trained():
             master, start = _master(self.parameters[number])
             if master is not None:
@@ -219,7 +219,7 @@ class ZeroParts:
         return bool(self.summed(torch.tensor(int(here), device=self.parameters[0].device)))
 
     def remembered(self, optimizer: torch.optim.Optimizer, name: str) -> Iterator[Piece]:
-        """This process's pieces of what ``optimizer`` remembers as ``name``, in the place of gradients."""
+        """This process's pieces of what ``optimizer`` remembers as ``name``, given as gradients."""
         for piece in self._own_pieces():
             for vector, state in optimizer.state.items():
                 offset = _place_in(vector, piece.master)

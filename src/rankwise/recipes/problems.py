@@ -160,7 +160,7 @@ def _take_out(key: str) -> str:
 
 
 def _plan_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
-    """A plan of ranks is a file, and no key beside it says what it says."""
+    """Refuse a plan of ranks that is not a file, and other keys that say what the plan says."""
     plan = fields.get("plan")
     if plan is None:
         return

@@ -1,6 +1,6 @@
 """Folders that earlier versions wrote of AdaLoRA in its default form.
 
-They are in PEFT's AdaLoRA format. E does not train there: it is a gate, 0 for ranks that are cut and a number that
+They are in PEFT's AdaLoRA format. E is frozen in them: 0 for ranks that are cut and a number that
 multiplies the scale for the others. Reading them makes plain LoRA of them, as this version writes it. The state of an
 unfinished run is changed in the same way.
 """

@@ -71,7 +71,7 @@ class _Names:
             return None
 
     def new(self, name: str) -> tuple[str, str | None]:
-        """The name of now; and of several that were put together, the pattern by which the old one is known."""
+        """The current name. For a parameter that joins several older ones, also the pattern of the older name."""
         found: tuple[str, str | None] = self._rename(
             name, self._renamings, self._converters, self._prefix, self._own
         )
@@ -85,7 +85,7 @@ class _Names:
 
 
 class _Taken:
-    """A file on its way to the names of now."""
+    """A file whose names are being changed to the current ones."""
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class _Taken:
 
 
 def _end(renamed: Mapping[str, str], key: str) -> str:
-    """A key of AdaLoRA's `rank_pattern`, which may begin with PEFT's prefix, under the name of now."""
+    """A key of AdaLoRA's `rank_pattern`, which may begin with PEFT's prefix, under its current name."""
     return next((new for old, new in renamed.items() if key == old or key.endswith(f".{old}")), key)
 
 

@@ -124,7 +124,7 @@ class FakeRun:
 
 
 class _GroupedProducts(TorchDispatchMode):
-    """Gives grouped products of fake tensors their shapes: PyTorch's own rule takes nothing but bfloat16."""
+    """Gives grouped products of fake tensors their shapes: PyTorch's own rule takes only bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

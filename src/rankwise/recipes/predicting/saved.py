@@ -37,7 +37,7 @@ _WITH_LABELS = ("text-classification", "token-classification", "image-classifica
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter's folder, and a recipe that reads new data in the place of training data.
+    """An adapter's folder, and a recipe that reads new data instead of training data.
 
     Args:
         folder: the adapter's.

@@ -62,7 +62,7 @@ def export_for_diffusers(
             told by the names of its layers.
 
     Raises:
-        ValueError: the adapter holds what diffusers takes not, or its layers don't tell the component.
+        ValueError: the adapter holds something that diffusers cannot load, or its layers don't tell the component.
         OSError: it can't be written; what was there before is whole.
     """
     refuse_whole_tensors(updates, "diffusers' `load_lora_weights`")

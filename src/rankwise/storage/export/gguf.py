@@ -44,8 +44,8 @@ def export_for_llama_cpp(
     Raises:
         FileNotFoundError: the base model is not there.
         ImportError: the package gguf is not installed.
-        ValueError: the adapter holds what llama.cpp takes not, or the base model is of an architecture whose
-            reordering is not known here.
+        ValueError: the adapter holds something that llama.cpp cannot load, or it is not known how the base model's
+            architecture is reordered.
         OSError: it can't be written; what was there before is whole.
     """
     if file.suffix.lower() != ".gguf":

@@ -43,7 +43,7 @@ def export_for_sglang(
         base: the base model's shape, where known: how many layers there are, and how wide q and v.
 
     Raises:
-        ValueError: the adapter holds what SGLang takes not, or lacks what can't be added without ``base``.
+        ValueError: the adapter holds something that SGLang cannot load, or lacks something that only ``base`` can add.
         OSError: it can't be written; what was there before is whole.
     """
     refuse_whole_tensors(updates, _SERVER)

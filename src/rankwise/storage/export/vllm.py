@@ -29,7 +29,7 @@ def export_for_vllm(folder: Path, updates: Updates, dtype: torch.dtype | None = 
     """Write a folder that vLLM loads.
 
     Raises:
-        ValueError: the adapter holds what vLLM takes not.
+        ValueError: the adapter holds something that vLLM cannot load.
         OSError: it can't be written; what was there before is whole.
     """
     refuse_whole_tensors(updates, "vLLM", _HEADS)
