@@ -6,7 +6,7 @@ that are tested elsewhere, with what they need:
 - gradient checkpointing with several processes, ``Expected to mark a variable ready only once``:
   `test_distributed.py`;
 - an AdaLoRA adapter that no server takes: `test_export_lora.py`;
-- parts of a configuration that select nothing, and new heads that stay frozen: `test_selectors.py`, `test_new_heads.py`;
+- parts of a configuration that select nothing: `test_selectors.py`; new heads that stay frozen: `test_new_heads.py`;
 - options that are misspelt or passed over, notebook cells that are run again: `test_options.py`;
 - ``adapter_names`` that is swallowed: `test_rows.py`; frozen adapters and early optimizers: `test_untrained.py`;
 - PEFT's own functions on a model that rankwise has adapted: `test_states.py`.

@@ -427,7 +427,7 @@ def test_the_command_leaves_with_2_and_writes_nothing_where_the_user_must_mend(t
 def test_an_embedding_that_the_files_share_is_refused_whatever_the_configuration_says(
     says: bool | None, tmp_path: Path
 ) -> None:
-    """Transformers 5.0 writes no `tie_word_embeddings` for GPT-2: what is not in the files is the embedding's weight."""
+    """Transformers 5.0 writes no `tie_word_embeddings` for GPT-2: what the files lack is the embedding's weight."""
     transformers = pytest.importorskip("transformers")
     settings = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path / "base")
