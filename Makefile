@@ -167,7 +167,7 @@ $(VENV)/.lowest: $(VENV)/.test pyproject.toml
 	$(PYTHON) -m venv $(VENV)/lowest
 	$(PIP) install --quiet uv
 	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' > $(VENV)/lowest-torch.txt
-	$(BIN)/uv pip compile --quiet --resolution lowest-direct --extra lowest pyproject.toml --output-file $(VENV)/lowest.txt \
+	$(BIN)/uv pip compile --quiet --upgrade --resolution lowest-direct --extra lowest pyproject.toml --output-file $(VENV)/lowest.txt \
 	  $(if $(LOWEST_TORCH),--override $(VENV)/lowest-torch.txt)
 ifdef LOWEST_TORCH
 	sed -i.all -E '/^(torch|nvidia|cuda|triton)/d' $(VENV)/lowest.txt
