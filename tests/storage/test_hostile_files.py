@@ -336,7 +336,7 @@ DAMAGE: dict[str, list[tuple[str, Callable[[Path], None], str]]] = {
         ("config with NaN", config(lora_alpha=float("nan")), "NaN"),
         ("config of another kind of adapter", config(peft_type="IA3"), "IA3"),
         ("config without a kind", config(peft_type=None), "peft_type"),
-        ("labelled LORA", config(peft_type="LORA", rank_pattern={}), "`beta1`=0.85 is not known"),
+        ("labelled LORA", config(peft_type="LORA", rank_pattern={}), "has lora_E tensors; LORA takes lora_A, lora_B"),
         ("r in words", config(init_r="four"), "whole number"),
         ("r a fraction", config(init_r=4.5), "whole number"),
         ("r negative", config(init_r=-4), "at least 1"),

@@ -302,7 +302,7 @@ def test_saved_again_or_by_another_process_an_adapter_has_the_same_bytes(tmp_pat
             [sys.executable, "-W", "ignore", "-c", SAVES, str(folder)], check=True, env=environment
         )
         written.append({name: hashlib.sha256(each).hexdigest() for name, each in content(folder).items()})
-    assert len(written[0]) == 8 and all(each == written[0] for each in written)
+    assert len(written[0]) == 9 and all(each == written[0] for each in written)
     model = adapted("principal")
     train_a_step(model)
     contents = []

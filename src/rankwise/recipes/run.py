@@ -197,7 +197,7 @@ def _train(
         if checkpoint is None:
             set_seed(recipe.training.seed)  # what was measured before changes nothing of the training
         loss_before = (before or {}).get("loss")
-        good.most = highest_sound_loss(loss_before)
+        good.most, keep.loss_before = highest_sound_loss(loss_before), loss_before
         started = _started(output, before, samples)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -75,6 +75,10 @@ def write_adapter(
         OSError: it can't be written; what was there before is untouched.
         ValueError: a tensor holds NaN or infinite values. Nothing is written then.
     """
+    factors = {f"{path}.{key}": f"{path}.{key}.{adapter}" for path, layer in adapter_layers(model, adapter).items()
+               for key in layer.adapter_parameters(adapter)}  # fmt: skip
+    # Before the factors are turned into LoRA's, which fails on such values with less to say.
+    refuse_broken(folder, model, adapter, {name: state[key] for name, key in factors.items() if key in state})
     saved_config, tensors = adapter_content(model, adapter, config, controller, state)
     tensors |= {PREFIX + name: portable(state[key]) for key, name in (more or {}).items()}
 
