@@ -61,14 +61,14 @@ test-peft: $(VENV)/.test ## run PEFT's own tests of LoRA and AdaLoRA with rankwi
 test-lowest: $(VENV)/.lowest ## run the core's and the trainers' tests at the lowest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest $(PYTEST_ARGS) $(LOWEST_TESTS)
 
-# Tests of one framework alone: make test-frameworks FRAMEWORKS=ms-swift
+# Those of one framework alone: make test-frameworks FRAMEWORKS=ms-swift
 FRAMEWORKS ?= axolotl llama-factory ms-swift diffusers
 ENVIRONMENTS := $(VENV)/frameworks
 
 test-frameworks: $(FRAMEWORKS:%=$(ENVIRONMENTS)/%/.made) ## train in axolotl, LLaMA-Factory, ms-swift and diffusers, each installed apart
-	FRAMEWORKS_VENV=$(abspath $(ENVIRONMENTS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) \
+	FRAMEWORKS="$(FRAMEWORKS)" FRAMEWORKS_VENV=$(abspath $(ENVIRONMENTS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) \
 	  tests/frameworks/test_frameworks.py -m slow
-	[ ! -e $(ENVIRONMENTS)/diffusers/.made ] || PYTHONPATH=src OMP_NUM_THREADS=1 $(ENVIRONMENTS)/diffusers/bin/python \
+	[ -z "$(filter diffusers,$(FRAMEWORKS))" ] || PYTHONPATH=src OMP_NUM_THREADS=1 $(ENVIRONMENTS)/diffusers/bin/python \
 	  -m pytest $(PYTEST_ARGS) tests/frameworks/test_diffusers.py tests/test_docs.py -k "test_diffusers or diffusers.md"
 
 lint: $(VENV)/.test ## check style and formatting
