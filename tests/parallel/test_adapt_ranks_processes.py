@@ -102,6 +102,7 @@ def test_under_fsdp_a_resumed_run_is_bit_for_bit_the_undisturbed_one(once: Any, 
 # Transformers' Trainer with the callback.
 
 
+@pytest.mark.slow
 def test_trainer_under_ddp_narrows_in_the_end_saves_and_resumes(once: Any) -> None:  # noqa: F811
     outcome: Outcome = once("adapt_ranks_trainer.py")
     whole, resumed, alone = (outcome[name] for name in ("whole", "resumed", "alone"))

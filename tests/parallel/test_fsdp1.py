@@ -12,6 +12,7 @@ from one_run import launch
 from tiny import llama, token_batches
 
 
+@pytest.mark.slow
 def test_plain_lora_trains_and_all_else_is_refused(tmp_path: Path) -> None:
     launch("fsdp1.py", tmp_path)
     first, second = (json.loads((tmp_path / f"process-{number}.json").read_text()) for number in (0, 1))
