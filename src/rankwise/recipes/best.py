@@ -23,7 +23,6 @@ from rankwise.files.atomic import write_file
 from rankwise.integrations.common import own_model
 from rankwise.method.schedule import Phase
 from rankwise.parallel.sharded import shared_out
-from rankwise.recipes.divergence import has_diverged
 from rankwise.recipes.recipe import BaseRecipe
 from rankwise.recipes.tasks import Metric
 from rankwise.recipes.training import is_main_process
@@ -86,7 +85,8 @@ class KeepBest(TrainerCallback):
         self._say = say
         self._wanted = training.load_best_model_at_end and training.evaluates != "no"
         self.best: Best | None = None
-        self.loss_before: float | None = None  # the held-out loss before training, once it is known
+        # Whether a held-out loss and a log are those of a run that has diverged.
+        self.diverged: Callable[[float | None, Any], bool] = lambda loss, log: False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Take up what a run that is resumed has kept."""
@@ -104,7 +104,7 @@ class KeepBest(TrainerCallback):
         value = (metrics or {}).get(f"eval_{self.metric}")
         if not self._wanted or state.global_step == 0 or value is None or not ranks_are_final(adapted):
             return control
-        if has_diverged(self.loss_before, metrics.get("eval_loss"), state.log_history):
+        if self.diverged(metrics.get("eval_loss"), state.log_history):
             return control
         if math.isfinite(value) and (self.best is None or self._better(value, self.best.value)):
             found = {key: float(metrics[f"eval_{key}"]) for key in self._keys if f"eval_{key}" in metrics}

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,7 +198,7 @@ def _train(
         if checkpoint is None:
             set_seed(recipe.training.seed)  # what was measured before changes nothing of the training
         loss_before = (before or {}).get("loss")
-        good.most, keep.loss_before = highest_sound_loss(loss_before), loss_before
+        good.most, keep.diverged = highest_sound_loss(loss_before), partial(has_diverged, loss_before)
         started = _started(output, before, samples)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
