@@ -56,3 +56,23 @@ def small_disk(tmp_path: Path) -> Iterator[list[str]]:
             yield command
             return
     pytest.skip(f"A small disk can't be mounted here: {result.stderr.strip()}")
+
+
+# What tests of recipes and of the command line train; a file may have a `world` of its own.
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny classifier of texts."""
+    from recipe_world import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """A folder with a table of labelled texts; runs write beside it."""
+    from recipe_world import write_table
+
+    write_table(tmp_path / "reviews.csv")
+    return tmp_path

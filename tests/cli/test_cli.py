@@ -14,20 +14,9 @@ from typer.testing import CliRunner
 
 import rankwise
 from rankwise.cli import app
-from recipe_world import save_tiny_model, write_recipe, write_table
+from recipe_world import write_recipe
 
 SOURCE = Path(rankwise.__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
-    write_table(tmp_path / "reviews.csv")
-    return tmp_path
 
 
 def call(*words: object) -> tuple[int, str, str]:

@@ -19,14 +19,9 @@ from transformers import TrainerCallback
 from rankwise.recipes import RecipeError, Result, evaluate, load_recipe, train
 from rankwise.recipes.best import best_folders, ranks_are_final
 from rankwise.report import inspect_adapter, render_terminal
-from recipe_world import save_tiny_model, write_recipe, write_table
+from recipe_world import write_recipe, write_table
 
 STEPS, EVERY = 40, 4  # the last phase begins after step 20
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture

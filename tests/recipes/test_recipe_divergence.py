@@ -19,18 +19,7 @@ import rankwise as rw
 from rankwise.cli import app
 from rankwise.recipes import DivergedError, load_recipe, train
 from rankwise.recipes.divergence import has_diverged, highest_sound_loss, last_sound_step
-from recipe_world import save_tiny_model, write_recipe, write_table
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
-    write_table(tmp_path / "reviews.csv")
-    return tmp_path
+from recipe_world import write_recipe
 
 
 def command(world: Path, model: Path, *overrides: str) -> Any:

@@ -21,17 +21,6 @@ from rankwise.recipes.recipe import TrainingSection
 from recipe_world import save_tiny_model, write_recipe, write_table
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
-
-
-@pytest.fixture
-def world(tmp_path: Path, tiny_model: Path) -> Path:
-    write_table(tmp_path / "reviews.csv")
-    return tmp_path
-
-
 def run(
     world: Path, model: Path, *overrides: str, resume: bool = False, overwrite: bool = False, **changes: Any
 ):

@@ -15,18 +15,7 @@ from transformers import TrainingArguments
 from rankwise.recipes import RecipeError, load_recipe, plan, train
 from rankwise.recipes.recipe import TrainingSection
 from rankwise.recipes.training import NOT_TAKEN, argument_types, training_arguments
-from recipe_world import save_tiny_model, write_recipe, write_table
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
-    write_table(tmp_path / "reviews.csv")
-    return tmp_path
+from recipe_world import write_recipe
 
 
 def arguments(world: Path, model: Path, *overrides: str) -> Any:

@@ -23,16 +23,11 @@ from rankwise.recipes.sweep import Outcome, parse_dimension, sweep
 from rankwise.recipes.sweep.outcome import Point
 from rankwise.recipes.sweep.space import beside_overrides, override, usual_dimensions
 from rankwise.recipes.sweep.study import open_storage
-from recipe_world import save_tiny_model, write_recipe, write_table
+from recipe_world import write_recipe, write_table
 
 optuna = pytest.importorskip("optuna")
 RATE = "training.learning_rate=1e-3..1e-1"
 RANK = "adapter.target_r=1,2,4"
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture
