@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from reporting import FOLDER, fingerprint, mean, run
+from reporting import FOLDER, of_ranks, run
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,23 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rankwise as rw
 from lora_run import SCHEDULE, TARGET, adapting, with_lora
-from one_run import STEPS, batches, optimizer_for, train
+from one_run import STEPS, batches, optimizer_for, train, train_accumulating
 
 dist.init_process_group("gloo")
 RANK = dist.get_rank()
 MESH = init_device_mesh("cpu", (2,))
-
-
-def of_ranks(model: Any, ranks: rw.AdaptiveRanks, losses: list[float]) -> dict[str, Any]:
-    """What a run is compared by."""
-    factors = [p for name, p in model.named_parameters() if "lora_" in name]
-    return {
-        "losses": mean(losses),
-        "history": [list(record.ranks) for record in ranks.rank_history.records],
-        "ranks": [layer.rank for layer in ranks.rank_summary().layers],
-        "bits": fingerprint(factors),
-        "over": ranks.is_over,
-    }
 
 
 # DistributedDataParallel.
@@ -64,18 +51,7 @@ def ddp(reentrant: bool | None = None, finish: str = "", **options: Any) -> dict
 def accumulating() -> dict[str, Any]:
     model, ranks = adapting()
     wrapped = DistributedDataParallel(model)
-    optimizer, losses = optimizer_for(model), []
-    for batch in batches(RANK, 2):
-        total = 0.0
-        for half in (0, 1):
-            part = {key: value[2 * half : 2 * half + 2] for key, value in batch.items()}
-            with wrapped.no_sync() if half == 0 else nullcontext():
-                loss = wrapped(**part).loss / 2
-                loss.backward()
-            total += loss.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
+    losses = train_accumulating(wrapped, optimizer_for(model), batches(RANK, 2))
     return of_ranks(model, ranks, losses)
 
 

@@ -10,54 +10,16 @@ import deepspeed
 import deepspeed_on_cpu
 import torch
 import torch.distributed as dist
-from reporting import FOLDER, fingerprint, mean, run
+from deepspeed_on_cpu import engine_of, train, train_in_halves
+from reporting import FOLDER, of_ranks, run
 
 from lora_run import adapting
-from one_run import batches, optimizer_for
+from one_run import batches
 from rankwise.parallel.zero import whole
 
 deepspeed_on_cpu.prepare()
 deepspeed.init_distributed("gloo")
 RANK = dist.get_rank()
-SHARED_OUT = 500  # elements: the base's matrices are shared out in stage 3, and the adapter's are not
-
-
-def engine_of(model: Any, stage: int, zero: Any = None, **fields: Any) -> Any:
-    config = {
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": stage,
-            "stage3_param_persistence_threshold": SHARED_OUT,
-            **(zero or {}),
-        },
-        **fields,
-    }
-    return deepspeed.initialize(model=model, optimizer=optimizer_for(model), config=config)[0]
-
-
-def train(engine: Any, data: Any) -> list[float]:
-    losses = []
-    for batch in data:
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
-def of_ranks(model: Any, ranks: Any, losses: list[float]) -> dict[str, Any]:
-    factors = [p for name, p in model.named_parameters() if "lora_" in name]
-    with whole(factors):
-        bits = fingerprint(factors)
-    return {
-        "losses": mean(losses),
-        "history": [list(record.ranks) for record in ranks.rank_history.records],
-        "ranks": [layer.rank for layer in ranks.rank_summary().layers],
-        "bits": bits,
-    }
 
 
 def whole_run(stage: int, save: bool = False, **options: Any) -> dict[str, Any]:
@@ -79,13 +41,8 @@ def whole_run(stage: int, save: bool = False, **options: Any) -> dict[str, Any]:
 def accumulated(stage: int) -> dict[str, Any]:
     model, ranks = adapting()
     engine = engine_of(model, stage, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2)
-    halves = [
-        {key: value[2 * half : 2 * half + 2] for key, value in batch.items()}
-        for batch in batches(RANK, 2)
-        for half in (0, 1)
-    ]
-    losses = train(engine, halves)
-    result = of_ranks(model, ranks, [sum(losses[i : i + 2]) / 2 for i in range(0, len(losses), 2)])
+    losses = train_in_halves(engine, batches(RANK, 2))
+    result = of_ranks(model, ranks, losses)
     engine.destroy()
     return result
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from contextlib import nullcontext
 from typing import Any
 
 import experts
@@ -16,7 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import rankwise as rw
-from one_run import adapted, batches, optimizer_for, train, train_with_half_the_layers
+from one_run import adapted, batches, optimizer_for, train, train_accumulating, train_with_half_the_layers
 from tiny import bert
 
 dist.init_process_group("gloo")
@@ -57,19 +56,7 @@ def plain(**options: Any) -> dict[str, Any]:
 def accumulating(reentrant: bool, find_unused: bool) -> dict[str, Any]:
     model = checkpointed(reentrant, prepare=False)
     wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
-    optimizer = optimizer_for(model)
-    losses = []
-    for batch in batches(RANK, 2):
-        total = 0.0
-        for half in (0, 1):
-            part = {key: value[2 * half : 2 * half + 2] for key, value in batch.items()}
-            with wrapped.no_sync() if half == 0 else nullcontext():
-                loss = wrapped(**part).loss / 2
-                loss.backward()
-            total += loss.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
+    losses = train_accumulating(wrapped, optimizer_for(model), batches(RANK, 2))
     return of_run(model, losses)
 
 

@@ -50,6 +50,20 @@ def of_run(model: Any, losses: list[float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def of_ranks(model: Any, ranks: Any, losses: list[float]) -> dict[str, Any]:
+    """What a run of `rankwise.adapt_ranks` on PEFT's layers is compared by."""
+    factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    with whole(factors):
+        bits = fingerprint(factors)
+    return {
+        "losses": mean(losses),
+        "history": [list(record.ranks) for record in ranks.rank_history.records],
+        "ranks": [layer.rank for layer in ranks.rank_summary().layers],
+        "bits": bits,
+        "over": ranks.is_over,
+    }
+
+
 def run(cases: dict[str, Callable[[], dict[str, Any]]]) -> None:
     """Run all cases in this process and write what they return."""
     results: dict[str, Any] = {}

@@ -10,43 +10,16 @@ import deepspeed
 import deepspeed_on_cpu
 import torch
 import torch.distributed as dist
+from deepspeed_on_cpu import engine_of, train, train_in_halves
 from reporting import FOLDER, of_run, run
 
 import rankwise as rw
-from one_run import adapted, batches, optimizer_for
+from one_run import adapted, batches
 from tiny import llama
 
 deepspeed_on_cpu.prepare()
 deepspeed.init_distributed("gloo")
 RANK = dist.get_rank()
-SHARED_OUT = 500  # elements: the base's matrices are shared out in stage 3, and the adapter's are not
-
-
-def engine_of(model: Any, stage: int, optimizer: Any = None, zero: Any = None, **fields: Any) -> Any:
-    config = {
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 if nothing is said
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": stage,
-            "stage3_param_persistence_threshold": SHARED_OUT,
-            **(zero or {}),
-        },
-        **fields,
-    }
-    optimizer = optimizer or optimizer_for(model)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-def train(engine: Any, data: Any) -> list[float]:
-    losses = []
-    for batch in data:
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
 
 
 def whole_run(stage: int, save: bool = False, adapter: Any = None, **options: Any) -> dict[str, Any]:
@@ -76,13 +49,8 @@ def several_vectors(stage: int) -> dict[str, Any]:
 def accumulated(stage: int) -> dict[str, Any]:
     model = adapted()
     engine = engine_of(model, stage, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2)
-    halves = [
-        {key: value[2 * half : 2 * half + 2] for key, value in batch.items()}
-        for batch in batches(RANK, 2)
-        for half in (0, 1)
-    ]
-    losses = train(engine, halves)
-    result = of_run(model, [sum(losses[i : i + 2]) / 2 for i in range(0, len(losses), 2)])
+    losses = train_in_halves(engine, batches(RANK, 2))
+    result = of_run(model, losses)
     engine.destroy()
     return result
 
