@@ -77,6 +77,24 @@ def test_a_vocabulary_that_was_resized_is_resized_again(tmp_path: Path) -> None:
     assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
 
 
+def test_a_base_that_says_nothing_of_embeddings_loads(tmp_path: Path) -> None:
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    convolutions = dict(conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4)
+    config = transformers.Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embedding_groups=2)
+    transformers.Wav2Vec2Model(config).save_pretrained(tmp_path / "base")
+    base = transformers.Wav2Vec2Model.from_pretrained(tmp_path / "base")
+    with pytest.raises(NotImplementedError):
+        base.get_input_embeddings()
+    config = rw.LoraConfig(
+        r=2, task_type="FEATURE_EXTRACTION", target_modules=["q_proj"], init_lora_weights=False
+    )
+    model = rw.get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = rw.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    sound = torch.randn(1, 400)
+    assert torch.equal(loaded(sound)[0], model(sound)[0])
+
+
 def test_what_names_no_base_or_no_class_is_refused_with_what_to_call(tmp_path: Path) -> None:
     model = rw.get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(4, 4)), rw.LoraConfig(r=2, target_modules=["0"])

@@ -97,8 +97,7 @@ def _idle_exclusions(
             yield (
                 f"{what}which matches {some(matched, 2)}, but not the layers in it (such as {inside[0]!r}), which are "
                 f"adapted: only a layer's own path is compared, as in PEFT. Write an expression for whole paths, such "
-                "as "
-                f"{_expression_for(part)!r}."
+                f"as {_expression_for(part)!r}."
             )
 
 

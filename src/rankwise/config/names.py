@@ -207,9 +207,8 @@ def tell_of_unknown(extra: Mapping[str, Any], source: str) -> None:
         said = ", ".join(f"`{name}`={short(value)}" for name, value in unknown.items())
         warnings.warn(
             f"{source}: rankwise does not know {said}, and passes over it, as PEFT does. Newer versions of PEFT "
-            "may write "
-            "such fields. If one of them changes what the adapter computes, the model differs from the one that was "
-            "trained: compare their outputs.",
+            "may write such fields. If one of them changes what the adapter computes, the model differs from the one "
+            "that was trained: compare their outputs.",
             UserWarning,
             stacklevel=3,
         )

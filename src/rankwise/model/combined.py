@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from rankwise.attach.attachment import (
     check_adapter_name,
     saved_modules,
 )
-from rankwise.config import AdaLoraConfig, LoraConfig
+from rankwise.config import LoraConfig
 from rankwise.config.checks import check_number, check_one_of, check_whole
 from rankwise.model.named import NamesAdapters
 from rankwise.parallel.sharded import shared_out
@@ -114,7 +113,6 @@ class CombinesAdapters(NamesAdapters):
             if self.peft_config[name].bias != "none":
                 raise ValueError(
                     f"{name!r} has trained the base model's biases (bias={self.peft_config[name].bias!r}), which can't "
-                    ""
                     "be combined."
                 )
         if shared_out(self):
@@ -126,8 +124,7 @@ def _check_options(combination_type: str, options: dict[str, Any]) -> None:
     if combination_type in _OF_PEFT:
         raise ValueError(
             f"`combination_type`={combination_type!r} is not offered: use one of {', '.join(_COMBINATIONS)}, or "
-            "combine "
-            "the saved adapters with PEFT, which has it."
+            "combine the saved adapters with PEFT, which has it."
         )
     check_one_of("combination_type", combination_type, _COMBINATIONS)
     for name, value in options.items():
@@ -162,7 +159,7 @@ def _rank(layers: dict[str, AdapterLayer], names: list[str], kind: str, svd_rank
         raise ValueError(
             f"`combination_type`='linear' needs adapters of one rank, but theirs are {ranks}: use 'svd' or 'cat'."
         )
-    return max(*ranks.values(), 1) if len(ranks) > 1 else max(next(iter(ranks.values())), 1)
+    return max(*ranks.values(), 1)
 
 
 @torch.no_grad()
@@ -211,24 +208,11 @@ def _padded(rows: Tensor, rank: int) -> Tensor:
 
 def _plain_lora(config: LoraConfig, rank: int, layers: list[str], saved: list[str]) -> LoraConfig:
     """A LoRA configuration with scale 1 for these layers."""
-    changes: dict[str, Any] = dict(
+    kept = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", "lora_dropout")
+    return LoraConfig(
+        **{name: getattr(config, name) for name in kept},
         r=rank,
         lora_alpha=rank,
-        use_rslora=False,
-        rank_pattern={},
-        alpha_pattern={},
-        bias="none",
         target_modules=layers,
-        exclude_modules=None,
-        target_parameters=None,
-        layers_to_transform=None,
-        layers_pattern=None,
         modules_to_save=saved or None,
-        init_lora_weights=True,
-        inference_mode=False,
-        extra={},
     )
-    if not isinstance(config, AdaLoraConfig):
-        return replace(config, **changes)
-    kept = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", "lora_dropout")
-    return LoraConfig(**{name: getattr(config, name) for name in kept}, **changes)

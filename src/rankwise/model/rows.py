@@ -90,16 +90,14 @@ def _check(model: HoldsAdapters, names: Sequence[str]) -> None:
         if name != BASE and model.peft_config[name].bias != "none":
             raise ValueError(
                 f"Adapter {name!r} has trained the base model's biases (bias={model.peft_config[name].bias!r}), which "
-                "all "
-                "rows share, so it can't act on some rows alone."
+                "all rows share, so it can't act on some rows alone."
             )
     for path, layer in adapter_layers(model).items():
         routed = any("expert" in part for part in path.lower().split("."))  # it gets tokens of any rows
         if len(set(names)) > 1 and (routed or isinstance(layer, ParameterSlot)):
             raise ValueError(
                 f"{path!r} computes tokens of all rows together, so `adapter_names` can't tell rows apart. Run the "
-                "model "
-                "once for each adapter, with `set_adapter`."
+                "model once for each adapter, with `set_adapter`."
             )
 
 
@@ -143,8 +141,7 @@ def _copies_by_row(
         if not isinstance(x, Tensor) or len(args) + len(kwargs) != 1:
             raise ValueError(
                 f"{path!r} trains whole and takes more than one tensor, so `adapter_names` can't tell rows apart in "
-                "it. "
-                "Run the model once for each adapter, with `set_adapter`."
+                "it. Run the model once for each adapter, with `set_adapter`."
             )
         made: list[tuple[Tensor, Any]] = []
         for name, places in _places(path, x, names, repeats).items():
@@ -174,7 +171,6 @@ def _places(path: str, x: Tensor, names: Sequence[str], repeats: Sequence[int]) 
         return {names[0]: torch.arange(len(x), device=x.device)}
     raise ValueError(
         f"{path!r} gets {tuple(x.shape)}, which is not one row for each of the {len(names)} `adapter_names`: "
-        "give as many "
-        "names as rows. If the model itself mixes rows before this layer, run it once for each adapter, with "
-        "`set_adapter`."
+        "give as many names as rows. If the model itself mixes rows before this layer, run it once for each adapter, "
+        "with `set_adapter`."
     )

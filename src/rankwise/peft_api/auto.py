@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from rankwise.attach.embeddings import input_embeddings
 from rankwise.config import LoraConfig
 from rankwise.config.hub_options import HUB_OPTIONS
 from rankwise.files.atomic import read_folder
@@ -115,17 +116,16 @@ def _class_in_transformers(module: str, name: str) -> Any:
     if module.split(".")[0] != "transformers":
         raise ValueError(
             f"The adapter's configuration names {module}.{name} as the base model's class, which is not in "
-            "Transformers. "
-            "Load the base model yourself, and call `PeftModel.from_pretrained(base, folder)`."
+            "Transformers. Load the base model yourself, and call `PeftModel.from_pretrained(base, folder)`."
         )
     return getattr(importlib.import_module(module), name)
 
 
 def _rows_of_embeddings(folder: Any, base: Any) -> int | None:
     """How many entries the input embeddings in an adapter's file have, if it holds them and they are others here."""
-    if not (folder / WEIGHTS_NAME).is_file() or not callable(getattr(base, "get_input_embeddings", None)):
+    if not (folder / WEIGHTS_NAME).is_file():
         return None
-    embeddings = base.get_input_embeddings()
+    embeddings = next(input_embeddings(base), None)
     paths = [path for path, module in base.named_modules() if module is embeddings]
     if not isinstance(embeddings, nn.Embedding) or not paths:
         return None

@@ -130,16 +130,15 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     """
     own = _adapted(model)
     own._refuse_merged()
-    names = [name for name in _base_names(own) if name in own.state_dict()]
+    held = own.state_dict()
+    names = dict.fromkeys(name for name in _base_names(own) if name in held)
     missing = [name for name in names if name not in state_dict]
-    unexpected = [name for name in state_dict if name not in set(names)]
+    unexpected = [name for name in state_dict if name not in names]
     if strict and (missing or unexpected):
         raise RuntimeError(
             f"The base model's state dictionary has missing keys {missing} and unexpected keys {unexpected}."
         )
-    own.load_state_dict(
-        {name: value for name, value in state_dict.items() if name in set(names)}, strict=False
-    )
+    own.load_state_dict({name: value for name, value in state_dict.items() if name in names}, strict=False)
     return _IncompatibleKeys(missing, unexpected)
 
 

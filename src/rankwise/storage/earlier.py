@@ -17,7 +17,7 @@ from rankwise.config import AdaLoraConfig
 from rankwise.method.scale import adalora_scale
 from rankwise.run.state import RunState
 from rankwise.storage.adapter_file import AdapterFile, kept_by_pattern, matrices_of, names_of_blocks
-from rankwise.storage.lora_layout import Update, in_file_order, lora_config, stack_of
+from rankwise.storage.lora_layout import Update, in_file_order, lora_config, stack_of, with_a_rank
 from rankwise.storage.names import EXTRA_STATE
 from rankwise.storage.nesting import nested_paths
 
@@ -35,11 +35,7 @@ def as_plain_lora(file: AdapterFile) -> AdapterFile:
         training, scales = _without_E(training, run_config)
     config: AdaLoraConfig = file.config  # type: ignore[assignment]
     layers = {path: _matrices(file, path, config) for path in file.factors}
-    ranks = {path: max(each.rank for each in own) for path, own in layers.items()}
-    acting = {path: own for path, own in layers.items() if ranks[path]}
-    if not acting:  # a LoRA folder holds at least one rank: it is 0
-        path = next(iter(layers))
-        acting[path] = [_zeros(each) for each in layers[path]]
+    acting = with_a_rank(layers)
     stacks = in_file_order(config, (path for path in acting if matrices_of(file, path) is not None))
     whole = {path: stack_of(own) if path in stacks else own[0] for path, own in acting.items()}
     sizes = {path: (each.rank // len(acting[path]), each.scale) for path, each in whole.items()}
@@ -74,10 +70,6 @@ def _folded(B: Tensor, E: Tensor, config: AdaLoraConfig) -> tuple[Tensor, float]
     largest = float(gates.abs().max()) if len(gates) else 0.0
     scale = adalora_scale(config.lora_alpha, config.init_r) * (largest or 1.0)
     return B * (gates / (largest or 1.0)).to(B.dtype), scale
-
-
-def _zeros(update: Update) -> Update:
-    return replace(update, A=update.A.new_zeros(1, update.A.shape[1]), B=update.B.new_zeros(len(update.B), 1))
 
 
 # The state of a run.

@@ -198,6 +198,22 @@ def _pattern(values: Mapping[str, float], paths: Iterable[str]) -> dict[str, flo
     return {f"^{re.escape(path)}$": value for path, value in values.items()}
 
 
+def with_a_rank(layers: Mapping[str, list[Update]]) -> dict[str, list[Update]]:
+    """The layers that have ranks; if none has, the first with a rank of 0, as a LoRA folder holds at least one.
+
+    Args:
+        layers: the updates of each layer's matrices, by its path.
+    """
+    acting = {path: matrices for path, matrices in layers.items() if any(each.rank for each in matrices)}
+    if not acting:
+        path, matrices = next(iter(layers.items()))
+        acting[path] = [
+            replace(each, A=each.A.new_zeros(1, each.A.shape[1]), B=each.B.new_zeros(len(each.B), 1))
+            for each in matrices
+        ]
+    return acting
+
+
 def named_tensors(path: str, update: Update, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """A layer's factors under PEFT's names and in PEFT's shapes.
 

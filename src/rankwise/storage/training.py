@@ -32,14 +32,19 @@ from rankwise.storage.names import (
 from rankwise.storage.read import check_factors
 
 
+def factor_keys(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Keys of the model's `plain_state` that are the adapter's factors, and their names in a file of training."""
+    return {f"{path}.{key}.{adapter}": f"{path}.{key}" for path, layer in adapter_layers(model, adapter).items()
+            for key in layer.adapter_parameters(adapter)}  # fmt: skip
+
+
 def training_keys(model: nn.Module, adapter: str) -> dict[str, str]:
     """Keys of the model's `plain_state` that belong to the adapter's training, and their names in a file.
 
     All that trains, whether it is the adapter's own or not, and what else changes in training. In the file the
     adapter's own keys are without its name, so that a run can go on under another one.
     """
-    own = {f"{path}.{key}.{adapter}": f"{path}.{key}" for path, layer in adapter_layers(model, adapter).items()
-           for key in layer.adapter_parameters(adapter)}  # fmt: skip
+    own = factor_keys(model, adapter)
     heads = tuple(f"{path}.modules_to_save.{adapter}." for path in saved_modules(model))
     others = {*BUFFERS, EXTRA_STATE, *_trained_beside(model)}
     names = {}

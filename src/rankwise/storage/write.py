@@ -30,7 +30,7 @@ from rankwise.run.controller import Controller
 from rankwise.run.own import kept_ranks
 from rankwise.storage.adapter_file import AdapterFile, sort_tensors, without_E
 from rankwise.storage.finite import refuse_broken
-from rankwise.storage.lora_layout import Update, plain_lora
+from rankwise.storage.lora_layout import Update, plain_lora, with_a_rank
 from rankwise.storage.names import (
     HISTORY_NAME,
     NO_SCHEDULE,
@@ -43,7 +43,7 @@ from rankwise.storage.names import (
 )
 from rankwise.storage.nesting import nested_paths
 from rankwise.storage.run_config import write_run_config
-from rankwise.storage.training import training_keys
+from rankwise.storage.training import factor_keys, training_keys
 
 
 def write_adapter(
@@ -75,16 +75,16 @@ def write_adapter(
         OSError: it can't be written; what was there before is untouched.
         ValueError: a tensor holds NaN or infinite values. Nothing is written then.
     """
-    factors = {f"{path}.{key}": f"{path}.{key}.{adapter}" for path, layer in adapter_layers(model, adapter).items()
-               for key in layer.adapter_parameters(adapter)}  # fmt: skip
     # Before the factors are turned into LoRA's, which fails on such values with less to say.
-    refuse_broken(folder, model, adapter, {name: state[key] for name, key in factors.items() if key in state})
+    factors = {name: state[key] for key, name in factor_keys(model, adapter).items() if key in state}
+    refuse_broken(folder, model, adapter, factors)
     saved_config, tensors = adapter_content(model, adapter, config, controller, state)
     tensors |= {PREFIX + name: portable(state[key]) for key, name in (more or {}).items()}
 
     keys = training_keys(model, adapter) if training_state else {}
     own = {name: portable(state[key]) for key, name in keys.items()}
-    refuse_broken(folder, model, adapter, {**own, **tensors})
+    others = {name: each for name, each in own.items() if name not in factors}
+    refuse_broken(folder, model, adapter, {**others, **tensors})
 
     def write(temporary: Path) -> None:
         if as_pickle:
@@ -131,32 +131,15 @@ def _plain_lora(
     kept: Mapping[str, Tensor],
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the factors of an adapter that is written as plain LoRA, with the ``kept`` ranks."""
-    plain: dict[str, Update] = {}
-    stacks: dict[str, list[Update]] = {}
-    for path, layer in layers.items():
-        matrices = _kept_matrices(path, layer, adapter, state, kept.get(path))
-        if any(update.rank for update in matrices):
-            if isinstance(layer, ParameterSlot):
-                stacks[path] = matrices
-            else:
-                (plain[path],) = matrices
-    if not plain and not stacks:  # a LoRA folder holds at least one rank: it is 0
-        path, layer = next(iter(layers.items()))
-        first = torch.arange(len(layer.lora_A[adapter])) == 0
-        zeros = [
-            replace(update, A=torch.zeros_like(update.A), B=torch.zeros_like(update.B))
-            for update in _kept_matrices(path, layer, adapter, state, first)
-        ]
-        if isinstance(layer, ParameterSlot):
-            stacks[path] = zeros
-        else:
-            (plain[path],) = zeros
-    plain = {path: _as_lora(layers[path], each) for path, each in plain.items()}
+    acting = with_a_rank(
+        {path: _kept_matrices(path, layer, adapter, state, kept.get(path)) for path, layer in layers.items()}
+    )
+    stacks = {path: own for path, own in acting.items() if isinstance(layers[path], ParameterSlot)}
+    plain = {path: _as_lora(layers[path], *own) for path, own in acting.items() if path not in stacks}
     left_out = layers.keys() - plain.keys() - stacks.keys()
     modules = list(map(plain_name, own_modules(model))) if left_out else ()
     if config.target_parameters:
-        slots = [path for path, layer in layers.items() if isinstance(layer, ParameterSlot)]
-        config = replace(config, target_parameters=in_model_order(config.target_parameters, slots))
+        config = replace(config, target_parameters=_own_parameters(config, layers))
     return plain_lora(config, plain, stacks, left_out, modules)
 
 
@@ -256,8 +239,7 @@ def config_to_save(
     """The configuration that belongs to an adapter's tensors, cut to the ``kept`` triplets."""
     changes: dict[str, Any] = {"inference_mode": True}
     if config.target_parameters:
-        slots = [path for path, layer in layers.items() if isinstance(layer, ParameterSlot)]
-        changes["target_parameters"] = in_model_order(config.target_parameters, slots)
+        changes["target_parameters"] = _own_parameters(config, layers)
     if not isinstance(config, AdaLoraConfig):
         return replace(config, **changes)
     config = _with_schedule(config, controller)
@@ -272,6 +254,12 @@ def config_to_save(
         # PEFT warns about every pattern that it reads; it reads none of an adapter of parameters.
         changes["rank_pattern"] = pattern if pruned or config.target_parameters else None
     return replace(config, **changes)
+
+
+def _own_parameters(config: LoraConfig, layers: Mapping[str, AdapterLayer]) -> list[str]:
+    """The configuration's ``target_parameters``, in the model's order."""
+    slots = [path for path, layer in layers.items() if isinstance(layer, ParameterSlot)]
+    return in_model_order(config.target_parameters or [], slots)
 
 
 def _with_schedule(config: AdaLoraConfig, controller: Controller | None) -> AdaLoraConfig:
