@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import rankwise as rw
-from lora_world import STEPS, WORLDS, base, examples, train, with_lora
+from lora_world import STEPS, WORLDS, base, examples, perceptron, train, with_lora
 from tiny import told
 
 KINDS = list(WORLDS)
@@ -271,6 +271,46 @@ def test_training_goes_on_after_the_end_as_if_zeros_were_still_there() -> None:
             runs.append(train(model, "linear", steps=20, optimizer=optimizer))
         assert ranks.is_over == narrow
     assert runs[0] == pytest.approx(runs[1], rel=1e-10)
+
+
+class Parts(nn.Module):
+    """A model whose parts are called as wrappers call what they wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sub_module, self.module = perceptron(), nn.Sequential(nn.Tanh(), nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(self.sub_module(x))
+
+
+def test_layers_are_named_by_their_own_paths_also_where_a_part_is_called_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bare = Parts().double()
+    targets = ["sub_module.0", "sub_module.2", "sub_module.4", "module.1"]
+    model = with_lora("linear", copy.deepcopy(bare), target_modules=targets)
+    ranks = rw.adapt_ranks(model, target_r=1.5, **SCHEDULE)
+    train(model, "linear")
+    assert [layer.path for layer in ranks.rank_summary().layers] == targets
+    assert len({layer.rank for layer in ranks.rank_summary().layers}) > 1, "a pattern is needed"
+    model.save_pretrained(tmp_path)
+    x, _ = examples("linear")
+    for read in (peft.PeftModel.from_pretrained, rw.PeftModel.from_pretrained):
+        loaded = read(copy.deepcopy(bare), tmp_path).double()
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_handle_can_be_asked_after_the_first_layer_has_ended_without_ranks() -> None:
+    from rankwise.integrations.common import rank_metrics
+
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=0.5, **SCHEDULE)
+    model.base_model.model[0].lora_B["default"].weight.register_hook(
+        torch.zeros_like
+    )  # the layer learns nothing
+    train(model, "linear")
+    assert ranks.is_over and ranks.rank_summary().layers[0].rank == 0
+    assert rank_metrics(ranks)["total_rank"] == ranks.rank_summary().total_rank
 
 
 def test_a_run_that_ends_early_is_finished_by_a_call(tmp_path: Path) -> None:

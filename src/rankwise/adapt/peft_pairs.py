@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.parallel.wrappers import without
 from rankwise.run.pairs import FactorPair
-
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.", "module.")
 
 
 class PeftPair(FactorPair):
@@ -110,8 +109,7 @@ def base_prefix(model: nn.Module) -> str:
 
 def _path(name: str, layer: Any) -> str:
     """A layer's path as PEFT's configuration names it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
+    name = without(name)
     if type(layer).__name__ == "ParamWrapper":  # two parameters of one module nest
         while name.endswith(".base_layer"):
             name = name.removesuffix(".base_layer")

@@ -306,7 +306,10 @@ class AdaptiveRanks:
         """
         ends, packed = state.get("end_scales"), state.get("run")
         if ends is None or packed is None or len(ends) != len(self._choice.end_scales):
-            raise ValueError("This is not the state of a run on these layers.")
+            raise ValueError(
+                "This is not the state of a run on these layers. Pass what `state_dict()` of the interrupted run gave, "
+                "on a model with the same LoRA layers and ranks."
+            )
         before = self._tensors.state_dict()
         self._tensors.load_state_dict(dict(state))
         try:
@@ -346,5 +349,7 @@ class AdaptiveRanks:
         optimizers = self._controller.known_optimizers()
         stay, dropped = narrow(self._model, self._peft_pairs(), kept, optimizers)
         write_config(self._peft_config, stay, dropped)
+        if stay:
+            self._tensors.follow(stay[0].device)
         self._in_the_end = in_the_end
         self._controller.stop()

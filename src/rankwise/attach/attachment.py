@@ -20,6 +20,7 @@ from rankwise.attach.parameters import in_model_order, layer_at
 from rankwise.attach.targets import find_targets, modules_to_save_paths, own_modules
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.method.scale import adalora_scale, lora_scale
+from rankwise.parallel.wrappers import WRAPPERS, without
 
 _Prepared = TypeVar("_Prepared")
 
@@ -78,9 +79,7 @@ def plain_name(name: str) -> str:
 
     An adapted parameter's factors are found under the parameter's own name.
     """
-    for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.", f"{SLOTS}."):
-        name = name.replace(wrapper, "")
-    return name
+    return without(name, (*WRAPPERS, SLOTS))
 
 
 def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:

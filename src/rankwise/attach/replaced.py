@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from rankwise.adapters.owner import SLOTS
+from rankwise.parallel.wrappers import WRAPPERS
 
-# What may lie between a module and its name since the adapter was attached: checkpoint_wrapper, torch.compile, FSDP.
-_BETWEEN = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module", SLOTS)
+# What may lie between a module and its name since the adapter was attached.
+_BETWEEN = (*WRAPPERS, SLOTS)
 
 
 def check_in_place(model: nn.Module, layers: Mapping[str, nn.Module], in_pass: bool = False) -> None:
@@ -61,7 +62,7 @@ def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool | None:
             return None
         module = found
     while module is not layer:
-        inner = next((module._modules[name] for name in _BETWEEN[:-1] if name in module._modules), None)
+        inner = next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
         if inner is None:
             return False
         module = inner

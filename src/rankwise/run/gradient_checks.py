@@ -63,6 +63,6 @@ class GradientChecks:
             warnings.warn(
                 f"Step {step}: the adapter's gradients hold NaN or infinite values, so the step is left out of "
                 "the importance scores, if there are any. Further ones are counted, too, in "
-                "`model.allocation_state.skipped_steps`. Lower the learning rate or clip gradients if they go on.",
+                "`allocation_state.skipped_steps`. Lower the learning rate or clip gradients if they go on.",
                 stacklevel=2,
             )

@@ -135,6 +135,10 @@ class OwnTensors(RunTensors):
     def remove(self) -> None:
         self._tensors.clear()
 
+    def follow(self, device: Callable[[], torch.device]) -> None:
+        """Ask ``device`` from now on where the factors are: the layer that told it may be gone."""
+        self._device = device
+
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the tensors, by name, on the CPU."""
         return {name: self.get(name).detach().to("cpu", copy=True) for name in NAMES}

@@ -1,0 +1,18 @@
+"""What ``torch.compile``, ``checkpoint_wrapper`` and FSDP put between a module and its name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
+
+
+def without(name: str, parts: Collection[str] = WRAPPERS) -> str:
+    """The name of a module or parameter without ``parts`` in it; its last part always stays.
+
+    Example:
+        >>> without("layers.0._orig_mod.fc.weight"), without("my_orig_mod.fc.weight")
+        ('layers.0.fc.weight', 'my_orig_mod.fc.weight')
+    """
+    *owners, last = name.split(".")
+    return ".".join([*(part for part in owners if part not in parts), last])
