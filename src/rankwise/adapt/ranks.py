@@ -214,18 +214,11 @@ class AdaptiveRanks:
         if self._in_the_end is not None:
             return self._in_the_end[1]
         layout, ranks = self._controller.factors.layout, self._controller.allocated_ranks()
-        per_rank = [
-            width_in + width_out
-            for width_in, width_out, blocks in zip(
-                layout.widths_in, layout.widths_out, layout.block_counts, strict=True
-            )
-            for _ in range(blocks)
-        ]
         importance = self._controller.layer_importance()
         rows = [
             LayerRank(name, rank, first, worth, rank * size)
             for (name, rank), first, worth, size in zip(
-                ranks.items(), layout.block_ranks, importance, per_rank, strict=True
+                ranks.items(), layout.block_ranks, importance, layout.block_costs, strict=True
             )
         ]
         return RankSummary(rows, budget=sum(row.init_r for row in rows))

@@ -151,9 +151,9 @@ def _set_gates(every: Sequence[_Asked]) -> None:
             continue
         if isinstance(each.kept, Tensor):
             some.append((each, each.E, _where(each.kept, each.parameter)))
-        elif each.kept is None:
-            each.gates = gates_of(each.parameter, each.E, each.kept)
-        elif each.E.requires_grad:  # the optimizer's momentum moves gates that were closed
+        elif (
+            each.kept is not None and each.E.requires_grad
+        ):  # the optimizer's momentum moves gates that were closed
             first.append((each, each.E, each.kept))
         else:
             each.gates = each.E

@@ -55,7 +55,7 @@ class TripletLayout:
                 position += rank * width
                 triplet += rank
 
-    @property
+    @functools.cached_property
     def triplets(self) -> int:
         """The number of triplets of all layers."""
         return sum(self.ranks)
@@ -83,6 +83,17 @@ class TripletLayout:
             rank // n for rank, n in zip(self.ranks, self.block_counts, strict=True) for _ in range(n)
         )
 
+    @functools.cached_property
+    def block_costs(self) -> list[int]:
+        """The numbers in A and B of one rank of every block, layer by layer.
+
+        Example:
+            >>> TripletLayout(ranks=(2, 6), widths_in=(3, 3), widths_out=(4, 5), blocks=(1, 3)).block_costs
+            [7, 8, 8, 8]
+        """
+        widths = zip(self.block_counts, self.widths_in, self.widths_out, strict=True)
+        return [width_in + width_out for count, width_in, width_out in widths for _ in range(count)]
+
     def round_robin(self) -> list[int]:
         """All triplets, every block's first one first, then every block's second one, and so on."""
         keyed, start = [], 0
@@ -99,8 +110,8 @@ class TripletLayout:
             >>> TripletLayout(ranks=(2, 1), widths_in=(3, 5), widths_out=(4, 4)).costs
             [7, 7, 9]
         """
-        widths = zip(self.ranks, self.widths_in, self.widths_out, strict=True)
-        return [width_in + width_out for rank, width_in, width_out in widths for _ in range(rank)]
+        of_blocks = zip(self.block_costs, self.block_ranks, strict=True)
+        return [cost for cost, rank in of_blocks for _ in range(rank)]
 
     @functools.cached_property
     def cost(self) -> int:
@@ -164,8 +175,7 @@ class TripletLayout:
             >>> TripletLayout(ranks=(2, 0), widths_in=(3, 5), widths_out=(4, 4)).parameters_of_rank_one
             16
         """
-        widths = zip(self.block_counts, self.widths_in, self.widths_out, strict=True)
-        return sum(count * (width_in + width_out) for count, width_in, width_out in widths)
+        return sum(self.block_costs)
 
     def mean_per_triplet(self, elements: Tensor) -> Tensor:
         """Sum over A, E and B of the mean element of each triplet: (elements,) -> (triplets,)."""

@@ -66,13 +66,11 @@ class PrincipalBases:
     def strengths(self) -> Tensor:
         """The norm of each rank's part of ``B A``, (ranks,): a singular value, where a layer was decomposed."""
         device = self._factors.mask.device
-        found = [
-            A.norm(dim=1).to(device) * B.norm(dim=1).to(device) * acts
-            for A, B, acts in zip(self._A, self._B, self._acted, strict=True)
-        ]
-        for n, part in self._by_layer():
-            found[n] = part.strengths.flatten().to(device)
-        return torch.cat(found)
+        found = {n: part.strengths.flatten().to(device) for n, part in self._by_layer()}
+        for n, (A, B, acts) in enumerate(zip(self._A, self._B, self._acted, strict=True)):
+            if n not in found:
+                found[n] = A.norm(dim=1).to(device) * B.norm(dim=1).to(device) * acts
+        return torch.cat([found[n] for n in range(len(self._A))])
 
     def acts(self) -> Tensor:
         """The ranks that act in the new bases, (ranks,), bool: in a block that was decomposed, the first ones."""
@@ -94,7 +92,11 @@ class PrincipalBases:
 
     def undecomposed(self) -> list[int]:
         """Numbers of the layers that could not be decomposed, as they hold NaN or infinite values."""
-        return [n for n, part in self._by_layer() if not bool(part.finite.all())]
+        found = []
+        for group in self._groups:  # one wait for the device each
+            whole = group.found.finite.view(-1, group.blocks).all(1).tolist()
+            found += [n for n, finite in zip(group.layers, whole, strict=True) if not finite]
+        return found
 
     def write(self, kept: Tensor, louder: Mapping[int, float], optimizers: Sequence[Optimizer]) -> None:
         """Write the bases into the layers, with 0 in A and B for all ranks but those ``kept``.
@@ -109,7 +111,9 @@ class PrincipalBases:
             optimizers: those that may train any of the factors.
         """
         A, B = dict(enumerate(self._A)), dict(enumerate(self._B))
-        changes_A, changes_B = self._unchanged(louder), self._unchanged(louder)
+        decomposed = {n for group in self._groups for n in group.layers}
+        changes_A = self._unchanged(n for n in louder if n not in decomposed)
+        changes_B = dict(changes_A)
         for group in self._groups:
             for n, part in group.by_layer():
                 A[n], B[n] = part.A.flatten(0, 1), part.B.mT.flatten(0, 1)

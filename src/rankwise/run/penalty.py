@@ -6,7 +6,6 @@ That makes it independent of how the model is wrapped, called or checkpointed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,9 +78,10 @@ class AddedPenalty:
         """
         if not self._weight:
             return
-        stepped = [n for n in step.numbers if n not in self._numbers_of_E()]
+        of_E = self._factors.numbers("E") if "E" in self._factors.keys else ()
+        stepped = [n for n in step.numbers if n not in of_E]
         numbers = [n for n, has in zip(stepped, step.has_gradients(stepped), strict=True) if has]
-        first = self._factors.all_parameters()[numbers[0]].grad if numbers else None
+        first = self._factors.parameter(numbers[0]).grad if numbers else None
         if not numbers or (first is not None and self._holds_it(first)):
             return
         version = None if first is None else first._version
@@ -107,9 +107,6 @@ class AddedPenalty:
             for key, columns in _PENALIZED
         )
         return orthogonality_penalty(A, B)
-
-    def _numbers_of_E(self) -> Sequence[int]:
-        return self._factors.numbers("E") if "E" in self._factors.keys else ()
 
     def _holds_it(self, gradient: Tensor) -> bool:
         """Whether nothing has changed since the penalty was added, as in an optimizer inside another's step."""

@@ -121,7 +121,7 @@ class PrincipalChoice:
                 "The run diverges: go back to an earlier checkpoint, and lower the learning rate."
             )
         scores = self._worth(bases.strengths()).nan_to_num(nan=0.0)
-        return Candidates(scores.masked_fill(~acts, -torch.inf), acts, unchanged)
+        return Candidates(scores, acts, unchanged)
 
     def _worth(self, strengths: Tensor) -> Tensor:
         """What directions are worth for what they cost, (ranks,), by their strengths in B A."""
