@@ -165,14 +165,23 @@ def test_texts_that_cannot_be_predicted_are_refused(
 # --- time --------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_measures_steps_on_request_and_writes_nothing(world: Path) -> None:
+def test_a_plan_measures_steps_on_request_and_writes_nothing(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(world / "events"))
     recipe = write_recipe(
-        world, world / "model", output=str(world / "unused"), training__max_steps=2000, schedule=None
+        world,
+        world / "model",
+        output=str(world / "unused"),
+        training__max_steps=2000,
+        training__report_to="tensorboard",
+        schedule=None,
     )
     code, out, err = call("plan", recipe, "--time", "--json")
     assert code == 0, err
     timing = json.loads(out)["time"]
     assert timing["training"] == pytest.approx(2000 * timing["step"]) and 0 < timing["step"] < 10
-    assert not (world / "unused").exists()
+    assert not (world / "unused").exists() and not (world / "events").exists()
     code, _, err = call("plan", recipe, "--time", "--memory")
     assert code == 2 and "choose one" in err

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,25 @@ def finished_trials(storage: Any) -> dict[str, float]:
     }
 
 
+def open_at_once(together: Any, urls: Sequence[str]) -> None:
+    for url in urls:
+        together.wait(60)
+        open_storage(url)
+
+
+def test_processes_that_start_together_can_all_open_a_new_storage(tmp_path: Path) -> None:
+    """Each finds the file empty, and only one can make its tables."""
+    context = multiprocessing.get_context("spawn")
+    together = context.Barrier(2)
+    urls = [f"sqlite:///{tmp_path}/{number}.db" for number in range(8)]
+    processes = [context.Process(target=open_at_once, args=(together, urls)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_trials_of_one_storage(recipe: Path) -> None:
     storage = f"sqlite:///{recipe.parent}/shared.db"
@@ -216,7 +237,9 @@ def test_two_processes_share_the_trials_of_one_storage(recipe: Path) -> None:
     both = [start(*words, "-o", recipe.parent / name) for name in ("one", "two")]
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert len(finished_trials(open_storage(storage))) == 6
+    assert (
+        6 <= len(finished_trials(open_storage(storage))) <= 7
+    )  # both may begin the last one in the same moment
     places = [{path.name for path in (recipe.parent / name / "trials").iterdir()} for name in ("one", "two")]
     assert places[0] and places[1] and not places[0] & places[1]
 

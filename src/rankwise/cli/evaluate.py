@@ -61,19 +61,18 @@ def evaluate(
         text = json.dumps(found.to_dict(), indent=2)
         if out is not None:
             write_file(out, f"{text}\n")
-        if plot is not None:
-            if found.details is None:
-                raise RecipeError("Of this task there is no picture: --plot is for labels and numbers.")
-            save_plot(found.details, plot)
     if as_json:
         print(text)
     else:
         title = f"On {found.examples:,} examples of {file}"
-        Console().print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
-        Console().print(found.table())
+        console = Console()
+        console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(found.table())
         for part in lines(found.details) if found.details else ():
-            Console().print(part, markup=False, highlight=False) if isinstance(
-                part, str
-            ) else Console().print(part)
-        for line in sample_lines([{**each, "after": each["written"]} for each in found.samples]):
-            Console().print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(part, markup=False, highlight=False)
+        say_notes(console, sample_lines([{**each, "after": each["written"]} for each in found.samples]))
+    if plot is not None:  # last, as what was measured must not be lost over it
+        with failures(ValueError):
+            if found.details is None:
+                raise RecipeError("Of this task there is no picture: --plot is for labels and numbers.")
+            save_plot(found.details, plot)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from rankwise.cli.adapters import Adapter, Overwrite
+from rankwise.cli.adapters import Adapter, Overwrite, say_notes
 from rankwise.cli.app import app, one_of
 from rankwise.cli.failures import failures
 
@@ -97,9 +98,7 @@ def export(
                 component=component,
                 overwrite=overwrite,
             )
-    console = Console()
-    for line in (f"Saved to {exported.path}", *exported.notes):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say_notes(Console(), (f"Saved to {exported.path}", *exported.notes))
 
 
 def _merged(adapter: Path, output: Path, base: Path | None, overwrite: bool) -> Exported:
@@ -111,9 +110,7 @@ def _merged(adapter: Path, output: Path, base: Path | None, overwrite: bool) -> 
         from rankwise.recipes.predicting.merging import merge_adapter, needs_loading
     except ImportError:  # without the extra `train`, there are the files
         return export_adapter(output, adapter, "merged", base=base, overwrite=overwrite)
-    if needs_loading(adapter, base):
-        return merge_adapter(adapter, output, base=base, overwrite=overwrite)
-    try:
-        return export_adapter(output, adapter, "merged", base=base, overwrite=overwrite)
-    except NotInBase:
-        return merge_adapter(adapter, output, base=base, overwrite=overwrite)
+    if not needs_loading(adapter, base):
+        with contextlib.suppress(NotInBase):
+            return export_adapter(output, adapter, "merged", base=base, overwrite=overwrite)
+    return merge_adapter(adapter, output, base=base, overwrite=overwrite)

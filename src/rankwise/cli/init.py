@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from rankwise.cli.adapters import say_notes
 from rankwise.cli.app import app
 from rankwise.cli.failures import failures
 
@@ -47,10 +48,6 @@ def init(
         from rankwise.recipes.starting import start_recipe
 
         guess = start_recipe(data, out, model=model, overwrite=overwrite)
-    console = Console()
-    for line in (f"task: {guess.task}", *guess.why, f"Recipe: {out}", "", "What next"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for command in ("plan", "train", "sweep"):
-        console.print(
-            f"  rankwise {command} {shlex.quote(str(out))}", markup=False, highlight=False, soft_wrap=True
-        )
+    commands = (f"  rankwise {command} {shlex.quote(str(out))}" for command in ("plan", "train", "sweep"))
+    lines = (f"task: {guess.task}", *guess.why, f"Recipe: {out}", "", "What next", *commands)
+    say_notes(Console(), lines)

@@ -39,11 +39,11 @@ def plan(
     with failures():
         from rankwise import recipes
 
+        if measure and memory:
+            raise recipes.RecipeError("--time needs data and weights, and --memory neither: choose one.")
         read = recipes.load_recipe(recipe, overrides or (), data_needed=not memory)
         planned = recipes.plan_memory(read) if memory else recipes.plan(read)
         timing = None
-        if measure and memory:
-            raise recipes.RecipeError("--time needs data and weights, and --memory neither: choose one.")
         if measure:
             from rankwise.recipes.timing import measure_time
 

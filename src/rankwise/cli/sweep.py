@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rankwise.cli.adapters import print_whole
+from rankwise.cli.adapters import print_whole, say_notes
 from rankwise.cli.app import Overrides, RecipeFile, app, one_of
 from rankwise.cli.failures import failures
 
@@ -117,8 +117,7 @@ def sweep(
         print(json.dumps(outcome.to_dict(), indent=2))
     else:
         print_whole(outcome.table(), console)
-        for line in ("", *outcome.lines()):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say_notes(console, ("", *outcome.lines()))
     if outcome.interrupted is not None:
         command = shlex.join(["rankwise", *sys.argv[1:]])
         console.print(f"\nStopped. To go on:\n\n  {command}\n", markup=False, highlight=False, soft_wrap=True)

@@ -25,7 +25,7 @@ from rankwise.method.schedule import Phase
 from rankwise.parallel.sharded import shared_out
 from rankwise.recipes.recipe import BaseRecipe
 from rankwise.recipes.tasks import Metric
-from rankwise.recipes.training import is_main_process
+from rankwise.recipes.training import is_main_process, metric_keys
 
 _FOLDER, _FILE = "best-", "best.json"
 
@@ -81,7 +81,7 @@ class KeepBest(TrainerCallback):
             None  # of the best; None if it was kept by the part of the run before it was resumed
         )
         self._predicted = predicted
-        self._keys = list(dict.fromkeys(["loss", *(each.key for each in metrics)]))
+        self._keys = metric_keys(metrics)
         self._say = say
         self._wanted = training.load_best_model_at_end and training.evaluates != "no"
         self.best: Best | None = None

@@ -13,9 +13,9 @@ from typing import Any
 
 from rankwise.recipes.tasks import TaskData, load_task
 
-_MISTAKES = 10  # that are listed
+MISTAKES = 10  # that are listed
 _POINTS = 500  # of a scatter plot
-_LONGEST = 200  # characters of an example that are shown
+LONGEST = 200  # characters of an example that are shown
 _TABLE = 12  # labels whose matrix a terminal shows whole
 
 Details = Mapping[str, Any]
@@ -56,6 +56,14 @@ def details_of(
     return found
 
 
+def matrix(labels: Sequence[str], truth: Sequence[int], guess: Sequence[int]) -> dict[str, Any]:
+    """Which labels are taken for which; arguments as for `confusion`."""
+    from sklearn.metrics import confusion_matrix
+
+    counts = confusion_matrix(truth, guess, labels=range(len(labels)))
+    return {"kind": "confusion", "labels": list(labels), "matrix": counts.tolist()}
+
+
 def confusion(
     labels: Sequence[str],
     truth: Sequence[int],
@@ -72,14 +80,10 @@ def confusion(
         chances: how likely the model found what it predicted, from 0 to 1.
         example: what to show of an example, by its number.
     """
-    from sklearn.metrics import confusion_matrix
-
     wrong = [at for at, (true, guessed) in enumerate(zip(truth, guess, strict=True)) if true != guessed]
-    worst = sorted(wrong, key=lambda at: -chances[at])[:_MISTAKES]
+    worst = sorted(wrong, key=lambda at: -chances[at])[:MISTAKES]
     return {
-        "kind": "confusion",
-        "labels": list(labels),
-        "matrix": confusion_matrix(truth, guess, labels=range(len(labels))).tolist(),
+        **matrix(labels, truth, guess),
         "mistakes": [
             {
                 "example": _short(example(at)),
@@ -96,7 +100,7 @@ def scatter(truth: Sequence[float], guess: Sequence[float], example: Callable[[i
     """True and predicted numbers side by side, and the examples on which they differ most."""
     count = len(truth)
     shown = range(count) if count <= _POINTS else [at * count // _POINTS for at in range(_POINTS)]
-    worst = sorted(range(count), key=lambda at: -abs(truth[at] - guess[at]))[:_MISTAKES]
+    worst = sorted(range(count), key=lambda at: -abs(truth[at] - guess[at]))[:MISTAKES]
     return {
         "kind": "scatter",
         "truth": [round(float(truth[at]), 6) for at in shown],
@@ -132,11 +136,11 @@ def wrong_words(
             errors[at] = errors.get(at, 0) + width
             padded = [(*before, *[""] * (width - len(before))), (*after, *[""] * (width - len(after)))]
             counts.update(zip(*padded, strict=True))
-    worst = sorted(errors, key=lambda at: -errors[at])[:_MISTAKES]
+    worst = sorted(errors, key=lambda at: -errors[at])[:MISTAKES]
     return {
         "kind": "words",
         "wrong": [{"word": word, "instead": instead, "count": count}
-                  for (word, instead), count in counts.most_common(_MISTAKES * 2)],
+                  for (word, instead), count in counts.most_common(MISTAKES * 2)],
         "mistakes": [{"example": _short(example(at)), "truth": _short(references[at]), "predicted": _short(guesses[at])}
                      for at in worst],
     }  # fmt: skip
@@ -144,7 +148,7 @@ def wrong_words(
 
 def _short(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 2]} …"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 2]} …"
 
 
 # --- for people --------------------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ def lines(details: Details) -> Iterator[Any]:
         if pairs:
             yield "\nTaken for another most often"
             table = _table("true label", "predicted", "how often")
-            for count, true, guess in pairs[:_MISTAKES]:
+            for count, true, guess in pairs[:MISTAKES]:
                 table.add_row(true, guess, str(count))
             yield table
     if details["kind"] == "words" and details["wrong"]:

@@ -99,6 +99,15 @@ def read_recipe(path: Path) -> tuple[DictConfig, dict[str, int]]:
         raise RecipeError(f"There is no recipe {str(path)!r}.{_near_recipe(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe {str(path)!r} can't be read: {error}") from error
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, path: Path) -> tuple[DictConfig, dict[str, int]]:
+    """The keys of a recipe's text, unchecked, and the line of every key.
+
+    Raises:
+        RecipeError: it is no YAML with keys; ``path`` names it in the message.
+    """
     try:
         data = OmegaConf.create(text)
         lines = dict(_key_lines(yaml.compose(text, Loader=yaml.SafeLoader)))

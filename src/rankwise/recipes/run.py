@@ -35,6 +35,7 @@ from rankwise.recipes.tasks import Metric, TaskData, load_task
 from rankwise.recipes.training import (
     device_problem,
     is_main_process,
+    metric_keys,
     processes,
     refusals,
     training_arguments,
@@ -295,7 +296,7 @@ def evaluate_with(trainer: Any, metrics: Sequence[Metric], examples: Any) -> dic
     trainer.__dict__.pop("_eval_dataloaders", None)  # persistent workers would go on with other examples
     found = trainer.evaluate(eval_dataset=examples)
     trainer.__dict__.pop("_eval_dataloaders", None)
-    keys = dict.fromkeys(["loss", *(metric.key for metric in metrics)])
+    keys = metric_keys(metrics)
     return {key: float(found[f"eval_{key}"]) for key in keys if f"eval_{key}" in found}
 
 

@@ -15,9 +15,10 @@ from rankwise.files.atomic import write_file
 from rankwise.recipes.data import audio, pictures
 from rankwise.recipes.data.conll import is_conll
 from rankwise.recipes.data.tables import SUFFIXES, column_problems, read_table
-from rankwise.recipes.errors import RecipeError, raise_problems, refusal
-from rankwise.recipes.load import load_recipe
+from rankwise.recipes.errors import raise_problems, refusal
+from rankwise.recipes.load import check_recipe, parse_recipe
 from rankwise.recipes.places import find_place
+from rankwise.recipes.predicting.write import check_free
 
 # Models to start from: small ones, with which a first run takes minutes.
 _MODELS = {
@@ -86,23 +87,11 @@ def start_recipe(data: str, output: Path, *, model: str | None = None, overwrite
         RecipeError: the data can't be read, or nothing can be guessed; the message says what is there.
         OSError: the recipe can't be written.
     """
-    if output.suffix.lower() not in (".yaml", ".yml"):
-        raise refusal(str(output), "a recipe is a .yaml file.")
-    if output.exists() and not overwrite:
-        raise refusal(str(output), "is there already. To replace it, add --overwrite.")
-    if not output.absolute().parent.is_dir():
-        raise refusal(str(output), f"there is no folder {str(output.absolute().parent)!r}. Make it first.")
+    check_free(output, (".yaml", ".yml"), overwrite=overwrite, reads=[data])
     guess = guess_task(data)
-    before = output.read_bytes() if output.exists() else None
-    write_file(output, _recipe(guess, data, output, model))
-    try:
-        load_recipe(output)
-    except RecipeError:
-        if before is None:
-            output.unlink()
-        else:
-            write_file(output, before)
-        raise
+    text = _recipe(guess, data, output, model)
+    check_recipe(*parse_recipe(text, output), output)
+    write_file(output, text)
     return guess
 
 

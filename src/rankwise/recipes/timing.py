@@ -19,6 +19,7 @@ from rankwise.recipes.tasks import load_task
 from rankwise.recipes.training import processes, training_arguments
 
 _FIRST = 2  # steps that are not counted: they set up what later ones reuse
+_STEPS = 5  # that are measured
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,11 @@ class Timing:
 
     Args:
         step: seconds of an optimizer step, the median.
-        evaluation: seconds for one held-out example.
         training: seconds of all steps.
         evaluating: seconds of all evaluations: before, while and after training.
     """
 
     step: float
-    evaluation: float
     training: float
     evaluating: float
 
@@ -50,12 +49,11 @@ class Timing:
         return {"step": self.step, "training": self.training, "evaluating": self.evaluating}
 
 
-def measure_time(recipe: BaseRecipe, steps: int = 5) -> Timing:
+def measure_time(recipe: BaseRecipe) -> Timing:
     """Train a few steps of a recipe and evaluate a few examples, and leave nothing behind.
 
     Args:
         recipe: what `load_recipe` returned.
-        steps: how many to measure.
 
     Raises:
         RecipeError: the data or the adapter can't be used.
@@ -72,8 +70,9 @@ def measure_time(recipe: BaseRecipe, steps: int = 5) -> Timing:
         for_task, _ = task.trainer_arguments(recipe, data, processor, model)
         trainer_class = for_task.pop("trainer", Trainer)
         held_out = for_task["eval_dataset"]
-        arguments = training_arguments(recipe, min(total, steps + _FIRST), Path(nowhere), trainer_class)
+        arguments = training_arguments(recipe, min(total, _STEPS + _FIRST), Path(nowhere), trainer_class)
         arguments.eval_strategy = arguments.save_strategy = "no"
+        arguments.report_to = []  # a tracker would keep a run of these few steps
         clock = _Clock()
         trainer = trainer_class(model=model, args=arguments, callbacks=[clock], **for_task)
         trainer.remove_callback(PrinterCallback)
@@ -91,7 +90,7 @@ def measure_time(recipe: BaseRecipe, steps: int = 5) -> Timing:
         every = own.eval_steps or own.logging_steps
         count = total / (every if every >= 1 else every * total)
     looked_at = min(len(held_out), own.eval_examples or len(held_out))
-    return Timing(step, each, step * total, each * (2 * len(held_out) + int(count) * looked_at))
+    return Timing(step, step * total, each * (2 * len(held_out) + int(count) * looked_at))
 
 
 class _Clock(TrainerCallback):

@@ -124,6 +124,11 @@ def _hint(name: str, valid: Sequence[str]) -> str:
     return f"Did you mean {meant!r}?" if meant else did_you_mean(name, valid)
 
 
+def metric_keys(metrics: Sequence[Metric]) -> list[str]:
+    """The keys of an evaluation: the loss, then the task's own."""
+    return list(dict.fromkeys(["loss", *(metric.key for metric in metrics)]))
+
+
 def run_problems(recipe: BaseRecipe, metrics: Sequence[Metric]) -> Iterator[Problem]:
     """What is wrong with the section's values: together, with the task, or for Transformers.
 
@@ -132,7 +137,7 @@ def run_problems(recipe: BaseRecipe, metrics: Sequence[Metric]) -> Iterator[Prob
         metrics: of its task.
     """
     training = recipe.training
-    keys = list(dict.fromkeys(["loss", *(metric.key for metric in metrics)]))
+    keys = metric_keys(metrics)
     if training.metric_for_best_model not in keys:
         hint = did_you_mean(training.metric_for_best_model, keys)
         where = "training.metric_for_best_model"
@@ -211,9 +216,8 @@ def argument_fields(
     if training.saves == "best":
         fields |= {"metric_for_best_model": training.metric_for_best_model,
                    "greater_is_better": training.greater_is_better}  # fmt: skip
-    for name in ("logging_strategy", "hub_strategy"):
-        if fields.get(name) is False:
-            fields[name] = "no"
+    if fields.get("logging_strategy") is False:
+        fields["logging_strategy"] = "no"
     return {
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),

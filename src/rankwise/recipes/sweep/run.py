@@ -77,7 +77,8 @@ def sweep(
         metric: of the task; ``loss`` is the held-out loss.
         beside: ``lora`` to give every second trial to LoRA of the same ranks; ``none`` for the recipe's method alone.
         within: the share of the best value by which a smaller adapter may be worse.
-        storage: URL of a storage of Optuna's; None for a SQLite file in the output folder.
+        storage: URL of a storage of Optuna's, which other processes may share: then the sampler is not seeded. None
+            for a SQLite file in the output folder.
         name: of the study; None for the output folder's name.
         output: the folder to write; None for the recipe's ``output`` with ``-sweep``.
         sampler: which of Optuna's samplers, one of ``tpe``, ``gp``, ``random``, ``qmc``, ``grid``.
@@ -149,9 +150,7 @@ class _Sweep:
         settings = dict(flat(settled(self.recipe)))
         kept = {key: value for key, value in settings.items() if key not in self.recipe.free_when_resuming}
         for method in self.methods:
-            dimensions = (
-                self.dimensions if method == self.recipe.method else beside_dimensions(self.dimensions)
-            )
+            dimensions = self._dimensions(method)
             own = {**kept, "method": method, "metric": self.metric.key}
             self.studies[method] = studies.open_study(
                 opened,
@@ -160,20 +159,24 @@ class _Sweep:
                 grows=self.metric.greater_is_better,
                 sampler=sampler,
                 pruner=pruner,
-                seed=self.recipe.training.seed,
+                seed=None if storage else self.recipe.training.seed,
                 trials=self.share(method),
                 overwrite=overwrite,
             )
         if overwrite:
             shutil.rmtree(self.folder / "trials", ignore_errors=True)
         for method, study in self.studies.items():
-            if studies.is_empty([study]) and (own_values := self._own_values(method)):
+            if not study.get_trials(deepcopy=False) and (own_values := self._own_values(method)):
                 study.enqueue_trial(own_values)
 
     def share(self, method: str) -> int:
         """How many of the trials a method has."""
         place = self.methods.index(method)
         return (self.trials - place + len(self.methods) - 1) // len(self.methods)
+
+    def _dimensions(self, method: str) -> list[Dimension]:
+        """What is searched over with a method."""
+        return self.dimensions if method == self.recipe.method else beside_dimensions(self.dimensions)
 
     def _own_values(self, method: str) -> dict[str, Any]:
         """The recipe's own values, with which each method begins; empty if one is not among those searched."""
@@ -182,7 +185,7 @@ class _Sweep:
             from rankwise.config import AdaLoraConfig
 
             settings.setdefault("adapter.target_r", AdaLoraConfig().target_r)
-        dimensions = self.dimensions if method == self.recipe.method else beside_dimensions(self.dimensions)
+        dimensions = self._dimensions(method)
         own = {each.key: settings.get(each.key) for each in dimensions}
         return own if all(each.holds(own[each.key]) for each in dimensions) else {}
 
@@ -234,7 +237,7 @@ class _Sweep:
         name = trial.user_attrs.get("name") or f"{method}-{trial.number}"
         trial.set_user_attr("name", name)
         folder = self.folder / "trials" / name
-        dimensions = self.dimensions if method == self.recipe.method else beside_dimensions(self.dimensions)
+        dimensions = self._dimensions(method)
         values = {each.key: each.suggest(trial) for each in dimensions}
         self._say(name, "begins")
         began = time.monotonic()
@@ -412,6 +415,3 @@ def _quiet() -> Console:
     from rich.console import Console
 
     return Console(quiet=True)
-
-
-__all__ = ["RESULT", "Dimension", "sweep"]

@@ -6,23 +6,23 @@ its run goes on from its checkpoint. One that failed for a reason of its own is 
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.config.suggest import nearest
-from rankwise.recipes.errors import RecipeError, refusal
+from rankwise.recipes.errors import RecipeError, did_you_mean, refusal
 
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-SAMPLERS = ("tpe", "gp", "random", "qmc", "grid")
-PRUNERS = ("median", "halving", "hyperband", "none")
 _HEARTBEAT, _GRACE = 15, 60  # seconds: how often a process says that it lives, and how long it may be silent
+_ATTEMPTS, _PAUSE = 5, 0.5  # to open a storage, and the seconds between two attempts
 _PATIENCE = 300  # seconds to wait for a SQLite file that another process writes to; 5, the default, is short
 
 
@@ -32,28 +32,40 @@ def open_storage(url: str) -> Any:
     Raises:
         RecipeError: it is no URL, a driver is missing, or nobody answers there.
     """
-    import optuna
     import sqlalchemy.exc
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     if "://" not in url:
         raise refusal(f"--storage {url}", "is no URL. Say for instance sqlite:///sweep.db, for a file here.")
     if url.startswith("sqlite:///"):
         path = Path(url.removeprefix("sqlite:///").partition("?")[0])
         if not path.parent.is_dir():
             raise refusal(f"--storage {url}", f"there is no folder {str(path.parent)!r}. Make it first.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
-            return optuna.storages.RDBStorage(
-                url,
-                engine_kwargs={"connect_args": {"timeout": _PATIENCE}} if url.startswith("sqlite") else None,
-                heartbeat_interval=_HEARTBEAT,
-                grace_period=_GRACE,
-            )
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-        message = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
-        raise refusal(f"--storage {url}", f"can't be opened: {message}") from error
+    for attempt in itertools.count(1):
+        try:
+            return _storage(url)
+        except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+            # Two processes may make the tables of a new storage at once. The second one fails, and finds the tables
+            # when it tries again.
+            clash = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)
+            if clash and attempt < _ATTEMPTS:
+                time.sleep(_PAUSE)
+                continue
+            message = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
+            raise refusal(f"--storage {url}", f"can't be opened: {message}") from error
+
+
+def _storage(url: str) -> Any:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
+        return optuna.storages.RDBStorage(
+            url,
+            engine_kwargs={"connect_args": {"timeout": _PATIENCE}} if url.startswith("sqlite") else None,
+            heartbeat_interval=_HEARTBEAT,
+            grace_period=_GRACE,
+        )
 
 
 def open_study(
@@ -64,7 +76,7 @@ def open_study(
     grows: bool,
     sampler: str,
     pruner: str,
-    seed: int,
+    seed: int | None,
     trials: int,
     overwrite: bool,
 ) -> Study:
@@ -75,9 +87,9 @@ def open_study(
         name: of the study.
         settings: all that trials depend on, by names; a study of other settings is refused.
         grows: whether the metric is to be large.
-        sampler: one of `SAMPLERS`.
-        pruner: one of `PRUNERS`.
-        seed: of the sampler.
+        sampler: one of those that `_sampler` makes.
+        pruner: one of those that `_pruner` makes.
+        seed: of the sampler; None for one that differs in each process, so that two do not draw the same values.
         trials: how many there are to be.
         overwrite: begin anew.
 
@@ -112,11 +124,11 @@ def open_study(
     else:
         study.set_user_attr("settings", dict(settings))
     # A sweep that goes on must not draw the same values again.
-    study.sampler = _sampler(sampler, seed + len(study.trials), trials)
+    study.sampler = _sampler(sampler, None if seed is None else seed + len(study.trials), trials)
     return study
 
 
-def _sampler(name: str, seed: int, trials: int) -> Any:
+def _sampler(name: str, seed: int | None, trials: int) -> Any:
     import optuna
 
     first = max(3, min(10, trials // 4))  # trials before the sampler has something to go by
@@ -124,7 +136,7 @@ def _sampler(name: str, seed: int, trials: int) -> Any:
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=first, multivariate=True),
         "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=first),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-        "qmc": lambda: optuna.samplers.QMCSampler(seed=seed, warn_asynchronous_seeding=False),
+        "qmc": lambda: optuna.samplers.QMCSampler(seed=seed or 0, warn_asynchronous_seeding=False),
         "grid": lambda: optuna.samplers.BruteForceSampler(seed=seed),
     }
     with warnings.catch_warnings():
@@ -147,9 +159,7 @@ def _pruner(name: str) -> Any:
 
 def _chosen(made: Mapping[str, Any], name: str, option: str) -> Any:
     if name not in made:
-        near = nearest(name, list(made))
-        hint = f" Did you mean {near!r}?" if near else f" Valid: {', '.join(made)}."
-        raise refusal(f"{option} {name}", f"there is none of this name.{hint}")
+        raise refusal(f"{option} {name}", f"there is none of this name. {did_you_mean(name, made)}")
     return made[name]
 
 
@@ -212,8 +222,3 @@ def running(study: Study) -> list[FrozenTrial]:
     from optuna.trial import TrialState
 
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-
-
-def is_empty(studies: Sequence[Study]) -> bool:
-    """Whether no trial has begun yet."""
-    return not any(study.get_trials(deepcopy=False) for study in studies)

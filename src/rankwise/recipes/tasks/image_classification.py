@@ -196,9 +196,7 @@ def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, predi
         path = value if isinstance(value, str) else value.get("path")
         return Path(path).name if path else f"picture {at + 1}"
 
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return label_details(list(data.labels or ()), logits, prediction.label_ids, name)
+    return label_details(list(data.labels or ()), prediction, name)
 
 
 def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:

@@ -280,24 +280,27 @@ def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, predi
     def text(at: int) -> str:
         return str(processor.decode(examples[at]["input_ids"], skip_special_tokens=True))
 
-    values = np.asarray(_values(prediction), dtype=np.float64)
     if data.labels is None:
-        return scatter(
-            np.asarray(prediction.label_ids).reshape(-1).tolist(), values.reshape(-1).tolist(), text
+        truth, guess = (
+            np.asarray(side, dtype=np.float64).reshape(-1).tolist()
+            for side in (prediction.label_ids, _values(prediction))
         )
-    return label_details(data.labels, values, prediction.label_ids, text)
+        return scatter(truth, guess, text)
+    return label_details(data.labels, prediction, text)
 
 
-def label_details(
-    names: Sequence[str], logits: Any, truth: Any, example: Callable[[int], str]
-) -> dict[str, Any]:
+def label_details(names: Sequence[str], prediction: Any, example: Callable[[int], str]) -> dict[str, Any]:
     """The confusion of labels, from logits of shape (n, labels) and labels of shape (n,)."""
     import numpy as np
     from scipy.special import softmax
 
-    chances = softmax(np.asarray(logits, dtype=np.float64), axis=-1)
+    chances = softmax(np.asarray(_values(prediction), dtype=np.float64), axis=-1)
     return confusion(
-        names, np.asarray(truth).tolist(), chances.argmax(-1).tolist(), chances.max(-1).tolist(), example
+        names,
+        np.asarray(prediction.label_ids).tolist(),
+        chances.argmax(-1).tolist(),
+        chances.max(-1).tolist(),
+        example,
     )
 
 

@@ -33,7 +33,7 @@ from rankwise.recipes.data.rows import (
 )
 from rankwise.recipes.data.splits import shortest_first
 from rankwise.recipes.data.tables import Table, column_problems, read_table
-from rankwise.recipes.details import confusion
+from rankwise.recipes.details import LONGEST, MISTAKES, matrix
 from rankwise.recipes.errors import Problem, did_you_mean, raise_problems, refusal
 from rankwise.recipes.memory.batches import longest, text_batch
 from rankwise.recipes.models import (
@@ -363,19 +363,16 @@ def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, predi
     is_word = truth != IGNORED
     wrong = ((guess != truth) & is_word).sum(axis=-1)
     names = list(data.labels or ())
-    found = confusion(
-        names, truth[is_word].tolist(), guess[is_word].tolist(), [0.0] * int(is_word.sum()), str
-    )
-    found["mistakes"] = [
+    mistakes = [
         {
-            "example": processor.decode(examples[int(at)]["input_ids"], skip_special_tokens=True)[:200],
-            "truth": " ".join(names[tag] for tag in truth[at][is_word[at]])[:200],
-            "predicted": " ".join(names[tag] for tag in guess[at][is_word[at]])[:200],
+            "example": processor.decode(examples[int(at)]["input_ids"], skip_special_tokens=True)[:LONGEST],
+            "truth": " ".join(names[tag] for tag in truth[at][is_word[at]])[:LONGEST],
+            "predicted": " ".join(names[tag] for tag in guess[at][is_word[at]])[:LONGEST],
         }
-        for at in np.argsort(-wrong, kind="stable")[:10]
+        for at in np.argsort(-wrong, kind="stable")[:MISTAKES]
         if wrong[at]
     ]
-    return found
+    return {**matrix(names, truth[is_word].tolist(), guess[is_word].tolist()), "mistakes": mistakes}
 
 
 def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:
