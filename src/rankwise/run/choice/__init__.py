@@ -1,1 +1,1 @@
-"""How ranks are chosen."""
+"""The ways to choose ranks, one for each form of the method."""

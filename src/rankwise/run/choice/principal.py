@@ -1,4 +1,4 @@
-"""The default form's choice: directions are cut that are worth least, in each layer's principal basis."""
+"""The default form's choice: in each layer's principal basis, the directions that are worth least are cut."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from rankwise.run.pairs import KEYS
 
 
 class PrincipalChoice:
-    """Sums up, for every block, the norm of its gradient in each step; at a cut, weighs directions with it.
+    """Sums the norm of every block's gradient over the steps. A cut weighs directions with these sums.
 
-    The gradient is that of the factor that starts at 0 and carries the update (B, or A in embeddings): its root mean
-    square over the block's acting ranks. The sums are the run's ``sensitivity``, (blocks,). Steps with NaN or infinite
-    gradients are left out.
+    The gradient is that of the factor that starts at 0: B, or A in embeddings. Its norm is divided by the root of the
+    number of the block's acting ranks. The sums are the run's ``sensitivity``, (blocks,). Steps with NaN or infinite
+    gradients are skipped.
 
-    All layers have one pace: their scale is that of the end of the run, times ``target_r / k`` while k ranks act on
-    average. So Adam moves the average layer equally far at any time.
+    Adam moves a layer in proportion to scale times rank. While k ranks act on average, each layer's scale is therefore
+    its final scale times ``target_r / k``. This keeps the pace of the average layer constant.
 
     Args:
-        factors: of the run.
-        target_r: average rank in the end.
-        use_rslora: scales go by the square root of the rank.
-        end_scales: of every layer, in the end.
-        warn: gives a warning once.
+        factors: factors of the run.
+        target_r: average rank at the end of the run.
+        use_rslora: whether scales follow the square root of the rank.
+        end_scales: scale of every layer at the end of the run.
+        warn: function that gives each warning once.
     """
 
     counts_parameters: ClassVar[bool] = True
@@ -53,13 +53,12 @@ class PrincipalChoice:
         self.checks = GradientChecks(factors, "B", warn)
         self.entries = len(factors.layout.block_ranks)
         self._bases: PrincipalBases | None = None
-        self._before_start: list[
-            tuple[str, int, Tensor, int]
-        ] = []  # factors that `start` changed, as they were
+        # Factors that `start` changed, with their values before and their version after the change.
+        self._before_start: list[tuple[str, int, Tensor, int]] = []
 
     @torch.no_grad()
     def start(self) -> None:
-        """Give all layers the scale that they start with; what they compute stays as it is."""
+        """Set all layers to the scale of the start. Their outputs stay the same."""
         scales, pairs = self._scales(final=False), self._factors.pairs
         for key in KEYS:
             carrying = [n for n, pair in enumerate(pairs) if pair.starts_at_zero == key]
@@ -77,7 +76,7 @@ class PrincipalChoice:
         return local(self._factors.pairs[layer].parameter(key))._version
 
     def _undo_start(self) -> None:
-        """Bring back factors that `start` changed, unless somebody has changed them since."""
+        """Restore the factors that `start` changed, unless they have changed since."""
         for key, n, old, version in self._before_start:
             if self._version(key, n) == version:
                 self._factors.write_rows(key, {n: old})
@@ -124,7 +123,7 @@ class PrincipalChoice:
         return Candidates(scores, acts, unchanged)
 
     def _worth(self, strengths: Tensor) -> Tensor:
-        """What directions are worth for what they cost, (ranks,), by their strengths in B A."""
+        """The worth of each direction for its cost, (ranks,), from its strength in B A."""
         factors, device = self._factors, strengths.device
         sums = factors.tensors.get("sensitivity")
         norms = factors.spread(torch.where(sums.any(), sums, 1.0))
