@@ -1,1 +1,1 @@
-"""The ways to choose ranks, one for each form of the method."""
+"""How ranks are chosen."""

@@ -1,4 +1,4 @@
-"""The protocol of a way to choose ranks: it observes each step, and proposes and applies each cut."""
+"""The interface for choosing ranks: what is observed in a step, and what follows at a cut. Each form implements it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Candidates(NamedTuple):
     """The ranks that a cut chooses from.
 
     Args:
-        scores: score of each rank, (ranks,), floating point, higher is better.
-        acts: True for a rank that may stay, (ranks,), bool.
-        unchanged: numbers of layers that keep their ranks, in addition to the layers that do not train.
+        scores: the score of each rank, (ranks,); a higher one is better.
+        acts: the ranks that may stay, (ranks,), bool.
+        unchanged: the indices of layers that keep their ranks, in addition to those that don't train.
     """
 
     scores: Tensor
@@ -27,32 +27,34 @@ class Candidates(NamedTuple):
 
 
 class Choice(Protocol):
-    """A way to choose ranks. Each form of the method has one."""
+    """A way to choose ranks."""
 
     checks: GradientChecks
-    counts_parameters: ClassVar[bool]  # True: a rank costs its parameters of A and B; False: a rank costs 1
-    entries: int  # number of entries of each of the run's statistics
+    counts_parameters: ClassVar[
+        bool
+    ]  # a rank's cost is its number of parameters in A and B; otherwise it is 1
+    entries: int  # the length of each of the run's statistics
 
     def observe(self, step: Step, number: int) -> None:
-        """Observe the gradients of a step, which is step ``number`` of the run."""
+        """Observe the gradients of a step, which is the run's step ``number``."""
 
     def candidates(self) -> Candidates:
-        """Return the ranks to choose from now. All processes must call it together."""
+        """The ranks to choose from now. All processes must call it together."""
 
     def apply(
         self, mask: Tensor, unchanged: Sequence[bool], final: bool, optimizers: Sequence[Optimizer]
     ) -> None:
-        """Keep the ranks in ``mask`` and cut the others. Call `candidates` first.
+        """Keep the ranks in ``mask``, and switch off the others. Must follow a call of `candidates`.
 
         Args:
-            mask: True for a rank that stays, (ranks,), bool.
+            mask: the ranks to keep, (ranks,), bool.
             unchanged: for each layer, whether it stays as it is.
             final: whether the budget has reached its target.
-            optimizers: optimizers that may train any of the factors.
+            optimizers: the optimizers that may train any of the factors.
         """
 
     def restore(self, scales: Sequence[float]) -> None:
-        """Continue a run whose tensors are loaded and whose layers had these ``scales``. Empty: they are unknown."""
+        """Continue a run whose tensors are loaded and whose layers had these ``scales``; empty if unknown."""
 
     def rank_importance(self) -> Tensor:
-        """The worth of each rank that is kept, (ranks,). It is 0 for the others."""
+        """The worth of each kept rank, (ranks,); 0 for the others."""

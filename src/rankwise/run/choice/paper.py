@@ -1,4 +1,4 @@
-"""The paper's choice: every triplet is scored by weight times gradient, and the lowest scores are cut."""
+"""The paper's choice: triplets are scored by weight times gradient, and the lowest scores are switched off."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from rankwise.run.gradient_checks import GradientChecks
 
 
 class PaperChoice:
-    """Keeps the running averages of the paper's scores, and sets E to 0 for each triplet that is cut.
+    """Keeps running averages of the paper's scores, and sets E to 0 in triplets that are switched off.
 
-    A triplet that is cut still gets a gradient, so a later cut may bring it back.
+    A triplet that is off still gets a gradient, so a later cut may switch it on again.
 
     Args:
-        factors: factors of the run, which include E.
-        importance: way to score gradients.
-        betas: the decays ``beta1`` and ``beta2``, each in (0, 1).
-        warn: function that gives each warning once.
+        factors: the factors of the run, including E.
+        importance: the quantity that is scored.
+        betas: ``beta1`` and ``beta2``.
+        warn: a function that gives each warning once.
     """
 
     counts_parameters: ClassVar[bool] = False
@@ -67,7 +67,7 @@ class PaperChoice:
         self._factors.write_rows("E", new)
 
     def restore(self, scales: Sequence[float]) -> None:
-        """Do nothing, as the scale never changes."""
+        """Do nothing: the scale never changes."""
 
     def rank_importance(self) -> Tensor:
         return self._scores() * self._factors.mask

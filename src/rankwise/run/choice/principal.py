@@ -21,21 +21,21 @@ from rankwise.run.pairs import KEYS
 
 
 class PrincipalChoice:
-    """Sums the norm of every block's gradient over the steps. A cut weighs directions with these sums.
+    """Sums the norm of every block's gradient over the steps. At a cut, these sums weigh the directions.
 
-    The gradient is that of the factor that starts at 0: B, or A in embeddings. Its norm is divided by the root of the
-    number of the block's acting ranks. The sums are the run's ``sensitivity``, (blocks,). Steps with NaN or infinite
-    gradients are skipped.
+    The gradient is that of the factor that starts at 0 and carries the update: B, or A in embeddings. Its norm is the
+    root mean square over the block's ranks that are on. The sums are the run's ``sensitivity``, (blocks,). Steps with
+    NaN or infinite gradients are left out.
 
-    Adam moves a layer in proportion to scale times rank. While k ranks act on average, each layer's scale is therefore
-    its final scale times ``target_r / k``. This keeps the pace of the average layer constant.
+    All layers have one pace. Their scale is the scale at the end of the run, times ``target_r / k`` while the average
+    rank is k. Adam therefore moves the average layer equally far throughout the run.
 
     Args:
-        factors: factors of the run.
-        target_r: average rank at the end of the run.
-        use_rslora: whether scales follow the square root of the rank.
-        end_scales: scale of every layer at the end of the run.
-        warn: function that gives each warning once.
+        factors: the factors of the run.
+        target_r: the average rank at the end.
+        use_rslora: whether scales are divided by the square root of the rank.
+        end_scales: the scale of every layer at the end.
+        warn: a function that gives each warning once.
     """
 
     counts_parameters: ClassVar[bool] = True
@@ -53,12 +53,13 @@ class PrincipalChoice:
         self.checks = GradientChecks(factors, "B", warn)
         self.entries = len(factors.layout.block_ranks)
         self._bases: PrincipalBases | None = None
-        # Factors that `start` changed, with their values before and their version after the change.
-        self._before_start: list[tuple[str, int, Tensor, int]] = []
+        self._before_start: list[
+            tuple[str, int, Tensor, int]
+        ] = []  # the original values of factors that `start` changed
 
     @torch.no_grad()
     def start(self) -> None:
-        """Set all layers to the scale of the start. Their outputs stay the same."""
+        """Give all layers their initial scale, and divide factors by the change, so that outputs stay the same."""
         scales, pairs = self._scales(final=False), self._factors.pairs
         for key in KEYS:
             carrying = [n for n, pair in enumerate(pairs) if pair.starts_at_zero == key]
@@ -76,7 +77,7 @@ class PrincipalChoice:
         return local(self._factors.pairs[layer].parameter(key))._version
 
     def _undo_start(self) -> None:
-        """Restore the factors that `start` changed, unless they have changed since."""
+        """Restore the factors that `start` changed, unless they have been changed since."""
         for key, n, old, version in self._before_start:
             if self._version(key, n) == version:
                 self._factors.write_rows(key, {n: old})
@@ -123,7 +124,7 @@ class PrincipalChoice:
         return Candidates(scores, acts, unchanged)
 
     def _worth(self, strengths: Tensor) -> Tensor:
-        """The worth of each direction for its cost, (ranks,), from its strength in B A."""
+        """The worth of directions per cost, (ranks,), from their strengths in B A."""
         factors, device = self._factors, strengths.device
         sums = factors.tensors.get("sensitivity")
         norms = factors.spread(torch.where(sums.any(), sums, 1.0))
