@@ -1,4 +1,4 @@
-"""What an adapter folder is, and its configuration as it stands in it."""
+"""Recognizes adapter folders, and reads their configuration as it is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rankwise.storage.names import PICKLE_NAME, WEIGHTS_NAME
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no adapter folder, and say what it is instead.
+    """Refuse a folder without an adapter, and say what it holds instead.
 
     Raises:
-        FileNotFoundError: it does not exist, is a file, or has no ``adapter_config.json``.
+        FileNotFoundError: the folder does not exist, is a file, or has no ``adapter_config.json``.
     """
     if folder.is_file():
         raise FileNotFoundError(f"{folder} is a file, and an adapter is a folder. {_instead(folder)}")
@@ -45,7 +45,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _instead(file: Path) -> str:
-    """Which folder may be meant by a file."""
+    """Name the folder that the user may have meant by a file."""
     if (file.parent / CONFIG_NAME).is_file():
         return f"Give the folder that the file lies in: {file.parent}."
     if file.suffix.lower() in (".yaml", ".yml"):
@@ -54,10 +54,10 @@ def _instead(file: Path) -> str:
 
 
 def holds(folder: Path, name: str) -> bool:
-    """Whether a folder has this file.
+    """Whether a folder has a file of this name.
 
     Raises:
-        ValueError: what has its name is something else.
+        ValueError: the name belongs to something other than a file.
     """
     path = folder / name
     if os.path.lexists(path) and not path.is_file():
@@ -66,10 +66,10 @@ def holds(folder: Path, name: str) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of ``adapter_config.json``, as it is: fields that rankwise doesn't know stay.
+    """Read ``adapter_config.json`` as it is. Fields that rankwise does not know are kept.
 
     Raises:
-        ValueError: it is broken, or of a kind of adapter that has no ranks.
+        ValueError: the file is broken, or its kind of adapter has no ranks.
     """
     path = folder / CONFIG_NAME
     config = read_json(path)
