@@ -29,6 +29,8 @@ from rankwise.method.schedule import BudgetSchedule, check_length, phase_lengths
 class AdaLoraConfig(LoraConfig):
     """An AdaLoRA adapter: every layer starts at rank ``init_r``, and the average rank ends at ``target_r``.
 
+    Its other fields are those of `LoraConfig`.
+
     Args:
         init_r: rank of every layer at the start, a whole number of at least 1. None: with "principal" 8, or twice
             ``target_r`` from ``target_r=4`` up; with the paper's form 12.
@@ -45,15 +47,15 @@ class AdaLoraConfig(LoraConfig):
         orth_reg_weight: weight of the orthogonality penalty, at least 0. None: 0 with "principal", 0.5 with the
             paper's form.
         total_step: optimizer steps of the whole run. None: the trainer or ``model.set_total_step`` sets it.
-        lora_alpha: with "principal", updates are scaled by ``lora_alpha / k``, where ``k`` is the current average
-            rank. With the paper's form they are scaled by ``lora_alpha / init_r`` throughout. None: twice
-            ``target_r`` with "principal", 8 with the paper's form.
+        lora_alpha: numerator of the scale, greater than 0. With "principal" the scale is ``lora_alpha / k``, where
+            ``k`` is the current average rank. With the paper's form it is ``lora_alpha / init_r`` throughout. None:
+            twice ``target_r`` with "principal", 8 with the paper's form.
         use_rslora: scale by ``lora_alpha / sqrt(k)`` instead. Only "principal" has this setting.
         init_lora_weights: form of the method and start of the factors: "principal", True, "gaussian" or False. The
             text below describes them.
         rank_pattern: the result of a run. It maps each ``"<module path>.lora_E"`` to a list of ``init_r`` booleans,
             True for the ranks that stay. A stack of matrices has ``init_r`` booleans per matrix, in order.
-        r: not a field of AdaLoRA. It is accepted with a warning, for compatibility.
+        r: not used by AdaLoRA. For compatibility, a rank of at least 1 is accepted with a warning.
 
     The class has two forms of the method. ``init_lora_weights="principal"`` is the default. It starts and learns as
     LoRA does: A is random and B is 0, and LoRA's learning rates fit. Before each cut it writes every layer's update in

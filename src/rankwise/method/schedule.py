@@ -80,7 +80,7 @@ class BudgetSchedule:
 
         Args:
             tinit: length of the warm-up, in optimizer steps (int) or as a fraction of the run (float in [0, 1)).
-            tfinal: length of the final phase, likewise.
+            tfinal: length of the final phase, in optimizer steps (int) or as a fraction of the run (float in [0, 1)).
             total_step: optimizer steps of the whole run, at least 1.
             deltaT: optimizer steps between two allocations, at least 1.
 
@@ -130,7 +130,7 @@ class BudgetSchedule:
         Args:
             step: optimizer step, from 1.
             initial: sum of all initial ranks, at least ``target``.
-            target: sum of all ranks at the end of the run.
+            target: sum of all ranks at the end of the run, at least 0.
         """
         if step <= self.tinit:
             return initial
@@ -203,7 +203,7 @@ def phase_lengths(
 
     Args:
         tinit: length of the warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: its share.
-        tfinal: length of the final phase, likewise.
+        tfinal: length of the final phase, in steps (int) or as a fraction (float in [0, 1)). None: its share.
         total_step: optimizer steps of the run, at least 1.
         shares: shares of warm-up and final phase for lengths of None, each in [0, 1), together less than 1.
 

@@ -154,7 +154,7 @@ def get_peft_model(
     that holds the adapter's parameters steps.
 
     Args:
-        model: any ``nn.Module``.
+        model: base model or adapted model, any ``nn.Module``.
         peft_config: an `AdaLoraConfig` or a `LoraConfig`.
         adapter_name: name of the adapter.
         adapter_compute_dtype: floating-point dtype in which linear layers compute the adapter's products. None: the

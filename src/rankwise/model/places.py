@@ -38,7 +38,7 @@ class KeepsPlaces(HoldsAdapters):
         """Call the model's own ``resize_token_embeddings``, unless an adapter is on the embeddings.
 
         Args:
-            new_num_tokens: new number of tokens. None, without other arguments: return the embeddings unchanged.
+            new_num_tokens: new number of tokens, at least 1. None, without other arguments: the embeddings stay.
             args: further arguments of the model's own method.
             kwargs: further arguments of the model's own method.
 

@@ -25,7 +25,7 @@ def inject_adapter_in_model(
 
     Args:
         peft_config: an `AdaLoraConfig` or a `LoraConfig`.
-        model: any ``nn.Module``.
+        model: base model or adapted model, any ``nn.Module``.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: accepted for compatibility with PEFT, without effect.
         state_dict: tensors of an adapter, whose names replace ``target_modules``. Their values are not loaded. None:

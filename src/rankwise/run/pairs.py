@@ -120,12 +120,15 @@ class FactorPair(ABC):
         return matrix if order is None else matrix[order.to(matrix.device)]
 
     def from_rows(self, key: str, rows: Tensor, shape: torch.Size) -> Tensor:
-        """Undo `rows`.
+        """Arrange the rows of a matrix as a factor again, the inverse of `rows`.
 
         Args:
             key: "A" or "B".
             rows: a matrix with one row for each rank, (ranks, width).
             shape: the factor's shape. Its number of ranks may differ from that of ``rows``.
+
+        Returns:
+            The values in the factor's shape.
         """
         order = self.order(key, len(rows))
         if order is not None:
