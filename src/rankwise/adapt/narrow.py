@@ -28,8 +28,8 @@ def narrow(
 ) -> tuple[list[PeftPair], list[PeftPair]]:
     """Remove the ranks of PEFT's layers that are off. A layer without any rank becomes its base layer again.
 
-    The update of every layer stays the same. All blocks of a stack of experts keep as many ranks as the block with the
-    most.
+    The update of every layer stays the same. In a stack of experts all blocks keep the same number of ranks, that of
+    the block with the most.
 
     Args:
         model: model that holds the layers.

@@ -32,7 +32,7 @@ class PeftPair(FactorPair):
         self.starts_at_zero = "A" if self.is_embedding else "B"
 
     def module(self, key: str) -> Any:
-        """The module that holds a factor. Embeddings hold their factors without one."""
+        """The module that holds a factor. In embeddings a factor is a parameter of its own, without a module."""
         return (self.layer.lora_A if key == "A" else self.layer.lora_B)[self.adapter]
 
     def parameter(self, key: str) -> nn.Parameter:
@@ -118,9 +118,9 @@ def _path(name: str, layer: Any) -> str:
 
 
 def same_ranks(pairs: list[PeftPair]) -> Mapping[int, int]:
-    """Pairs of layers to which PEFT gives one rank: the number of the inner layer -> the number of the outer layer.
+    """For each layer that must have the same rank as a layer around it, the number of that outer layer.
 
-    PEFT's multi-head attention adapts its output projection together with itself.
+    PEFT's multi-head attention contains its output projection, and adapts both with one rank.
     """
     number_of = {id(pair.layer): n for n, pair in enumerate(pairs)}
     inner = {}

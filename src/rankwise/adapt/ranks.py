@@ -91,7 +91,7 @@ def adapt_ranks(
         name, pairs = check_adaptable(whole, adapter, target_r)
         if name in vars(whole).get(HANDLES, {}):
             raise ValueError(
-                f"The ranks of adapter {name!r} adapt already. Call `detach()` on the first handle to begin anew."
+                f"The ranks of adapter {name!r} adapt already. Call `detach()` on the first handle to start again."
             )
         # This is a copy, because the caller may use the configuration again, and TRL's copy of an adapter shares it.
         peft_config = copy.deepcopy(whole.peft_config[name])
@@ -208,7 +208,7 @@ class AdaptiveRanks:
 
     @property
     def _rankwise_controller(self) -> Controller:
-        """The controller, under the name that integrations know from adapted models."""
+        """The controller of the run. Adapted models have an attribute of the same name, which integrations read."""
         return self._controller
 
     @property
@@ -294,10 +294,10 @@ class AdaptiveRanks:
     def finalize_ranks(self) -> None:
         """Cut ranks to the final budget now, keep that choice, and narrow the layers to the ranks that are left.
 
-        A run that reaches ``total_step`` in one process does this by itself. Call it if a run ends earlier, and if many
-        processes train together: then call it in all of them, after the wrapper of the model is gone. If the parameters
-        are sharded over processes (``fully_shard``, ZeRO), the layers are not narrowed. Their ranks that are off are
-        zeros, and compute the same.
+        A run that reaches ``total_step`` in one process does this by itself. Call it if a run ends earlier. If many
+        processes train together, call it in all of them, once the model is out of its wrapper. If the parameters are
+        sharded over processes (``fully_shard``, ZeRO), the layers are not narrowed. The ranks that are off then stay
+        in the factors as zeros, and the outputs are the same.
         """
         self._controller.finalize_ranks()
         self._narrow()
@@ -324,7 +324,7 @@ class AdaptiveRanks:
         return {**self._tensors.state_dict(), "run": packed_state(self._controller), "end_scales": ends}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue the run of a state. Load the adapter's factors and the optimizer's state yourself.
+        """Continue the run that a state describes. Load the adapter's factors and the optimizer's state yourself.
 
         Args:
             state: result of `state_dict`.

@@ -93,7 +93,7 @@ def _check_layer(pair: PeftPair, adapter: str) -> None:
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not type(variant).__name__.startswith("Dora"):
         raise ValueError(
-            f"{pair.path!r} uses {type(variant).__name__}, a variant of LoRA that reads A or B in a way of its own, so "
+            f"{pair.path!r} uses {type(variant).__name__}, a variant of LoRA that reads A or B in its own way, so "
             "its ranks can't be cut. Leave that option of LoraConfig out."
         )
     if layer.merged_adapters:
@@ -105,7 +105,7 @@ def _check_layer(pair: PeftPair, adapter: str) -> None:
         if B.shape[1] != A.shape[0]:
             raise ValueError(
                 f"{pair.path!r} is a convolution with groups, in which B has {B.shape[1]} columns for the {A.shape[0]} "
-                "ranks of A: PEFT's layout is no product B A. Leave the layer out with `exclude_modules`."
+                "ranks of A: PEFT's layout is not a product B A. Leave the layer out with `exclude_modules`."
             )
 
 

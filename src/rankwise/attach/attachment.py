@@ -36,8 +36,8 @@ class Factors:
         B: factor B, (d_out, r).
         E: factor E of the paper's form, (r, 1). None in other forms.
         scaling: scale of the update.
-        kept: for a stack of matrices, whose matrices have equally many triplets: True for a triplet that may act,
-            (r,), bool. None: all may act.
+        kept: True for a triplet that may act, (r,), bool. A stack of matrices needs it, because all its matrices have
+            equally many triplets. None: all may act.
     """
 
     A: Tensor
@@ -55,10 +55,9 @@ class Attachment:
         adapter: name of the adapter.
         config: configuration of the adapter.
         layers: factors of each layer, by path.
-        saved_modules: state dictionaries of the modules that train whole, by path. None: the base module's values.
-        biases: parameters of the base that train with the adapter or that its file replaces, by name. None: they keep
-            their values.
-        frozen: parameters of the base that a run's file replaces and that do not train, by name.
+        saved_modules: state dictionary of each module that trains whole, by path. None: it starts as the base's module.
+        biases: new value of each bias of the base that trains with the adapter, by name. None: it keeps its value.
+        frozen: new value of each parameter of the base that a run's file replaces but does not train, by name.
         widens: whether copies of half-precision modules that train whole are float32.
     """
 
@@ -114,14 +113,14 @@ def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attac
     """Find the layers that ``config`` adapts, and make the start of the adapter. The model stays as it is.
 
     Raises:
-        ValueError: the name cannot be used, ``config`` matches no layer or one that cannot be adapted, or a rank is
-            too large.
+        ValueError: the name cannot be used, no layer matches ``config``, a matching layer cannot be adapted, or a
+            rank is too large.
     """
     check_adapter_name(model, adapter)
     if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
         warnings.warn(
             f"`rank_pattern` is the result of another run and has no effect on adapter {adapter!r}, which is new: all "
-            f"of its layers start at rank {config.init_r}. To go on with those ranks, load that run's folder with "
+            f"of its layers start at rank {config.init_r}. To continue with those ranks, load that run's folder with "
             "`PeftModel.from_pretrained(model, folder, is_trainable=True)`; else leave it out.",
             UserWarning,
             stacklevel=3,
@@ -145,15 +144,13 @@ def check_adapter_name(model: nn.Module, adapter: str) -> None:
     if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
         raise ValueError(
             f"{adapter!r} can't name an adapter: every module of PyTorch has an attribute of that name. Choose "
-            "another, "
-            f"such as {adapter + '_adapter'!r}."
+            f"another, such as {adapter + '_adapter'!r}."
         )
     if adapter in getattr(model, "peft_config", {}):
         raise ValueError(
-            f"The model has an adapter {adapter!r} already. To attach anew, as when a notebook's cell is run "
-            "again, call "
-            "`model = model.unload()` first, which gives the base model back. To add a second adapter, choose another "
-            "name; to replace this one beside others, `delete_adapter` it first."
+            f"The model has an adapter {adapter!r} already. To attach it again, for example when a notebook's cell is "
+            "run again, call `model = model.unload()` first, which gives the base model back. To add a second adapter, "
+            "choose another name. To replace only this one, call `delete_adapter` first."
         )
 
 
@@ -208,7 +205,7 @@ def apply_attachment(model: nn.Module, attachment: Attachment) -> None:
 
 
 def _named(path: str, prepare: Callable[[nn.Module], _Prepared], module: nn.Module) -> _Prepared:
-    """Call ``prepare`` on the module. Its errors get the path."""
+    """Call ``prepare`` on the module. Its errors name the path."""
     try:
         return prepare(module)
     except ValueError as error:
@@ -368,7 +365,7 @@ def _resolved(
 
 
 def names_for(model: nn.Module, paths: list[str], heads: list[str]) -> list[str] | str:
-    """Short names that match exactly ``paths``. If short names match more, the paths themselves."""
+    """Short names that match exactly ``paths``, or the paths themselves if short names would match more."""
     short = sorted({path.rpartition(".")[2] for path in paths})
     inside = tuple(f"{head}." for head in heads)
     others = [

@@ -30,7 +30,7 @@ def merge(model: nn.Module, names: list[str], safe_merge: bool, for_good: bool =
     if rounded:
         warnings.warn(
             f"{len(rounded)} of the layers that are merged into are quantized ({rounded[0]!r}, ...). They are "
-            "quantized anew, which rounds what the adapter has learned. To merge without rounding, load the "
+            "quantized again, which rounds what the adapter has learned. To merge without rounding, load the "
             "base model unquantized, load the adapter into that, and merge.",
             stacklevel=3,
         )
@@ -43,7 +43,7 @@ def refuse_sharded(model: nn.Module, method: str) -> None:
     refuse_flattened(model, method, "Save the adapter and load it into a whole model.")
     if shared_out(model):
         raise ValueError(
-            f"`{method}` can't work on a model that is shared out over processes. Save the "
+            f"`{method}` can't work on a model that is sharded over processes. Save the "
             "adapter with `save_pretrained`, called by all processes, and load it into a whole model."
         )
 

@@ -98,7 +98,7 @@ def tell_of_experts(modules: Mapping[str, nn.Module], slots: Iterable[str]) -> N
     total = sum(p.numel() for module in modules.values() for p in module.parameters(recurse=False))
     share = sum(p.numel() for p in left.values() if p is not None) / max(total, 1)
     warnings.warn(
-        f"`target_modules`='all-linear' adapts linear layers, and the experts of this model are none: {len(left)} "
+        f"`target_modules`='all-linear' adapts linear layers, and the experts of this model are not: {len(left)} "
         f"stacks of weights with {share:.0%} of the model's parameters are left out. To adapt them, add "
         f"`target_parameters={names}`.",
         UserWarning,

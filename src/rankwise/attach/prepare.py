@@ -120,7 +120,9 @@ def _check_can_checkpoint(model: Any) -> None:
 
 
 def checkpointing_name(owner: Any, ending: str = "") -> str:
-    """The name of gradient checkpointing in a model or in Transformers' arguments. Newer ones say "activation".
+    """The name of gradient checkpointing in a model or in Transformers' arguments.
+
+    Newer versions of Transformers call it activation checkpointing.
 
     Example:
         >>> checkpointing_name(torch.nn.Linear(2, 2))

@@ -96,13 +96,13 @@ class Probe:
     ) -> RankPlan:
         """Plan ranks for a budget. Give exactly one of ``parameters``, ``bytes``, ``keep`` and ``rank``.
 
-        Directions are taken by their square per parameter, so the ranks hold the most of the gradient.
+        Directions are taken by their square per parameter, so that the ranks hold as much of the gradient as possible.
 
         Args:
-            parameters: most parameters of the adapter, at least those of one rank.
+            parameters: largest number of parameters of the adapter, at least that of one rank.
             bytes: largest size of the adapter's file, in bytes.
             keep: share of the gradient's squared norm to hold, in (0, 1].
-            rank: rank of a LoRA on all layers whose number of parameters is the budget, greater than 0.
+            rank: average rank, greater than 0. The budget is the parameters of LoRA of this rank on all layers.
             bytes_per_parameter: bytes of one parameter in the file: 4, or 2 in half precision.
 
         Returns:
@@ -326,8 +326,8 @@ def _check_finite(sketches: Mapping[str, GradientSketch]) -> None:
             )
         if size and not _LEAST < size < _MOST:
             raise ValueError(
-                f"The gradient of {path!r} has the norm {size:.3g}, of which no square can be formed: it must be from "
-                f"{_LEAST:g} to {_MOST:g}. Multiply the loss by a number that brings it there."
+                f"The gradient of {path!r} has the norm {size:.3g}, whose square does not fit into double precision: "
+                f"the norm must be from {_LEAST:g} to {_MOST:g}. Multiply the loss by a number that brings it there."
             )
 
 

@@ -1,4 +1,4 @@
-"""Ranks for the layers of a model that are planned before training, as a configuration, as YAML or as a table."""
+"""A plan of ranks, made before training: as a configuration, as YAML or as a table."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class RankPlan:
     def lora_config(self, **fields: Any) -> LoraConfig:
         """Return a configuration with these ranks.
 
-        All layers have the scale ``lora_alpha / r``, whatever their own rank is. Otherwise a layer would learn the more
-        slowly, the more ranks it has.
+        All layers have the scale ``lora_alpha / r``, whatever their own rank is. If each layer's alpha were divided by
+        its own rank, layers of higher rank would learn more slowly.
 
         Args:
             fields: further fields of `LoraConfig`. ``r`` defaults to `mean_rank`.
@@ -157,10 +157,12 @@ class RankPlan:
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         layers = data.get("layers") if isinstance(data, dict) else None
         if not isinstance(layers, dict) or not layers:
-            raise ValueError(f"{path} is no plan: it has no `layers`. Make one with `rankwise probe`.")
+            raise ValueError(
+                f"{path} is not a rank plan: it has no `layers`. Make one with `rankwise probe`."
+            )
         for name, layer in layers.items():
             for key, least in (("rank", 0), ("width", 1)):
                 value = layer.get(key) if isinstance(layer, dict) else None

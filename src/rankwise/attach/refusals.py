@@ -60,7 +60,7 @@ def check_layer(model: nn.Module, path: str, module: nn.Module, config: LoraConf
     """Refuse a layer that cannot be adapted, or whose adapter would do nothing.
 
     Raises:
-        ValueError: the layer is such a layer.
+        ValueError: the layer cannot be adapted. The message says why.
     """
     if adapters_for(module) is None:
         raise ValueError(_cannot_adapt(path, module, config))
@@ -91,8 +91,8 @@ def adaptable(
             left_out.setdefault(f"can't be adapted: {reason}", []).append(path)
         elif path in shared:
             said = (
-                f"won't be adapted: its weight is that of {shared[path]!r}, too, and an adapter of one of them "
-                "can't be merged into it. To adapt it all the same, name it in `target_modules`."
+                f"won't be adapted: it shares its weight with {shared[path]!r}, and an adapter of one of them "
+                "can't be merged into it. To adapt it anyway, name it in `target_modules`."
             )
             left_out.setdefault(said, []).append(path)
         else:

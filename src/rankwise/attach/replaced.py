@@ -48,7 +48,7 @@ def check_in_place(model: nn.Module, layers: Mapping[str, nn.Module], in_pass: b
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise ValueError(
             f"{lost[0]!r}{more} was replaced after the adapter was attached, so what the adapter has learned there is "
-            "no part of the model any more. Change the model first (`resize_token_embeddings`, quantization, a new "
+            "no longer part of the model. Change the model first (`resize_token_embeddings`, quantization, a new "
             "head) and attach the adapter then; or put the adapted module back where it was."
         )
 

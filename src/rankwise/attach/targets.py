@@ -1,8 +1,8 @@
 """Finds the modules of a model that a configuration means.
 
 Names match as in PEFT: a name in a list is a whole path or its last parts, and a string is a regular expression for
-whole paths. PEFT silently ignores names that match nothing, and layers whose weight is read without calling the layer,
-so that an adapter would do nothing. Here these are a warning or an error.
+whole paths. A name that matches nothing is a warning or an error here, while PEFT ignores it. So is a layer on which an
+adapter would do nothing, because the model reads the layer's weight without calling the layer.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """Find the layers that ``config`` adapts, by path in the model's order, followed by the slots of its parameters.
+    """Find the layers that ``config`` adapts, by path in the model's order, and then the slots of adapted parameters.
 
     A layer with several paths is found once, under the first. Layers in ``modules_to_save`` and in the heads that
     ``task_type`` implies are never among them.
 
     Raises:
-        ValueError: no layer matches, or one that cannot be adapted. The message says what to write instead.
+        ValueError: no layer matches, or a matching layer cannot be adapted. The message says what to write instead.
 
     Warns:
         UserWarning: a selector selects nothing, while others do; see `tell_of_idle_selectors`.

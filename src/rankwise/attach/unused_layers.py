@@ -44,7 +44,7 @@ def check_fast_path(model: nn.Module, path: str) -> None:
     """Refuse a layer of a Transformer encoder that PyTorch's fast path computes without calling it.
 
     Raises:
-        ValueError: the layer at ``path`` is such a layer.
+        ValueError: the fast path computes the layer at ``path``.
     """
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():

@@ -155,8 +155,8 @@ class AdaLoraConfig(LoraConfig):
             raise ValueError(f"`orth_reg_weight` must be at least 0, but is {weight}.")
         if self.use_rslora and not self.form.takes_rslora:
             raise ValueError(
-                "`use_rslora` does not go with the paper's form of AdaLoRA, whose scale is lora_alpha / init_r. "
-                "For a greater one, increase `lora_alpha`; or leave `init_lora_weights` at 'principal'."
+                "`use_rslora` does not work with the paper's form of AdaLoRA, whose scale is lora_alpha / init_r. "
+                "For a larger scale, increase `lora_alpha`; or leave `init_lora_weights` at 'principal'."
             )
         if self.alpha_pattern:
             raise ValueError("`alpha_pattern` belongs to LoraConfig: AdaLoRA has one `lora_alpha` for all.")

@@ -173,7 +173,7 @@ class LoraConfig(CheckedKeywords):
             raise ValueError(f"`lora_dropout` must be in [0, 1), but is {self.lora_dropout}.")
         if self.lora_dropout and self.target_parameters:
             raise ValueError(
-                f"`lora_dropout`={self.lora_dropout} does not go with `target_parameters`, as in PEFT: set it to 0."
+                f"`lora_dropout`={self.lora_dropout} does not work with `target_parameters`, as in PEFT: set it to 0."
             )
         for name in _FLAGS:
             values[name] = check_flag(name, values[name])

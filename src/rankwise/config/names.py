@@ -97,7 +97,7 @@ class _TakesNeutral(type):
 class CheckedKeywords(metaclass=_TakesNeutral):
     """Refuses unknown keywords and suggests the nearest known name. The dataclass keeps its typed ``__init__``.
 
-    Fields that only PEFT has can be given at their neutral values, which say that they are not used, and read.
+    Fields that only PEFT has can be set to their neutral values, which say that they are not used. They can be read.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -206,7 +206,7 @@ def tell_of_unknown(extra: Mapping[str, Any], source: str) -> None:
     if unknown:
         said = ", ".join(f"`{name}`={short(value)}" for name, value in unknown.items())
         warnings.warn(
-            f"{source}: rankwise does not know {said}, and passes over it, as PEFT does. Newer versions of PEFT "
+            f"{source}: rankwise does not know {said}, and ignores it, as PEFT does. Newer versions of PEFT "
             "may write such fields. If one of them changes what the adapter computes, the model differs from the one "
             "that was trained: compare their outputs.",
             UserWarning,

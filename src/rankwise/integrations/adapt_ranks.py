@@ -87,8 +87,8 @@ class AdaptRanks(TrainerCallback, ExportableState):
         if ranks is not None and ranks.is_over:
             if ranks is self.ranks:
                 warnings.warn(
-                    "The run of adaptive ranks is over, so the ranks stay as they are, and their values train on. To "
-                    "adapt them further, make a trainer with a new `AdaptRanks`.",
+                    "The run of adaptive ranks is over, so the ranks stay as they are, and their values continue to "
+                    "train. To adapt them further, make a trainer with a new `AdaptRanks`.",
                     stacklevel=2,
                 )
                 return
@@ -168,9 +168,9 @@ def _load(ranks: AdaptiveRanks, callbacks: Any, source: str) -> None:
     packed = saved.get("attributes", {}).get("run")
     if packed is None:
         raise ValueError(
-            f"{source} holds no state of adaptive ranks, so the run can't go on from it. Resume without `AdaptRanks`. "
-            "Or begin a new run from that adapter: load it with `PeftModel.from_pretrained(..., is_trainable=True)`, "
-            "and train without `resume_from_checkpoint`."
+            f"{source} holds no state of adaptive ranks, so the run can't continue from it. Resume without "
+            "`AdaptRanks`. Or begin a new run from that adapter: load it with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`, and train without `resume_from_checkpoint`."
         )
     try:
         ranks.load_state_dict(

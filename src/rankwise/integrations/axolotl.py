@@ -98,7 +98,7 @@ def check_configuration(cfg: dict[str, Any]) -> dict[str, Any]:
         )
     if cfg.get("relora"):
         raise ValueError(
-            "`relora` merges LoRA and starts it anew, so its ranks can't adapt: leave `relora` out."
+            "`relora` merges LoRA and starts it again, so its ranks can't adapt: leave `relora` out."
         )
     check_start(cfg.get("peft_init_lora_weights"), "peft_init_lora_weights")
     if ((cfg.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits"):

@@ -34,7 +34,7 @@ class Run(Protocol):
 
 
 def run_of(model: Any) -> Run | None:
-    """Find the run in ``model``: the first adapted model in it, itself included, or the handle that a model keeps.
+    """Find the run in ``model``: the first adapted model, which may be ``model`` itself, or a handle that it keeps.
 
     The adapted model may be inside a wrapper such as DistributedDataParallel. It may also be a part of the model, such
     as the encoder of a SentenceTransformer.

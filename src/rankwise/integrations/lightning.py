@@ -39,7 +39,7 @@ class RankwiseHooks:
             fit_total_step(run, int(steps), "Lightning Trainer")
         elif where.total_step is None and where.target < where.initial:
             raise ValueError(
-                "The Trainer runs without an end, so the schedule has none to be fitted to: pass `max_epochs` or "
+                "The Trainer runs without an end, so the schedule cannot be fitted to its length: pass `max_epochs` or "
                 "`max_steps` to the Trainer, or `total_step` to AdaLoraConfig or `adapt_ranks`."
             )
 
@@ -71,7 +71,7 @@ class RankwiseHooks:
             return
         if _KEY not in checkpoint:
             raise ValueError(
-                "This checkpoint holds no state of adaptive ranks, so the run can't go on from it: it was written "
+                "This checkpoint holds no state of adaptive ranks, so the run can't continue from it: it was written "
                 "without `adapt_ranks`, or after the run was over."
             )
         run.load_state_dict(checkpoint[_KEY])

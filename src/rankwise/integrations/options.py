@@ -18,7 +18,7 @@ STARTS = ("true", "false", "gaussian", "eva", "orthogonal")
 def check_options(
     options: Any, where: str, rank: Any, rank_name: str, max_steps: Any = None
 ) -> dict[str, Any]:
-    """Check the options of `rankwise.AdaptRanks` that a user wrote under ``where``, and return them.
+    """Check the options of `rankwise.AdaptRanks` that a user wrote in a framework's configuration, and return them.
 
     Args:
         options: mapping of ``target_r``, ``tinit``, ``tfinal`` and ``deltaT``. None: the defaults.

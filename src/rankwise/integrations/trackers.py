@@ -16,7 +16,7 @@ import torch
 from rankwise.integrations.common import run_of
 from rankwise.run.summary import RankSummary
 
-_PICTURES = 20  # most pictures of a run, since drawing one of a large model takes a second
+_PICTURES = 20  # largest number of pictures in a run; drawing one for a large model takes a second
 _NAME = "ranks"
 
 
@@ -78,11 +78,11 @@ def _senders(callbacks: Iterable[Any]) -> list[Sender]:
 
 
 def _picture(summary: RankSummary, step: int) -> Any:
-    """The heat map as an image of Pillow, which matplotlib needs and installs. None if it is not installed."""
+    """The heat map as a Pillow image. None if matplotlib, which installs Pillow, is missing."""
     try:
         from PIL import Image
 
-        # This import points outward. It is made here because only trackers need pictures.
+        # This package may not import `report` at its top, and only trackers need pictures.
         from rankwise.report.plots import heatmap_figure
 
         figure = heatmap_figure(summary, f"Rank of each layer after step {step:,}")

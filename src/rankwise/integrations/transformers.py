@@ -3,9 +3,9 @@
 Attaching an adapter to a Transformers model is enough: every Trainer made after it has the callback below among
 its default callbacks. The callback does nothing for models that are not adapted.
 
-Trainer loads an adapter folder only into PEFT's own class. For any other model it looks for full weights. So its two
-loading methods are replaced by ones that also load adapted models. Its method `log`, which reaches the trackers, is
-replaced by one that also sends them the ranks. Trainer's documentation invites subclasses to override these methods.
+Trainer loads an adapter folder only into PEFT's own class. For any other model it looks for full weights. So this
+module replaces its two loading methods by ones that also load adapted models. It also replaces the method `log`, so
+that trackers get the ranks. Trainer's documentation invites subclasses to override all three.
 """
 
 from __future__ import annotations

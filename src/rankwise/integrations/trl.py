@@ -87,7 +87,7 @@ def _wrong_reference(name: str, is_fsdp: bool, passed: bool) -> str:
         others = "`beta=0.0` in its arguments trains without a reference."
     return (
         f"{name} would load a bare base model as the reference, because the model has rankwise's own layers. That is "
-        "the wrong reference for an adapter that goes on from earlier training, and a second model in memory. "
+        "the wrong reference for an adapter that continues earlier training, and a second model in memory. "
         f"{_ROAD} To keep rankwise's layers: {others}"
     )
 

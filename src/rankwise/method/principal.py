@@ -12,8 +12,8 @@ With the thin QR decompositions ``A^T = Q_A R_A`` and ``B = Q_B R_B`` and the si
 where c is the root mean square of the norms of A's rows. This c keeps the pace at which the adapter learns.
 
 The new factors are ``A' = M A`` and ``B' = B M^-1`` with ``M = c V^T R_A^-T``. The optimizer's state follows. Gradients
-and their means become ``M^-T`` times those of A, and those of B times ``M^T``. Means of squares are multiplied by the
-squared entries of the same matrices.
+of A and their means are multiplied by ``M^-T`` from the left, those of B by ``M^T`` from the right. Means of squared
+gradients are multiplied by the squared entries of the same matrices.
 """
 
 from __future__ import annotations

@@ -123,9 +123,9 @@ class BudgetSchedule:
     def budget(self, step: int, initial: int, target: int) -> int:
         """The number of triplets that may stay after an optimizer step.
 
-        It is
-        ``int(target + (initial - target) * (1 - (step - tinit) / (total_step - tfinal - tinit)) ** 3)`` in the
-        pruning phase, ``initial`` before and ``target`` after it (Zhang et al., 2023, equation 13).
+        In the pruning phase it is
+        ``int(target + (initial - target) * (1 - (step - tinit) / (total_step - tfinal - tinit)) ** 3)``. Before that
+        phase it is ``initial``, and after it ``target`` (Zhang et al., 2023, equation 13).
 
         Args:
             step: optimizer step, from 1.
@@ -180,7 +180,8 @@ def whole_steps(value: int | float, total_step: int, name: str = "length") -> in
     """A phase's length in steps, from steps (int) or a fraction of ``total_step`` (float in [0, 1)).
 
     Raises:
-        TypeError, ValueError: as `check_length`.
+        TypeError: as `check_length`.
+        ValueError: as `check_length`.
 
     Example:
         >>> whole_steps(0.1, total_step=1000), whole_steps(30, total_step=1000)
@@ -232,7 +233,7 @@ def phase_lengths(
 
 
 def _gives_way(length: int | float | None, steps: int) -> tuple[bool, bool, int]:
-    """A key that is greater for the phase to shorten: first one given as None, then a fraction, then the longer one."""
+    """A sorting key for the phase to shorten: a phase given as None, else one given as a fraction, else the longer."""
     return steps > 0 and not isinstance(length, int), length is None, steps
 
 

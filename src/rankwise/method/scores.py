@@ -79,8 +79,8 @@ def update_scores(
 def triplet_scores(layout: TripletLayout, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
     """One score per triplet, (triplets,), from the running averages, (elements,).
 
-    If averages are so large or so small that their products would overflow or vanish, all of them are divided by one
-    power of two. The order of the scores stays, and only the order is used.
+    If the averages of one kind are so large or so small that products would overflow or vanish, all of that kind are
+    divided by one power of two. The order of the scores stays, and only the order is used.
     """
     return layout.mean_per_triplet(_of_usual_size(sensitivity) * _of_usual_size(uncertainty))
 

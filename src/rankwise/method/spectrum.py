@@ -1,4 +1,4 @@
-"""The largest singular values of a gradient, from a sketch. The gradient itself is never stored.
+"""The largest singular values of a gradient, from a sketch of it. A large gradient is never stored itself.
 
 For a layer y = W x the gradient of a batch is G = sum over tokens of (dL/dy) x^T, a matrix of W's size. Two passes over
 the same batches find its first directions (Halko, Martinsson and Tropp, 2011). The first pass sums Y = G Omega, where
@@ -108,7 +108,7 @@ class GradientSketch:
     def norm(self) -> float:
         """The Frobenius norm of the gradient: the root of the sum of all squared singular values.
 
-        With a sketch it is an estimate, whose square is unbiased. It is never less than the norm of what was found.
+        With a sketch it is the root of an unbiased estimate of the squared norm, but at least the norm that was found.
         """
         return self.size() if self.exact else max(self.size(), self._norm)
 

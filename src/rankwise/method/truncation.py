@@ -1,8 +1,8 @@
-"""The singular directions that a budget keeps: it takes squared singular values and widths, and returns ranks.
+"""Chooses the singular directions to keep within a budget, from squared singular values and widths.
 
 Keeping the first k singular directions of a layer's update is the best that rank k allows (Eckart and Young, 1936). It
-loses the sum of the other squared singular values. Over several layers these losses add up, while a rank costs each
-layer its own width. So directions are taken by square per parameter, over all layers at once.
+loses the sum of the other squared singular values. Over several layers these losses add up. One rank costs as many
+parameters as the layer's width. So directions are taken by square per parameter, over all layers at once.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class CombinesAdapters(NamesAdapters):
                     "be combined."
                 )
         if shared_out(self):
-            raise ValueError("Combine adapters before the model's parameters are shared out over processes.")
+            raise ValueError("Combine adapters before the model's parameters are sharded over processes.")
         return names, [float(check_number("weights", weight)) for weight in weights]
 
 

@@ -171,7 +171,8 @@ def get_peft_model(
     Raises:
         TypeError: ``model`` is not a module, ``peft_config`` is not one of rankwise's configurations, or
             ``adapter_compute_dtype`` is not a floating-point dtype.
-        ValueError: ``target_modules`` matches no layer, or a layer that cannot be adapted. The model is then as before.
+        ValueError: no layer matches ``target_modules``, or a matching layer cannot be adapted. The model is then as
+            before.
 
     Example:
         >>> import torch, rankwise as rw

@@ -110,7 +110,7 @@ class KeepsPlaces(HoldsAdapters):
         self._rankwise_places = {**lost, **adapter_layers(self), **saved_modules(self)}
 
     def _check_in_place(self, in_pass: bool = False) -> None:
-        """Refuse to go on if an adapted module was replaced.
+        """Raise an error if an adapted module was replaced.
 
         Raises:
             ValueError: a module was replaced.

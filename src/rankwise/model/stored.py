@@ -267,8 +267,8 @@ class StoresAdapters(NamesAdapters):
             return storage.prepare_training_state(self, name, file, controller)
         if controller is not None:
             warnings.warn(
-                f"{place} holds no {storage.TRAINING_STATE_NAME}, so this is not the run going on: the adapter's "
-                "values are taken over, and its ranks stay as they are there.",
+                f"{place} holds no {storage.TRAINING_STATE_NAME}, so the run does not continue: only the adapter's "
+                "values are loaded, and its ranks stay as they are there.",
                 stacklevel=3,
             )
         return storage.prepare_values(self, name, file, controller)

@@ -33,7 +33,7 @@ class TellsOfNoTraining(HoldsAdapters):
             warnings.warn(
                 f"Nothing of this model trains: the adapters {sorted(self.peft_config)} are for inference, so "
                 "`backward()` "
-                "will fail. To train one on, load it with `PeftModel.from_pretrained(model, folder, "
+                "will fail. To continue training one, load it with `PeftModel.from_pretrained(model, folder, "
                 "is_trainable=True)`.",
                 UserWarning,
                 stacklevel=2,

@@ -69,7 +69,7 @@ def refuse_away(parameters: Iterable[Any]) -> None:
     largest = max((int(parameter.ds_numel) for parameter in parameters if is_away(parameter)), default=0)
     if largest:
         raise ValueError(
-            f"DeepSpeed ZeRO-3 has shared out a factor of {largest} elements of an adapter, which must stay whole in "
+            f"DeepSpeed ZeRO-3 has partitioned a factor of {largest} elements of an adapter, which must stay whole in "
             'every process. Set "stage3_param_persistence_threshold" under "zero_optimization" in DeepSpeed\'s '
             "configuration to more than the elements of the largest factor (rank times width)."
         )

@@ -35,8 +35,8 @@ _BY_TASK = {
 class AutoPeftModel:
     """Loads a base model of Transformers and an adapter on it, given only the adapter's folder.
 
-    The ``task_type`` in the adapter's configuration tells Transformers' class of the base model. The subclasses, such
-    as `AutoPeftModelForCausalLM`, fix that class. Call ``from_pretrained``: the class itself makes no objects.
+    The ``task_type`` in the adapter's configuration determines which class of Transformers the base model gets. The
+    subclasses, such as `AutoPeftModelForCausalLM`, always use one class. Call ``from_pretrained`` to get a model.
 
     Raises:
         TypeError: the class is called.
@@ -59,7 +59,7 @@ class AutoPeftModel:
 
     def __init__(self, *args: Any, **options: Any) -> None:
         raise TypeError(
-            f"{type(self).__name__} makes no object of its own: use {type(self).__name__}.from_pretrained."
+            f"{type(self).__name__} can't be instantiated: use {type(self).__name__}.from_pretrained."
         )
 
     @classmethod
@@ -91,7 +91,7 @@ class AutoPeftModel:
         Raises:
             FileNotFoundError: the adapter does not exist.
             TypeError: an option is unknown.
-            ValueError: the adapter's configuration does not tell the base model or its class; or a file is broken, or
+            ValueError: the adapter's configuration does not name the base model or its class; or a file is broken, or
                 belongs to another model.
         """
         hub = {name: options[name] for name in HUB_OPTIONS & options.keys()}

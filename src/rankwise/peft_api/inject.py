@@ -50,6 +50,6 @@ def inject_adapter_in_model(
         found = [factor_name(name.removeprefix(PREFIX)) for name in state_dict]
         paths = list(dict.fromkeys(each.path for each in found if each is not None))
         if not paths:
-            raise ValueError("`state_dict` holds no factor of an adapter, so it tells of no layer to adapt.")
+            raise ValueError("`state_dict` holds no factor of an adapter, so it names no layer to adapt.")
         peft_config = replace(peft_config, target_modules=paths)
     return get_peft_model(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)

@@ -171,7 +171,8 @@ def _adapted(model: Any) -> PeftModel:
             model = getattr(model, name)
     if not isinstance(model, PeftModel):
         raise TypeError(
-            f"This {type(model).__name__} is no model that rankwise has adapted: call `rankwise.get_peft_model` first."
+            f"This {type(model).__name__} is not a model that rankwise has adapted: call `rankwise.get_peft_model` "
+            "first."
             + (" For a model of PEFT's own, call PEFT's function." if hasattr(model, "peft_config") else "")
         )
     return model
