@@ -1,4 +1,4 @@
-"""State dictionaries under PEFT's names, and what PEFT's own functions say of a model that rankwise has adapted."""
+"""State dictionaries under PEFT's names, and what PEFT's own functions say about a model with rankwise's layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ CONFIGS: dict[str, rw.LoraConfig] = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_they_are_what_a_file_holds_and_bring_another_model_to_it(kind: str, tmp_path: Path) -> None:
+def test_state_dictionaries_equal_a_files_contents_and_load_into_another_model(
+    kind: str, tmp_path: Path
+) -> None:
     model = rw.get_peft_model(layers(), CONFIGS[kind], "own")
     with torch.no_grad():
         for parameter in model.parameters():

@@ -185,7 +185,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
         # A view may repeat one number to any size.
         if not plain or tensor.is_quantized or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {key!r} is no plain tensor.")
+            raise ValueError(f"{path}: {key!r} is not a plain tensor.")
     return {key: tensor.detach() for key, tensor in tensors.items()}
 
 

@@ -104,7 +104,7 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
     if report.resumable:
         yield (
             "training",
-            f"can go on: {TRAINING_STATE_NAME} is there (leave it out when you share the adapter)",
+            f"can be resumed: {TRAINING_STATE_NAME} is there (leave it out when you share the adapter)",
         )
 
 

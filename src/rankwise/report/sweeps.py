@@ -94,7 +94,7 @@ def split_sweeps(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Sweep]
         names = [name for name in dict.fromkeys(first) if name]
         kept = [path for name in names if (path := folder / "trials" / name).is_dir()]
         if not kept:
-            raise ValueError(f"{folder} holds a sweep of which no trial is done here yet.")
+            raise ValueError(f"{folder} holds a sweep without any finished trial here.")
         sweeps.append(sweep)
         adapters += kept[:_MOST_RUNS]
     return sweeps, adapters

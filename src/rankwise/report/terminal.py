@@ -90,7 +90,7 @@ class _BudgetChart:
         """One line for each phase that has steps: the steps, and what happens to the budget."""
         schedule = self.schedule
         every = "every step" if schedule.deltaT == 1 else f"every {schedule.deltaT:,} steps"
-        falls = f"{self.initial:,} → {self.target:,}, chosen anew {every}"
+        falls = f"{self.initial:,} → {self.target:,}, chosen again {every}"
         fixed = f"{self.initial:,}, nothing to prune"
         said = {
             Phase.WARMUP: f"{self.initial:,}, every rank trains",

@@ -49,7 +49,7 @@ class GradientChecks:
         if idle and len(self._idle) < len(pairs):
             self._warn(
                 f"The adapter on {', '.join(map(repr, idle[:3]))}{' and more' if len(idle) > 3 else ''} has had no "
-                "gradient in any step so far, so it does not train: the loss goes round the layer, as TRL's goes round "
+                "gradient in any step so far, so it does not train: the loss bypasses the layer, as TRL's bypasses "
                 "`lm_head`. Leave it out of `target_modules`, or train it whole (`modules_to_save`)."
             )
 

@@ -145,7 +145,7 @@ class RankHistory:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source} is not a rank history: it is no valid JSON ({error}).") from error
+            raise ValueError(f"{source} is not a rank history: it is not valid JSON ({error}).") from error
         if not isinstance(data, dict) or not {"layers", "records"} <= data.keys():
             raise ValueError(
                 f'{source} is not a rank history: it must be an object with "layers" and "records".'
@@ -185,7 +185,7 @@ class RankHistory:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a rank history: it is no UTF-8 text ({error}).") from error
+            raise ValueError(f"{path} is not a rank history: it is not UTF-8 text ({error}).") from error
         refuse_pointer(Path(path))
         return cls.from_json(text, str(path))
 

@@ -144,7 +144,7 @@ class Optimizers:
         own = self._factors.all_parameters()
         if any(not isinstance(p, nn.Parameter) or p.dim() < 2 and not partitioned(p) for p in own):
             raise ValueError(
-                "The adapter's parameters are no matrices any more: FullyShardedDataParallel (FSDP version 1) "
+                "The adapter's parameters are no longer matrices: FullyShardedDataParallel (FSDP version 1) "
                 "flattens them, and ranks are rows and columns. Use `fully_shard` (FSDP version 2)."
             )
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -56,10 +56,9 @@ def _warn_of_unused_penalty(config: AdaLoraConfig, warn: WarnOnce) -> None:
     weight = config.orth_reg_weight
     if weight and not config.form.has_E:
         warn(
-            f"`orth_reg_weight`={weight} belongs to the paper's form of AdaLoRA, which PEFT "
-            "has. This is the other form, which starts and learns as LoRA does, and needs no penalty, as it turns "
-            "its layers into principal directions exactly: leave `orth_reg_weight` out. For PEFT's form set "
-            "`init_lora_weights=True`."
+            f"`orth_reg_weight`={weight} belongs to the paper's form of AdaLoRA, which PEFT has. This run has the "
+            "default form, which needs no penalty, because it makes directions orthogonal exactly: leave "
+            "`orth_reg_weight` out. For PEFT's form set `init_lora_weights=True`."
         )
 
 

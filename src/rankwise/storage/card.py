@@ -154,7 +154,7 @@ def _body(
         parts += ["## Training", "\n".join(f"- {key}: {value}" for key, value in training.settings.items())]
     parts += [
         "## License",
-        "Not said yet: add `license: …` to the header of this file. The base model's license holds as well.",
+        "Not specified yet: add `license: …` to the header of this file. The base model's license holds as well.",
     ]
     return "\n\n".join(parts)
 

@@ -52,7 +52,7 @@ def refuse_broken(folder: Path, model: nn.Module, adapter: str, tensors: Mapping
             folder.rmdir()
     last = last_finite(folder)
     if last is None:
-        mend = "There is no earlier checkpoint beside it. Train again with a lower learning rate."
+        mend = "There is no earlier checkpoint. Train again with a lower learning rate."
     else:
         mend = (
             f"The last one without such values is {str(last)!r}: go on from there with a lower learning rate."

@@ -163,7 +163,7 @@ def _fit(
     mixin = adapters_for(layer)
     if mixin is None:
         raise ValueError(
-            f"{file.source} adapts {path!r}, but here it is a {type(layer).__name__}, which can't be."
+            f"{file.source} adapts {path!r}, but here it is a {type(layer).__name__}, which can't be adapted."
         )
     adalora = isinstance(config, AdaLoraConfig)
     found = dict(factors)

@@ -34,14 +34,14 @@ def check_folder(folder: Path) -> None:
     inside.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
     if inside:
         raise FileNotFoundError(
-            f"{folder} is no adapter folder itself: it has no {CONFIG_NAME}, but {', '.join(inside)} in it "
+            f"{folder} is not an adapter folder itself: it has no {CONFIG_NAME}, but {', '.join(inside)} in it "
             f"{'has' if len(inside) == 1 else 'have'} one. Give {folder / inside[-1]}."
         )
     if (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds a whole model, not an adapter: it has config.json, but no {CONFIG_NAME}."
         )
-    raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG_NAME}.")
+    raise FileNotFoundError(f"{folder} is not an adapter folder: it has no {CONFIG_NAME}.")
 
 
 def _instead(file: Path) -> str:
@@ -61,7 +61,7 @@ def holds(folder: Path, name: str) -> bool:
     """
     path = folder / name
     if os.path.lexists(path) and not path.is_file():
-        raise ValueError(f"{path} should be a file, but is a folder, a device or a link that leads nowhere.")
+        raise ValueError(f"{path} should be a file, but is a folder, a device or a broken link.")
     return path.is_file()
 
 

@@ -138,8 +138,8 @@ class _Taken:
             number = self.names.number(name, pattern)
             if number is None or not stacks_and_joins(self.names.converters[pattern].operations):
                 raise ValueError(
-                    f"{self.file.source} adapts {path!r}, which this Transformers holds in {new!r}, in a form into "
-                    "which an adapter can't be brought. Load it with the Transformers that it was trained with."
+                    f"{self.file.source} adapts {path!r}, which this Transformers holds in {new!r}, in a form to "
+                    "which an adapter can't be converted. Load it with the Transformers that it was trained with."
                 )
             self.stacks.setdefault(new, {}).setdefault(pattern, {})[number] = path
             return

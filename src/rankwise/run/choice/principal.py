@@ -109,7 +109,7 @@ class PrincipalChoice:
         bases = self._bases = PrincipalBases(self._factors)
         if bases.off_ones_moved():
             self._warn(
-                "The optimizer has moved ranks that are off and have no gradient, as optimizers do that add noise. "
+                "The optimizer has moved ranks that are off and have no gradient, as optimizers that add noise do. "
                 "They are switched off again at each cut; in between they act."
             )
         acts, unchanged = bases.acts(), bases.undecomposed()

@@ -68,7 +68,7 @@ def base_path(updates: Updates, base: Path | None, what_for: str) -> Path:
         )
     if not Path(named).exists():
         raise FileNotFoundError(
-            f"The base model {named!r} is no folder here, and {what_for} needs it. Download it (`hf download "
+            f"The base model {named!r} is not a local folder, and {what_for} needs it. Download it (`hf download "
             f"{named} --local-dir DIR`) and name the folder: `--base DIR`."
         )
     return Path(named)

@@ -104,12 +104,12 @@ def _check(updates: Updates, path: str, update: Update) -> None:
         raise ValueError(f"{updates.source} adapts the experts {path!r}, which diffusers has no place for.")
     if update.grouped:
         raise ValueError(
-            f"{updates.source} adapts the grouped convolution {path!r}, of which diffusers can't tell the rank. Train "
+            f"{updates.source} adapts the grouped convolution {path!r}, whose rank diffusers can't determine. Train "
             "without it (`exclude_modules`)."
         )
     if not any(key.endswith("lora_B.weight") for key in named_tensors(path, update)):
         raise ValueError(
-            f"{updates.source} adapts the embedding {path!r}, and diffusers' `load_lora_weights` takes none. Train "
+            f"{updates.source} adapts the embedding {path!r}, which diffusers' `load_lora_weights` can't load. Train "
             "without it (`exclude_modules`)."
         )
 
@@ -117,7 +117,7 @@ def _check(updates: Updates, path: str, update: Update) -> None:
 def _checked(component: str) -> str:
     if not component.isidentifier():
         raise ValueError(
-            f"`component` must be what the pipeline calls the adapted model, such as 'unet', but is {component!r}."
+            f"`component` must be the adapted model's name in the pipeline, such as 'unet', but is {component!r}."
         )
     return component
 
@@ -127,7 +127,7 @@ def _component(updates: Updates, paths: Iterable[str]) -> str:
     found = [name for name, known in _STARTS.items() if starts & set(known)]
     if len(found) != 1:
         raise ValueError(
-            f"{updates.source} adapts layers under {', '.join(sorted(starts)[:6])}, which don't tell what a pipeline "
-            "calls the model. Say it: `component='unet'` (`--component unet`), or 'transformer', 'text_encoder', ..."
+            f"{updates.source} adapts layers under {', '.join(sorted(starts)[:6])}, which don't show the model's name "
+            "in a pipeline. Give it: `component='unet'` (`--component unet`), or 'transformer', 'text_encoder', ..."
         )
     return found[0]

@@ -61,7 +61,9 @@ def refuse_whole_tensors(updates: Updates, server: str, heads: Iterable[str] = (
         saved = saved_module_of(name, updates.config.modules_to_save or (), lambda path: True)
         whole = saved is not None or not name.endswith("bias")
         what = "part of a module that was trained whole" if whole else "a trained bias"
-        raise ValueError(f"{updates.source} holds {name!r}, {what}, and {server} takes none. {MERGE_INSTEAD}")
+        raise ValueError(
+            f"{updates.source} holds {name!r}, {what}, which {server} can't load. {MERGE_INSTEAD}"
+        )
 
 
 def refuse_convolutions(updates: Updates, layers: Mapping[str, Update], server: str) -> None:
@@ -73,5 +75,5 @@ def refuse_convolutions(updates: Updates, layers: Mapping[str, Update], server: 
     for path, update in layers.items():
         if update.kernel:
             raise ValueError(
-                f"{updates.source} adapts the convolution {path!r}, and {server} takes none. {MERGE_INSTEAD}"
+                f"{updates.source} adapts the convolution {path!r}, which {server} can't load. {MERGE_INSTEAD}"
             )

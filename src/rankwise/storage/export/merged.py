@@ -147,8 +147,8 @@ class _Weights:
             whole = "trains" if name in self.updates.others else "adapts"
             raise ValueError(
                 f"{self.updates.source} {whole} {path!r}, whose weight {self.source} shares with {shared[0]!r}: "
-                "merged, it would change both. Load the adapter beside the base model instead, or train on a base "
-                "that is untied."
+                "merged, it would change both. Load the adapter on top of the base model instead, or train on an "
+                "untied base."
             )
 
     def _output_layer_like(self, name: str) -> list[str]:
@@ -188,7 +188,7 @@ def _of_layers(updates: Updates, weights: _Weights) -> Iterator[_Change]:
         if path in in_stacks:
             continue
         if update.grouped:
-            raise ValueError(f"{path!r} is a grouped convolution, whose LoRA is no change of its weight.")
+            raise ValueError(f"{path!r} is a grouped convolution, whose LoRA is not a change of its weight.")
         place = weights.find(f"{path}.weight")
         yield _Change(place, *_factors(update, place, weights.config))
 
@@ -202,7 +202,7 @@ def _of_stacks(updates: Updates, weights: _Weights) -> Iterator[_Change]:
             names = named_by_targets(updates.config.target_parameters or [])(owner)
             if not weights.converted.in_order([f"{owner}.{name}" for name in names]):
                 raise ValueError(
-                    f"{updates.source} tells {' and '.join(names)} of {owner!r} apart by their order, which is another "
+                    f"{updates.source} distinguishes {' and '.join(names)} of {owner!r} by their order, which differs "
                     f"in the base model. {IN_PYTHON}"
                 )
     for path, names in updates.stacks.items():

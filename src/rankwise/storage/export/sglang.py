@@ -99,7 +99,7 @@ def _with_companions(
             width = width or (len(twin.B) if twin else None)
             if width is None:
                 raise ValueError(
-                    f"{updates.source} adapts {path!r} without its {other}, which {_SERVER} expects beside it. Name "
+                    f"{updates.source} adapts {path!r} without its {other}, which {_SERVER} expects with it. Name "
                     "the base model's folder with `--base`, so that zeros of its size can be added; or adapt "
                     f"{other}, too."
                 )

@@ -40,7 +40,7 @@ def export_for_vllm(folder: Path, updates: Updates, dtype: torch.dtype | None = 
     if updates.stacks:
         path = next(iter(updates.stacks))
         raise ValueError(
-            f"{updates.source} adapts the experts {path!r}, which is not tried with vLLM. {MERGE_INSTEAD}"
+            f"{updates.source} adapts the experts {path!r}, which has not been tried with vLLM. {MERGE_INSTEAD}"
         )
     layers = acting(updates)
     refuse_convolutions(updates, layers, "vLLM")
@@ -55,5 +55,5 @@ def export_for_vllm(folder: Path, updates: Updates, dtype: torch.dtype | None = 
     base = base_in_command(updates)
     notes = [f"vllm serve {base} --enable-lora --max-lora-rank {least} --lora-modules NAME={folder}"]
     if updates.others:
-        notes.append("The trained head goes along, which older versions of vLLM refuse.")
+        notes.append("The trained head is included, which older versions of vLLM refuse.")
     return Exported(folder, tuple(notes))
