@@ -32,7 +32,7 @@ class LayerSpectrum:
         path: path of the layer in the model.
         d_out: number of rows of its weight.
         d_in: number of columns of its weight.
-        singular_values: largest singular values of the gradient, falling, at least 0.
+        singular_values: largest singular values of the gradient, in descending order, at least 0.
         square: squared Frobenius norm of the gradient, which is the sum of all squared singular values.
         exact: whether the values are exact. False: they come from a sketch, and are slightly too small.
 

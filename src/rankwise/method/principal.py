@@ -37,8 +37,8 @@ class Principal(NamedTuple):
     Args:
         A: (n, r, d_in), rows orthogonal and of one norm in each layer.
         B: (n, d_out, r), columns orthogonal.
-        strengths: (n, r), the singular values of ``B A``, falling, at most the largest finite number. For an unchanged
-            layer: ``|b_i| |a_i|`` of each acting triplet, or 0 if the layer holds NaN or infinite values.
+        strengths: (n, r), the singular values of ``B A`` in descending order, at most the largest finite number. For an
+            unchanged layer: ``|b_i| |a_i|`` of each acting triplet, or 0 if the layer holds NaN or infinite values.
         turn: (n, r, r), M with ``A' = M A``.
         inverse: (n, r, r), ``M^-1``, with ``B' = B M^-1``.
         finite: (n,), bool. False for a layer that is unchanged because it holds NaN or infinite values, or because

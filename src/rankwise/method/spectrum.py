@@ -100,7 +100,7 @@ class GradientSketch:
         return scaled_norm(self._sum)
 
     def singular_values(self) -> Tensor:
-        """The largest singular values of the sum, falling, float64. They are exact, or slightly too small."""
+        """The largest singular values of the sum, in descending order, float64: exact ones, or slightly too small."""
         power = self._power()
         values: Tensor = torch.linalg.svdvals(self._sum / power)
         return values[: self.directions].double() * power.flatten().double()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-Squares = Mapping[str, Sequence[float]]  # layer -> squared singular values, falling
+Squares = Mapping[str, Sequence[float]]  # layer -> squared singular values, in descending order
 
 
 def ranks_for_budget(squares: Squares, widths: Mapping[str, int], budget: int) -> dict[str, int]:
@@ -20,7 +20,7 @@ def ranks_for_budget(squares: Squares, widths: Mapping[str, int], budget: int) -
     the best result is returned.
 
     Args:
-        squares: squared singular values of each layer, falling.
+        squares: squared singular values of each layer, in descending order.
         widths: parameters of one rank in each layer, at least 1.
         budget: number of parameters of all layers together, at least 0.
 
@@ -53,7 +53,7 @@ def ranks_for_share(squares: Squares, widths: Mapping[str, int], share: float) -
     Directions are taken by square per parameter until the share is reached. Then those that are not needed are removed.
 
     Args:
-        squares: squared singular values of each layer, falling.
+        squares: squared singular values of each layer, in descending order.
         widths: parameters of one rank in each layer, at least 1.
         share: share of the sum of all squares, in (0, 1].
 
