@@ -1,7 +1,7 @@
 """A model's embeddings: the layers that embed its inputs, and the layer that scores the vocabulary.
 
 Transformers' models name these layers. Many have none, and raise ``NotImplementedError``. Others fail in different
-ways, such as a CLIP model for images alone. So all code asks through this module, which then finds no embeddings.
+ways, such as a CLIP model for images alone. The functions here treat all of these as models without embeddings.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def pattern_value(patterns: Mapping[str, _T], path: str, default: _T) -> _T:
 
 
 def matcher(names: Sequence[str] | str) -> Callable[[str], bool]:
-    """A test whether a path is, or ends with, one of the names; or whether it matches an expression as a whole."""
+    """Make a test of paths. A path passes if it ends with one of the names, or if all of it matches the expression."""
     if isinstance(names, str):
         expression = re.compile(names)
         return lambda path: expression.fullmatch(path) is not None
@@ -45,10 +45,10 @@ def names_of_exactly(paths: Sequence[str], others: Iterable[str] | None) -> list
 
     Args:
         paths: paths of the layers.
-        others: paths of all modules or of the other ones. None: they are not known.
+        others: paths that must not match. Those that are also in ``paths`` are ignored. None: they are unknown.
 
     Returns:
-        The paths; or an expression, if ``others`` are unknown or one of them ends with one of ``paths``.
+        ``paths`` as a list, or as an expression if a list would match more or ``others`` are unknown.
 
     Example:
         >>> names_of_exactly(["0", "block.0"], ["0", "block.0", "block"])
@@ -63,9 +63,10 @@ def names_of_exactly(paths: Sequence[str], others: Iterable[str] | None) -> list
 
 
 def saved_module_of(name: str, names: Sequence[str], is_module: Callable[[str], bool]) -> str | None:
-    """The module that trains whole and to which a tensor in a file belongs: the outermost that ``names`` match.
+    """The path of the module that trains whole and holds the tensor ``name`` of a file. None if there is none.
 
-    Names match whole components of a path. PEFT matches ends of words, so its file may hold more modules.
+    If several modules match ``names``, it is the outermost. Names match whole components of a path. PEFT also matches
+    the ends of components, so its files may hold more modules.
 
     Example:
         >>> saved_module_of("bert.classifier.weight", ["classifier"], lambda path: True)
@@ -83,13 +84,13 @@ def saved_module_of(name: str, names: Sequence[str], is_module: Callable[[str], 
 
 
 def by_letters(names: Sequence[str]) -> Callable[[str], bool]:
-    """A test whether PEFT counts a path among ``modules_to_save``: the path's last letters are one of the names."""
+    """Make PEFT's test of paths for ``modules_to_save``: a path passes if its text ends with one of the names."""
     ends = tuple(names)
     return lambda path: path.endswith(ends)
 
 
 def by_ends(paths: Iterable[str]) -> dict[str, list[str]]:
-    """The paths by every name that can match them in a list: the whole path, and each of its ends."""
+    """Map each name to the paths that it matches in a list. The names are all paths and all ends of paths."""
     found: dict[str, list[str]] = {}
     for path in paths:
         parts = path.split(".")

@@ -1,4 +1,4 @@
-"""Checks of single configuration fields: each returns the value in plain form, or raises an error with its name."""
+"""Checks of single configuration fields. Each returns the value in plain form, or its error names the field."""
 
 from __future__ import annotations
 

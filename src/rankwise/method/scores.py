@@ -1,4 +1,4 @@
-"""The importance of every triplet: weights times gradients are averaged over steps and summed to one score each.
+"""The importance of every triplet, from running averages of weight times gradient.
 
 Section 3.2 of the AdaLoRA paper (Zhang et al., 2023, https://arxiv.org/abs/2303.10512). For every element w of
 A, E and B, with its gradient g:

@@ -52,7 +52,7 @@ def rows(model: HoldsAdapters, names: Sequence[str], repeats: Sequence[int]) -> 
     Args:
         model: the adapted model, in evaluation mode.
         names: name of an adapter for each row, or ``"__base__"`` for none.
-        repeats: possible numbers of batch rows per name: 1, and the number of beams if there are beams.
+        repeats: allowed numbers of batch rows per name, such as 1 and the number of beams.
 
     Raises:
         TypeError: ``names`` is not a list of names.
@@ -93,7 +93,7 @@ def _check(model: HoldsAdapters, names: Sequence[str]) -> None:
                 "all rows share, so it can't act on some rows alone."
             )
     for path, layer in adapter_layers(model).items():
-        routed = any("expert" in part for part in path.lower().split("."))  # experts mix rows
+        routed = any("expert" in part for part in path.lower().split("."))  # rows get mixed
         if len(set(names)) > 1 and (routed or isinstance(layer, ParameterSlot)):
             raise ValueError(
                 f"{path!r} computes tokens of all rows together, so `adapter_names` can't tell rows apart. Run the "

@@ -54,7 +54,7 @@ class CarriesRun(HoldsAdapters):
                 zero.tell_who_uses(layer, layer.adapter_parameters(name).values())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or convert everything except the dtype of the scores: they stay float32, as they need its precision."""
+        """Move or convert the model. The scores move along but stay float32, since half precision would spoil them."""
         held = {name: self._buffers[name] for name in BUFFERS if name in self._buffers}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in held.items():

@@ -1,4 +1,4 @@
-"""Access to factors of which each process steps a part under DeepSpeed ZeRO (see `rankwise.parallel.zero`)."""
+"""Access to an adapter's factors under DeepSpeed ZeRO, whose processes each step a part; see `parallel.zero`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ZeroStep:
         return list(self._parts.pieces(self._optimizer))
 
     def has_gradients(self, numbers: Sequence[int]) -> list[bool]:
-        """Whether ZeRO steps each parameter: for a parameter without a gradient ZeRO has zeros."""
+        """For each of ``numbers``, whether ZeRO steps it. ZeRO fills missing gradients with zeros."""
         return [number in self.numbers for number in numbers]
 
     def values(self, numbers: Sequence[int]) -> list[Tensor]:
@@ -100,7 +100,7 @@ class ZeroStep:
         return self._parts.summed(squares)
 
     def _by_block(self, piece: Piece, measured: Measured) -> Tensor:
-        """The squared norm of each block's share in a piece of B, (blocks,), float32, on the piece's device."""
+        """For a piece of B, the squared norm of each block's gradient in it, (blocks,), float32, on its device."""
         squares = piece.gradient.float().square()
         if measured.blocks == 1:
             return squares.sum().view(1)
