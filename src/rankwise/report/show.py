@@ -1,4 +1,4 @@
-"""What an adapter's folder holds, for people: facts, tables and pictures."""
+"""A report on an adapter's folder for people: facts, tables and pictures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ if TYPE_CHECKING:
 
 
 def render_terminal(report: AdapterReport, console: Console) -> None:
-    """Print a report: facts, the picture of the ranks, the table with bars, files, notes.
+    """Print a report in the terminal: facts, a picture of the ranks, a table with bars, and notes.
+
+    Args:
+        report: the report that `inspect_adapter` returned.
+        console: the rich console to print to.
 
     Raises:
         ImportError: rich is not installed.
+
+    Example:
+        >>> from rich.console import Console
+        >>> render_terminal(inspect_adapter("adapter"), Console())  # doctest: +SKIP
     """
     from rich.table import Table
     from rich.text import Text
@@ -28,7 +36,7 @@ def render_terminal(report: AdapterReport, console: Console) -> None:
     from rankwise.report.terminal import (
         rank_picture,
         rank_table,
-    )  # first, for its message where rich is missing
+    )  # imported first, for its own message if rich is missing
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
@@ -46,9 +54,16 @@ def render_terminal(report: AdapterReport, console: Console) -> None:
 def save_heatmap(report: AdapterReport, path: str | os.PathLike[str]) -> None:
     """Draw a report's ranks as a heat map; see `rank_heatmap`.
 
+    Args:
+        report: the report that `inspect_adapter` returned.
+        path: the file to write. Its extension selects the format: ``.png``, ``.svg`` or ``.pdf``.
+
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: the adapter has no layers, or matplotlib does not know the file's ending.
+        ValueError: the adapter has no layers, or matplotlib does not know the file's extension.
+
+    Example:
+        >>> save_heatmap(inspect_adapter("adapter"), "ranks.png")  # doctest: +SKIP
     """
     from rankwise.report.plots import rank_heatmap
 
@@ -89,7 +104,7 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
     if report.resumable:
         yield (
             "training",
-            f"can go on: {TRAINING_STATE_NAME} is there (leave it out when you share the adapter)",
+            f"can be resumed: {TRAINING_STATE_NAME} is there (leave it out when you share the adapter)",
         )
 
 
@@ -161,7 +176,7 @@ def _parameters_line(report: AdapterReport) -> str:
 
 
 def _bytes(size: int) -> str:
-    """A file's size for people.
+    """Format a file's size for people.
 
     Example:
         >>> _bytes(512), _bytes(81_400), _bytes(2_300_000)
