@@ -85,7 +85,9 @@ def test_every_link_on_the_page_leads_to_a_file(page: Path):
 
 
 def page_namespace() -> dict[str, Any]:
-    """Data that pages take as the reader's own."""
+    """Data and arguments that pages take as the reader's own."""
+    from transformers import TrainingArguments
+
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, 20, (6, 4, 8), generator=generator)
     labels = torch.randint(0, 2, (6, 4), generator=generator)
@@ -98,6 +100,7 @@ def page_namespace() -> dict[str, Any]:
         "classification_batches": [
             {"input_ids": ids, "labels": label} for ids, label in zip(tokens, labels, strict=True)
         ],
+        "arguments": TrainingArguments("output", max_steps=6, learning_rate=5e-4, report_to="none"),
         "texts": [{"input_ids": ids, "labels": ids} for ids in tokens.flatten(0, 1)],
         "dataset": [
             {"input_ids": ids, "labels": label}
