@@ -41,6 +41,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Make each link of a page relative to the site, where the page gives it relative to the repository."""
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["toc"]  # room for the lines of code
     source = SOURCES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def mended(link: re.Match[str]) -> str:

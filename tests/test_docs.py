@@ -1,4 +1,4 @@
-"""Every example in README.md, CONTRIBUTING.md and docs/ runs.
+"""Every example in README.md, CONTRIBUTING.md, docs/ and benchmarks/quality/ runs.
 
 What a page may use, in a folder of its own:
 
@@ -36,7 +36,12 @@ from language_world import chats, questions, save_language_model, write_lines
 from speech_world import save_tiny_whisper, write_manifest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks" / "quality").glob("*.md")),
+]
 CAUSAL_LM = "HuggingFaceTB/SmolLM2-135M"
 CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -79,6 +84,18 @@ def test_every_link_on_the_page_leads_to_a_file(page: Path):
         target for target in targets if "://" not in target and not (page.parent / target).resolve().exists()
     ]
     assert not missing
+
+
+def test_the_reference_has_every_public_name():
+    import rankwise
+    import rankwise.recipes
+    import rankwise.recipes.sweep
+    import rankwise.report
+
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = {path.rpartition(".")[2] for path in re.findall(r"^::: (rankwise\.\S+)$", pages, re.MULTILINE)}
+    modules = (rankwise, rankwise.recipes, rankwise.recipes.sweep, rankwise.report)
+    assert not {name for module in modules for name in module.__all__} - shown
 
 
 # --- what pages may use --------------------------------------------------------------------------------------------
