@@ -47,12 +47,12 @@ def main() -> None:
 
 
 def quieten_libraries() -> None:
-    """Silence libraries' deprecation warnings, and their log messages below errors.
+    """Silence the deprecation warnings of libraries, and their log messages below the level of errors.
 
     Most of these messages tell of optional packages that are not installed. Users who set ``TORCH_LOGS`` or Python's
     ``-W`` still get what they asked for.
     """
-    if logging.lastResort is not None:  # the handler of loggers that have none
+    if logging.lastResort is not None:  # Python's handler for loggers without one
         logging.lastResort.setLevel(logging.ERROR)
     if "TORCH_LOGS" not in os.environ:
         logging.getLogger("torch").setLevel(logging.ERROR)

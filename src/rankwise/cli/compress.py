@@ -65,8 +65,8 @@ def compress(
 ) -> None:
     """Cut an adapter to a size, with the least loss that LoRA of that size can have.
 
-    Give one of --rank, --parameters and --keep. Each layer gets its own rank: the directions of all layers compete,
-    each by its share of the update for its number of parameters. The command shows the share of the update's squared
+    Give one of --rank, --parameters and --keep. Each layer gets its own rank: over all layers, the command keeps the
+    directions that hold most of the update for their number of parameters. It shows the share of the update's squared
     norm that is lost, in each layer and in total. The result is a plain LoRA adapter that PEFT and rankwise load.
     """
     with failures(ValueError, TypeError, OSError):

@@ -58,9 +58,7 @@ def _mendable_message(error: Exception, mendable: tuple[type[Exception], ...]) -
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         where = f": {error.filename}" if error.filename else ""
-        return (
-            f"{error.strerror}{where}. Checkpoints that were written before are whole: go on with --resume."
-        )
+        return f"{error.strerror}{where}. Earlier checkpoints are complete: continue with --resume."
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "The GPU's memory is too small. Lower training.per_device_train_batch_size (and raise "

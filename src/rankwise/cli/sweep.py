@@ -125,7 +125,9 @@ def sweep(
         say_notes(console, ("", *outcome.lines()))
     if outcome.interrupted is not None:
         command = shlex.join(["rankwise", *sys.argv[1:]])
-        console.print(f"\nStopped. To go on:\n\n  {command}\n", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"\nStopped. To continue:\n\n  {command}\n", markup=False, highlight=False, soft_wrap=True
+        )
         raise typer.Exit(128 + outcome.interrupted)
     folder = shlex.quote(str(outcome.folder))
     if not as_json and outcome.smallest is not None:

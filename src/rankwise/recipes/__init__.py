@@ -5,7 +5,7 @@
     result = train(load_recipe("reviews.yaml", ["training.max_steps=500"]))
     print(result.before, result.after)
 
-Install them with ``pip install "rankwise[train,report]"``.
+They need the extras ``train`` and ``report``: ``pip install "rankwise[train,report]"``.
 
 Where to find what:
 

@@ -50,7 +50,7 @@ class Best:
 
 
 class KeepBest(TrainerCallback):
-    """Saves the best adapter so far after each evaluation with final ranks, and stops the run early.
+    """Saves the adapter after an evaluation with final ranks, if it is the best so far. May stop the run early.
 
     Args:
         recipe: the run's recipe. Its section ``training`` says which adapter is best, and when to stop early.
@@ -145,7 +145,7 @@ class KeepBest(TrainerCallback):
         return value > than if self.greater else value < than
 
     def _waited(self, state: Any) -> int:
-        """The number of evaluations since the best one, counted in the trainer's log, which a resumed run keeps."""
+        """The number of evaluations since the best one, by the trainer's log. A resumed run keeps this log."""
         since = 0 if self.best is None else self.best.step
         logged = [entry["step"] for entry in state.log_history if f"eval_{self.metric}" in entry]
         if self.best is None:  # no evaluation gave a finite value yet

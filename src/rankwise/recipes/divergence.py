@@ -1,8 +1,8 @@
 """Telling whether a run has diverged.
 
-A run has diverged if its loss is NaN or infinite, or far above the held-out loss before training. A run that overfits
-has not diverged: its held-out loss may grow, but its training loss is small. So a finite loss counts as diverged only
-if both losses are far above the held-out loss before training.
+A run has diverged if its held-out loss is NaN or infinite, or if its training loss and its held-out loss are both far
+above the held-out loss before training. A run that overfits has not diverged: its held-out loss may grow, but its
+training loss is small.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ class DivergedError(RecipeError):
     Args:
         message: the error message: what happened, and what to do.
         checkpoint: the last checkpoint from before the run diverged, or None.
+
+    Example:
+        >>> error = DivergedError("The run has diverged.", checkpoint=None)
+        >>> isinstance(error, RecipeError), error.checkpoint
+        (True, None)
     """
 
     def __init__(self, message: str, checkpoint: Path | None) -> None:
@@ -56,7 +61,7 @@ def highest_sound_loss(before: float | None) -> float:
 
 
 def last_training_loss(log: Log) -> float | None:
-    """The last logged training loss. A run too short to log one has the mean over all steps, or else None.
+    """The last logged training loss. If none was logged, the mean over all steps, or None if that is missing, too.
 
     Example:
         >>> last_training_loss([{"loss": 2.0, "step": 1}, {"eval_loss": 1.5, "step": 1}])

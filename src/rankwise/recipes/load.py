@@ -23,8 +23,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data_needed:
 
     Args:
         path: the YAML file.
-        overrides: ``key=value`` texts, with a dotted key (``training.max_steps=50``) and a YAML value. ``~key`` removes
-            a key.
+        overrides: ``key=value`` strings, with a dotted key (``training.max_steps=50``) and a YAML value. ``~key``
+            removes a key.
         data_needed: whether the files in the section ``data`` must exist.
 
     Returns:
@@ -187,7 +187,7 @@ def _in_order(
 
 
 def _located(key: str, lines: Mapping[str, int], overrides: Sequence[str]) -> str:
-    """Where a key's value comes from: an override, or a line of the recipe with the overrides of its section's keys.
+    """The place of a key's value: an override, or a line of the recipe. Overrides within a section are listed with it.
 
     Example:
         >>> _located("training.max_steps", {"training.max_steps": 7}, [])

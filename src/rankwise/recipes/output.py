@@ -80,7 +80,7 @@ class Output:
             )
         elif any(self.checkpoints()):
             raise RecipeError(
-                f"The output folder {str(self.folder)!r} holds an unfinished run. To go on with it, add --resume; "
+                f"The output folder {str(self.folder)!r} holds an unfinished run. To continue it, add --resume; "
                 "to start again, add --overwrite."
             )
 
@@ -110,7 +110,7 @@ class Output:
             yield from (path for _, path in sorted(steps, reverse=True))
 
     def newest_checkpoint(self) -> tuple[Path | None, list[Path]]:
-        """The newest complete checkpoint or None, and newer checkpoints that were not written to the end."""
+        """The newest complete checkpoint or None, and newer checkpoints that are incomplete."""
         broken: list[Path] = []
         for checkpoint in self.checkpoints():
             if is_whole(checkpoint):
@@ -137,7 +137,7 @@ class Output:
         write_file(self.folder / _RESULTS, json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
 
     def _changed_keys(self) -> Iterator[str]:
-        """The changes between the recipe of the run in the folder and this recipe, where they matter for resuming."""
+        """The settings that differ from those of the run in the folder, and matter for resuming."""
         try:
             before = yaml.safe_load((self.folder / _RECIPE).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):

@@ -189,6 +189,11 @@ class BaseRecipe(Section):
         dtype: the dtype of the frozen weights. Over half-precision weights, adapters train in float32.
         schedule: the phases of AdaLoRA. LoRA has none.
         training: how long and how to train.
+
+    Example:
+        >>> recipe = BaseRecipe(model="bert-base-uncased", task="text-classification", output="output")
+        >>> recipe.method, recipe.training.learning_rate
+        ('adalora', 0.0005)
     """
 
     model: str = Field(min_length=1)

@@ -61,6 +61,11 @@ class Result:
         kept_parameters: the number of these parameters that the adapter keeps after pruning.
         samples: texts that the model wrote before and after, for tasks in which it writes.
         best: the evaluation of the adapter that was kept. None: the adapter of the last step was kept.
+
+    Example:
+        >>> result = Result(Path("output/reviews"), None, {"loss": 0.7}, {"loss": 0.4}, 100_000, 60_000)
+        >>> result.after["loss"] < result.before["loss"]
+        True
     """
 
     folder: Path
@@ -366,7 +371,7 @@ def _checkpoint(output: Output, console: Console) -> Path | None:
     if checkpoint is None:
         _say(console, f"There is no checkpoint in {output.folder} yet: starting from the beginning.")
     else:
-        _say(console, f"Going on from {checkpoint.name}.")
+        _say(console, f"Continuing from {checkpoint.name}.")
     return checkpoint
 
 
@@ -492,7 +497,7 @@ def _interrupted(
     _say(
         console, f"\nStopped after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; saved."
     )
-    _say(console, f"To go on:\n\n  {command}\n")
+    _say(console, f"To continue:\n\n  {command}\n")
     trainable, _ = trainer.model.get_nb_trainable_parameters()
     return Result(checkpoint or output.folder, number, before, {}, trainable, trainable)
 

@@ -143,7 +143,7 @@ def _of_folder(folder: Path) -> Guess | None:
     if sounds:
         told = [path for path in sounds if path.with_suffix(".txt").is_file()]
         if told or (folder / "metadata.csv").is_file():
-            why = f"{len(sounds):,} audio files, with what is said in them in " + (
+            why = f"{len(sounds):,} audio files, with their transcripts in " + (
                 ".txt files of the same names." if told else "metadata.csv."
             )
             return Guess("speech-recognition", {}, [why], len(told) or len(sounds))
@@ -158,7 +158,11 @@ def _of_folder(folder: Path) -> Guess | None:
             return Guess(task, {}, [why], len(found))
     texts = [path for path in files if path.suffix.lower() == ".txt"]
     if texts:
-        return Guess("causal-lm", {"text": "text"}, [f"{len(texts):,} texts without labels, to write on."])
+        return Guess(
+            "causal-lm",
+            {"text": "text"},
+            [f"{len(texts):,} texts without labels. The model learns to continue them."],
+        )
     return None
 
 
@@ -205,7 +209,7 @@ def _files(columns: Mapping[str, Sequence[Any]]) -> Guess | None:
         if ending in audio.SUFFIXES:
             text = _text_column(rest)
             if text is not None:
-                why = [f"{name!r} names audio files; {text!r} holds what is said in them."]
+                why = [f"{name!r} names audio files; {text!r} holds their transcripts."]
                 return Guess("speech-recognition", {"audio": name, "text": text}, why)
         if ending in pictures.SUFFIXES:
             label = _label_column(rest)
@@ -223,7 +227,7 @@ def _pairs(columns: Mapping[str, Sequence[Any]]) -> Guess | None:
             if _is_text(columns[asked]) and (
                 prompt in ("prompt", "instruction") or not _few(columns[written])
             ):
-                why = [f"{asked!r} holds prompts, and {written!r} what is to be written after each."]
+                why = [f"{asked!r} holds prompts, and {written!r} their completions."]
                 return Guess(
                     "causal-lm", {"prompt": asked, "completion": written, "loss_on": "completion"}, why
                 )
@@ -257,7 +261,7 @@ def _plain(columns: Mapping[str, Sequence[Any]]) -> Guess | None:
     return Guess(
         "causal-lm",
         {"text": text},
-        [f"{text!r} holds texts; no column looks like labels. It learns to write on."],
+        [f"{text!r} holds texts; no column looks like labels. The model learns to continue the texts."],
     )
 
 
@@ -373,7 +377,7 @@ def _recipe(guess: Guess, data: str, output: Path, model: str | None) -> str:
 
 
 def _training(guess: Guess) -> list[str]:
-    """The lines of the section ``training``. Some hundred steps need a higher learning rate than thousands."""
+    """The lines of the section ``training``. A short run needs a higher learning rate than a long one."""
     batch = 4 if guess.task == "causal-lm" else 16
     rows = guess.rows if guess.rows is not None else 1000
     epochs = max(1, min(10, round(_STEPS * batch / max(1, 0.8 * rows))))

@@ -27,9 +27,9 @@ class Timing:
     """The measured time of a step, and the estimated time of a run.
 
     Args:
-        step: the median of an optimizer step, in seconds.
-        training: the estimate for all steps, in seconds.
-        evaluating: the estimate for all evaluations before, during and after training, in seconds.
+        step: the median time of an optimizer step, in seconds.
+        training: the estimated time of all steps, in seconds.
+        evaluating: the estimated time of all evaluations before, during and after training, in seconds.
     """
 
     step: float

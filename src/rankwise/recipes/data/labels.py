@@ -48,7 +48,7 @@ def label_names(
     """The names of the labels, in the order of their numbers.
 
     Args:
-        wanted: the recipe's ``data.labels``. None: the labels in the data, sorted; whole numbers by value.
+        wanted: the recipe's ``data.labels``. None: the labels in the data, sorted (whole numbers by value).
         table: the training data.
         column: the column with the labels.
         words: the label of each example, as text.

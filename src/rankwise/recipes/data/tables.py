@@ -60,7 +60,7 @@ class Table:
 
 
 def columns_of(place: Place, key: str) -> list[str] | None:
-    """The names of a source's columns, read from its head. None: the source has to be read whole to tell.
+    """The names of a source's columns, read from its head. None: only reading the whole source can tell.
 
     Raises:
         RecipeError: the source is of an unknown kind, can't be read, or is empty.
@@ -114,7 +114,7 @@ def column_problems(place: Place, key: str, wanted: dict[str, str]) -> Iterator[
     Args:
         place: the source.
         key: the source's key in the recipe.
-        wanted: the column's name for each key of the recipe that names a column.
+        wanted: the names of the columns, by their keys in the recipe, such as ``data.text``.
     """
     try:
         columns = columns_of(place, key)
@@ -187,7 +187,7 @@ def read_table(
 
 
 def _load_file(datasets: Any, path: Path, cache: str) -> Any:
-    """Read a file into memory, so that its cache can be deleted. A changed file is then never read from a cache."""
+    """Read a file into memory. Its cache can then be deleted, so that a changed file is never read from a cache."""
     kind = SUFFIXES[path.suffix.lower()]
     options: dict[str, Any] = {}
     if kind == "csv":
@@ -254,7 +254,7 @@ def _separator(path: Path) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The rows with their first lines' numbers, the header first. Blank lines are skipped."""
+    """The rows, each with the number of its first line. The header comes first. Blank lines are skipped."""
     csv.field_size_limit(sys.maxsize)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=_separator(path))
@@ -408,7 +408,7 @@ def read_text_files(place: Place, key: str, column: str) -> Table:
 
 
 def _texts(paths: Sequence[Path], folder: Path) -> tuple[list[str], list[str], list[str]]:
-    """The texts of files, the files' names beginning with the folder's, and a note about files not in UTF-8."""
+    """The texts of files, the files' paths from ``folder`` on, and a note about files that are not in UTF-8."""
     read = [_read_text(path) for path in paths]
     names = [f"{folder.name}/{path.relative_to(folder).as_posix()}" for path in paths]
     foreign = [name for name, (_, is_utf8) in zip(names, read, strict=True) if not is_utf8]

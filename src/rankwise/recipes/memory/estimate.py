@@ -268,7 +268,7 @@ def _packing(config: Mapping[str, Any], notes: list[str]) -> tuple[str, float, f
         return "", 0, 0
     method = str(config.get("quant_method", "")).rpartition(".")[2].lower()
     if config.get("load_in_4bit"):
-        # 64 weights share a scale: a float32, or 8 bits and a float32 for each 256 scales.
+        # 64 weights share a scale: a float32, or 8 bits if scales are quantized, too (256 of them share a float32).
         scale = 1 + 4 / 256 if config.get("bnb_4bit_use_double_quant") else 4
         return "4 bits packed", 4, scale / 64
     if config.get("load_in_8bit"):

@@ -1,4 +1,4 @@
-"""A job of predicting rows, which all kinds of predictions share: rows, model and batches."""
+"""A job of predicting rows: the rows, the model and the batches. All kinds of predictions use it."""
 
 from __future__ import annotations
 

@@ -34,6 +34,11 @@ class Measured:
         notes: notes for the user about the data, one sentence each.
         details: details behind the metrics (see `rankwise.recipes.details`). None: the task has none.
         samples: texts that the model writes for a few of the examples. Empty: the task has none.
+
+    Example:
+        >>> accuracy = Metric("accuracy", "accuracy", ".2%")
+        >>> Measured("output/reviews", "new.csv", 100, {"accuracy": 0.9}, [accuracy], []).to_dict()["metrics"]
+        {'accuracy': 0.9}
     """
 
     adapter: str
@@ -81,7 +86,7 @@ def evaluate(
     Args:
         adapter: the adapter's folder, written by ``rankwise train`` or by PEFT.
         file: the data, with the columns that the adapter was trained on.
-        overrides: ``key=value`` texts for the recipe in the folder.
+        overrides: ``key=value`` strings for the recipe in the folder.
         recipe: a recipe to use instead of the folder's.
         batch_size: the number of examples per batch. None: the recipe's.
         console: the console that shows the progress. None: the standard error.

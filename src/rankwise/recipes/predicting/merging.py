@@ -1,4 +1,4 @@
-"""Merging an adapter into its base model: a whole model, with head and settings, that Transformers loads by itself."""
+"""Merging an adapter into its base model. Transformers loads the result, with head and settings, without rankwise."""
 
 from __future__ import annotations
 

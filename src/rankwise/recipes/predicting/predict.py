@@ -49,6 +49,11 @@ class Predictions:
     Args:
         columns: the data's own columns, then the predictions. All have the same length.
         notes: notes for the user, one sentence each.
+
+    Example:
+        >>> found = Predictions({"text": ["good", "bad"], "prediction": ["positive", "negative"]}, notes=[])
+        >>> found.rows()[1]
+        {'text': 'bad', 'prediction': 'negative'}
     """
 
     columns: Mapping[str, Sequence[Any]]
@@ -76,7 +81,7 @@ def predict(
     Args:
         adapter: the adapter's folder, written by ``rankwise train`` or by PEFT.
         file: a table, or a folder of files.
-        overrides: ``key=value`` texts for the recipe in the folder, such as ``data.text=review``.
+        overrides: ``key=value`` strings for the recipe in the folder, such as ``data.text=review``.
         recipe: a recipe to use instead of the folder's.
         batch_size: the number of examples per batch. None: the recipe's batch size in evaluation.
         max_new_tokens: the most tokens that a model writes per example. None: the recipe's number.
@@ -175,7 +180,7 @@ def _read(saved: SavedAdapter, way: _Way) -> tuple[Table, dict[str, Sequence[Any
 
 
 def _mended(problems: Any) -> list[Problem]:
-    """The problems, with the argument that names another column added to those about columns."""
+    """Add to problems about columns the argument that names another column."""
     return [
         Problem(each.where, f"{each.message} Name the column: {each.where}=NAME")
         if each.where.startswith("data.")

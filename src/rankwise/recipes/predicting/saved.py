@@ -56,7 +56,7 @@ class SavedAdapter:
 
         Args:
             processor: the task's tokenizer, feature extractor or image processor.
-            notes: the list to which a sentence about weights is added that no file holds.
+            notes: the list to which a note is added if no file holds some of the weights.
 
         Raises:
             RecipeError: the adapter does not fit the model.
@@ -106,7 +106,7 @@ def open_adapter(
     Args:
         folder: the adapter's folder, written by ``rankwise train`` or by PEFT.
         file: the new data: anything that ``data.train`` may be in a recipe of the task.
-        overrides: ``key=value`` texts for the recipe, as in `load_recipe`.
+        overrides: ``key=value`` strings for the recipe, as in `load_recipe`.
         recipe: the recipe to use. None: the one in the folder or, if there is none, one made from PEFT's configuration.
         truth_needed: whether the data must have the columns with true labels or texts.
 
@@ -220,7 +220,7 @@ def _head_rows(folder: Path) -> int | None:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes in an adapter's ``adapter_model.safetensors``, by name, from its header. Empty: there is no such file.
+    """The shapes of the tensors in an adapter's ``adapter_model.safetensors``, by name. Empty: there is no such file.
 
     Raises:
         RecipeError: the file can't be read.

@@ -24,7 +24,7 @@ def write_typed(
         texts: one text for each row. Words to tag are separated by spaces.
         folder: the folder to write to.
         adapter: the adapter's folder.
-        overrides: ``key=value`` texts for the adapter's recipe.
+        overrides: ``key=value`` strings for the adapter's recipe.
         recipe: a recipe to use instead of the folder's.
 
     Returns:

@@ -62,6 +62,15 @@ class Outcome:
         within: the share of the best value, from 0 to below 1, by which a smaller adapter may be worse.
         points: all trials.
         interrupted: the number of the signal that stopped the sweep, or None.
+
+    Example:
+        >>> points = [
+        ...     Point("adalora-0", "adalora", {"adapter.target_r": 4}, "complete", 0.500, 40_000, 60.0),
+        ...     Point("adalora-1", "adalora", {"adapter.target_r": 2}, "complete", 0.504, 20_000, 60.0),
+        ... ]
+        >>> outcome = Outcome(Path("sweep"), "loss", "held-out loss", ".4f", False, 0.01, points)
+        >>> outcome.best().name, outcome.smallest.name
+        ('adalora-0', 'adalora-1')
     """
 
     folder: Path

@@ -72,7 +72,7 @@ def sweep(
 
     Args:
         recipe: the YAML file.
-        overrides: ``key=value`` texts for the recipe, as in `load_recipe`.
+        overrides: ``key=value`` strings for the recipe, as in `load_recipe`.
         over: the keys to vary, each ``key=low..high`` or ``key=value,value``. Empty: learning rate and rank.
         trials: the number of trials in total, those of LoRA included, 1 or more.
         metric: the metric to compare by: ``loss``, which is the held-out loss, or a metric of the task.
@@ -92,6 +92,17 @@ def sweep(
 
     Raises:
         RecipeError: the recipe or an argument can't be used, or several trials in a row failed.
+
+    Example:
+        >>> import tempfile
+        >>> from rich.console import Console
+        >>> small = ["data.train_size=32", "data.held_out=16", "training.max_steps=2"]
+        >>> over, folder = ["training.learning_rate=1e-3..1e-2"], tempfile.mkdtemp()
+        >>> outcome = sweep(
+        ...     "recipes/quickstart.yaml", small, over=over, trials=1, output=folder, console=Console(quiet=True)
+        ... )
+        >>> [point.name for point in outcome.points]
+        ['adalora-0']
     """
     from rich.console import Console
 

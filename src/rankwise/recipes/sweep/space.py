@@ -54,7 +54,7 @@ class Dimension:
         low: the lowest value of a range. None: the values are a list.
         high: the highest value of a range. None: the values are a list.
         log: whether to search the range by orders of magnitude.
-        choices: the values of a list. Lists and sections are given as YAML texts.
+        choices: the values of a list. Values that are lists or sections are given as YAML strings.
 
     Example:
         >>> parse_dimension("training.learning_rate=1e-4..1e-2")
@@ -203,7 +203,7 @@ def check_dimensions(path: Path, overrides: Sequence[str], dimensions: Sequence[
 
 
 def override(key: str, value: Value) -> str:
-    """The text ``key=value`` for `load_recipe`.
+    """The string ``key=value`` for `load_recipe`.
 
     Example:
         >>> override("training.learning_rate", 1e-05), override("adapter.target_modules", '["query"]')

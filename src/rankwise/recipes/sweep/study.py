@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _HEARTBEAT, _GRACE = (
     15,
     60,
-)  # seconds between a process's signs of life, and seconds after which it counts as dead
+)  # seconds between a process's heartbeats, and seconds without one after which it counts as dead
 _ATTEMPTS, _PAUSE = 5, 0.5  # attempts to open a storage, and seconds between two attempts
 _PATIENCE = (
     300  # seconds to wait for a SQLite file that another process writes to; the default of 5 is too short
@@ -192,7 +192,7 @@ def left_behind(trial: FrozenTrial) -> bool:
 
 
 def try_again(study: Study) -> None:
-    """Queue the trials again whose processes were killed, with their names."""
+    """Queue again, under the same names, the trials whose processes were killed."""
     import optuna
     from optuna.trial import TrialState
 

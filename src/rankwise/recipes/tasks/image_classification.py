@@ -60,7 +60,7 @@ class ImageData(FilesSection):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The column's name for each key of the recipe that names a column, the pictures' column first."""
+        """The names of the columns, by their keys in the recipe. The pictures' column comes first."""
         return {"data.image": self.image, "data.label": self.label}
 
 
@@ -94,7 +94,7 @@ KIND = Kind(
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """The problems with packages and the recipe's sources: whatever is missing."""
+    """The problems of a recipe: missing packages, files, columns or model."""
     if importlib.util.find_spec("PIL") is None:
         yield Problem("task", 'needs Pillow. Install the extra `vision`: pip install ".[vision]"')
     yield from check_sources(recipe, functools.partial(files_problems, KIND))
@@ -150,7 +150,7 @@ def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
 def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """The pictures, which are decoded when they are needed, and the metrics."""
+    """The pictures, the collator and the metrics. Pictures are decoded when they are needed."""
     from rankwise.recipes.data.file_examples import FileExamples
 
     strict = recipe.data.bad_files == "error"

@@ -59,7 +59,7 @@ class TextData(DataSection):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The column's name for each key of the recipe that names a column."""
+        """The names of the columns, by their keys in the recipe."""
         names = {"data.text": self.text, "data.text_pair": self.text_pair, "data.label": self.label}
         return {key: name for key, name in names.items() if name is not None}
 
@@ -87,7 +87,7 @@ class Recipe(RowsRecipe):
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """The problems with the recipe's sources: missing files, missing columns, and a missing model."""
+    """The problems of a recipe: missing files, columns or model, or labels in regression."""
     yield from check_sources(recipe)
     if recipe.is_regression and recipe.data.labels:
         yield Problem("data.labels", "is for classification; in regression the label is a number.")
@@ -186,7 +186,7 @@ def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
 def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """The tokens, which the trainer pads batch by batch, and the metrics."""
+    """The tokens and the metrics. The trainer pads tokens batch by batch."""
     length = token_limit(recipe.data.max_length, processor, model.config)
     train, cut_in_train = _tokens(data.train, processor, length)
     evaluation, cut_in_evaluation = _tokens(data.evaluation, processor, length)

@@ -80,7 +80,7 @@ class TaggedData(DataSection):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The column's name for each key of the recipe that names a column."""
+        """The names of the columns, by their keys in the recipe."""
         return {"data.tokens": self.tokens, "data.tags": self.tags}
 
 
@@ -100,7 +100,7 @@ class Recipe(RowsRecipe):
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """The problems with the recipe's sources and labels: missing files, columns or model, and repeated labels."""
+    """The problems of a recipe: missing files, columns or model, or repeated labels."""
     yield from check_sources(recipe, _place_problems)
     labels = recipe.data.labels or []
     if twice := next((name for name in labels if labels.count(name) > 1), None):
@@ -291,7 +291,7 @@ def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
 def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """The tokens, which the trainer pads batch by batch, and the metrics."""
+    """The tokens and the metrics. The trainer pads tokens batch by batch."""
     from transformers import DataCollatorForTokenClassification
 
     names = list(data.labels or ())

@@ -93,7 +93,7 @@ class LanguageData(DataSection):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The column's name for each key of the recipe that names a column."""
+        """The names of the columns, by their keys in the recipe."""
         names = {"prompt": self.prompt, "completion": self.completion, "messages": self.messages}
         if self.form == "text":
             names["text"] = self.text or "text"

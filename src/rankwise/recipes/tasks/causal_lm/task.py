@@ -95,7 +95,7 @@ class LanguageTaskData(TaskData):
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """The problems with the recipe's sources and samples: missing files, columns or model, and empty prompts."""
+    """The problems of a recipe: missing files, columns or model, or empty prompts."""
     yield from check_sources(recipe, source_problems)
     if isinstance(recipe.samples, int) and recipe.samples < 0:
         yield Problem("samples", f"must be at least 0, but is {recipe.samples}.")
@@ -144,7 +144,7 @@ def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
 def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """The examples, which the trainer pads batch by batch, and the perplexity."""
+    """The examples and the perplexity. The trainer pads examples batch by batch."""
     from transformers import DataCollatorForSeq2Seq
 
     from rankwise.recipes.tasks.causal_lm.trainer import LanguageTrainer

@@ -74,7 +74,7 @@ class SpeechData(FilesSection):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The column's name for each key of the recipe that names a column, the audio files' column first."""
+        """The names of the columns, by their keys in the recipe. The audio files' column comes first."""
         return {"data.audio": self.audio, "data.text": self.text}
 
 
@@ -85,7 +85,8 @@ class GenerationSection(Section):
         language: the spoken language, by English name or by code. Multilingual models require it, others refuse it.
         task: ``transcribe``, or ``translate`` for transcripts that are English translations.
         num_beams: the number of beams in evaluation, 1 or more.
-        max_new_tokens: the most tokens of a transcript in evaluation. None: twice those of the longest held-out one.
+        max_new_tokens: the most tokens of a transcript in evaluation. None: twice as many as the longest held-out
+            transcript has.
     """
 
     language: str | None = Field(default=None, min_length=1)
@@ -135,7 +136,7 @@ KIND = Kind(
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """The problems with packages, sources and language: whatever is missing, and a language unknown to Whisper."""
+    """The problems of a recipe: missing packages, files, columns or model, or a language that Whisper does not know."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         message = f'needs {", ".join(missing)}. Install the extra `speech`: pip install ".[speech]"'
@@ -186,7 +187,7 @@ def _fitting(
     unit: str,
     notes: list[str],
 ) -> list[int]:
-    """The rows whose size is at most ``most``. If the recipe truncates long ones, all rows."""
+    """The rows whose size is at most ``most``, or all rows if the recipe truncates long ones."""
     return fitting_rows(
         recipe.data.too_long,
         table,
@@ -289,7 +290,7 @@ def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
 def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """The clips, which are decoded when they are needed, the collator, and the word error rate."""
+    """The clips, the collator and the word error rate. Clips are decoded when they are needed."""
     from rankwise.recipes.tasks.speech_recognition.trainer import SpeechTrainer
 
     set_generation(recipe, processor, model, longest=max(map(len, data.evaluation["labels"])))
