@@ -70,10 +70,8 @@ def predict(
     """
     with failures(), tempfile.TemporaryDirectory(prefix="rankwise-texts-") as typed:
         if text and file is not None and "=" in file:
-            overrides, file = (
-                [file, *(overrides or ())],
-                None,
-            )  # with --text, the first argument is an override
+            # With --text, the first argument is an override.
+            overrides, file = [file, *(overrides or ())], None
         from rankwise.recipes.predicting.predict import predict as predict_rows
         from rankwise.recipes.predicting.write import TABLE_ENDINGS, check_free, json_line, write_table
 

@@ -77,9 +77,8 @@ class KeepBest(TrainerCallback):
         self.greater = task_says if training.greater_is_better is None else training.greater_is_better
         self.folder, self.examples = folder, examples
         self.stopped = False
-        self.prediction: Any = (
-            None  # the best adapter's predictions; None if it was saved before the run was resumed
-        )
+        # The best adapter's predictions. None: it was saved before the run was resumed.
+        self.prediction: Any = None
         self._predicted = predicted
         self._keys = metric_keys(metrics)
         self._say = say

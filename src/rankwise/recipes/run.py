@@ -240,9 +240,8 @@ def _train(
             _make_ready_to_train(trainer)
             samples = write_samples(recipe, data, processor, model)
         if checkpoint is None:
-            set_seed(
-                recipe.training.seed
-            )  # so that the evaluation before training does not change the training
+            # The evaluation before training must not change the training.
+            set_seed(recipe.training.seed)
         loss_before = (before or {}).get("loss")
         good.most, keep.diverged = highest_sound_loss(loss_before), partial(has_diverged, loss_before)
         started = _started(output, before, samples)

