@@ -30,7 +30,7 @@ def export(
             "--to",
             parser=one_of(*TARGETS),
             metavar="TARGET",
-            help=f"Which server is to read it: {', '.join(TARGETS)}.",
+            help=f"The form to write: {', '.join(TARGETS)}.",
             show_default=False,
         ),
     ],

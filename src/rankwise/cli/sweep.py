@@ -50,7 +50,7 @@ def sweep(
         typer.Option(
             parser=one_of("lora", "none"),
             metavar="METHOD",
-            help="Make every second trial LoRA with as many parameters (lora), or none of them (none).",
+            help="lora: every second trial is LoRA with as many parameters. none: no trial is.",
         ),
     ] = "lora",
     within: Annotated[
