@@ -164,12 +164,22 @@ class RankHistory:
         return history
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the history to a JSON file, atomically: a killed process leaves the old file or the new one."""
+        """Write the history to a JSON file, atomically: a killed process leaves the old file or the new one.
+
+        Args:
+            path: the file to write. It is replaced if it exists.
+
+        Raises:
+            OSError: the file can't be written. The old file has not changed then.
+        """
         write_file(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RankHistory:
         """Read a file that :meth:`save` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
             FileNotFoundError: the file does not exist.

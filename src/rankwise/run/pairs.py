@@ -126,6 +126,9 @@ class FactorPair(ABC):
             key: "A" or "B".
             rows: a matrix with one row for each rank, (ranks, width).
             shape: the factor's shape. Its number of ranks may differ from that of ``rows``.
+
+        Returns:
+            The values in the layer's shape, with as many ranks as ``rows`` has.
         """
         order = self.order(key, len(rows))
         if order is not None:
