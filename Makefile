@@ -172,7 +172,8 @@ $(VENV)/.lowest: $(VENV)/.test pyproject.toml
 	  $(if $(LOWEST_TORCH),--override $(VENV)/lowest-torch.txt)
 ifdef LOWEST_TORCH
 	sed -i.all -E '/^(torch|nvidia|cuda|triton)/d' $(VENV)/lowest.txt
-	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(VENV)/lowest/lib/python*/site-packages)/torch.pth
+	cd $(VENV)/lib/python*/site-packages && ln -sfn $$(ls -d $$PWD/{torch,torch-*,torchgen,functorch,nvidia,triton} 2>/dev/null) \
+	  $$(echo $(abspath $(VENV))/lowest/lib/python*/site-packages)
 endif
 	$(VENV)/lowest/bin/python -m pip install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  --requirement $(VENV)/lowest.txt
