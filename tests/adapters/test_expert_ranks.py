@@ -275,7 +275,7 @@ def test_the_plan_of_a_recipe_counts_the_experts(tmp_path: Path) -> None:
         settings = [f"model={tmp_path / 'base'}", "data.max_length=8", *changes]
         return plan_memory(load_recipe(recipe, settings, data_needed=False))
 
-    with pytest.warns(UserWarning, match="experts of this model are none"):
+    with pytest.warns(UserWarning, match="experts of this model are not"):
         without = planned("adapter.target_parameters=null")
     found = planned()
     # A and B of 4 experts in 2 layers, at 8 ranks: 16 wide in and 48 out, and 24 in and 16 out

@@ -269,7 +269,7 @@ def test_a_kernel_that_sees_only_memory_gets_the_formed_weight() -> None:
 
 
 def test_all_linear_says_which_experts_it_leaves_out_and_how_to_adapt_them() -> None:
-    with pytest.warns(UserWarning, match="experts of this model are none: 4 stacks of weights with") as told:
+    with pytest.warns(UserWarning, match="experts of this model are not: 4 stacks of weights with") as told:
         rw.get_peft_model(tiny_moe(), rw.LoraConfig(target_modules="all-linear"))
     assert [str(each.message).count(f"`target_parameters={EXPERTS}`") for each in told] == [1]
     with warnings.catch_warnings():
@@ -316,7 +316,7 @@ def test_a_name_that_matches_nothing_is_reported_if_others_match() -> None:
         (
             {"target_parameters": EXPERTS, "lora_dropout": 0.1},
             ValueError,
-            "does not go with `target_parameters`",
+            "does not work with `target_parameters`",
         ),
         ({"target_modules": []}, ValueError, "`target_modules` is empty"),
     ],

@@ -241,7 +241,7 @@ def test_merging_into_bitsandbytes_layers_requantizes_with_a_warning(kind: str, 
     model = train(adapted(base(kind, folder))).eval()
     expected, weights = logits(model), base_values(model)
     plain = logits(base(kind, folder))
-    with pytest.warns(UserWarning, match="quantized anew"):
+    with pytest.warns(UserWarning, match="quantized again"):
         model.merge_adapter()
     moved, lost = (expected - plain).norm(), (logits(model) - expected).norm()
     assert lost < (0.8 if kind == "4-bit" else 0.2) * moved
@@ -249,7 +249,7 @@ def test_merging_into_bitsandbytes_layers_requantizes_with_a_warning(kind: str, 
     model.unmerge_adapter()
     assert all(map(torch.equal, base_values(model), weights))
     torch.testing.assert_close(logits(model), expected)
-    with pytest.warns(UserWarning, match="quantized anew"):
+    with pytest.warns(UserWarning, match="quantized again"):
         alone = model.merge_and_unload()
     torch.testing.assert_close(logits(alone), merged)
     assert type(alone.model.layers[0].self_attn.q_proj).__name__ in ("Linear4bit", "Linear8bitLt")
@@ -265,7 +265,7 @@ def test_a_merged_and_unmerged_model_trains_on_as_if_it_had_never_been_merged(
         model = adapted(base(kind, folder))
         train(model, range(4))
         if merges:
-            with pytest.warns(UserWarning, match="quantized anew"):
+            with pytest.warns(UserWarning, match="quantized again"):
                 model.merge_adapter()
             model.unmerge_adapter()
         train(model, range(4, STEPS))

@@ -261,5 +261,7 @@ def test_a_loss_that_is_not_finite_in_the_second_pass_only_is_refused_by_name() 
 def test_gradients_whose_squares_overflow_are_refused_with_their_norm(by: float) -> None:
     batches = [torch.ones(2, 5, dtype=torch.float64)]
     config = rw.LoraConfig(target_modules=["0"])
-    with pytest.raises(ValueError, match=r"has the norm .*e[-+]\d+, of which no square.*Multiply the loss"):
+    with pytest.raises(
+        ValueError, match=r"has the norm .*e[-+]\d+, whose square does not fit.*Multiply the loss"
+    ):
         rw.probe(nn.Sequential(nn.Linear(5, 3).double()), batches, config, loss=lambda m, x: m(x).sum() * by)

@@ -227,7 +227,7 @@ def test_layers_that_cannot_be_counted_are_refused() -> None:
 
 
 def test_lora_options_that_adalora_would_ignore_are_refused() -> None:
-    with pytest.raises(ValueError, match="`use_rslora` does not go with the paper's form"):
+    with pytest.raises(ValueError, match="`use_rslora` does not work with the paper's form"):
         AdaLoraConfig(use_rslora=True, init_lora_weights=True)
     with pytest.raises(ValueError, match="`alpha_pattern` belongs to LoraConfig"):
         AdaLoraConfig(alpha_pattern={"q": 4})

@@ -86,7 +86,7 @@ def test_values_that_do_not_fit_are_refused_and_nothing_changes() -> None:
         assert torch.equal(value, before[name])
     with pytest.raises(ValueError, match="no adapter 'z'"):
         rw.get_peft_model_state_dict(model, adapter_name="z")
-    with pytest.raises(TypeError, match="no model that rankwise has adapted"):
+    with pytest.raises(TypeError, match="not a model that rankwise has adapted"):
         rw.get_peft_model_state_dict(layers())
 
 

@@ -33,7 +33,7 @@ class AllocationState:
         phase: ``"warm-up"``, ``"pruning"`` or ``"final"``.
         budget: the number of triplets that may stay after this step. In the default form, whose budget counts
             parameters, these are triplets of average size.
-        target: the budget at the end.
+        target: the number of triplets that may stay at the end.
         initial: the number of triplets at the start.
         skipped_steps: the number of steps with NaN or infinite gradients. They are left out of the scores.
         total_step: the number of optimizer steps in the whole run; None while it is unknown.

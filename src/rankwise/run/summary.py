@@ -23,7 +23,7 @@ class LayerRank:
         init_r: the number of triplets at the start.
         importance: the worth of the layer's triplets together. In the default form it is ``rank`` times the worth
             (see `rankwise.method.worth`) of a direction of average strength; in the paper's form it is the sum of the
-            triplets' scores. NaN if nothing can be pruned, as in an adapter that is loaded for inference.
+            triplets' scores. It is at least 0, or NaN if nothing can be pruned, as in an adapter loaded for inference.
         parameters: the number of parameters in the adapter's tensors at ``rank``.
 
     Example:
