@@ -258,9 +258,8 @@ def _read(folder: Path) -> AdapterReport:
 
 SCHEDULE = ("tinit", "tfinal", "total_step", "deltaT")
 _ADDED = re.compile(r"(?P<path>.+)\.lora_(magnitude_vector(\.weight)?|[AB]\.bias)")  # DoRA; `lora_bias`
-_COPIES = re.compile(
-    r"(.*\.)?(original_module|modules_to_save)\..+"
-)  # with bias="all", PEFT saves heads twice
+# with bias="all", PEFT saves heads twice
+_COPIES = re.compile(r"(.*\.)?(original_module|modules_to_save)\..+")
 
 
 @dataclass
