@@ -184,9 +184,8 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(world: Path, tiny_model: P
 def test_ctrl_c_before_training_is_reported_and_ends_the_command(world: Path, tiny_model: Path) -> None:
     process = start("train", write_recipe(world, tiny_model, training__max_steps=100000, schedule=None))
     assert process.stdout is not None
-    while not process.stdout.readline().startswith(
-        "output"
-    ):  # the plan is printed, and the model is being loaded
+    # the plan is printed, and the model is being loaded
+    while not process.stdout.readline().startswith("output"):
         pass
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)

@@ -20,9 +20,8 @@ from rankwise.files.atomic import write_file
 from rankwise.files.pointers import refuse_pointer
 from rankwise.run.notebook import history_html
 
-_LAYOUT = (
-    1  # version of the packed tensor: [_LAYOUT, layers, records, then step, budget and ranks of each record]
-)
+# version of the packed tensor: [_LAYOUT, layers, records, then step, budget and ranks of each record]
+_LAYOUT = 1
 
 
 @dataclass
@@ -167,7 +166,10 @@ class RankHistory:
         """Write the history to a JSON file, atomically: a killed process leaves the old file or the new one.
 
         Args:
-            path: the path of the file.
+            path: the file to write. It is replaced if it exists.
+
+        Raises:
+            OSError: the file can't be written. The old file has not changed then.
         """
         write_file(Path(path), self.to_json())
 
