@@ -1,4 +1,4 @@
-"""``python -m rankwise`` runs the command ``rankwise``."""
+"""``python -m rankwise`` is ``rankwise``."""
 
 from __future__ import annotations
 

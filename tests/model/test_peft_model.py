@@ -1,4 +1,4 @@
-"""The model keeps its object, class, names and attributes. Anything that is no model or configuration is refused."""
+"""The model keeps its object, class, names and attributes. Anything but a model and a configuration is refused."""
 
 from __future__ import annotations
 

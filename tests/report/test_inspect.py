@@ -332,7 +332,7 @@ def test_the_state_of_a_run_is_reported(lora: Path) -> None:
     assert not inspect_adapter(lora).resumable
     safetensors(lora / "training_state.safetensors", step=torch.tensor(3))
     assert inspect_adapter(lora).resumable
-    assert "can go on" in printed(lora)
+    assert "can be resumed" in printed(lora)
 
 
 def test_a_broken_or_foreign_history_is_left_out_with_a_note(lora: Path) -> None:

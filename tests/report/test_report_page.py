@@ -453,6 +453,6 @@ def test_colours_follow_dark_mode_and_paper_is_light(browser: Any, file: str) ->
 def test_without_javascript_the_tables_are_there(browser: Any, file: str) -> None:
     tab = browser.new_page(java_script_enabled=False)
     tab.goto(file)
-    assert "Charts need JavaScript" in tab.locator("noscript").inner_text()
+    assert "charts need JavaScript" in tab.locator("noscript").inner_text()
     tab.locator("summary", has_text="The last ranks as tables").click()
     assert tab.locator("details[open] table").count() > 0

@@ -114,8 +114,8 @@ RECORD = '{"step": 1, "budget": 3, "ranks": [3]}'
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("{", "no valid JSON"),
-        ("[" * 100_000, "no valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[]", '"layers" and "records"'),
         ('{"layers": []}', '"layers" and "records"'),
         ('{"layers": "fc", "records": []}', '"layers" must be a list'),

@@ -82,7 +82,7 @@ def test_the_component_is_recognized_by_its_layers(under: str, component: str, t
 
 def test_a_component_that_cannot_be_recognized_must_be_given(tmp_path: Path) -> None:
     adapted = model(under="stages")
-    with pytest.raises(ValueError, match="layers under stages, which don't tell .* `component='unet'`"):
+    with pytest.raises(ValueError, match="layers under stages, which don't show .* `component='unet'`"):
         rw.export_adapter(tmp_path / "out", adapted, "diffusers")
     with pytest.raises(ValueError, match="`component` must be the adapted model's name .* is 'a.b'"):
         rw.export_adapter(tmp_path / "out", adapted, "diffusers", component="a.b")

@@ -210,7 +210,7 @@ def test_gguf_refuses_what_would_be_wrong_in_llama_cpp(tmp_path: Path) -> None:
     llama(num_attention_heads=8, num_key_value_heads=8).save_pretrained(tmp_path / "other")
     llama(num_hidden_layers=1).save_pretrained(tmp_path / "short")
     for adapter, base, file, said in (
-        ("embedding", "tied", "x.gguf", "can't adapt only one of them"),
+        ("embedding", "tied", "x.gguf", "can't adapt one alone"),
         ("own", "bert", "x.gguf", "not known here"),
         ("own", "short", "x.gguf", "does not have"),
         ("own", "tied", "x", "end in .gguf"),

@@ -50,7 +50,14 @@ def write_report(
         ValueError: no folder is given, or a folder holds no adapter, a broken one, or one without layers.
 
     Example:
-        >>> write_report(["runs/lora", "runs/adalora"], "report.html")  # doctest: +SKIP
+        >>> import os, tempfile, torch, rankwise
+        >>> config = rankwise.LoraConfig(r=2, target_modules=["0"])
+        >>> model = rankwise.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/adapter")
+        ...     write_report([f"{folder}/adapter"], f"{folder}/report.html")
+        ...     sorted(os.listdir(folder))
+        ['adapter', 'report.html']
     """
     path = Path(path)
     if path.is_dir():
@@ -76,7 +83,14 @@ def render_report(folders: Sequence[str | os.PathLike[str]]) -> str:
         ValueError: no folder is given, or a folder holds no adapter, a broken one, or one without layers.
 
     Example:
-        >>> page = render_report(["runs/adalora"])  # doctest: +SKIP
+        >>> import tempfile, torch, rankwise
+        >>> config = rankwise.LoraConfig(r=2, target_modules=["0"])
+        >>> model = rankwise.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     page = render_report([folder])
+        >>> page.startswith("<!doctype html>")
+        True
     """
     if not folders:
         raise ValueError("A report needs at least one adapter's folder.")

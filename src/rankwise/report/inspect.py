@@ -88,7 +88,7 @@ class AdapterReport:
         bias_parameters: the number of parameters in trained biases.
         gate_parameters: the number of parameters in AdaLoRA's E. A LoRA of the same ranks has none of them.
         other_parameters: the number of parameters in tensors whose purpose is unknown.
-        dtypes: the number of parameters in the file by dtype, such as ``{"F32": 1024}``.
+        dtypes: the number of parameters in the file by dtype, such as ``{"float32": 1024}``.
         files: the size of each file in the folder, in bytes.
         schedule: AdaLoRA's ``tinit``, ``tfinal``, ``total_step`` and ``deltaT``; None for LoRA.
         checkpoint: the point in the run, if the folder is a trainer's checkpoint.

@@ -81,7 +81,7 @@ def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -
 
 
 def of_history(layers: list[InspectedLayer], history: RankHistory) -> list[InspectedLayer]:
-    """Complete the layers of a plain LoRA folder by the run's history: ranks, initial ranks and layers at rank 0."""
+    """Complete the layers of a plain LoRA folder from its history: ranks, initial ranks and layers at rank 0."""
     records = history.records
     if not records:
         return layers
@@ -106,7 +106,7 @@ def _last_name(path: str) -> str:
 
 
 def _gates(folder: Path, header: AdapterHeader) -> dict[str, float]:
-    """The value of E in each layer, by path, for the form whose E holds one number per layer: a part of the scale."""
+    """The value of E in each layer, by path, for the form in which all kept triplets of a layer share one value."""
     config = header.config
     if config["peft_type"] != "ADALORA" or config.get("init_lora_weights") != "principal":
         return {}
@@ -190,7 +190,7 @@ def _scale(folder: Path, config: Mapping[str, Any], path: str, first: int, gate:
     """
     if (
         config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "gated"
-    ):  # the scale with open gates
+    ):  # the gates of kept ranks are part of this scale
         return lora_scale(config["lora_alpha"], config["target_r"], bool(config.get("use_rslora")))
     if config["peft_type"] == "ADALORA":
         return adalora_scale(config["lora_alpha"], config["init_r"]) * gate

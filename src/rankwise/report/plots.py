@@ -51,7 +51,11 @@ def rank_heatmap(
         ValueError: there are no layers, or matplotlib does not know the file's extension.
 
     Example:
-        >>> rank_heatmap({"layers.0.q_proj": 4, "layers.1.q_proj": 2}, "ranks.png")  # doctest: +SKIP
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     rank_heatmap({"layers.0.q_proj": 4, "layers.1.q_proj": 2}, f"{folder}/ranks.png")
+        ...     os.listdir(folder)
+        ['ranks.png']
     """
     _save(heatmap_figure(ranks, title), path)
 
@@ -106,7 +110,14 @@ def rank_history_plot(
         ValueError: the history is empty, or matplotlib does not know the file's extension.
 
     Example:
-        >>> rank_history_plot(model.rank_history, "history.png")  # doctest: +SKIP
+        >>> import os, tempfile
+        >>> history = RankHistory(["layers.0.q_proj", "layers.1.q_proj"])
+        >>> history.record(0, 8, [4, 4])
+        >>> history.record(10, 6, [4, 2])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     rank_history_plot(history, f"{folder}/history.png")
+        ...     os.listdir(folder)
+        ['history.png']
     """
     records = _thinned(history.records)
     if not records or not history.layers:

@@ -27,8 +27,15 @@ def render_terminal(report: AdapterReport, console: Console) -> None:
         ImportError: rich is not installed.
 
     Example:
+        >>> import tempfile, torch, rankwise
         >>> from rich.console import Console
-        >>> render_terminal(inspect_adapter("adapter"), Console())  # doctest: +SKIP
+        >>> from rankwise.report import inspect_adapter
+        >>> config = rankwise.LoraConfig(r=2, target_modules=["0"])
+        >>> model = rankwise.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> console = Console(width=80, record=True, quiet=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     render_terminal(inspect_adapter(folder), console)
     """
     from rich.table import Table
     from rich.text import Text
@@ -63,7 +70,15 @@ def save_heatmap(report: AdapterReport, path: str | os.PathLike[str]) -> None:
         ValueError: the adapter has no layers, or matplotlib does not know the file's extension.
 
     Example:
-        >>> save_heatmap(inspect_adapter("adapter"), "ranks.png")  # doctest: +SKIP
+        >>> import os, tempfile, torch, rankwise
+        >>> from rankwise.report import inspect_adapter
+        >>> config = rankwise.LoraConfig(r=2, target_modules=["0"])
+        >>> model = rankwise.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/adapter")
+        ...     save_heatmap(inspect_adapter(f"{folder}/adapter"), f"{folder}/ranks.png")
+        ...     sorted(os.listdir(folder))
+        ['adapter', 'ranks.png']
     """
     from rankwise.report.plots import rank_heatmap
 

@@ -86,8 +86,8 @@ def read_run_now(folder: str | os.PathLike[str]) -> RunNow:
     if results or (folder / "recipe.yaml").is_file():
         return RunNow(0, None, None, [], False, folder, _age(folder))
     raise ValueError(
-        f"{folder} holds nothing of a run: it has no {RESULTS} of `rankwise train`, no checkpoint and no adapter. Give the "
-        "`output` of a recipe, or a trainer's `output_dir` that has a checkpoint."
+        f"{folder} holds nothing of a run: it has no {RESULTS} of `rankwise train`, no checkpoint and no adapter. Give "
+        "the `output` of a recipe, or a trainer's `output_dir` that has a checkpoint."
     )
 
 

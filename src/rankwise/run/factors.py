@@ -25,7 +25,7 @@ from rankwise.run.run_tensors import RunTensors
 class Factors:
     """The factors of all layers of a run, and the ranks that they keep.
 
-    Each factor has a number: first the factors of the first kind in ``keys``, in layer order, then the next kind.
+    Factors are numbered kind by kind, in the order of ``keys``, and within a kind layer by layer.
 
     Args:
         pairs: one pair for each layer, in the model's order.

@@ -167,7 +167,10 @@ class RankHistory:
         """Write the history to a JSON file, atomically: a killed process leaves the old file or the new one.
 
         Args:
-            path: the path of the file.
+            path: the file to write. It is replaced if it exists.
+
+        Raises:
+            OSError: the file can't be written. The old file has not changed then.
         """
         write_file(Path(path), self.to_json())
 
@@ -176,7 +179,7 @@ class RankHistory:
         """Read a file that :meth:`save` wrote.
 
         Args:
-            path: the path of the file.
+            path: the file.
 
         Raises:
             FileNotFoundError: the file does not exist.

@@ -120,7 +120,7 @@ class FactorPair(ABC):
         return matrix if order is None else matrix[order.to(matrix.device)]
 
     def from_rows(self, key: str, rows: Tensor, shape: torch.Size) -> Tensor:
-        """Arrange the rows of a matrix as a factor again, the inverse of `rows`.
+        """Undo `rows`.
 
         Args:
             key: "A" or "B".
@@ -128,7 +128,7 @@ class FactorPair(ABC):
             shape: the factor's shape. Its number of ranks may differ from that of ``rows``.
 
         Returns:
-            The values in the factor's shape.
+            The values in the layer's shape, with as many ranks as ``rows`` has.
         """
         order = self.order(key, len(rows))
         if order is not None:

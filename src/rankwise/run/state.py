@@ -212,8 +212,8 @@ class RunState:
             )
 
 
-# The average rank at the end is usually an integer. Any other number is packed as the bits of a float, negated: a
-# negative number is thus told from an integer rank.
+# The average rank at the end is usually an integer. Any other number is packed as the bits of a float, negated:
+# the sign distinguishes it from an integer rank.
 
 
 def _packed_rank(rank: float) -> int:

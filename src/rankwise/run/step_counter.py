@@ -27,17 +27,17 @@ class StepCounter:
         >>> for optimizer, holds in [(first, [2, 3]), (second, [0, 1])] * 3:
         ...     _ = counter.begin(optimizer)
         ...     counted.append(counter.end(optimizer, holds, trains=lambda number: True))
-        >>> counted  # three iterations count once each: from the second on, when the optimizer that holds 0 steps
+        >>> counted  # each iteration counts once; from the second on, when the optimizer that holds 0 steps
         [True, False, False, True, False, True]
     """
 
     def __init__(self, leader: int | None = None) -> None:
         self._stepping: weakref.ref[Optimizer] | None = None
         self.leader = leader
-        self._waiting: set[int] = set()  # optimizers without the leader that have stepped since it did
+        self._waiting: set[int] = set()  # ids of other optimizers that have stepped since the leader's
 
     def begin(self, optimizer: Optimizer) -> bool:
-        """Note that ``optimizer`` begins a step. False if a wrapper that holds it is stepping: its step counts."""
+        """Note that ``optimizer`` begins a step. Return False if a wrapper that holds it is stepping already."""
         outer = self._stepping() if self._stepping else None
         if outer is None or not _holds(outer, optimizer):
             self._stepping = weakref.ref(optimizer)
@@ -67,8 +67,8 @@ class StepCounter:
             if first > self.leader and id(optimizer) not in self._waiting:
                 self._waiting.add(id(optimizer))
                 return False
-            # An optimizer that steps twice meanwhile leads from now on. So does one that holds an earlier factor, but
-            # then the old leader has already counted this iteration.
+            # An optimizer that has stepped twice without the leader's takes the lead. So does one that holds an earlier
+            # factor, but in that case the old leader has already counted this iteration.
             counts = first >= self.leader or self.leader in holds
         self.leader = first
         self._waiting.clear()

@@ -93,8 +93,8 @@ class Spectra:
         for path, update in updates.layers.items():
             if update.grouped:
                 raise ValueError(
-                    f"{updates.source}: {path!r} is a grouped convolution, whose LoRA is not a change of its weight, so "
-                    "it has no singular values. Train such adapters without that layer."
+                    f"{updates.source}: {path!r} is a grouped convolution, whose LoRA is not a change of its weight, "
+                    "so it has no singular values. Train such adapters without that layer."
                 )
             for name, factor in (("A", update.A), ("B", update.B)):
                 check_finite(updates.source, f"lora_{name} of {path!r}", factor)

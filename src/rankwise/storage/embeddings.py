@@ -21,8 +21,8 @@ def embedding_keys(model: nn.Module, adapter: str, save: bool | str) -> dict[str
     Args:
         model: the adapted model. A model that does not declare its embeddings gives no parameters.
         adapter: the name of one of its adapters.
-        save: True for all embeddings, False for none. "auto" selects the adapted ones; and all, if the vocabulary's
-            size differs from that in the checkpoint that the base was loaded from.
+        save: True for all embeddings, False for none. "auto" selects the adapted ones, or all if the vocabulary's
+            size differs from that in the base's checkpoint.
 
     Raises:
         ValueError: ``save`` has another value.

@@ -59,8 +59,8 @@ def refuse_broken(folder: Path, model: nn.Module, adapter: str, tensors: Mapping
         )
     raise NotFiniteError(
         f"The adapter {adapter!r} is not saved to {str(folder)!r}, where nothing has changed: "
-        f"{broken.removeprefix(PREFIX)!r} holds NaN or infinite values. The run has diverged, and training on is no "
-        f"use. {mend}"
+        f"{broken.removeprefix(PREFIX)!r} holds NaN or infinite values. The run has diverged, and more training does "
+        f"not help. {mend}"
     )
 
 

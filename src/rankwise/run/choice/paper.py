@@ -1,4 +1,4 @@
-"""The paper's choice: triplets are scored by weight times gradient, and the lowest scores are switched off."""
+"""The paper's choice: triplets are scored by weight times gradient, and those with low scores are switched off."""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ from rankwise.storage.lora_layout import Update
 from rankwise.storage.updates import Updates, acting
 
 _PAIRED = ("llama",)  # architectures whose q and k store the halves of each head as pairs
-_TIED = "Its base model has one matrix for input embedding and output layer, and llama.cpp can't adapt only one of them."
+_TIED = (
+    "Its base model has one matrix for input embedding and output layer, and llama.cpp can't adapt one alone."
+)
 
 
 def export_for_llama_cpp(

@@ -152,7 +152,7 @@ class _Weights:
             )
 
     def _output_layer_like(self, name: str) -> list[str]:
-        """The output layer, if it shares an embedding's weight: so in a language model whose files lack that layer."""
+        """The output layer, if it shares an embedding's weight, as in language models whose files lack that layer."""
         found = same_weight(self.places, name)
         shape = None if found is None else self.places[found].shape
         alike = [other for other, place in self.places.items() if other != found and place.shape == shape]
@@ -167,7 +167,8 @@ class _Weights:
 def _refuse_shared(updates: Updates, weights: _Weights) -> None:
     """Refuse to change a weight that belongs to an embedding or a whole module and is shared with another module.
 
-    Another layer that shares its weight is one layer that is called several times, so its update belongs to all calls.
+    Other kinds of layers may share a weight. They act as one layer that is called several times, and its update belongs
+    to all calls.
 
     Raises:
         ValueError: the adapter changes a shared weight.
