@@ -179,7 +179,7 @@ class RankHistory:
         """Read a file that :meth:`save` wrote.
 
         Args:
-            path: the file.
+            path: the path of the file.
 
         Raises:
             FileNotFoundError: the file does not exist.

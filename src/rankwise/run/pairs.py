@@ -120,7 +120,7 @@ class FactorPair(ABC):
         return matrix if order is None else matrix[order.to(matrix.device)]
 
     def from_rows(self, key: str, rows: Tensor, shape: torch.Size) -> Tensor:
-        """Undo `rows`.
+        """Arrange the rows of a matrix as a factor again, the inverse of `rows`.
 
         Args:
             key: "A" or "B".
