@@ -30,7 +30,7 @@ export OMP_WAIT_POLICY ?= passive
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-deepspeed test-trackers test-servers test-peft test-lowest test-frameworks lint format types check bench constraints clean
+.PHONY: help quickstart test test-slow test-deepspeed test-trackers test-servers test-peft test-lowest test-frameworks lint format types check docs bench constraints clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
@@ -84,19 +84,22 @@ types: $(VENV)/.test ## check the types
 
 check: lint types test ## run everything that a change must pass
 
+docs: $(VENV)/.docs ## build the documentation as a site, in site/, and fail on broken links
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.test ## measure the cost of a training step, compared with PEFT
 	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
 
 constraints: $(VENV)/.test ## update constraints.txt from pyproject.toml
 	$(PIP) install --quiet uv
-	@{ echo "# Exact versions of all that the tests and the quickstart install, for every supported Python."; \
+	@{ echo "# Exact versions of all that the tests, the quickstart and the documentation install, for every supported Python."; \
 	   echo "# Written by \`make constraints\`."; \
 	   echo "torch==2.13.0" | $(BIN)/uv pip compile pyproject.toml --constraint - --quiet --upgrade \
-	     --universal --python-version 3.10 --extra test --no-annotate --no-header; \
+	     --universal --python-version 3.10 --extra test --extra docs --no-annotate --no-header; \
 	} > constraints.tmp && mv constraints.tmp constraints.txt
 
 clean: ## remove the environment and all files that these targets made
-	rm -rf $(VENV) quickstart build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) quickstart build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamp files: an environment is made once, and updated when the files that it depends on change.
@@ -172,7 +175,8 @@ $(VENV)/.lowest: $(VENV)/.test pyproject.toml
 	  $(if $(LOWEST_TORCH),--override $(VENV)/lowest-torch.txt)
 ifdef LOWEST_TORCH
 	sed -i.all -E '/^(torch|nvidia|cuda|triton)/d' $(VENV)/lowest.txt
-	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(VENV)/lowest/lib/python*/site-packages)/torch.pth
+	cd $(VENV)/lib/python*/site-packages && ln -sfn $$(ls -d $$PWD/{torch,torch-*,torchgen,functorch,nvidia,triton} 2>/dev/null) \
+	  $$(echo $(abspath $(VENV))/lowest/lib/python*/site-packages)
 endif
 	$(VENV)/lowest/bin/python -m pip install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  --requirement $(VENV)/lowest.txt

@@ -215,9 +215,8 @@ def peft_adalora(model: Any, batch: Batch, targets: list[str], setting: Setting)
         init_r=setting.spare, target_r=setting.rank, tinit=1, tfinal=10, deltaT=10, total_step=LONG,
         lora_alpha=2 * setting.rank, target_modules=targets,
     )  # fmt: skip
-    adapted = peft.get_peft_model(
-        model, config
-    ).base_model  # it adds the penalty, whether a task type is set or not
+    # it adds the penalty, whether a task type is set or not
+    adapted = peft.get_peft_model(model, config).base_model
     return PeftAdaLora(adapted, batch, setting)
 
 

@@ -1,4 +1,4 @@
-"""Every example in README.md, CONTRIBUTING.md and docs/ runs.
+"""Every example in README.md, CONTRIBUTING.md, docs/ and benchmarks/quality/ runs.
 
 Each page runs in a folder of its own, and may use:
 
@@ -36,7 +36,12 @@ from language_world import chats, questions, save_language_model, write_lines
 from speech_world import save_tiny_whisper, write_manifest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks" / "quality").glob("*.md")),
+]
 CAUSAL_LM = "HuggingFaceTB/SmolLM2-135M"
 CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -81,11 +86,25 @@ def test_every_link_on_the_page_leads_to_a_file(page: Path):
     assert not missing
 
 
+def test_the_reference_has_every_public_name():
+    import rankwise
+    import rankwise.recipes
+    import rankwise.recipes.sweep
+    import rankwise.report
+
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = {path.rpartition(".")[2] for path in re.findall(r"^::: (rankwise\.\S+)$", pages, re.MULTILINE)}
+    modules = (rankwise, rankwise.recipes, rankwise.recipes.sweep, rankwise.report)
+    assert not {name for module in modules for name in module.__all__} - shown
+
+
 # --- names and files that pages may use ----------------------------------------------------------------------------
 
 
 def page_namespace() -> dict[str, Any]:
-    """Data that stands for the reader's own."""
+    """Data and arguments that stand for the reader's own."""
+    from transformers import TrainingArguments
+
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, 20, (6, 4, 8), generator=generator)
     labels = torch.randint(0, 2, (6, 4), generator=generator)
@@ -98,6 +117,7 @@ def page_namespace() -> dict[str, Any]:
         "classification_batches": [
             {"input_ids": ids, "labels": label} for ids, label in zip(tokens, labels, strict=True)
         ],
+        "arguments": TrainingArguments("output", max_steps=6, learning_rate=5e-4, report_to="none"),
         "texts": [{"input_ids": ids, "labels": ids} for ids in tokens.flatten(0, 1)],
         "dataset": [
             {"input_ids": ids, "labels": label}

@@ -157,10 +157,8 @@ def test_a_missing_source_is_named():
 
 
 def test_the_documentation_has_the_tables_of_finished_runs_and_no_others(quality: Any):
-    docs = FOLDER.parent.parent / "docs"
-    written, results = (
-        (docs / name).read_text(encoding="utf-8") for name in ("quality.md", "quality-results.md")
-    )
+    page = FOLDER.parent.parent / "docs" / "quality.md"
+    written, results = (file.read_text(encoding="utf-8") for file in (page, FOLDER / "results.md"))
     report = quality.report.report(quality.results.read(), 0)
     assert results.endswith(report.pop("all") + "\n")
     missing = [name for name, said in report.items() if said not in written and said not in results]

@@ -36,7 +36,7 @@ def start(*words: object, **options: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], ["train", "plan", "inspect", "Exit codes: 0 done, 2 for what you must mend"]),
+        ([], ["train", "plan", "inspect", "Exit codes: 0 done, 2 for errors that you must mend"]),
         (
             ["train"],
             ["RECIPE.yaml", "KEY=VALUE", "--resume", "--overwrite", "text-classification", "torchrun"],
@@ -176,7 +176,7 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(world: Path, tiny_model: P
     code, out, err = call(*command.split()[1:])
     assert code == 0, err
     steps = [line for line in out.splitlines() if line.startswith("step ") and "/150 " in line]
-    assert f"Going on from {checkpoint.name}." in out
+    assert f"Continuing from {checkpoint.name}." in out
     assert len(steps) == 150 - int(checkpoint.name.rpartition("-")[2])
 
 
@@ -184,9 +184,8 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(world: Path, tiny_model: P
 def test_ctrl_c_before_training_is_reported_and_ends_the_command(world: Path, tiny_model: Path) -> None:
     process = start("train", write_recipe(world, tiny_model, training__max_steps=100000, schedule=None))
     assert process.stdout is not None
-    while not process.stdout.readline().startswith(
-        "output"
-    ):  # the plan is printed, and the model is being loaded
+    # the plan is printed, and the model is being loaded
+    while not process.stdout.readline().startswith("output"):
         pass
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)

@@ -71,9 +71,8 @@ def test_a_schedule_that_does_not_fit_the_steps_is_refused_before_training(check
     assert check({"tinit": 60, "tfinal": 50}) == {"tinit": 60, "tfinal": 50}
     with pytest.raises(ValueError, match="total_step"):
         check({"tinit": 60, "tfinal": 50}, max_steps=100)
-    check(
-        {"tinit": 60, "tfinal": 50}, max_steps=-1
-    )  # the framework's value for a run whose length is given in epochs
+    # the framework's value for a run whose length is given in epochs
+    check({"tinit": 60, "tfinal": 50}, max_steps=-1)
 
 
 @pytest.mark.parametrize(

@@ -230,9 +230,8 @@ def test_a_compiled_model_is_one_graph_and_recompiles_only_at_the_first_cut(back
         loop(model, optimizer, compiled, range(step, step + 1))
         graphs.append(compiled_frames())
     assert_whole_run(model)
-    first = next(
-        record.step for record in model.rank_history.records if record.step
-    )  # scales change at the first cut
+    # scales change at the first cut
+    first = next(record.step for record in model.rank_history.records if record.step)
     # These two backends may specialize once more, for one of the new scales after a cut.
     assert set(graphs[:first]) == {1} and max(graphs) <= (2 if backend == "eager" else 3)
     loop(plain, adamw(plain))

@@ -150,7 +150,7 @@ def test_a_language_model_goes_on_from_a_typed_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "given", "said"),
     [
-        (["--text", "a", "reviews.csv"], None, "--text is in place of a file"),
+        (["--text", "a", "reviews.csv"], None, "--text replaces a file"),
         (["--text", "  "], None, "There is an empty text"),
         (["-"], "\n", "There is no text"),
     ],

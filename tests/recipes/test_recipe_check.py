@@ -183,7 +183,7 @@ def test_paths_are_also_looked_for_in_the_recipes_folder(
 
 def test_overrides_must_be_pairs(world: Path) -> None:
     assert "An override is key=value" in problems(world, "training.max_steps")
-    assert "takes out a key that the recipe does not have" in problems(world, "~training.nothing")
+    assert "removes a key that the recipe does not have" in problems(world, "~training.nothing")
 
 
 def test_an_override_can_take_a_key_out(world: Path) -> None:

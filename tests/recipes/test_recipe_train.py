@@ -308,7 +308,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run(world: Path, tiny_mo
     assert first.folder.name == f"checkpoint-{step}"
     assert f"rankwise train {world}/recipe.yaml --resume" in said
     second, said = run(world, tiny_model, resume=True, training__eval_steps=3)
-    assert f"Going on from checkpoint-{step}." in said
+    assert f"Continuing from checkpoint-{step}." in said
     assert second.before == whole.before and second.after == whole.after
 
     def kept(folder: Path) -> Any:
@@ -350,7 +350,7 @@ def test_signals_are_left_as_they_were(world: Path, tiny_model: Path) -> None:
 
 def test_an_unfinished_run_is_not_started_over_by_accident(world: Path, tiny_model: Path) -> None:
     interrupted(world, tiny_model, 3)
-    with pytest.raises(RecipeError, match="holds an unfinished run. To go on with it, add --resume"):
+    with pytest.raises(RecipeError, match="holds an unfinished run. To continue it, add --resume"):
         run(world, tiny_model)
 
 
@@ -369,7 +369,7 @@ def test_a_checkpoint_that_was_cut_short_is_left_out(world: Path, tiny_model: Pa
     interrupted(world, tiny_model, 7, **changes)
     (world / "out" / "checkpoint-7" / "trainer_state.json").write_text('{"epoch": 1.')
     result, said = run(world, tiny_model, resume=True, **changes)
-    assert "checkpoint-7 was cut short" in said and "Going on from checkpoint-6" in said
+    assert "checkpoint-7 was cut short" in said and "Continuing from checkpoint-6" in said
     assert result.after
 
 

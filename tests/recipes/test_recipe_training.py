@@ -103,10 +103,10 @@ def test_a_wrong_argument_is_refused_before_anything_is_read(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["training.early_stopping_patience=2", "training.eval_strategy=no"], "does not go with eval_strategy: no"),
+        (["training.early_stopping_patience=2", "training.eval_strategy=no"], "has no effect with eval_strategy: no"),
         (
             ["training.early_stopping_patience=2", "training.load_best_model_at_end=false"],
-            "does not go with load_best_model_at_end: false",
+            "has no effect with load_best_model_at_end: false",
         ),
         (["training.eval_steps=2", "training.eval_strategy=epoch"], "has no effect with eval_strategy: epoch"),
         (["device=cuda", "training.use_cpu=true"], "but training.use_cpu is true"),

@@ -82,9 +82,8 @@ def test_means_of_gradients_become_those_of_the_turned_factors(
     for layer, G, by, update in zip(_layers(model), pulls, louder.values(), before, strict=True):
         A, B = layer.lora_A["default"], layer.lora_B["default"]
         torch.testing.assert_close(by * layer.delta_weight("default"), update)
-        torch.testing.assert_close(
-            A.grad, by * (B.T @ G).detach()
-        )  # this gradient may wait for another optimizer
+        # this gradient may wait for another optimizer
+        torch.testing.assert_close(A.grad, by * (B.T @ G).detach())
         torch.testing.assert_close(B.grad, by * (G @ A.T).detach())
         # The scale multiplies both gradients by `by`. It has not been changed here.
         torch.testing.assert_close(optimizer.state[A][name], share * by * (B.T @ G).detach())

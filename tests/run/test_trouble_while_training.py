@@ -504,9 +504,8 @@ def test_a_step_that_fails_is_not_counted_and_has_no_later_effect() -> None:
 
 def test_an_optimizer_whose_first_step_fails_can_be_replaced() -> None:
     model = adapted()
-    unfit = adamw(
-        model, capturable=True
-    )  # PyTorch has no such AdamW for the CPU, and raises an error in the first step
+    # PyTorch has no such AdamW for the CPU, and raises an error in the first step
+    unfit = adamw(model, capturable=True)
     loss_of(model, 1).backward()
     with pytest.raises(AssertionError, match="capturable"):
         unfit.step()

@@ -103,9 +103,8 @@ class Run:
         self.batches = batches(model)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups = [list(trained.values())]
-        if kind.endswith(
-            "two optimizers"
-        ):  # the first to step holds only the factors that belong to the second one's E
+        # the first to step holds only the factors that belong to the second one's E
+        if kind.endswith("two optimizers"):
             groups = [
                 [p for name, p in trained.items() if ("lora_E" in name) == first] for first in (False, True)
             ]

@@ -93,10 +93,8 @@ class Rankwise:
             if not isinstance(total, Tensor):
                 return []
             found = torch.autograd.grad(total, [*weights, *factors], allow_unused=True)
-        except (
-            NotImplementedError,
-            RuntimeError,
-        ):  # no backward pass exists, or a tensor is changed in place
+        # No backward pass exists, or a tensor is changed in place.
+        except (NotImplementedError, RuntimeError):
             return []
         finally:
             for weight in weights:

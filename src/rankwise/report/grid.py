@@ -42,6 +42,10 @@ class GridPosition(NamedTuple):
         stack: the path before the block's number.
         layer: the block's number in the stack; None for a layer outside every stack.
         kind: the kind of module in the block.
+
+    Example:
+        >>> GridPosition("model.layers", 3, "self_attn.q_proj").layer
+        3
     """
 
     stack: str

@@ -129,9 +129,8 @@ class Page:
         self.sweeps = sweeps
         self._grids = {run.name: figures.grids_of(run) for run in runs}
         cells = sum(len(grid.rows) * len(grid.columns) for grids in self._grids.values() for grid in grids)
-        self._shown = min(
-            1.0, _MOST_CELLS / max(1, cells)
-        )  # the share of rows that each table of ranks shows
+        # the share of rows that each table of ranks shows
+        self._shown = min(1.0, _MOST_CELLS / max(1, cells))
         self.figures: dict[str, figures.Figure] = {}
         self.frames: list[dict[str, Any]] = []
         ever = max(max(record.ranks) for run in runs for record in run.records)

@@ -96,6 +96,11 @@ class AdapterReport:
         history: the ranks over the run, if they were saved.
         notes: remarks for the user about the folder.
         peft_type: the folder's format, ``"LORA"`` or ``"ADALORA"``. AdaLoRA's default form is saved as plain LoRA.
+
+    Example:
+        >>> report = AdapterReport("adapter", None, "LoRA", None, None, 8, None, 16, ["q_proj"], layers=[])
+        >>> report.total_rank, report.target
+        (0, None)
     """
 
     folder: str
@@ -253,9 +258,8 @@ def _read(folder: Path) -> AdapterReport:
 
 SCHEDULE = ("tinit", "tfinal", "total_step", "deltaT")
 _ADDED = re.compile(r"(?P<path>.+)\.lora_(magnitude_vector(\.weight)?|[AB]\.bias)")  # DoRA; `lora_bias`
-_COPIES = re.compile(
-    r"(.*\.)?(original_module|modules_to_save)\..+"
-)  # with bias="all", PEFT saves heads twice
+# with bias="all", PEFT saves heads twice
+_COPIES = re.compile(r"(.*\.)?(original_module|modules_to_save)\..+")
 
 
 @dataclass

@@ -188,9 +188,8 @@ def _scale(folder: Path, config: Mapping[str, Any], path: str, first: int, gate:
         first: the layer's rank at the start.
         gate: the value of E in the triplets that the layer keeps.
     """
-    if (
-        config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "gated"
-    ):  # the gates of kept ranks are part of this scale
+    # the gates of kept ranks are part of this scale
+    if config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "gated":
         return lora_scale(config["lora_alpha"], config["target_r"], bool(config.get("use_rslora")))
     if config["peft_type"] == "ADALORA":
         return adalora_scale(config["lora_alpha"], config["init_r"]) * gate

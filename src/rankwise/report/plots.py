@@ -340,6 +340,5 @@ def _scale(figure: Figure, axes: Sequence[Axes], largest: int, zero: bool) -> No
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    figure.savefig(
-        path, bbox_inches="tight", pad_inches=0.1
-    )  # the line below a narrow grid is wider than the grid
+    # the line below a narrow grid is wider than the grid
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)

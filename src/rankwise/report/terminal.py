@@ -222,9 +222,8 @@ def _cell(layer: LayerRank | None, width: int, largest: int) -> tuple[str, str]:
         return f"{' 0 ' if width > 4 else '0':░^{width}}", "bright_black"
     colour = rank_colour(layer.rank, largest)
     red, green, blue = colour
-    ink = (
-        "#000000" if ink_on(colour) == "black" else "#ffffff"
-    )  # by name they would be the terminal's own colours
+    # by name they would be the terminal's own colours
+    ink = "#000000" if ink_on(colour) == "black" else "#ffffff"
     return f"{layer.rank:^{width}}", f"{ink} on rgb({red},{green},{blue})"
 
 

@@ -160,9 +160,8 @@ def mean_strengths(factors: Factors) -> Tensor:
         products, sizes = [], []
         for each in (A, B):
             rows = _in_blocks(each.masked_fill(~acts.to(each.device)[:, None], 0), pair.blocks)
-            power = power_below(
-                largest(rows, (1, 2))
-            )  # a power of two, so that products don't over- or underflow
+            # a power of two, so that products don't over- or underflow
+            power = power_below(largest(rows, (1, 2)))
             rows = rows / power
             products.append(rows @ rows.mT)
             sizes.append(power.flatten())

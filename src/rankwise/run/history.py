@@ -20,9 +20,8 @@ from rankwise.files.atomic import write_file
 from rankwise.files.pointers import refuse_pointer
 from rankwise.run.notebook import history_html
 
-_LAYOUT = (
-    1  # version of the packed tensor: [_LAYOUT, layers, records, then step, budget and ranks of each record]
-)
+# version of the packed tensor: [_LAYOUT, layers, records, then step, budget and ranks of each record]
+_LAYOUT = 1
 
 
 @dataclass

@@ -44,9 +44,8 @@ def own_controller(
         end = lora_scale(config.lora_alpha, config.target_r, config.use_rslora)
         choice = PrincipalChoice(factors, config.target_r, config.use_rslora, [end] * len(pairs), warn)
     controller = Controller(adapter, factors, choice, config, warn)
-    if any(
-        adapter in layer.kept for layer in layers.values()
-    ):  # the ranks were chosen before the adapter was loaded
+    # the ranks were chosen before the adapter was loaded
+    if any(adapter in layer.kept for layer in layers.values()):
         factors.mask.copy_(torch.cat([pair.acting() for pair in pairs]))
         controller.fix()
     return controller

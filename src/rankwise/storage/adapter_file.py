@@ -27,17 +27,15 @@ class AdapterFile:
     config: LoraConfig
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by path: {"A": …, "B": …, "E": …}
     others: dict[str, Tensor] = field(default_factory=dict)  # biases and modules that were saved whole
-    kinds: dict[str, type[AdapterLayer]] = field(
-        default_factory=dict
-    )  # by path, as the tensors' names tell it
+    # by path, as the tensors' names tell it
+    kinds: dict[str, type[AdapterLayer]] = field(default_factory=dict)
     nested: dict[str, str] = field(default_factory=dict)  # by a parameter's path: its path in a LoRA file
     laid_out: bool = True  # whether tensors have a file's layout, not a layer's
     history: RankHistory | None = None
     training: dict[str, Tensor] | None = None  # the contents of TRAINING_STATE_NAME
     training_source: str = ""
-    run_config: AdaLoraConfig | None = (
-        None  # the configuration of the run in `training`, if it is not ``config``
-    )
+    # the configuration of the run in `training`, if it is not ``config``
+    run_config: AdaLoraConfig | None = None
     # For a folder of an earlier version, changed by `rankwise.storage.earlier`:
     of_weight: bool = False  # whether factors of grouped convolutions are in another layout than LoRA's
     scales: dict[str, float] = field(default_factory=dict)  # by path: the scale in the state of the run

@@ -113,9 +113,8 @@ def common_rank(source: str, path: str, factors: Mapping[str, T], kind: type[Ada
                 "which no factor has."
             )
     rank, columns = factors["A"].shape[0], factors["B"].shape[1]
-    grouped = (
-        "E" not in factors and columns > 0 and rank % columns == 0
-    )  # a convolution's B has r / groups columns
+    # a convolution's B has r / groups columns
+    grouped = "E" not in factors and columns > 0 and rank % columns == 0
     if (columns != rank and not grouped) or ("E" in factors and factors["E"].shape[0] != rank):
         said = ", ".join(f"lora_{name} {tuple(factors[name].shape)}" for name in sorted(factors))
         raise ValueError(

@@ -102,9 +102,8 @@ def _is_broken(name: str, tensor: Tensor) -> bool:
 
 
 def _near(folder: Path) -> Iterator[Path]:
-    own = (
-        folder if checkpoint_step(folder.parent) is None else folder.parent
-    )  # a named adapter is in a subfolder
+    # a named adapter is in a subfolder
+    own = folder if checkpoint_step(folder.parent) is None else folder.parent
     if checkpoint_step(own) is None:
         yield own
         yield from _checkpoints(own)

@@ -97,12 +97,10 @@ class _Taken:
     ) -> None:
         self.model, self.modules, self.own, self.names, self.file = model, modules, own, names, file
         self.old = file.config
-        self.moved: dict[
-            str, str
-        ] = {}  # by older path: the path of a layer or of a parameter with one matrix
-        self.stacks: dict[
-            str, dict[str, dict[int, str]]
-        ] = {}  # by parameter, pattern and index: the older path
+        # by older path: the path of a layer or of a parameter with one matrix
+        self.moved: dict[str, str] = {}
+        # by parameter, pattern and index: the older path
+        self.stacks: dict[str, dict[str, dict[int, str]]] = {}
 
     def take(self) -> None:
         for path in self.file.factors:

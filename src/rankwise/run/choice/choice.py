@@ -30,9 +30,8 @@ class Choice(Protocol):
     """A way to choose ranks."""
 
     checks: GradientChecks
-    counts_parameters: ClassVar[
-        bool
-    ]  # a rank's cost is its number of parameters in A and B; otherwise it is 1
+    # a rank's cost is its number of parameters in A and B; otherwise it is 1
+    counts_parameters: ClassVar[bool]
     entries: int  # the length of each of the run's statistics
 
     def observe(self, step: Step, number: int) -> None:
