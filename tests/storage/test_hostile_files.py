@@ -509,7 +509,7 @@ DAMAGE: dict[str, list[tuple[str, Callable[[Path], None], str]]] = {
         ("numbers", lambda f: torch.save({"a": 1}, f / PICKLE), "'a' is not a plain tensor"),
         ("keys are numbers", lambda f: torch.save({1: torch.ones(2)}, f / PICKLE), "dictionary of tensors"),
         ("a module", lambda f: torch.save(nn.Linear(2, 2), f / PICKLE), "can't be read as a file of tensors only"),
-        ("a sparse tensor", lambda f: torch.save({LORA_A: torch.eye(3).to_sparse()}, f / PICKLE), "no plain tensor"),
+        ("a sparse tensor", lambda f: torch.save({LORA_A: torch.eye(3).to_sparse()}, f / PICKLE), "not a plain tensor"),
         ("a tensor of no memory", lambda f: torch.save({LORA_A: torch.ones(2, device="meta")}, f / PICKLE), "plain"),
         ("a number repeated to 4 PB", lambda f: torch.save({LORA_A: torch.ones(1).expand(2**50)}, f / PICKLE), "plain"),
     ],

@@ -56,7 +56,7 @@ class RankPlan:
 
     @property
     def mean_rank(self) -> int:
-        """Rank of a LoRA on all layers with equally many parameters, rounded, at least 1."""
+        """Rank at which LoRA on all layers has as many parameters as the plan, rounded, at least 1."""
         return max(1, round(self.parameters / sum(self.widths.values())))
 
     def lora_config(self, **fields: Any) -> LoraConfig:

@@ -78,7 +78,7 @@ def adaptable(
     config: LoraConfig,
     shared: Mapping[str, str],
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Of targets that the user did not name, yield those that can be adapted. Warn of linear layers that cannot.
+    """Yield the targets that can be adapted, and warn of linear layers that cannot. The user has named none of them.
 
     ``shared`` maps a target to a module that shares its weight, if there is one.
     """

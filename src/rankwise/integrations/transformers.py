@@ -42,7 +42,7 @@ class RankwiseCallback(TrainerCallback):
     """
 
     _reference_given = False  # whether the caller gave the trainer a reference model
-    _under_way = False  # set from the beginning of training to its end; a second beginning is a new attempt
+    _under_way = False  # whether training has begun and not ended
     _fitted = False  # whether the schedule took the length of the run from the trainer
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
@@ -57,7 +57,7 @@ class RankwiseCallback(TrainerCallback):
         controller = adapted._rankwise_controller if adapted is not None else None
         if controller is None:
             return
-        if self._under_way and not state.global_step:  # for example with `auto_find_batch_size`
+        if self._under_way and not state.global_step:  # a new attempt, as with `auto_find_batch_size`
             length = controller.config.total_step
             controller.begin_anew(state.max_steps if self._fitted or length is None else length)
         else:

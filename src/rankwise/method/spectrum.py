@@ -96,7 +96,7 @@ class GradientSketch:
         self._in_second = True
 
     def size(self) -> float:
-        """The norm of this pass's sum. It is 0 without any gradient, and not finite after a gradient that was not."""
+        """The norm of this pass's sum. It is 0 without any gradient, and not finite if a gradient was not finite."""
         return scaled_norm(self._sum)
 
     def singular_values(self) -> Tensor:

@@ -128,7 +128,7 @@ class FactorPair(ABC):
             shape: the factor's shape. Its number of ranks may differ from that of ``rows``.
 
         Returns:
-            The values in the factor's shape.
+            The values in the layer's shape, with as many ranks as ``rows`` has.
         """
         order = self.order(key, len(rows))
         if order is not None:
