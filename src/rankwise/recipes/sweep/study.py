@@ -35,8 +35,10 @@ def open_storage(url: str) -> Any:
     Raises:
         RecipeError: the text is no URL, a driver is missing, or the database does not answer.
     """
+    import optuna
     import sqlalchemy.exc
 
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     if "://" not in url:
         raise refusal(f"--storage {url}", "is no URL. Say for instance sqlite:///sweep.db, for a file here.")
     if url.startswith("sqlite:///"):
@@ -60,7 +62,6 @@ def open_storage(url: str) -> Any:
 def _storage(url: str) -> Any:
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
         return optuna.storages.RDBStorage(
