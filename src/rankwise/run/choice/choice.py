@@ -51,6 +51,13 @@ class Choice(Protocol):
             optimizers: those that may train any of the factors.
         """
 
+    def keep_off(self, moves_zeros: bool) -> None:
+        """An optimizer has stepped after a cut: switch ranks off again that it has moved.
+
+        Args:
+            moves_zeros: it is known to move what has no gradient.
+        """
+
     def restore(self, scales: Sequence[float]) -> None:
         """Take up a run whose layers had these ``scales``, and whose tensors are loaded; empty: they are not known."""
 
