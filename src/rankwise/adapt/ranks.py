@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankwise.adapt.narrow import can_be_narrowed, narrow
 from rankwise.adapt.peft_config import write_config
-from rankwise.adapt.peft_pairs import PeftPair, peft_pairs
+from rankwise.adapt.peft_pairs import PeftPair, lora_model, other_paths, peft_pairs
 from rankwise.adapt.refusals import check_adapter, check_model, chosen_adapter
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_positive
@@ -85,7 +85,7 @@ def adapt_ranks(
         True
     """
     if not _are_pairs(model):
-        whole: Any = model
+        whole: Any = lora_model(model) or model
         name, pairs = check_adaptable(whole, adapter, target_r)
         if name in vars(whole).get(HANDLES, {}):
             raise ValueError(
@@ -336,12 +336,17 @@ class AdaptiveRanks:
     def _narrow(self) -> None:
         if self.is_over or self._model is None or not can_be_narrowed(self._peft_pairs()):
             return
+        for pair in self._peft_pairs():
+            pair.check_writable()
         factors = self._controller.factors
         in_the_end = (self._controller.state(), self.rank_summary())
         kept = factors.mask.cpu().split(factors.layout.ranks)
         optimizers = self._controller.known_optimizers()
         stay, dropped = narrow(self._model, self._peft_pairs(), kept, optimizers)
-        write_config(self._peft_config, stay, dropped)
+        write_config(self._peft_config, stay, dropped, other_paths(self._model, stay))
+        self._peft_config.init_lora_weights = (
+            True  # others than the plain start may not take the ranks that are left
+        )
         if stay:
             self._tensors.follow(stay[0].device)
         self._in_the_end = in_the_end

@@ -72,6 +72,11 @@ def check_adapter(config: Any, adapter: str, pairs: Sequence[PeftPair]) -> None:
             "`peft.LoraConfig`."
         )
     start = config.init_lora_weights
+    if start == "mica":
+        raise ValueError(
+            "`init_lora_weights`='mica' keeps B as it is at the start, so no direction of it can be turned or cut. "
+            "Leave `init_lora_weights` out (or take 'gaussian', 'orthogonal' or 'eva')."
+        )
     if start not in _STARTS:
         raise ValueError(
             f"`init_lora_weights`={start!r} moves a part of the base weights into A and B, so cutting a rank would "
@@ -114,7 +119,9 @@ def _check_shared(pairs: Sequence[PeftPair]) -> None:
     for pair in pairs:
         for key in ("A", "B"):
             parameter = pair.parameter(key)
-            other = seen.setdefault(id(parameter), pair.path)
+            # PEFT's tied adapters are two parameters, of which one is the other's transpose.
+            place = parameter.data_ptr() if parameter.device.type != "meta" else 0
+            other = seen.setdefault(place or id(parameter), pair.path)
             if other != pair.path:
                 raise ValueError(
                     f"{other!r} and {pair.path!r} share their factor {key}, so they can't have ranks of their own. "

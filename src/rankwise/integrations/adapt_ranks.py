@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from rankwise.adapt.peft_pairs import lora_layers
+from rankwise.adapt.peft_pairs import lora_model
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
 from rankwise.adapt.refusals import check_model
 from rankwise.integrations.common import own_model
@@ -69,7 +69,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Refuse what can't be adapted when the trainer is made, and not hours later."""
         install()
-        found = _lora_model(model)
+        found = lora_model(model)
         if found is None and own_model(model) is not None:
             check_model(own_model(model))
         handle = None if found is None else self._handle_of(found)
@@ -78,7 +78,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Begin the run, or take it up where the checkpoint left it."""
-        found = _lora_model(model)
+        found = lora_model(model)
         target = model if found is None else found
         ranks = self._handle_of(target)
         if ranks is not None and ranks.is_over:
@@ -147,16 +147,6 @@ class AdaptRanks(TrainerCallback, ExportableState):
             return {"args": self._settings, "attributes": {}}
         packed = base64.b64encode(save(self.ranks.state_dict())).decode("ascii")
         return {"args": self._settings, "attributes": {"run": packed}}
-
-
-def _lora_model(model: Any) -> nn.Module | None:
-    """The model that holds PEFT's configurations: ``model`` itself, or the first in it; None if there is none."""
-    if not isinstance(model, nn.Module):
-        return None
-    for module in model.modules():
-        if getattr(module, "peft_config", None) and next(lora_layers(module), None) is not None:
-            return module
-    return None
 
 
 def _load(ranks: AdaptiveRanks, callbacks: Any, source: str) -> None:
