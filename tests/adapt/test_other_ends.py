@@ -12,6 +12,7 @@ from torch import nn
 
 import rankwise as rw
 from lora_world import base, examples, perceptron, train, with_lora
+from rankwise.adapt.ranks import HANDLES
 from tiny import llama, told
 
 SCHEDULE: dict[str, Any] = {"total_step": 12, "tinit": 1, "tfinal": 4, "deltaT": 1}
@@ -150,3 +151,46 @@ def test_a_model_in_a_wrapper_is_adapted_under_its_own_names(wrap: str, tmp_path
     loaded = peft.PeftModel.from_pretrained(base("linear"), str(tmp_path))
     x, _ = examples("linear")
     torch.testing.assert_close(loaded(x), model.eval()(x))
+
+
+def test_inference_mode_leaves_a_run_that_trains() -> None:
+    model = with_lora("linear")
+    with torch.inference_mode():
+        ranks = rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+    train(model, "linear", 4)
+    with torch.inference_mode():
+        ranks.finalize_ranks()
+    assert ranks.is_over
+    train(model, "linear", 2)
+
+
+def test_an_adapter_without_values_is_refused() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["0", "2"])
+    model = peft.get_peft_model(perceptron(), config, low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match=r"meta device.*low_cpu_mem_usage"):
+        rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+
+
+def test_an_average_of_the_weights_that_begins_in_the_final_phase_is_narrowed_with_them() -> None:
+    from torch.optim.swa_utils import AveragedModel
+
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+    ranks.leave_the_end_to(trainer=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, y = examples("linear")
+    average = None
+    for _ in range(12):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if ranks.allocation_state.phase == "final":
+            average = average or AveragedModel(model)
+            average.update_parameters(model)
+    assert average is not None
+    before = average(x)
+    ranks.end()
+    own = vars(average.module)[HANDLES]["default"]
+    own.finalize_ranks()
+    torch.testing.assert_close(average(x), before)
+    assert own.rank_summary().layers[0].rank == ranks.rank_summary().layers[0].rank

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rankwise.adapt.narrow import can_be_narrowed, narrow
 from rankwise.adapt.peft_config import write_config
 from rankwise.adapt.peft_pairs import PeftPair, lora_model, other_paths, peft_pairs
-from rankwise.adapt.refusals import check_adapter, check_model, chosen_adapter
+from rankwise.adapt.refusals import check_adapter, check_model, check_values, chosen_adapter
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_positive
 from rankwise.parallel.processes import many_processes
@@ -30,6 +30,7 @@ from rankwise.run.warn_once import WarnOnce
 HANDLES = "_rankwise_adaptive_ranks"  # the attribute of a model that keeps its handles, by adapter
 
 
+@torch.inference_mode(False)
 def adapt_ranks(
     model: nn.Module | Sequence[FactorPair],
     target_r: float | None = None,
@@ -87,6 +88,7 @@ def adapt_ranks(
     if not _are_pairs(model):
         whole: Any = lora_model(model) or model
         name, pairs = check_adaptable(whole, adapter, target_r)
+        check_values(pairs)
         if name in vars(whole).get(HANDLES, {}):
             raise ValueError(
                 f"The ranks of adapter {name!r} adapt already. Call `detach()` on the first handle to begin anew."
@@ -235,6 +237,7 @@ class AdaptiveRanks:
         self._narrow_when_over = not trainer
         self._controller.finished_by = f"{handle}.finalize_ranks()"
 
+    @torch.inference_mode(False)
     def end(self) -> None:
         """The trainer is done: narrow the layers if the choice of ranks is final, or else warn that it is not."""
         self._controller.warn_if_unfinished()
@@ -266,6 +269,7 @@ class AdaptiveRanks:
         """
         self._controller.update_and_allocate(global_step)
 
+    @torch.inference_mode(False)
     def finalize_ranks(self) -> None:
         """Bring the budget to its target now, keep that choice, and narrow the layers to the ranks that are left.
 

@@ -29,6 +29,11 @@ def check_model(model: Any) -> None:
         raise ValueError(
             "This model has rankwise's own layers, whose ranks adapt by themselves. `adapt_ranks` is for PEFT's."
         )
+    if hasattr(type(model), "allocation_state"):
+        raise ValueError(
+            "This model has rankwise's own LoRA layers, whose ranks are fixed. Attach `rankwise.AdaLoraConfig` for "
+            "ranks that adapt; or attach the adapter with PEFT, whose layers `adapt_ranks` is for."
+        )
     configs = getattr(model, "peft_config", None)
     if not configs or next(lora_layers(model), None) is None:
         kinds = {getattr(each, "peft_type", None) for each in configs.values()} if configs else set()
@@ -91,6 +96,20 @@ def check_adapter(config: Any, adapter: str, pairs: Sequence[PeftPair]) -> None:
     for pair in pairs:
         _check_layer(pair, adapter)
     _check_shared(pairs)
+
+
+def check_values(pairs: Sequence[PeftPair]) -> None:
+    """See that the factors have values.
+
+    Raises:
+        ValueError: they are on the meta device.
+    """
+    for pair in pairs:
+        if pair.parameter("A").device.type == "meta":
+            raise ValueError(
+                f"The adapter on {pair.path!r} is on the meta device, so it has no values yet. Load them first, or "
+                "attach the adapter without `low_cpu_mem_usage`."
+            )
 
 
 def _check_layer(pair: PeftPair, adapter: str) -> None:

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from rankwise.adapt.peft_pairs import lora_model
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
 from rankwise.adapt.refusals import check_model
+from rankwise.config import AdaLoraConfig
 from rankwise.integrations.common import own_model
 from rankwise.integrations.transformers import add_metrics, install
 from rankwise.storage.names import HISTORY_NAME
@@ -41,7 +42,8 @@ class AdaptRanks(TrainerCallback, ExportableState):
         deltaT: steps between two cuts. None: chosen to give twenty cuts.
 
     Raises:
-        TypeError, ValueError: when the trainer is made or begins, as `rankwise.adapt_ranks`.
+        TypeError, ValueError: here where no run can have such numbers; when the trainer is made or begins, as
+            `rankwise.adapt_ranks`.
 
     Example:
         >>> callback = AdaptRanks(target_r=4)
@@ -64,6 +66,8 @@ class AdaptRanks(TrainerCallback, ExportableState):
             "tfinal": tfinal,
             "deltaT": deltaT,
         }
+        rank = 1 if target_r is None else target_r
+        AdaLoraConfig(target_r=rank, tinit=tinit, tfinal=tfinal, deltaT=deltaT)  # refuses numbers of no run
         self.ranks: AdaptiveRanks | None = None  # the handle of the run, once training has begun
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
