@@ -50,7 +50,7 @@ def test_a_layer_that_the_last_budget_cannot_pay_for_leaves_it_to_the_others(
 ) -> None:
     """Earlier budgets can pay for it. It must not take them up, so that nothing else is left in the end."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 60)).double()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 16)).double()
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2", "4"]))
     ranks = rw.adapt_ranks(model, target_r=0.4, **SCHEDULE)
     monkeypatch.setattr(ranks._choice, "_worth", lambda strengths: torch.tensor([1.0] * 8 + [9.0] * 4))

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from rankwise.adapt.narrow import can_be_narrowed, narrow
 from rankwise.adapt.peft_config import write_config
 from rankwise.adapt.peft_pairs import PeftPair, lora_model, other_paths, peft_pairs
-from rankwise.adapt.refusals import check_adapter, check_model, check_values, chosen_adapter
+from rankwise.adapt.refusals import (
+    check_adapter,
+    check_model,
+    check_pairs,
+    check_values,
+    chosen_adapter,
+)
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_positive
 from rankwise.parallel.processes import many_processes
@@ -69,8 +75,9 @@ def adapt_ranks(
     Raises:
         TypeError: ``model`` is neither, or a number is of a wrong type.
         ValueError: the model has no LoRA adapter of PEFT, or one whose meaning would change when ranks are cut (PiSSA,
-            OLoRA and LoftQ starts, ``lora_bias``, shared factors, variants other than DoRA); ``target_r`` is above its
-            rank; or the schedule has no step for pruning. The model is then as before.
+            OLoRA and LoftQ starts, ``lora_bias``, shared factors, variants other than DoRA); the factors of a
+            `FactorPair` make up no product ``B A``; ``target_r`` is above its rank; or the schedule has no step for
+            pruning. The model is then as before.
 
     Example:
         >>> import peft, torch, rankwise as rw
@@ -100,6 +107,7 @@ def adapt_ranks(
         vars(whole).setdefault(HANDLES, {})[name] = handle
         return handle
     own = cast("Sequence[FactorPair]", model)
+    check_pairs(own)
     return AdaptiveRanks(own, adapter or "default", target_r, total_step, tinit, tfinal, deltaT)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from rankwise.adapt.peft_pairs import PeftPair, lora_layers
+from rankwise.parallel.zero import shape_of
+from rankwise.run.pairs import KEYS, FactorPair
 
 # Starts that leave the update at 0, or change nothing but A and B.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -133,7 +136,32 @@ def _check_layer(pair: PeftPair, adapter: str) -> None:
             )
 
 
-def _check_shared(pairs: Sequence[PeftPair]) -> None:
+def check_pairs(pairs: Sequence[FactorPair]) -> None:
+    """See that factors of any library make up products ``scale * B A``.
+
+    Raises:
+        ValueError: they don't; the message names the layer.
+    """
+    for pair in pairs:
+        A, B = (shape_of(pair.parameter(key)) for key in KEYS)
+        if len(A) < 2 or len(B) < 2 or A[0] != B[1]:
+            raise ValueError(
+                f"{pair.path!r}: the first dimension of A and the second of B count the same ranks, but A is "
+                f"{tuple(A)} and B is {tuple(B)}."
+            )
+        if pair.blocks < 1 or A[0] % pair.blocks:
+            raise ValueError(f"{pair.path!r}: {A[0]} ranks can't be shared evenly by `blocks`={pair.blocks}.")
+        if pair.starts_at_zero not in KEYS:
+            raise ValueError(
+                f"{pair.path!r}: `starts_at_zero` is 'A' or 'B', but is {pair.starts_at_zero!r}."
+            )
+        scale = pair.scale
+        if not math.isfinite(scale) or scale == 0:
+            raise ValueError(f"{pair.path!r}: `scale` must be finite and not 0, but is {scale}.")
+    _check_shared(pairs)
+
+
+def _check_shared(pairs: Sequence[FactorPair]) -> None:
     seen: dict[int, str] = {}
     for pair in pairs:
         for key in ("A", "B"):
