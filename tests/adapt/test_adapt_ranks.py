@@ -449,3 +449,38 @@ def test_a_users_own_layer_takes_a_dozen_lines() -> None:
 
     assert losses[-1] < losses[0] and ranks.rank_summary().total_rank <= 2
     assert off(model, ranks) == 0.0 and [pair.scale for pair in pairs] == pytest.approx([2, 2])
+
+
+def _with(pair: MyPair, **attributes: Any) -> MyPair:
+    for name, value in attributes.items():
+        setattr(pair, name, value)
+    return pair
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (
+            lambda layer: setattr(layer, "lora_b", nn.Linear(8, 4, bias=False)),
+            r"count the same ranks.*\(4, 8\)",
+        ),
+        (lambda layer: setattr(layer.lora_a, "weight", nn.Parameter(torch.ones(8))), "count the same ranks"),
+        (lambda layer: setattr(layer, "alpha", 0.0), r"`scale` must be finite and not 0, but is 0\.0"),
+        (lambda layer: setattr(layer, "alpha", float("nan")), "`scale` must be finite"),
+    ],
+)
+def test_factors_of_ones_own_that_make_up_no_product_are_refused(changed: Any, named: str) -> None:
+    layer = MyLora(8, 16, 4)
+    changed(layer)
+    with pytest.raises(ValueError, match=f"'mine'.*{named}"):
+        rw.adapt_ranks([MyPair("mine", layer)], target_r=1, **SCHEDULE)
+
+
+def test_blocks_starts_and_shared_layers_of_ones_own_are_checked() -> None:
+    layer = MyLora(8, 16, 4)
+    with pytest.raises(ValueError, match=r"4 ranks can't be shared evenly by `blocks`=3"):
+        rw.adapt_ranks([_with(MyPair("mine", layer), blocks=3)], target_r=1, **SCHEDULE)
+    with pytest.raises(ValueError, match=r"`starts_at_zero` is 'A' or 'B', but is 'C'"):
+        rw.adapt_ranks([_with(MyPair("mine", layer), starts_at_zero="C")], target_r=1, **SCHEDULE)
+    with pytest.raises(ValueError, match="'one' and 'two' share their factor A"):
+        rw.adapt_ranks([MyPair("one", layer), MyPair("two", layer)], target_r=1, **SCHEDULE)

@@ -104,6 +104,30 @@ def test_rankwises_own_layers_adapt_already() -> None:
         rw.adapt_ranks(model)
 
 
+def test_rankwises_own_layers_of_fixed_rank_are_named() -> None:
+    model = rw.get_peft_model(base("linear"), rw.LoraConfig(r=4, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"whose ranks are fixed.*AdaLoraConfig"):
+        rw.adapt_ranks(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"target_r": "8"}, TypeError),
+        ({"target_r": 0}, ValueError),
+        ({"deltaT": 0}, ValueError),
+        ({"tinit": -1}, ValueError),
+        ({"tinit": 1.5}, ValueError),
+        ({"tinit": 0.6, "tfinal": 0.6}, ValueError),
+    ],
+)
+def test_the_callback_refuses_numbers_of_no_run_when_it_is_made(
+    settings: dict[str, Any], kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match=next(iter(settings))):
+        rw.AdaptRanks(**settings)
+
+
 def test_a_second_run_on_the_same_adapter_is_refused() -> None:
     model = with_lora("linear")
     rw.adapt_ranks(model, target_r=2, total_step=10)

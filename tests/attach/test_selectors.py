@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
-from rankwise import AdaLoraConfig, LoraConfig, get_peft_model
+from rankwise import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from rankwise.attach.attachment import adapter_layers
 from rankwise.attach.matching import matcher
 
@@ -121,3 +122,21 @@ def test_the_rank_pattern_of_another_run_is_not_a_selector() -> None:
         )
         get_peft_model(model(), config)
     assert len(caught) == 1
+
+
+def test_a_layer_with_two_names_is_told_when_it_is_adapted_and_when_an_adapter_is_loaded(
+    tmp_path: Path,
+) -> None:
+    def twice() -> nn.Module:
+        model = nn.ModuleDict({"a": nn.Linear(8, 8), "c": nn.Linear(8, 2)})
+        model["b"] = model["a"]
+        return model
+
+    with pytest.warns(UserWarning, match="'a' is also called 'b'.*PEFT"):
+        model = get_peft_model(twice(), LoraConfig(target_modules=["a", "c"]))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="'a' is also called 'b'"):
+        PeftModel.from_pretrained(twice(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(twice(), LoraConfig(target_modules=["c"]))

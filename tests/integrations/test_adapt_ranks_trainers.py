@@ -360,6 +360,16 @@ def test_gradient_checkpointing_of_both_kinds_is_the_same_run(
         torch.testing.assert_close(trained(trainer.model)[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_resuming_after_the_layers_were_narrowed_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
+    callback = rw.AdaptRanks(target_r=2, **PHASES)
+    trainer = trainer_for(tmp_path, callback, save_strategy="steps", save_steps=4)
+    trainer.train()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-\d was written before .* narrowed.*attach the adapter anew"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_training_once_more_is_plain_lora_with_a_warning(tmp_path: Path) -> None:
     callback = rw.AdaptRanks(target_r=2, **PHASES)
     trainer = trainer_for(tmp_path, callback)

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.adapt.peft_pairs import PeftPair, holds, same_ranks
-from rankwise.parallel.optimizer_state import KINDS, can_be_rewritten, start_anew
+from rankwise.parallel.optimizer_state import (
+    KINDS,
+    can_be_rewritten,
+    forget_all_together,
+    start_anew,
+)
 from rankwise.parallel.sharded import is_sharded
 from rankwise.parallel.zero import partitioned
 from rankwise.run.pairs import KEYS
@@ -41,11 +46,15 @@ def narrow(
         The layers that still hold the adapter, and the layers that do not.
     """
     ranks = [int(own.view(pair.blocks, -1).sum(1).max()) for pair, own in zip(pairs, kept, strict=True)]
+    if not any(ranks):  # PEFT has no adapter without layers: the first keeps a rank that is 0
+        ranks[0] = 1
     for inner, outer in same_ranks(list(pairs)).items():
         ranks[inner] = ranks[outer] = max(ranks[inner], ranks[outer])
     for n, pair in enumerate(pairs):
         if not ranks[n] and pair.adapter in pair.layer.lora_variant:  # DoRA's magnitudes act without any rank
             ranks[n] = 1
+    for optimizer in optimizers:
+        forget_all_together(optimizer)
     stay, dropped = [], []
     for pair, own, rank in zip(pairs, kept, ranks, strict=True):
         if rank:
@@ -82,7 +91,7 @@ def _narrow_layer(pair: PeftPair, kept: Tensor, rank: int, optimizers: Sequence[
                     state[name] = narrowed(key, value, shape)
         gradient = None if parameter.grad is None else narrowed(key, parameter.grad, shape)
         parameter.grad = None
-        parameter.data = narrowed(key, parameter.data, shape)
+        _replace_data(parameter, narrowed(key, parameter.data, shape))
         parameter.grad = gradient
         for optimizer in optimizers:
             if parameter not in optimizer.state and _steps(optimizer, parameter):
@@ -90,6 +99,16 @@ def _narrow_layer(pair: PeftPair, kept: Tensor, rank: int, optimizers: Sequence[
         _say_shape(pair, key)
     pair.layer.r[pair.adapter] = rank
     pair.scale = scale
+
+
+def _replace_data(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter values of another shape, also while a graph that was made with the old shape lives.
+
+    A script's variable ``loss`` keeps the graph of its last step. The node in it that takes up the gradient knows the
+    shape, and PyTorch would use it again; it makes a new one where the dtype changes.
+    """
+    parameter.data = values.new_empty(0, dtype=torch.half if values.dtype != torch.half else torch.float)
+    parameter.data = values
 
 
 def _say_shape(pair: PeftPair, key: str) -> None:

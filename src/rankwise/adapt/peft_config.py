@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rankwise.adapt.peft_pairs import PeftPair
 
 
-def write_config(config: Any, pairs: Sequence[PeftPair], dropped: Sequence[PeftPair]) -> None:
+def write_config(
+    config: Any, pairs: Sequence[PeftPair], dropped: Sequence[PeftPair], others: Iterable[str] = ()
+) -> None:
     """Write the current ranks, scales and layers of an adapter into its ``LoraConfig``.
 
     Args:
         config: PEFT's ``LoraConfig``, which is changed in place.
         pairs: layers that hold the adapter.
         dropped: layers that held the adapter at the start of the run, and no longer do.
+        others: paths of the base model's other modules.
     """
     ranks = {pair.path: pair.rank for pair in pairs}
     alphas = {pair.path: whole_if_it_is(pair.alpha) for pair in pairs}
@@ -33,7 +36,7 @@ def write_config(config: Any, pairs: Sequence[PeftPair], dropped: Sequence[PeftP
         _key(pair, every): alphas[pair.path] for pair in named if alphas[pair.path] != config.lora_alpha
     }
     if dropped:
-        _write_targets(config, pairs, dropped)
+        _write_targets(config, pairs, others)
 
 
 def _key(pair: PeftPair, every: Sequence[PeftPair]) -> str:
@@ -47,15 +50,30 @@ def _is_inner(pair: PeftPair) -> bool:
     return ".base_layer." in f".{pair.path}"
 
 
-def _write_targets(config: Any, pairs: Sequence[PeftPair], dropped: Sequence[PeftPair]) -> None:
+def _write_targets(config: Any, pairs: Sequence[PeftPair], others: Iterable[str]) -> None:
     parameters = [pair.path for pair in pairs if pair.is_parameter]
     if config.target_parameters:
         config.target_parameters = parameters or None
     paths = [pair.path for pair in pairs if not pair.is_parameter and not _is_inner(pair)]
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    lost = [pair.path for pair in dropped if not pair.is_parameter]
-    ambiguous = any(other.endswith(f".{path}") for path in paths for other in lost)
+    ambiguous = _any_ends_with(others, set(paths))
     config.target_modules = "|".join(map(re.escape, paths)) if ambiguous else set(paths)
+
+
+def _any_ends_with(paths: Iterable[str], ends: set[str]) -> bool:
+    """Whether any of ``paths`` ends with whole parts that are one of ``ends``.
+
+    Example:
+        >>> _any_ends_with(["encoder.layers.0.fc"], {"layers.0.fc"}), _any_ends_with(["my_fc"], {"fc"})
+        (True, False)
+    """
+    for path in paths:
+        rest = path
+        while "." in rest:
+            rest = rest.partition(".")[2]
+            if rest in ends:
+                return True
+    return False
 
 
 def whole_if_it_is(value: float) -> float:

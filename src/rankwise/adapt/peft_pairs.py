@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.parallel.wrappers import without
-from rankwise.run.pairs import FactorPair
+from rankwise.run.pairs import FactorPair, FactorsGone
 
 
 class PeftPair(FactorPair):
@@ -38,9 +38,12 @@ class PeftPair(FactorPair):
     def parameter(self, key: str) -> nn.Parameter:
         # This runs at every step for every layer, and takes a fraction of the time of attribute access.
         held: Any = self.layer._modules[("lora_embedding_" if self.is_embedding else "lora_") + key]
-        if self.is_embedding:
-            return held[self.adapter]  # type: ignore[no-any-return]
-        return held._modules[self.adapter]._parameters["weight"]  # type: ignore[no-any-return]
+        try:
+            if self.is_embedding:
+                return held[self.adapter]  # type: ignore[no-any-return]
+            return held._modules[self.adapter]._parameters["weight"]  # type: ignore[no-any-return]
+        except KeyError:
+            raise FactorsGone(f"{self.path!r} has no adapter {self.adapter!r} any more.") from None
 
     @property
     def scale(self) -> float:
@@ -50,6 +53,13 @@ class PeftPair(FactorPair):
     def scale(self, value: float) -> None:
         self.layer.scaling[self.adapter] = value
         self.layer.lora_alpha[self.adapter] = self.alpha
+
+    def check_writable(self) -> None:
+        if self.adapter in self.layer.merged_adapters:
+            raise ValueError(
+                f"The adapter {self.adapter!r} is merged into {self.path!r}, so its ranks can't be cut: call "
+                "`unmerge_adapter` first."
+            )
 
     @property
     def rank(self) -> int:
@@ -96,6 +106,29 @@ def peft_pairs(model: nn.Module, adapter: str) -> list[PeftPair]:
         PeftPair(_path(name.removeprefix(prefix), layer), name, layer, adapter)
         for name, layer in lora_layers(model, adapter)
     ]
+
+
+def lora_model(model: Any) -> nn.Module | None:
+    """The model that holds PEFT's configurations: ``model`` itself, or the first in it; None if there is none."""
+    if not isinstance(model, nn.Module):
+        return None
+    for module in model.modules():
+        if "_orig_mod" in module._modules:  # a compiled model passes on what it is asked for
+            continue
+        if getattr(module, "peft_config", None) and next(lora_layers(module), None) is not None:
+            return module
+    return None
+
+
+def other_paths(model: nn.Module, pairs: Iterable[PeftPair]) -> list[str]:
+    """The paths of all modules of the base model that are not those of ``pairs`` or inside them."""
+    prefix, own, found = base_prefix(model), {pair.name for pair in pairs}, []
+    for name, _ in model.named_modules():
+        if name.rpartition(".")[0] in own:
+            own.add(name)
+        if name not in own:
+            found.append(without(name.removeprefix(prefix)))
+    return found
 
 
 def base_prefix(model: nn.Module) -> str:

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 
 from rankwise.adapt.narrow import can_be_narrowed, narrow
 from rankwise.adapt.peft_config import write_config
-from rankwise.adapt.peft_pairs import PeftPair, peft_pairs
-from rankwise.adapt.refusals import check_adapter, check_model, chosen_adapter
+from rankwise.adapt.peft_pairs import PeftPair, lora_model, other_paths, peft_pairs
+from rankwise.adapt.refusals import (
+    check_adapter,
+    check_model,
+    check_pairs,
+    check_values,
+    chosen_adapter,
+)
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_positive
 from rankwise.parallel.processes import many_processes
@@ -30,6 +36,7 @@ from rankwise.run.warn_once import WarnOnce
 HANDLES = "_rankwise_adaptive_ranks"  # attribute of a model that maps adapters to their handles
 
 
+@torch.inference_mode(False)
 def adapt_ranks(
     model: nn.Module | Sequence[FactorPair],
     target_r: float | None = None,
@@ -70,8 +77,9 @@ def adapt_ranks(
     Raises:
         TypeError: ``model`` is neither a module nor a list of `FactorPair`, or a number has the wrong type.
         ValueError: the model has no LoRA adapter of PEFT, or one whose meaning would change when ranks are cut (PiSSA,
-            OLoRA and LoftQ starts, ``lora_bias``, shared factors, variants other than DoRA); ``target_r`` is above its
-            rank; or the schedule leaves no step for pruning. The model is then as before.
+            OLoRA and LoftQ starts, ``lora_bias``, shared factors, variants other than DoRA); the factors of a
+            `FactorPair` do not form a product ``B A``; ``target_r`` is above its rank; or the schedule leaves no step
+            for pruning. The model is then as before.
 
     Example:
         >>> import peft, torch, rankwise as rw
@@ -87,8 +95,9 @@ def adapt_ranks(
         True
     """
     if not _are_pairs(model):
-        whole: Any = model
+        whole: Any = lora_model(model) or model
         name, pairs = check_adaptable(whole, adapter, target_r)
+        check_values(pairs)
         if name in vars(whole).get(HANDLES, {}):
             raise ValueError(
                 f"The ranks of adapter {name!r} adapt already. Call `detach()` on the first handle to start again."
@@ -100,6 +109,7 @@ def adapt_ranks(
         vars(whole).setdefault(HANDLES, {})[name] = handle
         return handle
     own = cast("Sequence[FactorPair]", model)
+    check_pairs(own)
     return AdaptiveRanks(own, adapter or "default", target_r, total_step, tinit, tfinal, deltaT)
 
 
@@ -250,6 +260,7 @@ class AdaptiveRanks:
         self._narrow_when_over = not trainer
         self._controller.finished_by = f"{handle}.finalize_ranks()"
 
+    @torch.inference_mode(False)
     def end(self) -> None:
         """End the run: narrow the layers if the choice of ranks is final, or warn that it is not."""
         self._controller.warn_if_unfinished()
@@ -291,6 +302,7 @@ class AdaptiveRanks:
         """
         self._controller.update_and_allocate(global_step)
 
+    @torch.inference_mode(False)
     def finalize_ranks(self) -> None:
         """Cut ranks to the final budget now, keep that choice, and narrow the layers to the ranks that are left.
 
@@ -371,12 +383,17 @@ class AdaptiveRanks:
     def _narrow(self) -> None:
         if self.is_over or self._model is None or not can_be_narrowed(self._peft_pairs()):
             return
+        for pair in self._peft_pairs():
+            pair.check_writable()
         factors = self._controller.factors
         in_the_end = (self._controller.state(), self.rank_summary())
         kept = factors.mask.cpu().split(factors.layout.ranks)
         optimizers = self._controller.known_optimizers()
         stay, dropped = narrow(self._model, self._peft_pairs(), kept, optimizers)
-        write_config(self._peft_config, stay, dropped)
+        write_config(self._peft_config, stay, dropped, other_paths(self._model, stay))
+        self._peft_config.init_lora_weights = (
+            True  # others than the plain start may not take the ranks that are left
+        )
         if stay:
             self._tensors.follow(stay[0].device)
         self._in_the_end = in_the_end

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from rankwise.adapt.peft_pairs import PeftPair, lora_layers
+from rankwise.parallel.zero import shape_of
+from rankwise.run.pairs import KEYS, FactorPair
 
 # Starts whose update is 0, or that change only A and B.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -28,6 +31,11 @@ def check_model(model: Any) -> None:
     if getattr(model, "_rankwise_controller", None) is not None:
         raise ValueError(
             "This model has rankwise's own layers, whose ranks adapt by themselves. `adapt_ranks` is for PEFT's."
+        )
+    if hasattr(type(model), "allocation_state"):
+        raise ValueError(
+            "This model has rankwise's own LoRA layers, whose ranks are fixed. Attach `rankwise.AdaLoraConfig` for "
+            "ranks that adapt; or attach the adapter with PEFT, whose layers `adapt_ranks` is for."
         )
     configs = getattr(model, "peft_config", None)
     if not configs or next(lora_layers(model), None) is None:
@@ -72,6 +80,11 @@ def check_adapter(config: Any, adapter: str, pairs: Sequence[PeftPair]) -> None:
             "`peft.LoraConfig`."
         )
     start = config.init_lora_weights
+    if start == "mica":
+        raise ValueError(
+            "`init_lora_weights`='mica' keeps B as it is at the start, so no direction of it can be turned or cut. "
+            "Leave `init_lora_weights` out (or take 'gaussian', 'orthogonal' or 'eva')."
+        )
     if start not in _STARTS:
         raise ValueError(
             f"`init_lora_weights`={start!r} moves a part of the base weights into A and B, so cutting a rank would "
@@ -86,6 +99,20 @@ def check_adapter(config: Any, adapter: str, pairs: Sequence[PeftPair]) -> None:
     for pair in pairs:
         _check_layer(pair, adapter)
     _check_shared(pairs)
+
+
+def check_values(pairs: Sequence[PeftPair]) -> None:
+    """See that the factors have values.
+
+    Raises:
+        ValueError: they are on the meta device.
+    """
+    for pair in pairs:
+        if pair.parameter("A").device.type == "meta":
+            raise ValueError(
+                f"The adapter on {pair.path!r} is on the meta device, so it has no values yet. Load them first, or "
+                "attach the adapter without `low_cpu_mem_usage`."
+            )
 
 
 def _check_layer(pair: PeftPair, adapter: str) -> None:
@@ -109,12 +136,39 @@ def _check_layer(pair: PeftPair, adapter: str) -> None:
             )
 
 
-def _check_shared(pairs: Sequence[PeftPair]) -> None:
+def check_pairs(pairs: Sequence[FactorPair]) -> None:
+    """See that factors of any library make up products ``scale * B A``.
+
+    Raises:
+        ValueError: they don't; the message names the layer.
+    """
+    for pair in pairs:
+        A, B = (shape_of(pair.parameter(key)) for key in KEYS)
+        if len(A) < 2 or len(B) < 2 or A[0] != B[1]:
+            raise ValueError(
+                f"{pair.path!r}: the first dimension of A and the second of B count the same ranks, but A is "
+                f"{tuple(A)} and B is {tuple(B)}."
+            )
+        if pair.blocks < 1 or A[0] % pair.blocks:
+            raise ValueError(f"{pair.path!r}: {A[0]} ranks can't be shared evenly by `blocks`={pair.blocks}.")
+        if pair.starts_at_zero not in KEYS:
+            raise ValueError(
+                f"{pair.path!r}: `starts_at_zero` is 'A' or 'B', but is {pair.starts_at_zero!r}."
+            )
+        scale = pair.scale
+        if not math.isfinite(scale) or scale == 0:
+            raise ValueError(f"{pair.path!r}: `scale` must be finite and not 0, but is {scale}.")
+    _check_shared(pairs)
+
+
+def _check_shared(pairs: Sequence[FactorPair]) -> None:
     seen: dict[int, str] = {}
     for pair in pairs:
         for key in ("A", "B"):
             parameter = pair.parameter(key)
-            other = seen.setdefault(id(parameter), pair.path)
+            # PEFT's tied adapters are two parameters, of which one is the other's transpose.
+            place = parameter.data_ptr() if parameter.device.type != "meta" else 0
+            other = seen.setdefault(place or id(parameter), pair.path)
             if other != pair.path:
                 raise ValueError(
                     f"{other!r} and {pair.path!r} share their factor {key}, so they can't have ranks of their own. "

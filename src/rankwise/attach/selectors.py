@@ -17,6 +17,33 @@ from rankwise.attach.refusals import nearest_name, some
 from rankwise.config import AdaLoraConfig, LoraConfig
 
 
+def tell_of_second_names(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Warn of layers that the model calls under several names: PEFT adapts them under the first one only.
+
+    Args:
+        model: the base model.
+        targets: what is adapted, by path.
+
+    Warns:
+        UserWarning: there is such a layer.
+    """
+    first = {id(layer): path for path, layer in targets.items()}
+    others = [
+        (first[id(module)], name)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) in first and first[id(module)] != name
+    ]
+    if others:
+        path, name = others[0]
+        warnings.warn(
+            f"{path!r} is also called {name!r}, and so adapted in both places. PEFT adapts such a layer under its "
+            "first name only. So an adapter that is trained here and used by PEFT computes something else, and the "
+            f"other way round.{f' There are {len(others)} such names.' if len(others) > 1 else ''}",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def tell_of_idle_selectors(
     modules: Mapping[str, nn.Module],
     names: list[str] | str,

@@ -27,7 +27,7 @@ from rankwise.attach.refusals import (
     nearest_name,
     nothing_found,
 )
-from rankwise.attach.selectors import tell_of_idle_selectors
+from rankwise.attach.selectors import tell_of_idle_selectors, tell_of_second_names
 from rankwise.config import AdaLoraConfig, LoraConfig
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -43,7 +43,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         ValueError: no layer matches, or a matching layer cannot be adapted. The message says what to write instead.
 
     Warns:
-        UserWarning: a selector selects nothing, while others do; see `tell_of_idle_selectors`.
+        UserWarning: a selector selects nothing, while others do; see `tell_of_idle_selectors`. Or a layer has several
+            names; see `tell_of_second_names`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -63,6 +64,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     if config.target_modules == "all-linear" and not config.inference_mode:
         tell_of_experts(modules, slots)
     targets = {**layers, **slots}
+    tell_of_second_names(model, layers)
     if not config.inference_mode:
         tell_of_idle_selectors(modules, names, targets, config)
     return targets

@@ -14,9 +14,10 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from rankwise.adapt.peft_pairs import lora_layers
+from rankwise.adapt.peft_pairs import lora_model
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
 from rankwise.adapt.refusals import check_model
+from rankwise.config import AdaLoraConfig
 from rankwise.integrations.common import own_model
 from rankwise.integrations.transformers import add_metrics, install
 from rankwise.storage.names import HISTORY_NAME
@@ -43,8 +44,10 @@ class AdaptRanks(TrainerCallback, ExportableState):
         deltaT: optimizer steps between two cuts, at least 1. None: the number that gives twenty cuts.
 
     Raises:
-        TypeError: as `rankwise.adapt_ranks`, when the trainer is made or begins to train.
-        ValueError: as `rankwise.adapt_ranks`, when the trainer is made or begins to train.
+        TypeError: an argument has the wrong type. Or, when the trainer is made or begins to train: as
+            `rankwise.adapt_ranks`.
+        ValueError: no run can have such numbers. Or, when the trainer is made or begins to train: as
+            `rankwise.adapt_ranks`.
 
     Example:
         >>> callback = AdaptRanks(target_r=4)
@@ -67,12 +70,14 @@ class AdaptRanks(TrainerCallback, ExportableState):
             "tfinal": tfinal,
             "deltaT": deltaT,
         }
+        rank = 1 if target_r is None else target_r
+        AdaLoraConfig(target_r=rank, tinit=tinit, tfinal=tfinal, deltaT=deltaT)  # refuses impossible numbers
         self.ranks: AdaptiveRanks | None = None  # the handle on the run, once training has begun
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Refuse an adapter that cannot be adapted as soon as the trainer is made."""
         install()
-        found = _lora_model(model)
+        found = lora_model(model)
         if found is None and own_model(model) is not None:
             check_model(own_model(model))
         handle = None if found is None else self._handle_of(found)
@@ -81,7 +86,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Start the run, or continue it from the checkpoint."""
-        found = _lora_model(model)
+        found = lora_model(model)
         target = model if found is None else found
         ranks = self._handle_of(target)
         if ranks is not None and ranks.is_over:
@@ -150,16 +155,6 @@ class AdaptRanks(TrainerCallback, ExportableState):
             return {"args": self._settings, "attributes": {}}
         packed = base64.b64encode(save(self.ranks.state_dict())).decode("ascii")
         return {"args": self._settings, "attributes": {"run": packed}}
-
-
-def _lora_model(model: Any) -> nn.Module | None:
-    """The model that holds PEFT's configurations: ``model`` itself, or the first inside it. None if there is none."""
-    if not isinstance(model, nn.Module):
-        return None
-    for module in model.modules():
-        if getattr(module, "peft_config", None) and next(lora_layers(module), None) is not None:
-            return module
-    return None
 
 
 def _load(ranks: AdaptiveRanks, callbacks: Any, source: str) -> None:

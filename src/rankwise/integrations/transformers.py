@@ -18,6 +18,7 @@ from typing import Any
 from transformers import trainer as transformers_trainer
 from transformers.trainer_callback import TrainerCallback
 
+from rankwise.adapt.ranks import AdaptiveRanks
 from rankwise.integrations.common import (
     fit_total_step,
     own_model,
@@ -121,8 +122,20 @@ def _resuming(original: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         given = {} if model is None else {"model": model}
         target = next(iter(args), model)
-        if not _load(self, resume_from_checkpoint, self.model if target is None else target):
+        target = self.model if target is None else target
+        if _load(self, resume_from_checkpoint, target):
+            return
+        try:
             original(self, resume_from_checkpoint, *args, **given, **kwargs)
+        except RuntimeError as error:
+            run = run_of(target)
+            if not isinstance(run, AdaptiveRanks) or not run.is_over or "size mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"{resume_from_checkpoint} was written before the run of adaptive ranks ended. By now the layers are "
+                "narrowed, and have fewer ranks than it. To go on from it, load the base model and attach the adapter "
+                "anew, as before the first training."
+            ) from None
 
     return _load_from_checkpoint
 

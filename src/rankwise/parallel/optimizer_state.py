@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
+
+from rankwise.parallel.sharded import local
 
 # Names of the state tensors of a parameter's shape in PyTorch's optimizers, bitsandbytes and schedule-free.
 _MEANS = ("exp_avg", "momentum_buffer", "grad_avg", "state1")  # means of gradients
@@ -50,11 +53,36 @@ def kind_of(optimizer: Optimizer, name: str, names: Iterable[str]) -> str:
 def can_be_rewritten(state: dict[str, Any], parameter: nn.Parameter) -> bool:
     """Whether every tensor in ``state`` is a single number or a known tensor of the parameter's shape."""
     for name, value in state.items():
+        if isinstance(value, (list, tuple, dict)) and value:
+            return False
         if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
             continue
-        if name not in KINDS or value.shape != parameter.shape or not value.is_floating_point():
+        if name not in KINDS or value.shape != parameter.shape or _is_quantized(value):
             return False
     return True
+
+
+def is_quantized(state: dict[str, Any]) -> bool:
+    """Whether any tensor in ``state`` is kept in fewer bits, so that a 0 in it may come back as another number."""
+    tensors = (value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1)
+    return any(map(_is_quantized, tensors))
+
+
+def _is_quantized(value: Tensor) -> bool:
+    """Tensors of bitsandbytes are integers; torchao has a class of tensors of its own."""
+    return not value.is_floating_point() or type(local(value)) not in (Tensor, nn.Parameter)
+
+
+def forget_all_together(optimizer: Optimizer) -> None:
+    """Let an optimizer begin anew whose memory is not that of single parameters.
+
+    ``LBFGS`` remembers all parameters in one vector; PEFT's LoRA-FA has names in the place of parameters.
+    """
+    if isinstance(optimizer, LBFGS):
+        optimizer.state.clear()
+        optimizer._numel_cache = None
+    for key in [key for key in optimizer.state if not isinstance(key, Tensor)]:
+        del optimizer.state[key]
 
 
 def start_anew(optimizer: Optimizer, parameter: nn.Parameter) -> None:
@@ -62,10 +90,11 @@ def start_anew(optimizer: Optimizer, parameter: nn.Parameter) -> None:
 
     Most optimizers make their state in the first step, so the state is removed. Some make it in their constructor and
     fail without it, so another optimizer of the same class is made and its state taken. If the constructor needs other
-    arguments, the state is set to 0 in place.
+    arguments, the state is set to 0 in place. A state of few bits is removed even then, since its zeros stand for
+    other numbers.
     """
     fresh = _made_in_constructor(optimizer, parameter)
-    if fresh is None:
+    if fresh is None and not is_quantized(optimizer.state.get(parameter, {})):
         _become_zero(optimizer.state.get(parameter, {}), parameter)
     elif fresh:
         optimizer.state[parameter] = fresh
@@ -75,17 +104,24 @@ def start_anew(optimizer: Optimizer, parameter: nn.Parameter) -> None:
 
 def _made_in_constructor(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
     group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
-    settings = {name: value for name, value in group.items() if name in optimizer.defaults}
     stand_in = nn.Parameter(parameter.detach().clone())
     try:
+        takes = inspect.signature(
+            type(optimizer)
+        ).parameters  # bitsandbytes has defaults of its base class besides
+        settings = {name: group[name] for name in optimizer.defaults if name in group and name in takes}
         return dict(type(optimizer)([stand_in], **settings).state.get(stand_in, {}))
     except Exception:  # a constructor that needs other arguments may raise anything
         return None
 
 
-def _become_zero(state: dict[str, Any], parameter: nn.Parameter) -> None:
+def _become_zero(state: dict[Any, Any], parameter: nn.Parameter) -> None:
     for name, value in state.items():
         if isinstance(value, Tensor) and (value.shape == parameter.shape or value.numel() == 1):
             value.zero_()
+        elif isinstance(value, dict):
+            _become_zero(value, parameter)
+        elif isinstance(value, (list, tuple)):
+            _become_zero(dict(enumerate(value)), parameter)
         elif name == "step" and isinstance(value, int):
             state[name] = 0

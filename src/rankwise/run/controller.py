@@ -22,6 +22,7 @@ from rankwise.run.factors import Factors
 from rankwise.run.history import RankHistory
 from rankwise.run.hooks import Closure, listen, stop_listening
 from rankwise.run.optimizers import Optimizers
+from rankwise.run.pairs import FactorsGone
 from rankwise.run.penalty import AddedPenalty
 from rankwise.run.state import AllocationState
 from rankwise.run.unreached import unreached_ranks
@@ -156,7 +157,12 @@ class Controller:
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer trains any factor of this adapter."""
-        return self.optimizers.holds(optimizer, self.prunes and not self.fixed)
+        try:
+            return self.optimizers.holds(optimizer, self.prunes and not self.fixed)
+        except FactorsGone as gone:
+            self.stop()
+            self.warn(f"{gone} The run of adaptive ranks has ended with it.")
+            return False
 
     def before_step(self, optimizer: Optimizer, closure: Closure | None = None) -> Closure | None:
         """Add the penalty's gradient to the gradients: now, or after ``closure`` has computed them.
@@ -184,6 +190,8 @@ class Controller:
         step, complete = self.optimizers.ended(optimizer)
         if step is not None and self._observes_at(self.step + 1):
             self.choice.observe(step, self.step + 1)
+        if len(self.history) > 1:
+            self.choice.keep_off(self.optimizers.moves_zeros(optimizer))
         if complete:
             self._completed()
 
@@ -236,6 +244,8 @@ class Controller:
     def _cut(self, ranks: int) -> None:
         """Keep the ranks that fit a budget of ``ranks`` ranks of average size."""
         factors, layout = self.factors, self.factors.layout
+        for pair in factors.pairs:
+            pair.check_writable()
         final, device = ranks == self.target, factors.mask.device
         found = self.choice.candidates()
         costs = layout.parameters_per_rank(device) if self.choice.counts_parameters else None
@@ -253,7 +263,13 @@ class Controller:
             budget = budget_with_reserved(budget, share, initial, reserved, held, costs)
         unreached = unreached_ranks(factors)
         tie_order = factors.index("tie_order", layout.round_robin, device)
-        mask = choose(found.scores, found.acts, budget, tie_order, costs, reserved, held, unreached)
+        acts = found.acts
+        if (
+            costs is not None
+        ):  # a rank that the last cut can't afford would take budget from those that it can
+            acts = acts & (costs <= self.target * layout.cost // self.initial)
+            acts = acts if held is None else acts | held
+        mask = choose(found.scores, acts, budget, tie_order, costs, reserved, held, unreached)
         if final and unreached is not None:  # a remaining budget is of no use to experts without tokens
             mask &= ~unreached
         factors.mask.copy_(mask)

@@ -68,6 +68,11 @@ class Factors:
         key, layer = divmod(number, len(self.pairs))
         return self.pairs[layer].parameter(self.keys[key])
 
+    def shape(self, number: int) -> torch.Size:
+        """The whole shape that the factor of a number had when the run began."""
+        key, layer = divmod(number, len(self.pairs))
+        return self.shapes[self.keys[key]][layer]
+
     def all_parameters(self) -> list[nn.Parameter]:
         """All factors, in the order of their numbers."""
         return [pair.parameter(key) for key in self.keys for pair in self.pairs]
@@ -109,6 +114,14 @@ class Factors:
     def write_rows(self, key: str, rows: Mapping[int, Tensor]) -> None:
         """Write new values, by layer index, into the factors of some layers."""
         self.holder.write(self._in_place(key, rows))
+
+    def switch_off(self) -> None:
+        """Make A and B 0 in all ranks that are not kept."""
+        by_layer = self.mask.split(self.layout.ranks)
+        for key in KEYS:
+            rows = self.rows(key)
+            kept = [own.to(each.device)[:, None] for own, each in zip(by_layer, rows, strict=True)]
+            self.write_rows(key, {n: torch.where(kept[n], each, 0.0) for n, each in enumerate(rows)})
 
     def rewrite(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankwise.parallel.optimizer_state import kind_of
+from rankwise.parallel.optimizer_state import forget_all_together, kind_of
 from rankwise.run.factors import Factors
 
 
@@ -62,6 +62,7 @@ def rewrite_memory(
     holder.write_gradients(_rewritten(factors, key, changes, waiting, "gradient"))
     done: set[int] = set()  # an optimizer and its copy can share one state
     for optimizer in optimizers:
+        forget_all_together(optimizer)
         names = holder.state_names(optimizer, numbers)
         states = {name: holder.states(optimizer, name, numbers, done) for name in names}
         with _centered(states):

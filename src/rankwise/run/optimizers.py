@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.parallel.holder import Step, TensorStep
-from rankwise.parallel.zero import partitioned, who_steps
+from rankwise.parallel.optimizer_state import is_quantized
+from rankwise.parallel.zero import partitioned, shape_of, who_steps
 from rankwise.parallel.zero_holder import ZeroStep
 from rankwise.run.factors import Factors
-from rankwise.run.pairs import KEYS
+from rankwise.run.pairs import KEYS, FactorsGone
 from rankwise.run.step_counter import StepCounter
 from rankwise.run.under_peft import FROZEN_BY_PEFT, parameters_of_peft
 
@@ -31,6 +32,7 @@ class Optimizers:
     def __init__(self, factors: Factors, warn: Callable[[str], None], leader: int | None = None) -> None:
         self._factors, self._warn = factors, warn
         self._counter = StepCounter(leader)
+        self._quantized: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._held: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
         # A step of the run is complete when the expected optimizers have stepped, too: those that stepped after the
         # leader's optimizer in the step before, and that have new gradients now.
@@ -61,6 +63,17 @@ class Optimizers:
             ValueError: as in `_in_parts`.
         """
         return bool(self._held_by(optimizer) or self._in_parts(optimizer, prunes))
+
+    def moves_zeros(self, optimizer: Optimizer) -> bool:
+        """Whether ``optimizer`` keeps what it remembers in few bits, so that it moves ranks that have no gradient."""
+        known = self._quantized.get(optimizer)
+        if known is None:
+            own = (optimizer.state.get(self._factors.parameter(n)) for n in self._held_by(optimizer))
+            states = [state for state in own if state]
+            if not states:
+                return False
+            known = self._quantized[optimizer] = any(map(is_quantized, states))
+        return known
 
     def begins(self, optimizer: Optimizer) -> Step | None:
         """The step that ``optimizer`` begins; None if a wrapper that holds it is stepping."""
@@ -147,6 +160,10 @@ class Optimizers:
                 "The adapter's parameters are no longer matrices: FullyShardedDataParallel (FSDP version 1) "
                 "flattens them, and ranks are rows and columns. Use `fully_shard` (FSDP version 2)."
             )
+        changed = [n for n, p in enumerate(own) if shape_of(p) != self._factors.shape(n)]
+        if changed:
+            path = self._factors.pairs[changed[0] % len(self._factors.pairs)].path
+            raise FactorsGone(f"The adapter of {path!r} has another rank than when its run began.")
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         found = tuple(number for number, parameter in enumerate(own) if id(parameter) in trained)
         if not found:

@@ -16,6 +16,10 @@ KEYS = ("A", "B")
 _RANK_DIM = {"A": 0, "E": 0, "B": 1}  # the dimension that counts ranks
 
 
+class FactorsGone(LookupError):
+    """The adapter was taken out of a layer."""
+
+
 class FactorPair(ABC):
     """The factors of one adapted layer. Subclass it to run the method on a LoRA layer of your own.
 
@@ -70,6 +74,13 @@ class FactorPair(ABC):
     @scale.setter
     @abstractmethod
     def scale(self, value: float) -> None: ...
+
+    def check_writable(self) -> None:  # noqa: B027 - nothing forbids it
+        """Called before a cut: see that the factors may be changed.
+
+        Raises:
+            ValueError: they may not; the message says what to do.
+        """
 
     def narrow(self, kept: Tensor) -> None:  # noqa: B027 - most layers keep the zeros
         """Drop ranks for good, if the layer can. Called when the choice of ranks is final.

@@ -52,6 +52,13 @@ class Choice(Protocol):
             optimizers: the optimizers that may train any of the factors.
         """
 
+    def keep_off(self, moves_zeros: bool) -> None:
+        """An optimizer has stepped after a cut: switch ranks off again that it has moved.
+
+        Args:
+            moves_zeros: it is known to move what has no gradient.
+        """
+
     def restore(self, scales: Sequence[float]) -> None:
         """Continue a run whose tensors are loaded and whose layers had these ``scales``; empty if unknown."""
 

@@ -66,6 +66,9 @@ class PaperChoice:
         }
         self._factors.write_rows("E", new)
 
+    def keep_off(self, moves_zeros: bool) -> None:
+        """Ranks that are off have E = 0 here, and may come back."""
+
     def restore(self, scales: Sequence[float]) -> None:
         """Do nothing: the scale never changes."""
 

@@ -53,6 +53,7 @@ class PrincipalChoice:
         self.checks = GradientChecks(factors, "B", warn)
         self.entries = len(factors.layout.block_ranks)
         self._bases: PrincipalBases | None = None
+        self._moved = False  # an optimizer has moved ranks that were off
         self._before_start: list[
             tuple[str, int, Tensor, int]
         ] = []  # the original values of factors that `start` changed
@@ -87,6 +88,10 @@ class PrincipalChoice:
         by = 1.0 if final else pace(self._target_r, self._factors.average_rank(), self._use_rslora)
         return [scale * by for scale in self.end_scales]
 
+    def keep_off(self, moves_zeros: bool) -> None:
+        if moves_zeros or self._moved:
+            self._factors.switch_off()
+
     @torch.no_grad()
     def restore(self, scales: Sequence[float]) -> None:
         self._undo_start()
@@ -107,10 +112,12 @@ class PrincipalChoice:
 
     def candidates(self) -> Candidates:
         bases = self._bases = PrincipalBases(self._factors)
-        if bases.off_ones_moved():
+        if not self._moved and bases.off_ones_moved():
+            self._moved = True
             self._warn(
-                "The optimizer has moved ranks that are off and have no gradient, as optimizers that add noise do. "
-                "They are switched off again at each cut; in between they act."
+                "The optimizer has moved ranks that are off and have no gradient. Optimizers that add noise do so, and "
+                "those that keep moments where they can't be found. From now on these ranks are switched off again "
+                "after each step."
             )
         acts, unchanged = bases.acts(), bases.undecomposed()
         if unchanged:

@@ -1,0 +1,193 @@
+"""Runs on PEFT's layers that end in an unusual way: starts, names, budgets and calls that few people meet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import rankwise as rw
+from lora_world import base, examples, perceptron, train, with_lora
+from rankwise.adapt.ranks import HANDLES
+from tiny import llama, told
+
+SCHEDULE: dict[str, Any] = {"total_step": 12, "tinit": 1, "tfinal": 4, "deltaT": 1}
+
+
+def test_an_orthogonal_start_ends_as_an_adapter_of_odd_ranks_that_peft_loads(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=4, target_modules=["0", "2", "4"], init_lora_weights="orthogonal")
+    model = peft.get_peft_model(base("linear", torch.float32), config)
+    rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    train(model, "linear", 12, dtype=torch.float32)
+    assert {layer.r["default"] % 2 for layer in model.modules() if hasattr(layer, "lora_A")} == {1}
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base("linear", torch.float32), str(tmp_path))
+    x, _ = examples("linear", torch.float32)
+    torch.testing.assert_close(loaded(x), model.eval()(x))
+
+
+def test_adapters_that_peft_ties_are_refused() -> None:
+    model = llama(tie_word_embeddings=True)
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    with pytest.raises(ValueError, match=r"share their factor.*ensure_weight_tying"):
+        rw.adapt_ranks(peft.get_peft_model(model, config), target_r=2, total_step=10)
+
+
+def test_a_start_that_keeps_B_is_refused_for_that_reason() -> None:
+    model = with_lora("linear", base("linear", torch.float32))
+    model.peft_config["default"].init_lora_weights = "mica"
+    with pytest.raises(ValueError, match="'mica' keeps B as it is"):
+        rw.adapt_ranks(model, target_r=2, total_step=10)
+
+
+def test_a_layer_that_the_last_budget_cannot_pay_for_leaves_it_to_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Earlier budgets can pay for it. It must not take them up, so that nothing else is left in the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 16)).double()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2", "4"]))
+    ranks = rw.adapt_ranks(model, target_r=0.4, **SCHEDULE)
+    monkeypatch.setattr(ranks._choice, "_worth", lambda strengths: torch.tensor([1.0] * 8 + [9.0] * 4))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, _ = examples("linear")
+    for _ in range(12):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ended = {row.path: row.rank for row in ranks.rank_summary().layers}
+    assert ended["4"] == 0 and ended["0"] + ended["2"] > 0
+
+
+def test_layers_that_all_end_without_ranks_leave_an_adapter_that_loads_and_adds_nothing(
+    tmp_path: Path,
+) -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    ranks._rankwise_controller.factors.mask.zero_()
+    ranks._rankwise_controller.factors.switch_off()
+    ranks._rankwise_controller.fix()
+    ranks.end()
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base("linear"), str(tmp_path))
+    x, _ = examples("linear")
+    torch.testing.assert_close(loaded(x), base("linear")(x))
+
+
+class Twice(nn.Module):
+    """A module of the base, which was never adapted, has a name that ends as an adapted one's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.other = perceptron(), nn.ModuleDict({"block": perceptron()})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x) + self.other["block"](x)
+
+
+def test_what_was_not_adapted_is_not_adapted_when_the_result_is_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = with_lora("linear", Twice().double(), target_modules=r"block\.[024]")
+    rw.adapt_ranks(model, target_r=0.7, **SCHEDULE)
+    train(model, "linear", 12)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = peft.PeftModel.from_pretrained(Twice().double(), str(tmp_path))
+
+    def adapted(whole: Any) -> set[str]:
+        return {name for name, module in whole.named_modules() if hasattr(module, "lora_A")}
+
+    assert adapted(loaded) == adapted(model) != set()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_ends_when_its_adapter_is_taken_out_and_other_models_train_on(replaced: bool) -> None:
+    model = with_lora("linear")
+    rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+    train(model, "linear", 3)
+    model.delete_adapter("default")
+    if replaced:
+        model.add_adapter("default", peft.LoraConfig(r=2, target_modules=["0", "2", "4"]))
+        model.set_adapter("default")
+    other = with_lora("linear")
+    with told() as messages:
+        train(other, "linear", 3)
+        if replaced:
+            train(model.double(), "linear", 14)
+    assert len([each for each in messages if "run of adaptive ranks has ended" in each]) == 1
+
+
+def test_ranks_are_not_cut_while_the_adapter_is_merged() -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+    train(model, "linear", 3)
+    x, _ = examples("linear")
+    before = model(x)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into '0'.*unmerge_adapter"):
+        ranks.finalize_ranks()
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), before)
+    ranks.finalize_ranks()
+    assert ranks.is_over
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "inside"])
+def test_a_model_in_a_wrapper_is_adapted_under_its_own_names(wrap: str, tmp_path: Path) -> None:
+    model = with_lora("linear")
+    outer: Any = torch.compile(model) if wrap == "compiled" else nn.ModuleDict({"model": model})
+    ranks = rw.adapt_ranks(outer, target_r=0.7, **SCHEDULE)
+    assert [row.path for row in ranks.rank_summary().layers] == ["0", "2", "4"]
+    train(model, "linear", 12)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base("linear"), str(tmp_path))
+    x, _ = examples("linear")
+    torch.testing.assert_close(loaded(x), model.eval()(x))
+
+
+def test_inference_mode_leaves_a_run_that_trains() -> None:
+    model = with_lora("linear")
+    with torch.inference_mode():
+        ranks = rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+    train(model, "linear", 4)
+    with torch.inference_mode():
+        ranks.finalize_ranks()
+    assert ranks.is_over
+    train(model, "linear", 2)
+
+
+def test_an_adapter_without_values_is_refused() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["0", "2"])
+    model = peft.get_peft_model(perceptron(), config, low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match=r"meta device.*low_cpu_mem_usage"):
+        rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+
+
+def test_an_average_of_the_weights_that_begins_in_the_final_phase_is_narrowed_with_them() -> None:
+    from torch.optim.swa_utils import AveragedModel
+
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+    ranks.leave_the_end_to(trainer=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, y = examples("linear")
+    average = None
+    for _ in range(12):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if ranks.allocation_state.phase == "final":
+            average = average or AveragedModel(model)
+            average.update_parameters(model)
+    assert average is not None
+    before = average(x)
+    ranks.end()
+    own = vars(average.module)[HANDLES]["default"]
+    own.finalize_ranks()
+    torch.testing.assert_close(average(x), before)
+    assert own.rank_summary().layers[0].rank == ranks.rank_summary().layers[0].rank
