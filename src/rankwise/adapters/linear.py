@@ -11,13 +11,39 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rankwise.adapters.branch import Down, Up, add_up, apply_of, hidden_of
-from rankwise.adapters.fused import How, adapted_linear
+from rankwise.adapters.fused import How, Packed, adapted_linear
 from rankwise.adapters.layer import AdapterLayer
-from rankwise.adapters.ready import ready
+from rankwise.adapters.ready import ready, shared_cast
 from rankwise.parallel.ddp import keep_in_graph, note_use
 
 _down, _up = apply_of(Down), apply_of(Up)
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what it casts
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, E: Tensor | None, B: Tensor, scaling: float
+) -> Tensor:
+    """What an adapted linear layer computes, without dropout. All the rest is about computing it fast.
+
+    Args:
+        x: (..., d_in).
+        weight: the base layer's, (d_out, d_in).
+        bias: the base layer's, (d_out,), or None.
+        A: (r, d_in).
+        E: AdaLoRA's gates, (r, 1); None for plain LoRA.
+        B: (d_out, r).
+        scaling: of the adapter.
+
+    Returns:
+        (..., d_out).
+
+    Example:
+        >>> x, weight, A, B = torch.ones(4), torch.ones(3, 4), torch.ones(2, 4), torch.ones(3, 2)
+        >>> reference(x, weight, None, A, None, B, scaling=0.5)
+        tensor([8., 8., 8.])
+    """
+    hidden = x @ (A if E is None else E * A).T
+    return F.linear(x, weight, bias) + scaling * hidden @ B.T
 
 
 class LinearAdapters(AdapterLayer):
@@ -47,6 +73,8 @@ class LinearAdapters(AdapterLayer):
         if not names or not self._by_hand(names):
             return super().forward(x, *args, **kwargs)
         acting = [name for name in names if self.acts(name)]
+        if acting and torch.is_autocast_enabled(x.device.type):
+            x = self._as_autocast_reads(x)
         if len(names) == len(acting) == 1 and not args and not kwargs:
             A = self.factor("lora_A", acting[0])
             if self._in_one_step(x, A):
@@ -62,6 +90,17 @@ class LinearAdapters(AdapterLayer):
                 output = keep_in_graph(output, self._trained_here(name))
         return output
 
+    def _as_autocast_reads(self, x: Tensor) -> Tensor:
+        """The input as autocast lets the base layer read it, so that the adapter reads the same."""
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if x.dtype in _AUTOCAST and x.dtype != dtype and self._reads_under_autocast(dtype):
+            return shared_cast(x, dtype)
+        return x
+
+    def _reads_under_autocast(self, dtype: torch.dtype) -> bool:
+        """Whether the base layer makes the same of its input in autocast's ``dtype``, into which it casts it."""
+        return self._original_class is nn.Linear
+
     def _by_hand(self, names: list[str]) -> bool:
         """Whether `Down` and `Up` compute, and no composition that compilers and transforms can take apart."""
         if torch.compiler.is_compiling():
@@ -74,32 +113,39 @@ class LinearAdapters(AdapterLayer):
         """Whether nothing but x and the factors takes part in the backward pass, and nothing is unusual."""
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         return (
-            self._original_class is nn.Linear
-            and torch.is_grad_enabled()
+            torch.is_grad_enabled()
             and type(x) is Tensor
-            and type(weight) is nn.Parameter
+            and weight is not None
             and not weight.requires_grad
             and not (bias is not None and bias.requires_grad)
             and A.requires_grad  # or x need not be saved
             and not hasattr(weight, "ds_id")  # in pieces, by DeepSpeed ZeRO
-            and (
-                x.dtype in _AUTOCAST
-                and weight.dtype in _AUTOCAST
-                or not torch.is_autocast_enabled(x.device.type)
-            )
+            and self._takes_one_step(x, weight)
         )
+
+    def _takes_one_step(self, x: Tensor, weight: nn.Parameter) -> bool:
+        """Whether the base layer can be a part of such a step."""
+        if self._original_class is not nn.Linear or type(weight) is not nn.Parameter:
+            return False
+        in_autocast = x.dtype in _AUTOCAST and weight.dtype in _AUTOCAST
+        return in_autocast or not torch.is_autocast_enabled(x.device.type)
+
+    def _packed(self, x: Tensor) -> Packed | None:
+        """The base layer, if its weight is packed."""
+        return None
 
     def _adapted(self, x: Tensor, A: Tensor, name: str) -> Tensor:
         """The output with the adapter's, in one step of autograd."""
         weight: Any = self._parameters["weight"]
-        kind = x.device.type
+        kind, packed = x.device.type, self._packed(x)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         rate = self.dropout_rate[name] if self.training else 0.0
         folded, gates = ready(self, name, "A", x.dtype)
-        up = ready(self, name, "B", dtype or weight.dtype).factor
-        how = How(self.kept.get(name), folded, gates, up, self.scaling[name], rate, dtype)
+        up = ready(self, name, "B", x.dtype if packed else dtype or weight.dtype).factor
+        how = How(self.kept.get(name), folded, gates, up, self.scaling[name], rate, dtype, packed)
         E, B = self.factor("lora_E", name), self.factor("lora_B", name)
-        output: Tensor = adapted_linear(x, A, E, B, weight, self._parameters.get("bias"), how)
+        bias = self._parameters.get("bias")
+        output: Tensor = adapted_linear(x, A, E, B, *((None, None) if packed else (weight, bias)), how)
         return output
 
     def _down(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,7 +48,7 @@ class Ready(NamedTuple):
 
 Uses = dict[Use, "AdapterLayer"]
 
-_now = threading.local()  # .made and .asked: of the pass that this thread is in
+_now = threading.local()  # .made, .asked and .cast: of the pass that this thread is in
 _last: WeakKeyDictionary[nn.Module, Uses] = WeakKeyDictionary()  # what a model's last pass has asked for
 _acting = WeakIdKeyDictionary()  # indices of triplets -> what `_where` made of them
 
@@ -66,7 +67,7 @@ class OncePerPass:
 def _pass(model: nn.Module) -> Iterator[None]:
     around = vars(_now).copy()
     here = {use: layer for use, layer in _last.get(model, {}).items() if _is_here(layer, use[1])}
-    _now.made, _now.asked = _made(here), {}
+    _now.made, _now.asked, _now.cast = _made(here), {}, None
     try:
         yield
         _last[model] = _now.asked
@@ -89,6 +90,20 @@ def ready(layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) ->
     if in_pass:
         now["made"][use], now["asked"][use] = found, layer
     return found
+
+
+def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, the same tensor for layers that follow each other with the same input, as q, k and v do."""
+    now = vars(_now)
+    if "asked" not in now or x.is_inference():  # such a tensor does not count its changes
+        return x.to(dtype)
+    key = (x._version, torch.is_grad_enabled(), x.requires_grad, dtype)
+    last = now["cast"]
+    if last is not None and last[0]() is x and last[1] == key:
+        return last[2]  # type: ignore[no-any-return]
+    made = x.to(dtype)
+    now["cast"] = weakref.ref(x), key, made
+    return made
 
 
 def _is_as_it_is(layer: AdapterLayer, adapter: str, factor: str) -> bool:
