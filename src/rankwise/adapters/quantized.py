@@ -31,7 +31,7 @@ class Bnb4bitAdapters(LinearAdapters):
 
     @property
     def makes_new_tensors(self) -> bool:
-        return _is_of_bitsandbytes(self._original_class)
+        return is_of_bitsandbytes(self._original_class)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = super().forward(x, *args, **kwargs)
@@ -89,7 +89,7 @@ class Bnb8bitAdapters(LinearAdapters):
 
     @property
     def makes_new_tensors(self) -> bool:
-        return _is_of_bitsandbytes(self._original_class)
+        return is_of_bitsandbytes(self._original_class)
 
     def _takes_one_step(self, x: Tensor, weight: nn.Parameter) -> bool:
         return self.makes_new_tensors and packs_8_bit(self, x)
@@ -162,7 +162,7 @@ def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
 
 
 @functools.cache  # asked twice by every layer in every pass
-def _is_of_bitsandbytes(cls: type) -> bool:
+def is_of_bitsandbytes(cls: type) -> bool:
     """Whether a class is bitsandbytes' own, and none that was derived from it."""
     return cls.__module__.startswith("bitsandbytes.")
 
