@@ -6,8 +6,6 @@ active and not merged. For anything else it calls PEFT's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +23,7 @@ from rankwise.adapters.quantized import (
     packs_4_bit,
     packs_8_bit,
 )
-from rankwise.adapters.ready import ready, shared_cast
+from rankwise.adapters.ready import ready_cast, shared_cast
 
 _FACTORS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes
 _AUTOCAST = _FACTORS[1:]
@@ -46,8 +44,6 @@ class _Parts(NamedTuple):
 class FastLoraLayer(InPlace):
     """Mixin for PEFT's ``Linear``, ``Linear4bit`` and ``Linear8bitLt`` with LoRA."""
 
-    kept: Mapping[str, Any] = MappingProxyType({})  # as rankwise's own layers have it: all ranks act
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not args and not kwargs and _is_ordinary(x):
             parts = self._parts()
@@ -58,19 +54,10 @@ class FastLoraLayer(InPlace):
         output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return output
 
-    # What `ready` asks of a layer.
-
     def factor(self, key: str, name: str) -> Any:
-        """`lora_A` or `lora_B` of adapter ``name``; None for "lora_E", which plain LoRA has not."""
-        if key == "lora_E":
-            return None
+        """`lora_A` or `lora_B` of adapter ``name``, as rankwise's own layers give it; None if it has none."""
         held: Any = self._modules[key]._modules.get(name)  # type: ignore[attr-defined]
         return None if held is None else held._parameters.get("weight")
-
-    def acts(self, name: str) -> bool:
-        """Whether the layer holds adapter ``name``, with a rank."""
-        A = self.factor("lora_A", name)
-        return A is not None and A.numel() > 0
 
     # One pass.
 
@@ -103,6 +90,7 @@ class FastLoraLayer(InPlace):
 
     def _computed(self, x: Tensor, parts: _Parts) -> Tensor | None:
         """The output with the adapter's; None where PEFT's own forward is needed."""
+        layer: Any = self
         name, base, A, B, rate, scaling = parts
         kind, dtype = x.device.type, x.dtype
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -132,18 +120,17 @@ class FastLoraLayer(InPlace):
             if casts:
                 x = shared_cast(x, autocast)  # type: ignore[arg-type]
                 packed = packed and _packed(base, x)
-            up = ready(self, name, "B", x.dtype if packed else autocast or weight.dtype)  # type: ignore[arg-type]
-            folded = ready(self, name, "A", x.dtype).factor  # type: ignore[arg-type]
-            how = How(None, folded, None, up.factor, scaling, rate, autocast, packed)
+            up = ready_cast(layer, name, "lora_B", B, x.dtype if packed else autocast or weight.dtype)
+            folded = ready_cast(layer, name, "lora_A", A, x.dtype)
+            how = How(None, folded, None, up, scaling, rate, autocast, packed)
             output: Tensor = adapted_linear(x, A, None, B, *((None, None) if packed else (weight, bias)), how)
         else:
             if casts:
                 x = shared_cast(x, autocast)  # type: ignore[arg-type]
-            folded = ready(self, name, "A", x.dtype).factor  # type: ignore[arg-type]
-            hidden = hidden_of(x, folded, rate)[0]
+            hidden = hidden_of(x, ready_cast(layer, name, "lora_A", A, x.dtype), rate)[0]
             output = base.forward(x)
-            up = ready(self, name, "B", output.dtype)  # type: ignore[arg-type]
-            output = add_up(output, hidden.to(output.dtype), up.factor, None, scaling, in_place=True)
+            up = ready_cast(layer, name, "lora_B", B, output.dtype)
+            output = add_up(output, hidden.to(output.dtype), up, None, scaling, in_place=True)
         return output.to(dtype) if packed and casts else output
 
 

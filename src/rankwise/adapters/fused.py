@@ -27,7 +27,6 @@ from rankwise.adapters.branch import (
     factor_gradients,
     flat,
     hidden_of,
-    scaled_product,
 )
 
 
@@ -82,15 +81,19 @@ class _AdaptedLinear(torch.autograd.Function):
         bias: Tensor | None,
         how: How,
     ) -> Tensor:
-        hidden, mask = hidden_of(x, how.folded, how.rate)
+        rows, mask = flat(x), None
+        if how.rate or how.dtype not in (None, x.dtype):
+            hidden, mask = hidden_of(x, how.folded, how.rate)
+        else:
+            hidden = F.linear(rows, how.folded)
         saved_weight = ctx.dense = None
         if how.packed is not None:
             output = how.packed.forward(x)
             ctx.dense = how.packed.dense() if ctx.needs_input_grad[0] else None
         else:
             if how.dtype is not None:
-                weight = weight.to(how.dtype)  # type: ignore[union-attr]
-            output = F.linear(x, weight, bias)  # type: ignore[arg-type]
+                weight = cast(weight, how.dtype)  # type: ignore[arg-type]
+            output = F.linear(rows, weight, bias)  # type: ignore[arg-type]
             if ctx.needs_input_grad[0]:
                 # Detached: it stays what it is here if the parameter's data are exchanged before the backward pass.
                 saved_weight = weight.detach()  # type: ignore[union-attr]
@@ -99,7 +102,13 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.kept, ctx.scaling, ctx.shape, ctx.in_place = how.kept, how.scaling, x.shape, True
         ctx.upscale = 1 / (1 - how.rate) if how.rate < 1 else 0.0
         ctx.set_materialize_grads(False)
-        return add_up(output, hidden, up, how.kept, how.scaling, in_place=True)
+        if how.packed is not None:
+            return add_up(output, hidden, up, how.kept, how.scaling, in_place=True)
+        if isinstance(how.kept, int):
+            hidden, up = hidden[:, : how.kept], up[:, : how.kept]
+        output.addmm_(hidden, up.t(), alpha=how.scaling)
+        # Detached: to autograd a tensor of its own and no view, which following layers may change in place.
+        return output if x.dim() == 2 else output.view(*x.shape[:-1], output.shape[1]).detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
@@ -119,12 +128,25 @@ class _AdaptedLinear(torch.autograd.Function):
                 return added if weight is None else added + flat(x).to(rows.dtype) @ weight.to(rows.dtype).T
 
             return *differentiated(output, (x, A, E, B), (to_x, to_A, to_E, to_B), rows), *nothing
+        # With beta=0 the first argument of `addmm` does not count, but for its shape.
+        from_hidden = torch.addmm(hidden, rows, up, beta=0, alpha=ctx.scaling)
+        gradient_B = torch.addmm(up, rows.t(), hidden, beta=0, alpha=ctx.scaling) if to_B else None
+        from_hidden = cast(from_hidden, x.dtype)
         gradient_x = None
-        from_hidden = cast(scaled_product(rows, up, ctx.scaling, up[:1]), x.dtype)
-        gradient_B = scaled_product(rows.T, hidden, ctx.scaling, up[:1]) if to_B else None
         if to_x:
-            from_base = cast(cast(rows, weight.dtype) @ weight, x.dtype).view(x.shape)
-            gradient_x = add_share(ctx, from_base, from_hidden, folded, mask)
+            from_base = cast(torch.mm(cast(rows, weight.dtype), weight), x.dtype)
+            if mask is None:
+                kept = ctx.kept
+                own, A_of_own = (
+                    (from_hidden[:, :kept], folded[:kept]) if isinstance(kept, int) else (from_hidden, folded)
+                )
+                from_base.addmm_(own, A_of_own)
+            gradient_x = from_base if x.dim() == 2 else from_base.view(x.shape)
+            if mask is not None:
+                gradient_x = add_share(ctx, gradient_x, from_hidden, folded, mask)
+        if gates is None and mask is None and E is None:  # plain LoRA
+            gradient_A = torch.mm(from_hidden.t(), flat(x)) if to_A else None
+            return gradient_x, gradient_A, None, gradient_B, *nothing
         return gradient_x, *factor_gradients(ctx, from_hidden, x, A, gates, mask), gradient_B, *nothing
 
 

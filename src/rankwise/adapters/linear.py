@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rankwise.adapters.branch import Down, Up, add_up, apply_of, hidden_of
 from rankwise.adapters.fused import How, Packed, adapted_linear
 from rankwise.adapters.layer import AdapterLayer
-from rankwise.adapters.ready import ready, shared_cast
+from rankwise.adapters.ready import ready, ready_cast, shared_cast
 from rankwise.parallel.ddp import keep_in_graph, note_use
 
 _down, _up = apply_of(Down), apply_of(Up)
@@ -72,13 +72,15 @@ class LinearAdapters(AdapterLayer):
         names = self._active_unmerged()
         if not names or not self._by_hand(names):
             return super().forward(x, *args, **kwargs)
-        acting = [name for name in names if self.acts(name)]
-        if acting and torch.is_autocast_enabled(x.device.type):
-            x = self._as_autocast_reads(x)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        acting = names if len(names) == 1 and self.acts(names[0]) else [n for n in names if self.acts(n)]
+        if dtype is not None and acting and x.dtype != dtype:
+            x = self._as_autocast_reads(x, dtype)
         if len(names) == len(acting) == 1 and not args and not kwargs:
             A = self.factor("lora_A", acting[0])
-            if self._in_one_step(x, A):
-                return self._adapted(x, A, acting[0])
+            if self._in_one_step(x, A, dtype):
+                return self._adapted(x, A, acting[0], dtype)
         hidden = {}
         for name in acting:
             x, hidden[name] = self._down(x, name)
@@ -90,12 +92,9 @@ class LinearAdapters(AdapterLayer):
                 output = keep_in_graph(output, self._trained_here(name))
         return output
 
-    def _as_autocast_reads(self, x: Tensor) -> Tensor:
-        """The input as autocast lets the base layer read it, so that the adapter reads the same."""
-        dtype = torch.get_autocast_dtype(x.device.type)
-        if x.dtype in _AUTOCAST and x.dtype != dtype and self._reads_under_autocast(dtype):
-            return shared_cast(x, dtype)
-        return x
+    def _as_autocast_reads(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The input in autocast's ``dtype`` if the base layer reads it so, for the adapter to read the same."""
+        return shared_cast(x, dtype) if x.dtype in _AUTOCAST and self._reads_under_autocast(dtype) else x
 
     def _reads_under_autocast(self, dtype: torch.dtype) -> bool:
         """Whether the base layer makes the same of its input in autocast's ``dtype``, into which it casts it."""
@@ -109,7 +108,7 @@ class LinearAdapters(AdapterLayer):
             return False
         return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
-    def _in_one_step(self, x: Tensor, A: Tensor) -> bool:
+    def _in_one_step(self, x: Tensor, A: Tensor, autocast: torch.dtype | None) -> bool:
         """Whether nothing but x and the factors takes part in the backward pass, and nothing is unusual."""
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         return (
@@ -120,31 +119,35 @@ class LinearAdapters(AdapterLayer):
             and not (bias is not None and bias.requires_grad)
             and A.requires_grad  # or x need not be saved
             and not hasattr(weight, "ds_id")  # in pieces, by DeepSpeed ZeRO
-            and self._takes_one_step(x, weight)
+            and self._takes_one_step(x, weight, autocast)
         )
 
-    def _takes_one_step(self, x: Tensor, weight: nn.Parameter) -> bool:
+    def _takes_one_step(self, x: Tensor, weight: nn.Parameter, autocast: torch.dtype | None) -> bool:
         """Whether the base layer can be a part of such a step."""
         if self._original_class is not nn.Linear or type(weight) is not nn.Parameter:
             return False
-        in_autocast = x.dtype in _AUTOCAST and weight.dtype in _AUTOCAST
-        return in_autocast or not torch.is_autocast_enabled(x.device.type)
+        return autocast is None or x.dtype in _AUTOCAST and weight.dtype in _AUTOCAST
 
     def _packed(self, x: Tensor) -> Packed | None:
         """The base layer, if its weight is packed."""
         return None
 
-    def _adapted(self, x: Tensor, A: Tensor, name: str) -> Tensor:
+    def _adapted(self, x: Tensor, A: Tensor, name: str, autocast: torch.dtype | None) -> Tensor:
         """The output with the adapter's, in one step of autograd."""
         weight: Any = self._parameters["weight"]
-        kind, packed = x.device.type, self._packed(x)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        packed, kept = self._packed(x), self.kept.get(name)
         rate = self.dropout_rate[name] if self.training else 0.0
-        folded, gates = ready(self, name, "A", x.dtype)
-        up = ready(self, name, "B", x.dtype if packed else dtype or weight.dtype).factor
-        how = How(self.kept.get(name), folded, gates, up, self.scaling[name], rate, dtype, packed)
         E, B = self.factor("lora_E", name), self.factor("lora_B", name)
-        bias = self._parameters.get("bias")
+        goes_up = x.dtype if packed else autocast or weight.dtype
+        gates = None
+        if E is None:
+            folded = ready_cast(self, name, "lora_A", A, x.dtype)
+            up = ready_cast(self, name, "lora_B", B, goes_up)
+        else:
+            folded, gates = ready(self, name, "A", x.dtype)
+            up = ready(self, name, "B", goes_up).factor
+        how = How(kept, folded, gates, up, self.scaling[name], rate, autocast, packed)
+        bias = self._parameters["bias"]
         output: Tensor = adapted_linear(x, A, E, B, *((None, None) if packed else (weight, bias)), how)
         return output
 

@@ -42,7 +42,7 @@ class Bnb4bitAdapters(LinearAdapters):
         layer: Any = self
         return self.makes_new_tensors and layer.compute_type_is_set and layer.compute_dtype == dtype
 
-    def _takes_one_step(self, x: Tensor, weight: nn.Parameter) -> bool:
+    def _takes_one_step(self, x: Tensor, weight: nn.Parameter, autocast: torch.dtype | None) -> bool:
         return self.makes_new_tensors and packs_4_bit(self, x)
 
     def _packed(self, x: Tensor) -> Packed:
@@ -91,7 +91,7 @@ class Bnb8bitAdapters(LinearAdapters):
     def makes_new_tensors(self) -> bool:
         return is_of_bitsandbytes(self._original_class)
 
-    def _takes_one_step(self, x: Tensor, weight: nn.Parameter) -> bool:
+    def _takes_one_step(self, x: Tensor, weight: nn.Parameter, autocast: torch.dtype | None) -> bool:
         return self.makes_new_tensors and packs_8_bit(self, x)
 
     def _packed(self, x: Tensor) -> Packed:
