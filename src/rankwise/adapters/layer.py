@@ -197,9 +197,10 @@ class AdapterLayer(InPlace, nn.Module):
         A = self.factor("lora_A", name)
         if A is None or not A.numel():
             return False
-        if not self.kept:
-            return True
-        if torch.compiler.is_compiling() and name not in self.lora_E:
+        if torch.compiler.is_compiling():
+            if name not in self.lora_E:
+                return True
+        elif not self.kept:
             return True
         kept = self.kept.get(name, 1)
         return kept > 0 if isinstance(kept, int) else kept.numel() > 0
