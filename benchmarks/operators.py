@@ -1,4 +1,4 @@
-"""Which operators a training step spends the processor's time in, by PyTorch's profiler."""
+"""The operators in which a training step spends processor time, by PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STEPS = 10
 
 
 def operators(asked: argparse.Namespace, setting: Setting) -> None:
-    """Milliseconds of a step in matrix products, in copies and casts, and in all else."""
+    """Print the milliseconds of a step in matrix products, in copies and casts, and in everything else."""
     for name in asked.models:
         model = MODELS[name]
         for precision in asked.precisions:

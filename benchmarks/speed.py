@@ -1,14 +1,16 @@
-"""What a training step costs: PEFT's LoRA and AdaLoRA against rankwise's, on random models of real shapes.
+"""The cost of a training step: PEFT's LoRA and AdaLoRA against rankwise's, on random models of real shapes.
 
     python benchmarks/speed.py                               # all tables
     python benchmarks/speed.py --fast                        # fewer models, sizes and rounds
     python benchmarks/speed.py --tables models --rounds 40 --device cuda
 
-A step is forward, backward, the optimizer's step and all that the method wants between. All adapters take turns in one
-process, and every time is divided by that of the frozen model in the same round (forward, and backward down to its
-embeddings), so that what else the machine does falls on all: the tables have the medians over the rounds. Operations
-(views are none) and bytes saved for the backward pass (parameters don't count) are those of a forward and a backward
-pass; they are the same on every machine. The peak is that of CUDA's allocator, above what is there before the step.
+A step is forward, backward, the optimizer's step and everything that the method does in between. All adapters take
+turns in one process, so that other work on the machine affects all of them. Every time is divided by that of the frozen
+model in the same round (forward, and backward down to its embeddings). The tables show the medians over the rounds.
+
+Operations (without views) and bytes saved for the backward pass (without parameters) are those of a forward and a
+backward pass. They are the same on every machine. The peak is that of CUDA's allocator, minus the memory before the
+step.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from trainings import ALL, FLOOR, MAIN, MODELS, PRECISIONS, Model, Setting, Trai
 
 @dataclass
 class Cost:
-    """What the steps of one adapter cost."""
+    """The cost of one adapter's steps."""
 
     seconds: list[float] = field(default_factory=list)
     operations: int | None = None
@@ -46,7 +48,7 @@ class Cost:
 def measure(
     model: Model, setting: Setting, adapters: dict[str, Callable[..., Training]], rounds: int
 ) -> dict[str, Cost]:
-    """Steps of all adapters in turns; the first three rounds, in which memory is first taken, are left out."""
+    """Let all adapters step in turns. The first three rounds, which allocate memory, are left out."""
     trainings: dict[str, Training] = {}
     for name, attach in adapters.items():
         with warnings.catch_warnings():
@@ -64,13 +66,13 @@ def measure(
 
 
 def _rotated(names: list[str], by: int) -> Iterator[str]:
-    """Each round begins with another one, so that none always comes after the same."""
+    """Begin each round with another name, so that no adapter always follows the same one."""
     yield from names[by % len(names) :]
     yield from names[: by % len(names)]
 
 
 def _timed(training: Training) -> float:
-    """Seconds of a step, by the device's own clock where it has one."""
+    """The seconds of a step, by the device's own clock if it has one."""
     if training.setting.device != "cuda":
         started = time.perf_counter()
         training.step()
@@ -89,9 +91,9 @@ def _count(training: Training, cost: Cost) -> None:
         held = torch.cuda.memory_allocated()
         training.step()
         cost.peak = torch.cuda.max_memory_allocated() - held
-    if training.setting.compiled:  # one operation then is whatever the compiler makes of many
+    if training.setting.compiled:  # the compiler makes one operation out of many
         return
-    training.model.zero_grad()  # adding to a gradient that is there would be an operation more
+    training.model.zero_grad()  # adding to an existing gradient would be one more operation
     with saved_for_backward(training.model) as saved:
         training.gradients()
     training.model.zero_grad()
@@ -104,7 +106,7 @@ def _count(training: Training, cost: Cost) -> None:
 
 
 def table(costs: dict[str, Cost], adapted: int) -> str:
-    """Markdown: a row for each adapter. ``adapted``: how many layers are."""
+    """A Markdown table with one row per adapter; ``adapted`` is the number of adapted layers."""
     floor = costs[FLOOR]
     lines = [
         "| | times the frozen model's step | middle half of the rounds | operations | a layer | saved, MB | peak, MB |",
@@ -128,7 +130,7 @@ def _mega(count: int | None) -> str:
 
 
 def show(title: str, model: Model, setting: Setting, adapters: dict[str, Any], rounds: int) -> None:
-    """Measure, and print a table under a title."""
+    """Measure, and print a table with a title."""
     costs = measure(model, setting, adapters, rounds)
     with torch.device("meta"):
         made, _ = model.make()
@@ -142,7 +144,7 @@ def show(title: str, model: Model, setting: Setting, adapters: dict[str, Any], r
 
 
 def models(asked: argparse.Namespace, setting: Setting) -> None:
-    """The models of real shape, in each precision."""
+    """Measure the models of real shapes, in each precision."""
     for name in asked.models:
         for precision in asked.precisions:
             adapters = ALL if precision == "float32" else MAIN
@@ -151,7 +153,7 @@ def models(asked: argparse.Namespace, setting: Setting) -> None:
 
 
 def growth(asked: argparse.Namespace, setting: Setting) -> None:
-    """How it grows with layers, width and ranks."""
+    """Measure how costs grow with layers, width and ranks."""
     rounds = max(asked.rounds // 2, 2)
     for layers in (4, 16) if asked.fast else (4, 16, 64):
         show(f"{layers} layers", small(layers, 64), setting, MAIN, rounds)
@@ -163,7 +165,7 @@ def growth(asked: argparse.Namespace, setting: Setting) -> None:
 
 
 def settings(asked: argparse.Namespace, setting: Setting) -> None:
-    """With checkpointing of both kinds, and in two processes."""
+    """Measure with both kinds of checkpointing, and in two processes."""
     bfloat16 = replace(setting, precision="bfloat16")
     for kind in ("re-entrant", "not re-entrant"):
         show(f"Checkpointing, {kind}", small(), replace(bfloat16, checkpointing=kind), MAIN, asked.rounds)
@@ -195,7 +197,7 @@ TABLES = {
 
 
 def main() -> None:
-    """Measure, and print the tables."""
+    """Measure, and print the tables that the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What the benchmarks of speed train: random models of real shapes, settings, and PEFT's and rankwise's adapters."""
+"""The trainings of the speed benchmarks: random models of real shapes, settings, PEFT's and rankwise's adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
-LONG = 1_000_000  # steps: a schedule that stays in its phase for as long as is measured
+LONG = 1_000_000  # optimizer steps: a schedule that stays in its phase throughout the measurement
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -20,7 +20,7 @@ LONG = 1_000_000  # steps: a schedule that stays in its phase for as long as is 
 
 @dataclass(frozen=True)
 class Model:
-    """A random model of some shape, a batch for it, and what of it is adapted."""
+    """A random model of some shape, a batch for it, and the names of the layers to adapt."""
 
     title: str
     make: Callable[[], tuple[nn.Module, Batch]]
@@ -49,7 +49,7 @@ def _llama(size: int, length: int, **sizes: Any) -> tuple[nn.Module, Batch]:
 
 
 def small(layers: int = 4, width: int = 256) -> Model:
-    """A Llama of any depth and width, 2 texts of 128 tokens, all seven projections."""
+    """A Llama of any depth and width. Its batch is 2 texts of 128 tokens; all seven projections are adapted."""
     sizes = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
@@ -93,7 +93,7 @@ MODELS = {"minilm": MINILM, "smollm2": SMOLLM2, "llama-1b": LLAMA_1B, "tiny": TI
 
 
 def in_4_bit(model: nn.Module, targets: Sequence[str]) -> nn.Module:
-    """The adapted layers packed by bitsandbytes, the rest in bfloat16."""
+    """Pack the adapted layers with bitsandbytes, and cast the others to bfloat16."""
     import bitsandbytes
 
     model.bfloat16()
@@ -123,11 +123,11 @@ class Setting:
     checkpointing: str | None = None  # "re-entrant" or "not re-entrant"
     compiled: bool = False
     processes: bool = False
-    rank: int = 8  # of LoRA, and in the end
-    spare: int = 12  # ranks of AdaLoRA to begin with
+    rank: int = 8  # of LoRA, and of AdaLoRA at its end
+    spare: int = 12  # of AdaLoRA at its start
 
     def model(self, made: nn.Module, targets: Sequence[str]) -> nn.Module:
-        """``made`` as it is before an adapter is attached."""
+        """Prepare ``made`` before an adapter is attached."""
         if self.precision == "4-bit":
             made = in_4_bit(made, targets)
         elif self.precision.startswith("bfloat16"):
@@ -138,7 +138,7 @@ class Setting:
         return made.to(self.device).train()
 
     def forward(self, adapted: nn.Module) -> Callable[..., Any]:
-        """What to call."""
+        """The function to call for a forward pass."""
         if self.compiled:
             return torch.compile(adapted)
         if self.processes and any(parameter.requires_grad for parameter in adapted.parameters()):
@@ -153,7 +153,7 @@ PRECISIONS = ("float32", "bfloat16", "float32, autocast", "4-bit")
 
 
 class Training:
-    """A model in training: its steps."""
+    """A model in training."""
 
     def __init__(self, adapted: Any, batch: Batch, setting: Setting, trains: bool = True) -> None:
         self.model, self.setting = adapted, setting
@@ -163,14 +163,14 @@ class Training:
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
 
     def gradients(self) -> None:
-        """A forward and a backward pass."""
+        """Run a forward and a backward pass."""
         half = self.setting.precision.endswith("autocast")
         with torch.autocast(self.setting.device, dtype=torch.bfloat16) if half else nullcontext():
             loss = self.forward(**self.batch).loss
         loss.backward()
 
     def step(self) -> None:
-        """All of a step."""
+        """Take a whole step."""
         self.gradients()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -178,11 +178,11 @@ class Training:
             self.optimizer.zero_grad()
 
     def between(self) -> None:
-        """What has to be called after the optimizer."""
+        """Call what the method needs after the optimizer's step."""
 
 
 class PeftAdaLora(Training):
-    """In the phase that prunes, every ten steps, as its documentation shows: with the penalty and the allocation."""
+    """PEFT's AdaLoRA as its documentation shows it, with penalty and allocation, pruning every ten steps."""
 
     number = 1
 
@@ -193,7 +193,7 @@ class PeftAdaLora(Training):
 
 
 def frozen(model: Any, batch: Batch, targets: list[str], setting: Setting) -> Training:
-    """No adapter at all: what any of them must take."""
+    """No adapter: the cost that every training has."""
     model.requires_grad_(False)
     model.enable_input_require_grads()
     return Training(model, batch, setting, trains=False)
@@ -224,7 +224,9 @@ def peft_adalora(model: Any, batch: Batch, targets: list[str], setting: Setting)
         init_r=setting.spare, target_r=setting.rank, tinit=1, tfinal=10, deltaT=10, total_step=LONG,
         lora_alpha=2 * setting.rank, target_modules=targets,
     )  # fmt: skip
-    adapted = peft.get_peft_model(model, config).base_model  # which adds the penalty, task type or not
+    adapted = peft.get_peft_model(
+        model, config
+    ).base_model  # it adds the penalty, whether a task type is set or not
     return PeftAdaLora(adapted, batch, setting)
 
 
@@ -239,7 +241,7 @@ def rankwise_lora(model: Any, batch: Batch, targets: list[str], setting: Setting
 def rankwise_adalora(
     model: Any, batch: Batch, targets: list[str], setting: Setting, final: bool = False, **form: Any
 ) -> Training:
-    """In the phase that prunes with all spare ranks still there, which is the dearest, or in the final phase."""
+    """AdaLoRA in rankwise: in the pruning phase with all spare ranks, which costs most, or in the final phase."""
     import rankwise
 
     fields = dict(
@@ -254,9 +256,9 @@ def rankwise_adalora(
 
 
 def training_of(attach: Callable[..., Training], model: Model, setting: Setting) -> Training:
-    """A new model in training with one of the adapters below, the same at each call."""
+    """A new model in training with one of the adapters below. Each call gives the same model."""
     torch.manual_seed(0)
-    with torch.device(setting.device):  # large ones take long on a CPU
+    with torch.device(setting.device):  # on a CPU, making large models takes long
         made, batch = model.make()
     targets = list(model.targets)
     return attach(setting.model(made, targets), batch, targets, setting)

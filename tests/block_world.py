@@ -1,4 +1,4 @@
-"""A user's model with a head, adapters for it, and what a failure could change of it."""
+"""A user's model with a head, adapters for it, and a snapshot of everything that a failure could change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKENS = torch.arange(24).reshape(2, 12) * 5 % 64
 
 
 class Block(nn.Module):
-    """A user's model; nested, with a head."""
+    """A user's nested model with a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def adalora(**changes: Any) -> rw.AdaLoraConfig:
 
 
 def two_adapters() -> tuple[Any, dict[str, Tensor]]:
-    """A block with adapters "default" and "other", and the outputs of each and of the base."""
+    """A block with adapters "default" and "other"; and the outputs of each adapter and of the base."""
     model = block()
     outputs = {"base": model(X)}
     rw.get_peft_model(model, lora())
@@ -60,7 +60,7 @@ def two_adapters() -> tuple[Any, dict[str, Tensor]]:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All of a model that a failure could change."""
+    """Everything in a model that a failure could change."""
     return {
         "classes": [type(module) for module in model.modules()],
         "attributes": [sorted(vars(module)) for module in model.modules()],

@@ -1,4 +1,4 @@
-"""Random cases for the tests of the method: schedules, layers of few shapes, and their factors."""
+"""Random cases for tests of the method: schedules, layers with few different shapes, and their factors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def schedules(draw: Any, longest: int = 20_000) -> rw.BudgetSchedule:
 
 
 def random_layout(generator: random.Random) -> TripletLayout:
-    """Layers of few different shapes, as models have them, in random order."""
+    """Layers with few different shapes, as in real models, in random order."""
     shapes = [(generator.randint(1, 5), generator.randint(1, 7), generator.randint(1, 7)) for _ in range(3)]
     chosen = [generator.choice(shapes) for _ in range(generator.randint(1, 6))]
     ranks, widths_in, widths_out = zip(*chosen, strict=True)

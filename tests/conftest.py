@@ -1,4 +1,4 @@
-"""What every test process starts with."""
+"""Settings and fixtures of every test process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# No test talks to the network, opens a window, or fights the other test processes for cores.
+# Tests don't use the network, open windows, or compete with other test processes for cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -20,20 +20,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave helpers and scripts alone: `--doctest-modules` would import every file here, not only the tests."""
+    """Ignore helpers and scripts: `--doctest-modules` would import every file here, not only the tests."""
     is_helper = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
     return True if is_helper else None
 
 
 _MANY_MODULES = 100
-_searched = 0  # modules that had been imported when they were last put out of the garbage collector's sight
+_searched = 0  # number of imported modules when garbage collection was last told to ignore them
 
 
 def pytest_runtest_teardown() -> None:
-    """Leave what has been imported out of searches for garbage.
+    """Exclude imported libraries from garbage collection.
 
-    A trainer searches at its start and its end. Through hundreds of thousands of objects of libraries, which never
-    are garbage, that takes as long as all else in a run of a tiny model.
+    A trainer collects garbage at its start and its end. Libraries hold hundreds of thousands of objects that are never
+    garbage. Searching them takes as long as all the rest of a run of a tiny model.
     """
     global _searched
     if len(sys.modules) > _searched + _MANY_MODULES:
@@ -44,7 +44,7 @@ def pytest_runtest_teardown() -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[list[str]]:
-    """The start of a command that runs with a disk of one megabyte at ``tmp_path``."""
+    """The first words of a command that runs with a disk of one megabyte at ``tmp_path``."""
     mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec"
     for own in ([], ["--user", "--map-root-user"]):
         command = ["unshare", *own, "--mount", "sh", "-c", f'{mount} "$@"', "sh"]
@@ -58,12 +58,12 @@ def small_disk(tmp_path: Path) -> Iterator[list[str]]:
     pytest.skip(f"A small disk can't be mounted here: {result.stderr.strip()}")
 
 
-# What tests of recipes and of the command line train; a file may have a `world` of its own.
+# Model and data for the tests of recipes and of the command line. A test file may define its own `world`.
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny classifier of texts."""
+    """The folder of a tiny text classifier."""
     from recipe_world import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
@@ -71,7 +71,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    """A folder with a table of labelled texts; runs write beside it."""
+    """A folder with a table of labelled texts. Runs write into it as well."""
     from recipe_world import write_table
 
     write_table(tmp_path / "reviews.csv")

@@ -56,13 +56,13 @@ def _tokenizer() -> Any:
 
 
 def save_pipelines(folder: Path) -> None:
-    """Under the names that the documentation uses."""
+    """Save the pipelines under the names that the documentation uses."""
     unet_pipeline().save_pretrained(folder / "stable-diffusion-v1-5/stable-diffusion-v1-5")
     transformer_pipeline().save_pretrained(folder / "stabilityai/stable-diffusion-3-medium-diffusers")
 
 
 def inputs(kind: str, seed: int = 1, size: int = 2) -> dict[str, torch.Tensor]:
-    """What one pass of the UNet or of the transformer takes."""
+    """The inputs of one forward pass of the UNet or of the transformer."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(size, 4, 8, 8, generator=generator)
     prompts = torch.randn(size, 3, 8, generator=generator)

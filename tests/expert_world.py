@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts with random weights, of Transformers' own classes."""
+"""Tiny mixtures of experts with random weights, from Transformers' own classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 8, "moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2},
     ),
     "olmoe": ("Olmoe", {"intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}),
-    # weights the other way round, interleaved, with biases
+    # transposed and interleaved weights, with biases
     "gpt_oss": (
         "GptOss",
         {"head_dim": 8, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -47,7 +47,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    # one batched product over all experts, in a forward of its own
+    # one batched product over all experts, in its own forward pass
     "llama4": (
         "Llama4Text",
         {
@@ -67,7 +67,7 @@ def tiny_moe(family: str = "mixtral", implementation: str | None = None, **chang
     config = getattr(transformers, f"{name}Config")(**{**_SIZES, **sizes, **changes})
     model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
     for parameter in model.parameters():
-        if not parameter.any():  # what Transformers leaves at 0 in random models
+        if not parameter.any():  # Transformers leaves some parameters of random models at 0
             nn.init.normal_(parameter, std=0.05)
     if implementation is not None:
         model.set_experts_implementation(implementation)

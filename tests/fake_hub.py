@@ -1,7 +1,7 @@
-"""A local stand-in for the Hugging Face hub: the part of its HTTP API that filling and reading a repository takes.
+"""A local substitute for the Hugging Face hub: the part of its HTTP API that writes and reads a repository.
 
-Written after what ``huggingface_hub`` asks for and reads. Run as a script it does what a test wants in a process whose
-``HF_ENDPOINT`` is such a server.
+It follows the requests and the responses of ``huggingface_hub``. Run as a script, it performs a test's actions in a
+process whose ``HF_ENDPOINT`` is such a server.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMMIT = "0" * 39 + "1"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """``repos[name][revision][path]`` are the files' contents, ``asked`` the requests."""
+    """A server; ``repos[name][revision][path]`` holds the files' contents, and ``asked`` the requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -38,7 +38,7 @@ class FakeHub(ThreadingHTTPServer):
 
 @contextmanager
 def fake_hub() -> Iterator[FakeHub]:
-    """A server while the block runs."""
+    """A server that runs inside the context."""
     hub = FakeHub()
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
@@ -188,7 +188,7 @@ _ROUTES = {
 
 
 def _push_and_load() -> None:
-    """Push, to a branch too; let a person change the card; push again; and load what is there."""
+    """Push, also to a branch; let a person change the card; push again; and load the result."""
     import sys
     from pathlib import Path
 
@@ -204,7 +204,7 @@ def _push_and_load() -> None:
     assert model.push_to_hub(repo, token="hf_nobody", tags=["poems"]).oid == COMMIT
     model.push_to_hub(repo, token="hf_nobody", revision="second")
     card = Path(HfApi().hf_hub_download(repo, "README.md", local_dir=folder / "theirs"))
-    card.write_text(card.read_text().replace("Not said yet", "MIT, said by me"))
+    card.write_text(card.read_text().replace("Not specified yet", "MIT, said by me"))
     HfApi(token="hf_nobody").upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo)
     model.push_to_hub(repo, token="hf_nobody")
     theirs = rw.PeftModel.from_pretrained(block(), repo).eval()

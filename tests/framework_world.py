@@ -1,6 +1,6 @@
-"""axolotl, LLaMA-Factory and ms-swift as their users start them: commands and YAML, each in its own environment.
+"""axolotl, LLaMA-Factory and ms-swift as their users start them: by commands and YAML, each in its own environment.
 
-``FRAMEWORKS_VENV`` names the folder that holds their environments, which `make test-frameworks` makes.
+``FRAMEWORKS_VENV`` names the folder that holds these environments. `make test-frameworks` creates it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def added_lines(page: str) -> dict[str, Any]:
-    """What a page of the documentation adds to a framework's YAML: the last paragraph of its YAML."""
+    """The lines that a documentation page adds to a framework's YAML: the last paragraph of its YAML."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     block = text.partition("```yaml\n")[2].partition("```")[0]
     return yaml.safe_load(block.rpartition("\n\n")[2])
@@ -33,7 +33,7 @@ RANK, ALPHA, TARGET = 8, 16, 3.0
 
 @dataclass(frozen=True)
 class World:
-    """A tiny model, chats in each framework's format, and preferences."""
+    """A tiny model, chats in each framework's format, and preference pairs."""
 
     folder: Path
 
@@ -72,14 +72,14 @@ class World:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a command."""
+    """The result of a command."""
 
     code: int
     told: str
 
 
 class Framework:
-    """How one framework is configured and started."""
+    """How to configure and start one framework."""
 
     name: str
 
@@ -115,11 +115,11 @@ class Framework:
     def train(
         self, folder: Path, *, dpo: bool = False, options: Mapping[str, Any] | None = None, **changes: Any
     ) -> Done:
-        """Train in ``folder``; the adapter comes to ``folder / "out"``. ``options`` are those of adaptive ranks."""
+        """Train in ``folder``, with the adapter in ``folder / "out"``. ``options`` are those of adaptive ranks."""
         raise NotImplementedError
 
     def merge(self, folder: Path) -> tuple[Done, Path]:
-        """Merge ``folder / "out"`` by the framework's own command; where the model comes to."""
+        """Merge ``folder / "out"`` with the framework's own command. Return the model's folder as well."""
         raise NotImplementedError
 
 
@@ -142,7 +142,7 @@ class Axolotl(Framework):
             "dataset_prepared_path": str(folder / "prepared"),
             "output_dir": str(folder / "out"),
             "adapter": "lora", "lora_r": RANK, "lora_alpha": ALPHA, "lora_target_linear": True,
-            # These are for GPUs.
+            # Kernels for GPUs.
             "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False,
             "bf16": False, "fp16": False, "tf32": False,
             "sequence_len": 64, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": STEPS,

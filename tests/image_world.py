@@ -1,4 +1,4 @@
-"""A tiny vision transformer of random weights, and pictures of three colours, for the tests of image classification."""
+"""A tiny random vision transformer, and pictures of three colours, for the tests of image classification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SUFFIXES = (".png", ".jpg", ".webp", ".bmp")
 
 
 def save_tiny_vit(folder: Path) -> Path:
-    """A random vision transformer body for pictures of 16 by 16, as a pretrained model comes: without a head."""
+    """Save a random vision transformer for pictures of 16 by 16, like a pretrained model: without a head."""
     import torch
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
@@ -29,7 +29,7 @@ def save_tiny_vit(folder: Path) -> Path:
 
 
 def write_photos(folder: Path, count: int, names: tuple[str, ...] = tuple(COLOURS)) -> None:
-    """``photos`` with a folder for each name, its colour in each picture, and ``photos.csv``."""
+    """Write a folder ``photos`` with a subfolder of one-coloured pictures for each name, and ``photos.csv``."""
     from PIL import Image
 
     chance = random.Random(0)

@@ -1,4 +1,4 @@
-"""A tiny language model with a tokenizer that was trained on the spot, and texts that it can learn."""
+"""A tiny language model with a freshly trained tokenizer, and texts that it can learn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ENDINGS = ("?", "!", " then?", " now?", " here?", " today?")
 
 
 def questions() -> list[dict[str, str]]:
-    """72 questions, the answer of each in its last word."""
+    """72 questions, each with its answer in its last word."""
     made = [
         {"question": f"what is not {word}{ending}", "answer": f"it is {other}."}
         for ending in ENDINGS
@@ -39,7 +39,7 @@ def questions() -> list[dict[str, str]]:
 
 
 def chats() -> list[dict[str, Any]]:
-    """Each question as a chat, every third with a second turn."""
+    """Each question as a chat; every third chat has a second turn."""
     made = []
     for i, row in enumerate(questions()):
         turns = [
@@ -78,7 +78,7 @@ def save_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> Any:
 
 
 def save_language_model(folder: Path, **changes: Any) -> Path:
-    """A random Llama of two layers that takes 64 tokens."""
+    """Save a random Llama of two layers that takes 64 tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -94,7 +94,7 @@ def save_language_model(folder: Path, **changes: Any) -> Path:
 
 
 def save_as_gguf(folder: Path, path: Path) -> Path:
-    """The model in ``folder`` as llama.cpp stores it, in float32."""
+    """Save the model in ``folder`` in llama.cpp's format, in float32."""
     import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -128,7 +128,7 @@ def save_as_gguf(folder: Path, path: Path) -> Path:
         if name == "lm_head.weight":
             continue  # tied
         for part, count in heads.items():
-            if part in name:  # llama.cpp pairs neighbouring rows in its rotary embedding
+            if part in name:  # llama.cpp's rotary embedding pairs neighbouring rows
                 halves = tensor.reshape(count, 2, tensor.shape[0] // count // 2, -1)
                 tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.to(torch.float32).numpy())
@@ -145,7 +145,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def write_language_recipe(folder: Path, model: Path, data: Mapping[str, Any], **changes: Any) -> Path:
-    """A recipe in ``folder``; ``changes`` replace whole keys, or with a double underscore keys of sections."""
+    """Write a recipe in ``folder``. ``changes`` replace whole keys; with a double underscore, a section's keys."""
     recipe: dict[str, Any] = {
         "model": str(model),
         "task": "causal-lm",

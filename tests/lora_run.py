@@ -13,11 +13,11 @@ from one_run import STEPS, batches, optimizer_for, train
 from tiny import llama
 
 SCHEDULE: dict[str, Any] = {"total_step": STEPS, "tinit": 2, "tfinal": 4, "deltaT": 1}
-TARGET = 0.75  # so that layers end at rank 0
+TARGET = 0.75  # small enough that some layers end at rank 0
 
 
 def with_lora(model: nn.Module | None = None) -> Any:
-    """A tiny Llama with an adapter of PEFT on all its linear layers."""
+    """A tiny Llama with PEFT's LoRA on all its linear layers."""
     model = llama() if model is None else model
     torch.manual_seed(5)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
@@ -31,6 +31,6 @@ def adapting() -> tuple[Any, rw.AdaptiveRanks]:
 
 
 def in_one_process() -> tuple[Any, rw.AdaptiveRanks, list[float]]:
-    """The whole run in one process that sees the whole batch."""
+    """The whole run in one process, with the whole batch."""
     model, ranks = adapting()
     return model, ranks, train(model, optimizer_for(model), batches())

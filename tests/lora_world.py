@@ -1,4 +1,4 @@
-"""Small models with LoRA adapters of PEFT, one for each kind of layer that PEFT adapts."""
+"""Small models with PEFT's LoRA, one for each kind of layer that PEFT adapts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
 
 
 class Experts(nn.Module):
-    """A stack of three matrices in one parameter, of which each example uses two."""
+    """A stack of three matrices in one parameter. Each example uses two of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ WORLDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], tuple[int, ...]
 
 
 def base(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The model of a world, the same each time."""
+    """The model of a world. Each call gives the same."""
     torch.manual_seed(0)
     return WORLDS[name][0]().to(dtype)
 
@@ -110,7 +110,7 @@ def examples(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
 
 
 def with_lora(name: str, model: nn.Module | None = None, **changes: Any) -> Any:
-    """A world's model with an adapter of PEFT, the same each time."""
+    """A world's model with PEFT's LoRA. Each call gives the same."""
     torch.manual_seed(2)
     settings = {"r": 4, "lora_alpha": 8, **WORLDS[name][1], **changes}
     return peft.get_peft_model(model or base(name), peft.LoraConfig(**settings), autocast_adapter_dtype=False)
@@ -124,7 +124,7 @@ def train(
     dtype: torch.dtype = torch.float64,
     lr: float = 2e-2,
 ) -> list[float]:
-    """Losses of a plain loop on one batch."""
+    """Train on one batch in a plain loop. Return the losses."""
     x, y = examples(name, dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer or torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)

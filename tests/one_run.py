@@ -24,13 +24,13 @@ SOURCES = Path(__file__).parent / "distributed"
 def adapted(
     model: nn.Module | None = None, before: Callable[[nn.Module], Any] | None = None, **changes: Any
 ) -> Any:
-    """A tiny Llama (or ``model``) with an adapter; ``before`` is called with the base model."""
+    """A tiny Llama (or ``model``) with an adapter. ``before`` is called with the base model."""
     model = llama() if model is None else model
     if before:
         before(model)
     fields = dict(
         init_r=4,
-        target_r=0.75,  # so that layers end at rank 0
+        target_r=0.75,  # small enough that some layers end at rank 0
         lora_alpha=8,
         total_step=STEPS,
         tinit=2,
@@ -47,7 +47,7 @@ def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def batches(share: int = 0, of: int = 1) -> list[dict[str, torch.Tensor]]:
-    """The run's batches, or the part of each that process ``share`` of ``of`` gets."""
+    """The run's batches, or the part of each batch that process ``share`` of ``of`` gets."""
     rows = slice(share * BATCH // of, (share + 1) * BATCH // of)
     return [{k: v[rows] for k, v in batch.items()} for batch in token_batches(STEPS, size=BATCH)]
 
@@ -55,7 +55,7 @@ def batches(share: int = 0, of: int = 1) -> list[dict[str, torch.Tensor]]:
 def train(
     forward: nn.Module, optimizer: torch.optim.Optimizer, data: list[dict[str, torch.Tensor]]
 ) -> list[float]:
-    """Step through ``data``; returns each step's loss."""
+    """Train on ``data``. Return each step's loss."""
     losses = []
     for batch in data:
         loss = forward(**batch).loss
@@ -74,7 +74,7 @@ def halves(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 def train_accumulating(
     forward: Any, optimizer: torch.optim.Optimizer, data: list[dict[str, torch.Tensor]]
 ) -> list[float]:
-    """As `train`, with each batch in two halves, the first under DDP's ``no_sync``."""
+    """Train as `train` does, with each batch in two halves, the first under DDP's ``no_sync``."""
     losses = []
     for batch in data:
         total = 0.0
@@ -92,7 +92,7 @@ def train_accumulating(
 def train_with_half_the_layers(
     forward: nn.Module, model: Any, data: list[dict[str, torch.Tensor]]
 ) -> list[float]:
-    """As `train`, but every other step leaves all layers out but the first; ``forward`` may wrap ``model``."""
+    """Train as `train` does, but every other step uses the first layer only. ``forward`` may wrap ``model``."""
     layers, optimizer = model.model.layers, optimizer_for(model)
     losses = []
     for step, batch in enumerate(data):
@@ -115,7 +115,7 @@ ACCELERATE_FSDP = (
 
 
 def launch(script: str, *arguments: object, with_: tuple[str, ...] = TORCHRUN) -> str:
-    """Run ``tests/distributed/<script>`` in two processes; returns what they print.
+    """Run ``tests/distributed/<script>`` in two processes. Return their output.
 
     ``with_``: the words before the script's name.
     """
@@ -123,7 +123,7 @@ def launch(script: str, *arguments: object, with_: tuple[str, ...] = TORCHRUN) -
 
 
 def run_command(*command: str) -> str:
-    """Run a command that starts processes of its own; returns what they print."""
+    """Run a command that starts processes of its own. Return their output."""
     path = [str(Path(rw.__file__).parents[1]), str(SOURCES.parent), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,

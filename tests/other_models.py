@@ -1,4 +1,4 @@
-"""Small random models of pictures and sound, and one with encoder and decoder."""
+"""Small random models for pictures and for sound, and an encoder-decoder model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def whisper() -> Any:
 
 
 def wav2vec2() -> Any:
-    """A model that has no input embeddings."""
+    """A model without input embeddings."""
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
     torch.manual_seed(0)

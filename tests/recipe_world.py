@@ -18,7 +18,7 @@ MOODS = {
 
 
 def save_tiny_model(folder: Path, **changes: Any) -> Path:
-    """A random BERT body with a word tokenizer, as a pretrained model comes: without a head."""
+    """Save a random BERT with a word tokenizer, like a pretrained model: without a head."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -40,7 +40,7 @@ def save_tiny_model(folder: Path, **changes: Any) -> Path:
 
 
 def rows(count: int, seed: int = 0) -> list[tuple[str, str, float]]:
-    """Sentences with a label and a number that follow from some of its words."""
+    """Sentences, each with a label and a number that some of its words determine."""
     chance = random.Random(seed)
     made = []
     for i in range(count):
@@ -60,7 +60,7 @@ def write_table(path: Path, count: int = 60, seed: int = 0) -> Path:
 
 
 def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
-    """A recipe in ``folder``, changed as `write_changed` does it."""
+    """Write a recipe in ``folder``, changed as by `write_changed`."""
     recipe: dict[str, Any] = {
         "model": str(model),
         "task": "text-classification",
@@ -79,7 +79,7 @@ def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
 
 
 def write_changed(folder: Path, recipe: dict[str, Any], changes: dict[str, Any]) -> Path:
-    """Write ``recipe.yaml``; ``changes`` replace whole keys, or with a double underscore keys of sections."""
+    """Write ``recipe.yaml``. ``changes`` replace whole keys; with a double underscore, a section's keys."""
     for name, value in changes.items():
         section, _, key = name.partition("__")
         if key:

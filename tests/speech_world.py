@@ -1,4 +1,4 @@
-"""A tiny Whisper of random weights, and clips of tones with a word for each, for the tests of speech recognition."""
+"""A tiny random Whisper, and clips of tones with one word for each tone, for the tests of speech recognition."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from recipe_world import write_changed
 
 WORDS = {"low": 220.0, "middle": 880.0, "high": 3000.0}
 RATE = 16000
-# The first that Whisper knows: its tokenizer counts their tokens from the start token on.
+# The first languages in Whisper's list: its tokenizer counts their tokens from the start token on.
 LANGUAGES = ("en", "zh", "de", "es", "ru", "ko", "fr", "ja")
-SECONDS = 2.0  # of the tiny model's whole window
+SECONDS = 2.0  # length of the tiny model's whole window
 
 
 def save_tiny_whisper(folder: Path, *, multilingual: bool = False, **changes: Any) -> Path:
-    """A random Whisper that hears two seconds, with a tokenizer of single bytes."""
+    """Save a random Whisper with a window of two seconds, and a tokenizer of single bytes."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import (
@@ -63,7 +63,7 @@ def save_tiny_whisper(folder: Path, *, multilingual: bool = False, **changes: An
 
 
 def tone(word: str, seconds: float = 0.5, rate: int = RATE, channels: int = 1) -> Any:
-    """Samples of shape (n, channels)."""
+    """The samples of a word's tone, (n, channels)."""
     import numpy as np
 
     time = np.arange(int(seconds * rate)) / rate
@@ -79,12 +79,12 @@ def write_clip(path: Path, word: str, seconds: float = 0.5, rate: int = RATE, ch
     return path
 
 
-# Ending, sample rate and channels: what people have.
+# Extension, sample rate and channels of common files.
 FORMS = ((".wav", 16000, 1), (".flac", 44100, 2), (".mp3", 24000, 1), (".ogg", 22050, 2), (".wav", 8000, 1))
 
 
 def write_manifest(folder: Path, count: int = 24) -> Path:
-    """Clips in ``folder/clips`` and ``folder/manifest.csv`` with the columns ``audio`` and ``text``."""
+    """Write clips into ``folder/clips``, and ``folder/manifest.csv`` with the columns ``audio`` and ``text``."""
     rows = []
     for i in range(count):
         word = list(WORDS)[i % len(WORDS)]
@@ -103,7 +103,7 @@ def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
 
 
 def write_speech_recipe(folder: Path, model: Path, **changes: Any) -> Path:
-    """A recipe in ``folder``, changed as `write_changed` does it."""
+    """Write a recipe in ``folder``, changed as by `write_changed`."""
     recipe: dict[str, Any] = {
         "model": str(model),
         "task": "speech-recognition",

@@ -1,4 +1,4 @@
-"""Nothing depends on PyTorch's default dtype: whatever it is, results are those under float32, bit for bit."""
+"""Nothing depends on PyTorch's default dtype: results are bit for bit those under float32."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def config_of(form: str, targets: list[str] = TARGETS) -> Any:
 
 
 class Block(nn.Module):
-    """Plain layers: those of Transformers make tensors of the default dtype themselves."""
+    """Plain layers, because Transformers' layers themselves make tensors of the default dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def whole_life(form: str, base: nn.Module, folder: Path) -> tuple[Any, ...]:
-    """What becomes of an adapter that is trained, cut, saved, loaded, trained on, compressed, exported and merged."""
+    """The results when an adapter is trained, cut, saved, loaded, trained on, compressed, exported and merged."""
     model = trained(form, copy.deepcopy(base))
     model.save_pretrained(folder / "own")
     model.save_pretrained(folder / "checkpoint-6")
@@ -150,10 +150,10 @@ def test_probing_finds_the_same_under_every_default(dtype: torch.dtype) -> None:
         assert rw.probe(base, batches(), config, loss=loss, max_rank=1).to_dict() == usual
 
 
-# --- what would bring the fault back ---------------------------------------------------------------------------------
+# --- code that would bring the fault back ----------------------------------------------------------------------------
 
 MAKES = {"zeros", "ones", "empty", "eye", "full", "rand", "randn", "linspace", "tensor", "arange"}
-# Whole numbers and truth values have their own dtype, and what is empty holds none; so have `options` one.
+# Integers and booleans have their own dtype, empty tensors hold no values, and `options` contain a dtype.
 FINE = {
     "method/penalty.py": ["torch.empty(0)"],
     "method/spectrum.py": ["torch.randn(d_in", "torch.zeros(d_out"],
@@ -166,7 +166,7 @@ ELSEWHERE: set[str] = set()
 
 
 def makes_floats_of_the_default(call: ast.Call) -> bool:
-    """Whether a call makes a tensor of PyTorch's default dtype; numbers that it is given may be whole ones."""
+    """Whether a call makes a tensor of PyTorch's default dtype. The numbers in it may be integers."""
     function = call.func
     if not (isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)):
         return False

@@ -1,14 +1,14 @@
-"""Every example in README.md, CONTRIBUTING.md and docs/ runs.
+"""Every example in README.md, CONTRIBUTING.md, docs/ and benchmarks/quality/ runs.
 
-What a page may use, in a folder of its own:
+Each page runs in a folder of its own, and may use:
 
-- the models that `workspace` makes: tiny ones of random weights, at the names that pages use for real ones;
+- the models that `workspace` makes: tiny random ones, under the names that pages use for real models;
 - the names in `page_namespace`, such as ``batches``, which stand for the reader's own data;
-- the recipes in `recipes/`, with tiny models and made-up data in place of the real ones.
+- the recipes in `recipes/`, with tiny models and invented data instead of the real ones.
 
-Python blocks run in one namespace per page, in order with the shell commands. A YAML block whose first line is a
-comment with a file name is saved under that name. In shell blocks, `rankwise` commands run; `make` targets and the
-extras that `pip install` names must exist; a command of any other kind is an error.
+The Python blocks of a page run in one namespace, in order with its shell commands. A YAML block whose first line is a
+comment with a file name is saved under that name. In shell blocks, `rankwise` commands are run; `make` targets and the
+extras in `pip install` must exist; any other kind of command is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ from language_world import chats, questions, save_language_model, write_lines
 from speech_world import save_tiny_whisper, write_manifest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks" / "quality").glob("*.md")),
+]
 CAUSAL_LM = "HuggingFaceTB/SmolLM2-135M"
 CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -57,7 +62,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relativ
 @pages
 def test_every_example_on_the_page_runs(page: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(workspace)
-    if page.stem == "diffusers":  # in an environment of its own: `make test-frameworks`
+    if page.stem == "diffusers":  # it has an environment of its own: `make test-frameworks`
         pytest.importorskip("diffusers")
         from diffusion_world import save_pipelines
 
@@ -81,11 +86,25 @@ def test_every_link_on_the_page_leads_to_a_file(page: Path):
     assert not missing
 
 
-# --- what pages may use --------------------------------------------------------------------------------------------
+def test_the_reference_has_every_public_name():
+    import rankwise
+    import rankwise.recipes
+    import rankwise.recipes.sweep
+    import rankwise.report
+
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = {path.rpartition(".")[2] for path in re.findall(r"^::: (rankwise\.\S+)$", pages, re.MULTILINE)}
+    modules = (rankwise, rankwise.recipes, rankwise.recipes.sweep, rankwise.report)
+    assert not {name for module in modules for name in module.__all__} - shown
+
+
+# --- names and files that pages may use ----------------------------------------------------------------------------
 
 
 def page_namespace() -> dict[str, Any]:
-    """Data that pages take as the reader's own."""
+    """Data and arguments that stand for the reader's own."""
+    from transformers import TrainingArguments
+
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, 20, (6, 4, 8), generator=generator)
     labels = torch.randint(0, 2, (6, 4), generator=generator)
@@ -98,6 +117,7 @@ def page_namespace() -> dict[str, Any]:
         "classification_batches": [
             {"input_ids": ids, "labels": label} for ids, label in zip(tokens, labels, strict=True)
         ],
+        "arguments": TrainingArguments("output", max_steps=6, learning_rate=5e-4, report_to="none"),
         "texts": [{"input_ids": ids, "labels": ids} for ids in tokens.flatten(0, 1)],
         "dataset": [
             {"input_ids": ids, "labels": label}
@@ -108,7 +128,7 @@ def page_namespace() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny models at the paths that are the real models' names."""
+    """A folder with tiny models under the real models' names."""
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("models")
@@ -143,7 +163,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_tiny_config(folder: Path, kind: str) -> None:
-    """A model's configuration without weights, for what needs no more."""
+    """Save a model's configuration without weights, for pages that need no more."""
     import transformers
 
     widths = (
@@ -162,7 +182,7 @@ def save_tiny_config(folder: Path, kind: str) -> None:
 
 @pytest.fixture
 def workspace(models: Path, tmp_path: Path) -> Path:
-    """A folder like the one a reader of the page works in."""
+    """A folder like the one in which a reader of the page works."""
     folder = tmp_path / "workspace"
     shutil.copytree(models, folder)
     with (folder / "reviews.csv").open("w", newline="", encoding="utf-8") as stream:
@@ -189,14 +209,14 @@ def workspace(models: Path, tmp_path: Path) -> Path:
         recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
         recipe["model"] = model
         recipe["data"] |= data
-        if name == "smollm2":  # shorter than for the real model
+        if name == "smollm2":  # fewer steps than for the real model
             recipe["training"]["max_steps"], recipe["sample_tokens"] = 8, 8
         (folder / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return folder
 
 
 def write_tagged(folder: Path) -> None:
-    """Sentences in which each verdict is tagged, as JSON lines and as a CoNLL-style file."""
+    """Write sentences whose verdicts are tagged, as JSON lines and as a CoNLL-style file."""
     verdicts = {"warm", "witty", "wise", "dull", "thin", "lost"}
     rows = [
         {"tokens": text.split(), "ner_tags": ["B-X" if word in verdicts else "O" for word in text.split()]}
@@ -207,7 +227,7 @@ def write_tagged(folder: Path) -> None:
     (folder / "entities.conll").write_text("\n".join(sentences), encoding="utf-8")
 
 
-# --- how a page's blocks run ---------------------------------------------------------------------------------------
+# --- running a page's blocks ---------------------------------------------------------------------------------------
 
 
 def save_file(example: Example) -> None:
@@ -248,7 +268,7 @@ def check_pip_extras(arguments: list[str]) -> None:
 
 
 def check_script(arguments: list[str]) -> None:
-    """Scripts that run for long: that they exist, and say all options that the page gives them."""
+    """Check that a long-running script exists, and has all options that the page gives."""
     if arguments[0] == "-m":
         assert importlib.util.find_spec(arguments[1]), f"python {shlex.join(arguments)}"
         return check_files(arguments[2:])
@@ -261,7 +281,7 @@ def check_script(arguments: list[str]) -> None:
 
 
 def check_files(arguments: list[str]) -> None:
-    """Commands of frameworks, which have environments of their own: that the files they are given are on the page."""
+    """Check that the files in a framework's command are on the page. Frameworks have environments of their own."""
     missing = [word for word in arguments if word.endswith((".yaml", ".py")) and not Path(word).is_file()]
     assert not missing, shlex.join(arguments)
 

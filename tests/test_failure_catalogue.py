@@ -1,15 +1,15 @@
-"""What goes wrong in adaptive-rank fine-tuning with Hugging Face PEFT, row by row, and that it can't happen here.
+"""Failures of adaptive-rank fine-tuning with Hugging Face PEFT, row by row, and tests that they can't happen here.
 
-Every test is named after what users of PEFT's AdaLoRA saw. `docs/what-cant-go-wrong.md` tells it to users. Rows
-that are tested elsewhere, with what they need:
+Every test is named after the failure that users of PEFT's AdaLoRA saw. `docs/what-cant-go-wrong.md` describes them for
+users. Some rows are tested elsewhere:
 
 - gradient checkpointing with several processes, ``Expected to mark a variable ready only once``:
   `test_distributed.py`;
-- an AdaLoRA adapter that no server takes: `test_export_lora.py`;
+- an AdaLoRA adapter that no server accepts: `test_export_lora.py`;
 - parts of a configuration that select nothing: `test_selectors.py`; new heads that stay frozen: `test_new_heads.py`;
-- options that are misspelt or passed over, notebook cells that are run again: `test_options.py`;
-- ``adapter_names`` that is swallowed: `test_rows.py`; frozen adapters and early optimizers: `test_untrained.py`;
-- PEFT's own functions on a model that rankwise has adapted: `test_states.py`.
+- options that are misspelt or ignored, notebook cells that are run again: `test_options.py`;
+- ``adapter_names`` that is ignored: `test_rows.py`; frozen adapters and early optimizers: `test_untrained.py`;
+- PEFT's own functions on a model with rankwise's layers: `test_states.py`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def optimizer_for(model: nn.Module, rate: float = 1e-2) -> torch.optim.Optimizer
 
 
 def train(model: Any, steps: int = STEPS, rate: float = 1e-2) -> Any:
-    """The plainest loop, which knows nothing of ranks."""
+    """A plain loop without any code for ranks."""
     optimizer = optimizer_for(model, rate)
     for batch in token_batches(steps):
         model(**batch).loss.backward()
@@ -181,7 +181,7 @@ def test_kthvalue_crash_with_target_r_above_init_r_is_refused(init_r: int, targe
 
 @pytest.fixture(scope="module")
 def with_rank_0() -> Any:
-    """A run in which some layers don't matter: 6 ranks to start with, 1 on average in the end."""
+    """A run in which some layers don't matter: from 6 ranks at the start to an average of 1 at the end."""
     model = train(adapted(init_r=6, target_r=1, target_modules="all-linear"), rate=3e-2)
     ranks = [row.rank for row in model.rank_summary().layers]
     assert 0 in ranks and max(ranks) > 1, "some layers should end at rank 0, or the tests show nothing"
@@ -213,7 +213,7 @@ def test_r_should_be_positive_but_is_0_while_training_goes_on(with_rank_0: Any, 
     model = copy.deepcopy(with_rank_0)
     paths = paths_at_rank_0(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on purpose, past the last step
+        warnings.simplefilter("ignore")  # training deliberately goes past the last step
         train(model, steps=2)
     assert paths_at_rank_0(model) == paths
     model.save_pretrained(tmp_path)
@@ -236,7 +236,7 @@ def test_a_layer_at_rank_0_costs_nothing_to_run_and_the_report_shows_it(with_ran
 # --- r=16 has no effect; misspelt fields are ignored ---------------------------------------------------------------
 
 
-def test_r_16_in_adaloraconfig_has_no_effect_and_this_is_told_with_what_to_set_instead() -> None:
+def test_r_16_in_adaloraconfig_has_no_effect_and_is_reported_with_the_setting_to_use() -> None:
     with pytest.warns(UserWarning, match=r"`r=16` has no effect.*set target_r=16 and init_r=32"):
         made = rw.AdaLoraConfig(r=16, init_r=12, target_r=8)
     assert (made.init_r, made.target_r) == (12, 8)
@@ -264,7 +264,7 @@ def classify(model: Any, steps: int = STEPS) -> Any:
 
 
 def tiny_roberta() -> nn.Module:
-    """Its head holds a layer called ``dense``, as its encoder does."""
+    """The head has a layer named ``dense``, and so has the encoder."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     torch.manual_seed(0)
@@ -311,7 +311,7 @@ def test_unsupported_operand_parameter_and_nonetype_with_layers_that_a_step_does
     with told() as messages:
         for step in range(1, STEPS + 1):
             batch = speech(step)
-            if step % 2:  # as with encoder outputs that were computed once and kept
+            if step % 2:  # as if encoder outputs were computed once and cached
                 hidden = BaseModelOutput(
                     model.model.encoder(batch.pop("input_features")).last_hidden_state.detach()
                 )
@@ -422,13 +422,11 @@ def test_one_nan_gradient_and_no_rank_is_pruned_for_the_rest_of_the_run(value: f
         for step, batch in enumerate(token_batches(STEPS), 1):
             before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
             model(**batch).loss.backward()
-            if (
-                step == 1
-            ):  # before the first cut: weights put back after one would bring ranks back that are off
+            if step == 1:  # before the first cut: weights restored after a cut would switch ranks on again
                 next(p for name, p in model.named_parameters() if "lora_B" in name).grad.fill_(value)
             optimizer.step()
             optimizer.zero_grad()
-            if step == 1:  # the weights are put back, as by whoever watches for it
+            if step == 1:  # the weights are restored, as by a person who watches over the run
                 for name, parameter in model.named_parameters():
                     parameter.data.copy_(before[0][name])
                 optimizer.load_state_dict(before[1])
@@ -442,7 +440,7 @@ def test_one_nan_gradient_and_no_rank_is_pruned_for_the_rest_of_the_run(value: f
 # --- training ends early, and the saved adapter is half pruned -----------------------------------------------------
 
 
-def test_training_ends_at_20_of_100_steps_and_what_is_saved_is_told_and_mended_by_one_call(
+def test_training_ends_at_20_of_100_steps_and_the_saved_adapter_is_reported_and_finished_by_one_call(
     tmp_path: Path,
 ) -> None:
     model = train(adapted(total_step=100, tinit=10, tfinal=30), steps=20)
@@ -568,7 +566,7 @@ def test_at_loras_learning_rate_adalora_learns_far_less_than_lora() -> None:
     peft = pytest.importorskip("peft")
     ours: dict[str, float] = {}
     theirs: dict[str, float] = {}
-    # At 1e-3 a model of random weights learns too little in 60 steps to tell layers apart.
+    # At 1e-3, a random model learns too little in 60 steps to tell layers apart.
     for rate in (3e-3, 1e-2):
         schedule: dict[str, Any] = {
             "init_r": 6, "target_r": 2, "tinit": 6, "tfinal": 18, "total_step": 60,
@@ -597,7 +595,7 @@ def held_out_loss(model: Any) -> float:
 # --- resuming in the pruning phase diverges ------------------------------------------------------------------------
 
 
-def test_resuming_in_the_pruning_phase_diverges_and_counts_the_budget_anew(tmp_path: Path) -> None:
+def test_resuming_in_the_pruning_phase_diverges_and_restarts_the_budget(tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
     class Ends(TrainerCallback):
@@ -608,7 +606,7 @@ def test_resuming_in_the_pruning_phase_diverges_and_counts_the_budget_anew(tmp_p
     whole = trainer_for(adapted(), tmp_path / "whole", **saving)
     whole.train()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it ends early
+        warnings.simplefilter("ignore")  # the run ends early
         trainer_for(adapted(), tmp_path / "stopped", callbacks=[Ends()], **saving).train()
     assert (tmp_path / "stopped" / "checkpoint-5").is_dir()
     resumed = trainer_for(adapted(), tmp_path / "stopped", **saving)
@@ -658,7 +656,7 @@ def test_no_way_to_see_what_happened_to_the_ranks(tmp_path: Path) -> None:
 
 
 class TwoHeads(nn.Module):
-    """As DistilBERT's classifier: the name of one module ends with the letters of the other's."""
+    """As in DistilBERT's classifier, the name of one module ends with the name of the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -743,11 +741,11 @@ def test_a_pickle_cloned_without_git_lfs_is_named_a_pointer(tmp_path: Path) -> N
         rw.PeftModel.from_pretrained(llama(), tmp_path)
 
 
-# --- numbers that grow beyond all bounds ---------------------------------------------------------------------------
+# --- numbers that grow without bound -------------------------------------------------------------------------------
 
 
 class Idle(nn.Module):
-    """A layer that trains in nobody's forward pass, as a head for another task, beside two that are used."""
+    """A layer that trains but is in no forward pass, like a head for another task, next to two that are used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -760,7 +758,7 @@ class Idle(nn.Module):
 
 @pytest.mark.parametrize("size", [1e14, 1e19, 1e25, 1e37, math.nan, math.inf])
 def test_linalgerror_from_a_decomposition_in_the_middle_of_a_run(size: float) -> None:
-    """The run goes on to its budget, and the layers that are used learn as if nothing had been."""
+    """The run continues to its target, and the layers that are used learn undisturbed."""
     whole = rw.AdaLoraConfig(
         init_r=4, target_r=2, tinit=1, tfinal=3, total_step=STEPS, target_modules=["first", "second", "idle"]
     )

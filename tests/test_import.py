@@ -1,4 +1,4 @@
-"""`import rankwise` stays fast, needs nothing but PyTorch and safetensors, and its chapters import inward only."""
+"""`import rankwise` stays fast and needs only PyTorch and safetensors, and chapters import only inner chapters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_python(code: str) -> str:
 
 
 def test_importing_rankwise_takes_hardly_longer_than_importing_torch_and_loads_no_optional_library():
-    """By processor time, which other processes on the machine disturb least; a second try meets a better moment."""
+    """Processor time is measured, which other processes disturb least. A second try may find the machine less busy."""
     ratios = []
     for _ in range(2):
         seconds, *loaded = run_python("""
@@ -55,8 +55,8 @@ def test_importing_rankwise_takes_hardly_longer_than_importing_torch_and_loads_n
     raise AssertionError(f"import rankwise takes {min(ratios):.2f} times what import torch takes")
 
 
-def test_the_core_works_where_no_optional_library_is_installed():
-    """Attach, train one step, save: with every extra hidden from the import system."""
+def test_the_core_works_without_any_optional_library():
+    """Attach, train one step and save, with all extras hidden from the import system."""
     run_python(f"""
         import sys, tempfile
         class Hidden:
@@ -90,7 +90,7 @@ CHAPTERS = (
 
 
 def imports_of_chapters() -> Iterator[tuple[Path, str, str]]:
-    """Each import that runs when a file is imported: the file, its chapter, and the chapter that it imports."""
+    """Each import that runs when a file is imported: the file, its chapter, and the imported chapter."""
     for file in sorted(SOURCE.glob("*/**/*.py")):
         chapter = file.relative_to(SOURCE).parts[0]
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -107,7 +107,7 @@ def imports_of_chapters() -> Iterator[tuple[Path, str, str]]:
 
 
 def test_chapters_import_only_those_further_inside() -> None:
-    """So that none of them runs in a circle, and the method can be read and tested without a model."""
+    """Imports therefore have no cycles, and the method can be read and tested without a model."""
     assert {folder.name for folder in SOURCE.iterdir() if (folder / "__init__.py").is_file()} == set(CHAPTERS)
     found = list(imports_of_chapters())
     assert len(found) > 100
@@ -120,7 +120,7 @@ def test_chapters_import_only_those_further_inside() -> None:
 
 
 def imports_within_chapters() -> dict[str, set[str]]:
-    """Module -> the modules of its own chapter that it imports, be it in a function or for type checkers only."""
+    """For each module, the modules of its own chapter that it imports, also in functions or for type checkers."""
     files = {
         ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): file
         for file in SOURCE.glob("*/**/*.py")
@@ -144,7 +144,7 @@ def imports_within_chapters() -> dict[str, set[str]]:
 
 
 def test_no_two_modules_of_a_chapter_import_each_other_not_even_for_their_types() -> None:
-    """So that a reader who follows imports comes to an end."""
+    """A reader who follows imports therefore comes to an end."""
     imports = imports_within_chapters()
     assert sum(map(len, imports.values())) > 100
     while done := [module for module, others in imports.items() if not others & imports.keys()]:

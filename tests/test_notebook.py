@@ -18,10 +18,10 @@ NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
 
 
 def executed(folder: Path, parameters: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The notebook with other values in the cell of its parameters, run in a kernel of its own."""
+    """Run the notebook in a kernel of its own, with other values in its cell of parameters."""
     path = [str(Path(rankwise.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own shows pictures
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own backend shows pictures
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (cell,) = (each for each in notebook.cells if "parameters" in each.metadata.get("tags", ()))
     cell.source = parameters
@@ -30,7 +30,7 @@ def executed(folder: Path, parameters: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def shown(notebook: Any, kind: str) -> int:
-    """How many outputs of a kind there are."""
+    """The number of outputs of a kind."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     return sum(kind in output.get("data", {}) for output in outputs)
 

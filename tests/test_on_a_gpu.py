@@ -1,4 +1,4 @@
-"""Runs on an NVIDIA GPU, where there is one: in every precision, without waits, and with results for any CPU."""
+"""Runs on an NVIDIA GPU, if there is one: in every precision, without waits, and with results for any CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def train(
     model: Any, forward: Callable[..., Any] | None = None, dtype: torch.dtype | None = None
 ) -> list[float]:
-    """A run on the GPU under autocast to ``dtype``, if it is given; with a scaler for float16."""
+    """Train on the GPU, under autocast to ``dtype`` if it is given, and with a gradient scaler for float16."""
     optimizer, losses = optimizer_for(model), []
     scaler = torch.amp.GradScaler(GPU, enabled=dtype == torch.float16)
     for batch in batches():
@@ -44,7 +44,7 @@ def train(
 
 
 def assert_learnt(model: Any, losses: list[float]) -> None:
-    """It ended at its target and learnt on the way."""
+    """Check that the run reached its target and has learnt."""
     state = model.allocation_state
     assert (state.phase, state.budget, state.skipped_steps) == ("final", state.target, 0)
     assert 0 < model.rank_summary().total_rank < state.initial
@@ -96,7 +96,7 @@ def test_with_gradient_checkpointing_it_is_the_same_run(reentrant: bool) -> None
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Whatever would wait for the GPU raises RuntimeError."""
+    """Let every wait for the GPU raise RuntimeError."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -119,21 +119,21 @@ def test_no_step_but_those_that_cut_waits_for_the_gpu(form: dict[str, Any]) -> N
     schedule = model._rankwise_controller.schedule
     checked = set()
     for step in range(1, 13):
-        waits = step == 1 or schedule.allocates(step)  # memory is first taken, indices are first made
+        waits = step == 1 or schedule.allocates(step)  # these steps allocate memory and make indices
         with nullcontext() if waits else no_waiting():
             model(inputs).square().mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
         checked |= set() if waits else {schedule.phase(step)}
-    assert len(checked) == 3, checked  # steps of all phases
+    assert len(checked) == 3, checked  # steps of all phases were checked
     assert len(model.rank_history.records) > 1, "ranks were cut"
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_gpu_trained_works_on_a_cpu_and_in_peft(tmp_path: Path) -> None:
+def test_an_adapter_trained_on_a_gpu_works_on_a_cpu_and_in_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = adapted(llama().to(GPU))
     train(model)
@@ -166,7 +166,7 @@ def test_a_run_that_is_resumed_in_the_middle_is_the_same_run() -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-# --- several processes, here one -----------------------------------------------------------------------------------
+# --- wrappers for several processes, here with one -----------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""benchmarks/quality: what it counts, what it compares, and that a run trains what it says."""
+"""benchmarks/quality: its counts, its comparisons, and runs that train as described."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="benchmarks/ is not 
 
 @pytest.fixture
 def quality(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The benchmark's modules, which are scripts in a folder and no package."""
+    """The benchmark's modules, which are scripts in a folder and not a package."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import methods
     import registry
@@ -51,7 +51,7 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def losses(quality: Any, **by_method: dict[float, list[float]]) -> dict[Any, dict[str, Any]]:
-    """Results of one task and rank, by method and rate, one for each seed."""
+    """Results of one task and rank, by method and learning rate, one loss for each seed."""
     return {
         quality.results.Run("task", method, 2, rate, seed): {"loss": loss, "parameters": 10}
         for method, rates in by_method.items()
@@ -120,7 +120,7 @@ def test_rates_are_tried_on_the_first_seed_and_the_others_run_at_the_best(qualit
     assert wanted(inside) == [(2e-3, 1), (2e-3, 2)]
 
 
-def test_rates_that_one_seed_cannot_tell_apart_are_tried_on_all_and_the_better_mean_counts(quality: Any):
+def test_rates_that_one_seed_cannot_separate_are_tried_on_all_and_the_better_mean_counts(quality: Any):
     asked = argparse.Namespace(tasks=["task"], methods=["LoRA"], ranks=[2], seeds=[0, 1, 2])
     best = lambda found: quality.results.best_rate(found, "task", "LoRA", 2, 0)  # noqa: E731
     wanted = lambda found: [run for run in quality.run.wanted(asked, found) if run not in found]  # noqa: E731
@@ -134,7 +134,7 @@ def test_rates_that_one_seed_cannot_tell_apart_are_tried_on_all_and_the_better_m
     assert best(edge) is None, "the one with the better mean has to lie inside, too"
 
 
-def test_the_tables_of_what_has_been_run_need_no_data():
+def test_the_tables_of_finished_runs_need_no_data():
     told = subprocess.run(
         [sys.executable, str(FOLDER / "run.py"), "--tables"], capture_output=True, text=True, check=True
     )
@@ -156,11 +156,9 @@ def test_a_missing_source_is_named():
     assert told.returncode == 2 and "--reviews must name a file that exists, not nothing.csv" in told.stderr
 
 
-def test_the_documentation_has_the_tables_of_what_has_been_run_and_no_other_ones(quality: Any):
-    docs = FOLDER.parent.parent / "docs"
-    written, results = (
-        (docs / name).read_text(encoding="utf-8") for name in ("quality.md", "quality-results.md")
-    )
+def test_the_documentation_has_the_tables_of_finished_runs_and_no_others(quality: Any):
+    page = FOLDER.parent.parent / "docs" / "quality.md"
+    written, results = (file.read_text(encoding="utf-8") for file in (page, FOLDER / "results.md"))
     report = quality.report.report(quality.results.read(), 0)
     assert results.endswith(report.pop("all") + "\n")
     missing = [name for name, said in report.items() if said not in written and said not in results]
@@ -169,7 +167,7 @@ def test_the_documentation_has_the_tables_of_what_has_been_run_and_no_other_ones
     assert [line for line in written.splitlines() if line.startswith("|") and line not in rows] == []
 
 
-def test_the_summary_tells_how_much_of_what_four_times_the_rank_would_bring_comes_without_it(quality: Any):
+def test_the_summary_gives_the_share_of_the_gain_from_four_times_the_rank(quality: Any):
     def tuned(method: str, rank: float, losses: list[float]) -> dict[Any, dict[str, Any]]:
         run = quality.results.Run
         edges = {run("task", method, rank, rate, 0): {"loss": 9.0, "parameters": 1} for rate in (1e-3, 4e-3)}
@@ -210,14 +208,14 @@ def test_runs_where_rank_is_scarce_are_told_apart_from_the_others(quality: Any):
     ]
     assert differences == [[[0.5, 0.25]], [[-0.25], [0.0]]]
     said = quality.report.one_by_one(found, 0).splitlines()[-1]
-    # The error is one over the cells, as runs of one cell are alike.
+    # The error is computed over the cells, because the runs of one cell are alike.
     assert (
         said
         == "| PEFT LoRA | 37.5% lower (1) | lower in 2 of 2 | 12.5% higher ± 12.5% (2) | lower in 0 of 2 |"
     )
 
 
-def test_what_a_method_saves_is_the_least_rank_at_which_it_is_level_with_loras_largest(quality: Any):
+def test_a_methods_saving_is_the_smallest_rank_at_which_it_equals_loras_largest(quality: Any):
     def tuned(method: str, rank: float, losses: list[float]) -> dict[Any, dict[str, Any]]:
         run = quality.results.Run
         at = {1e-3: [losses[0] + 0.2], 2e-3: losses, 4e-3: [losses[0] + 0.4]}
@@ -293,7 +291,7 @@ def test_all_methods_train_on_the_same_data_to_the_same_number_of_parameters(
     assert lora == 2 * 6 * (4 * (384 + 384) + 2 * (384 + 1536))
     for method, count in parameters.items():
         if "AdaLoRA" in method or "EVA" in method or "paper" in method:
-            # They count ranks, be they of wide layers or of narrow ones.
+            # These methods count ranks, whether of wide or of narrow layers.
             assert lora / 3 < count < 3 * lora, method
         elif method.startswith("rankwise") or "cut" in method:
             assert 0.9 * lora < count <= lora, method

@@ -1,4 +1,4 @@
-"""The quickstart's promise: a real model learns a real task, and ranks move to where they are used."""
+"""The quickstart's promise: a real model learns a real task, and ranks move to the layers that use them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from rankwise import RankHistory
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
-LAYERS = 36  # six linear maps in each of six blocks
+LAYERS = 36  # six linear layers in each of six blocks
 PARAMETERS_OF_LORA = 4 * 6 * (4 * (384 + 384) + 2 * (384 + 1536))  # at rank 4 on the same layers
 
 

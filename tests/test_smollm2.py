@@ -11,7 +11,7 @@ import pytest
 from rankwise import RankHistory
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "smollm2.yaml"
-LAYERS = 210  # seven linear maps in each of thirty blocks
+LAYERS = 210  # seven linear layers in each of thirty blocks
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What the recipe for Whisper tiny promises: real weights learn a voice that they mishear."""
+"""The promise of the recipe for Whisper tiny: real weights learn a voice that they mishear at first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEARD_WHOLE = 16
 
 @pytest.mark.slow
 def test_whisper_learns_a_voice_that_it_mishears(tmp_path: Path) -> None:
-    """The word error rate is halved at least, also with the ordinary model and its thirty seconds."""
+    """The word error rate falls at least by half, also with the ordinary model and its window of thirty seconds."""
     if not MODEL.is_dir():
         pytest.skip(f"there are no Whisper weights in {MODEL}")
     if shutil.which("espeak-ng") is None:
@@ -40,7 +40,7 @@ def test_whisper_learns_a_voice_that_it_mishears(tmp_path: Path) -> None:
 
 
 def heard_whole(overrides: list[str], folder: Path) -> float:
-    """The word error rate of the saved adapter on the ordinary model, which hears thirty seconds."""
+    """The word error rate of the saved adapter on the ordinary model, whose window is thirty seconds."""
     from transformers import AutoProcessor, WhisperForConditionalGeneration
 
     recipe = load_recipe(ROOT / "recipes" / "whisper-tiny.yaml", [*overrides, "data.max_seconds=30"])

@@ -1,4 +1,4 @@
-"""Small random models and data that the tests share; real architectures, no download."""
+"""Small random models and data that tests share: real architectures, no downloads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = "a cat sat on the mat while dogs ran far away".split()
 
 @contextmanager
 def told() -> Iterator[list[str]]:
-    """What is warned of, as a list that fills up when the context ends."""
+    """A list of the warnings given in the context. It is filled when the context ends."""
     messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -49,7 +49,7 @@ def bert(seed: int = 0, labels: int = 3, **changes: object) -> nn.Module:
 def token_batches(
     count: int, seed: int = 1, size: int = 4, length: int = 12
 ) -> list[dict[str, torch.Tensor]]:
-    """Sequences in which every token follows from the one before, so that there is something to learn."""
+    """Sequences in which every token follows from the previous one, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(count):
@@ -62,7 +62,7 @@ def token_batches(
 
 
 def mix_ranks(adapted: Any, rank_of: Callable[[int, str], int], std: float = 0.3, seed: int = 3) -> None:
-    """Give an AdaLoRA adapter weights that show, and each layer the rank that its number and path give it."""
+    """Give an AdaLoRA adapter visible weights, and each layer a rank that depends on its number and path."""
     adapted.finalize_ranks()
     controller = adapted._rankwise_controller
     generator = torch.Generator().manual_seed(seed)
@@ -71,7 +71,7 @@ def mix_ranks(adapted: Any, rank_of: Callable[[int, str], int], std: float = 0.3
     for number, (path, layer) in enumerate((pair.path, pair.layer) for pair in controller.factors.pairs):
         for parameter in layer.adapter_parameters("default").values():
             parameter.data.normal_(std=std, generator=generator)
-        blocks = range(len(layer.lora_A["default"]) // init_r)  # of experts: one each
+        blocks = range(len(layer.lora_A["default"]) // init_r)  # experts: one block each
         kept[path] = torch.cat([torch.arange(init_r) < rank_of(number + block, path) for block in blocks])
         layer.lora_A["default"].data[~kept[path]] = 0
         layer.lora_B["default"].data[:, ~kept[path]] = 0
@@ -79,7 +79,7 @@ def mix_ranks(adapted: Any, rank_of: Callable[[int, str], int], std: float = 0.3
 
 
 def words_tokenizer() -> Any:
-    """A tokenizer that knows `WORDS`; its ends of sequences are "[SEP]"."""
+    """A tokenizer that knows `WORDS`. It ends sequences with "[SEP]"."""
     from transformers import BertTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}

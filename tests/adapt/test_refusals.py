@@ -1,4 +1,4 @@
-"""What `adapt_ranks` refuses: by name, with what to do, and before anything is touched."""
+"""Refusals of `adapt_ranks`: they name the reason and the remedy, and come before anything has changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def untouched(model: Any, before: dict[str, torch.Tensor]) -> bool:
         ({"lora_bias": True}, "lora_bias"),
     ],
 )
-def test_what_would_change_its_meaning_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+def test_adapters_whose_meaning_would_change_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
     model = with_lora("linear", base("linear", torch.float32), **changes)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=named):
@@ -43,7 +43,7 @@ def test_loftq_is_refused() -> None:
         rw.adapt_ranks(model, target_r=2, total_step=10)
 
 
-def test_variants_that_read_the_factors_in_a_way_of_their_own_are_refused() -> None:
+def test_variants_that_read_the_factors_differently_are_refused() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes: dict[str, Any] = {
@@ -88,7 +88,7 @@ def test_other_kinds_of_adapters_are_named(config: Any, named: str) -> None:
         rw.adapt_ranks(model, target_r=2, total_step=10)
 
 
-def test_a_model_without_an_adapter_is_told_how_to_get_one() -> None:
+def test_a_model_without_an_adapter_is_refused_with_the_way_to_get_one() -> None:
     with pytest.raises(ValueError, match=r"has no adapter.*get_peft_model"):
         rw.adapt_ranks(base("linear"), target_r=2)
     with pytest.raises(TypeError, match="FactorPairs"):
@@ -118,7 +118,7 @@ def test_merged_adapters_are_refused() -> None:
         rw.adapt_ranks(model, target_r=2, total_step=10)
 
 
-def test_an_adapter_that_is_not_there_or_not_clear_is_named() -> None:
+def test_a_missing_or_ambiguous_adapter_is_named() -> None:
     model = with_lora("linear")
     with pytest.raises(ValueError, match=r"no adapter 'sft'.*'default'"):
         rw.adapt_ranks(model, target_r=2, total_step=10, adapter="sft")
@@ -142,14 +142,14 @@ def test_an_adapter_that_is_not_there_or_not_clear_is_named() -> None:
         ({"tinit": -1}, ValueError, "tinit"),
     ],
 )
-def test_numbers_that_make_no_run_are_refused(
+def test_impossible_settings_of_a_run_are_refused(
     settings: dict[str, Any], kind: type[Exception], named: str
 ) -> None:
     model = with_lora("linear")
     with pytest.raises(kind, match=named):
         rw.adapt_ranks(model, **{"target_r": 2, "total_step": 10, **settings})
     assert model.base_model.model[0].scaling["default"] == 2.0
-    rw.adapt_ranks(model, target_r=2, total_step=10)  # nothing is left of the first attempt
+    rw.adapt_ranks(model, target_r=2, total_step=10)  # the first attempt has left nothing behind
 
 
 def test_a_run_of_unknown_length_does_not_begin() -> None:

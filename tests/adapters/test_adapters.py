@@ -36,7 +36,7 @@ def _conv1d() -> nn.Module:
 
 
 class Doubled(nn.Linear):
-    """A user's own linear layer, whose forward is not nn.Linear's."""
+    """A user's own linear layer with another forward pass than nn.Linear's."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -85,13 +85,13 @@ RANK, ALPHA = 4, 6
 def _adapted(
     name: str, adalora: bool, dtype: torch.dtype = torch.float64, **options: Any
 ) -> tuple[Any, Any, Tensor]:
-    """A model of one layer with random factors, its untouched copy, and an input."""
+    """A model of one layer with random factors, its unchanged copy, and an input."""
     torch.manual_seed(0)
     make_layer, make_input = LAYERS[name]
     model = nn.Sequential(make_layer()).to(dtype)
     base, x = copy.deepcopy(model), make_input()
     if adalora:
-        # The paper's form, in which E trains, too.
+        # The paper's form, whose E trains, too.
         options = {"init_lora_weights": True, **options}
         config = rw.AdaLoraConfig(
             init_r=RANK, target_r=2, total_step=10, lora_alpha=ALPHA, target_modules=["0"], **options
@@ -106,7 +106,7 @@ def _adapted(
 
 
 def _delta(layer: AdapterLayer, adalora: bool) -> Tensor:
-    """The update as the formula has it, (d_out, d_in)."""
+    """The update by its formula, (d_out, d_in)."""
     A, B = layer.lora_A["default"], layer.lora_B["default"]
     if adalora:
         return ALPHA / (RANK + 1e-5) * B @ torch.diag(layer.lora_E["default"].flatten()) @ A
@@ -135,7 +135,7 @@ BOTH = [
 @pytest.mark.parametrize(("name", "adalora"), BOTH)
 def test_output_is_that_of_the_base_plus_the_update(name: str, adalora: bool) -> None:
     model, base, x = _adapted(name, adalora)
-    if name == "linear-of-a-users-class":  # the adapter's share is added to whatever the layer makes
+    if name == "linear-of-a-users-class":  # the adapter adds its part to the layer's own output
         expected = base(x) + x @ _delta(model[0], adalora).T
     elif _mergeable(name, adalora):
         expected = _moved_base(base, _delta(model[0], adalora))(x)
@@ -147,7 +147,7 @@ def test_output_is_that_of_the_base_plus_the_update(name: str, adalora: bool) ->
 
 
 @pytest.mark.parametrize("adalora", [False, True])
-def test_inputs_may_lie_in_memory_as_they_like(adalora: bool) -> None:
+def test_inputs_may_have_any_memory_layout(adalora: bool) -> None:
     model, base, _ = _adapted("linear", adalora)
     moved = _moved_base(base, _delta(model[0], adalora))
     x = torch.randn(6, 4, 3, 2, dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_inputs_may_lie_in_memory_as_they_like(adalora: bool) -> None:
 
 
 def _two_convolutions(layer: Any, x: Tensor) -> Tensor:
-    """Plain LoRA of a grouped convolution: a dense one to r channels, then a grouped one of one pixel."""
+    """Plain LoRA of a grouped convolution: a dense convolution to r channels, then a grouped one with kernel size 1."""
     A, B = layer.lora_A["default"], layer.lora_B["default"]
     A = A.reshape(RANK, layer.in_channels, *layer.kernel_size)
     hidden = F.conv2d(x, A, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
@@ -181,7 +181,7 @@ def test_merging_gives_the_same_output_and_unmerging_the_old_weight(name: str, a
         model[0].delta_weight("default"), model[0].shape_like_weight(_delta(model[0], adalora))
     )
     model.merge_adapter()
-    if name != "linear-of-a-users-class":  # the user's forward doubles what is in the weight
+    if name != "linear-of-a-users-class":  # the user's forward pass doubles the merged update, too
         torch.testing.assert_close(model(x), before, atol=1e-10, rtol=1e-10)
     merged = model[0].weight.clone()
     model.merge_adapter()
@@ -206,14 +206,17 @@ def test_gradients_are_the_derivatives(name: str, adalora: bool) -> None:
         named = dict(zip(trained, values, strict=False))
         return torch.func.functional_call(model, named, (values[-1] if x.is_floating_point() else x,))
 
-    if name not in ("embedding-padding", "embedding-frequencies"):  # not the derivatives, on purpose
+    if name not in (
+        "embedding-padding",
+        "embedding-frequencies",
+    ):  # these deliberately differ from the derivatives
         assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("adalora", [False, True])
 def test_function_transforms_work(adalora: bool) -> None:
-    """Gradients for every sample, and derivatives forward, as torch.func has them."""
+    """Per-sample gradients and forward-mode derivatives, as in torch.func."""
     model, _, x = _adapted("linear", adalora)
     trained = {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
 
@@ -241,7 +244,7 @@ def test_padding_entries_of_an_embedding_get_no_gradient(adalora: bool) -> None:
 
 @pytest.mark.parametrize("frozen", ["input", "everything"])
 @pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d", "embedding"])
-def test_no_graph_is_made_for_what_does_not_train(name: str, frozen: str) -> None:
+def test_no_graph_is_made_for_frozen_parameters(name: str, frozen: str) -> None:
     model, _, x = _adapted(name, adalora=True)
     if frozen == "everything":
         model.requires_grad_(False)
@@ -378,7 +381,7 @@ def test_autocast_over_a_half_precision_base() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_safe_merge_refuses_what_is_not_finite(bad: float) -> None:
+def test_safe_merge_refuses_values_that_are_not_finite(bad: float) -> None:
     model, base, x = _adapted("linear", adalora=True)
     model[0].lora_B["default"].data[0, 0] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
@@ -390,7 +393,7 @@ def test_safe_merge_refuses_what_is_not_finite(bad: float) -> None:
 
 
 def test_a_weight_that_is_computed_is_not_merged_into() -> None:
-    """Added to a weight that weight_norm makes anew in every call, the update would be lost in silence."""
+    """weight_norm computes the weight again in every call, so that a merged update would be lost silently."""
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
     model: Any = nn.Sequential(OrderedDict(plain=nn.Linear(4, 4), normed=normed))
     rw.get_peft_model(model, rw.LoraConfig(r=2, target_modules=["plain", "normed"], init_lora_weights=False))
@@ -433,7 +436,7 @@ def test_active_adapters_add_up() -> None:
         model.unmerge_adapter()
 
 
-# Kinds that can't be adapted.
+# Layers that can't be adapted.
 
 
 def test_a_rank_that_groups_do_not_divide_is_refused_by_name() -> None:

@@ -1,4 +1,4 @@
-"""The adapter's branch of a linear layer: its dtypes, what it costs, what it saves, and which triplets it pays for."""
+"""The adapter's branch of a linear layer: dtypes, costs, saved memory, and the triplets that it computes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRECISIONS = {
 }
 
 
-# --- what it costs -------------------------------------------------------------------------------------------------
+# --- costs ---------------------------------------------------------------------------------------------------------
 
 
 def step(model: Any, autocast: bool) -> None:
@@ -37,8 +37,8 @@ def step(model: Any, autocast: bool) -> None:
 
 
 def cost(model: Any, autocast: bool) -> tuple[int, int]:
-    """Operations of a step, and bytes that it saves for its backward pass, parameters not counted."""
-    step(model, autocast)  # what a pass asks for is ready in the next
+    """The operations of a step, and the bytes that it saves for its backward pass, without parameters."""
+    step(model, autocast)  # the first pass prepares what later passes reuse
     model.zero_grad()
     with saved_for_backward(model) as saved:
         step(model, autocast)
@@ -70,7 +70,7 @@ def pruning(model: Any, **form: Any) -> Any:
 
 
 def final(model: Any, **form: Any) -> Any:
-    """Every layer has had triplets pruned, of which the last are closed."""
+    """All layers have had triplets pruned: the last ones are off."""
     model = pruning(model, **form)
     for module in model.modules():
         if hasattr(module, "lora_E"):
@@ -99,7 +99,7 @@ def test_operations_and_saved_bytes_of_a_step_stay_within_bounds(precision: str)
     ).train()
     count, size = cost(theirs, autocast)
     assert operations[final] <= (count - made[frozen][0]) / LAYERS - (1.5 if precision == "float32" else 4)
-    if precision == "bfloat16":  # a float32 copy of each input less
+    if precision == "bfloat16":  # a float32 copy of each input is not needed
         assert made[lora][1] <= 0.66 * size
     else:
         assert made[lora][1] <= size
@@ -224,11 +224,11 @@ def test_under_autocast_checkpointed_layers_give_the_same_gradients(reentrant: b
     torch.testing.assert_close(made, expected, rtol=0, atol=0)
 
 
-# --- what it computes ----------------------------------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------------------------------------
 
 
 class Own(nn.Linear):
-    """A user's layer: it is not computed in one step of autograd with its adapter, but before and after it."""
+    """A user's layer. It is not computed in one autograd step with its adapter, but before and after it."""
 
 
 KINDS = pytest.mark.parametrize("kind", [nn.Linear, Own], ids=["one step", "two steps"])
@@ -308,7 +308,7 @@ def test_only_the_kept_triplets_act_and_the_others_get_gradients_of_zero(
     closed = torch.ones(4, dtype=torch.bool)
     closed[slice(kept) if isinstance(kept, int) else kept] = False
     if not trains:
-        E.data[closed] = 0  # as closing gates leaves them; those that train may have moved since
+        E.data[closed] = 0  # as closing gates leaves them; gates that train may have moved since
     layer.kept["default"] = kept
     A, B = layer.lora_A["default"], layer.lora_B["default"]
 
@@ -375,7 +375,7 @@ def test_checkpointing_with_dropout_gives_the_same_gradients(dtype: torch.dtype,
     torch.testing.assert_close(straight, again, rtol=0, atol=0)
 
 
-def test_dropout_saves_its_input_and_where_it_let_it_through() -> None:
+def test_dropout_saves_only_its_input_and_its_mask() -> None:
     model, x = layer_of(torch.float32, lora_dropout=0.4).train(), torch.randn(500, 6, requires_grad=True)
     saved: dict[int, Tensor] = {}
 
@@ -416,7 +416,7 @@ def test_the_next_layer_may_change_the_output_in_place(shape: tuple[int, ...], k
 def test_a_weight_that_is_exchanged_after_the_forward_pass_is_not_in_its_backward_pass(
     kind: type[nn.Linear],
 ) -> None:
-    """As by ``model.half()``, or by what swaps layers out of the memory of a GPU."""
+    """A weight may be replaced by ``model.half()``, or by tools that swap layers out of a GPU's memory."""
     model, x = layer_of(kind=kind), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(model(x).sum(), x)
     output = model(x)
@@ -426,7 +426,7 @@ def test_a_weight_that_is_exchanged_after_the_forward_pass_is_not_in_its_backwar
 
 
 def test_a_factor_is_asked_for_in_a_way_that_tools_can_answer() -> None:
-    """DeepSpeed ZeRO-3 puts dictionaries in place that bring a parameter when it is asked for."""
+    """DeepSpeed ZeRO-3 replaces modules' dictionaries by ones that fetch a parameter when it is read."""
     asked = []
 
     class Bringing(dict):  # type: ignore[type-arg]
@@ -445,14 +445,14 @@ def test_a_factor_is_asked_for_in_a_way_that_tools_can_answer() -> None:
 
 
 class Shared(nn.Linear):
-    """A user's layer that gives out what it also holds, so that nobody may write into it."""
+    """A user's layer that returns a tensor which it also keeps, so that nobody may write into it."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen = x + super().forward(x)
         return self.seen
 
 
-def test_what_a_users_layer_gives_out_is_not_written_into() -> None:
+def test_the_output_of_a_users_layer_is_not_written_into() -> None:
     model = nn.Sequential(Shared(6, 6)).double()
     rw.get_peft_model(model, rw.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     layer, x = model[0], torch.randn(4, 6, dtype=torch.float64)
@@ -469,12 +469,12 @@ def test_what_a_users_layer_gives_out_is_not_written_into() -> None:
     torch.testing.assert_close(gradients(model, x), gradients(model, x, composed))
 
 
-# --- factors made ready once in a pass ---------------------------------------------------------------------------
+# --- factors that are prepared once per pass -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["fused", "data", "part"])
 def test_a_changed_factor_acts_at_once_however_it_was_changed(how: str) -> None:
-    """Neither a fused optimizer nor ``.data`` counts a parameter's version up."""
+    """Neither a fused optimizer nor ``.data`` increments a parameter's version."""
     model, x = layer_of(torch.bfloat16), torch.randn(50, 6).bfloat16()
     for _ in range(2):
         before = gradients(model, x)[0]

@@ -1,4 +1,4 @@
-"""AdaLoRA on experts: each has ranks of its own."""
+"""AdaLoRA on experts: each expert has its own ranks."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ def test_the_penalty_is_the_mean_over_the_factors_of_every_expert() -> None:
         torch.testing.assert_close(before - parameter.detach(), leaf.grad.float(), atol=1e-6, rtol=1e-4)
 
 
-# Experts that no token reaches
+# Experts that receive no tokens
 
 
 class TwoOfEight(nn.Module):
-    """Eight experts of which a router that is frozen sends the task's tokens to two."""
+    """Eight experts with a frozen router that sends the task's tokens to two of them."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_ranks_stay_with_the_two_experts_of_eight_that_tokens_reach(form: Any) -
     others = {path: rank for path, rank in found.items() if path not in reached}
     assert len(reached) == 4 and len(others) == 12
     assert set(others.values()) == {0}
-    assert min(reached.values()) == 8  # there is budget for all of them
+    assert min(reached.values()) == 8  # the budget is enough for all of their ranks
 
 
 # Files
@@ -264,7 +264,7 @@ def test_inspecting_a_folder_shows_every_expert(trained: Any, tmp_path: Path) ->
     }
 
 
-# What a recipe plans
+# A recipe's plan
 
 
 def test_the_plan_of_a_recipe_counts_the_experts(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_the_plan_of_a_recipe_counts_the_experts(tmp_path: Path) -> None:
         settings = [f"model={tmp_path / 'base'}", "data.max_length=8", *changes]
         return plan_memory(load_recipe(recipe, settings, data_needed=False))
 
-    with pytest.warns(UserWarning, match="experts of this model are none"):
+    with pytest.warns(UserWarning, match="experts of this model are not"):
         without = planned("adapter.target_parameters=null")
     found = planned()
     # A and B of 4 experts in 2 layers, at 8 ranks: 16 wide in and 48 out, and 24 in and 16 out

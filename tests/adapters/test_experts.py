@@ -1,4 +1,4 @@
-"""LoRA on the experts of a mixture of experts, which are parameters and not layers."""
+"""LoRA on the experts of a mixture, which are parameters and not layers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: P
     assert torch.equal(resumed(some_tokens()).logits, whole(some_tokens()).logits)
 
 
-# What it computes, and with what
+# Results, and the operations that give them
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -130,7 +130,7 @@ def test_gradients_are_those_of_peft(way: str, tmp_path: Path) -> None:
 def test_every_family_of_models_trains_without_forming_a_weight(family: str) -> None:
     model = lora(tiny_moe(family))
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # which would tell of it
+        warnings.simplefilter("error", UserWarning)  # a formed weight would give such a warning
         found = gradients(model)
     assert len([name for name in found if "adapted_parameters" in name]) >= 4
     assert all(gradient.any() for gradient in found.values())
@@ -175,7 +175,7 @@ def test_half_precision_weights_are_multiplied_in_half_precision(family: str, wa
     assert difference.abs().max() < 0.05
 
 
-def test_autocast_gives_what_float32_gives_but_for_rounding() -> None:
+def test_autocast_gives_the_same_as_float32_up_to_rounding() -> None:
     model = lora(tiny_moe())
     wanted = model(some_tokens()).logits
     with torch.autocast("cpu", torch.bfloat16):
@@ -221,7 +221,7 @@ def test_copies_and_pickles_have_slots_of_their_own() -> None:
 # The stand-in for a weight
 
 
-def test_the_sum_is_formed_and_said_where_an_operation_needs_it() -> None:
+def test_the_sum_is_formed_with_a_warning_if_an_operation_needs_it() -> None:
     base, left, right = torch.randn(2, 3, 4), torch.randn(2, 3, 1), torch.randn(2, 1, 4)
     x = torch.randn(2, 5, 4)
     weight = SummedWeight.make(base, left, right)
@@ -265,11 +265,11 @@ def test_a_kernel_that_sees_only_memory_gets_the_formed_weight() -> None:
         ALL_EXPERTS_FUNCTIONS._local_mapping.pop("kernel", None)
 
 
-# What is said, and refused
+# Warnings and refusals
 
 
 def test_all_linear_says_which_experts_it_leaves_out_and_how_to_adapt_them() -> None:
-    with pytest.warns(UserWarning, match="experts of this model are none: 4 stacks of weights with") as told:
+    with pytest.warns(UserWarning, match="experts of this model are not: 4 stacks of weights with") as told:
         rw.get_peft_model(tiny_moe(), rw.LoraConfig(target_modules="all-linear"))
     assert [str(each.message).count(f"`target_parameters={EXPERTS}`") for each in told] == [1]
     with warnings.catch_warnings():
@@ -295,7 +295,7 @@ def test_all_linear_says_which_experts_it_leaves_out_and_how_to_adapt_them() -> 
         ),
     ],
 )
-def test_what_can_not_be_adapted_is_refused_and_the_model_is_as_before(options: Any, message: str) -> None:
+def test_impossible_targets_are_refused_and_the_model_is_unchanged(options: Any, message: str) -> None:
     base = tiny_moe()
     kinds = [type(module) for module in base.modules()]
     with pytest.raises(ValueError, match=message):
@@ -304,7 +304,7 @@ def test_what_can_not_be_adapted_is_refused_and_the_model_is_as_before(options: 
     assert list(base.state_dict()) == list(tiny_moe().state_dict())
 
 
-def test_a_name_that_matches_nothing_beside_others_is_told() -> None:
+def test_a_name_that_matches_nothing_is_reported_if_others_match() -> None:
     with pytest.warns(UserWarning, match="'experts.up_proj', but the model has no such parameter"):
         lora(tiny_moe(), target_parameters=[*EXPERTS, "experts.up_proj"])
 
@@ -316,12 +316,12 @@ def test_a_name_that_matches_nothing_beside_others_is_told() -> None:
         (
             {"target_parameters": EXPERTS, "lora_dropout": 0.1},
             ValueError,
-            "does not go with `target_parameters`",
+            "does not work with `target_parameters`",
         ),
         ({"target_modules": []}, ValueError, "`target_modules` is empty"),
     ],
 )
-def test_a_configuration_that_can_not_work_is_refused(
+def test_a_configuration_that_cannot_work_is_refused(
     fields: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

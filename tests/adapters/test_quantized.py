@@ -95,7 +95,7 @@ def assert_whole_run(model: Any) -> None:
 
 
 def logits(model: nn.Module) -> torch.Tensor:
-    """Computed as in training: in evaluation bitsandbytes may use other kernels, which round in another way."""
+    """The logits in training mode: in evaluation, bitsandbytes may use other kernels, which round differently."""
     was = model.training
     with torch.no_grad():
         made = model.train()(**X).logits
@@ -109,7 +109,7 @@ def evaluate(model: nn.Module) -> None:
 
 
 def base_values(model: Any) -> list[torch.Tensor]:
-    """The packed weights, in order."""
+    """The packed weights, in the order of the model."""
     held = [layer.weight for name, layer in model.named_modules() if name.endswith(("q_proj", "o_proj"))]
     return [w.dequantize() if type(w).__module__.startswith("torchao") else w.data.clone() for w in held]
 
@@ -178,7 +178,7 @@ def test_an_adapter_learns_the_same_on_a_quantized_base_as_on_its_dequantized_va
 
 
 def dense(layer: Any) -> torch.Tensor:
-    """A layer's weight as numbers, found by asking the layer itself."""
+    """A layer's weight as plain numbers, obtained from the layer itself."""
     weight = layer.weight
     if hasattr(weight, "dequantize") and type(weight).__module__.startswith("torchao"):
         return weight.dequantize().float()
@@ -272,7 +272,7 @@ def test_second_derivatives_reach_through_a_packed_layer(kind: str) -> None:
 
 
 def test_gradients_reach_through_4_bit_layers_after_evaluation(folder: Path) -> None:
-    """On some CPUs bitsandbytes packs 4-bit weights anew in evaluation, and no gradient flows through them then."""
+    """In evaluation on some CPUs, bitsandbytes repacks 4-bit weights, and no gradient flows through these."""
     runs = []
     for evaluates in (False, True):
         model = base("4-bit", folder)
@@ -322,11 +322,11 @@ def test_a_copy_of_a_quantized_model_trains_on_by_itself(kind: str, folder: Path
 
 
 @pytest.mark.parametrize("kind", BNB)
-def test_merging_into_bitsandbytes_layers_requantizes_and_says_so(kind: str, folder: Path) -> None:
+def test_merging_into_bitsandbytes_layers_requantizes_with_a_warning(kind: str, folder: Path) -> None:
     model = train(adapted(base(kind, folder))).eval()
     expected, weights = logits(model), base_values(model)
     plain = logits(base(kind, folder))
-    with pytest.warns(UserWarning, match="quantized anew"):
+    with pytest.warns(UserWarning, match="quantized again"):
         model.merge_adapter()
     moved, lost = (expected - plain).norm(), (logits(model) - expected).norm()
     assert lost < (0.8 if kind == "4-bit" else 0.2) * moved
@@ -334,7 +334,7 @@ def test_merging_into_bitsandbytes_layers_requantizes_and_says_so(kind: str, fol
     model.unmerge_adapter()
     assert all(map(torch.equal, base_values(model), weights))
     torch.testing.assert_close(logits(model), expected)
-    with pytest.warns(UserWarning, match="quantized anew"):
+    with pytest.warns(UserWarning, match="quantized again"):
         alone = model.merge_and_unload()
     torch.testing.assert_close(logits(alone), merged)
     assert type(alone.model.layers[0].self_attn.q_proj).__name__ in ("Linear4bit", "Linear8bitLt")
@@ -342,13 +342,15 @@ def test_merging_into_bitsandbytes_layers_requantizes_and_says_so(kind: str, fol
 
 
 @pytest.mark.parametrize("kind", BNB)
-def test_a_merged_and_unmerged_model_trains_on_as_if_nothing_had_been(kind: str, folder: Path) -> None:
+def test_a_merged_and_unmerged_model_trains_on_as_if_it_had_never_been_merged(
+    kind: str, folder: Path
+) -> None:
     runs = []
     for merges in (False, True):
         model = adapted(base(kind, folder))
         train(model, range(4))
         if merges:
-            with pytest.warns(UserWarning, match="quantized anew"):
+            with pytest.warns(UserWarning, match="quantized again"):
                 model.merge_adapter()
             model.unmerge_adapter()
         train(model, range(4, STEPS))
@@ -358,7 +360,7 @@ def test_a_merged_and_unmerged_model_trains_on_as_if_nothing_had_been(kind: str,
 
 
 @pytest.mark.parametrize("kind", ["torchao int8", "torchao int4"])
-def test_merging_into_torchao_weights_is_refused_with_the_way_round_it(
+def test_merging_into_torchao_weights_is_refused_with_a_remedy(
     kind: str, folder: Path, tmp_path: Path
 ) -> None:
     model = train(adapted(base(kind, folder)))
@@ -367,7 +369,7 @@ def test_merging_into_torchao_weights_is_refused_with_the_way_round_it(
         model.merge_and_unload()
     assert torch.equal(logits(model), expected) and isinstance(model, rw.PeftModel)
     model.save_pretrained(tmp_path)
-    merged = rw.PeftModel.from_pretrained(llama(**SIZES), tmp_path).merge_and_unload()  # the way round
+    merged = rw.PeftModel.from_pretrained(llama(**SIZES), tmp_path).merge_and_unload()  # the remedy
     assert (logits(merged) - expected).norm() < 0.3 * expected.norm()
 
 
@@ -386,7 +388,7 @@ def test_an_8_bit_layer_that_keeps_half_precision_weights_merges_without_packing
     assert torch.equal(layer.weight, before)
 
 
-def test_a_quantized_head_that_should_train_whole_is_refused_with_what_to_set(tmp_path: Path) -> None:
+def test_a_quantized_head_that_should_train_whole_is_refused_with_the_setting_to_use(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     bert(hidden_size=64).save_pretrained(tmp_path)
@@ -406,7 +408,7 @@ def test_a_quantized_head_that_should_train_whole_is_refused_with_what_to_set(tm
 
 
 class PackedLinear(nn.Module):
-    """Stands in for the layers of GPTQ and AWQ: packed whole numbers and scales, no ``weight``."""
+    """A substitute for the layers of GPTQ and AWQ: packed integers and scales, without a ``weight``."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

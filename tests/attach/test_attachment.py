@@ -1,4 +1,4 @@
-"""Adapters go into a model all at once or not at all, and come out without a trace."""
+"""Adapters are attached completely or not at all, and are removed without a trace."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lora(**changes: Any) -> LoraConfig:
 
 
 def seen(model: nn.Module) -> dict[str, Any]:
-    """Classes, names, values and what trains."""
+    """Classes, names and values of all parts, and which parameters train."""
     return {
         **{f"class {path}": type(module) for path, module in model.named_modules()},
         **{name: value.clone() for name, value in model.state_dict().items()},
@@ -48,7 +48,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def test_a_rank_pattern_on_a_new_adapter_is_told_to_have_no_effect() -> None:
+def test_a_rank_pattern_on_a_new_adapter_is_reported_to_have_no_effect() -> None:
     ranks = {"0.lora_E": [True, False, False, False]}
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["0"], rank_pattern=ranks)
     with pytest.warns(UserWarning, match="`rank_pattern` .* has no effect on adapter 'one'.*start at rank 4"):
@@ -75,7 +75,7 @@ def test_a_plan_changes_nothing_and_an_attached_adapter_comes_out_without_a_trac
     assert same(after, {**before, **frozen})
 
 
-def test_of_two_adapters_one_can_be_taken_out_and_the_other_stays() -> None:
+def test_one_of_two_adapters_can_be_removed_and_the_other_stays() -> None:
     model = block()
     apply_attachment(model, plan_attachment(model, lora(), "one"))
     apply_attachment(model, plan_attachment(model, lora(target_modules=["2"]), "two"))

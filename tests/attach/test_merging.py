@@ -1,4 +1,4 @@
-"""Merging adds the update to the base weight, to the last bit where it can be undone, or refuses."""
+"""Merging adds the update to the base weight. If it can be undone, it is undone to the last bit; or it is refused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_only_the_named_adapters_are_merged() -> None:
     assert torch.equal(after[0], weights[0]) and not torch.equal(after[1], weights[1])
 
 
-def test_what_is_not_finite_is_refused_by_name_before_any_weight_changes() -> None:
+def test_values_that_are_not_finite_are_refused_by_name_before_any_weight_changes() -> None:
     model = adapted()
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():

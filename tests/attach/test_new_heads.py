@@ -1,4 +1,4 @@
-"""Modules that no checkpoint has filled are told if they would stay frozen."""
+"""Warnings about modules that no checkpoint has filled and that would stay frozen."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def said(model: nn.Module, **fields: Any) -> list[str]:
     return [str(each.message) for each in caught if "newly initialized" in str(each.message)]
 
 
-def test_the_head_of_a_classifier_made_of_a_language_model_is_told(llama: Path) -> None:
+def test_the_new_head_of_a_classifier_made_from_a_language_model_is_reported(llama: Path) -> None:
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     (message,) = said(load(llama))
     assert message.startswith("'score' of this LlamaForSequenceClassification")
@@ -67,30 +67,32 @@ def test_the_head_of_a_classifier_made_of_a_language_model_is_told(llama: Path) 
         ("BertForMultipleChoice", "classifier", None),
     ],
 )
-def test_every_new_head_is_told_with_what_to_set(bert: Path, kind: str, head: str, task: str | None) -> None:
+def test_every_new_head_is_reported_with_the_setting_to_use(
+    bert: Path, kind: str, head: str, task: str | None
+) -> None:
     (message,) = said(getattr(transformers, kind).from_pretrained(bert))
     assert repr(head) in message and f"modules_to_save=['{head}']" in message
     assert ("task_type" in message) == (task is not None) and (task or "") in message
 
 
-def test_a_head_that_was_loaded_is_not_told(bert: Path, llama: Path, tmp_path: Path) -> None:
+def test_a_head_that_was_loaded_is_not_reported(bert: Path, llama: Path, tmp_path: Path) -> None:
     assert said(transformers.BertForMaskedLM.from_pretrained(bert)) == []
     assert said(transformers.LlamaForCausalLM.from_pretrained(llama)) == []
     assert (
         said(transformers.BertModel.from_pretrained(bert)) == []
-    )  # its pooler is new, but nobody may need it
+    )  # its pooler is new, but may not be needed
     transformers.BertForSequenceClassification.from_pretrained(bert).save_pretrained(tmp_path)
     assert said(transformers.BertForSequenceClassification.from_pretrained(tmp_path)) == []
 
 
-def test_a_head_of_another_size_than_the_checkpoints_is_told(bert: Path, tmp_path: Path) -> None:
+def test_a_head_of_another_size_than_the_checkpoints_is_reported(bert: Path, tmp_path: Path) -> None:
     transformers.BertForSequenceClassification.from_pretrained(bert).save_pretrained(tmp_path)
     options = dict(num_labels=5, ignore_mismatched_sizes=True)
     model = transformers.BertForSequenceClassification.from_pretrained(tmp_path, **options)
     assert "'classifier'" in said(model)[0]
 
 
-def test_a_users_own_head_on_a_pretrained_model_is_told(bert: Path) -> None:
+def test_a_users_own_head_on_a_pretrained_model_is_reported(bert: Path) -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -100,16 +102,16 @@ def test_a_users_own_head_on_a_pretrained_model_is_told(bert: Path) -> None:
     (message,) = said(Tagger(), target_modules=["query"])
     assert "'tags'" in message and "modules_to_save=['tags']" in message
     assert said(Tagger(), target_modules=["query"], modules_to_save=["tags"]) == []
-    assert said(Tagger(), target_modules=["query", "tags"]) == []  # it is adapted
+    assert said(Tagger(), target_modules=["query", "tags"]) == []  # the new layer is adapted
 
 
-def test_a_classifier_made_from_a_configuration_is_told() -> None:
+def test_a_classifier_made_from_a_configuration_is_reported() -> None:
     assert "'classifier'" in said(transformers.BertForSequenceClassification(bert_config()))[0]
     assert said(transformers.BertForMaskedLM(bert_config())) == []
     assert said(nn.Sequential(nn.Linear(4, 4)), target_modules=["0"]) == []
 
 
-def test_an_output_layer_that_no_checkpoint_has_is_told_but_a_resized_vocabulary_is_another_matter(
+def test_an_output_layer_that_no_checkpoint_has_is_reported_but_a_resized_vocabulary_is_not(
     llama: Path, tmp_path: Path
 ) -> None:
     model = transformers.LlamaForCausalLM.from_pretrained(llama)

@@ -1,4 +1,4 @@
-"""`prepare_model_for_kbit_training` does what PEFT's does, on the same models."""
+"""`prepare_model_for_kbit_training` has the same effects as PEFT's function on the same models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = {
 
 
 def quantized_llama() -> Any:
-    """What both functions ask of a quantized model; the layers themselves stay as they are."""
+    """A model with the attributes of a quantized one that both functions read. Its layers are not quantized."""
     model = llama().to(torch.bfloat16)
     model.is_loaded_in_4bit = True
     return model
@@ -34,7 +34,7 @@ def facts(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_dtypes_and_what_is_frozen_are_those_of_peft(kind: str, checkpointing: bool):
+def test_dtypes_and_frozen_parameters_are_those_of_peft(kind: str, checkpointing: bool):
     model = KINDS[kind]()
     theirs = peft.prepare_model_for_kbit_training(copy.deepcopy(model), checkpointing)
     ours = rw.prepare_model_for_kbit_training(model, checkpointing)
@@ -75,7 +75,7 @@ def test_checkpointing_without_arguments_is_the_models_own_default():
 
 
 def arguments(block: Any) -> Any:
-    """The keywords with which a block calls `torch.utils.checkpoint.checkpoint`."""
+    """The keyword arguments with which a block calls `torch.utils.checkpoint.checkpoint`."""
     return block._gradient_checkpointing_func.keywords
 
 
@@ -101,7 +101,7 @@ def test_gradients_reach_the_first_adapter_through_checkpoints_and_are_those_of_
         torch.testing.assert_close(one, other)
 
 
-def test_without_checkpointing_none_is_switched_on():
+def test_checkpointing_is_switched_on_only_if_asked_for():
     model = rw.prepare_model_for_kbit_training(llama(), use_gradient_checkpointing=False)
     assert not model.is_gradient_checkpointing
 
@@ -119,6 +119,6 @@ def test_peft_also_takes_the_argument_for_the_cache():
         rw.prepare_model_for_kbit_training(llama(), auto_clear=False)
 
 
-def test_what_can_not_checkpoint_is_refused_by_name():
+def test_models_that_cannot_checkpoint_are_refused_by_name():
     with pytest.raises(ValueError, match="Linear.*use_gradient_checkpointing=False"):
         rw.prepare_model_for_kbit_training(nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""Probing a model against its own full gradients, on float64, bfloat16 and quantized bases; and plans of ranks."""
+"""Probes of a model against its own full gradients, on float64, bfloat16 and quantized bases; and rank plans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tiny import llama, token_batches
 
 
 def full_gradients(model: nn.Module, batches: Any, paths: Any) -> dict[str, torch.Tensor]:
-    """The averaged gradients of whole weights, by autograd."""
+    """The averaged gradients of whole weights, computed by autograd."""
     model = copy.deepcopy(model).requires_grad_(True)
     for batch in batches:
         (model(**batch).loss / len(batches)).backward()
@@ -154,7 +154,7 @@ def test_a_plan_meets_its_budget_and_more_budget_holds_more(found: rw.Probe) -> 
         ({"keep": 1.0}, "Probe with a greater `max_rank`, or keep less"),
     ],
 )
-def test_budgets_that_can_not_be_met_are_refused(goal: dict[str, Any], said: str) -> None:
+def test_budgets_that_cannot_be_met_are_refused(goal: dict[str, Any], said: str) -> None:
     layers = [rw.LayerSpectrum("q", 8, 8, [2.0, 1.0], 9.0, False)]
     with pytest.raises(ValueError, match=said):
         rw.Probe(layers, 1).plan(**goal)
@@ -169,7 +169,7 @@ def test_lora_trains_with_a_plan_at_one_scale(found: rw.Probe) -> None:
     assert scales == {4 / planned.mean_rank}
 
 
-def test_what_can_not_be_probed_is_refused() -> None:
+def test_models_that_cannot_be_probed_are_refused() -> None:
     batches = list(token_batches(1, size=2))
     with pytest.raises(ValueError, match="Call it before `get_peft_model`"):
         rw.probe(rw.get_peft_model(llama(), rw.LoraConfig(target_modules=["q_proj"])), batches)
@@ -258,8 +258,10 @@ def test_a_loss_that_is_not_finite_in_the_second_pass_only_is_refused_by_name() 
 
 
 @pytest.mark.parametrize("by", [1e-200, 1e200])
-def test_gradients_whose_squares_are_no_numbers_are_refused_with_their_norm(by: float) -> None:
+def test_gradients_whose_squares_overflow_are_refused_with_their_norm(by: float) -> None:
     batches = [torch.ones(2, 5, dtype=torch.float64)]
     config = rw.LoraConfig(target_modules=["0"])
-    with pytest.raises(ValueError, match=r"has the norm .*e[-+]\d+, of which no square.*Multiply the loss"):
+    with pytest.raises(
+        ValueError, match=r"has the norm .*e[-+]\d+, whose square does not fit.*Multiply the loss"
+    ):
         rw.probe(nn.Sequential(nn.Linear(5, 3).double()), batches, config, loss=lambda m, x: m(x).sum() * by)

@@ -1,4 +1,4 @@
-"""Every part of a configuration that selects nothing is told, by what was selected."""
+"""Warnings about every part of a configuration that selects nothing, on the basis of the modules selected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model() -> nn.Module:
 
 
 def told(**fields: Any) -> list[str]:
-    """What is said when a model is adapted."""
+    """The warnings when a model is adapted."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         get_peft_model(model(), LoraConfig(r=2, **fields))
@@ -50,10 +50,10 @@ def told(**fields: Any) -> list[str]:
         (dict(target_modules=["v"], bias="lora_only"), "`bias`='lora_only' trains no bias"),
     ],
 )  # fmt: skip
-def test_a_selector_that_selects_nothing_is_told_with_the_reason(
+def test_a_selector_that_selects_nothing_is_reported_with_the_reason(
     fields: dict[str, Any], said: str | None
 ) -> None:
-    if said is None:  # all that the name matches trains whole
+    if said is None:  # all modules that the name matches train whole
         with pytest.raises(ValueError, match="in `modules_to_save`"):
             told(**fields)
         return
@@ -68,7 +68,7 @@ def test_a_selector_that_selects_nothing_is_told_with_the_reason(
     [
         dict(target_modules=["q", "mlp"], exclude_modules=["layers.0.mlp"]),
         dict(target_modules="all-linear", exclude_modules=r".*\.attn\..*"),
-        dict(target_modules=["q"], exclude_modules=["head"]),  # nothing of it is adapted, as was asked
+        dict(target_modules=["q"], exclude_modules=["head"]),  # no head is adapted, as requested
         dict(target_modules=["q"], layers_to_transform=[0, 1], layers_pattern="layers"),
         dict(target_modules=["q"], layers_to_transform=0),
         dict(target_modules=["q", "v"], rank_pattern={r"layers\.0.*": 4, "v": 8}, alpha_pattern={"q": 3}),
@@ -79,7 +79,7 @@ def test_selectors_that_all_select_something_are_passed_over_in_silence(fields: 
     assert told(**fields) == []
 
 
-def test_whatever_names_and_layers_are_combined_an_idle_one_is_told() -> None:
+def test_in_any_combination_of_names_and_layers_idle_ones_are_reported() -> None:
     names = ["q", "layers.0.attn.v", "mlp", "head", "nothing"]
     for size, layers in itertools.product((1, 2, 3), (None, [0], [1, 7], [5])):
         for chosen in itertools.combinations(names, size):
@@ -93,7 +93,7 @@ def test_whatever_names_and_layers_are_combined_an_idle_one_is_told() -> None:
                     try:
                         get_peft_model(adapted, LoraConfig(r=2, **fields))  # type: ignore[arg-type]
                     except ValueError:
-                        continue  # nothing at all is adapted
+                        continue  # nothing is adapted at all
                 messages = [str(each.message) for each in caught]
                 paths = list(adapter_layers(adapted))
                 for name in chosen:
@@ -113,7 +113,7 @@ def test_the_warning_points_at_the_call() -> None:
     assert caught[0].filename == __file__
 
 
-def test_adaloras_result_of_another_run_is_no_selector() -> None:
+def test_the_rank_pattern_of_another_run_is_not_a_selector() -> None:
     with pytest.warns(UserWarning, match="result of another run") as caught:
         pattern = {"layers.0.attn.q.lora_E": [True] * 4}
         config = AdaLoraConfig(

@@ -1,4 +1,4 @@
-"""Which modules a configuration means: as PEFT matches them, and said aloud where PEFT is silent."""
+"""The modules that a configuration selects: the same as PEFT selects, but with warnings where PEFT is silent."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_default_names_agree_with_peft_for_every_architecture_that_it_knows() ->
 def test_architectures_that_peft_does_not_know_have_defaults(kind: str, names: set[str]) -> None:
     model = tiny(kind)
     found = {path.rpartition(".")[2] for path in find_targets(model, LoraConfig())}
-    if kind == "vit":  # called query and value before Transformers 5.2
+    if kind == "vit":  # before Transformers 5.2 they were called query and value
         assert found in (names, {"query", "value"})
     else:
         assert found == names
@@ -248,7 +248,7 @@ def test_subclasses_of_linear_are_linear() -> None:
     assert list(find_targets(model, LoraConfig(target_modules="all-linear"))) == ["0"]
 
 
-def test_layer_that_can_not_be_adapted_is_refused_with_its_path_and_type() -> None:
+def test_layer_that_cannot_be_adapted_is_refused_with_its_path_and_type() -> None:
     with pytest.raises(ValueError, match=r"'norm' is a LayerNorm: only Linear"):
         find_targets(Own(), LoraConfig(target_modules=["up", "norm"]))
 
@@ -271,7 +271,7 @@ def test_lazy_layer_is_refused_until_it_has_a_shape() -> None:
         find_targets(nn.Sequential(nn.LazyLinear(3)), LoraConfig(target_modules=["0"]))
 
 
-# Layers whose weight is used behind their back
+# Layers whose weight is used without calling them
 
 
 def test_output_projection_of_torch_attention_is_refused_because_it_is_never_called() -> None:
@@ -305,7 +305,7 @@ def test_users_own_module_that_reads_a_weight_is_recognised() -> None:
 
 
 def test_only_what_a_forward_pass_reaches_counts_as_reading() -> None:
-    """As diffusers' attention does it: a helper calls the layers, and other methods read and join their weights."""
+    """As in diffusers' attention: a helper calls the layers, and other methods read and join their weights."""
 
     class Helper:
         def __call__(self, attention: Any, x: torch.Tensor) -> torch.Tensor:
@@ -342,14 +342,14 @@ def test_only_what_a_forward_pass_reaches_counts_as_reading() -> None:
 
 
 class Grouped(nn.Linear):
-    """A linear layer by its class, which multiplies blocks."""
+    """A subclass of a linear layer that multiplies blocks instead."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.einsum("...gi,goi->...go", x, self.weight.view(2, -1, self.in_features))
 
 
 class Router(nn.Linear):
-    """One that gives out choices, and draws numbers."""
+    """A subclass that returns choices, and draws random numbers."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = super().forward(x) + torch.rand(())
@@ -357,7 +357,7 @@ class Router(nn.Linear):
 
 
 class Same(nn.Linear):
-    """One that computes what a linear layer does, in words of its own."""
+    """A subclass that computes a linear layer in its own code."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight.T + self.bias
@@ -419,7 +419,7 @@ def test_fast_path_of_torch_encoder_layers_is_refused_with_the_call_that_turns_i
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-# Nothing, or not everything, matches
+# Nothing matches, or not everything
 
 
 def test_names_that_match_nothing_are_refused_with_the_nearest_and_the_linear_layers() -> None:
@@ -434,12 +434,12 @@ def test_dotted_name_that_matches_nothing_is_compared_with_dotted_names() -> Non
         find_targets(tiny("llama"), LoraConfig(target_modules=["attn.q_proj"]))
 
 
-def test_expression_that_matches_nothing_is_said_to_be_for_whole_paths() -> None:
+def test_expression_that_matches_nothing_is_explained_to_match_whole_paths() -> None:
     with pytest.raises(ValueError, match="expression 'q_proj' matches no whole path"):
         find_targets(tiny("llama"), LoraConfig(target_modules="q_proj"))
 
 
-def test_name_that_matches_nothing_while_others_do_is_told() -> None:
+def test_name_that_matches_nothing_while_others_do_is_reported() -> None:
     with pytest.warns(UserWarning, match=r"`target_modules` names 'v_porj'.* 'v_proj'"):
         assert find_targets(tiny("llama"), LoraConfig(target_modules=["q_proj", "v_porj"]))
     with pytest.warns(UserWarning, match=r"`exclude_modules` names 'k_porj'"):
@@ -467,7 +467,7 @@ def test_unknown_architecture_is_refused_with_its_linear_layers() -> None:
         find_targets(model, LoraConfig())
 
 
-def test_pattern_that_matches_no_adapted_layer_is_told() -> None:
+def test_pattern_that_matches_no_adapted_layer_is_reported() -> None:
     config = LoraConfig(target_modules=["q_proj"], rank_pattern={"v_proj": 4})
     with pytest.warns(UserWarning, match=r"`rank_pattern` has 'v_proj'"):
         find_targets(tiny("llama"), config)
@@ -502,7 +502,7 @@ def test_saved_modules_are_those_of_peft(kind: str, fields: dict[str, Any], expe
     assert [path for path, module in base.named_modules() if isinstance(module, wrapped)] == expected
 
 
-def test_heads_that_the_task_implies_are_no_targets() -> None:
+def test_heads_that_the_task_implies_are_not_targets() -> None:
     for fields in ({"target_modules": "all-linear"}, {"target_modules": ["dense", "query"]}):
         found = find_targets(tiny("roberta"), LoraConfig(task_type="SEQ_CLS", **fields))  # type: ignore[arg-type]
         assert not any("classifier" in path for path in found)
@@ -525,13 +525,13 @@ def test_target_that_lies_in_a_saved_module_is_refused_by_name() -> None:
         )
 
 
-def test_task_without_its_head_is_told() -> None:
+def test_task_without_its_head_is_reported() -> None:
     model = nn.ModuleDict({"up": nn.Linear(4, 4), "logits": nn.Linear(4, 2)})
     with pytest.warns(UserWarning, match=r"no head will train.* holds 'up', 'logits'"):
         find_targets(model, LoraConfig(target_modules=["up"], task_type="SEQ_CLS"))
 
 
-def test_nothing_is_said_when_an_adapter_is_loaded_for_inference() -> None:
+def test_loading_an_adapter_for_inference_gives_no_warning() -> None:
     config = LoraConfig(target_modules=["q_proj", "absent"], task_type="SEQ_CLS", inference_mode=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -554,7 +554,7 @@ def test_shared_module_is_found_once() -> None:
     assert list(find_targets(model, LoraConfig(target_modules=["up"]))) == ["layers.0.up", "layers.2.up"]
 
 
-def test_what_an_adapter_holds_is_no_target_of_the_next() -> None:
+def test_parts_of_an_adapter_are_not_targets_of_the_next() -> None:
     model = Own()
     before = list(find_targets(model, LoraConfig(target_modules=r".*(up|down).*")))
     layer = prepare_layer(model.layers[0]["up"])  # type: ignore[index, operator]

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, exit codes, one clear message, Ctrl-C and going on."""
+"""The command line from a user's view: help, exit codes, clear messages, Ctrl-C and resuming."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def call(*words: object) -> tuple[int, str, str]:
 
 
 def start(*words: object, **options: object) -> subprocess.Popen[str]:
-    """A real process."""
+    """Start a real process."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "rankwise", *map(str, words)]
     return subprocess.Popen(
@@ -36,7 +36,7 @@ def start(*words: object, **options: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], ["train", "plan", "inspect", "Exit codes: 0 done, 2 for what you must mend"]),
+        ([], ["train", "plan", "inspect", "Exit codes: 0 done, 2 for errors that you must mend"]),
         (
             ["train"],
             ["RECIPE.yaml", "KEY=VALUE", "--resume", "--overwrite", "text-classification", "torchrun"],
@@ -47,7 +47,7 @@ def start(*words: object, **options: object) -> subprocess.Popen[str]:
         (["report"], ["ADAPTER", "--output", "--overwrite", "rankwise report adapter"]),
     ],
 )
-def test_help_says_what_there_is(words: list[str], said: list[str]) -> None:
+def test_help_lists_commands_and_options(words: list[str], said: list[str]) -> None:
     code, out, _ = call(*words, "--help")
     assert code == 0
     for each in said:
@@ -85,7 +85,7 @@ def test_plan_as_json_is_only_json(world: Path, tiny_model: Path) -> None:
     assert json.loads(out)["budget"] == {"initial": 16, "target": 8}
 
 
-def test_what_the_user_must_mend_is_one_message_and_exit_code_2(world: Path, tiny_model: Path) -> None:
+def test_a_users_mistake_gives_one_message_and_exit_code_2(world: Path, tiny_model: Path) -> None:
     for words in (
         ("train", world / "none.yaml"),
         ("train", write_recipe(world, tiny_model), "training.max_step=5"),
@@ -103,7 +103,7 @@ def test_what_the_user_must_mend_is_one_message_and_exit_code_2(world: Path, tin
         assert err.strip(), words
 
 
-def test_a_fault_of_ours_has_a_traceback_and_exit_code_1(
+def test_an_internal_error_gives_a_traceback_and_exit_code_1(
     world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: object, **options: object) -> None:
@@ -115,7 +115,7 @@ def test_a_fault_of_ours_has_a_traceback_and_exit_code_1(
     assert "Traceback" in err and "RuntimeError: a bug" in err and "fault of rankwise" in err
 
 
-def test_a_full_disk_is_for_the_user_to_mend(
+def test_a_full_disk_is_reported_as_the_users_problem(
     world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object) -> None:
@@ -176,15 +176,17 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(world: Path, tiny_model: P
     code, out, err = call(*command.split()[1:])
     assert code == 0, err
     steps = [line for line in out.splitlines() if line.startswith("step ") and "/150 " in line]
-    assert f"Going on from {checkpoint.name}." in out
+    assert f"Continuing from {checkpoint.name}." in out
     assert len(steps) == 150 - int(checkpoint.name.rpartition("-")[2])
 
 
 @pytest.mark.slow
-def test_ctrl_c_before_training_says_so_and_leaves(world: Path, tiny_model: Path) -> None:
+def test_ctrl_c_before_training_is_reported_and_ends_the_command(world: Path, tiny_model: Path) -> None:
     process = start("train", write_recipe(world, tiny_model, training__max_steps=100000, schedule=None))
     assert process.stdout is not None
-    while not process.stdout.readline().startswith("output"):  # the plan is printed, the model is loading
+    while not process.stdout.readline().startswith(
+        "output"
+    ):  # the plan is printed, and the model is being loaded
         pass
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)

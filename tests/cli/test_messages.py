@@ -1,4 +1,4 @@
-"""What the command line says where a user may get stuck: short, its own words, and with a way on."""
+"""Messages of the command line when a user may be stuck: short, in its own words, and with a remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def call(*words: object) -> tuple[int, str, str]:
 
 
 def real(*words: object) -> subprocess.CompletedProcess[str]:
-    """A real process, as its user sees it."""
+    """Run a real process, with the output that its user sees."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "200"}
     command = [sys.executable, "-m", "rankwise", *map(str, words)]
     return subprocess.run(command, text=True, env=environment, capture_output=True, timeout=300)
@@ -32,7 +32,7 @@ def real(*words: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a recipe, its data and model, and an adapter in ``out``."""
+    """A folder with a recipe, its data, its model, and an adapter in ``out``."""
     folder = tmp_path_factory.mktemp("world")
     write_table(folder / "reviews.csv")
     code, _, err = call("train", write_recipe(folder, save_tiny_model(folder / "model")))
@@ -52,7 +52,7 @@ def test_a_command_writes_nothing_of_other_libraries(world: Path, words: tuple[s
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The hub's address is one where nobody answers, and its cache is empty."""
+    """An address of the hub where nobody answers, and an empty cache."""
     from huggingface_hub import constants
 
     from rankwise.recipes.places import _hub_answers
@@ -64,7 +64,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "kind"), [("model", "model"), ("data.train", "dataset")])
-def test_what_is_not_here_is_refused_soon_where_there_is_no_network(
+def test_missing_models_are_refused_soon_without_a_network(
     world: Path, no_network: None, key: str, kind: str
 ) -> None:
     began = time.monotonic()
@@ -96,7 +96,7 @@ def test_every_option_with_a_few_values_suggests_the_nearest(world: Path) -> Non
         ("out/adapter_model.safetensors", "Give the folder that the file lies in"),
     ],
 )
-def test_a_file_in_the_place_of_an_adapter_gets_the_folder_that_is_meant(
+def test_a_file_given_instead_of_an_adapter_gets_the_folder_suggested(
     world: Path, name: str, said: str
 ) -> None:
     code, _, err = call("inspect", world / name)
@@ -104,7 +104,7 @@ def test_a_file_in_the_place_of_an_adapter_gets_the_folder_that_is_meant(
 
 
 def test_inspect_and_compress_count_the_same_parameters(world: Path) -> None:
-    """What AdaLoRA's E takes, which a LoRA does not have, stands apart; nothing else is in A and B."""
+    """The parameters of AdaLoRA's E, which a LoRA does not have, are counted separately from those of A and B."""
     import json
 
     from rankwise.report.inspect import inspect_adapter
@@ -124,7 +124,7 @@ def test_the_key_device_is_known_and_checked(world: Path) -> None:
     assert code == 0 and "device" in out and "CPU (" in out, err
 
 
-def test_no_penalty_is_logged_where_there_is_none(world: Path) -> None:
+def test_no_penalty_is_logged_if_there_is_none(world: Path) -> None:
     import json
 
     log = json.loads((world / "out" / "results.json").read_text())["log"]

@@ -1,4 +1,4 @@
-"""Configurations: early refusals that name the field and the mend, and PEFT's JSON in both directions."""
+"""Configurations: early refusals that name the field and the remedy, and PEFT's JSON in both directions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rankwise.config import CONFIG_NAME, TASK_TYPES, AdaLoraConfig, LoraConfig
 from rankwise.method.schedule import BudgetSchedule
 
 SCHEDULE = {"tinit": 10, "tfinal": 20, "total_step": 100}
-# The fields that PEFT writes and rankwise has no use for, as PEFT leaves them when nobody sets them.
+# Fields that PEFT writes and rankwise does not use, with PEFT's default values.
 NEUTRAL = {
     "alora_invocation_tokens": None,
     "auto_mapping": None,
@@ -77,7 +77,7 @@ def test_field_unlike_any_other_is_refused_with_the_list_of_fields() -> None:
         LoraConfig(xyzzy=1)  # type: ignore[call-arg]
 
 
-def test_fields_of_the_other_class_and_of_peft_are_told_apart_from_slips() -> None:
+def test_fields_of_the_other_class_and_of_peft_are_distinguished_from_misspellings() -> None:
     with pytest.raises(TypeError, match="`init_r`.* AdaLoraConfig's"):
         LoraConfig(init_r=12)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="`use_dora`.* PEFT's"):
@@ -122,16 +122,16 @@ def test_r_is_not_warned_about_when_nobody_gave_it() -> None:
 
 @pytest.mark.parametrize("field", ["init_r", "target_r", "deltaT", "total_step"])
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "8", float("nan"), 10**30])
-def test_adalora_counts_that_are_no_positive_whole_numbers_are_refused(field: str, value: Any) -> None:
+def test_adalora_counts_that_are_not_positive_integers_are_refused(field: str, value: Any) -> None:
     if (field, value) == ("target_r", 1.5):
-        assert AdaLoraConfig(target_r=value).target_r == 1.5  # an average need not be whole
+        assert AdaLoraConfig(target_r=value).target_r == 1.5  # an average may be fractional
         return
     with pytest.raises((TypeError, ValueError), match=f"`{field}`"):
         AdaLoraConfig(**{field: value})
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "8", None])
-def test_ranks_of_lora_that_are_no_positive_whole_numbers_are_refused(value: Any) -> None:
+def test_ranks_of_lora_that_are_not_positive_integers_are_refused(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="`r`"):
         LoraConfig(r=value)
     with pytest.raises((TypeError, ValueError), match="rank_pattern"):
@@ -142,7 +142,7 @@ def test_ranks_of_lora_that_are_no_positive_whole_numbers_are_refused(value: Any
 @pytest.mark.parametrize("value", [0, 1, -0.5, 1.5, float("nan"), float("inf"), "0.9", None, True])
 def test_betas_outside_of_0_to_1_are_refused(field: str, value: Any) -> None:
     if (field, value) == ("target_r", 1.5):
-        assert AdaLoraConfig(target_r=value).target_r == 1.5  # an average need not be whole
+        assert AdaLoraConfig(target_r=value).target_r == 1.5  # an average may be fractional
         return
     with pytest.raises((TypeError, ValueError), match=f"`{field}`"):
         AdaLoraConfig(**{field: value})
@@ -219,7 +219,7 @@ def test_task_type_takes_members_of_enumerations_and_names_the_nearest() -> None
         assert LoraConfig(task_type=task).task_type == task
 
 
-def test_layers_that_can_not_be_counted_are_refused() -> None:
+def test_layers_that_cannot_be_counted_are_refused() -> None:
     with pytest.raises(ValueError, match="`layers_to_transform` needs `target_modules` to be a list"):
         LoraConfig(target_modules=".*q", layers_to_transform=[1])
     with pytest.raises(ValueError, match="`layers_pattern`='h' needs `layers_to_transform`"):
@@ -227,7 +227,7 @@ def test_layers_that_can_not_be_counted_are_refused() -> None:
 
 
 def test_lora_options_that_adalora_would_ignore_are_refused() -> None:
-    with pytest.raises(ValueError, match="`use_rslora` does not go with the paper's form"):
+    with pytest.raises(ValueError, match="`use_rslora` does not work with the paper's form"):
         AdaLoraConfig(use_rslora=True, init_lora_weights=True)
     with pytest.raises(ValueError, match="`alpha_pattern` belongs to LoraConfig"):
         AdaLoraConfig(alpha_pattern={"q": 4})
@@ -329,14 +329,14 @@ CONFIGS: list[LoraConfig] = [
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_what_is_written_reads_back_equal(config: LoraConfig, tmp_path: Path) -> None:
+def test_written_configurations_read_back_equal(config: LoraConfig, tmp_path: Path) -> None:
     assert config.save_pretrained(tmp_path / "new") == tmp_path / "new" / CONFIG_NAME
     assert LoraConfig.from_pretrained(tmp_path / "new") == config
     assert [path.name for path in (tmp_path / "new").iterdir()] == [CONFIG_NAME]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_peft_reads_what_is_written_without_a_warning(config: LoraConfig, tmp_path: Path) -> None:
+def test_peft_reads_written_configurations_without_a_warning(config: LoraConfig, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     config.save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -450,7 +450,7 @@ def test_wrong_types_in_a_file_are_refused_naming_file_field_and_value(field: st
         LoraConfig.from_dict(ada_file(**{field: value}), source="folder/a.json")
 
 
-def test_adalora_file_with_what_peft_ignores_is_read_with_a_warning() -> None:
+def test_adalora_file_with_fields_that_peft_ignores_is_read_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="`use_rslora` in the file has no effect"):
         assert LoraConfig.from_dict(ada_file(use_rslora=True)) == LoraConfig.from_dict(ada_file())
     with pytest.warns(UserWarning, match="`alpha_pattern` in the file has no effect"):
@@ -508,9 +508,7 @@ def test_folder_without_a_configuration_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("inference_mode", [False, True])
 @pytest.mark.parametrize("left_out", ["tinit", "tfinal", "deltaT"])
-def test_what_a_file_leaves_out_of_the_schedule_is_read_as_it_is_written(
-    left_out: str, inference_mode: bool
-) -> None:
+def test_a_schedule_with_omitted_fields_is_read_as_it_is_written(left_out: str, inference_mode: bool) -> None:
     data = {
         "peft_type": "ADALORA",
         "init_r": 4,

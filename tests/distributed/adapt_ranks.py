@@ -69,7 +69,7 @@ def sharded(model: Any) -> Any:
 
 
 def save(model: Any, folder: str) -> None:
-    """As PEFT saves where the parameters are shared out: from a whole state dictionary."""
+    """Save as PEFT does when parameters are sharded: from a whole state dictionary."""
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if RANK == 0:
         model.save_pretrained(FOLDER / folder, state_dict=whole)

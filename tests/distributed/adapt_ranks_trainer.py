@@ -70,7 +70,7 @@ def resumed() -> dict[str, Any]:
 
 
 def alone() -> dict[str, Any]:
-    """In one process with the whole batch, as each process computes it for itself."""
+    """Train in one process with the whole batch. Each process computes this run for itself."""
     model, ranks, losses = in_one_process()
     ranks.finalize_ranks()
     examples = rows()[:8]

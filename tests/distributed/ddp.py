@@ -108,7 +108,7 @@ def with_a_head() -> dict[str, Any]:
 def loaded_with_layers_at_rank_0() -> dict[str, Any]:
     from tiny import llama
 
-    dist.barrier()  # the first process has saved it by now
+    dist.barrier()  # the first process has saved the adapter by now
     model = rw.PeftModel.from_pretrained(llama(), FOLDER / "False-False-False", is_trainable=True).train()
     at_rank_0 = sum(row.rank == 0 for row in model.rank_summary().layers)
     wrapped = DistributedDataParallel(model)
@@ -117,7 +117,7 @@ def loaded_with_layers_at_rank_0() -> dict[str, Any]:
 
 
 def unused_layers_stay_allowed() -> dict[str, Any]:
-    """With find_unused_parameters=True, a layer that is left out of one forward pass is no mistake."""
+    """With find_unused_parameters=True, leaving a layer out of a forward pass is not an error."""
     model = adapted()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     return of_run(model, train_with_half_the_layers(wrapped, model, batches(RANK, 2)))

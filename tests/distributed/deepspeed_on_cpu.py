@@ -1,4 +1,4 @@
-"""DeepSpeed without what it would compile, and the engine and the loop of the scripts that train with it."""
+"""DeepSpeed without compiled parts, and the engine and training loops of the scripts that use it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from one_run import halves, optimizer_for
 
-SHARED_OUT = 500  # elements: the base's matrices are shared out in stage 3, and the adapter's are not
+SHARED_OUT = 500  # elements: in stage 3 the base's matrices are sharded, but the adapter's are not
 
 
 def prepare() -> None:
-    """To be called before DeepSpeed opens its connections: gloo is enough, and takes no compiler and no minute."""
+    """Call this before DeepSpeed opens its connections. It selects gloo, which needs no compilation."""
     communication = importlib.import_module(
         "deepspeed.comm.torch"
-    )  # the attribute of that name is PyTorch itself
+    )  # the attribute of this name is PyTorch itself
     communication.build_shm_op = lambda: None
 
 
@@ -22,7 +22,7 @@ def engine_of(model: Any, stage: int, optimizer: Any = None, zero: Any = None, *
     """The engine that trains ``model``; ``zero`` and ``fields`` change DeepSpeed's configuration."""
     config = {
         "train_micro_batch_size_per_gpu": 4,
-        "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 if nothing is said
+        "gradient_clipping": 0.0,  # by default DeepSpeed clips at 1.0
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
@@ -47,6 +47,6 @@ def train(engine: Any, data: Any) -> list[float]:
 
 
 def train_in_halves(engine: Any, data: Any) -> list[float]:
-    """As `train`, for an engine that accumulates two gradients; each batch goes in two halves."""
+    """Train as `train` does, with an engine that accumulates two gradients: each batch is split in half."""
     losses = train(engine, [half for batch in data for half in halves(batch)])
     return [sum(losses[i : i + 2]) / 2 for i in range(0, len(losses), 2)]

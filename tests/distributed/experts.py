@@ -1,4 +1,4 @@
-"""A run on experts under DistributedDataParallel and FSDP2: cases for ``ddp.py``."""
+"""Runs on experts under DistributedDataParallel and FSDP2: cases for ``ddp.py``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adapted(way: str = "grouped_mm", init_r: int = 4, **changes: Any) -> Any:
 
 
 def batches(parts: int) -> list[torch.Tensor]:
-    """Two tokens for each process, so that most experts get none in a step; all of them where there is one part."""
+    """Two tokens for each process, so that most experts get none in a step. If ``parts`` is 1, all tokens together."""
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randint(3, 50, (2, 2), generator=generator) for _ in range(STEPS)]
     rank = dist.get_rank()

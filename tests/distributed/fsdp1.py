@@ -1,4 +1,4 @@
-"""Plain LoRA under FSDP version 1, and what is refused there. Usage: torchrun fsdp1.py FOLDER."""
+"""Plain LoRA under FSDP version 1, and the refusals there. Usage: torchrun fsdp1.py FOLDER."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def resumed_from_a_sharded_checkpoint(steps: int) -> dict[str, Any]:
 
 
 def resumed_from_an_adapter_folder(sharded_first: bool) -> dict[str, Any]:
-    """Values, scores, step and history are those that were saved; the optimizer starts anew."""
+    """Values, scores, step and history are restored; the optimizer starts with a new state."""
     data = batches(RANK, 2)
     folder = FOLDER / f"under-way-{sharded_first}"
     model = sharded(adapted())
@@ -160,7 +160,7 @@ def finished_early() -> dict[str, Any]:
 
 
 def failing_to_write() -> dict[str, Any]:
-    """When the process that writes fails, none waits for ever."""
+    """If the process that writes fails, no other process waits forever."""
     model = sharded(adapted())
     (FOLDER / "no-folder").write_text("")
     try:

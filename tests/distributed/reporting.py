@@ -1,4 +1,4 @@
-"""What the scripts in this folder have in common: cases that report to a file, one for each process."""
+"""Shared code of the scripts in this folder: cases that report to a file, one for each process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDER = Path(sys.argv[1])
 
 
 def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
-    """Equal for tensors that are equal to the last bit."""
+    """A fingerprint that is the same for tensors that are equal to the last bit."""
     digest = hashlib.sha256()
     for tensor in tensors:
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -36,7 +36,7 @@ def mean(losses: list[float]) -> list[float]:
 
 
 def of_run(model: Any, losses: list[float]) -> dict[str, Any]:
-    """What a run is compared by."""
+    """The values by which two runs are compared."""
     buffers = [buffer for name, buffer in model.named_buffers() if name.startswith("rankwise")]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with whole(trained):
@@ -51,7 +51,7 @@ def of_run(model: Any, losses: list[float]) -> dict[str, Any]:
 
 
 def of_ranks(model: Any, ranks: Any, losses: list[float]) -> dict[str, Any]:
-    """What a run of `rankwise.adapt_ranks` on PEFT's layers is compared by."""
+    """The values by which two runs of `rankwise.adapt_ranks` on PEFT's layers are compared."""
     factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     with whole(factors):
         bits = fingerprint(factors)
@@ -74,7 +74,7 @@ def run(cases: dict[str, Callable[[], dict[str, Any]]]) -> None:
             print(f"In the case {name!r}, process {dist.get_rank()}:", file=sys.stderr)
             traceback.print_exc()
             sys.stderr.flush()
-            os._exit(1)  # at once, and torchrun ends the others: they may wait for this process
+            os._exit(1)  # torchrun then ends the other processes, which may be waiting for this one
         dist.barrier()
     (FOLDER / f"process-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -21,7 +21,7 @@ OPTIONS = {name: json.loads(value) for name, value in (argument.split("=", 1) fo
 
 
 def let_accelerate_shard_on_the_cpu() -> None:
-    """Accelerate shards on accelerators only; all that follows from this one decision runs on a CPU as well."""
+    """Let Accelerate shard on the CPU. It allows accelerators only, but everything else works on a CPU as well."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 

@@ -34,7 +34,7 @@ def whole_run(stage: int, save: bool = False, adapter: Any = None, **options: An
 
 
 def several_vectors(stage: int) -> dict[str, Any]:
-    """DeepSpeed steps the optimizer once for each of its groups."""
+    """DeepSpeed steps the optimizer once for each of its parameter groups."""
     model = adapted(init_lora_weights=True)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -92,7 +92,7 @@ def refused(make: Any) -> dict[str, Any]:
 
 
 def plain_lora(zero: Any) -> dict[str, Any]:
-    """Nothing of it is scored, but its factors are shared out all the same."""
+    """Plain LoRA has no scores, but its factors are sharded all the same."""
     model = rw.get_peft_model(llama(), rw.LoraConfig(r=4, target_modules="all-linear")).train()
     engine = engine_of(model, 3, zero=zero)
     losses = train(engine, batches(RANK, 2))

@@ -1,4 +1,4 @@
-"""Saving is killed, interrupted, crowded and starved here, and must leave the old version or the new."""
+"""Saves that are killed, interrupted, crowded or starved must leave the old version or the new one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ needs_signals = pytest.mark.skipif(
 CONFIG, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
 OWNED = (CONFIG, WEIGHTS, STATE)
 
-# The module without all else that its package imports: quick to start, and safe to fork.
+# The module without its package's other imports: it starts quickly, and can be forked safely.
 LOAD = """
 import errno, json, os, pathlib, signal, sys, types
 package = types.ModuleType("rankwise")
@@ -91,20 +91,20 @@ for line in sys.stdin:
 
 
 class Saver:
-    """Processes that save, and are killed."""
+    """Runs processes that save and are killed."""
 
     def __init__(self, server: subprocess.Popen[str]) -> None:
         self.server = server
 
     def start(self, path: Path, mode: str, first: int, die_at: int) -> int:
-        """Start to save versions from ``first`` on; the number of the process."""
+        """Start saving versions, beginning with ``first``. Return the process's number."""
         assert self.server.stdin is not None and self.server.stdout is not None
         self.server.stdin.write(json.dumps([str(path), mode, first, die_at]) + "\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
     def end(self) -> tuple[list[int], int]:
-        """Wait for the end of the process: the versions it had saved, and its status."""
+        """Wait for the end of the process. Return the versions that it had saved, and its status."""
         assert self.server.stdout is not None
         lines = []
         while not (line := self.server.stdout.readline()).startswith("end"):
@@ -113,14 +113,14 @@ class Saver:
         return [int(line) for line in lines], int(line.split()[1])
 
     def save_once(self, path: Path, mode: str, version: int, die_at: int) -> bool:
-        """Save, but die before the change ``die_at`` to the disk; whether the save was done before."""
+        """Save, but die before the change ``die_at`` to the disk. Return whether the save was done before that."""
         self.start(path, mode, version, die_at)
         status = self.end()[1]
         assert status in (0, signal.SIGKILL)
         return status == 0
 
     def save_until_killed(self, path: Path, mode: str, first: int, meanwhile: Callable[[], object]) -> int:
-        """Save in a loop until ``meanwhile`` is done; the last version that was saved for sure."""
+        """Save in a loop until ``meanwhile`` returns. Return the last version that was surely saved."""
         process = self.start(path, mode, first, die_at=0)
         meanwhile()
         os.kill(process, signal.SIGKILL)
@@ -129,7 +129,7 @@ class Saver:
 
 @pytest.fixture
 def quick_path(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: hundreds of kills need no disk, and a disk takes its time."""
+    """A folder in memory if there is one: hundreds of kills need no disk, and a disk is slow."""
     memory = Path("/dev/shm")
     if not (memory.is_dir() and os.access(memory, os.W_OK)):
         yield tmp_path
@@ -156,7 +156,7 @@ def save(folder: Path, version: int) -> None:
 
 
 def read(folder: Path) -> dict[str, int]:
-    """What any reader sees: the version in each of the files that can be opened."""
+    """A reader's view: the version in each file that can be opened."""
     found = {}
     for name in OWNED:
         try:
@@ -167,7 +167,7 @@ def read(folder: Path) -> dict[str, int]:
 
 
 def whole(version: int) -> dict[str, int]:
-    """What a reader sees of a whole version; 0 stands for no version."""
+    """A reader's view of a whole version; 0 stands for no version."""
     names = OWNED[: (0 if version == 0 else 3 if version % 2 else 2)]
     return dict.fromkeys(names, version)
 
@@ -179,7 +179,7 @@ def assert_tidy(folder: Path) -> None:
 
 
 def kill_many(saver: Saver, folder: Path, mode: str, check: Callable[[int, int], None]) -> None:
-    """Kill a process that saves in a loop a hundred times; ``check`` gets the versions it may have left."""
+    """Kill a process that saves in a loop, a hundred times. ``check`` gets the versions that it may have left."""
     chance = random.Random(0)
     done = 0
     for _ in range(100):
@@ -306,7 +306,7 @@ def test_a_read_that_a_save_crosses_is_repeated(tmp_path: Path) -> None:
     assert read_folder(tmp_path, OWNED, slow) == ('{"version": 5}', '{"version": 5}')
 
 
-def test_a_reader_is_told_if_files_change_faster_than_it_reads(
+def test_a_reader_gets_an_error_if_files_change_faster_than_it_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic, "_READS", 3)
@@ -333,7 +333,7 @@ def test_threads_that_save_to_one_folder_take_turns(quick_path: Path) -> None:
 
 
 @needs_signals
-def test_a_save_uses_no_stage_that_another_process_took_for_a_dead_one_and_is_still_removing(
+def test_a_save_uses_no_stage_that_another_process_is_still_removing_as_abandoned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real_open, real_remove = stage.open_lock, shutil.rmtree
@@ -343,7 +343,7 @@ def test_a_save_uses_no_stage_that_another_process_took_for_a_dead_one_and_is_st
     def open_and_be_overtaken(path: Path) -> int:
         opened.append(path)
         lock = real_open(path)
-        if len(opened) == 1:  # the other process cleans before this one has locked its new stage
+        if len(opened) == 1:  # the other process cleans up before this one has locked its new stage
             monkeypatch.setattr(shutil, "rmtree", lambda path, **options: removing.append(Path(path)))
             stage.clean(tmp_path)
             monkeypatch.setattr(shutil, "rmtree", real_remove)
@@ -383,7 +383,7 @@ def test_a_save_waits_while_another_process_replaces_files_but_not_for_ever(
 
 
 def test_files_written_by_others_during_a_save_are_kept(tmp_path: Path) -> None:
-    """In a distributed run the other ranks write into the folder that rank 0 is saving to."""
+    """In a distributed run the other processes write into the folder that the first process saves to."""
     for folder in (tmp_path / "new", tmp_path / "old"):
         if folder.name == "old":
             save(folder, 1)
@@ -435,7 +435,7 @@ def test_files_in_sub_folders_are_part_of_the_same_instant(tmp_path: Path) -> No
 
 def test_a_link_to_a_folder_is_written_through(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("target")
-    for version in (1, 2):  # at first the target is missing
+    for version in (1, 2):  # the target is missing at first
         save(tmp_path / "link", version)
         assert os.readlink(tmp_path / "link") == "target"
         assert read(tmp_path / "target") == whole(version)
@@ -454,8 +454,8 @@ def test_relative_names_and_the_current_folder_work(
     assert os.path.samefile(os.getcwd(), tmp_path / "here")
 
 
-def test_a_file_that_is_a_link_is_replaced_and_what_it_leads_to_is_kept(tmp_path: Path) -> None:
-    """In a download cache the files of a model are links to contents that others share."""
+def test_a_file_that_is_a_link_is_replaced_and_its_target_is_kept(tmp_path: Path) -> None:
+    """In a download cache, a model's files are links to contents that other folders share."""
     (tmp_path / "blob").write_text(json.dumps({"version": 1}))
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / CONFIG).symlink_to("../blob")
@@ -513,7 +513,7 @@ def test_leftovers_of_dead_processes_go_and_those_of_the_living_stay(saver: Save
 
 
 @needs_signals
-def test_leftovers_of_a_killed_first_save_go_with_the_next_save_beside_it(
+def test_leftovers_of_a_killed_first_save_are_removed_by_the_next_save(
     saver: Saver, quick_path: Path
 ) -> None:
     saver.save_once(quick_path / "checkpoint-100", "links", 1, die_at=6)
@@ -534,8 +534,8 @@ def test_leftovers_from_another_machine_are_kept_for_a_day(tmp_path: Path) -> No
     assert not stage.exists()
 
 
-def test_a_folder_from_elsewhere_can_not_make_recovery_touch_other_files(tmp_path: Path) -> None:
-    """What an unpacked archive calls leftovers may be made to reach out of its folder."""
+def test_a_folder_from_elsewhere_cannot_make_recovery_touch_other_files(tmp_path: Path) -> None:
+    """A folder from an archive may contain files that look like leftovers and lead out of the folder."""
     secret, home, folder = tmp_path / "secret", tmp_path / "home", tmp_path / "adapter"
     for path in (secret, home, folder):
         path.mkdir()
@@ -545,13 +545,13 @@ def test_a_folder_from_elsewhere_can_not_make_recovery_touch_other_files(tmp_pat
         (stage / "old" / "out").mkdir(parents=True)
         (stage / "old" / CONFIG).write_text("")
         (stage / "old" / "out" / "keys").write_text("")
-        if number == 0:  # the new files lie elsewhere
+        if number == 0:  # the new files are elsewhere
             (stage / "new").symlink_to(secret)
             (stage / "current").symlink_to("new")
             (folder / CONFIG).symlink_to(f"{stage.name}/current/{CONFIG}")
-        if number == 1:  # so do those shown
+        if number == 1:  # the files shown are elsewhere, too
             (stage / "current").symlink_to(secret)
-        if number == 2:  # so does the lock
+        if number == 2:  # the lock is elsewhere, too
             (stage / "lock").symlink_to(home / "lock")
     (folder / "out").symlink_to(home)
 
@@ -583,7 +583,7 @@ def test_an_error_of_the_writer_comes_through_and_changes_nothing(tmp_path: Path
 def test_a_failure_of_any_single_step_leaves_one_version(
     quick_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, links: bool
 ) -> None:
-    """The disk fills up at every step of the save in turn."""
+    """The disk fills up at every single step of a save."""
     calls = {
         name: getattr(os, name) for name in ("replace", "rename", "link", "symlink", "fsync", "mkdir", "open")
     }

@@ -1,6 +1,6 @@
-"""diffusers: adaptive ranks in a UNet and in a diffusion transformer, and what its pipelines load.
+"""diffusers: adaptive ranks in a UNet and in a diffusion transformer, and exports that its pipelines load.
 
-`make test-frameworks` runs these tests in an environment that has diffusers; elsewhere they are skipped.
+`make test-frameworks` runs these tests in an environment with diffusers. Elsewhere they are skipped.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def test_the_command_exports_a_folder_of_pefts_with_patterns_and_rslora(kind: st
     torch.testing.assert_close(output(loaded(kind, tmp_path / "out"), kind), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_at_rank_0_and_layers_whose_names_end_alike_are_told_apart(tmp_path: Path) -> None:
-    """In SD3, ``proj_out`` is a layer, and the end of no other; in a UNet ``conv_in`` and ``proj_in`` are."""
+def test_layers_at_rank_0_and_layers_whose_names_end_alike_are_distinguished(tmp_path: Path) -> None:
+    """In SD3, ``proj_out`` is a layer's path, and the end of no other path; in a UNet, some paths end alike."""
     from safetensors import safe_open
 
     kind = "transformer"
@@ -140,7 +140,7 @@ def test_layers_at_rank_0_and_layers_whose_names_end_alike_are_told_apart(tmp_pa
     torch.testing.assert_close(output(loaded(kind, tmp_path), kind), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_text_encoder_is_exported_where_its_component_is_said(tmp_path: Path) -> None:
+def test_a_text_encoder_is_exported_if_its_component_is_given(tmp_path: Path) -> None:
     encoder = unet_pipeline().text_encoder
     config = rw.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "fc1"], init_lora_weights=False)
     torch.manual_seed(3)
@@ -168,7 +168,7 @@ def test_saving_a_pipeline_around_an_adapted_model_is_refused_and_works_once_mer
     setattr(pipe, kind, rw.get_peft_model(getattr(pipe, kind), config))
     with pytest.raises(ValueError, match="A pipeline is saved with whole models, but its"):
         pipe.save_pretrained(tmp_path / "pipe")
-    getattr(pipe, kind).save_pretrained(tmp_path / "adapter")  # by itself it saves its adapter
+    getattr(pipe, kind).save_pretrained(tmp_path / "adapter")  # saved by itself, it saves its adapter
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     wanted = output(getattr(pipe, kind), kind)
 

@@ -1,7 +1,7 @@
 """axolotl, LLaMA-Factory and ms-swift adapt ranks by their own configuration, from training to the merged model.
 
-`make test-frameworks` installs each in an environment of its own; ``FRAMEWORKS_VENV`` names the folder that holds them,
-and ``FRAMEWORKS`` may name those to test. Without the folder these tests are skipped.
+`make test-frameworks` installs each in an environment of its own. ``FRAMEWORKS_VENV`` names the folder that holds
+these, and ``FRAMEWORKS`` may name the frameworks to test. Without the folder these tests are skipped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif("FRAMEWORKS_VENV" not in os.environ, reason="`make test-frameworks` installs them"),
 ]
-LAYERS = 14  # of the tiny Llama
+LAYERS = 14  # layers of the tiny Llama
 
 
 @pytest.fixture(scope="module", params=FRAMEWORKS)
@@ -58,7 +58,7 @@ def ranks_of(folder: Path) -> list[int]:
 
 
 def check_target(framework: Framework, folder: Path) -> None:
-    """The budget is counted in parameters; what no rank fits into any more is left over."""
+    """The budget counts parameters. A remainder that is too small for any rank stays unused."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(framework.world.model)
@@ -98,7 +98,7 @@ def test_training_ends_at_the_target_with_a_plain_lora_adapter(framework: Framew
     assert RANK * LAYERS >= budgets[0] > budgets[-1] and budgets == sorted(budgets, reverse=True)
 
 
-def test_the_report_reads_what_the_framework_wrote(trained: Path) -> None:
+def test_the_report_reads_the_frameworks_files(trained: Path) -> None:
     from typer.testing import CliRunner
 
     from rankwise.cli import app
@@ -110,7 +110,7 @@ def test_the_report_reads_what_the_framework_wrote(trained: Path) -> None:
     assert (trained / "out" / "rank_history.json").is_file()
 
 
-def test_the_frameworks_own_merge_computes_what_the_adapter_computes(
+def test_the_frameworks_own_merge_computes_the_same_as_the_adapter(
     framework: Framework, trained: Path
 ) -> None:
     from peft import PeftModel
@@ -126,7 +126,7 @@ def test_the_frameworks_own_merge_computes_what_the_adapter_computes(
         torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_checkpoint_within_the_cuts_computes_what_it_computed(framework: Framework, trained: Path) -> None:
+def test_a_checkpoint_between_cuts_computes_the_same(framework: Framework, trained: Path) -> None:
     from peft import PeftModel
 
     middle = trained / "out" / f"checkpoint-{STEPS // 2}"
@@ -176,7 +176,9 @@ def test_a_target_above_the_rank_ends_the_run_before_the_model_is_read(
 
 
 @pytest.mark.parametrize("framework", ["ms-swift"], indirect=True)
-def test_a_plugin_that_no_callback_asks_for_is_no_silent_lora(framework: Framework, tmp_path: Path) -> None:
+def test_a_plugin_without_its_callback_is_refused_and_does_not_train_plain_lora(
+    framework: Framework, tmp_path: Path
+) -> None:
     done = framework.train(tmp_path, callbacks=None)
     assert done.code != 0 and "would train plain LoRA. Add `callbacks: rankwise`" in done.told, done.told[
         -4000:
@@ -187,7 +189,7 @@ def test_a_plugin_that_no_callback_asks_for_is_no_silent_lora(framework: Framewo
 def test_two_processes_end_at_the_target(
     framework: Framework, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torchrun = tmp_path / "bin" / "torchrun"  # PyTorch, and with it the script, is in the tests' environment
+    torchrun = tmp_path / "bin" / "torchrun"  # PyTorch and its script are in the tests' environment
     torchrun.parent.mkdir()
     torchrun.write_text(f'#!/bin/sh\nexec "{framework.bin / "python"}" -m torch.distributed.run "$@"\n')
     torchrun.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Adaptive ranks on PEFT's layers in every trainer: the real libraries, whole runs, and what they leave behind."""
+"""Adaptive ranks on PEFT's layers in every trainer: real libraries, whole runs, and the files that they write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trl_world import ARGUMENTS, NEEDS_A_REFERENCE, STEPS, TRAINERS, base_for, l
 
 peft = pytest.importorskip("peft")
 TARGETS = ["q_proj", "v_proj"]
-PHASES: dict[str, Any] = {"tinit": 2, "tfinal": 3, "deltaT": 1}  # cuts at 3, 4 and 5 of 8 steps
+PHASES: dict[str, Any] = {"tinit": 2, "tfinal": 3, "deltaT": 1}  # cuts at steps 3, 4 and 5 of 8
 
 
 def lora(**changes: Any) -> Any:
@@ -39,7 +39,7 @@ def ranks_of(callback: rw.AdaptRanks) -> rw.AdaptiveRanks:
 
 
 def assert_whole_run(ranks: rw.AdaptiveRanks, steps: int = STEPS) -> None:
-    """All phases happened, step by step, and the layers are narrowed to a budget that was reached."""
+    """Check that all phases happened, step by step, and that the layers were narrowed to the target."""
     state, budgets = ranks.allocation_state, [record.budget for record in ranks.rank_history.records]
     assert (state.step, state.total_step, state.phase) == (steps, steps, "final")
     assert state.budget == state.target < state.initial
@@ -49,7 +49,7 @@ def assert_whole_run(ranks: rw.AdaptiveRanks, steps: int = STEPS) -> None:
 
 
 def assert_loads_in_peft(model: Any, folder: Path, base: nn.Module) -> None:
-    """PEFT alone reads what was saved, and computes the same."""
+    """Check that PEFT alone reads the saved adapter, and computes the same."""
     loaded, ids = peft.PeftModel.from_pretrained(base, folder).eval(), token_batches(1)[0]["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
@@ -61,7 +61,7 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
-    """The same factors, bit for bit."""
+    """Check that the factors are equal, bit for bit."""
     ours, theirs = trained(one), trained(other)
     assert ours and ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -89,7 +89,7 @@ def test_trl_with_a_peft_config_and_one_callback_ends_as_an_adapter_that_peft_lo
         assert logged(trainer, name)[0] == pytest.approx(expected, abs=1e-6)
     assert logged(trainer, "rank_phase")[-1] == 2
     assert logged(trainer, "total_rank")[-1] == ranks_of(callback).rank_summary().total_rank
-    assert (config.r, config.rank_pattern) == (8, {})  # the caller's own configuration is as it was
+    assert (config.r, config.rank_pattern) == (8, {})  # the caller's own configuration is unchanged
     trainer.save_model(str(tmp_path / "saved"))
     assert_loads_in_peft(trainer.model, tmp_path / "saved", base_for(kind))
 
@@ -115,7 +115,7 @@ def test_trl_on_an_adapter_that_goes_on_starts_at_the_policy_that_it_had(kind: s
         assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
     trainer.save_model(str(tmp_path / "saved"))
     assert_loads_in_peft(trainer.model, tmp_path / "saved", llama())
-    trainer.model.set_adapter("ref")  # TRL's copy of the policy at the start is not touched
+    trainer.model.set_adapter("ref")  # TRL's copy of the initial policy does not change
     assert_loads_in_peft(trainer.model, tmp_path / "saved" / "ref", llama())
     assert_loads_in_peft(trainer.model, tmp_path / "sft", llama())
 
@@ -273,7 +273,7 @@ def test_a_best_checkpoint_without_its_ranks_ends_no_run_and_changes_no_factor(t
 
 @contextlib.contextmanager
 def memory_that_runs_out(trainer: Any, at: int) -> Iterator[list[int]]:
-    """The first attempt fails in step ``at`` as it does on a GPU that is too small; gives the sizes of batches."""
+    """Let the first attempt fail in step ``at``, as on a GPU that is too small. Yields the batch sizes."""
     sizes: list[int] = []
     step = trainer.training_step
 
@@ -360,7 +360,7 @@ def test_gradient_checkpointing_of_both_kinds_is_the_same_run(
         torch.testing.assert_close(trained(trainer.model)[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_training_once_more_is_plain_lora_and_says_so(tmp_path: Path) -> None:
+def test_training_once_more_is_plain_lora_with_a_warning(tmp_path: Path) -> None:
     callback = rw.AdaptRanks(target_r=2, **PHASES)
     trainer = trainer_for(tmp_path, callback)
     trainer.train()
@@ -499,7 +499,7 @@ def test_lightning_resumes_bit_for_bit_from_its_own_checkpoint(at: int, tmp_path
         )
         options: Any = {"callbacks": [saver], "enable_checkpointing": True} if first else {}
         checkpoint = None if first else str(tmp_path / f"step={at}.ckpt")
-        lightning_trainer(lightning, tmp_path, max_epochs=STEPS, **options).fit(  # an epoch is one step
+        lightning_trainer(lightning, tmp_path, max_epochs=STEPS, **options).fit(  # an epoch has one step
             lightning_task(lightning, models[-1]), lightning_data(4), ckpt_path=checkpoint
         )
         assert_whole_run(ranks)

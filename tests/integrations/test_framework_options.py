@@ -1,4 +1,4 @@
-"""What is refused of adaptive ranks' options and of adapters when a framework's configuration is read."""
+"""Refusals of options and adapters when a framework's configuration is read."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def test_a_schedule_that_does_not_fit_the_steps_is_refused_before_training(check
     assert check({"tinit": 60, "tfinal": 50}) == {"tinit": 60, "tfinal": 50}
     with pytest.raises(ValueError, match="total_step"):
         check({"tinit": 60, "tfinal": 50}, max_steps=100)
-    check({"tinit": 60, "tfinal": 50}, max_steps=-1)  # the framework's way to say: by epochs
+    check(
+        {"tinit": 60, "tfinal": 50}, max_steps=-1
+    )  # the framework's value for a run whose length is given in epochs
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_adapters_that_cannot_be_adapted_are_refused_by_name(check: Any, more: A
     [
         (of_axolotl, {"adapter": "qlora"}),
         (of_axolotl, {"peft_use_dora": True, "peft_init_lora_weights": "gaussian"}),
-        (of_axolotl, {"lora_r": 2, "lora_model_dir": "adapter"}),  # which has a rank of its own
+        (of_axolotl, {"lora_r": 2, "lora_model_dir": "adapter"}),  # the adapter has a rank of its own
         (of_axolotl, {"lora_r": 2, "lora_rank_pattern": {"q_proj": 64}}),
         (of_axolotl, {"lora_r": None}),
         (of_axolotl, {"rl": "dpo"}),
@@ -132,8 +134,8 @@ def test_the_variable_of_an_environment_that_changes_the_trainer_is_refused_too(
         of_llama_factory({"target_r": 4})
 
 
-# A framework that is not there, or has moved what rankwise needs. An ImportError would do harm: axolotl takes it for a
-# plugin that is not installed, and trains on.
+# A framework that is not installed, or no longer has what rankwise needs. An ImportError would do harm: axolotl would
+# think that the plugin is not installed, and train on.
 
 
 def test_frameworks_without_their_extension_points_are_refused_and_not_by_an_import_error(

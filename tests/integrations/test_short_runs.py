@@ -1,4 +1,4 @@
-"""Runs of few steps: the schedule that is left out fits what a trainer says."""
+"""Runs of few steps: the default schedule fits the length that a trainer reports."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Trackers that a Trainer reports to get the ranks as pictures and histograms, each with its real library.
+"""Trackers that a Trainer reports to get pictures and histograms of the ranks. Each test uses the real library.
 
-TensorBoard is among what the tests install; the others are installed apart: `make test-trackers`.
+TensorBoard is installed with the tests. The others are installed separately: `make test-trackers`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Tokens(torch.utils.data.Dataset[Any]):
 
 
 def train(folder: Path, tracker: str, **more: Any) -> Any:
-    """A short run of a tiny model that reports to ``tracker``; returns the trainer."""
+    """Train a tiny model for a few steps, reporting to ``tracker``. Return the trainer."""
     from transformers import Trainer, TrainingArguments
 
     config = rw.AdaLoraConfig(
@@ -53,7 +53,7 @@ def train(folder: Path, tracker: str, **more: Any) -> Any:
 
 
 def changes(trainer: Any) -> list[int]:
-    """The steps after which the ranks were not what they were before, of those that were logged."""
+    """The logged steps at which the ranks differ from those of the logged step before."""
     found, before = [], None
     for record in trainer.model.rank_history.records:
         if record.ranks != before and record.step:
@@ -145,7 +145,7 @@ def test_mlflow_gets_pictures_and_counts_of_the_ranks(
 def test_trackio_gets_pictures_and_histograms_of_the_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read on import
     pytest.importorskip("trackio")
     trainer = train(tmp_path / "out", "trackio", trackio_space_id=None, project="ranks", run_name="one")
     assert trainer.told == []

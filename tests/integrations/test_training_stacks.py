@@ -1,7 +1,7 @@
-"""The libraries that people train with: attaching the adapter is enough, whatever runs the loop.
+"""The libraries that people train with: attaching the adapter is enough, whatever runs the training loop.
 
-Every run here goes through all three phases and must end at its target. The libraries are the real ones; a test is
-skipped where its library is not installed.
+Every run here goes through all three phases and must reach its target. The libraries are the real ones. A test is
+skipped if its library is not installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEPS = 8
 
 
 def adapted(base: nn.Module | None = None, **changes: Any) -> Any:
-    """An adapter that halves its ranks, with the length of the run left for the trainer to fill in."""
+    """An adapter that halves its ranks. Its trainer must fill in the length of the run."""
     options = {
         "init_r": 4,
         "target_r": 2,
@@ -49,7 +49,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def assert_whole_run(model: Any, steps: int = STEPS) -> None:
-    """All three phases happened, step by step, and the adapter ended at its target, with what it learned."""
+    """Check that all phases happened, step by step, and that the adapter reached its target and has learned."""
     state, budgets = model.allocation_state, [record.budget for record in model.rank_history.records]
     assert (state.step, state.total_step, state.phase) == (steps, steps, "final")
     assert state.budget == state.target == state.initial // 2
@@ -152,7 +152,7 @@ def test_8_bit_adam_of_bitsandbytes() -> None:
     assert_whole_run(model)
 
 
-def test_schedule_free_adamw_whose_evaluation_weights_hold_only_what_stays(tmp_path: Path) -> None:
+def test_schedule_free_adamw_whose_evaluation_weights_hold_only_kept_ranks(tmp_path: Path) -> None:
     schedulefree = pytest.importorskip("schedulefree")
     model = with_length()
     optimizer = schedulefree.AdamWScheduleFree(trainable(model), lr=1e-2)
@@ -230,8 +230,10 @@ def test_a_compiled_model_is_one_graph_and_recompiles_only_at_the_first_cut(back
         loop(model, optimizer, compiled, range(step, step + 1))
         graphs.append(compiled_frames())
     assert_whole_run(model)
-    first = next(record.step for record in model.rank_history.records if record.step)  # scales change with it
-    # These two backends may specialize once more, for one of the scales that the cuts bring.
+    first = next(
+        record.step for record in model.rank_history.records if record.step
+    )  # scales change at the first cut
+    # These two backends may specialize once more, for one of the new scales after a cut.
     assert set(graphs[:first]) == {1} and max(graphs) <= (2 if backend == "eager" else 3)
     loop(plain, adamw(plain))
     for ours, theirs in zip(trainable(model), trainable(plain), strict=True):
@@ -251,7 +253,7 @@ def trainer_for(model: nn.Module, folder: Path, **changes: Any) -> Any:
 
 
 def scalars(folder: Path) -> dict[str, list[float]]:
-    """What TensorBoard's event files in a folder hold."""
+    """The values in TensorBoard's event files in a folder."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder))
     events.Reload()
@@ -322,7 +324,7 @@ def test_trainer_on_a_classifier_evaluates_keeps_the_best_and_resumes_bit_for_bi
 
 
 class Wrapped(nn.Module):
-    """A user's own model around a Transformers one."""
+    """A user's own model that contains a Transformers model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,7 +371,7 @@ def test_seq2seq_trainer_generates_for_its_metrics(tmp_path: Path) -> None:
         label_smoothing_factor=0.1,
     )  # fmt: skip
     data = [{name: ids.tolist() for name, ids in row.items()} for row in sentences()]
-    collator = DataCollatorForSeq2Seq(words_tokenizer(), model)  # asks the model for the decoder's inputs
+    collator = DataCollatorForSeq2Seq(words_tokenizer(), model)  # it asks the model for the decoder's inputs
     trainer = Seq2SeqTrainer(
         model, arguments, collator, train_dataset=data, eval_dataset=data[:8], compute_metrics=metrics
     )
@@ -462,7 +464,7 @@ def test_sft_trainer_trains_an_output_layer_that_trains_whole(tmp_path: Path) ->
     assert not torch.equal(model.lm_head.modules_to_save["default"].weight, before)
 
 
-def test_an_adapter_that_the_loss_goes_round_is_told_of_by_name(tmp_path: Path) -> None:
+def test_an_adapter_that_the_loss_bypasses_is_reported_by_name(tmp_path: Path) -> None:
     """TRL computes its loss from the output layer's weight, without calling the layer."""
     model = adapted(target_modules=["q_proj", "lm_head"])
     with told() as messages:
@@ -732,7 +734,7 @@ def _only_first_epoch(original: Callable[..., None]) -> Callable[..., None]:
     return on_train_epoch_end
 
 
-def test_lightning_without_an_end_is_told_what_to_pass(tmp_path: Path) -> None:
+def test_lightning_without_an_end_gets_an_error_with_the_option_to_pass(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")
     module = lightning_module(adapted(), lightning)
     module.configure_optimizers = lambda: adamw(module)

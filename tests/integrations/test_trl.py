@@ -1,6 +1,6 @@
-"""rankwise's own layers under TRL: a reference that would be wrong is refused, and so is an adapter over the adapter.
+"""rankwise's own layers under TRL: a wrong reference model is refused, and so is an adapter of PEFT on top.
 
-All with the real TRL and PEFT.
+All tests use the real TRL and PEFT.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def config(**changes: Any) -> rw.AdaLoraConfig:
 
 
 def continued(kind: str = "dpo", **changes: Any) -> Any:
-    """A model whose adapter has learned something before."""
+    """A model whose adapter has been trained before."""
     torch.manual_seed(5)
     model = rw.get_peft_model(base_for(kind), config(**changes))
     for name, parameter in model.named_parameters():
@@ -110,7 +110,7 @@ def test_a_subclass_with_a_constructor_of_its_own_is_refused_as_well(tmp_path: P
 
 def test_a_reference_that_a_trainer_made_in_another_way_is_refused_before_it_is_used(tmp_path: Path) -> None:
     trainer = trl_trainer("dpo", tmp_path, continued(), precompute_ref_log_probs=True)
-    trainer.ref_model = llama()  # as a trainer does that rankwise does not know
+    trainer.ref_model = llama()  # as in a trainer that rankwise does not know
     with pytest.raises(ValueError, match="wrong reference"):
         trainer.train()
 
@@ -159,7 +159,7 @@ def test_a_peft_config_for_an_adapted_model_is_refused_when_the_trainer_is_made(
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ["k_proj"]], ids=["the same layers", "other layers"])
-def test_in_a_plain_loop_peft_over_an_adapted_model_is_told_of_at_the_first_step(targets: list[str]) -> None:
+def test_in_a_plain_loop_peft_over_an_adapted_model_is_reported_at_the_first_step(targets: list[str]) -> None:
     model = peft.get_peft_model(continued(total_step=8), peft.LoraConfig(r=4, target_modules=targets))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     with told() as messages:
@@ -172,7 +172,7 @@ def test_in_a_plain_loop_peft_over_an_adapted_model_is_told_of_at_the_first_step
 
 
 def test_a_frozen_adapter_of_rankwise_may_have_one_of_peft_on_top(tmp_path: Path) -> None:
-    """It is there to be used as it is, so nothing is lost when PEFT freezes it."""
+    """It is used as it is, so nothing is lost when PEFT freezes it."""
     frozen = rw.LoraConfig(r=4, target_modules=TARGETS, inference_mode=True)
     model = rw.get_peft_model(llama(), frozen)
     on_top = peft.LoraConfig(r=4, target_modules=["k_proj"])
@@ -195,7 +195,7 @@ def test_adapt_ranks_is_refused_on_rankwises_own_layers_when_the_trainer_is_made
 def test_a_configuration_of_rankwise_as_peft_config_is_refused_with_the_way_that_works(
     kind: str, cls: Any, tmp_path: Path
 ) -> None:
-    from transformers import Trainer  # noqa: F401 - as scripts do that make a trainer
+    from transformers import Trainer  # noqa: F401 - as in scripts that make a trainer
 
     with pytest.raises(TypeError, match=f"{cls.__name__}.*peft.LoraConfig.*AdaptRanks"):
         trl_trainer(kind, tmp_path, peft_config=cls(target_modules=TARGETS))
@@ -211,7 +211,7 @@ def test_pefts_own_functions_say_what_to_do_with_a_configuration_of_rankwise(way
         call(config())
 
 
-def test_a_configuration_has_no_attributes_of_pefts_to_those_who_ask_politely() -> None:
+def test_a_configuration_has_none_of_pefts_attributes_for_hasattr() -> None:
     assert config().is_prompt_learning is False and config().is_adaption_prompt is False
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = config().nonsense

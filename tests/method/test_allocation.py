@@ -1,4 +1,4 @@
-"""Which triplets stay: the best, exactly as many as the budget pays for, in a fixed order among equals."""
+"""The triplets that stay: the best ones, exactly as many as the budget allows, in a fixed order if scores are equal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cases import random_cases, seeds
 from rankwise.method.allocation import allocate
 from rankwise.method.layout import TripletLayout
 
-# Scores in practice are tiny and often equal; in the worst case they are anything a float can be.
+# Real scores are tiny and often equal. In the worst case they are any float.
 any_scores = st.one_of(
     st.sampled_from([0.0, -0.0, 1e-30, 1.0, 2.0, math.inf, -math.inf, math.nan]),
     st.floats(width=32),
@@ -86,7 +86,7 @@ def test_the_budget_is_met_exactly_by_the_best_whatever_the_scores(
 
 @random_cases(200)
 @given(st.lists(any_scores, min_size=1, max_size=20))
-def test_what_a_smaller_budget_keeps_a_greater_one_keeps_too(values: list[float]) -> None:
+def test_a_larger_budget_keeps_everything_that_a_smaller_one_keeps(values: list[float]) -> None:
     tensor = torch.tensor(values)
     kept = [allocate(tensor, budget) for budget in range(len(values) + 1)]
     for smaller, greater in zip(kept, kept[1:], strict=False):

@@ -1,4 +1,4 @@
-"""The forms of the method: how each starts, which scale it has, what it scores."""
+"""The forms of the method: their start, their scale, and the quantity that they score."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankwise.method.forms import form_of
 
 
 def started(form: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """A, E and B in float64 after the form's start, with a plain LoRA's start of A = 3 and B = 0."""
+    """A, E and B in float64 after the form's start, if plain LoRA's start is A = 3 and B = 0."""
     torch.manual_seed(0)
     A, E, B = (torch.full(shape, 9.0, dtype=torch.float64) for shape in ((8, 50), (8, 1), (40, 8)))
     given = E if form.has_E else None
@@ -51,7 +51,7 @@ def test_only_the_papers_form_has_a_third_factor_and_counts_ranks_alike() -> Non
     assert not form.has_E and form.counts_parameters and form.takes_rslora
 
 
-def test_what_is_left_out_follows_the_rank_that_is_wanted() -> None:
+def test_omitted_settings_follow_the_target_rank() -> None:
     principal, paper = form_of("principal"), form_of(True)
     assert [principal.lora_alpha(rank, False) for rank in (0.25, 1, 2, 8, 64)] == [0.5, 2, 4, 16, 128]
     assert [principal.init_r(r) for r in (0.1, 0.9, 1, 4, 8, 64)] == [8, 8, 8, 8, 16, 128]

@@ -1,4 +1,4 @@
-"""What is scored of each step: every element, as in the paper."""
+"""The importance in each step: computed for every element, as in the paper."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_papers_importance_is_every_products_own() -> None:
 
 
 @pytest.mark.parametrize("kind", [ElementImportance])
-def test_factors_without_a_gradient_are_told_from_those_whose_gradient_is_zero(kind: Any) -> None:
+def test_factors_without_a_gradient_are_distinguished_from_those_with_a_zero_gradient(kind: Any) -> None:
     products = products_of_a_loss()
     importance = kind(LAYOUT)
     given: list[Tensor | None] = [p for key in importance.factors for p in products[key]]

@@ -1,4 +1,4 @@
-"""Where triplets lie in flat vectors: sums and means over them are those of plain loops, whatever the shapes."""
+"""The positions of triplets in flat vectors: sums and means there equal those of plain loops, for any shapes."""
 
 from __future__ import annotations
 

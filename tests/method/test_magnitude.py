@@ -1,4 +1,4 @@
-"""Scaling by powers of two is exact, and norms are right wherever the numbers themselves are finite."""
+"""Scaling by powers of two is exact, and norms are right whenever the numbers themselves are finite."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_power_below_is_exact_for_every_number_of_the_dtype(
         assert float(torch.tensor(value, dtype=dtype) / power) * power == value
 
 
-def test_what_is_not_finite_is_not_scaled() -> None:
+def test_values_that_are_not_finite_are_not_scaled() -> None:
     assert power_below(torch.tensor([torch.nan, torch.inf, 0.0])).tolist() == [1, 1, 1]
 
 
@@ -39,7 +39,7 @@ def test_a_norm_neither_overflows_nor_vanishes(size: float) -> None:
     assert scaled_norm(values.double() * 1e200) / 1e200 == pytest.approx(scaled_norm(values), rel=1e-12)
 
 
-def test_norms_of_nothing_and_of_what_is_not_finite() -> None:
+def test_norms_of_empty_tensors_and_of_values_that_are_not_finite() -> None:
     assert scaled_norm(torch.zeros(0, 3)) == scaled_norm(torch.zeros(2, 3)) == 0
     assert math.isnan(scaled_norm(torch.tensor([1.0, torch.nan])))
     assert scaled_norm(torch.tensor([1.0, -torch.inf])) == math.inf

@@ -1,4 +1,4 @@
-"""The orthogonality penalty and its gradient, where both are known in closed form."""
+"""The orthogonality penalty and its gradient, in cases where both are known in closed form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def orthonormal_rows(rank: int, width: int) -> Any:
 
 
 @pytest.mark.parametrize("stretch", [0.0, 0.5, 2.0])
-def test_of_stretched_orthonormal_factors_it_is_the_distance_of_the_squared_stretch_from_1(
+def test_the_penalty_of_stretched_orthonormal_factors_is_the_distance_of_the_squared_stretch_from_1(
     stretch: float,
 ) -> None:
     """||c^2 I - I||_F = |c^2 - 1| sqrt(r), for rows and for columns."""
@@ -88,7 +88,7 @@ def test_the_penaltys_gradient_at_an_orthonormal_matrix_is_zero_and_not_nan() ->
 def test_matrices_of_a_run_that_diverges_have_finite_gradients(
     exponent: int, dtype: torch.dtype, columns: bool
 ) -> None:
-    """Beside M M^T the identity vanishes, and the gradient is 2 M M^T M / |M M^T|, as large as M."""
+    """The identity is negligible here. The gradient is 2 M M^T M / |M M^T|, which is as large as M."""
     torch.manual_seed(0)
     size = 10.0 ** (exponent if dtype == torch.float32 else 8 * exponent)
     plain = torch.randn(3, 7, dtype=torch.float64)
@@ -101,7 +101,7 @@ def test_matrices_of_a_run_that_diverges_have_finite_gradients(
 
 
 def test_the_penalty_of_large_matrices_is_right_as_long_as_it_is_a_number_of_the_dtype() -> None:
-    matrix = torch.eye(3, 5) * 1e18  # the squares of M M^T would overflow, and the penalty does not
+    matrix = torch.eye(3, 5) * 1e18  # the squares of M M^T would overflow, but the penalty does not
     assert orthogonality_penalty([matrix], []).item() == pytest.approx(1e36 * math.sqrt(3), rel=1e-6)
 
 

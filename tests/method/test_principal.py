@@ -44,7 +44,7 @@ def test_the_pace_stays_as_rows_of_A_keep_their_mean_square(shape: tuple[int, in
     torch.testing.assert_close(found.A.norm(dim=2)[:, :count], norm)
 
 
-def test_cutting_the_last_directions_loses_what_the_best_approximation_loses() -> None:
+def test_cutting_the_last_directions_loses_as_little_as_the_best_approximation() -> None:
     A, B = factors(6, 12, 9)
     found = principal_directions(A, B, all_act(A))
     cut = found.B[:, :, :2] @ found.A[:, :2]
@@ -88,7 +88,7 @@ def degenerate(kind: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["B is 0", "A is 0", "equal rows", "tiny"])
-def test_degenerate_factors_give_finite_ones_with_the_same_product(kind: str) -> None:
+def test_degenerate_factors_give_finite_factors_with_the_same_product(kind: str) -> None:
     A, B = degenerate(kind)
     found: Principal = principal_directions(A, B, all_act(A))
     torch.testing.assert_close(found.B @ found.A, B @ A)

@@ -1,4 +1,4 @@
-"""Principal directions of any numbers that factors can hold: nothing raises, and what is not right stays as it is."""
+"""Principal directions of any numbers that factors can hold: nothing raises, and a layer that can't be turned stays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from rankwise.method.principal import Principal, principal_directions
 
 FLOAT32 = torch.finfo(torch.float32)
-LEAST = 2.0**-149  # the distance of neighbouring subnormal numbers in float32
+LEAST = 2.0**-149  # the distance between neighbouring subnormal numbers in float32
 
 
 def randoms(rank: int, width_in: int, width_out: int, layers: int = 1) -> tuple[Tensor, Tensor]:
@@ -27,11 +27,11 @@ def all_act(A: Tensor) -> Tensor:
 
 
 def check(A: Tensor, B: Tensor, acts: Tensor, found: Principal) -> None:
-    """See that one float32 layer that was turned is right, by float64, which holds its products."""
+    """Check by float64, which holds the products, that a turned float32 layer is right."""
     wide_A, wide_B = A[0].double() * acts[0][:, None], B[0].double() * acts[0]
     update, got = wide_B @ wide_A, found.B[0].double() @ found.A[0].double()
     size = float((wide_B.norm(dim=0) * wide_A.norm(dim=1)).sum())
-    # Where numbers are subnormal, factors can't be nearer to the right ones than such numbers are to each other.
+    # Subnormal factors can't be closer to the right ones than subnormal numbers are to each other.
     norms = float(wide_A.norm() + wide_B.norm() + found.A[0].double().norm() + found.B[0].double().norm())
     allowed = 3e-5 * size + 4 * LEAST * math.sqrt(A.numel() + B.numel()) * norms
     assert float((got - update).norm()) <= allowed
@@ -107,14 +107,14 @@ def test_scaling_the_factors_by_powers_of_two_scales_the_result_and_changes_no_d
     plain, scaled = (principal_directions(a, b, all_act(A)) for a, b in ((A, B), (A * by_A, B * by_B)))
     assert torch.equal(scaled.A, plain.A * by_A)
     assert torch.equal(scaled.turn, plain.turn) and torch.equal(scaled.inverse, plain.inverse)
-    small = torch.finfo(dtype).tiny / torch.finfo(dtype).eps  # below it digits are lost
+    small = torch.finfo(dtype).tiny / torch.finfo(dtype).eps  # below it, digits are lost
     for got, expected in ((scaled.B, plain.B * by_B), (scaled.strengths, plain.strengths * by_A * by_B)):
         torch.testing.assert_close(got, expected.clamp(max=torch.finfo(dtype).max), rtol=0, atol=small)
 
 
 @st.composite
 def any_layer(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """A float32 layer: each triplet of its own size, some equal, some 0, some numbers much larger, some not acting."""
+    """A float32 layer: triplets of different sizes, some equal, some 0, some with large numbers, some switched off."""
     rank, width_in, width_out = (draw(st.integers(1, most)) for most in (6, 7, 7))
     A, B = randoms(rank, width_in, width_out)
     common = [draw(st.integers(-44, 37)) for _ in "AB"]
@@ -144,7 +144,7 @@ def test_any_finite_layer_is_turned_rightly_or_stays_as_it_is(layer: tuple[Tenso
         check(A, B, acts, found)
         return
     check_stays(A, B, found)
-    # It is left alone for a reason: its new factors would overflow, or no triplet is large in both A and B.
+    # It stays for a reason: its new factors would overflow, or no triplet is large in both A and B.
     a, b = A[0].double() * acts[0][:, None], B[0].double() * acts[0]
     rows, columns = a.abs().amax(1), b.abs().amax(0)
     overflows = max(float(a.norm()), float(b.norm())) > FLOAT32.max / 16
@@ -200,7 +200,7 @@ def test_a_decomposition_that_fails_leaves_its_layer_and_no_other(
     decompose, failed = getattr(torch.linalg, which), []
 
     def failing(matrix: Tensor, *args: object, **kwargs: object) -> object:
-        # LAPACK fails for a whole batch if it fails for one matrix of it; here for the layer whose number is `bad`.
+        # LAPACK fails for a whole batch if it fails for one of its matrices; here for the layer with the number `bad`.
         if len(matrix) > 1 or failed.append(0) or len(failed) == bad:
             raise torch.linalg.LinAlgError("did not converge")
         return decompose(matrix, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What an update is multiplied by: LoRA's scale, and the pace while more ranks act than in the end."""
+"""The number that multiplies an update: LoRA's scale, and the pace while more ranks act than at the end."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def test_the_scale_is_that_of_peft() -> None:
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("average", [8.0, 5.5, 2.0, 1.0, 0.25])
-def test_the_scale_of_the_end_at_its_pace_is_loras_at_the_average_rank_of_now(
+def test_the_end_scale_times_the_pace_is_loras_scale_at_the_current_average_rank(
     average: float, use_rslora: bool
 ) -> None:
     end = lora_scale(16, 2, use_rslora)
     assert end * pace(2, average, use_rslora) == pytest.approx(lora_scale(16, average, use_rslora))
 
 
-def test_with_no_rank_left_the_pace_is_finite_and_of_no_consequence() -> None:
+def test_with_no_rank_left_the_pace_is_finite() -> None:
     assert pace(2, 0) == pace(2, 0.0, use_rslora=True) == 1 and math.isfinite(pace(2, 1e-300))

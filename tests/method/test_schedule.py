@@ -16,12 +16,12 @@ import rankwise as rw
 from cases import random_cases, schedules, seeds
 from rankwise.method.schedule import BudgetSchedule, Phase, check_length, nearest_schedule
 
-anytime = settings(deadline=None)  # a busy machine is no failure
+anytime = settings(deadline=None)  # a test may be slow on a busy machine
 shares = st.floats(0, 0.95)
 
 
 def interesting_steps(schedule: rw.BudgetSchedule, generator: random.Random) -> list[int]:
-    """The borders of the phases with their neighbours, and some steps in between and beyond."""
+    """The first and last steps of the phases, their neighbours, and some steps in between and beyond."""
     borders = [0, schedule.tinit, schedule.last_allocation, schedule.total_step, schedule.total_step + 100]
     near = {border + offset for border in borders for offset in (-1, 0, 1)}
     within = {generator.randint(0, schedule.total_step + 100) for _ in range(60)}
@@ -81,7 +81,7 @@ def test_budgets_and_allocation_steps_are_those_of_peft(
         assert schedule.budget(step, *budget) == expected
         if (
             step < schedule.last_allocation
-        ):  # there PEFT allocates by force, and after it only applies the masks
+        ):  # PEFT always allocates at this step, and later only applies the masks
             assert schedule.allocates(step) == mask
 
 
@@ -107,7 +107,7 @@ def test_fractions_become_steps_of_the_run(tinit: float, tfinal: float, total_st
     assert abs(schedule.tfinal - tfinal * total_step) <= 0.5
 
 
-def test_the_whisper_run_that_started_the_project_is_refused_and_its_mended_form_works() -> None:
+def test_the_whisper_run_that_started_the_project_is_refused_and_works_when_corrected() -> None:
     with pytest.raises(ValueError, match=r"tinit=6000 .* 13500 - 11000 = 2500"):
         BudgetSchedule(tinit=6000, tfinal=11000, total_step=13500)
     BudgetSchedule(tinit=2000, tfinal=10000, total_step=13500)
@@ -115,7 +115,7 @@ def test_the_whisper_run_that_started_the_project_is_refused_and_its_mended_form
 
 @pytest.mark.parametrize("name", ["tinit", "tfinal", "total_step", "deltaT"])
 @pytest.mark.parametrize("value", [True, 1.5, "3", None, -1])
-def test_values_that_are_no_steps_are_refused_by_name(name: str, value: object) -> None:
+def test_values_that_are_not_steps_are_refused_by_name(name: str, value: object) -> None:
     values = {"tinit": 0, "tfinal": 0, "total_step": 10, "deltaT": 1, name: value}
     with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
         BudgetSchedule(**values)  # type: ignore[arg-type]
@@ -204,7 +204,7 @@ LEFT_OUT = None
 
 
 def lengths(total: int) -> list[int | float | None]:
-    """What may be said of a phase: nothing, a number of steps, a fraction."""
+    """The possible settings of a phase: none, a number of steps, a fraction."""
     return [
         LEFT_OUT,
         *sorted({0, 1, total // 2, total - 1} & {*range(total)}),
@@ -214,7 +214,7 @@ def lengths(total: int) -> list[int | float | None]:
 
 @pytest.mark.parametrize("form", ["principal", True])
 @pytest.mark.parametrize("total", range(1, 31))
-def test_phases_fit_every_run_in_which_what_is_given_leaves_room(total: int, form: Any) -> None:
+def test_phases_fit_every_run_in_which_the_given_settings_leave_room(total: int, form: Any) -> None:
     for tinit in lengths(total):
         for tfinal in lengths(total):
             asked = sum(
@@ -240,7 +240,7 @@ def test_phases_fit_every_run_in_which_what_is_given_leaves_room(total: int, for
 
 
 @pytest.mark.parametrize(("tinit", "tfinal"), [(3, None), (None, 3), (2, 1), (4, 0.1), (0.1, 3), (0.5, 0.5)])
-def test_what_is_given_and_leaves_no_room_is_refused(tinit: Any, tfinal: Any) -> None:
+def test_settings_that_leave_no_room_are_refused(tinit: Any, tfinal: Any) -> None:
     with pytest.raises(ValueError, match="no step for pruning"):
         rw.AdaLoraConfig(total_step=3, tinit=tinit, tfinal=tfinal)
 

@@ -37,7 +37,7 @@ def test_one_number_that_is_not_finite_leaves_the_whole_step_out(bad: float) -> 
     assert torch.equal(averages, before)
 
 
-def test_what_had_no_gradient_keeps_its_averages_and_the_rest_moves_as_ever() -> None:
+def test_factors_without_a_gradient_keep_their_averages_and_the_others_are_updated() -> None:
     known = torch.tensor([True, False, True])
     start, product = torch.rand(2, 3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
     partly, wholly = start.clone(), start.clone()
@@ -167,7 +167,7 @@ def test_averages_of_any_size_put_triplets_in_the_right_order(size: float) -> No
 
 def test_a_step_counts_as_long_as_its_numbers_are_finite() -> None:
     sensitivity, uncertainty = torch.zeros(2), torch.zeros(2)
-    huge = torch.full((2,), 3e38)  # whose sum is not
+    huge = torch.full((2,), 3e38)  # their sum is infinite
     assert update_scores(sensitivity, uncertainty, huge, 0.5, 0.5)
     assert sensitivity.tolist() == pytest.approx([1.5e38] * 2) and uncertainty.isfinite().all()
     nothing = torch.zeros(0)

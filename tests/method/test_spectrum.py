@@ -1,4 +1,4 @@
-"""The sketch of a gradient against its exact singular values in float64, and its size against an adapter's."""
+"""The sketch of a gradient, compared with its exact singular values in float64; and its size, with an adapter's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rankwise.method.spectrum import OVERSAMPLING, GradientSketch, effective_ran
 
 
 def tokens(d_out: int, d_in: int, decay: float, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Three batches whose gradient has singular values that fall about as i^-decay."""
+    """Three batches whose gradient has singular values that decrease about as i^-decay."""
     torch.manual_seed(seed)
     size = min(d_out, d_in)
     U, V = (torch.linalg.qr(torch.randn(d, size, dtype=torch.float64)).Q for d in (d_out, d_in))
@@ -60,14 +60,12 @@ def test_a_gradient_of_few_directions_is_found_exactly() -> None:
 
 @pytest.mark.parametrize("rank", [4, 16, 64])
 @pytest.mark.parametrize(("d_out", "d_in"), [(4096, 4096), (1024, 4096), (384, 384), (30522, 384)])
-def test_a_sketch_is_no_larger_than_what_an_adapter_takes_in_training(
-    d_out: int, d_in: int, rank: int
-) -> None:
+def test_a_sketch_is_no_larger_than_an_adapter_in_training(d_out: int, d_in: int, rank: int) -> None:
     sketch = GradientSketch(d_out, d_in, rank, torch.Generator())
     factors = rank * (d_out + d_in)
     assert (
         sketch.numbers <= (rank + OVERSAMPLING) * (d_out + d_in) <= 4 * factors
-    )  # weights, gradients, two of Adam
+    )  # weights, gradients, and two states of Adam
 
 
 def test_effective_rank_counts_equal_directions_whatever_their_size() -> None:

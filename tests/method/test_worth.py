@@ -1,4 +1,4 @@
-"""What a direction is worth: more for a stronger one, a larger gradient, fewer parameters."""
+"""The worth of a direction: it grows with its strength and its gradient, and falls with its parameters."""
 
 from __future__ import annotations
 

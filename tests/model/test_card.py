@@ -1,4 +1,4 @@
-"""The model card: what the hub reads in it, whose it is; and pushing to a local stand-in for the hub."""
+"""The model card: what the hub reads in it, and who wrote it; and pushing to a local substitute for the hub."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def model() -> rw.PeftModel:
     return adapted
 
 
-def test_the_hub_finds_the_base_model_and_the_library_and_nobody_chose_a_license(
-    model, tmp_path: Path
-) -> None:
+def test_the_hub_finds_the_base_model_and_the_library_and_no_license(model, tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
     model.save_pretrained(tmp_path)
@@ -44,12 +42,12 @@ def test_the_hub_finds_the_base_model_and_the_library_and_nobody_chose_a_license
     assert "LlamaForCausalLM.from_pretrained('someone/tiny-llama')" in card.text
 
 
-def test_a_card_of_ours_is_written_anew_and_a_persons_never(model, tmp_path: Path) -> None:
+def test_rankwises_card_is_replaced_and_a_persons_never(model, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     assert model.create_or_update_model_card(tmp_path)
     first = readme.read_text()
     assert model.create_or_update_model_card(tmp_path, tags=["new"]) and readme.read_text() != first
-    readme.write_bytes(readme.read_bytes().replace(b"\n", b"\r\n"))  # git on Windows
+    readme.write_bytes(readme.read_bytes().replace(b"\n", b"\r\n"))  # as git does on Windows
     assert is_own(readme.read_text()) and model.create_or_update_model_card(tmp_path)
     for theirs in (first.replace("## License", "license: mit"), "# By hand\n", ""):
         readme.write_text(theirs)
@@ -59,7 +57,7 @@ def test_a_card_of_ours_is_written_anew_and_a_persons_never(model, tmp_path: Pat
     assert not model.create_or_update_model_card(tmp_path)
 
 
-def test_a_run_tells_its_metrics_and_no_path_of_the_machine(tmp_path: Path) -> None:
+def test_a_card_gives_metrics_and_no_local_path(tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
     write_table(tmp_path / "reviews.csv")

@@ -1,4 +1,4 @@
-"""`add_weighted_adapter`: sums of adapters, exact, best at a rank, or as PEFT has them."""
+"""`add_weighted_adapter`: sums of adapters that are exact, the best of a rank, or PEFT's."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_combinations_are_pefts(kind: str, weights: list[float], tmp_path: Path)
         assert torch.allclose(adapted[path].delta_weight("sum"), reference, atol=1e-5)
 
 
-def test_a_module_that_trains_whole_goes_along_if_only_one_adapter_has_it() -> None:
+def test_a_module_that_trains_whole_is_combined_if_only_one_adapter_has_it() -> None:
     adapted = rw.get_peft_model(layers(), lora("up", modules_to_save=["head"]), "a")
     adapted.add_adapter("b", lora("up"))
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_a_module_that_trains_whole_goes_along_if_only_one_adapter_has_it() -> N
         ((["a", "b"], [1.0, 1.0], "c"), {}, ValueError, "an adapter 'c' already"),
     ],
 )
-def test_what_can_not_be_combined_is_refused(
+def test_adapters_that_cannot_be_combined_are_refused(
     arguments: Any, options: dict[str, Any], kind: type[Exception], said: str
 ) -> None:
     adapted = model()

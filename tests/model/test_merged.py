@@ -1,4 +1,4 @@
-"""Merging into the base weights, and what refuses to be merged."""
+"""Merging into the base weights, and the cases in which it is refused."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def test_a_merged_adapter_is_not_changed_behind_the_weights_back(tmp_path: Path)
     embedded = rw.get_peft_model(llama(), lora(target_modules=["embed_tokens"]))
     embedded.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
-        embedded.save_pretrained(
-            tmp_path
-        )  # the file would hold the merged embedding, and the adapter once more
+        embedded.save_pretrained(tmp_path)  # the file would hold the merged embedding and the adapter as well
     embedded.save_pretrained(tmp_path, save_embedding_layers=False)
 
 
@@ -88,7 +86,7 @@ def test_tied_weights_are_not_merged_into(target: str) -> None:
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in state.items())
     assert torch.equal(model(TOKENS).logits, expected)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # what the message says
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # the message's advice
     torch.testing.assert_close(model.merge_and_unload()(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Adapters by name: adding, acting, training, forgetting."""
+"""Adapters by name: adding, activating, training, deleting."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_only_the_acting_adapter_trains() -> None:
     assert trains() == set()
 
 
-def test_adding_an_adapter_leaves_what_trains_as_it_is() -> None:
+def test_adding_an_adapter_does_not_change_which_parameters_train() -> None:
     model = rw.get_peft_model(block(), lora(target_modules=["second"]))
     model.head.weight.requires_grad_(True)
     model.body.second.lora_A["default"].requires_grad_(False)
@@ -153,7 +153,7 @@ def test_disabling_nests_and_survives_exceptions() -> None:
     assert torch.equal(model(X), outputs["default"])
 
 
-def test_biases_belong_to_one_adapter_and_it_is_said_that_they_stay() -> None:
+def test_biases_belong_to_one_adapter_and_a_warning_says_that_they_stay() -> None:
     model = rw.get_peft_model(block(), lora(bias="all"))
     assert model.head.bias.requires_grad
     model.add_adapter("other", lora())

@@ -1,4 +1,4 @@
-"""Options of PEFT's functions: used, refused with the nearest name, or told to have no effect; never passed over."""
+"""Options of PEFT's functions are used, refused with the nearest name, or reported as without effect; never ignored."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_every_field_of_pefts_configurations_is_taken_at_its_default_and_refused
                     ours(target_modules=["0"], **{each.name: {"ephemeral_gpu_offload": True}})
 
 
-def test_what_is_not_here_names_the_way_that_works() -> None:
+def test_missing_features_name_an_alternative() -> None:
     with pytest.raises(TypeError, match=r"`use_dora`.*PEFT.*`rankwise\.adapt_ranks`"):
         rw.LoraConfig(use_dora=True)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"`use_doora`.*PEFT's `use_dora`"):
@@ -126,14 +126,14 @@ def test_what_is_not_here_names_the_way_that_works() -> None:
         rw.LoraConfig(peft_type="ADALORA")  # type: ignore[call-arg]
 
 
-def test_fields_of_the_future_are_told_and_kept() -> None:
+def test_unknown_newer_fields_are_reported_and_kept() -> None:
     data = {**config().to_dict(), "warp": 9}
     with pytest.warns(UserWarning, match=r"here\.json: rankwise does not know `warp`=9") as caught:
         read = rw.LoraConfig.from_dict(data, source="here.json")
     assert len(caught) == 1 and read.to_dict()["warp"] == 9
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert dataclasses.replace(read, r=4).r == 4  # it is told once
+        assert dataclasses.replace(read, r=4).r == 4  # the warning is given once
 
 
 # Values
@@ -143,7 +143,7 @@ def test_a_given_configuration_takes_the_place_of_the_folders(folder: Path) -> N
     x = torch.ones(1, 8)
     plain = layers()(x)
     update = rw.PeftModel.from_pretrained(layers(), folder)(x) - plain
-    given = config(lora_alpha=16, modules_to_save=["2"])  # twice the folder's
+    given = config(lora_alpha=16, modules_to_save=["2"])  # twice the folder's value
     double = rw.PeftModel.from_pretrained(layers(), folder, config=given)
     assert double.peft_config["default"].lora_alpha == 16 and double.peft_config["default"].inference_mode
     delta = double[0].delta_weight("default")
@@ -177,7 +177,7 @@ HALVES = [torch.float16, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", ["lora", "adalora"])
-def test_the_adapter_has_the_precision_of_the_base_where_that_is_asked_for(
+def test_the_adapter_has_the_precision_of_the_base_if_asked_for(
     dtype: torch.dtype, kind: str, tmp_path: Path
 ) -> None:
     made = config(modules_to_save=["2"])
@@ -236,7 +236,7 @@ def test_an_adapter_in_half_precision_trains() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_options_of_the_base_model_are_told_to_have_no_effect(folder: Path) -> None:
+def test_options_of_the_base_model_are_reported_to_have_no_effect(folder: Path) -> None:
     with pytest.warns(UserWarning, match="`device_map`, `torch_dtype` belongs to loading the base model"):
         rw.PeftModel.from_pretrained(layers(), folder, torch_dtype=torch.float16, device_map="auto")
     with warnings.catch_warnings():
@@ -286,7 +286,7 @@ def test_options_for_the_hub_reach_it_without_those_of_the_base(
         ),
     ],
 )
-def test_options_that_are_not_offered_name_what_to_do(call: Any, said: str, folder: Path) -> None:
+def test_options_that_are_not_offered_name_an_alternative(call: Any, said: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=said):
         call(folder)
 

@@ -1,4 +1,4 @@
-"""The model stays itself: its object, class, names and attributes; what is no model or configuration is refused."""
+"""The model keeps its object, class, names and attributes. Anything that is no model or configuration is refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_unload_restores_classes_parameters_and_names(config: rw.LoraConfig) -> 
     rw.get_peft_model(model, config)
     model(X)
     assert model.unload() is model
-    model.requires_grad_(True)  # freezing stays, as in PEFT
+    model.requires_grad_(True)  # parameters stay frozen, as in PEFT
     assert_same(before, snapshot(model))
     assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
 
@@ -124,7 +124,7 @@ def test_base_model_takes_update_and_allocate(make: Any) -> None:
 
 
 class Occupied(nn.Module):
-    """A user's model whose own attributes have our names."""
+    """A user's model whose own attributes have rankwise's names."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Occupied(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["module", "text"])
-def test_a_users_own_attributes_of_such_names_stay_his(kind: str) -> None:
+def test_a_users_own_attributes_with_rankwises_names_are_kept(kind: str) -> None:
     model = Occupied(kind)
     before = snapshot(model)
     expected, own, described = model(X), model.base_model, model.described
@@ -196,7 +196,7 @@ def test_counts_are_pefts(kind: str, capsys: pytest.CaptureFixture[str]) -> None
     ours, theirs = (
         library.get_peft_model(bert(), getattr(library, names[kind])(**options)) for library in (rw, peft)
     )
-    counters = 4 if kind == "adalora" else 0  # PEFT's AdaLoRA counts one number more for each layer
+    counters = 4 if kind == "adalora" else 0  # for each layer, PEFT's AdaLoRA counts one number more
     trained, total = theirs.get_nb_trainable_parameters()
     assert ours.get_nb_trainable_parameters() == (trained, total - counters)
     if kind == "lora":
@@ -240,7 +240,7 @@ def test_a_configuration_that_does_not_fit_leaves_the_model_as_it_was(
 def test_a_failure_half_way_leaves_the_model_as_it_was(
     where: str, adapted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when memory runs out."""
+    """Memory runs out, for example."""
     model = block()
     if adapted:
         rw.get_peft_model(model, lora(target_modules=["second"]))
@@ -270,7 +270,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
 
 
 @pytest.mark.parametrize("wrong", [None, "text", 3])
-def test_what_is_no_model_or_no_configuration_is_refused(wrong: Any) -> None:
+def test_anything_but_a_model_and_a_configuration_is_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         rw.get_peft_model(wrong, lora())
     with pytest.raises(TypeError, match="LoraConfig"):
@@ -289,7 +289,7 @@ def test_a_model_or_configuration_of_peft_is_refused_by_name() -> None:
 
 
 def test_layers_with_accelerates_hooks_are_adapted() -> None:
-    """A model that is spread over several devices has its layers' forward replaced, object by object."""
+    """In a model that is spread over several devices, each layer object's forward function is replaced."""
     hooks = pytest.importorskip("accelerate.hooks")
     model, seen = block(), []
 

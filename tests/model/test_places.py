@@ -1,4 +1,4 @@
-"""Adapted modules stay where they are, and gradients reach adapters through gradient checkpoints."""
+"""Adapted modules stay in their places, and gradients reach adapters through gradient checkpoints."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_resizing_the_vocabulary_under_an_adapter_is_refused_before_anything_cha
     assert base.resize_token_embeddings(70).num_embeddings == 70
 
 
-def test_resizing_where_no_adapter_is_works_and_the_embeddings_are_saved(tmp_path: Path) -> None:
+def test_resizing_embeddings_without_an_adapter_works_and_they_are_saved(tmp_path: Path) -> None:
     model = rw.get_peft_model(llama(), lora())
     model.resize_token_embeddings(70, mean_resizing=False)
     assert not model.get_input_embeddings().weight.requires_grad
@@ -171,7 +171,7 @@ MODELS: dict[str, Any] = {
 
 
 class Wrapped(nn.Module):
-    """A user's own module around a model, which can't be asked to checkpoint."""
+    """A user's own module around a model, without a method that enables checkpointing."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`adapter_names`: each row of a batch is computed with its own adapter, or there is an error."""
+"""`adapter_names`: each row of a batch is computed with its own adapter, or an error is raised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import rankwise as rw
 
 
 class Swallows(nn.Module):
-    """A model whose forward pass takes anything."""
+    """A model whose forward pass accepts any argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def alone(adapted: Any, x: Tensor, name: str) -> Tensor:
     "names",
     [["a", "b", "c", "__base__", "a"], ["b", "b", "a", "a", "a"], ["c"] * 5, ["__base__"] * 5],
 )
-def test_each_row_is_what_its_adapter_alone_gives(names: list[str]) -> None:
+def test_each_row_is_the_output_of_its_adapter_alone(names: list[str]) -> None:
     adapted = model()
     expected = torch.cat([alone(adapted, X[i : i + 1], name) for i, name in enumerate(names)])
     for active in ("a", "b"):
@@ -104,7 +104,7 @@ def test_names_that_do_not_fit_are_refused(names: Any, kind: type[Exception], sa
     assert torch.equal(adapted(X), before) and "forward" not in vars(adapted.body)
 
 
-def test_what_can_not_be_told_apart_by_rows_is_refused() -> None:
+def test_models_whose_rows_cannot_be_separated_are_refused() -> None:
     adapted = model()
     names = ["a", "b", "a", "b", "a"]
     adapted.train()
@@ -161,7 +161,9 @@ def language_model() -> Any:
 @pytest.mark.parametrize(
     "options", [{}, dict(num_beams=3), dict(num_beams=4, num_return_sequences=2), dict(use_cache=False)]
 )
-def test_each_row_generates_what_its_adapter_alone_does(language_model: Any, options: dict[str, Any]) -> None:
+def test_each_row_generates_the_same_as_its_adapter_alone(
+    language_model: Any, options: dict[str, Any]
+) -> None:
     x = torch.randint(2, 64, (3, 5), generator=torch.Generator().manual_seed(1))
     names = ["a", "__base__", "b"]
     settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)

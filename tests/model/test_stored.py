@@ -1,4 +1,4 @@
-"""Saving and loading adapters, and that a broken one leaves the model as it was."""
+"""Saving and loading adapters; a broken adapter leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from block_world import X, adalora, assert_same, block, lora, snapshot, train, t
 from rankwise import storage
 
 
-def test_adapters_load_beside_others(tmp_path: Path) -> None:
+def test_adapters_load_next_to_others(tmp_path: Path) -> None:
     model, outputs = two_adapters()
     model.save_pretrained(tmp_path)
     fresh = rw.PeftModel.from_pretrained(block(), tmp_path)
@@ -30,7 +30,7 @@ def test_adapters_load_beside_others(tmp_path: Path) -> None:
     assert fresh.active_adapters == ["third"] and torch.equal(fresh(X), outputs["default"])
 
 
-def test_saving_into_a_folder_keeps_what_others_put_there(tmp_path: Path) -> None:
+def test_saving_into_a_folder_keeps_other_files(tmp_path: Path) -> None:
     model, _ = two_adapters()
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "other").mkdir()

@@ -1,4 +1,4 @@
-"""Training in which no adapter takes part is told before anything is lost."""
+"""Warnings about training that leaves all adapters out, given before anything is lost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     return [str(each.message) for each in caught if "doesn't train the adapter" in str(each.message)]
 
 
-def test_an_optimizer_that_was_made_before_the_adapter_is_told_once() -> None:
+def test_an_optimizer_that_was_made_before_the_adapter_is_reported_once() -> None:
     base = layers()
     early = torch.optim.SGD(base.parameters(), lr=0.1)
     model = rw.get_peft_model(base, lora())
@@ -41,11 +41,11 @@ def test_an_optimizer_that_was_made_before_the_adapter_is_told_once() -> None:
     assert len(step(model, torch.optim.SGD([base[0].weight], lr=0.1))) == 1
 
 
-def test_optimizers_that_train_something_else_are_nobodys_business() -> None:
+def test_optimizers_that_train_something_else_are_not_reported() -> None:
     model, other = rw.get_peft_model(layers(), lora()), layers()
     assert step(other, torch.optim.SGD(other.parameters(), lr=0.1)) == []
     assert step(model, torch.optim.SGD(model.parameters(), lr=0.1)) == []
-    model[0].weight.requires_grad_(True)  # it trains beside the adapter, in an optimizer of its own
+    model[0].weight.requires_grad_(True)  # it trains in addition to the adapter, in an optimizer of its own
     assert step(model, torch.optim.SGD([model[0].weight], lr=0.1)) == []
     plain = model.unload()
     assert step(plain.requires_grad_(True), torch.optim.SGD(plain.parameters(), lr=0.1)) == []
@@ -64,7 +64,7 @@ def test_an_adapted_model_is_not_kept_alive_by_being_watched() -> None:
 
 
 @pytest.mark.parametrize("adalora", [False, True])
-def test_training_an_adapter_that_was_loaded_for_inference_is_told(adalora: bool, tmp_path: Path) -> None:
+def test_training_an_adapter_that_was_loaded_for_inference_is_reported(adalora: bool, tmp_path: Path) -> None:
     own = rw.AdaLoraConfig(target_modules=["0"], init_r=4, target_r=2, total_step=20) if adalora else lora()
     rw.get_peft_model(layers(), own).save_pretrained(tmp_path)
     frozen = rw.PeftModel.from_pretrained(layers(), tmp_path)

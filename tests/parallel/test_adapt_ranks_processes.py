@@ -1,4 +1,4 @@
-"""Adaptive ranks on PEFT's layers in several processes do what one process does: `torchrun` on gloo."""
+"""Adaptive ranks on PEFT's layers give the same run in several processes as in one: `torchrun` on gloo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ peft = pytest.importorskip("peft")
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run in one process that sees the whole batch."""
+    """The run in one process, with the whole batch."""
     from lora_run import in_one_process
 
     model, ranks, losses = in_one_process()
@@ -42,7 +42,7 @@ def assert_same_run(one: dict[str, Any], many: dict[str, Any]) -> None:
     assert many["history"] == one["history"]
     assert many["ranks"] == one["ranks"]
     assert many["losses"] == pytest.approx(one["losses"], abs=1e-5)
-    assert 0 in many["history"][-1]  # the run would not show much if no layer fell to rank 0
+    assert 0 in many["history"][-1]  # without a layer at rank 0, the comparison would show little
 
 
 def assert_loads(folder: Path, one: dict[str, Any]) -> None:

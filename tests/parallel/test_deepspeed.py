@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO does what one process does: the real library in two processes, with the scripts in `distributed/`."""
+"""DeepSpeed ZeRO gives the same run as one process: real DeepSpeed, two processes, scripts in `distributed/`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def outcome(once: Any) -> Outcome:  # noqa: F811
 
 
 def in_one_process(**changes: Any) -> dict[str, Any]:
-    """The run in one process that sees the whole batch, clipped if so asked."""
+    """The run in one process, with the whole batch; clipped if asked."""
     clipped = changes.pop("clipped", None)
     model = adapted(**changes)
     optimizer, losses = optimizer_for(model), []
@@ -71,7 +71,7 @@ def test_zero_adds_the_penalty_and_scores_all_factors_of_the_papers_form(outcome
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_that_steps_an_adapter_in_several_goes_counts_one_step(outcome: Outcome, stage: int):
+def test_zero_that_steps_an_adapter_in_several_parts_counts_one_step(outcome: Outcome, stage: int):
     same_run(in_one_process(init_lora_weights=True), outcome[f"several vectors, stage {stage}"])
 
 
@@ -159,7 +159,7 @@ def test_trainer_with_deepspeed_is_one_process_and_resumes_bit_for_bit(
     same_adapter(alone["folder"], outcome.folder / "run" / "checkpoint-10")
 
 
-# Without DeepSpeed: what it can't do is refused by name.
+# Without DeepSpeed: refusals that name what it can't do.
 
 
 def away(elements: int) -> Any:
@@ -169,7 +169,7 @@ def away(elements: int) -> Any:
 def test_a_factor_that_zero_3_does_not_fetch_is_refused_and_not_taken_for_rank_0():
     with pytest.raises(ValueError, match="300 elements.*stage3_param_persistence_threshold"):
         zero.refuse_away([nn.Parameter(torch.zeros(2)), away(200), away(300)])
-    zero.refuse_away([nn.Parameter(torch.zeros(0, 4))])  # really of rank 0
+    zero.refuse_away([nn.Parameter(torch.zeros(0, 4))])  # this factor really has rank 0
 
 
 def test_optimizer_state_on_disk_is_refused_under_zero_3():
@@ -186,7 +186,7 @@ def test_a_deepspeed_that_keeps_its_parts_in_an_unknown_way_is_refused():
         zero._master(parameter)
 
 
-def test_an_optimizer_that_deepspeed_does_not_step_is_none_of_its_affairs(monkeypatch: pytest.MonkeyPatch):
+def test_an_optimizer_that_deepspeed_does_not_step_is_treated_as_usual(monkeypatch: pytest.MonkeyPatch):
     model = adapted()
     model(**batches()[0]).loss.backward()
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace())

@@ -1,4 +1,4 @@
-"""Several processes do what one does: `torchrun` on gloo, with the scripts in `distributed/`."""
+"""Several processes give the same run as one: `torchrun` on gloo, with the scripts in `distributed/`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Results = dict[str, dict[str, Any]]
 
 
 class Outcome:
-    """What all processes of a launch report, after checking that they agree to the last bit."""
+    """The reports of all processes of a launch, after a check that they agree to the last bit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class Outcome:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Launch a script once, however many test processes ask for its outcome."""
+    """Launch each script once, even if several test processes need its outcome."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
@@ -90,7 +90,7 @@ class locked:
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run in one process that sees the whole batch."""
+    """The run in one process, with the whole batch."""
     model = adapted()
     losses = train(model, optimizer_for(model), batches())
     folder = tmp_path_factory.mktemp("alone")
@@ -107,7 +107,7 @@ def same_run(one: dict[str, Any], many: dict[str, Any]) -> None:
     assert many["history"] == one["history"]
     assert many["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert many["scores"] == pytest.approx(one["scores"], rel=1e-3, abs=1e-6)
-    assert 0 in many["history"][-1]  # the run would not show much if no layer fell to rank 0
+    assert 0 in many["history"][-1]  # without a layer at rank 0, the comparison would show little
 
 
 def same_adapter(one: Path, many: Path) -> None:
@@ -155,13 +155,13 @@ def test_ddp_leaves_the_runs_state_alone(once: Any):
 
 
 def test_ddp_under_autocast_finds_ranks_like_those_without(once: Any, alone: dict[str, Any]):
-    """bfloat16 rounds, and of 14 layers with ranks of 4 at first some directions are worth nearly the same."""
+    """bfloat16 rounds, and some directions in 14 layers with initial ranks of 4 have nearly the same worth."""
     for own, other in zip(once("ddp.py")["autocast"]["history"], alone["history"], strict=True):
         assert abs(sum(own) - sum(other)) <= 1
         assert sum(abs(one - another) for one, another in zip(own, other, strict=True)) <= 6
 
 
-def test_ddp_trains_a_head_beside_the_adapter(once: Any):
+def test_ddp_trains_a_head_and_the_adapter(once: Any):
     case = once("ddp.py")["head"]
     assert case["losses"][-1] < case["losses"][0]
 
@@ -206,7 +206,7 @@ def test_taking_part_costs_nothing_without_other_processes_or_gradients(process_
 
 
 def test_ddp_of_one_process_reaches_a_convolution_at_rank_0(process_group: None):
-    """Followed by an activation in place, as convolutions often are."""
+    """The convolution is followed by an in-place activation, as is common."""
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 2))
     config = rw.AdaLoraConfig(
         init_r=2, target_r=1, total_step=6, tinit=1, tfinal=2, target_modules=["0", "3"]
@@ -214,7 +214,7 @@ def test_ddp_of_one_process_reaches_a_convolution_at_rank_0(process_group: None)
     torch.manual_seed(0)
     model = rw.get_peft_model(model, config)
     for factor in filter(lambda each: each.requires_grad, model[0].adapter_parameters("default").values()):
-        factor.register_hook(lambda gradient: gradient * 0)  # it shall lose its ranks
+        factor.register_hook(lambda gradient: gradient * 0)  # so that it loses its ranks
     wrapped, optimizer = DistributedDataParallel(model), torch.optim.AdamW(model.parameters(), lr=0.1)
     for _ in range(6):
         wrapped(torch.randn(3, 2, 4, 4)).square().sum().backward()
@@ -223,13 +223,13 @@ def test_ddp_of_one_process_reaches_a_convolution_at_rank_0(process_group: None)
     assert model.rank_history.records[-1].ranks == [0, 2]
 
 
-def test_processes_with_experts_that_no_token_reaches_do_what_one_does(once: Any):
+def test_processes_with_experts_that_no_token_reaches_give_the_run_of_one(once: Any):
     outcome = once("ddp.py")
     alone = outcome["experts, alone"]
     for name in ("ddp-eager", "ddp-batched_mm", "ddp-grouped_mm", "fsdp2"):
         result = outcome[f"experts, {name}"]
         assert result["losses"] == pytest.approx(alone["losses"], rel=1e-4), name
-        # Sums of gradients are rounded in another order, and some directions are worth nearly the same.
+        # Sums of gradients are rounded in another order, and some directions have nearly the same worth.
         differing = [
             sum(abs(one - other) for one, other in zip(*ranks, strict=True))
             for ranks in zip(result["history"], alone["history"], strict=True)
@@ -274,7 +274,7 @@ def test_fsdp2_with_mixed_precision_and_checkpointing_has_the_ranks_of_one_proce
 ):
     two, one = (once("fsdp2.py")[f"bfloat16 policy, {dtype}{of}"] for of in ("", " alone"))
     assert two["history"] == one["history"]
-    # Losses of 4 from products in bfloat16, which has steps of 0.4 %.
+    # The losses are about 4, computed from products in bfloat16, whose steps are 0.4 %.
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-2)
 
 
@@ -299,14 +299,14 @@ def test_a_sharded_checkpoint_resumes_bit_for_bit(once: Any, phase: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["folder, then sharded", "sharded, then folder"])
-def test_an_adapter_folder_under_way_is_taken_up_before_or_after_sharding(once: Any, order: str):
+def test_an_adapter_folder_of_an_unfinished_run_resumes_before_or_after_sharding(once: Any, order: str):
     case = once("fsdp2.py")[order]
     assert case["after"] == case["before"]
     assert case["state"] == "final"
 
 
 @pytest.mark.slow
-def test_fsdp2_saves_a_head_and_biases_beside_the_adapter(once: Any):
+def test_fsdp2_saves_a_head_and_biases_with_the_adapter(once: Any):
     saved = load_file(once("fsdp2.py").folder / "head" / "adapter_model.safetensors")
     assert saved["base_model.model.classifier.weight"].shape == (3, 32)
     assert saved["base_model.model.bert.encoder.layer.1.attention.self.query.base_layer.bias"].any()
@@ -328,7 +328,7 @@ def test_merging_a_sharded_model_is_refused_and_changes_nothing(once: Any):
 
 
 @pytest.mark.slow
-def test_no_process_waits_for_one_that_can_not_write(once: Any):
+def test_no_process_waits_for_one_that_cannot_write(once: Any):
     assert once("fsdp2.py")["failing to write"]["raised"]
 
 
@@ -343,7 +343,7 @@ def options(**fields: Any) -> list[str]:
 
 
 def same_after_resuming(alone: dict[str, Any], outcome: Outcome, atol: float = 1e-5, moved: int = 0) -> None:
-    """``moved``: ranks that an allocation may have put elsewhere, where scores are rounded coarsely."""
+    """Compare the runs. ``moved`` is the number of ranks that may differ, because scores are rounded coarsely."""
     whole, resumed = outcome["whole"], outcome["resumed"]
     for ours, theirs in zip(whole["history"], alone["history"], strict=True):
         assert sum(abs(one - other) for one, other in zip(ours, theirs, strict=True)) <= 2 * moved
@@ -362,7 +362,7 @@ def test_trainer_under_torchrun_is_one_process_and_resumes_bit_for_bit(once: Any
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_trainers_fsdp_is_one_process_and_resumes_bit_for_bit(once: Any, alone: dict[str, Any], kind: str):
-    efficient = kind == "SHARDED_STATE_DICT"  # how Accelerate's questionnaire sets it
+    efficient = kind == "SHARDED_STATE_DICT"  # as Accelerate's questionnaire sets it
     config = {**SHARDED, "state_dict_type": kind, "cpu_ram_efficient_loading": efficient}
     outcome = once("trainer.py", *options(fsdp=True, fsdp_config=config))
     same_after_resuming(alone, outcome)
@@ -373,7 +373,7 @@ def test_trainers_fsdp_is_one_process_and_resumes_bit_for_bit(once: Any, alone: 
 @pytest.mark.slow
 def test_trainers_fsdp_in_half_precision_resumes_bit_for_bit(once: Any, alone: dict[str, Any]):
     outcome = once("trainer.py", *options(fsdp=True, fsdp_config=SHARDED, bf16=True))
-    # Losses near 4 come in steps of 1/64 from bfloat16, and a rank that is kept elsewhere changes what comes after.
+    # In bfloat16, losses near 4 have steps of 1/64, and a rank that is kept elsewhere changes all later losses.
     same_after_resuming(alone, outcome, atol=0.1, moved=2)
 
 
@@ -381,7 +381,7 @@ def test_trainers_fsdp_in_half_precision_resumes_bit_for_bit(once: Any, alone: d
 def test_accelerate_launch_is_one_process(
     tmp_path: Path, alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # its own --cpu starts one process only
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # Accelerate's own --cpu starts only one process
     launch("accelerated.py", tmp_path, with_=ACCELERATE)
     outcome = Outcome(tmp_path)
     same_run(alone, outcome["accelerated"])
@@ -400,7 +400,7 @@ def test_accelerate_launch_with_fsdp2_is_one_process(
     same_adapter(alone["folder"], tmp_path / "saved")
 
 
-# How large the difference is: `pytest -s tests/parallel/test_distributed.py -m slow -k difference` prints it.
+# `pytest -s tests/parallel/test_distributed.py -m slow -k difference` prints the size of the difference.
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""FSDP version 1: plain LoRA trains under it; what needs whole matrices is refused by name."""
+"""FSDP version 1: plain LoRA trains under it; anything that needs whole matrices is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`AutoPeftModelFor…`: base model and adapter by the adapter's folder alone."""
+"""`AutoPeftModelFor…` loads base model and adapter from the adapter's folder alone."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_each_loads_its_class_and_the_adapter(kind: str, task: str, auto: Any, t
     assert trained.active_adapters == ["mine"] and any(p.requires_grad for p in trained.parameters())
 
 
-def test_it_takes_pefts_folder_without_a_task(tmp_path: Path) -> None:
+def test_pefts_folder_without_a_task_loads(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = saved_base("BertModel", tmp_path / "base")
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=False)).eval()
@@ -95,7 +95,7 @@ def test_a_base_that_says_nothing_of_embeddings_loads(tmp_path: Path) -> None:
     assert torch.equal(loaded(sound)[0], model(sound)[0])
 
 
-def test_what_names_no_base_or_no_class_is_refused_with_what_to_call(tmp_path: Path) -> None:
+def test_folders_without_a_base_or_a_class_are_refused_with_the_function_to_call(tmp_path: Path) -> None:
     model = rw.get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(4, 4)), rw.LoraConfig(r=2, target_modules=["0"])
     )

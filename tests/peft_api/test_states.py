@@ -1,4 +1,4 @@
-"""State dictionaries under PEFT's names, and what PEFT's own functions say of a model that rankwise has adapted."""
+"""State dictionaries under PEFT's names, and what PEFT's own functions say about a model with rankwise's layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ CONFIGS: dict[str, rw.LoraConfig] = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_they_are_what_a_file_holds_and_bring_another_model_to_it(kind: str, tmp_path: Path) -> None:
+def test_state_dictionaries_equal_a_files_contents_and_load_into_another_model(
+    kind: str, tmp_path: Path
+) -> None:
     model = rw.get_peft_model(layers(), CONFIGS[kind], "own")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,7 +86,7 @@ def test_values_that_do_not_fit_are_refused_and_nothing_changes() -> None:
         assert torch.equal(value, before[name])
     with pytest.raises(ValueError, match="no adapter 'z'"):
         rw.get_peft_model_state_dict(model, adapter_name="z")
-    with pytest.raises(TypeError, match="no model that rankwise has adapted"):
+    with pytest.raises(TypeError, match="not a model that rankwise has adapted"):
         rw.get_peft_model_state_dict(layers())
 
 

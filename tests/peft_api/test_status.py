@@ -1,4 +1,4 @@
-"""What is told of adapted layers and models, also where their layers differ."""
+"""The reported status of adapted layers and models, also if their layers differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model() -> Any:
     return adapted
 
 
-def test_each_layer_says_what_it_has() -> None:
+def test_each_layer_reports_its_adapters() -> None:
     found = {status.name: status for status in model().get_layer_status()}
     assert {name: each.module_type for name, each in found.items()} == {
         "a": "lora.Linear",
@@ -37,7 +37,7 @@ def test_each_layer_says_what_it_has() -> None:
     )
 
 
-def test_the_model_says_what_its_layers_share_and_where_they_differ() -> None:
+def test_the_model_reports_what_its_layers_share_and_where_they_differ() -> None:
     adapted = model()
     status = adapted.get_model_status()
     assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])

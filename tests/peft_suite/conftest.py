@@ -1,3 +1,3 @@
-"""Nothing here is a test of this project's own: `run.py` says how these files are used."""
+"""This folder holds none of the project's own tests: `run.py` explains how its files are used."""
 
 collect_ignore_glob = ["*.py"]

@@ -1,8 +1,8 @@
-"""A plugin of pytest that puts rankwise in PEFT's place and notes how each test ends, for tests of LoRA and AdaLoRA.
+"""A pytest plugin that runs PEFT's tests of LoRA and AdaLoRA on rankwise, and records the outcome of each test.
 
-Whatever has a counterpart in rankwise is replaced in all modules of the installed PEFT, before any test is imported.
-What PEFT's tests look at inside of adapted layers is given its name there as far as it has the same meaning, so that
-the rest of a test can run.
+Every name that has a counterpart in rankwise is replaced in all modules of the installed PEFT, before any test is
+imported. PEFT's tests also look inside adapted layers. What they read there gets PEFT's name if it has the same
+meaning, so that the rest of the test can run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 
 
 class NotOffered(NotImplementedError):
-    """A function of PEFT's that rankwise does not have."""
+    """A function of PEFT that rankwise does not have."""
 
 
 def _not_offered(name: str) -> Callable[..., NoReturn]:
@@ -46,7 +46,7 @@ def _not_offered(name: str) -> Callable[..., NoReturn]:
 
 
 def check_target_module_exists(config: Any, key: str) -> bool:
-    """Whether a configuration means a linear layer at ``key``."""
+    """Whether a configuration selects a linear layer at ``key``."""
     if not key or key.startswith("."):
         raise NotOffered("rankwise has no check_target_module_exists of no path")
     root = nn.Module()
@@ -126,11 +126,11 @@ def _name_what_is_inside() -> None:
     model.prepare_model_for_gradient_checkpointing = _prepare_checkpointing
     import transformers
 
-    transformers.PreTrainedModel.prefix = "lora_"  # of `model.base_model`
+    transformers.PreTrainedModel.prefix = "lora_"  # the prefix of `model.base_model`
 
 
 class _Ranks(Mapping[str, int]):
-    """The ranks of a layer's adapters, as they are whenever somebody looks."""
+    """The current ranks of a layer's adapters."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -139,7 +139,7 @@ class _Ranks(Mapping[str, int]):
         return int(self.layer.rank_of(self.layer, self.layer.lora_A[name]))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(getattr(self.layer, "lora_A", ()))  # a layer without adapters is a plain one again
+        return iter(getattr(self.layer, "lora_A", ()))  # a layer without adapters is a plain layer again
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -158,7 +158,7 @@ def _prepare_checkpointing(self: Any, model: Any) -> None:
 
 
 def _write_cards_too() -> None:
-    """PEFT writes a card whenever it saves; here that is a call of its own."""
+    """Write a card with every save, as PEFT does. In rankwise it takes a call of its own."""
     save = rankwise.PeftModel.save_pretrained
 
     def save_with_cards(self: Any, folder: Any, **options: Any) -> None:
@@ -172,7 +172,7 @@ def _write_cards_too() -> None:
 
 
 def _give_a_picture() -> None:
-    """In place of the hub's picture of cats, one of noise."""
+    """Replace the hub's picture of cats by random noise."""
     load = datasets.load_dataset
 
     def load_dataset(name: str, *args: Any, **options: Any) -> Any:
@@ -189,7 +189,7 @@ _write_cards_too()
 _give_a_picture()
 _name_what_is_inside()
 
-# Which tests are of LoRA and AdaLoRA
+# The tests of LoRA and AdaLoRA
 
 OTHER_METHODS = """
     adamss adaption arrow beft bd_?lora boft bone c3a cartridge corda cpt deft delora dora eva fourier frod
@@ -228,25 +228,25 @@ def _is_ours(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of other methods and of LoRA's variants."""
+    """Skip the tests of other methods and of LoRA's variants."""
     chosen = [item for item in items if _is_ours(item)]
     config.hook.pytest_deselected(items=[item for item in items if not _is_ours(item)])
     items[:] = chosen
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Let each test draw the same numbers each time."""
+    """Give each test the same random numbers every time."""
     torch.manual_seed(0)
 
 
-# How each test ends
+# The outcome of each test
 
 _outcomes: dict[str, str] = {}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """Note how a test ends: "passed", "skipped", or its error and the statement that raised it."""
+    """Record a test's outcome: "passed", "skipped", or its error with the statement that raised it."""
     report = yield
     name = item.nodeid.removeprefix("tests/test_")
     name = re.sub(r"\.py(?=::)", "", name, count=1).encode("unicode_escape").decode()
@@ -263,7 +263,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write down how the tests ended, unless they could not be collected."""
+    """Write the outcomes to a file, unless the tests could not be collected."""
     if session.testscollected:
         with open(os.environ["PEFT_SUITE_RESULTS"], "w") as file:
             json.dump(_outcomes, file, indent=1)

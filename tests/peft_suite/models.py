@@ -1,4 +1,4 @@
-"""Makes the models that PEFT's tests take from the Hugging Face hub: small, random, in a cache of the hub's form.
+"""Makes small random versions of the models that PEFT's tests load from the Hugging Face hub, in the hub's cache.
 
 Usage: HF_HUB_OFFLINE=1 HF_HOME=... python models.py
 """
@@ -60,7 +60,7 @@ def _llava() -> Any:
     )
 
 
-# Name of the class, name of its configuration's class or a function that makes it, settings, the models made of these.
+# The class's name; the configuration's class name, or a function that makes the configuration; settings; model names.
 Row = tuple[str, str | Callable[[], Any], dict[str, Any], str]
 MODELS: list[Row] = [
     ("OPTForCausalLM", "OPTConfig",
@@ -132,7 +132,7 @@ MODELS: list[Row] = [
      "hf-internal-testing/tiny-random-LlavaForConditionalGeneration"),
 ]  # fmt: skip
 
-# Adapters of PEFT's own: class to load the base with, the base, a folder in the repository, task type, the name.
+# Adapters made by PEFT: the class to load the base with, the base, a folder in the repository, the task type, the name.
 ADAPTERS = [
     ("AutoModelForCausalLM", "peft-internal-testing/tiny-random-OPTForCausalLM", "", "CAUSAL_LM",
      "peft-internal-testing/tiny-OPTForCausalLM-lora peft-internal-testing/tiny-opt-lora-revision"),
@@ -147,7 +147,7 @@ ADAPTERS = [
 
 
 def snapshot(repository: str) -> Path:
-    """The folder of a repository in the hub's cache, made if need be."""
+    """The folder of a repository in the hub's cache. It is created if it does not exist."""
     own = Path(os.environ["HF_HOME"], "hub", "models--" + repository.replace("/", "--"))
     (own / "refs").mkdir(parents=True, exist_ok=True)
     for branch in ("main", "test"):
@@ -158,7 +158,7 @@ def snapshot(repository: str) -> Path:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A tokenizer with an entry for each byte."""
+    """Save a tokenizer with one entry for each byte."""
     entries = [*SPECIAL, *sorted(TextToBytes.alphabet())]
     tokenizer = Tokenizer(BPE({entry: i for i, entry in enumerate(entries)}, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = TextToBytes(add_prefix_space=False), BytesToText()
@@ -167,7 +167,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def main() -> None:
-    """Make all models, then adapters on some."""
+    """Make all models, then adapters for some of them."""
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     for cls, config, settings, names in MODELS:

@@ -1,4 +1,4 @@
-"""What is behind the metrics: confusions, worst mistakes, numbers side by side, wrong words; texts that are typed."""
+"""Details behind the metrics (confusions, mistakes, numbers, wrong words), and predictions for typed texts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trained(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier of texts in ``out``, and a regression in ``numbers``."""
+    """A text classifier in ``out``, and a regression in ``numbers``."""
     folder = tmp_path_factory.mktemp("world")
     write_table(folder / "reviews.csv", 90)
     model = save_tiny_model(folder / "model")
@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_confusion_is_that_of_the_predictions(world: Path) -> None:
-    """Counted again from what `predict` gives for the same rows."""
+    """They are counted again from the predictions of `predict` for the same rows."""
     found = evaluate(world / "out", world / "reviews.csv", console=Console(quiet=True))
     rows = predict(world / "out", world / "reviews.csv", console=Console(quiet=True)).rows()
     assert found.details is not None
@@ -101,7 +101,7 @@ def test_pictures_are_named_by_their_files(tmp_path: Path) -> None:
     assert all(each["example"] in files for each in results["details"]["mistakes"])
 
 
-def test_wrong_words_are_counted_where_they_stand() -> None:
+def test_wrong_words_are_counted_by_position() -> None:
     found = wrong_words(
         ["the cat sat down", "a cat came", "all right", ""],
         ["the hat sat", "a hat came in", "all right", "x"],
@@ -112,7 +112,7 @@ def test_wrong_words_are_counted_where_they_stand() -> None:
     assert {each["example"] for each in found["mistakes"]} == {"0", "1"}
 
 
-def test_many_examples_are_thinned_evenly_and_long_ones_cut() -> None:
+def test_many_examples_are_thinned_evenly_and_long_examples_are_cut() -> None:
     made = scatter(list(range(5000)), [0.0] * 5000, lambda at: "x" * 1000)
     assert len(made["truth"]) == 500 and made["truth"][0] == 0 and made["truth"][-1] == 4990
     assert all(len(each["example"]) == 200 for each in made["mistakes"])
@@ -150,7 +150,7 @@ def test_a_language_model_goes_on_from_a_typed_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "given", "said"),
     [
-        (["--text", "a", "reviews.csv"], None, "--text is in place of a file"),
+        (["--text", "a", "reviews.csv"], None, "--text replaces a file"),
         (["--text", "  "], None, "There is an empty text"),
         (["-"], "\n", "There is no text"),
     ],

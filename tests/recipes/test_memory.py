@@ -1,4 +1,4 @@
-"""The memory that `rankwise plan` tells of is the memory that training takes, and needs neither data nor weights."""
+"""The memory that `rankwise plan` estimates is the memory that training takes. It needs neither data nor weights."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def estimate(model: nn.Module, batch: dict[str, torch.Tensor] | None = None, **t
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_a_run_without_numbers_holds_what_a_run_with_numbers_holds(
+def test_a_run_on_the_meta_device_holds_as_much_as_a_real_run(
     checkpointing: bool, autocast: torch.dtype | None
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 500}
@@ -101,7 +101,7 @@ def test_evaluation_holds_the_caches_of_a_model_that_writes() -> None:
     assert found.total == found.evaluating > found.training
 
 
-def test_a_model_whose_forward_can_not_be_followed_still_gets_the_rest() -> None:
+def test_a_model_whose_forward_cannot_be_traced_still_gets_the_other_estimates() -> None:
     class Stubborn(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,7 +119,7 @@ def test_a_model_whose_forward_can_not_be_followed_still_gets_the_rest() -> None
     assert found.weights == {"float32": 72 * 4}
 
 
-# --- what shapes alone tell ----------------------------------------------------------------------------------------
+# --- estimates from shapes alone -----------------------------------------------------------------------------------
 
 
 def test_weights_adapters_gradients_and_scores_are_those_of_a_loaded_model() -> None:
@@ -153,13 +153,13 @@ PACKED = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit", "rmspr
 
 
 @pytest.mark.parametrize("optim", [*OPTIMIZERS, *PACKED])
-def test_optimizer_state_is_what_the_optimizer_makes(optim: str) -> None:
+def test_the_estimated_optimizer_state_is_the_real_one(optim: str) -> None:
     pytest.importorskip("schedulefree" if "free" in optim else "bitsandbytes" if "8bit" in optim else "torch")
     parameters = [nn.Parameter(torch.ones(shape)) for shape in SHAPES]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer = optimizer_of_trainer(optim, parameters)
-    getattr(optimizer, "train", bool)()  # schedule-free ones have two modes
+    getattr(optimizer, "train", bool)()  # schedule-free optimizers have two modes
     optimizer.step()
     real = sum(
         value.numel() * value.element_size()
@@ -223,7 +223,7 @@ def test_bitsandbytes_layers_are_as_large_as_counted() -> None:
     packed = bnb.nn.Linear4bit(256, 128, bias=False, compress_statistics=False, quant_type="nf4")
     packed.load_state_dict({"weight": torch.randn(128, 256)})
     packed = packed.to("cpu")
-    packed(torch.zeros(1, 256))  # packs
+    packed(torch.zeros(1, 256))  # a forward pass packs the weights
     state = packed.weight.quant_state
     real = packed.weight.numel() * packed.weight.element_size() + state.absmax.numel() * 4
     model = adapted_on_meta(llama, ["q_proj"])
@@ -240,12 +240,12 @@ def test_bitsandbytes_layers_are_as_large_as_counted() -> None:
 # --- recipes -------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_tells_of_the_memory(tmp_path: Path) -> None:
+def test_a_plan_shows_the_memory(tmp_path: Path) -> None:
     write_table(tmp_path / "reviews.csv")
     recipe = load_recipe(write_recipe(tmp_path, save_tiny_model(tmp_path / "model")))
     told = plan(recipe).to_dict()["memory"]
     assert told["total"]["training"] > told["activations"] > 0
-    assert told["batch"]["input_ids"] == [4, 32]  # as many tokens as the model takes
+    assert told["batch"]["input_ids"] == [4, 32]  # the largest number of tokens that the model takes
     assert told["evaluation_batch"]["input_ids"] == [32, 32]
     assert told["notes"] == []
 
@@ -256,7 +256,7 @@ LARGE_LLAMA = {
 }  # fmt: skip
 
 
-def test_a_config_alone_tells_what_a_large_model_takes(tmp_path: Path) -> None:
+def test_a_config_alone_gives_the_memory_of_a_large_model(tmp_path: Path) -> None:
     folder = tmp_path / "large"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LARGE_LLAMA))
@@ -266,13 +266,13 @@ def test_a_config_alone_tells_what_a_large_model_takes(tmp_path: Path) -> None:
     )  # fmt: skip
     found = plan_memory(load_recipe(path, data_needed=False))
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
-    head = 2 * 4096  # of which a copy trains
+    head = 2 * 4096  # a copy of it trains
     assert found.weights["bfloat16"] == 2 * (32000 * 4096 + 4 * layer + 4096 + head)
     assert found.notes == ()
     assert found.activations is not None and 0.2 * GIB < found.activations < 2 * GIB
 
 
-def test_the_command_tells_of_the_memory_without_data_and_weights(tmp_path: Path) -> None:
+def test_the_command_shows_the_memory_without_data_and_weights(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from rankwise.cli import app
@@ -304,13 +304,13 @@ def benchmark() -> ModuleType:
     spec = importlib.util.spec_from_file_location("memory_benchmark", BENCHMARK)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.slow
-def test_models_take_what_was_estimated(benchmark: ModuleType) -> None:
+def test_models_take_the_estimated_memory(benchmark: ModuleType) -> None:
     for name, case in benchmark.CASES.items():
         real = benchmark.measured(name)[name]
         assert benchmark.estimate(case).training == pytest.approx(real, rel=0.25), name

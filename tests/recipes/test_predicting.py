@@ -1,4 +1,4 @@
-"""Predictions and metrics of a saved adapter on new data: for every task, for PEFT's folders, and for wrong ones."""
+"""Predictions and metrics of a saved adapter on new data: every task, PEFT's folders, and wrong folders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def call(*words: object) -> tuple[int, str, str]:
 
 
 def trained(recipe: Path) -> dict[str, float]:
-    """Train a recipe whose held-out examples are a file; returns the metrics in the end."""
+    """Train a recipe whose held-out examples are in a file. Return the final metrics."""
     return dict(train(load_recipe(recipe), console=Console(file=StringIO())).after)
 
 
@@ -41,7 +41,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
-    """A world with an adapter in ``out``, trained on ``reviews.csv`` and measured on ``new.csv``."""
+    """A folder with an adapter in ``out`` that was trained on ``reviews.csv`` and measured on ``new.csv``."""
     world = tmp_path_factory.mktemp("reviews")
     write_table(world / "reviews.csv")
     write_table(world / "new.csv", 31, seed=4)
@@ -190,7 +190,7 @@ def check_heard(columns: Any, after: dict[str, float]) -> None:
     import jiwer
 
     assert columns["audio"][0] == "clips/00.wav"
-    # The tiny model says the same about all: what counts is that its words are those that were measured.
+    # The tiny model gives one answer to everything. The test is whether its words are those that were measured.
     wer = jiwer.wer(columns["text"], [text or " " for text in columns["prediction"]])
     assert wer >= 0 and all(isinstance(text, str) for text in columns["prediction"])
 
@@ -215,7 +215,7 @@ CHECKS: dict[str, Callable[[Any, dict[str, float]], None]] = {
 
 
 def alone(folder: Path, found: Any, world: Path) -> list[Any]:
-    """What Transformers predicts with a merged folder, and nothing of rankwise, for the rows that were predicted."""
+    """The predictions of Transformers alone, without rankwise, with a merged folder, for the same rows."""
     import torch
     import transformers
     from PIL import Image
@@ -277,7 +277,7 @@ def test_each_task_merged_is_loaded_by_transformers_alone_and_predicts_the_same(
     make: Callable[[Path, Path], tuple[Path, str]], tmp_path: Path, bert: Path
 ) -> None:
     recipe, new = make(tmp_path, bert)
-    if make is speech_world:  # the whole window, which Transformers has
+    if make is speech_world:  # the whole window, as Transformers has it
         recipe.write_text(recipe.read_text().replace("  max_seconds: 1.0\n", ""))
     trained(recipe)
     found = predict(tmp_path / "out", tmp_path / new, max_new_tokens=5, console=Console(quiet=True))
@@ -292,9 +292,7 @@ def test_each_task_merged_is_loaded_by_transformers_alone_and_predicts_the_same(
     assert code == 2 and "overwrite" in error
 
 
-def test_what_llama_cpp_refuses_of_a_classifier_points_to_a_command_that_works(
-    reviews: Path, tmp_path: Path
-) -> None:
+def test_llama_cpps_refusal_of_a_classifier_names_a_command_that_works(reviews: Path, tmp_path: Path) -> None:
     code, _, error = call("export", reviews / "out", "--to", "gguf", "-o", tmp_path / "a.gguf")
     assert code == 2 and "`--to merged`" in error and "Python" not in error
     code, said, error = call("export", reviews / "out", "--to", "merged", "-o", tmp_path / "merged")
@@ -326,7 +324,7 @@ def test_a_classifier_of_pefts_is_merged_with_its_head(bert: Path, tmp_path: Pat
     with torch.no_grad():
         made.bert.pooler.load_state_dict(
             base.bert.pooler.state_dict()
-        )  # PEFT leaves it random, and does not save it
+        )  # PEFT initializes it randomly, and does not save it
         torch.testing.assert_close(made(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
@@ -387,7 +385,7 @@ def test_broken_pictures_get_no_prediction_and_a_folder_needs_no_labels(tmp_path
 
 
 def peft_folder(folder: Path, bert: Path, **config: Any) -> Path:
-    """An adapter that PEFT made and saved, with a random head of three labels, and the logits of a text with it."""
+    """Save a PEFT adapter with a random head of three labels. Return the logits of a text."""
     import peft
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -418,7 +416,7 @@ def test_a_folder_of_peft_needs_no_recipe(tmp_path: Path, bert: Path) -> None:
     assert torch.allclose(torch.tensor(mine).T, chances, atol=1e-5)
 
 
-def test_what_a_folder_of_peft_does_not_say_can_be_said(tmp_path: Path, bert: Path, reviews: Path) -> None:
+def test_facts_that_a_folder_of_peft_lacks_can_be_given(tmp_path: Path, bert: Path, reviews: Path) -> None:
     folder = peft_folder(tmp_path / "peft", bert, modules_to_save=["classifier"])
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {"auto_mapping": None, "base_model_name_or_path": None}
@@ -433,7 +431,7 @@ def test_what_a_folder_of_peft_does_not_say_can_be_said(tmp_path: Path, bert: Pa
     assert len(said.columns["prediction"]) == len(by_recipe.columns["prediction"]) == 31
 
 
-def test_a_head_that_nobody_trained_is_refused(tmp_path: Path, bert: Path, reviews: Path) -> None:
+def test_an_untrained_head_is_refused(tmp_path: Path, bert: Path, reviews: Path) -> None:
     folder = peft_folder(tmp_path / "peft", bert)
     with pytest.raises(
         RecipeError, match=r"weights classifier\.bias, classifier\.weight: predictions would be random"
@@ -441,7 +439,7 @@ def test_a_head_that_nobody_trained_is_refused(tmp_path: Path, bert: Path, revie
         predict(folder, reviews / "new.csv", recipe=reviews / "recipe.yaml")
 
 
-def test_weights_that_were_random_and_frozen_in_training_are_made_anew_and_told(
+def test_weights_that_were_random_and_frozen_in_training_are_made_again_with_a_warning(
     tmp_path: Path, bert: Path
 ) -> None:
     from transformers import BertConfig, BertModel
@@ -457,10 +455,12 @@ def test_weights_that_were_random_and_frozen_in_training_are_made_anew_and_told(
     assert "No file holds the weights of bert.pooler.dense" in " ".join(measured.notes)
 
 
-# --- what the user must mend -------------------------------------------------------------------------------------
+# --- errors that the user must correct ---------------------------------------------------------------------------
 
 
-def test_what_can_not_be_written_or_read_is_said_before_anything_runs(reviews: Path, tmp_path: Path) -> None:
+def test_files_that_cannot_be_written_or_read_are_reported_before_anything_runs(
+    reviews: Path, tmp_path: Path
+) -> None:
     out, new = reviews / "out", reviews / "new.csv"
     taken = tmp_path / "taken.csv"
     taken.write_text("mine")
@@ -494,7 +494,7 @@ def test_what_can_not_be_written_or_read_is_said_before_anything_runs(reviews: P
     assert taken.read_text() == "mine"
 
 
-def test_a_model_without_a_tokenizer_is_named_with_the_mend(
+def test_a_model_without_a_tokenizer_is_named_with_the_remedy(
     reviews: Path, bert: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(bert, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The best adapter of a run is the one that is kept: only of those whose ranks are final, and the folder says which."""
+"""A run keeps its best adapter, among those whose ranks are final, and the folder records which step it is from."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from rankwise.recipes.best import best_folders, ranks_are_final
 from rankwise.report import inspect_adapter, render_terminal
 from recipe_world import write_recipe, write_table
 
-STEPS, EVERY = 40, 4  # the last phase begins after step 20
+STEPS, EVERY = 40, 4  # the final phase begins after step 20
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    """Texts to learn, and held-out ones with other labels: the more is learned, the greater is the held-out loss."""
+    """Texts to learn, and held-out texts with wrong labels: the more is learned, the higher is the held-out loss."""
     write_table(tmp_path / "reviews.csv", 60)
     table = write_table(tmp_path / "held-out.csv", 24, seed=5)
     turned = {"positive": "negative", "negative": "neutral", "neutral": "positive"}
@@ -40,7 +40,7 @@ def world(tmp_path: Path) -> Path:
 
 
 class Watch(TrainerCallback):
-    """Notes at each evaluation the step, the loss, whether ranks are final, and all that trains."""
+    """Records at each evaluation the step, the loss, whether ranks are final, and all trained parameters."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.seen: dict[int, tuple[float, bool, dict[str, torch.Tensor]]] = {}
@@ -106,7 +106,7 @@ def test_the_best_of_those_with_final_ranks_is_kept_and_the_folder_says_its_step
     torch.testing.assert_close(
         weights(world / "out")["base_model.model.classifier.weight"], head, rtol=0, atol=0
     )
-    assert evaluate(world / "out", world / "reviews.csv").values  # it loads
+    assert evaluate(world / "out", world / "reviews.csv").values  # it can be loaded
     shown = Console(file=StringIO(), width=200)
     render_terminal(inspect_adapter(world / "out"), shown)
     assert f"step {expected} of {STEPS}, the best by loss" in shown.file.getvalue()  # type: ignore[attr-defined]
@@ -114,14 +114,14 @@ def test_the_best_of_those_with_final_ranks_is_kept_and_the_folder_says_its_step
     assert not (world / "out" / "training_state.safetensors").exists()
 
 
-def test_what_is_kept_predicts_as_it_did_when_it_was_evaluated(world: Path, tiny_model: Path) -> None:
-    """The metrics that are shown are those of the adapter in the folder, measured anew."""
+def test_the_kept_adapter_predicts_as_it_did_when_it_was_evaluated(world: Path, tiny_model: Path) -> None:
+    """The printed metrics are measured again, on the adapter in the folder."""
     result, _, _ = run(world, tiny_model)
     again = evaluate(world / "out", world / "held-out.csv").values
     assert again == pytest.approx(dict(result.after), rel=1e-5)
 
 
-def test_the_last_adapter_is_kept_where_the_recipe_says_so(world: Path, tiny_model: Path) -> None:
+def test_the_last_adapter_is_kept_if_the_recipe_says_so(world: Path, tiny_model: Path) -> None:
     never = {"training__eval_strategy": "no", "training__eval_steps": None}
     for changes in ({"training__load_best_model_at_end": False}, never):
         result, said, results = run(world, tiny_model, output=str(world / "out"), **changes)
@@ -143,7 +143,7 @@ def test_early_stopping_counts_only_evaluations_after_the_ranks_are_final(
     assert result.interrupted is None
 
 
-def test_a_metric_that_grows_is_the_best_where_it_is_largest(world: Path, tiny_model: Path) -> None:
+def test_of_a_metric_that_should_grow_the_largest_value_is_the_best(world: Path, tiny_model: Path) -> None:
     write_table(world / "reviews.csv", 60)
     _, _, results = run(
         world, tiny_model, training__metric_for_best_model="accuracy", training__learning_rate=0.01
@@ -166,7 +166,7 @@ def test_lora_has_final_ranks_from_the_start(world: Path, tiny_model: Path) -> N
 def test_evaluations_while_training_look_at_some_examples_and_those_before_and_after_at_all(
     world: Path, tiny_model: Path
 ) -> None:
-    """The rows are seen by the number of batches that the trainer asks for."""
+    """The number of rows is seen from the number of batches that the trainer asks for."""
 
     class Count(TrainerCallback):
         batches: list[int] = []
@@ -212,13 +212,13 @@ def test_a_run_killed_while_it_keeps_an_adapter_has_the_one_before(world: Path, 
     (world / "out" / "best-8").mkdir(parents=True)
     best = {"step": 8, "metric": "loss", "value": 1.0, "metrics": {"loss": 1.0}, "examples": 3}
     (world / "out" / "best-8" / "best.json").write_text(json.dumps(best))
-    (world / "out" / "best-12").mkdir()  # no best.json: it was not whole
+    (world / "out" / "best-12").mkdir()  # without best.json, it is incomplete
     found = kept(world / "out")
     assert found is not None and found.step == 8
 
 
 class Remove(TrainerCallback):
-    """Takes the best adapter away before it is brought back, as someone may who tidies."""
+    """Removes the best adapter before it is restored, as a person who tidies up may do."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -228,14 +228,14 @@ class Remove(TrainerCallback):
             shutil.rmtree(path)
 
 
-def test_a_best_adapter_that_is_gone_costs_the_best_and_not_the_run(world: Path, tiny_model: Path) -> None:
+def test_a_best_adapter_that_is_gone_does_not_end_the_run(world: Path, tiny_model: Path) -> None:
     _, said, results = run(world, tiny_model, Remove(world / "out"))
     assert results["finished"] and results["best"] is None
-    assert "The best adapter can't be kept, so that the last one will be" in said
+    assert "The best adapter can't be kept, so the last one will be" in said
     assert evaluate(world / "out", world / "held-out.csv").values == pytest.approx(results["after"], rel=1e-5)
 
 
-def test_a_new_run_does_not_take_up_what_an_earlier_one_kept(world: Path, tiny_model: Path) -> None:
+def test_a_new_run_ignores_the_best_adapter_of_an_earlier_run(world: Path, tiny_model: Path) -> None:
     (world / "out" / "best-8").mkdir(parents=True)
     best = {"step": 8, "metric": "loss", "value": -1.0, "metrics": {"loss": -1.0}, "examples": 3}
     (world / "out" / "best-8" / "best.json").write_text(json.dumps(best))

@@ -1,4 +1,4 @@
-"""A recipe is checked whole before anything loads, and every message says where, what, and the nearest valid name."""
+"""A recipe is checked completely before anything is loaded. Messages give place, fault and nearest valid name."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_common_names_lead_to_the_real_ones(world: Path, key: str, meant: str) -
     assert f"Did you mean {meant!r}?" in problems(world, f"training.{key}=1")
 
 
-def test_all_problems_are_told_at_once_in_the_order_of_the_file(world: Path) -> None:
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file(world: Path) -> None:
     message = problems(world, "dtype=float7", training__max_steps="ten", data__txt="a", adapter__init_rank=3)
     assert "4 problems" in message
     assert (
@@ -158,7 +158,7 @@ def test_a_table_with_other_separators_is_recognised(world: Path) -> None:
     assert "its columns are parted by ';'" in problems(world)
 
 
-def test_files_that_are_no_tables_are_refused(world: Path) -> None:
+def test_files_that_are_not_tables_are_refused(world: Path) -> None:
     (world / "notes.txt").write_text("x")
     assert "is no kind of file that can be read" in problems(world, f"data.train={world}/notes.txt")
     (world / "empty.csv").write_text("")
@@ -169,7 +169,9 @@ def test_files_that_are_no_tables_are_refused(world: Path) -> None:
     assert "can't be read as parquet" in problems(world, f"data.train={world}/broken.parquet")
 
 
-def test_paths_are_also_looked_for_beside_the_recipe(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_also_looked_for_in_the_recipes_folder(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = world / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -181,7 +183,7 @@ def test_paths_are_also_looked_for_beside_the_recipe(world: Path, monkeypatch: p
 
 def test_overrides_must_be_pairs(world: Path) -> None:
     assert "An override is key=value" in problems(world, "training.max_steps")
-    assert "takes out a key that the recipe does not have" in problems(world, "~training.nothing")
+    assert "removes a key that the recipe does not have" in problems(world, "~training.nothing")
 
 
 def test_an_override_can_take_a_key_out(world: Path) -> None:
@@ -205,7 +207,7 @@ def test_broken_yaml_says_where(world: Path) -> None:
             load_recipe(path)
 
 
-def test_a_missing_recipe_is_told_with_the_nearest(world: Path) -> None:
+def test_a_missing_recipe_is_reported_with_the_nearest_name(world: Path) -> None:
     write_recipe(world, world / "model")
     with pytest.raises(RecipeError, match=r"Did you mean 'recipe.yaml'"):
         load_recipe(world / "recipy.yaml")

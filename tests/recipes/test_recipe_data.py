@@ -1,4 +1,4 @@
-"""Data from every kind of source, rows that are wrong named by file and line, and the same split everywhere."""
+"""Data from every kind of source, messages about wrong rows by file and line, and the same split everywhere."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_an_unknown_label_is_refused_with_the_nearest(world: Path) -> None:
     assert "has the unknown label 'neutral'" in message(world, data__labels=["negative", "positive"])
 
 
-def test_a_rating_that_is_no_number_is_named(world: Path) -> None:
+def test_a_rating_that_is_not_a_number_is_named(world: Path) -> None:
     (world / "reviews.csv").write_text("text,rating\na,1\nb,two\nc,nan\n")
     said = message(world, problem_type="regression", data__label="rating")
     assert "reviews.csv, line 3 'rating' is no number: 'two'." in said
@@ -144,7 +144,7 @@ def test_texts_in_place_of_labels_are_refused(world: Path) -> None:
     assert len(data.labels) == 60
 
 
-def test_rows_without_text_are_left_out_and_told(world: Path) -> None:
+def test_rows_without_text_are_left_out_and_reported(world: Path) -> None:
     with (world / "reviews.csv").open("a") as file:
         file.write(" ,positive,1\n")
     assert "1 row without text left out (reviews.csv, line 62)." in read(world).notes
@@ -167,7 +167,7 @@ def test_broken_rows_are_named_by_line(world: Path) -> None:
     assert "reviews.jsonl, line 2: no valid JSON" in message(world, data__train=str(broken))
 
 
-def test_texts_in_another_encoding_are_read_and_told(world: Path) -> None:
+def test_texts_in_another_encoding_are_read_and_reported(world: Path) -> None:
     folder = write_source(world, "folder")
     (folder / "positive" / "999.txt").write_bytes("a caf\xe9".encode("latin-1"))
     data = read(world, data__train=str(folder))
@@ -192,7 +192,7 @@ def test_the_split_is_the_same_each_time_and_keeps_proportions(world: Path) -> N
 
 
 def test_the_split_is_a_known_one(world: Path) -> None:
-    """Another machine, Python or library version must hold out the same rows."""
+    """Every machine, Python version and library version must hold out the same rows."""
     assert mixed_order(list("aaabbbbb"), seed=3) == [5, 0, 7, 2, 6, 4, 1, 3]
 
 
@@ -262,7 +262,7 @@ def test_a_split_of_a_file_is_refused(world: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "parquet"])
 def test_a_table_without_rows_is_refused_before_it_is_read(world: Path, kind: str) -> None:
-    """The message is ours, whatever the library says that reads such tables."""
+    """The message is rankwise's own, whatever the library says that reads such tables."""
     path = world / f"empty.{kind}"
     if kind == "parquet":
         import pandas
@@ -284,7 +284,7 @@ def test_a_table_without_rows_is_refused_before_it_is_read(world: Path, kind: st
         ("rest", 1530, "nothing is left to hold out, and `train_size` 1530."),
     ],
 )
-def test_a_split_that_does_not_fit_names_what_was_asked_for_and_no_other_number(
+def test_a_split_that_does_not_fit_names_the_requested_number_and_no_other(
     held_out: Any, train_size: int | None, said: str
 ) -> None:
     with pytest.raises(ValueError) as error:

@@ -1,4 +1,4 @@
-"""A run that diverges says so, leaves with an error, and names what is still good; one that does not is left alone."""
+"""A run that diverges ends with an error that names what is still good. A run that does not is left alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def checkpoints(world: Path) -> list[str]:
     return sorted(path.name for path in (world / "out").iterdir() if path.is_dir())
 
 
-# The rate rises within the run, so that its first steps are good.
+# The learning rate rises within the run, so that the first steps are good.
 RISING = ["training.warmup_steps=10", "training.max_steps=10", "training.save_steps=1"]
 
 
@@ -45,7 +45,7 @@ def test_a_rate_that_is_too_high_ends_with_an_error_and_no_adapter(world: Path, 
     assert not (out / "README.md").exists() and not (out / "adapter_config.json").exists()
     results = json.loads((out / "results.json").read_text())
     assert results["finished"] is False and results["diverged"] is True and results["log"]
-    # The command that it names trains, and keeps what there is.
+    # The command in the message trains, and keeps the existing files.
     again = shlex.split(result.output.split("lower learning rate:")[1].strip().splitlines()[0])
     assert again[:2] == ["rankwise", "train"] and again[-2:] == [
         "training.learning_rate=3",
@@ -54,7 +54,7 @@ def test_a_rate_that_is_too_high_ends_with_an_error_and_no_adapter(world: Path, 
     assert again.count("training.learning_rate=30") == 0
 
 
-def test_weights_that_are_no_numbers_stop_the_run_and_the_last_good_checkpoint_is_named(
+def test_weights_that_are_not_finite_stop_the_run_and_the_last_good_checkpoint_is_named(
     world: Path, tiny_model: Path
 ) -> None:
     result = command(world, tiny_model, "training.learning_rate=1e30", *RISING)
@@ -63,7 +63,7 @@ def test_weights_that_are_no_numbers_stop_the_run_and_the_last_good_checkpoint_i
     assert "The run has diverged" in said and "fault of rankwise" not in said
     results = json.loads((world / "out" / "results.json").read_text())
     assert results["diverged"] is True and results["steps"] < 10, "it goes on to no purpose"
-    for name in checkpoints(world):  # none that can't be loaded
+    for name in checkpoints(world):  # no checkpoint that can't be loaded
         rw.PeftModel.from_pretrained(base_of(tiny_model), world / "out" / name)
 
 
@@ -80,7 +80,7 @@ def test_the_last_good_checkpoint_is_one_from_before(world: Path, tiny_model: Pa
     import transformers
 
     class Breaks(transformers.TrainerCallback):
-        """Enlarges the head after step 5, so that the loss is finite and huge."""
+        """Enlarges the head after step 5, so that the loss is finite but huge."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
             if state.global_step == 5:
@@ -103,7 +103,7 @@ def test_the_last_good_checkpoint_is_one_from_before(world: Path, tiny_model: Pa
 
 
 @pytest.mark.parametrize("rate", ["1e-6", "0.01"])
-def test_runs_that_learn_or_don_t_are_no_false_alarm(world: Path, tiny_model: Path, rate: str) -> None:
+def test_runs_that_learn_or_stagnate_give_no_false_alarm(world: Path, tiny_model: Path, rate: str) -> None:
     result = command(world, tiny_model, f"training.learning_rate={rate}")
     assert result.exit_code == 0, result.output
     assert "What next" in result.output and (world / "out" / "README.md").exists()
@@ -128,15 +128,15 @@ def test_a_run_of_finite_losses_has_diverged_only_if_both_are_far_above_the_firs
 
 
 @given(losses, st.sampled_from([math.nan, math.inf]))
-def test_a_held_out_loss_that_is_no_number_has_diverged_and_a_logged_one_may_pass(
+def test_a_held_out_loss_that_is_not_finite_has_diverged_and_a_logged_one_may_pass(
     before: float, broken: float
 ) -> None:
     fine = [{"loss": before / 2, "step": 1}]
     assert has_diverged(before, broken, fine) and has_diverged(before, broken, [])
-    # One step that overflowed, and that a scaler of gradients left out.
+    # The gradients of one step overflowed, and a gradient scaler skipped it.
     assert not has_diverged(before, before / 2, [*fine, {"loss": broken, "step": 2}])
     assert has_diverged(before, 100 * before + 1, [*fine, {"loss": broken, "step": 2}])
-    # A batch without labels has no mean loss, before training either.
+    # A batch without labels has no mean loss, even before training.
     assert not has_diverged(broken, broken, fine)
     assert has_diverged(broken, broken, [{"loss": broken, "step": 1}])
 

@@ -90,7 +90,7 @@ def test_pictures_are_found_wherever_people_keep_them(world: Path, tiny_vit: Pat
     arguments, _ = task.trainer_arguments(recipe, data, task.processor(recipe), None)
     batch = arguments["data_collator"]([arguments["train_dataset"][i] for i in range(3)])
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
-    # The colour of the label is the brightest of the three.
+    # The label's colour is the brightest of the three.
     brightest = [["red", "green", "blue"][int(i)] for i in batch["pixel_values"].mean((2, 3)).argmax(1)]
     assert brightest == [data.labels[i] for i in batch["labels"]]
 

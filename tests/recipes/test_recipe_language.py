@@ -1,4 +1,4 @@
-"""Language models: what they learn from each form of text, exact perplexity, samples, and what is refused."""
+"""Language models: the tokens that they learn from each form of text, exact perplexity, samples, and refusals."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def world(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Result:
-    """The run that several tests compare with one that differs from it in one thing."""
+    """The run that several tests compare with a run that differs in one setting."""
     folder = write_world(tmp_path_factory.mktemp("plain"))
     return run(folder, model, form(folder, "pairs"))[0]
 
@@ -102,7 +102,7 @@ def refusal(world: Path, model: Path, data: dict[str, Any], **changes: Any) -> s
 
 
 def test_a_prompt_is_split_as_it_will_be_when_the_model_writes(tokenizer: Any) -> None:
-    """Joined first, the space at its end would become part of the completion's first token."""
+    """If the texts were joined first, the last space would become part of the completion's first token."""
     encoded = encode_completion(tokenizer, "what is it? ", "it is", limit=64)
     prompt = tokenizer("what is it? ")["input_ids"]
     assert encoded.ids[: len(prompt)] == prompt
@@ -121,7 +121,7 @@ def test_a_long_prompt_loses_its_beginning_and_no_word_of_the_completion(tokeniz
 
 
 def test_a_cut_prompt_keeps_the_token_that_begins_a_text(tokenizer: Any) -> None:
-    """Models that were trained with one at the start of every text go wrong without it."""
+    """Models that were trained with such a token at the start of every text fail without it."""
 
     class WithStart:
         bos_token_id, eos_token_id = 1, 2
@@ -151,7 +151,7 @@ def test_only_the_assistants_turns_are_learned_each_with_its_end(tokenizer: Any,
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_way_out(tokenizer: Any) -> None:
-    """Some drop an assistant's reasoning as soon as the next question comes."""
+    """Some templates drop an assistant's reasoning once the next question follows."""
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['role'] + ': ' }}"
         "{% if loop.last or message['role'] == 'user' %}{{ message['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -236,7 +236,7 @@ def test_long_examples_are_cut_dropped_or_refused_as_the_recipe_says(world: Path
     assert "data.too_long: questions.jsonl, line 5 is longer than 64 tokens." in said
 
 
-def test_a_chat_whose_answer_is_cut_off_is_left_out_and_told(world: Path, model: Path) -> None:
+def test_a_chat_whose_answer_is_cut_off_is_left_out_and_reported(world: Path, model: Path) -> None:
     rows = chats()
     rows[4]["messages"][0]["content"] = "cold " * 90
     write_lines(world / "chats.jsonl", rows)
@@ -266,7 +266,7 @@ def test_wrong_messages_are_named_by_file_and_line(world: Path, model: Path) -> 
     assert "questions.jsonl, line 1 'answer': a list of messages is expected, but it holds 'it is" in said
 
 
-def test_empty_prompts_and_completions_are_left_out_and_told(world: Path, model: Path) -> None:
+def test_empty_prompts_and_completions_are_left_out_and_reported(world: Path, model: Path) -> None:
     rows = questions()
     rows[1]["question"], rows[2]["answer"] = " ", ""
     write_lines(world / "questions.jsonl", rows)
@@ -374,7 +374,9 @@ def test_the_perplexity_is_exact_whatever_the_batches(world: Path, model: Path, 
 
 
 @pytest.mark.parametrize("name", ["pairs", "messages", "text"])
-def test_the_printed_python_lines_write_what_the_run_has_shown(world: Path, model: Path, name: str) -> None:
+def test_the_printed_python_lines_give_the_texts_that_the_run_has_shown(
+    world: Path, model: Path, name: str
+) -> None:
     result, said = run(world, model, form(world, name))
     lines = [line.removeprefix("  ") for line in said.partition("In Python:\n")[2].splitlines()]
     scope: dict[str, Any] = {"print": lambda value: scope.__setitem__("printed", value)}
@@ -417,7 +419,7 @@ def test_a_gguf_file_trains_as_the_model_that_it_was_made_of(world: Path, model:
     exec("\n".join(lines), {"print": lambda text: None})
 
 
-def test_a_missing_gguf_file_is_no_name_on_the_hub(world: Path) -> None:
+def test_a_missing_gguf_file_is_not_looked_for_on_the_hub(world: Path) -> None:
     with pytest.raises(RecipeError, match="model: there is no file or folder 'models/small.gguf'"):
         load_recipe(write_language_recipe(world, Path("models/small.gguf"), form(world, "pairs")))
 

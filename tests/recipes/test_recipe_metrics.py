@@ -1,4 +1,4 @@
-"""The metrics agree with the libraries that people know them from."""
+"""The metrics agree with those of well-known libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rankwise.recipes.tasks.text_classification import classification_metrics, r
 def test_regression_metrics_are_scipys() -> None:
     stats = pytest.importorskip("scipy.stats")
     chance = np.random.default_rng(0)
-    truth = chance.integers(0, 6, 200).astype(float)  # many ties
+    truth = chance.integers(0, 6, 200).astype(float)  # integers, so that there are many ties
     guess = truth + chance.normal(size=200).round(1)
     found = regression_metrics(SimpleNamespace(predictions=guess[:, None], label_ids=truth))
     assert found["mse"] == pytest.approx(np.mean((guess - truth) ** 2))

@@ -1,4 +1,4 @@
-"""`rankwise train` under torchrun and `accelerate launch`: the same command, and only the first process talks."""
+"""`rankwise train` under torchrun and `accelerate launch`: the same command, and only the first process prints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_recipe_trains_in_two_processes_and_one_of_them_talks(
 
 
 def headings(said: str) -> list[str]:
-    """The lines that have no numbers in them, which say the same in any number of processes."""
+    """The printed lines without numbers, which are the same for any number of processes."""
     lines = (line.strip() for line in said.splitlines())
     return [
         line for line in lines if line and not any(letter.isdigit() for letter in line) and "─" not in line

@@ -1,4 +1,4 @@
-"""Speech recognition from recipes: every kind of audio and manifest, what is wrong with them, and the window."""
+"""Speech recognition from recipes: every kind of audio and manifest, faults in them, and the window."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def test_only_as_much_as_is_wanted_is_read(tmp_path: Path) -> None:
     assert len(audio.decode(str(file), 16000, 0.5)) == pytest.approx(8000, abs=4)
 
 
-# --- the model's own ---------------------------------------------------------------------------------------------
+# --- the model's own conventions -----------------------------------------------------------------------------------
 
 
 def test_labels_hold_language_and_task_once_and_no_start(multilingual: Path, world: Path) -> None:
-    """The model puts the start token before the labels by itself: with it in them, it would be there twice."""
+    """The model itself puts the start token before the labels. If they had one, it would occur twice."""
     recipe = load_recipe(write_speech_recipe(world, multilingual, generation={"language": "German"}))
     tokenizer = task.processor(recipe).tokenizer
     (ids,) = whisper.transcript_tokens(tokenizer, ["low"], recipe.writes)
@@ -104,7 +104,7 @@ def test_labels_of_an_english_model_hold_no_language(english: Path, world: Path)
 
 
 def test_padding_takes_no_part_in_the_loss(english: Path, world: Path) -> None:
-    """A short transcript beside a long one has the loss that it has alone."""
+    """In a batch with a long transcript, a short one has the same loss as alone."""
     recipe = load_recipe(write_speech_recipe(world, english, data__max_seconds=None))
     data, processor, model = task.read_data(recipe), task.processor(recipe), whole_model(english)
     arguments, _ = task.trainer_arguments(recipe, data, processor, model)
@@ -130,7 +130,7 @@ def test_texts_are_compared_without_case_punctuation_and_spelling_of_numbers(eng
 
 
 def test_a_short_window_is_a_model_made_for_it_and_leaves_the_weights_whole(english: Path) -> None:
-    """What the shortened encoder computes, an encoder with so many positions does; longer input is cut."""
+    """The shortened encoder computes the same as an encoder with that many positions. Longer input is cut."""
     from transformers import WhisperForConditionalGeneration
 
     model, whole = whole_model(english), whole_model(english)
@@ -237,11 +237,11 @@ def test_columns_go_by_the_names_that_the_recipe_gives(world: Path, english: Pat
         read(world, english, data__audio="path")
 
 
-# --- what is wrong with them -------------------------------------------------------------------------------------
+# --- faults in the data --------------------------------------------------------------------------------------------
 
 
 def spoil(world: Path, count: int) -> None:
-    """Three kinds of bad files, in turn, in rows 2, 4, ... of the table."""
+    """Spoil rows 2, 4, ... of the table with three kinds of bad files in turn."""
     lines = (world / "manifest.csv").read_text().splitlines()
     for i in range(count):
         row = 1 + 2 * i
@@ -304,7 +304,7 @@ def test_a_clip_that_breaks_off_while_training_gives_its_place_to_the_next(
         FileExamples(data.train, "audio", decode, "sound", strict=True)[3]
 
 
-def test_a_clip_without_a_transcript_is_left_out_and_told(world: Path, english: Path) -> None:
+def test_a_clip_without_a_transcript_is_left_out_and_reported(world: Path, english: Path) -> None:
     lines = (world / "manifest.csv").read_text().splitlines()
     lines[4] = lines[4].split(",")[0] + ", "
     (world / "manifest.csv").write_text("\n".join(lines))
@@ -334,7 +334,7 @@ def test_long_transcripts_are_dropped_cut_or_refused(world: Path, english: Path)
     ]
     cut = read(world, english, data__too_long="truncate")
     longest = max([*cut.train["labels"], *cut.evaluation["labels"]], key=len)
-    assert len(longest) == 32 and longest[-1] == 256  # it still ends
+    assert len(longest) == 32 and longest[-1] == 256  # it still ends with the end token
     with pytest.raises(RecipeError, match="line 2 has 162 tokens, 32 fit"):
         read(world, english, data__too_long="error")
 
@@ -351,14 +351,14 @@ def test_an_english_model_is_given_no_language(world: Path, english: Path) -> No
         read(world, english, generation={"language": "en"})
 
 
-def test_a_multilingual_model_is_told_a_language_that_it_knows(world: Path, multilingual: Path) -> None:
+def test_a_multilingual_model_needs_a_language_that_it_knows(world: Path, multilingual: Path) -> None:
     with pytest.raises(RecipeError, match="generation.language: is missing"):
         read(world, multilingual)
     with pytest.raises(RecipeError, match="does not know 'germn'. Did you mean 'german'?"):
         read(world, multilingual, generation={"language": "germn"})
 
 
-def test_a_multilingual_model_without_its_languages_is_told_what_is_missing(
+def test_a_multilingual_model_without_its_languages_is_refused_with_what_is_missing(
     world: Path, multilingual: Path, tmp_path: Path
 ) -> None:
     bare = shutil.copytree(multilingual, tmp_path / "bare")
@@ -392,8 +392,8 @@ def test_a_run_learns_which_word_goes_with_which_tone(world: Path, english: Path
         assert part in words, part
 
 
-def test_what_was_trained_in_a_short_window_serves_the_whole_model(world: Path, english: Path) -> None:
-    """The saved folder says nothing of the window, the printed lines run, and PEFT reads the adapter, too."""
+def test_an_adapter_trained_in_a_short_window_works_in_the_whole_model(world: Path, english: Path) -> None:
+    """The saved folder does not mention the window, the printed lines run, and PEFT reads the adapter, too."""
     import peft
     from transformers import AutoProcessor
 
@@ -423,7 +423,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_a_multilingual_model_trains_and_tells_its_language(world: Path, multilingual: Path) -> None:
+def test_a_multilingual_model_trains_and_reports_its_language(world: Path, multilingual: Path) -> None:
     result, said = run(world, multilingual, generation={"language": "ja"}, training__max_steps=3)
     assert "character error rate" in said
     assert "language='ja', task='transcribe'" in said
@@ -451,5 +451,5 @@ def test_a_plan_counts_clips_that_remain(world: Path, english: Path) -> None:
 
 
 def test_the_words_of_the_tones_differ_in_length() -> None:
-    """What the test of padding rests on."""
+    """The test of padding relies on this."""
     assert len({len(word) for word in WORDS}) > 1

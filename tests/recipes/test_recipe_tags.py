@@ -1,4 +1,4 @@
-"""Token classification: tags meet the right tokens, entities are counted whole, and wrong rows are named."""
+"""Token classification: tags are assigned to the right tokens, entities count as wholes, wrong rows are named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OTHERS = "went to from and met in yesterday with a friend of".split()
 
 
 def sentences(count: int = 80) -> list[dict[str, Any]]:
-    """Sentences of lower-case words with people and places in them."""
+    """Sentences of lower-case words that include people and places."""
     chance = random.Random(0)
     made = []
     for _ in range(count):
@@ -41,7 +41,7 @@ def sentences(count: int = 80) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT whose tokenizer cuts long words into pieces."""
+    """A random BERT whose tokenizer splits long words into pieces."""
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -121,7 +121,7 @@ def write_conll(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_a_tag_is_at_the_first_token_of_its_word(world: Path, model: Path) -> None:
-    """At the others there is none: they would count long words more than short ones."""
+    """Other tokens have no tag, because long words would count more than short ones."""
     write_lines(world / "people.jsonl", [{"tokens": ["Anna", "met", "friend"], "ner_tags": ["B-PER", "O", "O"]},
                                          {"tokens": ["a", "of"], "ner_tags": ["O", "O"]}])  # fmt: skip
     data = read(world, model, {"held_out": 1})
@@ -221,12 +221,12 @@ def test_an_entity_counts_only_if_it_is_found_whole() -> None:
     guess = np.array([[9, 1, 0, 0, 3], [3, 9, 3, 0, 9]])
     found = tag_metrics(names, SimpleNamespace(predictions=guess, label_ids=truth))
     assert found["accuracy"] == pytest.approx(5 / 7)
-    # Two of three entities are found; four were said to be there, one of them with the wrong end.
+    # Two of three entities are found. Four were predicted, one of them with a wrong end.
     assert found["recall"] == pytest.approx(2 / 3) and found["precision"] == pytest.approx(1 / 2)
     assert found["f1"] == pytest.approx(4 / 7)
 
 
-def test_tags_that_are_no_entities_have_an_accuracy_only() -> None:
+def test_tags_that_are_not_entities_have_only_an_accuracy() -> None:
     one = np.array([[0, 1]])
     assert tag_metrics(["NOUN", "VERB"], SimpleNamespace(predictions=one, label_ids=one)) == {"accuracy": 1.0}
 

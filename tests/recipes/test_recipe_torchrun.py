@@ -1,4 +1,4 @@
-"""A recipe that several processes train is the run that one process would make with the whole batch."""
+"""A recipe that several processes train gives the same run as one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_a_model_that_was_evaluated_before_is_connected_for_training(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accelerate returns a model as it is that it takes for ready; only others does it connect to other processes."""
+    """Accelerate connects a model to other processes only if it does not consider it prepared already."""
     calls: list[tuple[bool, bool]] = []
     prepare = Accelerator.prepare_model
 
@@ -55,7 +55,7 @@ def test_a_model_that_was_evaluated_before_is_connected_for_training(
 def test_two_processes_train_as_one_after_measuring_how_good_the_model_is_before(
     recipe: Path, tmp_path: Path
 ) -> None:
-    """Accelerate leaves a model unconnected that was evaluated first: each process would train a model of its own."""
+    """Accelerate leaves a model unconnected if it was evaluated first: each process would then train its own."""
     alone = train(load_recipe(recipe), console=Console(quiet=True))
     together = tmp_path / "together"
     overrides = [f"output={together}", "training.per_device_train_batch_size=4"]

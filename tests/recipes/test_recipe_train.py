@@ -1,4 +1,4 @@
-"""Plan and train recipes on a tiny real model with Transformers' Trainer."""
+"""Plans and training of recipes on a tiny real model, with Transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_plan_knows_phases_budget_and_parameters(world: Path, tiny_model: Path
     planned = plan(load_recipe(write_recipe(world, tiny_model)))
     data = planned.to_dict()
     assert data["schedule"]["phases"] == {"warm-up": [1, 2], "pruning": [3, 8], "final": [9, 10]}
-    assert data["budget"] == {"initial": 16, "target": 8}  # 2 layers of query and value, rank 4, then 2
+    assert data["budget"] == {"initial": 16, "target": 8}  # query and value in 2 layers, at rank 4 and then 2
     head = 16 * 3 + 3
     assert data["parameters"]["trainable_at_start"] == 4 * 4 * (16 + 16) + head
     assert data["parameters"]["trainable_at_end"] == 4 * 2 * (16 + 16) + head
@@ -68,7 +68,7 @@ def test_the_plan_says_it_in_words(world: Path, tiny_model: Path) -> None:
 
 
 def test_the_length_of_a_run_is_the_trainers(tiny_model: Path, world: Path) -> None:
-    """Epochs, accumulation and a last batch that is smaller, counted as Transformers counts them."""
+    """Epochs, accumulation and a smaller last batch are counted as Transformers counts them."""
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
@@ -99,7 +99,7 @@ def test_targets_that_match_nothing_are_refused_before_weights_load(world: Path,
     assert "query" in str(error.value)
 
 
-def test_a_folder_that_is_no_model_is_refused_by_name(world: Path) -> None:
+def test_a_folder_that_is_not_a_model_is_refused_by_name(world: Path) -> None:
     with pytest.raises(RecipeError, match="^model: .* can't be loaded as a model"):
         plan(load_recipe(write_recipe(world, world)))
 
@@ -119,7 +119,7 @@ def test_more_tokens_than_the_model_takes_are_refused(world: Path, tiny_model: P
 # --- train -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_and_tells_all_of_it(world: Path, tiny_model: Path) -> None:
+def test_a_run_learns_and_prints_everything(world: Path, tiny_model: Path) -> None:
     write_table(world / "reviews.csv", 240)
     changes = {
         "training__max_steps": 120,
@@ -200,8 +200,8 @@ def test_regression_learns_a_number(world: Path, tiny_model: Path) -> None:
     assert "mean squared error" in said and 'function_to_apply="none"' in said
 
 
-def test_of_pairs_both_texts_are_read(world: Path, tiny_model: Path) -> None:
-    """The label follows from whether both texts are of one mood, so that neither alone tells it."""
+def test_both_texts_of_a_pair_are_read(world: Path, tiny_model: Path) -> None:
+    """The label depends on whether both texts have the same mood, so that neither alone determines it."""
     moods = [("good", "bad")[i % 2] for i in range(120)], [("good", "bad")[i // 2 % 2] for i in range(120)]
     lines = [f"{a} film {i},the {b} film,{a == b}" for i, (a, b) in enumerate(zip(*moods, strict=True))]
     (world / "pairs.csv").write_text("\n".join(["text,other,label", *lines]))
@@ -225,7 +225,7 @@ def test_texts_too_long_are_cut_and_counted(world: Path, tiny_model: Path) -> No
     assert "60 of 60 texts reach 4 tokens" in said
 
 
-def test_weights_that_stay_random_are_told(world: Path, tiny_model: Path) -> None:
+def test_weights_that_stay_random_are_reported(world: Path, tiny_model: Path) -> None:
     _, said = run(world, tiny_model, adapter__modules_to_save=["bert.pooler"], training__max_steps=5)
     assert "Random and frozen: the checkpoint has no weights for classifier." in " ".join(said.split())
 
@@ -268,7 +268,7 @@ def test_resuming_without_a_checkpoint_starts_from_the_beginning(world: Path, ti
 
 
 class InterruptAt:
-    """Sends the process a signal at a step, as a person or a scheduler would."""
+    """Sends the process a signal at a step, as a person or a job scheduler does."""
 
     def __init__(self, step: int, number: int = signal.SIGINT) -> None:
         self.step, self.number = step, number
@@ -280,7 +280,7 @@ class InterruptAt:
         probe = self
 
         def on_step_end(callback: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == probe.step - 1:  # so that it arrives in the course of the step
+            if state.global_step == probe.step - 1:  # so that it arrives during the step
                 signal.raise_signal(probe.number)
             return probe._original(callback, args, state, control, **kwargs)
 
@@ -301,14 +301,14 @@ def interrupted(
 
 @pytest.mark.parametrize("step", [2, 5, 9])
 def test_a_run_that_was_stopped_and_resumed_is_the_same_run(world: Path, tiny_model: Path, step: int) -> None:
-    """Stopped in each phase: every later loss, the ranks, the metrics and the adapter are equal, bit for bit."""
+    """A run is stopped in each phase. All later losses, ranks, metrics and the adapter are equal, bit for bit."""
     whole, _ = run(world, tiny_model, output=str(world / "whole"), training__eval_steps=3)
     first, said = interrupted(world, tiny_model, step, training__eval_steps=3)
     assert first.interrupted == signal.SIGINT
     assert first.folder.name == f"checkpoint-{step}"
     assert f"rankwise train {world}/recipe.yaml --resume" in said
     second, said = run(world, tiny_model, resume=True, training__eval_steps=3)
-    assert f"Going on from checkpoint-{step}." in said
+    assert f"Continuing from checkpoint-{step}." in said
     assert second.before == whole.before and second.after == whole.after
 
     def kept(folder: Path) -> Any:
@@ -350,7 +350,7 @@ def test_signals_are_left_as_they_were(world: Path, tiny_model: Path) -> None:
 
 def test_an_unfinished_run_is_not_started_over_by_accident(world: Path, tiny_model: Path) -> None:
     interrupted(world, tiny_model, 3)
-    with pytest.raises(RecipeError, match="holds an unfinished run. To go on with it, add --resume"):
+    with pytest.raises(RecipeError, match="holds an unfinished run. To continue it, add --resume"):
         run(world, tiny_model)
 
 
@@ -360,7 +360,7 @@ def test_resuming_with_another_recipe_is_refused_by_key(world: Path, tiny_model:
         run(world, tiny_model, "training.learning_rate=0.5", resume=True)
     result, _ = run(
         world, tiny_model, "training.logging_steps=5", resume=True
-    )  # changes nothing that is trained
+    )  # it changes nothing that is trained
     assert result.after
 
 
@@ -369,7 +369,7 @@ def test_a_checkpoint_that_was_cut_short_is_left_out(world: Path, tiny_model: Pa
     interrupted(world, tiny_model, 7, **changes)
     (world / "out" / "checkpoint-7" / "trainer_state.json").write_text('{"epoch": 1.')
     result, said = run(world, tiny_model, resume=True, **changes)
-    assert "checkpoint-7 was cut short" in said and "Going on from checkpoint-6" in said
+    assert "checkpoint-7 was cut short" in said and "Continuing from checkpoint-6" in said
     assert result.after
 
 

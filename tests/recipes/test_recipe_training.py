@@ -1,4 +1,4 @@
-"""The section `training`: every argument of Transformers' TrainingArguments, checked by it; and the device."""
+"""The section `training`: every argument of Transformers' TrainingArguments, as Transformers checks it; the device."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def arguments(world: Path, model: Path, *overrides: str) -> Any:
 
 
 def test_every_argument_of_transformers_is_taken_or_named_as_not_taken() -> None:
-    """One that a newer Transformers adds is taken without a change here; one that is gone is not promised."""
+    """An argument that a newer Transformers adds works without a change here. A removed one is not offered."""
     names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     assert names == set(argument_types()) | (set(NOT_TAKEN) & names)
     assert not set(argument_types()) & set(NOT_TAKEN)
 
 
-# A value other than the default for each kind of argument: what is given must reach Transformers.
+# For each kind of argument a value other than its default, which must reach Transformers.
 GIVEN = {
     "eval_strategy": "steps",
     "label_smoothing_factor": 0.1,
@@ -57,7 +57,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize(("name", "value"), GIVEN.items(), ids=GIVEN)
-def test_what_a_recipe_gives_reaches_transformers(
+def test_the_recipes_arguments_reach_transformers(
     world: Path, tiny_model: Path, name: str, value: Any
 ) -> None:
     found = getattr(arguments(world, tiny_model, f"training.{name}={json.dumps(value)}"), name)
@@ -65,7 +65,7 @@ def test_what_a_recipe_gives_reaches_transformers(
 
 
 @pytest.mark.parametrize("name", NOT_TAKEN)
-def test_what_rankwise_sets_is_refused_by_name_with_what_to_do(
+def test_arguments_that_rankwise_sets_are_refused_by_name_with_a_remedy(
     world: Path, tiny_model: Path, name: str
 ) -> None:
     with pytest.raises(RecipeError, match=rf"training\.{name}: is not for a recipe: \S+"):
@@ -103,10 +103,10 @@ def test_a_wrong_argument_is_refused_before_anything_is_read(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["training.early_stopping_patience=2", "training.eval_strategy=no"], "does not go with eval_strategy: no"),
+        (["training.early_stopping_patience=2", "training.eval_strategy=no"], "has no effect with eval_strategy: no"),
         (
             ["training.early_stopping_patience=2", "training.load_best_model_at_end=false"],
-            "does not go with load_best_model_at_end: false",
+            "has no effect with load_best_model_at_end: false",
         ),
         (["training.eval_steps=2", "training.eval_strategy=epoch"], "has no effect with eval_strategy: epoch"),
         (["device=cuda", "training.use_cpu=true"], "but training.use_cpu is true"),
@@ -143,7 +143,7 @@ no_gpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a
 
 @no_gpu
 @pytest.mark.parametrize("given", ["device=cuda", "training.fp16=true"])
-def test_what_needs_a_gpu_is_refused_where_there_is_none_and_the_plan_says_so(
+def test_arguments_that_need_a_gpu_are_refused_without_one_and_the_plan_says_so(
     world: Path, tiny_model: Path, given: str
 ) -> None:
     recipe = load_recipe(write_recipe(world, tiny_model), [given])

@@ -1,4 +1,4 @@
-"""`rankwise init`: what data is taken for, and that the recipe it writes is valid, says why, and trains."""
+"""`rankwise init`: what it takes the data for, and that its recipe is valid, gives reasons, and trains."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def call(*words: object) -> tuple[int, str, str]:
 
 
 def sections(folder: Path) -> Path:
-    """A table with an identifier, a title, a text, a label under a name of its own, and a year."""
+    """A table with an identifier, a title, a text, a label in a column of another name, and a year."""
     with (folder / "packages.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "name", "about", "section", "year"])
@@ -154,7 +154,7 @@ def test_numbers_that_differ_are_learned_as_numbers(tmp_path: Path) -> None:
 
 
 def test_the_recipe_trains_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data and recipe in folders of their own: the recipe finds the data from everywhere."""
+    """Data and recipe are in different folders, and the recipe finds the data from anywhere."""
     model = save_tiny_model(tmp_path / "model")
     for name in ("data", "recipes"):
         (tmp_path / name).mkdir()
@@ -176,14 +176,16 @@ def test_the_recipe_trains_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("", "is empty"),
     ],
 )
-def test_what_cannot_be_guessed_is_said_with_what_is_there(tmp_path: Path, text: str, said: str) -> None:
+def test_data_that_cannot_be_guessed_is_reported_with_what_was_found(
+    tmp_path: Path, text: str, said: str
+) -> None:
     (tmp_path / "data.csv").write_text(text)
     code, _, err = call("init", tmp_path / "data.csv", "-o", tmp_path / "recipe.yaml")
     assert code == 2 and said in err, err
     assert not (tmp_path / "recipe.yaml").exists()
 
 
-def test_a_recipe_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+def test_an_existing_recipe_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("mine")
     write_table(tmp_path / "reviews.csv")
     code, _, err = call("init", tmp_path / "reviews.csv", "-o", tmp_path / "recipe.yaml")

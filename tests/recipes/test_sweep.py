@@ -1,4 +1,4 @@
-"""A sweep finds better settings than the recipe's, beside LoRA of the same size, and loses no trial when killed."""
+"""A sweep finds better settings than the recipe's, compares LoRA of the same size, and loses no trial if killed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[P
     return path, run(path, RATE, RANK, trials=8, pruner="none")
 
 
-def test_it_finds_a_setting_that_is_better_than_the_recipes(swept: tuple[Path, Outcome]) -> None:
+def test_a_sweep_finds_a_better_setting_than_the_recipes(swept: tuple[Path, Outcome]) -> None:
     _, outcome = swept
     own = next(point for point in outcome.points if point.name == "adalora-0")
     assert own.values == {"training.learning_rate": 1e-3, "adapter.target_r": 2}
@@ -70,8 +70,8 @@ def test_it_finds_a_setting_that_is_better_than_the_recipes(swept: tuple[Path, O
     assert len(outcome.points) == 8 and all(point.counts for point in outcome.points)
 
 
-def test_lora_beside_it_has_as_many_parameters_and_as_many_trials(swept: tuple[Path, Outcome]) -> None:
-    """Up to E, one number for each rank, which files of AdaLoRA may hold."""
+def test_the_lora_it_is_compared_with_has_as_many_parameters_and_trials(swept: tuple[Path, Outcome]) -> None:
+    """They are equal except for E, one number per rank, which AdaLoRA's files may hold."""
     path, outcome = swept
     of = {
         method: [point for point in outcome.points if point.method == method]
@@ -123,7 +123,7 @@ def test_the_adapters_that_are_kept_load_and_the_recipe_repeats_the_smallest(
     assert train(made, console=Console(quiet=True)).after["loss"] == pytest.approx(smallest.value, rel=1e-6)
 
 
-def test_started_again_it_only_adds_what_is_missing(swept: tuple[Path, Outcome]) -> None:
+def test_a_sweep_that_is_started_again_only_adds_missing_trials(swept: tuple[Path, Outcome]) -> None:
     path, outcome = swept
     again = run(path, RATE, RANK, trials=8, pruner="none")
     assert [point.name for point in again.points] == [point.name for point in outcome.points]
@@ -177,15 +177,15 @@ def start(*words: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["killed", "ctrl-c"]
 )
-def test_stopped_in_a_trial_and_started_again_it_ends_with_the_same_trials(
+def test_a_sweep_that_is_stopped_and_started_again_ends_with_the_same_trials(
     recipe: Path, number: signal.Signals
 ) -> None:
-    total, at = 4, random.Random(number).randint(2, 4)  # another trial for each way to stop
+    total, at = 4, random.Random(number).randint(2, 4)  # a different trial for each way to stop
     process = start("sweep", recipe, "--over", RATE, "--trials", total, "training.max_steps=60")
     assert process.stdout is not None
     while not process.stdout.readline().startswith(f"trial {at} of {total}"):
         assert process.poll() is None
-    time.sleep(0.7)  # in the course of it
+    time.sleep(0.7)  # during the trial
     process.send_signal(number)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == (-9 if number == signal.SIGKILL else 130), out
@@ -218,7 +218,7 @@ def open_at_once(together: Any, urls: Sequence[str]) -> None:
 
 
 def test_processes_that_start_together_can_all_open_a_new_storage(tmp_path: Path) -> None:
-    """Each finds the file empty, and only one can make its tables."""
+    """Each process finds the file empty, and only one can create its tables."""
     context = multiprocessing.get_context("spawn")
     together = context.Barrier(2)
     urls = [f"sqlite:///{tmp_path}/{number}.db" for number in range(8)]
@@ -239,13 +239,13 @@ def test_two_processes_share_the_trials_of_one_storage(recipe: Path) -> None:
     assert [process.returncode for process in both] == [0, 0], said
     assert (
         6 <= len(finished_trials(open_storage(storage))) <= 7
-    )  # both may begin the last one in the same moment
+    )  # both may begin the last trial at the same moment
     places = [{path.name for path in (recipe.parent / name / "trials").iterdir()} for name in ("one", "two")]
     assert places[0] and places[1] and not places[0] & places[1]
 
 
 def test_a_trial_that_falls_behind_is_stopped_and_counts(recipe: Path) -> None:
-    """Learning rates so low that nothing is learned, among good ones."""
+    """Some learning rates are so low that nothing is learned."""
     outcome = sweep(
         recipe, ["training.max_steps=12"], over=["training.learning_rate=1e-7..1e-1"], trials=8, beside="none",
         sampler="random", output=recipe.parent / "more", console=Console(quiet=True),
@@ -259,7 +259,7 @@ def test_a_trial_that_falls_behind_is_stopped_and_counts(recipe: Path) -> None:
 
 
 def test_a_trial_that_cannot_be_trained_is_noted_and_the_others_go_on(recipe: Path) -> None:
-    """A rank above the start's is right by itself, and wrong with the other value of another key."""
+    """A rank above the initial one is valid by itself, but not with the other value of another key."""
     outcome = run(
         recipe, "adapter.init_r=2,8", "adapter.target_r=1,4", trials=4, beside="none", sampler="grid"
     )
@@ -298,7 +298,7 @@ def test_a_trial_that_cannot_be_trained_is_noted_and_the_others_go_on(recipe: Pa
     ],
     ids=lambda value: None if isinstance(value, str) else json.dumps(value),
 )
-def test_what_cannot_be_searched_is_refused_before_any_trial(
+def test_impossible_searches_are_refused_before_any_trial(
     recipe: Path, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(RecipeError) as error:
@@ -307,7 +307,7 @@ def test_what_cannot_be_searched_is_refused_before_any_trial(
     assert not (recipe.parent / "out-sweep" / "trials").exists()
 
 
-def test_a_recipe_of_lora_has_nothing_beside_it(recipe: Path) -> None:
+def test_a_recipe_of_lora_is_compared_with_nothing(recipe: Path) -> None:
     adapter = ["adapter.method=lora", "~adapter.target_r", "adapter.r=2"]
     outcome = sweep(recipe, adapter, over=["adapter.r=1,2"], trials=2, console=Console(quiet=True))
     assert {point.method for point in outcome.points} == {"lora"}
@@ -321,12 +321,12 @@ def test_a_metric_that_grows_is_searched_upwards(recipe: Path) -> None:
     assert results["best"] is None or results["best"]["metric"] == "accuracy"
 
 
-def test_what_is_searched_by_default_lies_around_the_recipe(recipe: Path) -> None:
+def test_the_default_search_space_lies_around_the_recipe(recipe: Path) -> None:
     rate, rank = usual_dimensions(load_recipe(recipe))
     assert (rate.low, rate.high, rate.log) == (1e-4, 1e-2, True)
     assert rank.key == "adapter.target_r" and rank.choices == (1, 2, 4, 8)
     (_, rank) = usual_dimensions(load_recipe(recipe, ["adapter.init_r=4"]))
-    assert rank.choices == (1, 2, 4)  # no more than the recipe starts with
+    assert rank.choices == (1, 2, 4)  # at most the recipe's initial rank
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_a_value_reaches_the_recipe_as_it_is(value: Any) -> None:
 
 
 def test_lora_keeps_the_scale_of_adalora(recipe: Path) -> None:
-    """lora_alpha by the rank, as AdaLoRA's default has it; and by what the recipe says."""
+    """lora_alpha is derived from the rank, as in AdaLoRA's default; or from the recipe's value."""
     for given, expected in (([], 2.0), (["adapter.lora_alpha=12"], 12 / 4)):
         own = load_recipe(recipe, given)
         made = load_recipe(recipe, [*given, *beside_overrides(own, {"adapter.target_r": 4})])
@@ -360,7 +360,7 @@ def test_ranges_and_lists_are_read_as_they_are_meant() -> None:
     )
 
 
-def test_an_outcome_without_any_finished_trial_says_so(tmp_path: Path) -> None:
+def test_an_outcome_without_a_finished_trial_is_reported(tmp_path: Path) -> None:
     point = Point("adalora-0", "adalora", {}, "failed", None, None, 1.0, "no memory")
     outcome = Outcome(tmp_path, "loss", "held-out loss", ".4f", False, 0.01, [point])
     assert list(outcome.lines()) == ["No trial was trained to its end."]

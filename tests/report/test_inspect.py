@@ -1,4 +1,4 @@
-"""Looking into adapter folders: those that PEFT and rankwise write, and what is said about broken ones."""
+"""Reading adapter folders that PEFT and rankwise wrote, and messages about broken ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TARGETS = ["query", "key", "value"]
 
 
 class Mixed(nn.Module):
-    """A layer of each kind that LoRA adapts, and a head."""
+    """One layer of each kind that LoRA adapts, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def peft_adapter(
 
 
 def adalora(ranks: list[int] | None = None, **changes: Any) -> tuple[Any, Callable[[Any], None] | None]:
-    """PEFT's AdaLoRA for `bert`, and a function that gives the layers these ranks."""
+    """PEFT's AdaLoRA for `bert`, and a function that sets the layers' ranks."""
     peft = pytest.importorskip("peft")
     options = {"init_r": 6, "target_r": 3, "tinit": 2, "tfinal": 3, "total_step": 10, "lora_alpha": 12}
     config = peft.AdaLoraConfig(target_modules=TARGETS, task_type="SEQ_CLS", **{**options, **changes})
@@ -77,7 +77,7 @@ def safetensors(path: Path, **tensors: torch.Tensor) -> None:
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
-    """A small folder as LoRA's, without PEFT."""
+    """A small LoRA folder, made without PEFT."""
     folder = tmp_path / "lora"
     folder.mkdir()
     (folder / CONFIG).write_text(
@@ -180,7 +180,7 @@ def test_pefts_variants_of_lora(tmp_path: Path, options: dict[str, Any], method:
     assert report.notes == []
 
 
-def test_half_precision_is_told(tmp_path: Path) -> None:
+def test_half_precision_is_reported(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     folder = peft_adapter(
         tmp_path / "adapter",
@@ -230,11 +230,11 @@ def report_after_four_steps(
     return inspect_adapter(folder)
 
 
-def test_more_narrow_ranks_than_the_target_are_no_unfinished_pruning(tmp_path: Path) -> None:
-    """The budget counts parameters: 17 narrow ranks may cost what 16 of average size do."""
+def test_more_narrow_ranks_than_the_target_are_not_reported_as_unfinished(tmp_path: Path) -> None:
+    """The budget counts parameters: 17 narrow ranks may cost as much as 16 of average size."""
     layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 60))
     model = rw.get_peft_model(layers, rw.AdaLoraConfig(**IN_FOUR_STEPS, target_modules=["0", "1"]))
-    # The wide layer does not train, so its gates are worth nothing.
+    # The wide layer does not train, so its directions have no worth.
     optimizer = torch.optim.SGD([model[0].lora_B["default"], model[0].lora_A["default"]], lr=0.1)
     report = report_after_four_steps(model, optimizer, torch.Size([3, 4]), tmp_path / "own")
     assert report.total_rank > (report.target or 0)
@@ -243,7 +243,7 @@ def test_more_narrow_ranks_than_the_target_are_no_unfinished_pruning(tmp_path: P
     assert report.scale == report.layers[0].scale
 
 
-def test_a_frozen_layer_is_told_with_the_scale_that_it_was_frozen_at(tmp_path: Path) -> None:
+def test_a_frozen_layer_is_reported_with_the_scale_at_which_it_was_frozen(tmp_path: Path) -> None:
     layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     model = rw.get_peft_model(layers, rw.AdaLoraConfig(**IN_FOUR_STEPS, target_modules=["0", "1"]))
     model[1].requires_grad_(False)
@@ -288,7 +288,7 @@ def test_the_report_reads_well_in_a_terminal(own: Path) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_experts_are_among_what_it_adapts(tmp_path: Path) -> None:
+def test_experts_are_listed_among_the_adapted_layers(tmp_path: Path) -> None:
     for targets, said in ((["q_proj"], "q_proj; parameters "), ([], "parameters ")):
         config = rw.LoraConfig(r=2, target_modules=targets, target_parameters=EXPERTS)
         rw.get_peft_model(tiny_moe(), config).save_pretrained(tmp_path / "adapter")
@@ -303,10 +303,10 @@ def test_the_heat_map_is_written(own: Path, tmp_path: Path) -> None:
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
-# Checkpoints, histories and other things beside the adapter.
+# Checkpoints, histories and other files in an adapter's folder.
 
 
-def test_a_trainers_checkpoint_says_so(lora: Path) -> None:
+def test_a_trainers_checkpoint_is_recognized(lora: Path) -> None:
     checkpoint = lora.rename(lora.parent / "checkpoint-20")
     state = {"global_step": 20, "max_steps": 60, "epoch": 1.25}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
@@ -328,11 +328,11 @@ def test_a_checkpoint_is_known_by_its_name_alone(lora: Path, state: str | None) 
     assert found is not None and (found.step, found.total_steps) == (20, None)
 
 
-def test_the_state_of_a_run_is_told_of(lora: Path) -> None:
+def test_the_state_of_a_run_is_reported(lora: Path) -> None:
     assert not inspect_adapter(lora).resumable
     safetensors(lora / "training_state.safetensors", step=torch.tensor(3))
     assert inspect_adapter(lora).resumable
-    assert "can go on" in printed(lora)
+    assert "can be resumed" in printed(lora)
 
 
 def test_a_broken_or_foreign_history_is_left_out_with_a_note(lora: Path) -> None:
@@ -369,10 +369,10 @@ def test_layers_come_in_the_order_of_the_model(tmp_path: Path) -> None:
     assert [layer.path for layer in inspect_adapter(folder).layers] == paths
 
 
-# What is broken.
+# Broken folders.
 
 
-def test_a_folder_that_is_none(tmp_path: Path, lora: Path) -> None:
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, lora: Path) -> None:
     with pytest.raises(ValueError, match="There is no folder"):
         inspect_adapter(tmp_path / "nothing")
     with pytest.raises(ValueError, match="is a file, and an adapter is a folder"):

@@ -1,4 +1,4 @@
-"""Where a layer stands in the picture of a model, read from its module path alone."""
+"""A layer's place in the picture of a model, read from its module path alone."""
 
 from __future__ import annotations
 

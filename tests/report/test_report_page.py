@@ -1,4 +1,4 @@
-"""The page of `rankwise report`: whole, self-contained, right in its numbers, and alive in a real browser."""
+"""The page of `rankwise report`: complete, self-contained, correct, and interactive in a real browser."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def call(*words: object) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `rankwise train` leaves, with a checkpoint in it."""
+    """The folder that `rankwise train` writes, with a checkpoint in it."""
     world = tmp_path_factory.mktemp("trained")
     write_table(world / "reviews.csv")
     model = save_tiny_model(world / "model")
@@ -54,7 +54,7 @@ def page(trained: Path) -> str:
 
 
 def data_of(page: str) -> Any:
-    """What is packed into the page, with the ranks of every moment as the page's script makes them."""
+    """The data packed into the page, with the ranks at every step as the page's script restores them."""
     [packed] = re.findall(r'<script type="application/gzip" id="data">(.*?)</script>', page)
     data = json.loads(gzip.decompress(base64.b64decode(packed)))
     for frame in data["frames"]:
@@ -77,7 +77,7 @@ def test_the_slider_goes_through_the_ranks_of_the_history(page: str, trained: Pa
     records = [
         *history.records,
         history.records[-1],
-    ]  # as they were after the last allocation, to the end of the run
+    ]  # the ranks after the last allocation apply until the end of the run
     assert frame["steps"] == [*(record.step for record in history.records), 10]
     assert frame["budgets"] == [record.budget for record in records]
     for ranks, record in zip(frame["ranks"], records, strict=True):
@@ -86,7 +86,7 @@ def test_the_slider_goes_through_the_ranks_of_the_history(page: str, trained: Pa
     assert sorted(cells) == list(range(len(history.layers)))
 
 
-def test_what_the_charts_show_is_in_tables(page: str, trained: Path) -> None:
+def test_everything_in_the_charts_is_in_tables(page: str, trained: Path) -> None:
     results = json.loads((trained / "results.json").read_text())
     for layer in results["ranks"]["layers"]:
         assert re.search(rf"{re.escape(layer['path'])}</th><td>{layer['rank']}</td>", page)
@@ -94,7 +94,7 @@ def test_what_the_charts_show_is_in_tables(page: str, trained: Path) -> None:
         assert ", ".join(f"{value:.3g}" for value in values) in page
     for key in ("accuracy", "macro_f1"):
         assert f"{results['after'][key]:.4g}" in page
-    assert "target_modules" in page  # the recipe
+    assert "target_modules" in page  # the recipe is there, too
     losses = [entry["loss"] for entry in results["log"] if "loss" in entry]
     assert all(f"<td>{loss:.4g}</td>" in page for loss in losses)
 
@@ -133,7 +133,7 @@ def test_a_folder_that_peft_wrote_is_reported(kind: str, tmp_path: Path) -> None
     assert len(data_of(page)["frames"][0]["ranks"]) == 1
 
 
-def test_what_the_user_must_mend_leaves_with_2_and_writes_nothing(trained: Path, tmp_path: Path) -> None:
+def test_a_users_mistake_gives_exit_code_2_and_writes_nothing(trained: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     for folders, said in (
         ([tmp_path / "nothing"], "There is no folder"),
@@ -177,7 +177,7 @@ def test_names_from_files_are_text_and_never_markup(trained: Path, tmp_path: Pat
 
 
 class Mixed(nn.Module):
-    """A layer of each kind that is wider and one that is narrower than its rank."""
+    """A layer of each kind that is wider than its rank, and one that is narrower."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ def test_a_convolution_with_groups_has_no_single_spectrum_in_lora(tmp_path: Path
     assert update_spectra(tmp_path / "adapter").keys() == {"wide"}
 
 
-def test_an_adapter_whose_update_is_no_product_has_no_spectra_and_says_so(tmp_path: Path) -> None:
+def test_an_adapter_whose_update_is_not_a_product_has_no_spectra_and_a_note(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "adapter")
@@ -260,7 +260,7 @@ def test_several_large_models_and_long_runs_fit(tmp_path: Path) -> None:
         assert frame["ranks"][-1] == ranks.tolist()
 
 
-def test_what_would_be_too_large_has_fewer_moments(
+def test_a_page_that_would_be_too_large_shows_fewer_steps(
     trained: Path, page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [whole] = data_of(page)["frames"]
@@ -273,7 +273,7 @@ def test_what_would_be_too_large_has_fewer_moments(
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of experts, and of attention, trained until some have lost ranks."""
+    """An adapter of experts and of attention, trained until some have lost ranks."""
     config = rw.AdaLoraConfig(
         init_r=4, target_r=2, total_step=5, tfinal=1, target_modules="all-linear", target_parameters=EXPERTS
     )
@@ -303,7 +303,7 @@ def test_every_expert_has_its_history(experts: Path) -> None:
 
 
 def _hovered(data: Any, name: str) -> list[list[str]]:
-    """The layers of a heat map by row, as the page tells them to who points there."""
+    """The layers of a heat map by row, as the page names them to a user who points at them."""
     return data["figures"][name]["data"][0]["customdata"]
 
 
@@ -338,7 +338,7 @@ def file(trained: Path, page: str, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def opened(browser: Any, url: str, **options: Any) -> tuple[Any, list[str]]:
-    """The page in a browser, and what the browser complains of or asks for beside the page."""
+    """The page in a browser, and the browser's error messages and further requests."""
     tab = browser.new_page(**options)
     troubles: list[str] = []
     tab.on("console", lambda message: troubles.append(f"{message.type}: {message.text}"))
@@ -391,7 +391,7 @@ def test_the_slider_ends_with_the_run(browser: Any, file: str, trained: Path) ->
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_rank_is_legible_on_its_colour(browser: Any, file: str, trained: Path, scheme: str) -> None:
-    """Contrast by WCAG 2, of each number in the heat map to the cell that it stands on, at least 4.5 to 1."""
+    """The contrast by WCAG 2 of each number in the heat map with its cell is at least 4.5 to 1."""
     tab, _ = opened(browser, file, color_scheme=scheme)
     labels = '[...document.querySelectorAll("#ranks-0-0 .heatmap-label text")].filter((e) => e.textContent)'
     found = tab.evaluate(f"{labels}.map((e) => [Number(e.textContent), getComputedStyle(e).fill])")
@@ -453,6 +453,6 @@ def test_colours_follow_dark_mode_and_paper_is_light(browser: Any, file: str) ->
 def test_without_javascript_the_tables_are_there(browser: Any, file: str) -> None:
     tab = browser.new_page(java_script_enabled=False)
     tab.goto(file)
-    assert "Charts need JavaScript" in tab.locator("noscript").inner_text()
+    assert "charts need JavaScript" in tab.locator("noscript").inner_text()
     tab.locator("summary", has_text="The last ranks as tables").click()
     assert tab.locator("details[open] table").count() > 0

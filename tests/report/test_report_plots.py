@@ -1,4 +1,4 @@
-"""Heat maps and histories as files: whole, of sensible size, for models of every shape."""
+"""Heat maps and histories as image files: complete, of sensible size, for models of every shape."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_history_is_drawn(layers: list[str], records: int, tmp_path: Path) -> 
     assert 1000 < width < 2500 and 400 < height < 3000
 
 
-def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
+def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no adapted layers"):
         rank_heatmap({}, tmp_path / "ranks.png")
     with pytest.raises(ValueError, match="empty"):

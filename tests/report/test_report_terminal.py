@@ -1,4 +1,4 @@
-"""Budgets and ranks drawn with characters: right, aligned, within the terminal, and legible without colours."""
+"""Budgets and ranks drawn with characters: correct, aligned, within the terminal, readable without colours."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_chart_marks_each_phase_with_its_steps() -> None:
     text = "\n".join(shown(budget_chart(BudgetSchedule(200, 500, 3000, 10), initial=144, target=96)))
     for said in (
         "warm-up  steps 1 to 200: 144",
-        "pruning  steps 201 to 2,500: 144 → 96, chosen anew every 10 steps",
+        "pruning  steps 201 to 2,500: 144 → 96, chosen again every 10 steps",
         "final    steps 2,501 to 3,000: 96",
     ):
         assert said in text
@@ -102,7 +102,7 @@ def test_the_table_tells_every_layer_and_the_sums() -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
-def test_long_paths_are_cut_where_they_tell_least(width: int) -> None:
+def test_long_paths_are_cut_in_the_middle(width: int) -> None:
     paths = [f"base.model.language_model.decoder.layers.{n}.attention.self.query" for n in range(3)]
     lines = shown(rank_table(summary(paths, [0, 40, 64], init_r=64)), width)
     assert max(map(len, lines)) <= width
@@ -110,7 +110,7 @@ def test_long_paths_are_cut_where_they_tell_least(width: int) -> None:
         assert f".{number}.attention.self.query"[-(width - 50) :] in lines[number + 1]
 
 
-def test_the_table_has_no_importance_column_where_none_is_known() -> None:
+def test_the_table_has_no_importance_column_if_none_is_known() -> None:
     unknown = RankSummary([LayerRank("fc", 4, 8, math.nan, 64)], budget=8)
     assert "importance" not in "".join(shown(rank_table(unknown)))
 
@@ -133,7 +133,7 @@ def test_rank_0_is_shaded_and_nothing_else_is() -> None:
     [row] = [line for line in lines if line.startswith("0")]
     assert row.split() == ["0", "░0░░", "10"]
     coloured = "".join(shown(rank_picture(summary(["h.0.q"], [12])), colour=True))
-    assert "48;2;253;231;37" in coloured  # the last colour of the scale, behind the number
+    assert "48;2;253;231;37" in coloured  # the last colour of the scale, as the number's background
 
 
 @pytest.mark.parametrize("width", [24, 40, 80])

@@ -1,4 +1,4 @@
-"""`rankwise watch` shows a run that is going on elsewhere, by what its output folder holds, and leaves it alone."""
+"""`rankwise watch` shows a run in another process by reading its output folder, and does not disturb it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_run_is_seen_while_it_goes_on_and_to_its_end(world: Path) -> None:
     assert [int(cell) for row in picture for cell in row[1:]] == ranks
 
 
-def test_an_unfinished_run_keeps_what_it_knew_before_training(world: Path) -> None:
+def test_an_unfinished_run_keeps_the_metrics_before_training(world: Path) -> None:
     from transformers import TrainerState
 
     from rankwise.recipes import load_recipe
@@ -81,7 +81,7 @@ def test_an_unfinished_run_keeps_what_it_knew_before_training(world: Path) -> No
     assert "step 7 of 20, loss 1.5000" in now.line()
 
 
-def test_checkpoints_of_any_trainer_tell_of_a_run(tmp_path: Path) -> None:
+def test_checkpoints_of_any_trainer_show_a_run(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         llama(), peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -92,12 +92,12 @@ def test_checkpoints_of_any_trainer_tell_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-9" / "trainer_state.json").write_text(json.dumps(state))
     code, out, err = call("watch", tmp_path, "--once")
     assert (code, err) == (0, "")
-    assert "step 9 of 30, loss 0.2500" in out  # 10 was cut short: its last file is missing
+    assert "step 9 of 30, loss 0.2500" in out  # checkpoint 10 is incomplete: its last file is missing
     assert "rank 6 of 6" in out
 
 
-def test_what_is_no_run_leaves_with_2(tmp_path: Path) -> None:
-    for folder, said in ((tmp_path / "nothing", "There is no folder"), (tmp_path, "tells of no run")):
+def test_a_folder_without_a_run_gives_exit_code_2(tmp_path: Path) -> None:
+    for folder, said in ((tmp_path / "nothing", "There is no folder"), (tmp_path, "holds nothing of a run")):
         code, out, err = call("watch", folder)
         assert code == 2 and said in err and out == ""
 

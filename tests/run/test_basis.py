@@ -1,4 +1,4 @@
-"""Writing the layers of a model in their principal bases: the update stays, and what optimizers remember follows."""
+"""Rewriting layers in their principal bases: updates stay the same, and optimizers' states follow."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _layers(model: Any) -> list[Any]:
 
 
 def _pull(model: Any) -> list[Tensor]:
-    """Give A and B the gradients of ``<G, B A>`` for a fixed G in each layer, and return G."""
+    """Set the gradients of A and B to those of ``<G, B A>`` for a fixed G in each layer. Return all G."""
     torch.manual_seed(1)
     pulls = [
         torch.randn(layer.out_features, layer.in_features, dtype=torch.float64) for layer in _layers(model)
@@ -54,7 +54,7 @@ def _pull(model: Any) -> list[Tensor]:
 
 
 def _write(model: Any, louder: dict[int, float], optimizers: list[torch.optim.Optimizer]) -> None:
-    """Write all bases, with every rank kept."""
+    """Write all bases, and keep every rank."""
     factors = model._rankwise_controller.factors
     with torch.no_grad():
         PrincipalBases(factors).write(torch.ones_like(factors.mask), louder, optimizers)
@@ -82,9 +82,11 @@ def test_means_of_gradients_become_those_of_the_turned_factors(
     for layer, G, by, update in zip(_layers(model), pulls, louder.values(), before, strict=True):
         A, B = layer.lora_A["default"], layer.lora_B["default"]
         torch.testing.assert_close(by * layer.delta_weight("default"), update)
-        torch.testing.assert_close(A.grad, by * (B.T @ G).detach())  # it may wait for another optimizer
+        torch.testing.assert_close(
+            A.grad, by * (B.T @ G).detach()
+        )  # this gradient may wait for another optimizer
         torch.testing.assert_close(B.grad, by * (G @ A.T).detach())
-        # The scale, which multiplies both gradients by `by`, has not been changed here.
+        # The scale multiplies both gradients by `by`. It has not been changed here.
         torch.testing.assert_close(optimizer.state[A][name], share * by * (B.T @ G).detach())
         torch.testing.assert_close(optimizer.state[B][name], share * by * (G @ A.T).detach())
 
@@ -129,7 +131,7 @@ def test_variances_of_centered_rmsprop_stay_positive() -> None:
     optimizer = torch.optim.RMSprop(_trained(model), lr=0.0, alpha=0.5, centered=True)
     for _ in range(
         12
-    ):  # of nearly the same gradients, so that mean squares are hardly more than squares of means
+    ):  # the gradients are nearly the same, so that mean squares are hardly larger than squared means
         _pull(model)
         optimizer.step()
     _write(model, {0: 1.0, 1: 1.0}, [optimizer])
@@ -140,7 +142,7 @@ def test_variances_of_centered_rmsprop_stay_positive() -> None:
 
 
 class Quantized(torch.optim.SGD):
-    """Remembers bytes of a gradient, as 8-bit optimizers do."""
+    """Keeps a gradient as bytes, as 8-bit optimizers do."""
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -149,7 +151,7 @@ class Quantized(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_what_cannot_be_rewritten_is_forgotten_for_the_factors_that_were_rewritten_only() -> None:
+def test_state_that_cannot_be_rewritten_is_reset_only_for_rewritten_factors() -> None:
     model = _model()
     other = nn.Parameter(torch.zeros(3, 3))
     optimizer = Quantized([*_trained(model), other], lr=0.0)
@@ -200,7 +202,7 @@ def test_a_run_meets_its_budget_and_learns_with_every_optimizer(name: str, dtype
 
 
 def test_with_enough_rank_to_keep_everything_cutting_changes_no_output() -> None:
-    """The update has rank 2, and 2 of 4 ranks stay: nothing may be lost by the cut."""
+    """The update has rank 2, and 2 of 4 ranks stay, so the cut must not lose anything."""
     model = _model(tinit=0, tfinal=19)
     for layer in _layers(model):
         B = layer.lora_B["default"]

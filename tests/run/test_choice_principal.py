@@ -1,4 +1,4 @@
-"""How large the gradients of each block were, step by step: against sums that are written out."""
+"""The sums of every block's gradient norms over the steps, compared with sums that are written out."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor
     optimizer.step()
 
 
-def test_of_a_linear_layer_and_an_embedding_the_factor_is_summed_that_starts_at_0() -> None:
+def test_the_gradients_of_the_factor_that_starts_at_0_are_summed() -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 4)).double()
     model: Any = rw.get_peft_model(base, _config(target_modules=["0", "1"]))
@@ -53,7 +53,7 @@ def test_of_a_linear_layer_and_an_embedding_the_factor_is_summed_that_starts_at_
     assert sum(kept) < 6, "something should have been cut, or the ranks that act are not seen to count"
 
 
-def test_of_a_stack_of_experts_each_matrix_has_its_own() -> None:
+def test_each_matrix_of_a_stack_of_experts_has_its_own_sum() -> None:
     model: Any = rw.get_peft_model(tiny_moe("mixtral"), _config(target_modules=[], target_parameters=EXPERTS))
     factors = [p for name, p in model.named_parameters() if ".lora_B." in name]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -75,7 +75,7 @@ def test_a_run_that_prunes_nothing_sums_nothing() -> None:
     assert model.rankwise_sensitivity.tolist() == [0.0]
 
 
-def test_without_any_gradient_directions_are_worth_what_their_strength_says() -> None:
+def test_without_any_gradient_directions_are_worth_their_strength() -> None:
     torch.manual_seed(0)
     model: Any = rw.get_peft_model(
         nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), _config(target_modules=["0", "1"])
@@ -86,7 +86,7 @@ def test_without_any_gradient_directions_are_worth_what_their_strength_says() ->
     assert [layer.rank for layer in model.rank_summary().layers] == [0, 2]
 
 
-def test_a_checkpoint_from_before_gradients_were_summed_is_taken_up() -> None:
+def test_a_checkpoint_from_before_gradients_were_summed_resumes() -> None:
     model: Any = rw.get_peft_model(nn.Sequential(nn.Linear(4, 4)), _config(target_modules=["0"]))
     state = {
         **model.state_dict(),
@@ -102,7 +102,7 @@ def test_a_checkpoint_from_before_gradients_were_summed_is_taken_up() -> None:
     assert again.rankwise_sensitivity.tolist() == [0.0, 0.0]
 
 
-def test_squared_norms_are_0_where_there_is_no_gradient_and_those_of_each_block() -> None:
+def test_squared_norms_are_those_of_each_block_and_0_without_a_gradient() -> None:
     torch.manual_seed(0)
     one, several = torch.randn(5, 3), torch.randn(4, 6).to(torch.bfloat16)
     found = squared_norms([one, None, several, None], [1, 1, 3, 2], torch.device("cpu"))

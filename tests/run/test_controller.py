@@ -1,4 +1,4 @@
-"""The controller connects the parts of the method: a run by it is a run by hand, written out in float64."""
+"""The controller connects the parts of the method: its run equals a run by hand, written out in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {
     "init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 4, "total_step": STEPS, "deltaT": 2, "lora_alpha": 8,
     "beta1": BETA1, "beta2": BETA2, "orth_reg_weight": 0, "target_modules": ["0", "2"],
 }  # fmt: skip
-WIDTHS = ((6, 9), (9, 3))  # inputs and outputs
+WIDTHS = ((6, 9), (9, 3))  # widths of inputs and outputs
 
 
 def adapted(start: str | bool) -> Any:
@@ -34,7 +34,7 @@ def factors(model: Any, key: str) -> list[nn.Parameter]:
 
 
 def acting(model: Any, paper: bool) -> list[list[bool]]:
-    """Which triplets of each layer act: by E in the paper's form, by A and B, which must agree, in the default one."""
+    """The triplets in use, for each layer: by E in the paper's form; by A and B, which must agree, in the default."""
     if paper:
         return [(E != 0).flatten().tolist() for E in factors(model, "E")]
     rows, columns = ([(p if key == "A" else p.T).any(1) for p in factors(model, key)] for key in "AB")
@@ -47,7 +47,7 @@ def scales(model: Any) -> list[float]:
 
 
 def scale_by_hand(kept: list[list[bool]], ranks: int | None) -> float:
-    """``lora_alpha / k`` with k ranks on average, weighted by their parameters; ``ranks`` None: at the target."""
+    """``lora_alpha / k`` for an average rank k, weighted by parameters; with ``ranks`` None, at the target."""
     if ranks is None:
         return OPTIONS["lora_alpha"] / OPTIONS["target_r"]
     costs = [sum(widths) for widths in WIDTHS]
@@ -56,7 +56,7 @@ def scale_by_hand(kept: list[list[bool]], ranks: int | None) -> float:
 
 
 class ByHand:
-    """Choices of the run in plain loops: the paper's from its equations 6 to 11, ours from updates and gradients."""
+    """The run's choices in plain loops: by the paper's equations 6 to 11, or by updates and gradients."""
 
     def __init__(self, paper: bool) -> None:
         self.paper = paper
@@ -114,7 +114,7 @@ def test_a_run_scores_allocates_and_fixes_as_by_hand(start: str | bool) -> None:
     model, hand = adapted(start), ByHand(start != "principal")
     schedule = rw.AdaLoraConfig(**OPTIONS).resolved_schedule()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    optimizer.register_step_post_hook(lambda *_: hand.look(model))  # before the controller acts
+    optimizer.register_step_post_hook(lambda *_: hand.look(model))  # called before the controller acts
     generator = torch.Generator().manual_seed(1)
     for step in range(1, STEPS + 1):
         inputs = torch.randn(8, 6, generator=generator, dtype=torch.float64)
@@ -178,7 +178,7 @@ def runs(draw: Any) -> dict[str, Any]:
 
 
 def train(options: dict[str, Any], rate: float, seed: int, extra_steps: int) -> Any:
-    """Random data, with now and then a gradient that is NaN, infinite or not there."""
+    """Train on random data. Some gradients are NaN, infinite or missing."""
     generator = random.Random(seed)
     torch.manual_seed(seed)
     layers = [nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Linear(4, 3)]
@@ -199,7 +199,7 @@ def train(options: dict[str, Any], rate: float, seed: int, extra_steps: int) -> 
             victim.grad = None
         optimizer.step()
         optimizer.zero_grad()
-        if trouble < 0.1:  # as one who watches over a run does
+        if trouble < 0.1:  # as a person who watches over a run may do
             for parameter, value in zip(trained, before, strict=True):
                 parameter.data.copy_(value)
         kept.append(model.rankwise_mask.clone())

@@ -1,4 +1,4 @@
-"""The rank history: cheap to record, exact to store, and true to what happened when a run goes back."""
+"""The rank history: cheap to record, exact to store, and correct if a run goes back to an earlier step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_recording_a_tensor_reads_none_of_its_values(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("step", "kept"), [(120, [0, 100, 110]), (105, [0, 100]), (0, []), (121, [0, 100, 110, 120])]
 )
-def test_going_back_drops_what_did_not_happen(step: int, kept: list[int], read_between: bool) -> None:
+def test_going_back_drops_later_records(step: int, kept: list[int], read_between: bool) -> None:
     for ranks in ([1, 2, 3], torch.tensor([1, 2, 3])):
         history = filled()
         if read_between:
@@ -114,8 +114,8 @@ RECORD = '{"step": 1, "budget": 3, "ranks": [3]}'
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("{", "no valid JSON"),
-        ("[" * 100_000, "no valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[]", '"layers" and "records"'),
         ('{"layers": []}', '"layers" and "records"'),
         ('{"layers": "fc", "records": []}', '"layers" must be a list'),

@@ -1,4 +1,4 @@
-"""Listeners hear of every step of the optimizers that matter to them, before and after, in any loop."""
+"""Listeners are called before and after every step of the optimizers that they hold, in any training loop."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([weight], lr=1.0)
 
 
-def test_a_step_is_heard_of_before_and_after_and_only_by_those_it_matters_to(optimizer: Any) -> None:
+def test_listeners_are_called_before_and_after_the_steps_of_optimizers_that_they_hold(optimizer: Any) -> None:
     mine, other = Recorder(optimizer), Recorder(torch.optim.SGD([weight], lr=1.0))
     listen(mine), listen(other)
     optimizer.step()
     assert mine.heard == [("before", 5.0), ("after", 4.0)] and not other.heard
 
 
-def test_one_that_stops_listening_hears_no_more(optimizer: Any) -> None:
+def test_a_listener_that_stops_listening_is_not_called(optimizer: Any) -> None:
     mine = Recorder(optimizer)
     listen(mine)
     stop_listening(mine)
-    stop_listening(mine)  # twice is no mistake
+    stop_listening(mine)  # a second call is allowed
     optimizer.step()
     assert not mine.heard
 

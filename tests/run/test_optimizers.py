@@ -1,4 +1,4 @@
-"""Cuts under every optimizer: what is off stays exactly 0, and what optimizers remember never leads astray."""
+"""Cuts under every optimizer: ranks that are off stay exactly 0, and optimizers' states stay right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 40
 
 
 def adapted(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """Two layers with 6 ranks each; cuts at steps 5 to 20, to an average of 2."""
+    """Two layers with 6 ranks each, with cuts at steps 5 to 20 to an average rank of 2."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 10)).to(dtype)
     options: dict[str, Any] = {"init_r": 6, "target_r": 2, "tinit": 4, "tfinal": 20, "total_step": STEPS}
@@ -53,7 +53,7 @@ def train(model: Any, *optimizers: Optimizer, steps: int = STEPS, first: int = 1
 
 
 def what_is_off(model: Any) -> list[Tensor]:
-    """Rows of A and columns of B of the ranks that the last cut switched off."""
+    """The rows of A and columns of B that the last cut switched off."""
     found = []
     for layer, mask in zip((model[0], model[2]), model.rankwise_mask.split(6), strict=True):
         found += [layer.lora_A["default"].detach()[~mask], layer.lora_B["default"].detach().T[~mask]]
@@ -61,7 +61,7 @@ def what_is_off(model: Any) -> list[Tensor]:
 
 
 class Lion(Optimizer):
-    """Steps by the sign of a mean of gradients, as Chen et al. (2023) do."""
+    """Steps by the sign of a mean of gradients, as in Chen et al. (2023)."""
 
     def __init__(self, params: Any, lr: float = 1e-4, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -79,7 +79,7 @@ class Lion(Optimizer):
 
 
 class MadeAtOnce(Optimizer):
-    """Remembers what no one else knows how to rewrite, makes it in the constructor, and fails without it."""
+    """Has a state that nobody else can rewrite, creates it in the constructor, and fails without it."""
 
     def __init__(self, params: Any, lr: float = 1e-2) -> None:
         super().__init__(params, {"lr": lr})
@@ -99,7 +99,7 @@ class MadeAtOnce(Optimizer):
 
 
 class MadeFromAModel(MadeAtOnce):
-    """The same, with a constructor that takes a model, so that no second one can be made of a parameter."""
+    """The same, but its constructor takes a model, so that no second one can be made for a parameter."""
 
     def __init__(self, model: nn.Module, *, rate: float) -> None:
         super().__init__([p for p in model.parameters() if p.requires_grad], rate)
@@ -130,7 +130,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_is_off_is_exactly_0_at_the_end_and_the_run_learns(name: str) -> None:
+def test_ranks_that_are_off_are_exactly_0_at_the_end_and_the_run_learns(name: str) -> None:
     model = adapted()
     optimizer = OPTIMIZERS[name](factors(model))
     before = float(loss_of(model, 0))
@@ -143,7 +143,7 @@ def test_what_is_off_is_exactly_0_at_the_end_and_the_run_learns(name: str) -> No
     assert loss_of(model, 0) < before
 
 
-def test_an_optimizer_that_no_second_one_can_be_made_of_forgets_in_place() -> None:
+def test_an_optimizer_that_cannot_be_made_again_is_reset_in_place() -> None:
     model = adapted()
     before = float(loss_of(model, 0))
     train(model, optimizer := MadeFromAModel(model, rate=1e-2))
@@ -153,7 +153,7 @@ def test_an_optimizer_that_no_second_one_can_be_made_of_forgets_in_place() -> No
 
 
 class WithAName(torch.optim.Adagrad):
-    """Calls its sum of squares what bitsandbytes calls it."""
+    """Gives its sum of squares bitsandbytes' name."""
 
     optimizer_name = "adagrad"
 
@@ -218,7 +218,7 @@ def test_state_that_an_optimizer_shares_with_its_copy_is_rewritten_once(name: st
     first, second = OPTIMIZERS[name](factors(shared)), OPTIMIZERS[name](factors(shared))
     train(plain, only, steps=4)
     train(shared, first, steps=4)
-    second.load_state_dict(first.state_dict())  # which copies no tensor of the right dtype and device
+    second.load_state_dict(first.state_dict())  # it copies no tensor of the right dtype and device
     p = factors(shared)[0]
     assert any(first.state[p][key] is value for key, value in second.state[p].items() if value is not None)
     train(plain, only, first=5, steps=STEPS - 4)
@@ -274,7 +274,7 @@ def test_a_run_with_cuts_works_whatever_the_default_dtype(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_layer_that_cannot_be_decomposed_stays_as_it_is_is_warned_of_and_the_run_goes_on(
+def test_a_layer_that_cannot_be_decomposed_is_unchanged_and_reported_and_the_run_continues(
     value: float,
 ) -> None:
     model = adapted()
@@ -301,7 +301,7 @@ def test_a_layer_that_cannot_be_decomposed_stays_as_it_is_is_warned_of_and_the_r
     (message,) = messages
     assert "'0' holds NaN or infinite values" in message and "1 of 2 layers" in message
     assert all(p.isfinite().all() for p in factors(model[2]))
-    with torch.no_grad():  # as one who watches over a run does
+    with torch.no_grad():  # as a person who watches over a run may do
         for p in factors(model[0]):
             p.nan_to_num_(0, 0, 0).clamp_(-1, 1)
     with warnings.catch_warnings():
@@ -310,10 +310,10 @@ def test_a_layer_that_cannot_be_decomposed_stays_as_it_is_is_warned_of_and_the_r
     assert model.allocation_state.step == STEPS and model.allocation_state.phase == "final"
 
 
-# --- beginning anew ------------------------------------------------------------------------------------------------
+# --- restarting ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_begins_anew_counts_nothing_of_the_attempt_that_was_given_up() -> None:
+def test_a_restarted_run_counts_nothing_of_the_attempt_that_was_given_up() -> None:
     plain, again = adapted(), adapted()
     start = copy.deepcopy([p.detach() for p in factors(again)])
     train(again, torch.optim.AdamW(factors(again), lr=1e-2), steps=4)
@@ -328,7 +328,7 @@ def test_a_run_that_begins_anew_counts_nothing_of_the_attempt_that_was_given_up(
     assert torch.equal(plain.rankwise_sensitivity, again.rankwise_sensitivity)
 
 
-def test_a_run_that_begins_anew_after_a_cut_keeps_what_was_cut_and_its_history_begins_there() -> None:
+def test_a_run_restarted_after_a_cut_keeps_the_cut_and_its_history_begins_there() -> None:
     model = adapted()
     optimizer = torch.optim.AdamW(factors(model), lr=1e-2)
     train(model, optimizer, steps=9)
@@ -353,7 +353,7 @@ def test_a_compiled_model_compiles_at_most_twice_in_a_run_of_many_cuts() -> None
     counter = CompileCounter()
     forward: Any = torch.compile(compiled, backend=counter)
     optimizers = [torch.optim.AdamW(factors(model), lr=1e-2) for model in (plain, compiled)]
-    for step in range(1, 21):  # up to the last cut, after which ranks are dropped and shapes change
+    for step in range(1, 21):  # up to the last cut; after it, ranks are dropped and shapes change
         for model, called, optimizer in zip((plain, compiled), (plain, forward), optimizers, strict=True):
             loss_of_called = loss_of(called, step)
             loss_of_called.backward()

@@ -13,7 +13,7 @@ from torch import nn
 import rankwise as rw
 from tiny import llama, token_batches, told
 
-TARGETS = ["q_proj", "v_proj", "down_proj"]  # of three different widths
+TARGETS = ["q_proj", "v_proj", "down_proj"]  # layers of three different widths
 
 
 def _config(**changes: Any) -> rw.AdaLoraConfig:
@@ -101,7 +101,7 @@ def test_it_ends_with_no_more_parameters_than_lora_of_the_target_rank(target_r: 
 
 
 def _rows(model: Any, key: str) -> torch.Tensor:
-    """For each rank of all layers, whether its row of A or its column of B holds anything."""
+    """For each rank of all layers, whether its row of A or its column of B holds anything but zeros."""
     factors = [p.detach() for name, p in model.named_parameters() if f".lora_{key}." in name]
     return torch.cat([(p if key == "A" else p.T).any(1) for p in factors])
 
@@ -135,13 +135,13 @@ def test_below_an_average_rank_of_1_a_run_goes_by_the_cube_root(target_r: float,
     expected = []
     for layer in (model[0], model[1]):
         A, B = layer.lora_A["default"].data, nn.init.normal_(layer.lora_B["default"]).data
-        mean = (B @ A).square().sum().div(3).sqrt()  # of the three singular values
+        mean = (B @ A).square().sum().div(3).sqrt()  # root mean square of the three singular values
         scale = 8 / 3  # lora_alpha / init_r
         expected.append(float(3 * (scale * mean) ** exponent / (A.shape[1] + B.shape[0])))
     assert [layer.importance for layer in model.rank_summary().layers] == pytest.approx(expected)
 
 
-def test_a_run_of_one_form_is_not_taken_up_by_the_other() -> None:
+def test_a_run_of_one_form_does_not_resume_in_the_other() -> None:
     principal, paper = (
         rw.get_peft_model(llama(), _config(init_lora_weights=start)) for start in ("principal", True)
     )
@@ -156,7 +156,7 @@ def test_rslora_is_refused_in_the_papers_form_only() -> None:
         _config(use_rslora=True, init_lora_weights=True)
 
 
-def test_left_out_lora_alpha_is_twice_the_rank_as_is_usual_for_lora() -> None:
+def test_the_default_lora_alpha_is_twice_the_rank_as_is_usual_for_lora() -> None:
     left_out = {"lora_alpha": None}
     assert [_config(init_r=64, target_r=r, **left_out).lora_alpha for r in (0.25, 1, 2, 8, 64)] == [
         0.5,
@@ -165,10 +165,10 @@ def test_left_out_lora_alpha_is_twice_the_rank_as_is_usual_for_lora() -> None:
         16,
         128,
     ]
-    assert _config(init_lora_weights=True, **left_out).lora_alpha == 8  # PEFT's
+    assert _config(init_lora_weights=True, **left_out).lora_alpha == 8  # PEFT's default
 
 
-def test_left_out_lora_alpha_follows_a_changed_target_and_a_given_one_stays() -> None:
+def test_the_default_lora_alpha_follows_a_changed_target_and_a_given_one_stays() -> None:
     config = _config(init_r=8, lora_alpha=None)
     assert replace(config, target_r=8).lora_alpha == 16
     config.target_r = 4
@@ -226,7 +226,7 @@ def _train_the_narrow_ones(model: Any) -> None:
 
 
 def test_a_finished_adapter_of_many_narrow_ranks_is_not_pruned_again(tmp_path: Any) -> None:
-    """It has twelve ranks where four of average size are asked for, and costs no more than these."""
+    """It has twelve narrow ranks where four of average size are the target, and costs no more than these."""
     config = _config(target_r=1, init_r=4, target_modules=["0", "1", "2", "3"])
     model: Any = rw.get_peft_model(_wide_and_narrow(), config)
     _train_the_narrow_ones(model)

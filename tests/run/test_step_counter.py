@@ -1,4 +1,4 @@
-"""Which of several optimizers' steps are steps of the run."""
+"""The steps of several optimizers that count as steps of the run."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_every_step_of_the_only_optimizer_counts() -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-def test_of_several_that_share_the_parameters_one_counts_an_iteration(parts: int) -> None:
+def test_one_of_several_optimizers_that_share_the_parameters_counts_each_iteration(parts: int) -> None:
     optimizers = [(sgd(), [number]) for number in range(parts)]
     assert counted(StepCounter(), optimizers * 4) == [True, *[False] * (parts - 1)] * 4
 
 
-def test_the_lead_passes_to_the_one_with_an_earlier_parameter_and_its_first_step_is_no_second_one() -> None:
+def test_the_lead_passes_to_the_optimizer_with_an_earlier_parameter_without_counting_twice() -> None:
     late, early = (sgd(), [1]), (sgd(), [0])
     assert counted(StepCounter(), [late, early, late, early, late]) == [True, False, False, True, False]
 
@@ -56,7 +56,7 @@ def test_when_the_leaders_parameter_is_frozen_another_leads() -> None:
     assert counted(counter, [first, second] * 2, trains=lambda number: number != 0) == [False, True] * 2
 
 
-def test_one_that_steps_twice_while_the_leader_does_not_leads_from_then_on() -> None:
+def test_an_optimizer_that_steps_twice_while_the_leader_does_not_leads_from_then_on() -> None:
     counter = StepCounter()
     leader, other = (sgd(), [0]), (sgd(), [1])
     assert counted(counter, [leader, other, other, other]) == [True, False, True, True]

@@ -1,4 +1,4 @@
-"""The rank summary: a table that fits a terminal, and the same as data."""
+"""The rank summary: a table that fits a terminal, and the same facts as data."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_rank_0_is_counted_and_its_bar_is_empty() -> None:
     assert "█" not in str(table).splitlines()[1]
 
 
-def test_the_importance_column_goes_when_none_is_known() -> None:
+def test_the_importance_column_is_left_out_if_none_is_known() -> None:
     unknown = RankSummary([LayerRank("fc", 4, 8, math.nan, 64)], budget=8)
     assert "importance" not in str(unknown)
     mixed = RankSummary([*unknown.layers, LayerRank("fc2", 4, 8, 0.5, 64)], budget=16)
     assert " - " in str(mixed).splitlines()[1]
 
 
-def test_the_data_is_json_even_where_importance_is_unknown() -> None:
+def test_the_data_is_json_even_if_importance_is_unknown() -> None:
     data = RankSummary([LayerRank("fc", 4, 8, math.nan, 64)], budget=8).to_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == {
         "budget": 8,
@@ -69,7 +69,7 @@ def test_an_empty_summary_prints() -> None:
 
 
 @pytest.mark.parametrize("init_r", [24, 25, 64, 300])
-def test_bars_tell_nothing_from_something_and_something_from_all(init_r: int) -> None:
+def test_bars_distinguish_none_some_and_all(init_r: int) -> None:
     bars = [rank_bar(rank, init_r, largest=init_r) for rank in range(init_r + 1)]
     assert "█" not in bars[0] and "█" in bars[1]
     assert "░" in bars[-2] and "░" not in bars[-1]

@@ -1,4 +1,4 @@
-"""What can happen to a run while it trains: each thing either just works, or is told once and clearly."""
+"""Everything that can happen to a run while it trains: it just works, or there is one clear warning."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ STEPS, LAST_ALLOCATION, TARGET = 12, 9, 6
 
 
 def adapted(seed: int = 0, base: nn.Module | None = None, **changes: Any) -> Any:
-    """Three linear layers with 4 triplets each, of which 6 stay in the end, chosen at step 9 of 12."""
+    """Three linear layers with 4 triplets each. 6 triplets stay at the end, chosen at step 9 of 12."""
     torch.manual_seed(seed)
     layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     options = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": STEPS - LAST_ALLOCATION, "total_step": STEPS}
-    # The paper's form has all that can go wrong: a penalty, E that trains, ranks that grow back.
+    # The paper's form, in which most can go wrong: a penalty, E that trains, ranks that grow back.
     options |= {"target_modules": ["0", "2", "4"], "init_lora_weights": True}
     config = rw.AdaLoraConfig(**{**options, **changes})
     return rw.get_peft_model(layers if base is None else base, config)
@@ -76,11 +76,13 @@ def finished(model: Any) -> bool:
     return state.step == STEPS and model.rank_summary().total_rank == state.budget == TARGET
 
 
-# --- numbers that are no numbers -----------------------------------------------------------------------------------
+# --- values that are not finite ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_is_left_out_of_the_scores_counted_and_told_once(value: float) -> None:
+def test_a_gradient_that_is_not_finite_is_left_out_of_the_scores_and_counted_and_reported_once(
+    value: float,
+) -> None:
     model = adapted()
     optimizer = adamw(model)
     with told() as messages:
@@ -92,7 +94,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_of_the_scores_counted_and_tol
                 factors(model, "B")[1].grad[0, 0] = value
             optimizer.step()
             optimizer.zero_grad()
-            if broken:  # the weights are no concern of ours; whoever watches over them puts them back
+            if broken:  # the weights are restored, as by a person who watches over the run
                 scores = [model.rankwise_sensitivity.clone(), model.rankwise_uncertainty.clone()]
                 assert torch.equal(scores[0], before["rankwise_sensitivity"])
                 assert torch.equal(scores[1], before["rankwise_uncertainty"])
@@ -120,11 +122,11 @@ def test_a_loss_that_is_nan_to_the_end_still_leaves_a_run_that_meets_its_budget(
     assert len(messages) == 1
 
 
-# --- steps that are skipped or gathered ----------------------------------------------------------------------------
+# --- steps that are skipped or accumulated -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_a_step_that_the_grad_scaler_skips_is_no_step(fused: bool) -> None:
+def test_a_step_that_the_grad_scaler_skips_does_not_count(fused: bool) -> None:
     model = adapted()
     optimizer = adamw(model, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -152,7 +154,7 @@ def test_a_grad_scaler_changes_nothing_in_penalty_scores_and_ranks(fused: bool, 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=5)
     for step in range(1, STEPS + 1):
         scaler.scale(loss_of(scaled, step)).backward()
-        if unscales:  # as for clipping
+        if unscales:  # as gradient clipping does
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
@@ -189,7 +191,7 @@ def test_accelerate_accumulating_gradients_makes_one_step_of_several_batches() -
     assert finished(model)
 
 
-# --- parts that don't train, or not now ----------------------------------------------------------------------------
+# --- parts that don't train, or not always -------------------------------------------------------------------------
 
 
 def freeze(model: nn.Module, layer: int, frozen: bool = True) -> None:
@@ -258,7 +260,7 @@ def test_nothing_is_counted_while_the_whole_adapter_is_frozen() -> None:
 
 
 class TwoWays(nn.Module):
-    """Each forward pass goes through one of two branches, as mixtures of experts and dropped layers do."""
+    """Each forward pass goes through one of two branches, as in mixtures of experts and with dropped layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,7 +272,7 @@ class TwoWays(nn.Module):
 
 
 def scores_of_layers(model: Any, layers: int) -> list[Tensor]:
-    """The running averages of each layer's A, which come first, for layers of one shape."""
+    """The running averages of each layer's A, which come first. All layers must have one shape."""
     elements = factors(model, "A")[0].numel()
     return list(model.rankwise_sensitivity[: layers * elements].clone().split(elements))
 
@@ -291,7 +293,7 @@ def test_layers_that_a_step_does_not_use_keep_their_scores() -> None:
     assert not messages
 
 
-def test_a_step_in_which_nothing_of_the_adapter_has_a_gradient_is_told_once() -> None:
+def test_a_step_without_any_gradient_in_the_adapter_is_reported_once() -> None:
     model = adapted()
     optimizer = adamw(model)
     with told() as messages:
@@ -305,7 +307,7 @@ def test_a_step_in_which_nothing_of_the_adapter_has_a_gradient_is_told_once() ->
 # --- optimizers ----------------------------------------------------------------------------------------------------
 
 
-def test_an_optimizer_built_before_the_model_was_adapted_is_told_once() -> None:
+def test_an_optimizer_built_before_the_model_was_adapted_is_reported_once() -> None:
     base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     early = torch.optim.AdamW(base.parameters(), lr=0.02)
     model = adapted(base=base, target_modules=["0", "2"])
@@ -318,7 +320,7 @@ def test_an_optimizer_built_before_the_model_was_adapted_is_told_once() -> None:
     assert model.allocation_state.step == STEPS
 
 
-def test_optimizers_that_have_nothing_to_do_with_the_adapter_count_nothing_and_hear_nothing() -> None:
+def test_optimizers_without_parameters_of_the_adapter_count_nothing_and_get_no_warning() -> None:
     model, other = adapted(), nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     other(torch.randn(1, 2)).sum().backward()
@@ -336,7 +338,7 @@ SPLITS: dict[str, Callable[[Any], list[list[nn.Parameter]]]] = {
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_two_optimizers_that_share_the_adapter_make_one_step_of_an_iteration(split: str) -> None:
+def test_two_optimizers_that_share_the_adapter_count_an_iteration_as_one_step(split: str) -> None:
     alone, shared = adapted(), adapted()
     only = torch.optim.SGD(trainable(alone), lr=0.1)
     several = [torch.optim.SGD(parameters, lr=0.1) for parameters in SPLITS[split](shared)]
@@ -345,13 +347,13 @@ def test_two_optimizers_that_share_the_adapter_make_one_step_of_an_iteration(spl
             train(alone, only, steps=range(step, step + 1))
             train(shared, *several, steps=range(step, step + 1))
             assert shared.allocation_state.step == step
-            if step <= 2:  # until the first allocation the penalty, too, must be the same
+            if step <= 2:  # until the first allocation, the penalties must be equal, too
                 for ours, theirs in zip(trainable(shared), trainable(alone), strict=True):
                     torch.testing.assert_close(ours, theirs)
     assert finished(shared) and not messages
 
 
-def test_an_optimizer_for_the_head_beside_one_for_the_adapter_counts_nothing_and_hears_nothing() -> None:
+def test_an_optimizer_for_the_head_counts_nothing_and_gets_no_warning() -> None:
     config = rw.AdaLoraConfig(
         init_r=4, target_r=2, tinit=1, tfinal=2, total_step=6, target_modules=["query", "value"],
         task_type="SEQ_CLS",
@@ -387,7 +389,7 @@ def test_an_optimizer_that_holds_only_a_part_of_the_adapter_counts_all_the_same(
     assert finished(model)
 
 
-def test_an_optimizer_built_anew_midway_takes_over_while_the_old_one_still_exists() -> None:
+def test_an_optimizer_rebuilt_midway_takes_over_while_the_old_one_still_exists() -> None:
     model = adapted()
     first, second = adamw(model), adamw(model)
     train(model, first, steps=range(1, 6))
@@ -396,7 +398,7 @@ def test_an_optimizer_built_anew_midway_takes_over_while_the_old_one_still_exist
 
 
 class Lookahead(torch.optim.Optimizer):
-    """Steps an optimizer of its own in its step, as those do that shard, average or look ahead."""
+    """Steps an optimizer of its own, like optimizers that shard, average or look ahead."""
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         super().__init__(base.param_groups, {})
@@ -407,7 +409,7 @@ class Lookahead(torch.optim.Optimizer):
 
 
 class Sharding(torch.optim.Optimizer):
-    """Holds all parameters, and steps them by several optimizers of its own, the one with lora_E last."""
+    """Holds all parameters, and steps them by several optimizers of its own. The last one holds lora_E."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, in_a_list: bool) -> None:
         super().__init__(parameters, {})
@@ -424,7 +426,7 @@ class Sharding(torch.optim.Optimizer):
 
 
 class Decorated(torch.optim.AdamW):
-    """A subclass whose step calls the original step, whose hooks fire a second time then."""
+    """A subclass whose step calls the original step, so that hooks fire twice."""
 
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
@@ -478,7 +480,7 @@ def test_a_closure_that_computes_the_gradients_within_the_step_changes_nothing(b
     assert same_run(closed, plain)
 
 
-def test_a_step_that_fails_is_not_counted_and_what_follows_is_as_if_it_had_not_been() -> None:
+def test_a_step_that_fails_is_not_counted_and_has_no_later_effect() -> None:
     class FailsOnce(torch.optim.SGD):
         failed = False
 
@@ -502,7 +504,9 @@ def test_a_step_that_fails_is_not_counted_and_what_follows_is_as_if_it_had_not_b
 
 def test_an_optimizer_whose_first_step_fails_can_be_replaced() -> None:
     model = adapted()
-    unfit = adamw(model, capturable=True)  # PyTorch has none for the CPU, and says so in the first step
+    unfit = adamw(
+        model, capturable=True
+    )  # PyTorch has no such AdamW for the CPU, and raises an error in the first step
     loss_of(model, 1).backward()
     with pytest.raises(AssertionError, match="capturable"):
         unfit.step()
@@ -627,7 +631,7 @@ def test_a_copy_of_a_transformers_model_keeps_all_its_ways_to_be_called() -> Non
     assert torch.equal(twin(**batch).logits, model(**batch).logits)
     twin(**batch).loss.backward()
     adamw(twin).step()
-    twin.base_model.update_and_allocate(1)  # where PEFT has it
+    twin.base_model.update_and_allocate(1)  # PEFT has it there, too
     assert (twin.allocation_state.step, model.allocation_state.step) == (1, 0)
 
 
@@ -680,7 +684,7 @@ def test_a_model_trains_in_bfloat16_with_scores_in_float32() -> None:
 def test_a_model_that_goes_away_is_freed_at_once_and_nothing_keeps_it() -> None:
     gc.collect()
     before = len(listening._listeners)
-    gc.disable()  # what is freed now is freed by its last reference, and not some time later
+    gc.disable()  # anything freed now is freed by its last reference, not by a later collection
     try:
         model = adapted()
         train(model, adamw(model))
@@ -742,7 +746,7 @@ def test_update_and_allocate_by_hand_from_step_1_is_the_automatic_run(after_zero
 
 
 @pytest.mark.parametrize("after_zero_grad", [False, True], ids=["before zero_grad", "after zero_grad"])
-def test_update_and_allocate_by_hand_from_step_0_is_one_step_late_and_counts_none_twice(
+def test_update_and_allocate_by_hand_from_step_0_is_one_step_late_and_counts_no_step_twice(
     after_zero_grad: bool,
 ) -> None:
     model = adapted()
@@ -776,7 +780,7 @@ def test_a_step_named_twice_by_hand_is_counted_once() -> None:
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, True, None])
-def test_a_step_by_hand_that_is_no_step_is_refused(step: Any) -> None:
+def test_an_invalid_step_by_hand_is_refused(step: Any) -> None:
     model = adapted()
     with pytest.raises((TypeError, ValueError), match="`global_step` must be"):
         model.update_and_allocate(step)
@@ -787,7 +791,7 @@ def test_a_step_by_hand_that_is_no_step_is_refused(step: Any) -> None:
 # --- runs that are shorter or longer than planned ------------------------------------------------------------------
 
 
-def test_training_past_the_last_step_is_told_once_and_changes_no_rank() -> None:
+def test_training_past_the_last_step_is_reported_once_and_changes_no_rank() -> None:
     model = adapted()
     optimizer = adamw(model)
     train(model, optimizer)
@@ -804,7 +808,7 @@ def saved_ranks(folder: Path) -> int:
     return int(loaded.rank_summary().total_rank)
 
 
-def test_a_run_that_ends_early_says_so_when_it_is_saved_and_is_finished_by_one_call(tmp_path: Path) -> None:
+def test_a_run_that_ends_early_gives_a_warning_on_saving_and_is_finished_by_one_call(tmp_path: Path) -> None:
     model = adapted()
     train(model, adamw(model), steps=range(1, 5))
     with told() as messages:
@@ -823,10 +827,8 @@ def test_a_run_that_ends_early_says_so_when_it_is_saved_and_is_finished_by_one_c
     assert model.rank_summary().total_rank == saved_ranks(tmp_path / "final") == TARGET
 
 
-def test_a_run_that_ends_where_the_budget_is_low_but_not_final_says_so(tmp_path: Path) -> None:
-    model = adapted(
-        deltaT=5
-    )  # at step 8 the schedule's budget is 6 by rounding, but no allocation has met it
+def test_a_run_that_ends_when_the_budget_is_low_but_not_final_gives_a_warning(tmp_path: Path) -> None:
+    model = adapted(deltaT=5)  # at step 8 the schedule's budget rounds to 6, but no allocation has met it
     train(model, adamw(model), steps=range(1, LAST_ALLOCATION))
     with told() as messages:
         model.save_pretrained(tmp_path)
@@ -834,7 +836,7 @@ def test_a_run_that_ends_where_the_budget_is_low_but_not_final_says_so(tmp_path:
     assert saved_ranks(tmp_path) > TARGET
 
 
-def test_a_checkpoint_to_go_on_from_is_saved_without_a_word(tmp_path: Path) -> None:
+def test_a_checkpoint_for_resuming_is_saved_without_a_warning(tmp_path: Path) -> None:
     model = adapted()
     train(model, adamw(model), steps=range(1, 5))
     with told() as messages:
@@ -916,7 +918,7 @@ def test_the_trainer_accumulating_gradients_makes_one_step_of_several_batches(tm
 
 
 @pytest.mark.parametrize("event", ["on_optimizer_step", "on_step_end"])
-def test_update_and_allocate_in_a_trainer_callback_keeps_control_and_counts_none_twice(
+def test_update_and_allocate_in_a_trainer_callback_keeps_control_and_counts_no_step_twice(
     event: str, tmp_path: Path
 ) -> None:
     from transformers import TrainerCallback
@@ -936,7 +938,7 @@ def test_update_and_allocate_in_a_trainer_callback_keeps_control_and_counts_none
     assert not [message for message in messages if "gradient" in message]
 
 
-def test_a_total_step_that_is_not_the_trainers_is_told(tmp_path: Path) -> None:
+def test_a_total_step_that_is_not_the_trainers_is_reported(tmp_path: Path) -> None:
     trainer = language_run(tmp_path, total_step=100, tfinal=20)
     with told() as messages:
         trainer.train()
@@ -944,7 +946,7 @@ def test_a_total_step_that_is_not_the_trainers_is_told(tmp_path: Path) -> None:
     assert len(about) == 1 and "this Trainer runs 8" in about[0]
 
 
-def test_a_trainers_run_that_ends_before_its_budget_is_reached_says_so(tmp_path: Path) -> None:
+def test_a_trainers_run_that_ends_above_its_target_gives_a_warning(tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
     def stop(self: Any, args: Any, state: Any, control: Any, **unused: Any) -> None:

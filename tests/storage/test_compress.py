@@ -1,4 +1,4 @@
-"""A compressed adapter is the best of its size, exact where nothing is cut, and readable by PEFT."""
+"""A compressed adapter is the best of its size, exact if nothing is cut, and readable by PEFT."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TARGETS = ["words", "wide", "narrow"]
 
 
 def of_peft(folder: Path, kind: str) -> tuple[Path, torch.Tensor]:
-    """An adapter that PEFT wrote, with visible weights and a spectrum that falls, and the outputs with it."""
+    """An adapter that PEFT wrote, with visible weights and a decreasing spectrum; and its outputs."""
     if kind == "adalora":
         config: Any = peft.AdaLoraConfig(
             init_r=5, target_r=2, total_step=9, tinit=1, tfinal=2, target_modules=TARGETS[1:]
@@ -98,7 +98,7 @@ def test_an_adapter_of_peft_that_keeps_everything_computes_the_same_in_peft(
 
 
 @pytest.mark.parametrize("goal", [{"rank": 2}, {"parameters": 150}, {"keep": 0.9}])
-def test_what_is_said_to_be_lost_is_what_is_lost(tmp_path: Path, goal: dict[str, Any]) -> None:
+def test_the_reported_loss_is_the_real_one(tmp_path: Path, goal: dict[str, Any]) -> None:
     folder, _ = of_peft(tmp_path / "own", "patterns")
     compression = rw.compress_adapter(tmp_path / "cut", folder, **goal)
     before, after = products(folder), products(tmp_path / "cut")
@@ -123,9 +123,9 @@ def test_what_is_said_to_be_lost_is_what_is_lost(tmp_path: Path, goal: dict[str,
 
 @pytest.mark.parametrize("size", [1, 2, 3, 0.5, 0.9])
 def test_at_the_size_of_pefts_own_conversion_less_is_lost(tmp_path: Path, size: float) -> None:
-    """A whole number is one rank for all layers there; a fraction, the share that each layer keeps for itself.
+    """PEFT's size is one rank for all layers if it is an integer; if it is a fraction, each layer keeps that share.
 
-    Of PEFT's LoRA, as PEFT converts no AdaLoRA.
+    The adapter is PEFT's LoRA, because PEFT converts no AdaLoRA.
     """
     folder, _ = of_peft(tmp_path / "own", "linear")
     model = peft.PeftModel.from_pretrained(Body(), folder)
@@ -163,7 +163,7 @@ def test_a_budget_is_kept_and_no_equal_ranks_within_it_keep_more(
         equal = {path: min(rank, len(values)) for path, values in squares.items()}
         if sum(rank * widths[path] for path in squares) <= budget:
             assert kept_by(squares, equal) <= kept_by(squares, ranks) + 1e-9
-    # No more than the budget filled with fractions of directions, which nothing can beat; and at least half of it.
+        # The bound is the budget filled with fractions of directions, which nothing can beat. At least half is kept.
     values = sorted(
         ((value / widths[path], widths[path]) for path, each in squares.items() for value in each
          if widths[path] <= budget), reverse=True
@@ -177,7 +177,7 @@ def test_a_budget_is_kept_and_no_equal_ranks_within_it_keep_more(
 
 @settings(deadline=None)
 @given(spectra, widths, st.floats(0.01, 1.0))
-def test_a_share_is_reached_with_nothing_that_it_does_without(
+def test_a_share_is_reached_with_as_few_ranks_as_possible(
     squares: dict[str, list[float]], widths: dict[str, int], share: float
 ) -> None:
     ranks = ranks_for_share(squares, widths, share)
@@ -189,7 +189,7 @@ def test_a_share_is_reached_with_nothing_that_it_does_without(
             assert kept - squares[path][rank - 1] < share * whole + 1e-9 * whole
 
 
-def test_a_layer_that_loses_all_its_ranks_is_no_target(tmp_path: Path) -> None:
+def test_a_layer_that_loses_all_its_ranks_is_not_a_target(tmp_path: Path) -> None:
     folder, _ = of_peft(tmp_path / "own", "lora")
     compression = rw.compress_adapter(tmp_path / "cut", folder, parameters=40)
     left = {layer.path for layer in compression.layers if layer.rank}
@@ -199,7 +199,7 @@ def test_a_layer_that_loses_all_its_ranks_is_no_target(tmp_path: Path) -> None:
     peft.PeftModel.from_pretrained(Body(), tmp_path / "cut")
 
 
-def test_an_adapter_on_a_model_compresses_as_its_folder_does(tmp_path: Path) -> None:
+def test_an_adapter_on_a_model_is_compressed_like_its_folder(tmp_path: Path) -> None:
     model = rw.get_peft_model(
         Body(), rw.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=TARGETS)
     )
@@ -218,7 +218,7 @@ def run(*words: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_the_command_says_what_is_lost_and_writes_the_adapter(tmp_path: Path) -> None:
+def test_the_command_reports_the_loss_and_writes_the_adapter(tmp_path: Path) -> None:
     folder, _ = of_peft(tmp_path / "own", "lora")
     code, out, err = run("compress", folder, "--rank", 2, "-o", tmp_path / "cut")
     assert (code, err) == (0, "")
@@ -236,7 +236,7 @@ def test_tables_are_whole_in_a_pipe_and_in_a_narrow_terminal(
     folder, _ = of_peft(tmp_path / "own", "lora")
     monkeypatch.setenv("COLUMNS", str(width or 30))
     if width is not None:
-        monkeypatch.setenv("FORCE_COLOR", "1")  # by which rich takes what it writes to for a terminal
+        monkeypatch.setenv("FORCE_COLOR", "1")  # it makes rich treat its output as a terminal
     for words in (("--rank", 2, "-o", tmp_path / "cut"), ("--dry-run",)):
         code, out, err = run("compress", folder, *words)
         table = re.sub(r"\x1b\[[0-9;]*m", "", out).partition("\n\n")[0].splitlines()
@@ -257,7 +257,7 @@ def test_a_dry_run_is_a_curve_that_falls_and_writes_nothing(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
-def test_what_the_user_must_mend_is_said_with_code_2_and_nothing_is_written(tmp_path: Path) -> None:
+def test_a_users_mistake_gives_a_message_and_exit_code_2_and_nothing_is_written(tmp_path: Path) -> None:
     folder, _ = of_peft(tmp_path / "own", "lora")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""Folders that earlier versions wrote of the default form, with E, load, go on and are looked into as plain LoRA."""
+"""Folders of the default form with E, from earlier versions: they load, resume and are inspected as plain LoRA."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def same(model: Any, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_a_finished_folder_computes_what_it_did_and_is_plain_lora(trainable: bool, tmp_path: Path) -> None:
+def test_a_finished_folder_computes_the_same_and_is_plain_lora(trainable: bool, tmp_path: Path) -> None:
     model = rw.PeftModel.from_pretrained(base(), FOLDER / "finished", is_trainable=trainable)
     same(model, EXPECTED["finished"])
     assert type(model.peft_config["default"]) is rw.LoraConfig
@@ -89,7 +89,7 @@ def test_an_unfinished_run_goes_on_with_its_ranks_and_its_scale() -> None:
     train(model, optimizer, STEPS - STOP)
     assert model.allocation_state.reached_target
     assert {row.path: row.rank for row in model.rank_summary().layers} == RANKS
-    # What the optimizer remembers was taken up, too: only the last scale is another, by a few percent.
+    # The optimizer's state was restored, too. Only the last scale differs, by a few percent.
     torch.testing.assert_close(output(model), EXPECTED["finished"], rtol=0, atol=0.1)
 
 
@@ -108,7 +108,7 @@ def test_an_attached_adapter_takes_a_checkpoint_with_and_without_its_state(tmp_p
 
 
 def gated(folder: Path, differing: bool) -> Path:
-    """The finished folder as a version before that wrote it, whose gates may differ within a layer."""
+    """The finished folder as a still earlier version wrote it: its gates may differ within a layer."""
     shutil.copytree(FOLDER / "finished", folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "gated"}))
@@ -124,7 +124,7 @@ def gated(folder: Path, differing: bool) -> Path:
 
 
 def by_hand(folder: Path) -> Tensor:
-    """What the adapted model computes, with each weight changed by ``scale * B diag(E) A`` in float64."""
+    """The adapted model's outputs, with each weight changed by ``scale * B diag(E) A`` in float64."""
     model, tensors = base(), load_file(folder / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
     for path in ("conv", "first", "idle", "last"):
@@ -161,7 +161,7 @@ def test_an_adapter_without_any_rank_left_is_its_base_model(tmp_path: Path) -> N
     same(rw.PeftModel.from_pretrained(base(), folder), output(base()))
 
 
-def test_they_are_looked_into_without_a_model() -> None:
+def test_older_folders_are_inspected_without_a_model() -> None:
     report = inspect_adapter(FOLDER / "finished")
     assert {layer.path: (layer.rank, layer.init_r) for layer in report.layers} == {
         path: (rank, 4) for path, rank in RANKS.items()

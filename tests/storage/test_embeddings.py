@@ -1,4 +1,4 @@
-"""Embeddings in adapter files: saved where they are needed, and never asked of models that have none."""
+"""Embeddings in adapter files: saved if they are needed, and never required of models that have none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def resized(base: Path, tokens: int = 70) -> Any:
-    """The model in a folder with more tokens, whose embeddings are drawn anew each time, as they are in life."""
+    """The model in a folder with more tokens. The new embeddings are random each time, as for a user."""
     model = LlamaForCausalLM.from_pretrained(base)
     if tokens != model.config.vocab_size:
         model.resize_token_embeddings(tokens, mean_resizing=False)
@@ -66,12 +66,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("library", ["rankwise", "peft"])
-def test_a_resized_vocabulary_is_saved_with_the_adapter_and_said(
+def test_a_resized_vocabulary_is_saved_with_the_adapter_and_reported(
     option: str, library: str, base: Path, tmp_path: Path
 ) -> None:
     changes, wanted = OPTIONS[option]
     model = rw.get_peft_model(resized(base), lora(**changes)).eval()
-    for module in model.modules():  # what trains whole differs from what it was copied from
+    for module in model.modules():  # make modules that train whole differ from their originals
         if hasattr(module, "modules_to_save"):
             module.modules_to_save["default"].weight.data.mul_(1.5)
     with told() as messages:
@@ -101,7 +101,7 @@ def test_an_adapter_of_peft_on_a_resized_vocabulary_loads(base: Path, tmp_path: 
     torch.testing.assert_close(logits(loaded), logits(theirs), atol=1e-5, rtol=0)
 
 
-def test_no_embeddings_are_saved_where_the_vocabulary_is_that_of_the_checkpoint_or_nobody_knows(
+def test_no_embeddings_are_saved_if_the_vocabulary_is_that_of_the_checkpoint_or_unknown(
     base: Path, tmp_path: Path
 ) -> None:
     gone = LlamaForCausalLM.from_pretrained(base)
@@ -180,7 +180,7 @@ def test_a_run_on_a_resized_vocabulary_goes_on_with_the_same_embeddings(
 
 
 class Raises(nn.Module):
-    """A model whose getters fail, in whichever way."""
+    """A model whose getters raise the given error."""
 
     def __init__(self, error: type[Exception]) -> None:
         super().__init__()
@@ -208,8 +208,8 @@ def test_models_that_have_no_embeddings_are_saved(
     assert torch.equal(rw.PeftModel.from_pretrained(Raises(error), tmp_path)(x), model(x))
 
 
-def test_an_adapted_layer_that_takes_in_pictures_is_no_vocabulary(tmp_path: Path) -> None:
-    """SigLIP 2's patch embedding is a linear layer, and what the model calls its input embedding."""
+def test_an_adapted_input_layer_for_pictures_is_not_a_vocabulary(tmp_path: Path) -> None:
+    """SigLIP 2's patch embedding is a linear layer that the model declares as its input embedding."""
     from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
     def model() -> Any:

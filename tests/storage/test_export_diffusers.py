@@ -1,4 +1,4 @@
-"""What `rankwise export --to diffusers` writes and refuses. In tests/frameworks, diffusers itself loads it."""
+"""Files and refusals of `rankwise export --to diffusers`. In tests/frameworks, diffusers itself loads the files."""
 
 from __future__ import annotations
 
@@ -73,18 +73,18 @@ def test_every_name_begins_with_the_component_and_every_scale_is_1(tmp_path: Pat
     "under, component",
     [("mid_block", "unet"), ("transformer_blocks", "transformer"), ("text_model", "text_encoder")],
 )
-def test_the_component_is_told_by_the_layers(under: str, component: str, tmp_path: Path) -> None:
+def test_the_component_is_recognized_by_its_layers(under: str, component: str, tmp_path: Path) -> None:
     rw.export_adapter(tmp_path, model(under=under), "diffusers", dtype=torch.bfloat16)
     tensors, _ = held(tmp_path)
     assert all(name.startswith(f"{component}.{under}.") for name in tensors)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-def test_a_component_that_nothing_tells_must_be_said(tmp_path: Path) -> None:
+def test_a_component_that_cannot_be_recognized_must_be_given(tmp_path: Path) -> None:
     adapted = model(under="stages")
-    with pytest.raises(ValueError, match="layers under stages, which don't tell .* `component='unet'`"):
+    with pytest.raises(ValueError, match="layers under stages, which don't show .* `component='unet'`"):
         rw.export_adapter(tmp_path / "out", adapted, "diffusers")
-    with pytest.raises(ValueError, match="`component` must be what the pipeline calls .* is 'a.b'"):
+    with pytest.raises(ValueError, match="`component` must be the adapted model's name .* is 'a.b'"):
         rw.export_adapter(tmp_path / "out", adapted, "diffusers", component="a.b")
     assert not (tmp_path / "out").exists()
     rw.export_adapter(tmp_path / "out", adapted, "diffusers", component="prior")
@@ -105,7 +105,7 @@ def test_a_component_that_nothing_tells_must_be_said(tmp_path: Path) -> None:
         ({"bias": "all", "target_modules": ["to_q"]}, "a trained bias"),
     ],
 )
-def test_what_load_lora_weights_takes_not_is_refused_by_name(
+def test_layers_that_load_lora_weights_cannot_load_are_refused_by_name(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -127,5 +127,5 @@ def test_other_files_of_the_folder_stay_and_the_old_one_is_replaced_only_on_requ
 
 
 def test_only_a_pipeline_of_diffusers_is_refused_a_variant(tmp_path: Path) -> None:
-    model().save_pretrained(tmp_path, variant=None)  # no model of diffusers
+    model().save_pretrained(tmp_path, variant=None)  # it is not a model of diffusers
     assert (tmp_path / "adapter_config.json").is_file()

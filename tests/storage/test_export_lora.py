@@ -1,4 +1,4 @@
-"""An AdaLoRA adapter exports to a plain LoRA adapter that gives the same outputs in PEFT, and in every server."""
+"""An AdaLoRA adapter is exported to plain LoRA, which gives the same outputs in PEFT and in every server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Vision(nn.Module):
 
 
 def _pruned(model: nn.Module, targets: list[str], rank_0: str, **options: Any) -> Any:
-    """An adapter with visible weights, ranks that differ, and one layer at rank 0."""
+    """An adapter with visible weights, different ranks, and one layer at rank 0."""
     config = rw.AdaLoraConfig(
         init_r=4, target_r=2, total_step=9, lora_alpha=6, target_modules=targets, **options
     )
@@ -69,7 +69,7 @@ def test_export_of_a_folder_equals_export_of_the_model(tmp_path: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_layer_at_rank_0_has_no_tensors_and_is_no_target(tmp_path: Path) -> None:
+def test_a_layer_at_rank_0_has_no_tensors_and_is_not_a_target(tmp_path: Path) -> None:
     rw.save_as_lora(tmp_path, _pruned(llama(), ["q_proj", "v_proj"], "layers.1.self_attn.v_proj"))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert not any("layers.1.self_attn.v_proj" in key for key in tensors)
@@ -104,12 +104,12 @@ def test_convolutions_grouped_too_and_embeddings_export(tmp_path: Path) -> None:
     ids = torch.arange(2 * 5 * 6).view(2, 5, 6) % 10
     expected = model(ids)
     rw.save_as_lora(tmp_path, model)
-    with pytest.warns(UserWarning, match="groups"):  # PEFT says that it can't merge those
+    with pytest.warns(UserWarning, match="groups"):  # PEFT warns that it can't merge these
         loaded = peft.PeftModel.from_pretrained(Vision(), tmp_path).eval()
     torch.testing.assert_close(loaded(ids), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_classification_head_goes_along(tmp_path: Path) -> None:
+def test_a_classification_head_is_exported_too(tmp_path: Path) -> None:
     model = _pruned(bert(), ["query", "value"], "layer.0.attention.self.value", task_type="SEQ_CLS")
     model.classifier.modules_to_save["default"].weight.data.normal_()
     batch = {"input_ids": token_batches(1)[0]["input_ids"]}
@@ -119,7 +119,7 @@ def test_a_classification_head_goes_along(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**batch).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_another_adapter_is_replaced_only_where_that_is_said(tmp_path: Path) -> None:
+def test_another_adapter_is_replaced_only_on_request(tmp_path: Path) -> None:
     model = _pruned(llama(), ["q_proj"], "nothing")
     model.save_pretrained(tmp_path)
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
@@ -131,7 +131,7 @@ def test_another_adapter_is_replaced_only_where_that_is_said(tmp_path: Path) -> 
 
 
 def test_plain_lora_with_patterns_and_rslora_gets_the_scale_1(tmp_path: Path) -> None:
-    """So that a server gives the same logits that knows neither."""
+    """A server that supports neither then gives the same logits."""
     options = {"rank_pattern": {"layers.1.*": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
     config = rw.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
     model = rw.get_peft_model(llama(), config).eval()
@@ -143,7 +143,7 @@ def test_plain_lora_with_patterns_and_rslora_gets_the_scale_1(tmp_path: Path) ->
     torch.testing.assert_close(theirs(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_what_can_not_be_exported_is_refused(tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
     empty = _pruned(llama(), ["q_proj"], "q_proj", init_lora_weights=True)
     with pytest.raises(ValueError, match="rank 0 in all layers"):
         rw.save_as_lora(tmp_path / "x", empty)

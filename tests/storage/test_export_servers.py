@@ -1,4 +1,4 @@
-"""Exports follow the rules of the servers that read them; `make test-servers` runs llama.cpp and vLLM themselves."""
+"""Exports follow the rules of the servers that read them. `make test-servers` runs llama.cpp and vLLM themselves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH = {"input_ids": token_batches(1)[0]["input_ids"]}
 
 
 def adalora(folder: Path, targets: list[str], rank_0: str = "nothing", **options: Any) -> torch.Tensor:
-    """Write an adapter whose ranks differ, with the layers whose paths contain ``rank_0`` at 0; its logits."""
+    """Write an adapter with different ranks, 0 in layers whose paths contain ``rank_0``. Return its logits."""
     config = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=9, lora_alpha=6, target_modules=targets)
     model = rw.get_peft_model(options.pop("model", None) or llama(**options), config)
     mix_ranks(model, lambda number, path: 0 if re.search(rank_0, path) else 1 + number % 4)
@@ -34,7 +34,7 @@ def adalora(folder: Path, targets: list[str], rank_0: str = "nothing", **options
 
 
 def of_peft(folder: Path, config: Any, base: Any = None) -> torch.Tensor:
-    """Write an adapter with PEFT, with visible weights; its logits."""
+    """Write an adapter with PEFT, with visible weights. Return its logits."""
     model = peft.get_peft_model(base or llama(), config).eval()
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
@@ -49,7 +49,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def logits_of_one_scale(folder: Path) -> torch.Tensor:
-    """What a server computes that reads nothing but ``lora_alpha / r``."""
+    """The logits of a server that reads only ``lora_alpha / r``."""
     config = json.loads((folder / "adapter_config.json").read_text())
     model, tensors = llama(), tensors_of(folder)
     for key, A in tensors.items():
@@ -81,7 +81,7 @@ def test_folders_compute_the_same_in_peft_and_with_one_scale(tmp_path: Path, to:
     assert (config["peft_type"], config["use_rslora"]) == ("LORA", False)
 
 
-def test_vllm_is_told_the_least_rank_that_it_allows(tmp_path: Path) -> None:
+def test_the_vllm_command_has_the_smallest_rank_that_vllm_allows(tmp_path: Path) -> None:
     of_peft(tmp_path / "own", peft.LoraConfig(r=17, target_modules=["q_proj"]))
     assert "--max-lora-rank 32 " in rw.export_adapter(tmp_path / "out", tmp_path / "own", "vllm").notes[0]
     of_peft(tmp_path / "large", peft.LoraConfig(r=513, target_modules=["q_proj"]))
@@ -90,7 +90,7 @@ def test_vllm_is_told_the_least_rank_that_it_allows(tmp_path: Path) -> None:
 
 
 def test_for_sglang_every_layer_of_a_kind_is_there_at_one_rank(tmp_path: Path) -> None:
-    """Those at rank 0 too, and the projections that it joins with those that are adapted."""
+    """Layers at rank 0 are there, too, and so are projections that SGLang joins with adapted ones."""
     adalora(tmp_path / "own", ["q_proj", "k_proj", "up_proj"], r"1\.self_attn\.q_proj|0\.mlp\.up_proj")
     rw.export_adapter(tmp_path / "out", tmp_path / "own", "sglang")
     tensors = tensors_of(tmp_path / "out")
@@ -120,7 +120,7 @@ def test_for_sglang_layers_and_projections_that_only_the_base_knows_are_added(tm
 
 
 @pytest.mark.parametrize("to", ["vllm", "sglang", "gguf"])
-def test_what_a_server_can_not_take_is_refused_with_the_way_round_it(tmp_path: Path, to: Any) -> None:
+def test_adapters_that_a_server_cannot_load_are_refused_with_a_remedy(tmp_path: Path, to: Any) -> None:
     of_peft(tmp_path / "head", peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     of_peft(
         tmp_path / "bias",
@@ -130,7 +130,7 @@ def test_what_a_server_can_not_take_is_refused_with_the_way_round_it(tmp_path: P
     of_peft(tmp_path / "new", peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), bert())
     for name, said in (("head", "lm_head"), ("bias", "a trained bias"), ("new", "trained whole")):
         if (to, name) == ("vllm", "new"):
-            continue  # which takes classifiers
+            continue  # vLLM accepts classifiers
         with pytest.raises(ValueError, match=rf"{said}.*--to merged"):
             rw.export_adapter(tmp_path / "out.gguf", tmp_path / name, to)
     assert not (tmp_path / "out.gguf").exists()
@@ -167,7 +167,7 @@ def test_gguf_has_alpha_0_own_names_and_paired_rows_of_q_and_k(tmp_path: Path) -
     ):
         A, B = (tensors[f"{PREFIX}{theirs}.lora_{factor}.weight"] for factor in "AB")
         delta = B @ A
-        if heads:  # as the converter of the base's weights has it
+        if heads:  # as the converter of the base's weights orders them
             delta = delta.reshape(heads, 2, len(delta) // heads // 2, -1).swapaxes(1, 2).reshape(delta.shape)
         made = found[f"{ours}.weight.lora_b"] @ found[f"{ours}.weight.lora_a"]
         torch.testing.assert_close(made, delta)
@@ -210,7 +210,7 @@ def test_gguf_refuses_what_would_be_wrong_in_llama_cpp(tmp_path: Path) -> None:
     llama(num_attention_heads=8, num_key_value_heads=8).save_pretrained(tmp_path / "other")
     llama(num_hidden_layers=1).save_pretrained(tmp_path / "short")
     for adapter, base, file, said in (
-        ("embedding", "tied", "x.gguf", "can't adapt only one"),
+        ("embedding", "tied", "x.gguf", "can't adapt one alone"),
         ("own", "bert", "x.gguf", "not known here"),
         ("own", "short", "x.gguf", "does not have"),
         ("own", "tied", "x", "end in .gguf"),
@@ -225,7 +225,7 @@ def test_gguf_refuses_what_would_be_wrong_in_llama_cpp(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_merged_model_is_what_merging_in_memory_gives(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_merged_model_equals_merging_in_memory(tmp_path: Path, dtype: torch.dtype) -> None:
     from transformers import LlamaForCausalLM
 
     llama().to(dtype).save_pretrained(tmp_path / "base", max_shard_size="20KB")
@@ -272,8 +272,8 @@ def test_merged_gpt2_has_its_transposed_weights_right(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["adalora", "peft"])
-def test_merged_experts_are_what_merging_in_memory_gives(tmp_path: Path, family: str, kind: str) -> None:
-    """Files have each expert by itself under the names of old, or all of them in one, either way round."""
+def test_merged_experts_equal_merging_in_memory(tmp_path: Path, family: str, kind: str) -> None:
+    """Files have each expert separately under old names, or all in one tensor, in either orientation."""
     tiny_moe(family).save_pretrained(tmp_path / "base", max_shard_size="20KB")
     if kind == "adalora":
         config = rw.AdaLoraConfig(
@@ -324,7 +324,7 @@ def test_merged_finds_weights_that_transformers_loads_under_other_names(tmp_path
 
 
 def test_an_embedding_shared_by_the_classes_default_is_not_merged_into(tmp_path: Path) -> None:
-    """GPT-2's own config.json does not say that its embedding is its output layer, too."""
+    """GPT-2's own config.json does not say that its embedding is also its output layer."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2))
@@ -339,10 +339,10 @@ def test_an_embedding_shared_by_the_classes_default_is_not_merged_into(tmp_path:
 
 @pytest.mark.parametrize("said", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_whole_module_is_not_merged_into_a_weight_that_another_has(
+def test_a_whole_module_is_not_merged_into_a_weight_that_another_module_shares(
     kind: str, said: bool, tmp_path: Path
 ) -> None:
-    """Whatever the configuration says, the files hold no output layer of its own."""
+    """Whatever the configuration says, the files hold no separate output layer."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
@@ -376,7 +376,7 @@ def test_a_whole_embedding_of_an_untied_base_is_merged(tmp_path: Path) -> None:
 
 
 def test_merging_takes_less_memory_than_the_model_has(tmp_path: Path) -> None:
-    """A file of 160 MB is merged by a process that may hold 80 MB more than it starts with."""
+    """A process that may use 80 MB more than at its start merges a file of 160 MB."""
     if sys.platform != "linux":
         pytest.skip("limits of memory are Linux's")
     (tmp_path / "base").mkdir()
@@ -446,7 +446,7 @@ def test_the_command_says_how_to_start_the_server(tmp_path: Path) -> None:
         assert {tensor.dtype for tensor in tensors_of(tmp_path / to).values()} == {torch.bfloat16}
 
 
-def test_the_command_leaves_with_2_and_writes_nothing_where_the_user_must_mend(tmp_path: Path) -> None:
+def test_the_command_gives_exit_code_2_and_writes_nothing_on_a_users_mistake(tmp_path: Path) -> None:
     of_peft(tmp_path / "own", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     (tmp_path / "full.gguf").write_text("mine")
     for words, said in [
@@ -465,7 +465,7 @@ def test_the_command_leaves_with_2_and_writes_nothing_where_the_user_must_mend(t
 def test_an_embedding_that_the_files_share_is_refused_whatever_the_configuration_says(
     says: bool | None, tmp_path: Path
 ) -> None:
-    """Transformers 5.0 writes no `tie_word_embeddings` for GPT-2: what the files lack is the embedding's weight."""
+    """Transformers 5.0 writes no `tie_word_embeddings` for GPT-2. A missing output layer shares the embedding."""
     transformers = pytest.importorskip("transformers")
     settings = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path / "base")

@@ -77,7 +77,7 @@ def train(model: Any, steps: int) -> None:
         optimizer.zero_grad()
 
 
-# AdaLoRA of the paper, whose folders are in PEFT's format of it; and in the default form, which saves plain LoRA.
+# AdaLoRA in the paper's form, whose folders are in PEFT's AdaLoRA format; and in the default form, saved as plain LoRA.
 KINDS = {
     "adalora": 14,
     "adalora in training": 9,
@@ -90,7 +90,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapter folders of all kinds, as they should be."""
+    """Good adapter folders of all kinds."""
     made = {}
     for kind, steps in KINDS.items():
         torch.manual_seed(len(kind))
@@ -106,7 +106,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-# Three doors by which a folder gets into a model.
+# Three ways by which a folder gets into a model.
 
 
 def into_base(folder: Path) -> Any:
@@ -143,7 +143,7 @@ DOORS = ("inference", "trainable", "attached", "second")
 
 
 class Snapshot:
-    """All of a model that a failed load must leave alone."""
+    """Everything in a model that a failed load must not change."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -179,7 +179,7 @@ class Snapshot:
 
 
 def assert_refused(folder: Path, door: Door, message: str | None = None) -> str:
-    """The folder is refused clearly, and the model is as before."""
+    """Check that the folder is refused clearly, and that the model is unchanged."""
     snapshot = Snapshot(door.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -198,7 +198,7 @@ def check_message(error: BaseException, folder: Path) -> None:
 
 
 def assert_works(model: Any, trains: bool) -> None:
-    """What was loaded computes, trains, saves, and loads again."""
+    """Check that a loaded model computes, trains, saves, and loads again."""
     clone = copy.deepcopy(model).eval()
     with torch.no_grad():
         output = clone(IDS)
@@ -211,12 +211,12 @@ def assert_works(model: Any, trains: bool) -> None:
         place = Path(folder) / ("" if name == "default" else name)
         again = rw.PeftModel.from_pretrained(base(), place).eval()
         own = {key: value for key, value in clone.state_dict().items() if ".lora_" not in key}
-        again.load_state_dict(own, strict=False)  # what is the model's own may differ
+        again.load_state_dict(own, strict=False)  # tensors of the model itself may differ
         with torch.no_grad():
             assert torch.allclose(again(IDS), output, atol=1e-5)
 
 
-# Damage, each to a copy of a good folder.
+# Kinds of damage; each is done to a copy of a good folder.
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
@@ -245,7 +245,7 @@ def content(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Non
 
 
 def tensors(change: Callable[[dict[str, Tensor]], object], name: str = WEIGHTS) -> Callable[[Path], None]:
-    """Change tensors, as a program would that writes a whole file."""
+    """Change tensors, as a program that rewrites the whole file."""
 
     def damage(folder: Path) -> None:
         held = {key: value.clone() for key, value in load_file(folder / name).items()}
@@ -267,7 +267,7 @@ def run(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
 
 
 def with_layer(history: bytes, rank: int) -> bytes:
-    """A history that names one layer more."""
+    """A history that names one more layer."""
     data = json.loads(history)
     data["layers"].append("third")
     for record in data["records"]:
@@ -280,7 +280,7 @@ def put(key: str, value: Callable[[Tensor], Tensor], name: str = WEIGHTS) -> Cal
 
 
 def header(change: Callable[[dict[str, Any]], object], name: str = WEIGHTS) -> Callable[[Path], None]:
-    """Change a safetensors file's table of contents, and nothing else."""
+    """Change only the header of a safetensors file."""
 
     def edit(data: bytes) -> bytes:
         (length,) = struct.unpack("<Q", data[:8])
@@ -506,7 +506,7 @@ DAMAGE: dict[str, list[tuple[str, Callable[[Path], None], str]]] = {
         ("text", content(PICKLE, lambda _: b"hello" * 50), "can't be read as a file of tensors only"),
         ("safetensors inside", lambda f: save_file({"a": torch.ones(2)}, f / PICKLE), "can't be read as a file"),
         ("a list", lambda f: torch.save([torch.ones(2)], f / PICKLE), "dictionary of tensors"),
-        ("numbers", lambda f: torch.save({"a": 1}, f / PICKLE), "'a' is no plain tensor"),
+        ("numbers", lambda f: torch.save({"a": 1}, f / PICKLE), "'a' is not a plain tensor"),
         ("keys are numbers", lambda f: torch.save({1: torch.ones(2)}, f / PICKLE), "dictionary of tensors"),
         ("a module", lambda f: torch.save(nn.Linear(2, 2), f / PICKLE), "can't be read as a file of tensors only"),
         ("a sparse tensor", lambda f: torch.save({LORA_A: torch.eye(3).to_sparse()}, f / PICKLE), "no plain tensor"),
@@ -551,7 +551,7 @@ def test_damaged_folders_are_refused_and_change_nothing(
 
 
 class Malice:
-    """Unpickling it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -606,10 +606,10 @@ def _note_opened(event: str, arguments: Any) -> None:
 
 @contextmanager
 def opened() -> Iterator[list[str]]:
-    """All that is opened meanwhile."""
+    """All paths that are opened inside the context."""
     global _opened
     if not hasattr(sys, "_rankwise_test_audits"):
-        sys.addaudithook(_note_opened)  # can't be taken back
+        sys.addaudithook(_note_opened)  # it can't be removed again
         sys._rankwise_test_audits = True  # type: ignore[attr-defined]
     _opened = []
     try:
@@ -665,7 +665,7 @@ def test_a_file_larger_than_the_memory_is_refused_by_its_header(
     with (folder / WEIGHTS).open("wb") as file:
         file.write(struct.pack("<Q", len(table)) + table)
         try:
-            file.truncate(8 + len(table) + rows * 32)  # takes no place on the disk
+            file.truncate(8 + len(table) + rows * 32)  # it takes no space on the disk
         except OSError:
             pytest.skip("The file system has no files of 64 GB.")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -680,7 +680,7 @@ def test_a_folder_that_is_not_there_or_a_file(tmp_path: Path) -> None:
         assert_refused(place, Door("attached", "lora"))
 
 
-# Fuzz: random damage, and one question: refused with the model as before, or loaded and sound?
+# Fuzzing: after random damage, a folder is refused and the model unchanged, or it is loaded and sound.
 
 NASTY = [
     None, True, False, 0, -1, 1, 2, 3, 4, 5, 7, 1e-300, 0.5, 1.5, 1e300, 10**9, 2**53, 10**40, float("nan"), float("inf"),  # noqa: E501
@@ -809,7 +809,7 @@ def damage_tensors(rng: random.Random, path: Path) -> str:
     if rng.random() < 0.8:
         write_tensor_file(path, held)
     else:
-        save_file(held, path, metadata=metadata)  # and an old checksum with it
+        save_file(held, path, metadata=metadata)  # with an old checksum
     return f"{how} {key}"
 
 
@@ -831,7 +831,7 @@ def damage_header(rng: random.Random, path: Path) -> str:
 
 
 def damage_folder(rng: random.Random, folder: Path, others: list[Path]) -> str:
-    """One random damage; what it was."""
+    """Do one random kind of damage. Return its description."""
     path = rng.choice(
         sorted(each for each in folder.iterdir() if each.is_file() and not each.is_symlink()) or [folder]
     )
@@ -860,7 +860,7 @@ def damage_folder(rng: random.Random, folder: Path, others: list[Path]) -> str:
 
 @pytest.mark.parametrize("rounds", [60, pytest.param(400, marks=pytest.mark.slow)])
 def test_random_damage_is_refused_or_does_no_harm(good: dict[str, Path], tmp_path: Path, rounds: int) -> None:
-    """RANKWISE_FUZZ_ROUNDS and RANKWISE_FUZZ_SEED ask for more, or for other, rounds."""
+    """RANKWISE_FUZZ_ROUNDS and RANKWISE_FUZZ_SEED set the number of rounds and the seed."""
     rounds = int(os.environ.get("RANKWISE_FUZZ_ROUNDS", rounds))
     seed = int(os.environ.get("RANKWISE_FUZZ_SEED", "0"))
     outcomes: Counter[str] = Counter()

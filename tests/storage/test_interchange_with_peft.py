@@ -1,4 +1,4 @@
-"""Adapters travel between rankwise and PEFT: what one writes the other loads, with the same logits, merged or not."""
+"""Adapters travel between rankwise and PEFT: each loads the other's, with the same logits, merged or not."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tiny import bert, llama
 peft = pytest.importorskip("peft")
 
 TOKENS = torch.arange(24).reshape(2, 12) * 5 % 64
-SINGLE, HALF = 2e-5, 2e-2  # largest difference of two logits, over float32 and over half-precision bases
-MERGED_HALF = 0.3  # merging rounds a half-precision weight, in either library
-WIDE: dict[str, Any] = {"initializer_range": 0.2}  # so that logits, and differences, are not tiny
+SINGLE, HALF = 2e-5, 2e-2  # largest difference of two logits, with float32 and with half-precision bases
+MERGED_HALF = 0.3  # in either library, merging rounds a half-precision weight
+WIDE: dict[str, Any] = {"initializer_range": 0.2}  # large enough that logits and differences are not tiny
 LLAMA_LINEAR = ["q_proj", "v_proj", "down_proj"]
 
 
-# Models: each maker gives a model, always with the same weights, and what to call it with.
+# Models: each function returns a model, always with the same weights, and its inputs.
 
 
 class Pictures(nn.Module):
-    """A module of nobody's library: convolutions of several kinds, an embedding, a head."""
+    """A module of no library: convolutions of several kinds, an embedding, a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def _made(name: str) -> tuple[nn.Module, dict[str, Any]]:
     return MODELS[name]()
 
 
-# Cases: a model, and the options of its adapter in the words that both libraries share.
+# Cases: a model, and options for its adapter that both libraries understand.
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Case:
     options: dict[str, Any]
     dtype: torch.dtype = torch.float32
     mergeable: bool = True
-    peft_says: tuple[str, ...] = field(default=())  # the only warnings that PEFT may give when it loads
+    peft_says: tuple[str, ...] = field(default=())  # the only warnings that PEFT may give on loading
 
     def base(self) -> nn.Module:
         return copy.deepcopy(_made(self.model)[0]).to(self.dtype).eval()
@@ -166,7 +166,7 @@ class Case:
         }
 
     def adapted(self, library: Any) -> Any:
-        """The model with a fresh adapter of ``library``, rankwise or PEFT, with values worth seeing."""
+        """The model with a fresh adapter of ``library``, rankwise or PEFT, with visible values."""
         torch.manual_seed(1)
         kind = library.AdaLoraConfig if "init_r" in self.options else library.LoraConfig
         with warnings.catch_warnings():
@@ -175,7 +175,7 @@ class Case:
         return model
 
     def computes(self, library: Any) -> dict[str, Any]:
-        """What makes a library compute as PEFT does, to compare their logits: PEFT's float32, whatever the base."""
+        """Options for computing as PEFT does, in float32 whatever the base, so that logits can be compared."""
         half = self.dtype != torch.float32
         return {"adapter_compute_dtype": torch.float32} if library is rw and half else {}
 
@@ -278,15 +278,15 @@ CASES = [pytest.param(case, id=f"{kind}-{case.name}") for kind, cases in (("lora
 
 
 def _of_the_paper(case: Case) -> Case:
-    """The case in the only form of AdaLoRA that PEFT has."""
+    """The case in the paper's form, the only form of AdaLoRA that PEFT has."""
     start = {} if case.name == "start-random" else {"init_lora_weights": True}
     return dataclasses.replace(case, options={**case.options, **start})
 
 
 def _in_the_default_form(case: Case) -> Case:
-    """The case in the default form, which is saved as plain LoRA; its scale is that of the other cases with E.
+    """The case in the default form, which is saved as plain LoRA. Its scale is that of the other cases with E.
 
-    It is without the dilated convolution, which PEFT's plain LoRA computes in another way.
+    The dilated convolution is left out, because PEFT's plain LoRA computes it differently.
     """
     options = {**case.options, "lora_alpha": 4}
     if isinstance(options.get("target_modules"), list):
@@ -305,11 +305,11 @@ WRITTEN = [
 ]
 
 
-# What every test does.
+# Code that all tests use.
 
 
 class Exchange:
-    """Compares logits, and keeps the largest difference met in each direction."""
+    """Compares logits, and keeps the largest difference in each direction."""
 
     def __init__(self) -> None:
         self.largest: dict[tuple[str, str, str], float] = {}
@@ -348,7 +348,7 @@ class Exchange:
 def exchange() -> Iterator[Exchange]:
     kept = Exchange()
     yield kept
-    print(kept.report())  # shown with -s
+    print(kept.report())  # pytest shows it with -s
 
 
 @torch.no_grad()
@@ -364,7 +364,7 @@ def _logits(model: nn.Module, case: Case) -> Tensor:
 
 @torch.no_grad()
 def _randomise(model: nn.Module) -> None:
-    """Give all that trains values that change the logits plainly."""
+    """Set all trained parameters to values that clearly change the logits."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "ranknum" in name:
@@ -377,7 +377,7 @@ def _randomise(model: nn.Module) -> None:
 
 
 def _peft_loads(folder: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Load with PEFT; nothing may be missing, left over or said."""
+    """Load with PEFT. No tensor may be missing or left over, and there may be no warning."""
     results = []
     original = peft.peft_model.set_peft_model_state_dict
 
@@ -390,7 +390,7 @@ def _peft_loads(folder: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> An
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(case.base(), folder)
     for warning in said:
-        if issubclass(warning.category, FutureWarning):  # between other libraries
+        if issubclass(warning.category, FutureWarning):  # a matter of other libraries
             continue
         assert str(warning.message).startswith(case.peft_says or ("nothing",)), (
             f"PEFT says: {warning.message}"
@@ -435,12 +435,12 @@ def _their_paths(model: nn.Module) -> set[str]:
 
 
 def _trains(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
-    """Names, as in an adapter file, and shapes of all that trains."""
+    """The names, as in an adapter file, and the shapes of all trained parameters."""
     found = set()
     for name, parameter in model.named_parameters():
         if (
             parameter.requires_grad and "ranknum" not in name
-        ):  # PEFT trains it by mistake over half-precision bases
+        ):  # PEFT trains it by mistake on half-precision bases
             for infix in ("base_layer.", "default.", "modules_to_save.", "embedding_"):
                 name = name.replace(infix, "")
             shape = parameter.shape if parameter.dim() < 4 else parameter.flatten(1).shape
@@ -496,11 +496,11 @@ CONVOLUTIONS = _adalora(
     "trained-conv", "pictures", target_modules=["entry", "middle", "pointwise", "head"], target_r=1
 )
 STAGES = {"warm-up": 2, "pruning": 6, "end": 12}  # steps; ranks are pruned at 4, 6, 8 and 9
-PRUNED = "The following rank_pattern keys did not match"  # PEFT says so of its own pruned adapters, too
+PRUNED = "The following rank_pattern keys did not match"  # PEFT gives this warning for its own pruned adapters, too
 
 
 def _train(model: Any, case: Case, steps: int) -> None:
-    """Some optimizer steps towards random logits; PEFT has to be told of each."""
+    """Take some optimizer steps towards random logits. PEFT must be told of each step."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-1)
@@ -524,7 +524,7 @@ def _ranks_in(folder: Path) -> list[int]:
 
 
 def _lora_ranks_in(folder: Path) -> list[int]:
-    """The ranks in a folder of plain LoRA, and 0 for each layer that its history names beside them."""
+    """The ranks in a folder of plain LoRA, and 0 for each further layer that its history names."""
     from safetensors.torch import load_file
 
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -543,16 +543,16 @@ def test_peft_loads_a_trained_adalora_adapter(
 ) -> None:
     fields = (
         {"init_lora_weights": True} if paper else {"target_r": 0.5}
-    )  # by which some layers must end at rank 0
+    )  # so few ranks that some layers must end at rank 0
     case = dataclasses.replace(case, options={**case.options, **fields})
     ours = case.adapted(rw)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the adapter is saved before its time
+        warnings.simplefilter("ignore")  # the adapter is saved before the end of its run
         _train(ours, case, STAGES.get(stage, 7))
         if stage == "finalized":
             ours.finalize_ranks()
         ours.save_pretrained(tmp_path)
-        whole = stage in ("warm-up", "grown back")  # a triplet that has grown since the last pruning acts
+        whole = stage in ("warm-up", "grown back")  # a triplet that has grown back since the last cut acts
         said = () if whole or not paper else (PRUNED,)
         _check_loaded_by_peft(
             ours, dataclasses.replace(case, peft_says=said), tmp_path, exchange, monkeypatch
@@ -609,7 +609,7 @@ def test_an_adapter_that_the_other_library_pruned_trains_on(
 def test_saved_base_embeddings_travel(
     tmp_path: Path, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PEFT writes the weights of adapted embeddings, or of all when told: they may have new, random rows."""
+    """PEFT writes the weights of adapted embeddings, or of all if asked, because they may have new random rows."""
     for number, (model, targets, option) in enumerate([
         ("llama", ["embed_tokens", "q_proj"], "auto"),
         ("llama", ["q_proj"], True),
@@ -633,15 +633,15 @@ def test_saved_base_embeddings_travel(
 
 
 class Padded(nn.Sequential):
-    """Convolutions of which PEFT's own unmerged and merged adapters differ."""
+    """Convolutions for which PEFT's unmerged and merged adapters differ."""
 
     def __init__(self) -> None:
         dilated = nn.Conv2d(3, 4, 3, padding="same", dilation=2)
         super().__init__(dilated, nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"))
 
 
-def test_where_peft_differs_from_its_own_merged_weights_rankwise_equals_those(tmp_path: Path) -> None:
-    """PEFT's unmerged plain LoRA leaves out the dilation, and all of its convolutions pad with zeros."""
+def test_rankwise_equals_pefts_merged_weights_even_if_peft_unmerged_differs(tmp_path: Path) -> None:
+    """PEFT's unmerged plain LoRA ignores the dilation, and pads with zeros in all of its convolutions."""
     torch.manual_seed(0)
     base, x = Padded(), torch.randn(2, 3, 8, 8)
     for options in ({"r": 4}, {"init_r": 4, "target_r": 2, "total_step": 9}):
@@ -662,7 +662,7 @@ def test_where_peft_differs_from_its_own_merged_weights_rankwise_equals_those(tm
 def test_the_first_of_several_patterns_counts_also_after_saving(
     tmp_path: Path, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PEFT sorts them when it writes, and can't read its own adapter then."""
+    """PEFT sorts the patterns when it writes them, and then can't read its own adapter."""
     case = _lora(
         "order", target_modules=LLAMA_LINEAR, rank_pattern={"v_proj": 2, "layers.1.*": 6},
         alpha_pattern={"v_proj": 20, "q_proj": 1, r"layers\.1\..*": 3},
@@ -709,8 +709,8 @@ def test_several_adapters_are_saved_where_peft_saves_them(
         monkeypatch.undo()
 
 
-def test_writing_again_what_was_read_changes_nothing(tmp_path: Path) -> None:
-    """Read from PEFT and written again, an adapter has the same tensors, and PEFT reads the same configuration."""
+def test_writing_an_adapter_again_changes_nothing(tmp_path: Path) -> None:
+    """An adapter read from PEFT and written again has the same tensors, and PEFT reads the same configuration."""
     from safetensors.torch import load_file
 
     for case in (LORA[12], LORA[17], TINY_BUDGET, WITH_HEAD):
@@ -729,7 +729,7 @@ def test_writing_again_what_was_read_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", [True, "principal"])
 def test_adapters_that_peft_does_not_know_come_back(form: Any, tmp_path: Path) -> None:
-    """PEFT's AdaLoRA takes no embeddings and no grouped convolutions."""
+    """PEFT's AdaLoRA supports neither embeddings nor grouped convolutions."""
     targets = ["grouped", "label", "head", "entry"]
     case = _adalora("own", "pictures", target_modules=targets, target_r=0.5, init_lora_weights=form)
     ours = case.adapted(rw)
@@ -746,6 +746,6 @@ def test_an_adapter_saved_before_its_length_was_known_trains_on_without_a_schedu
     fields = {"tinit": 0.1, "tfinal": 0.3, "init_lora_weights": True}
     config = rw.AdaLoraConfig(init_r=4, target_r=2, **fields, target_modules=["q_proj"])
     rw.get_peft_model(llama(), config).save_pretrained(tmp_path)
-    peft.PeftModel.from_pretrained(llama(), tmp_path)  # PEFT takes no adapter without a schedule
+    peft.PeftModel.from_pretrained(llama(), tmp_path)  # PEFT rejects an adapter without a schedule
     model = rw.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     assert model.allocation_state.total_step is None

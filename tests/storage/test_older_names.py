@@ -1,4 +1,4 @@
-"""Adapter files that name layers as an older Transformers did."""
+"""Adapter files that name layers as an older version of Transformers did."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def saved_by_peft(model: Any, folder: Path, **options: Any) -> None:
 
 
 def renamed(folder: Path, *rules: tuple[str, str]) -> int:
-    """Give the file's tensors the names of before; how many have changed."""
+    """Give the file's tensors their older names. Return the number of changed names."""
     tensors = load_file(folder / "adapter_model.safetensors")
     old = {}
     for name, tensor in tensors.items():
@@ -120,13 +120,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_layers_that_were_renamed_are_found_and_saved_under_their_present_names(
+def test_layers_that_were_renamed_are_found_and_saved_under_their_current_names(
     case: str, tmp_path: Path
 ) -> None:
     base, options, rules = CASES[case]
     saved_by_peft(base(), tmp_path / "now", **options)
     saved_by_peft(base(), tmp_path / "before", **options)
-    for file in ("adapter_model.safetensors", "adapter_config.json"):  # of one start
+    for file in ("adapter_model.safetensors", "adapter_config.json"):  # both begin with the same letters
         (tmp_path / "before" / file).write_bytes((tmp_path / "now" / file).read_bytes())
     assert renamed(tmp_path / "before", *rules) > 0
     wanted = logits(by_peft(base(), tmp_path / "now"))
@@ -140,7 +140,7 @@ def test_layers_that_were_renamed_are_found_and_saved_under_their_present_names(
 
 
 def experts_of_before(folder: Path, kind: str, leave_out: str = "", **more: Any) -> None:
-    """A file of Transformers 4 for a mixture of experts, in which each expert's layers have adapters."""
+    """Write a file of Transformers 4 for a mixture of experts, with adapters on each expert's layers."""
     generator = torch.Generator().manual_seed(7)
     holder = {"mixtral": "block_sparse_moe", "qwen2_moe": "mlp"}[kind]
     gate, up, down = {"mixtral": ("w1", "w3", "w2"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}[kind]
@@ -158,7 +158,7 @@ def experts_of_before(folder: Path, kind: str, leave_out: str = "", **more: Any)
                 if name != leave_out:
                     add(f"layers.{layer}.{holder}.experts.{expert}.{name}", d_in, d_out)
     if kind == "qwen2_moe":
-        for layer in range(2):  # of the same names, and still layers
+        for layer in range(2):  # layers of the same names that are layers still
             for name, d_in, d_out in ((gate, 16, inner), (up, 16, inner), (down, inner, 16)):
                 add(f"layers.{layer}.mlp.shared_expert.{name}", d_in, d_out)
     folder.mkdir()
@@ -199,11 +199,11 @@ def test_adapters_of_mixtrals_experts_become_one_of_their_stack(
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
-def test_experts_of_before_compute_what_they_compute_in_peft(kind: str, tmp_path: Path) -> None:
+def test_experts_under_older_names_compute_the_same_as_in_peft(kind: str, tmp_path: Path) -> None:
     base = {"mixtral": mixtral, "qwen2_moe": qwen2_moe}[kind]
     experts_of_before(tmp_path / "before", kind)
     model = rw.PeftModel.from_pretrained(base(), tmp_path / "before")
-    if kind == "mixtral":  # of others PEFT takes the shared expert's layers for experts
+    if kind == "mixtral":  # in other models PEFT takes the shared expert's layers for experts
         wanted = logits(by_peft(base(), tmp_path / "before"))
         torch.testing.assert_close(logits(model), wanted, atol=1e-4, rtol=1e-4)
     model.save_pretrained(tmp_path / "again")
@@ -215,7 +215,7 @@ def test_experts_of_before_compute_what_they_compute_in_peft(kind: str, tmp_path
     assert not torch.allclose(logits(model), logits(base()), atol=1e-2)
 
 
-def test_a_router_of_before_is_adapted_as_a_parameter(tmp_path: Path) -> None:
+def test_a_router_under_its_older_name_is_adapted_as_a_parameter(tmp_path: Path) -> None:
     experts_of_before(tmp_path / "before", "mixtral")
     tensors = load_file(tmp_path / "before" / "adapter_model.safetensors")
     path = "base_model.model.model.layers.0.block_sparse_moe.gate"

@@ -1,4 +1,4 @@
-"""What no loader would take is not written: NaN, infinities, and numbers that are infinite in a smaller dtype."""
+"""Values that no loader accepts are not written: NaN, infinities, and numbers that overflow a smaller dtype."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BAD = [math.nan, math.inf, -math.inf]
 
 
 class WithHead(nn.Module):
-    """A model whose head holds a mask with infinities, as many do."""
+    """A model whose head holds a mask with infinities, as in many models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,12 +84,12 @@ def test_a_broken_adapter_is_not_saved_over_a_good_one(
     assert content(tmp_path) == before and not (tmp_path / "new").exists()
     with torch.no_grad():
         parameter.copy_(good)
-    model.save_pretrained(tmp_path / "adapter")  # the infinite mask is no reason to refuse
+    model.save_pretrained(tmp_path / "adapter")  # the infinite mask is accepted
     rw.PeftModel.from_pretrained(WithHead(), tmp_path / "adapter", is_trainable=True)
 
 
-def test_what_a_run_needs_must_be_finite_where_the_adapter_itself_is(tmp_path: Path) -> None:
-    """Scores and triplets that are off are in the state of the run alone."""
+def test_the_state_of_a_run_must_be_finite_even_if_the_adapter_is(tmp_path: Path) -> None:
+    """Scores, and triplets that are off, are only in the state of the run."""
     model = adapted("paper")
     train_a_step(model)
     model.save_pretrained(tmp_path / "checkpoint-1")
@@ -98,7 +98,7 @@ def test_what_a_run_needs_must_be_finite_where_the_adapter_itself_is(tmp_path: P
         model.save_pretrained(tmp_path / "checkpoint-2")
 
 
-def test_the_last_finite_adapter_is_found_beside_checkpoints_and_in_folders(tmp_path: Path) -> None:
+def test_the_last_finite_adapter_is_found_among_checkpoints_and_in_folders(tmp_path: Path) -> None:
     model = adapted("lora")
     for step in (9, 10, 100):
         model.save_pretrained(tmp_path / f"checkpoint-{step}")
@@ -147,7 +147,7 @@ def test_a_trainer_that_diverges_stops_at_its_next_checkpoint_and_resumes_from_t
 
     with pytest.raises(ValueError, match=r"not saved to '.*checkpoint-6'.*lora_B.*NaN.*checkpoint-4'"):
         trainer(Breaks()).train()
-    # Were the folder left behind empty, it would be the checkpoint that the next line goes on from.
+    # If the folder had been left behind empty, the next line would resume from it.
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
         "checkpoint-2",
         "checkpoint-4",
@@ -205,7 +205,7 @@ def test_a_smaller_dtype_that_would_be_infinite_is_refused_by_layer_and_value(
             write(dtype)
         assert not output.exists()
         return
-    if to == "compress":  # which makes both factors of one size, so that it takes more to be too large
+    if to == "compress":  # both its factors have one size, so that more is needed for an overflow
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "down_proj.lora_" in name and "lora_E" not in name:
@@ -306,7 +306,7 @@ def test_saved_again_or_by_another_process_an_adapter_has_the_same_bytes(tmp_pat
     model = adapted("principal")
     train_a_step(model)
     contents = []
-    for number in range(8):  # the library's order of metadata is one of chance
+    for number in range(8):  # the library's order of metadata is random
         model.save_pretrained(tmp_path / f"again-{number}")
         contents.append(content(tmp_path / f"again-{number}"))
     assert all(each == contents[0] for each in contents)
@@ -327,7 +327,7 @@ def test_ordered_metadata_can_be_read_by_the_library_and_keep_their_checksum(tmp
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
-def test_a_broken_model_is_refused_by_what_reads_it_as_by_what_writes_it(tmp_path: Path) -> None:
+def test_a_broken_model_is_refused_on_reading_as_on_writing(tmp_path: Path) -> None:
     model = rw.get_peft_model(bert(), rw.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "1.attention.self.query.lora_A" in n)[0, 0] = math.nan

@@ -16,7 +16,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def _train_both(penalty: float, deltaT: int, steps: int = 60) -> tuple[list[float], list[float], Any, Any]:
-    """Train PEFT's AdaLoRA and ours side by side; the losses are the models' own, without the penalty."""
+    """Train PEFT's AdaLoRA and rankwise's on the same data. The losses are the models' own, without the penalty."""
     options = {
         "init_r": 6, "target_r": 3, "tinit": 10, "tfinal": 15, "deltaT": deltaT, "total_step": steps, "lora_alpha": 12,
         "orth_reg_weight": penalty, "target_modules": TARGETS, "task_type": "CAUSAL_LM",

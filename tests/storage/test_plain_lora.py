@@ -1,4 +1,4 @@
-"""What AdaLoRA's default form saves is plain LoRA, which others read as it is."""
+"""AdaLoRA's default form is saved as plain LoRA, which other libraries read as it is."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def nested() -> Any:
 
 
 def adapted(model: Any, ranks: dict[str, int]) -> Any:
-    """AdaLoRA in the default form with these ranks, and values that show."""
+    """AdaLoRA in the default form with these ranks, and visible values."""
     torch.manual_seed(1)
     config = rw.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=3, total_step=9, target_modules="all-linear")
     model = rw.get_peft_model(model, config).eval()
@@ -61,7 +61,7 @@ def output(model: Any) -> Tensor:
 
 
 def loaded_by_peft(base: Any, folder: Path) -> Any:
-    """PEFT's model; no tensor may be missing or left over."""
+    """The model loaded by PEFT. No tensor may be missing or left over."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return peft.PeftModel.from_pretrained(base, folder).eval()
@@ -109,12 +109,12 @@ def test_layers_of_different_scales_keep_them(tmp_path: Path) -> None:
     ranks = {"0": 2, "block.0": 4, "block.2": 1, "outer.block.0": 4}
     model = adapted(nested(), ranks)
     for number, pair in enumerate(model._rankwise_controller.factors.pairs):
-        pair.scale = (1.5, 0.7, 1.5, 0.1)[number]  # as of layers that were frozen in the middle of the run
+        pair.scale = (1.5, 0.7, 1.5, 0.1)[number]  # as for layers that were frozen in the middle of the run
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(output(loaded_by_peft(nested(), tmp_path)), output(model))
 
 
-def test_patterns_hold_whole_numbers_as_such_and_only_what_differs() -> None:
+def test_patterns_hold_integers_as_integers_and_only_differing_values() -> None:
     found = ranks_and_alphas({"q": (4, 2.0), "k": (1, 2.0), "v": (4, 0.3)})
     assert found == {
         "r": 4,
@@ -126,8 +126,8 @@ def test_patterns_hold_whole_numbers_as_such_and_only_what_differs() -> None:
     assert all(type(value) is int for value in (found["lora_alpha"], found["alpha_pattern"]["k"]))
 
 
-def test_transformers_reads_it_by_itself(tmp_path: Path) -> None:
-    """`load_adapter`, and `AutoModel` of the folder."""
+def test_transformers_reads_plain_lora_by_itself(tmp_path: Path) -> None:
+    """By `load_adapter`, and by `AutoModel` from the folder."""
     from transformers import AutoModelForCausalLM
 
     llama().save_pretrained(tmp_path / "base")
@@ -156,7 +156,7 @@ def test_transformers_reads_it_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["model", "folder"])
-def test_it_is_padded_and_cast_for_servers_that_need_that(source: str, tmp_path: Path) -> None:
+def test_plain_lora_is_padded_and_cast_for_servers_that_need_it(source: str, tmp_path: Path) -> None:
     ranks = {"0": 2, "block.0": 4, "block.2": 0, "outer.block.0": 1}
     model = adapted(nested(), ranks)
     model.save_pretrained(tmp_path / "own")

@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on is, bit for bit, the run that was never stopped."""
+"""A run that was stopped and resumed is, bit for bit, the run that was never stopped."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def lora() -> Any:
 
 
 def adalora_with_head(total_step: int | None = STEPS) -> Any:
-    schedule = {**SCHEDULE, "target_r": 0.75}  # so that a layer ends at rank 0
+    schedule = {**SCHEDULE, "target_r": 0.75}  # small enough that a layer ends at rank 0
     config = rw.AdaLoraConfig(**schedule, target_modules=["query", "value"], task_type="SEQ_CLS", bias="lora_only",
                               total_step=total_step)  # fmt: skip
     return lively(rw.get_peft_model(bert(hidden_dropout_prob=0.1), config))
@@ -103,7 +103,9 @@ class Run:
         self.batches = batches(model)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups = [list(trained.values())]
-        if kind.endswith("two optimizers"):  # the first to step holds only what the second's E go with
+        if kind.endswith(
+            "two optimizers"
+        ):  # the first to step holds only the factors that belong to the second one's E
             groups = [
                 [p for name, p in trained.items() if ("lora_E" in name) == first] for first in (False, True)
             ]
@@ -113,7 +115,7 @@ class Run:
         ]
 
     def train(self, first: int, last: int) -> list[float]:
-        """Steps ``first`` to ``last``; their losses."""
+        """Take steps ``first`` to ``last``. Return their losses."""
         losses = []
         for step in range(first, last + 1):
             loss = self.model(**self.batches[step - 1]).loss
@@ -129,7 +131,7 @@ class Run:
         return losses
 
     def rest(self) -> dict[str, Any]:
-        """All but the model, to be saved."""
+        """Everything except the model that must be saved."""
         return copy.deepcopy({
             "optimizers": [each.state_dict() for each in self.optimizers],
             "schedulers": [each.state_dict() for each in self.schedulers],
@@ -145,7 +147,7 @@ class Run:
 
 
 def everything(model: Any, optimizers: list[Any]) -> dict[str, Any]:
-    """All that must be equal in the end, scores and history included."""
+    """Everything that must be equal at the end, including scores and history."""
     found: dict[str, Any] = {f"model: {key}": value for key, value in model.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
         for place, state in optimizer.state_dict()["state"].items():
@@ -168,7 +170,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 class Reference:
-    """A run that is never stopped, with what it would have saved at every stop."""
+    """A run that is never stopped, with the files that it would have saved at every stop."""
 
     def __init__(self, kind: str) -> None:
         self.folder = Path(tempfile.mkdtemp())
@@ -193,7 +195,7 @@ class Reference:
 
 
 def _regrown(model: Any) -> int:
-    """Triplets that were pruned at the last allocation and act again."""
+    """The number of triplets that were pruned at the last allocation and have grown back."""
     if model.allocation_state is None or not model.peft_config["default"].form.has_E:
         return 0
     E = torch.cat([p.flatten() for name, p in model.named_parameters() if ".lora_E." in name])
@@ -216,7 +218,7 @@ def _tidy() -> Iterator[None]:
     reference.cache_clear()
 
 
-def test_the_reference_run_has_what_makes_resuming_hard() -> None:
+def test_the_reference_run_has_everything_that_makes_resuming_hard() -> None:
     for kind in (
         "adalora",
         "adalora of the paper",
@@ -264,7 +266,7 @@ def test_an_adapter_folder_resumes_on_a_base_model(kind: str, stop: int) -> None
 def test_a_checkpoint_brings_back_the_same_model(stop: int) -> None:
     whole = reference("adalora")
     run = Run(adalora(), "adalora")
-    run.train(1, STEPS)  # past the stop, so that ranks have been fixed
+    run.train(1, STEPS)  # past the stop, so that ranks have become final
     run.model.load_checkpoint(whole.folder / f"checkpoint-{stop}")
     run.load_rest(whole.load(stop))
     assert run.train(stop + 1, STEPS) == whole.losses[stop:]
@@ -313,7 +315,7 @@ def test_ranks_finalized_early_stay_final(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adalora", "lora"])
-def test_parameters_thawed_beside_the_adapter_and_batch_statistics_resume(kind: str, tmp_path: Path) -> None:
+def test_other_trained_parameters_and_batch_statistics_resume(kind: str, tmp_path: Path) -> None:
     def model() -> Any:
         torch.manual_seed(1)
         base = nn.Sequential(
@@ -432,7 +434,7 @@ def trainer(model: Any, folder: Path, **options: Any) -> Any:
 
 
 def logged(finished: Any) -> list[dict[str, Any]]:
-    """What was logged, without how long it took."""
+    """The log without durations."""
     return [
         {
             key: value
@@ -518,7 +520,7 @@ print(json.dumps([logged(finished), digest(last)]))
 
 
 def digest(found: dict[str, Any]) -> str:
-    """The same text for the same bits."""
+    """A text that is the same for the same bits."""
     whole = hashlib.sha256()
     for key, value in found.items():
         shown = value.detach().float().numpy().tobytes() if isinstance(value, Tensor) else str(value).encode()
@@ -543,7 +545,7 @@ def test_trainer_resumes_in_a_fresh_process(tmp_path: Path) -> None:
     assert bits == digest(last)
 
 
-def test_a_resumed_trainer_of_another_length_says_so(tmp_path: Path) -> None:
+def test_a_resumed_trainer_of_another_length_gives_a_warning(tmp_path: Path) -> None:
     in_trainer(adalora(None), tmp_path, resumes=False, save_steps=10)
     shutil.rmtree(tmp_path / "checkpoint-20")
     with pytest.warns(UserWarning, match="total_step=20, but this Trainer runs 24"):
@@ -597,14 +599,14 @@ def test_plain_loading_of_another_run_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["lora_dropout", "beta1", "orth_reg_weight"])
-def test_settings_that_only_steer_what_comes_may_change_and_are_told(name: str) -> None:
+def test_settings_that_only_affect_later_steps_may_change_and_are_reported(name: str) -> None:
     model = adalora(**{name: 0.3})
     with pytest.warns(UserWarning, match=f"goes on with `{name}`=0.3"):
         model.load_checkpoint(reference("adalora").folder / "checkpoint-11")
     assert model.allocation_state.step == 11
 
 
-def test_a_checkpoint_without_its_training_state_gives_its_values_and_says_so(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_training_state_gives_its_values_with_a_warning(tmp_path: Path) -> None:
     whole = reference("adalora")
     shutil.copytree(whole.folder / "checkpoint-17", tmp_path / "copy")
     (tmp_path / "copy/training_state.safetensors").unlink()
@@ -627,8 +629,8 @@ def test_a_merged_adapter_takes_no_checkpoint() -> None:
         model.load_checkpoint(reference("adalora").folder / "checkpoint-11")
 
 
-def test_what_was_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
-    """Safetensors maps files into memory; other programs write over them in place."""
+def test_loaded_tensors_do_not_depend_on_the_file(tmp_path: Path) -> None:
+    """Safetensors maps files into memory, and other programs overwrite them in place."""
     shutil.copytree(reference("lora").folder / "checkpoint-9", tmp_path / "copy")
     for trainable in (False, True):
         model = rw.PeftModel.from_pretrained(lora().unload(), tmp_path / "copy", is_trainable=trainable)
@@ -645,10 +647,10 @@ def test_what_was_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["principal", True])
 @pytest.mark.parametrize("way", ["folder", "state dictionary"])
-def test_a_run_without_scores_resumes_from_where_they_were_saved_as_empty_tensors(
+def test_a_run_without_scores_resumes_from_scores_saved_as_empty_tensors(
     form: bool | str, way: str, tmp_path: Path
 ) -> None:
-    """Earlier versions did so wherever nothing is scored."""
+    """Earlier versions saved them so if nothing is scored."""
 
     def run_of_fixed_ranks() -> Run:
         fields = {"init_r": 2, "target_r": 2, "total_step": 9, "target_modules": ["q_proj"]}

@@ -1,4 +1,4 @@
-"""Real adapters of a real model are saved here while processes are killed and disks fill up."""
+"""Real adapters of a real model are saved while processes are killed and disks fill up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if os.name == "nt":
 
 STATE = "training_state.safetensors"
 
-# Everything in a saved adapter tells its version: values, ranks, step, history, and whether a run is under way.
+# Everything in a saved adapter shows its version: values, ranks, step, history, and whether a run is unfinished.
 SAVER = """
 import errno, json, os, resource, sys, warnings
 from pathlib import Path
@@ -122,24 +122,24 @@ def started(command: list[str], **options: Any) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[subprocess.Popen[str]]:
-    """A process that has imported everything, and starts others that save."""
+    """A process that has imported everything, and starts other processes that save."""
     with started([sys.executable, "-c", SAVER], stdin=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdin is not None and process.stdout is not None
         while (line := process.stdout.readline()) != "ready\n":  # other libraries may print first
             assert line, "The process that starts others has failed."
         try:
             yield process
-        finally:  # with those that it has started, should one be left
+        finally:  # the processes that it has started end with it
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def save_until_killed(server: subprocess.Popen[str], folder: Path, first: int, seconds: float) -> int:
-    """Save versions from ``first`` on, in a loop; kill it later; the last version that was saved for sure."""
+    """Save versions in a loop, beginning with ``first``, and kill it. Return the last version that was surely saved."""
     assert server.stdin is not None and server.stdout is not None
     server.stdin.write(json.dumps([str(folder), first]) + "\n")
     server.stdin.flush()
     process = int(server.stdout.readline())
-    done = [server.stdout.readline()]  # the first save is done: the folder exists from now on
+    done = [server.stdout.readline()]  # the first save is done, so the folder exists
     time.sleep(seconds)
     os.kill(process, signal.SIGKILL)
     while (line := server.stdout.readline()) != "end\n":
@@ -149,14 +149,14 @@ def save_until_killed(server: subprocess.Popen[str], folder: Path, first: int, s
 
 
 def the_one_version(values: dict[str, Tensor]) -> int:
-    """The number that fills all factors but what is pruned, and the head."""
+    """The number that fills the head and all factors except pruned ranks."""
     found = {float(each) for value in values.values() for each in value.flatten()} - {0.0}
     assert len(found) == 1, f"the adapter is a mix of versions: {sorted(found)}"
     return int(found.pop())
 
 
 def whole_version(folder: Path) -> int:
-    """The version in a folder, the same for every reader and in every file."""
+    """The version in a folder, which must be the same for every reader and in every file."""
     import peft
 
     theirs = peft.PeftModel.from_pretrained(llama(num_hidden_layers=1), folder)
@@ -216,12 +216,14 @@ def check_told(told: list[Any], code: str, reason: str, folder: Path) -> None:
         )
 
 
-def test_a_limit_on_file_sizes_is_told_and_keeps_the_earlier_checkpoint_and_the_model(tmp_path: Path) -> None:
+def test_a_limit_on_file_sizes_is_reported_and_keeps_the_earlier_checkpoint_and_the_model(
+    tmp_path: Path,
+) -> None:
     check_told(starved([], tmp_path / "adapter", 6000), "EFBIG", "ulimit -f", tmp_path / "adapter")
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_keeps_the_earlier_checkpoint_and_the_model(
+def test_a_full_disk_is_reported_and_keeps_the_earlier_checkpoint_and_the_model(
     small_disk: list[str], tmp_path: Path
 ) -> None:
     told = starved(small_disk, tmp_path / "adapter", 0)

@@ -1,6 +1,6 @@
-"""Real vLLM computes with exported adapters what Transformers computes with the adapter itself.
+"""Real vLLM with exported adapters computes the same as Transformers with the adapter itself.
 
-`make test-servers` installs it, in an environment of its own, since it wants other versions of what we use;
+`make test-servers` installs vLLM in an environment of its own, because it needs other versions of shared packages.
 ``VLLM_PYTHON`` names that environment's interpreter. Without it these tests are skipped.
 """
 
@@ -66,7 +66,7 @@ def of_transformers(model: Any) -> list[int]:
 
 def of_vllm(folder: Path, model: Path, rank: int, adapters: list[Path]) -> list[list[int]]:
     """The greedy tokens of the base and of each adapter."""
-    script = folder / "serve.py"  # a file, as vLLM starts processes that import it
+    script = folder / "serve.py"  # a file, because vLLM starts processes that import it
     script.write_text(SERVER)
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
@@ -91,7 +91,7 @@ def test_vllm_writes_the_tokens_of_transformers_with_mixed_ranks_padded_and_not(
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     config = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=targets)
     adapted = rw.get_peft_model(base(), config)
-    mix_ranks(adapted, lambda number, path: number % 5)  # the first is q of layer 0, at rank 0
+    mix_ranks(adapted, lambda number, path: number % 5)  # the first layer is q of layer 0, at rank 0
     adapted.save_pretrained(tmp_path / "adalora")
 
     generator = torch.Generator().manual_seed(3)

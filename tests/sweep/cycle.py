@@ -1,4 +1,4 @@
-"""What every model type must go through: adapted, saved, loaded into a fresh base, compared, merged."""
+"""The cycle for every model type: adapted, saved, loaded into a fresh base, compared, merged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sweep.shrunk import linear_layers, outputs_of, quiet, shrunk_model, tensors
 
 RANK = 2
 SCALE = 0.2
-# A forward pass takes seconds, as they go through a sequence step by step or have hundreds of layers: not run.
+# Types whose forward pass takes seconds, because they process a sequence step by step or have hundreds of layers.
 SLOW = (
     "EvollaModel",
     "bark",
@@ -31,7 +31,7 @@ SLOW = (
 
 
 class Differs(AssertionError):
-    """What came back is not what was saved."""
+    """The loaded adapter differs from the saved one."""
 
 
 class NothingToAdapt(LookupError):
@@ -39,7 +39,7 @@ class NothingToAdapt(LookupError):
 
 
 class Library(Protocol):
-    """What is asked of a library of adapters."""
+    """The operations of an adapter library that the cycle uses."""
 
     def attach(self, model: Any) -> Any: ...
 
@@ -48,12 +48,12 @@ class Library(Protocol):
     def load(self, base: Any, folder: str) -> Any: ...
 
     def deltas(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """Path of each adapted layer -> its base weight, and what its adapter adds to it."""
+        """The base weight of each adapted layer, and the change that its adapter adds to it, by path."""
 
     def merged(self, model: Any) -> Any: ...
 
     def bypassed(self, model: Any, inputs: dict[str, Any]) -> list[str]:
-        """Adapted layers whose weights the outputs depend on, but not their adapters."""
+        """The adapted layers whose weights affect the outputs, but whose adapters don't."""
 
 
 class Rankwise:
@@ -93,7 +93,10 @@ class Rankwise:
             if not isinstance(total, Tensor):
                 return []
             found = torch.autograd.grad(total, [*weights, *factors], allow_unused=True)
-        except (NotImplementedError, RuntimeError):  # no backward pass is written, or it changes in place
+        except (
+            NotImplementedError,
+            RuntimeError,
+        ):  # no backward pass exists, or a tensor is changed in place
             return []
         finally:
             for weight in weights:
@@ -124,7 +127,7 @@ class Peft:
         for path, layer in model.named_modules():
             if isinstance(layer, LoraLayer):
                 path = path.removeprefix("base_model.model.").replace(".base_layer", "")
-                stack = hasattr(layer, "get_param")  # of experts
+                stack = hasattr(layer, "get_param")  # a stack of experts
                 weight = layer.get_param() if stack else layer.get_base_layer().weight
                 name = f"{path}.{layer.parameter_name}" if stack else path
                 found[name] = (weight.detach().clone(), layer.get_delta_weight("default").detach())
@@ -138,12 +141,15 @@ class Peft:
 
 
 def cycle(model_type: str, library: Library, base: Callable[[str], Any] = shrunk_model) -> str:
-    """Take a model type through all of it; "outputs" if outputs were compared, "weights" if only these were.
+    """Take a model type through the whole cycle.
+
+    Returns:
+        "outputs" if outputs were compared, "weights" if only weights were.
 
     Raises:
-        NothingToAdapt: it has no linear layers.
-        Differs: something came back other than it was.
-        Exception: whatever went wrong on the way.
+        NothingToAdapt: the model has no linear layers.
+        Differs: the loaded adapter or the merged model is wrong.
+        Exception: any error on the way.
     """
     model = base(model_type)
     if not linear_layers(model):
@@ -151,12 +157,12 @@ def cycle(model_type: str, library: Library, base: Callable[[str], Any] = shrunk
     inputs = None if model_type in SLOW else working_inputs(model)
     plain = None if inputs is None else outputs_of(model, inputs)
     if plain is not None and not _same(plain, outputs_of(model, inputs)):  # type: ignore[arg-type]
-        inputs = None  # it draws at random
+        inputs = None  # the model draws random numbers
     kind, state = type(model), copy.deepcopy(model.state_dict())
 
     def fresh() -> Any:
         made = base(model_type)
-        made.load_state_dict(state)  # some constructors leave weights as memory was
+        made.load_state_dict(state)  # some constructors leave weights uninitialized
         return made
 
     torch.manual_seed(1)
@@ -166,7 +172,7 @@ def cycle(model_type: str, library: Library, base: Callable[[str], Any] = shrunk
         model.eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if ".lora_" in name:  # large updates blow numbers up until rounding shows
+                if ".lora_" in name:  # large updates make values grow until rounding shows
                     parameter.mul_(SCALE)
         wanted = library.deltas(model)
         if not wanted:
@@ -215,7 +221,7 @@ def _compare_layers(wanted: dict[str, Any], found: dict[str, Any]) -> None:
 def _compare_merged(
     kind: type, before: Mapping[str, Any], merged: Any, wanted: dict[str, tuple[Tensor, Tensor]]
 ) -> None:
-    """The merged model is one of the base's class whose adapted weights, and no others, have changed."""
+    """Check that the merged model has the base's class, and that exactly the adapted weights have changed."""
     if type(merged) is not kind:
         raise Differs(f"merged, it is a {type(merged).__name__}")
     after = merged.state_dict()

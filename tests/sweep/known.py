@@ -1,7 +1,7 @@
-"""Model types that `test_every_model_type` can't take all the way, by the reason.
+"""Model types that `test_every_model_type` can't take through the whole cycle, by reason.
 
-None of them fails by the library's doing. What is listed as `NOT_MADE` raises an error in Transformers' own
-constructor, given its own default configuration with few layers; for many that default stands for no real model.
+None of them fails because of rankwise. Types in `NOT_MADE` raise an error in Transformers' own constructor, given their
+own default configuration with few layers. For many types that default does not describe a real model.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ TOO_LARGE = "is too large at its smallest: it has widths that its configuration 
 NEEDS = "needs a package that is not installed"
 NOT_MADE = "is not made by Transformers from its own default configuration with few layers"
 
-# What the types under `NEEDS` ask for.
+# The packages that the types under `NEEDS` require.
 PACKAGES = ("detectron2", "natten", "timm", "torchaudio")
 
-# How many of the types real PEFT 0.21.2 takes through the same cycle, measured with `cycle.Peft` and Transformers 5.23.
+# The number of types that real PEFT 0.21.2 takes through the same cycle, with `cycle.Peft` and Transformers 5.23.
 OF_PEFT = 629
 
 REASONS: dict[str, frozenset[str]] = {

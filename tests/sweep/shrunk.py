@@ -1,4 +1,4 @@
-"""Every model type of Transformers, made small from its own configuration: nothing is downloaded."""
+"""Every model type of Transformers, made small from its own configuration. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 MOST_PARAMETERS = 30_000_000
-_VOCABULARY = 128  # a power of two, which codebooks must be
+_VOCABULARY = 128  # a power of two, as codebooks require
 _LARGEST_IMAGE = 512
 
-# Which class of a model type is made: the first of these mappings that has it. Heads come first, as that is what
-# people train, and heads have the tied weights and the output embeddings.
+# The class for a model type is taken from the first of these mappings that has one. Classes with heads come first,
+# because people train these, and because they have tied weights and output embeddings.
 _MAPPINGS = (
     "CAUSAL_LM",
     "IMAGE_TEXT_TO_TEXT",
@@ -47,14 +47,14 @@ _MAPPINGS = (
 
 
 def model_types() -> list[str]:
-    """All of them, in the order of the alphabet."""
+    """All model types, in alphabetical order."""
     return sorted(CONFIG_MAPPING_NAMES)
 
 
 def model_classes(model_type: str) -> list[type[PreTrainedModel]]:
-    """The classes of a model type, those that are tried first coming first; none if it has none of its own.
+    """The classes of a model type, in the order in which they are tried; none if it has no class of its own.
 
-    A class can want another configuration than the type's: that of the text model inside, say.
+    A class may need another configuration than the type's own, such as that of the text model inside.
     """
     found: dict[type[PreTrainedModel], None] = {}
     for name in [*(f"MODEL_FOR_{each}_MAPPING_NAMES" for each in _MAPPINGS), "MODEL_MAPPING_NAMES"]:
@@ -68,7 +68,7 @@ def model_classes(model_type: str) -> list[type[PreTrainedModel]]:
 
 
 def _class_of_module(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
-    """The first public class of the configuration's own module that takes it."""
+    """The first public class in the configuration's own module that accepts it."""
     package = config_class.__module__.rpartition(".")[0]
     name = config_class.__module__.rpartition(".")[2].replace("configuration_", "modeling_")
     try:
@@ -89,7 +89,7 @@ def _class_of_module(config_class: type[PreTrainedConfig]) -> type[PreTrainedMod
 
 
 class TooLarge(Exception):
-    """It has too many parameters even at its smallest."""
+    """The model type has too many parameters even at its smallest."""
 
 
 def shrunk_model(model_type: str) -> PreTrainedModel:
@@ -97,8 +97,8 @@ def shrunk_model(model_type: str) -> PreTrainedModel:
 
     Raises:
         LookupError: there is no class for it.
-        TooLarge: see there.
-        Exception: whatever its class raises; that of the last attempt.
+        TooLarge: it has too many parameters.
+        Exception: the error of its class in the last attempt.
     """
     return made(*_recipe(model_type))
 
@@ -118,28 +118,28 @@ def _recipe(model_type: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
             return cls, config
         except (ImportError, TooLarge):
             raise
-        except Exception as error:  # it is of any class's constructor
+        except Exception as error:  # any constructor may raise it
             first = first or error
     assert first is not None
     raise first
 
 
 def parameters_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> int:
-    """How many parameters it would have, without making them."""
+    """The number of parameters that the model would have. They are not made."""
     with quiet(), torch.device("meta"):
         model = cls(copy.deepcopy(config))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def made(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with weights that depend on its configuration alone."""
+    """A model whose weights depend only on its configuration."""
     with quiet():
         torch.manual_seed(0)
         model = cls(copy.deepcopy(config)).float()
     model.eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():  # some are left as memory was
+        for parameter in model.parameters():  # some are left uninitialized
             if not parameter.isfinite().all():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     return model
@@ -195,7 +195,7 @@ def _shrink(config: Any, by: int, layers: int) -> None:
 
 
 def _fill_in(config: Any) -> None:
-    """What some classes compute with although their configuration's default is None."""
+    """Fill in values that some classes need although their configuration's default is None."""
     held = vars(config)
     heads, width = held.get("num_attention_heads"), held.get("hidden_size")
     if isinstance(heads, int) and isinstance(width, int):
@@ -206,7 +206,7 @@ def _fill_in(config: Any) -> None:
 
 
 def _layers_of(values: dict[str, Any]) -> bool:
-    """Whether it says how many layers there are, so that there must be as many kinds of layer."""
+    """Whether a configuration gives its number of layers, so that it needs as many kinds of layers."""
     names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
     return any(isinstance(values.get(name), int) for name in names)
 
@@ -253,7 +253,7 @@ def _divided(value: int, by: int) -> int:
 
 
 def forward_inputs(model: PreTrainedModel) -> Sequence[dict[str, Any]]:
-    """Inputs worth a try: the first that the model takes is used."""
+    """Inputs to try. The first that the model accepts are used."""
     config = model.config
     text = {"input_ids": torch.arange(3, 15).view(2, 6)}
     named: dict[str, list[dict[str, Any]]] = {
@@ -312,7 +312,7 @@ def _widths(config: Any) -> list[int]:
 
 
 def outputs_of(model: PreTrainedModel, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    """All floating-point tensors that a forward pass gives."""
+    """All floating-point tensors that a forward pass returns."""
     torch.manual_seed(3)
     with torch.no_grad(), quiet():
         output = model(**{name: value.clone() for name, value in inputs.items()})
@@ -333,11 +333,11 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def working_inputs(model: PreTrainedModel) -> dict[str, Any] | None:
-    """Inputs that the model takes and that give finite numbers; None if none of those that are easily made is."""
+    """Inputs that the model accepts and that give finite numbers; None if none of the simple ones do."""
     for inputs in forward_inputs(model):
         try:
             found = outputs_of(model, inputs)
-        except Exception:  # what fits is tried out
+        except Exception:  # inputs are found by trial
             continue
         if found and all(each.isfinite().all() for each in found):
             return inputs
@@ -346,7 +346,7 @@ def working_inputs(model: PreTrainedModel) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what models print and warn when they are made."""
+    """Suppress output and warnings while models are made."""
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -357,5 +357,5 @@ def quiet() -> Iterator[None]:
 
 
 def linear_layers(model: nn.Module) -> int:
-    """How many layers "all-linear" could mean."""
+    """The number of layers that "all-linear" could select."""
     return sum(type(module).__name__ in ("Linear", "Conv1D") for module in model.modules())

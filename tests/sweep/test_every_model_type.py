@@ -1,7 +1,7 @@
 """Every model type of Transformers is adapted, saved, loaded into a fresh base, compared and merged.
 
-What does not get that far is in `known.py`, with the reason. Something that fails and is not listed there fails the
-test, and so does something that is listed and works.
+Types that can't complete this are listed in `known.py`, with the reason. The test fails if a type fails that is not
+listed, or if a listed type works.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sweep import known
 from sweep.cycle import NothingToAdapt, Rankwise, cycle
 from sweep.shrunk import TooLarge, model_classes, model_types, shrunk_model
 
-# Fast, of many kinds: without embeddings, of pictures, sound and molecules, with weights that several modules share,
-# with linear layers that are none, with experts and state spaces.
+# Fast types of many kinds: without embeddings; for pictures, sound and molecules; with weights that modules share; with
+# unusual linear layers; with experts and state spaces.
 SAMPLE = (
     "beit", "clip", "d_fine", "deepseek_v4", "esm", "granite_speech5_ctc", "hubert", "llama4_text", "luke",
     "mamba", "mixtral", "phimoe", "resnet", "segformer", "siglip2", "siglip2_vision_model", "speecht5", "t5",
@@ -26,7 +26,7 @@ SAMPLE = (
 
 
 def outcome(model_type: str) -> str:
-    """ "works", or what kept it from working."""
+    """ "works", or the reason why it does not."""
     if not model_classes(model_type):
         return known.NO_CLASS
     try:
@@ -35,13 +35,13 @@ def outcome(model_type: str) -> str:
         return known.TOO_LARGE
     except ImportError as error:
         return known.NEEDS if not all(map(importlib.util.find_spec, known.PACKAGES)) else f"fails: {error}"
-    except Exception:  # of any class's constructor: this has nothing to do with adapters
+    except Exception:  # any constructor may raise it; adapters are not involved
         return known.NOT_MADE
     try:
         cycle(model_type, Rankwise())
     except NothingToAdapt:
         return known.NOTHING
-    except Exception as error:  # whatever it is, it must be listed
+    except Exception as error:  # any error must be listed
         return f"fails: {type(error).__name__}: {error}"[:300]
     return "works"
 

@@ -1,4 +1,4 @@
-"""Adaptive ranks on LoRA layers that are not rankwise's: PEFT's, another library's, or the user's own."""
+"""Adaptive ranks on LoRA layers of other libraries, such as PEFT's, or of the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Narrowing PEFT's layers to the ranks that are left, with what optimizers remember of them."""
+"""Narrowing PEFT's layers, and the state that optimizers keep of them, to the ranks that are left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rankwise.run.pairs import KEYS
 
 
 def can_be_narrowed(pairs: Iterable[PeftPair]) -> bool:
-    """Whether this process holds all factors whole."""
+    """Whether this process holds all factors whole, so that they can be narrowed."""
     return not any(is_sharded(p) or partitioned(p) for pair in pairs for p in map(pair.parameter, KEYS))
 
 
@@ -26,18 +26,19 @@ def can_be_narrowed(pairs: Iterable[PeftPair]) -> bool:
 def narrow(
     model: nn.Module, pairs: Sequence[PeftPair], kept: Sequence[Tensor], optimizers: Sequence[Optimizer]
 ) -> tuple[list[PeftPair], list[PeftPair]]:
-    """Drop the ranks of PEFT's layers that are off; a layer without any is its base layer again.
+    """Remove the ranks of PEFT's layers that are off. A layer without any rank becomes its base layer again.
 
-    The update of every layer stays as it is. All blocks of a stack of experts keep the largest rank of any.
+    The update of every layer stays the same. In a stack of experts all blocks keep the same number of ranks, that of
+    the block with the most.
 
     Args:
-        model: which holds the layers.
-        pairs: the layers' factors.
-        kept: for each layer (ranks,), bool, block by block.
-        optimizers: those that may train the factors.
+        model: model that holds the layers.
+        pairs: factors of each layer.
+        kept: for each layer, True for a rank that is on, (ranks,), bool, block by block.
+        optimizers: optimizers that may train the factors.
 
     Returns:
-        The layers that still hold the adapter, and those that don't.
+        The layers that still hold the adapter, and the layers that do not.
     """
     ranks = [int(own.view(pair.blocks, -1).sum(1).max()) for pair, own in zip(pairs, kept, strict=True)]
     for inner, outer in same_ranks(list(pairs)).items():
@@ -52,7 +53,7 @@ def narrow(
             stay.append(pair)
         else:
             dropped.append(pair)
-    # From the inside to the outside: parameters of one module nest.
+    # Inner layers come first, because parameters of one module nest.
     for pair in sorted(dropped, key=lambda each: each.name.count("."), reverse=True):
         _drop_layer(model, pair, optimizers)
     return stay, dropped
@@ -92,7 +93,7 @@ def _narrow_layer(pair: PeftPair, kept: Tensor, rank: int, optimizers: Sequence[
 
 
 def _say_shape(pair: PeftPair, key: str) -> None:
-    """Let the module that holds a factor name its new shape."""
+    """Give the module that holds a factor the factor's new sizes."""
     if pair.is_embedding:
         return
     module, shape = pair.module(key), pair.parameter(key).shape
@@ -111,9 +112,8 @@ def _drop_layer(model: nn.Module, pair: PeftPair, optimizers: Sequence[Optimizer
             optimizer.state.pop(parameter, None)
     layer: Any = pair.layer
     active, trains = layer._active_adapter, {p: p.requires_grad for p in layer.parameters()}
-    with (
-        warnings.catch_warnings()
-    ):  # PEFT says that it lets another adapter act in this layer: it does not, see below
+    # PEFT warns that it lets another adapter act in this layer. It does not: the active adapter is restored below.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         layer.delete_adapter(pair.adapter)
     layer._active_adapter = active

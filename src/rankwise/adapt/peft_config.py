@@ -1,4 +1,4 @@
-"""What PEFT's configuration says of an adapter whose scales and ranks have changed, so that what is saved is right."""
+"""Updates PEFT's configuration of an adapter whose scales and ranks have changed, so that it is saved correctly."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rankwise.adapt.peft_pairs import PeftPair
 
 
 def write_config(config: Any, pairs: Sequence[PeftPair], dropped: Sequence[PeftPair]) -> None:
-    """Let an adapter's ``LoraConfig`` say what its layers are now.
+    """Write the current ranks, scales and layers of an adapter into its ``LoraConfig``.
 
     Args:
-        config: PEFT's, changed in place.
-        pairs: the layers that hold the adapter.
-        dropped: layers that held it at the start of the run, and don't any more.
+        config: PEFT's ``LoraConfig``, which is changed in place.
+        pairs: layers that hold the adapter.
+        dropped: layers that held the adapter at the start of the run, and no longer do.
     """
     ranks = {pair.path: pair.rank for pair in pairs}
     alphas = {pair.path: whole_if_it_is(pair.alpha) for pair in pairs}
     config.r = max(ranks.values())
-    # One scale serves all layers in servers that read `r` and `lora_alpha` alone.
+    # Servers that read only `r` and `lora_alpha` use this scale for all layers.
     at_most = [alphas[path] for path, rank in ranks.items() if rank == config.r]
     config.lora_alpha = Counter(at_most).most_common(1)[0][0]
     every = [*pairs, *dropped]
@@ -37,13 +37,13 @@ def write_config(config: Any, pairs: Sequence[PeftPair], dropped: Sequence[PeftP
 
 
 def _key(pair: PeftPair, every: Sequence[PeftPair]) -> str:
-    """The pattern for one layer. PEFT compares it with the end of each path, unless it is anchored."""
+    """The pattern for one layer. PEFT compares it with the end of each path, unless it starts with ``^``."""
     ends_like_it = any(other.path.endswith(f".{pair.path}") for other in every)
     return f"^{pair.path}" if ends_like_it else pair.path
 
 
 def _is_inner(pair: PeftPair) -> bool:
-    """Whether PEFT adapts the layer along with the one around it, whose settings it has."""
+    """Whether PEFT adapts the layer together with the one around it, and gives both the same settings."""
     return ".base_layer." in f".{pair.path}"
 
 
@@ -59,7 +59,7 @@ def _write_targets(config: Any, pairs: Sequence[PeftPair], dropped: Sequence[Pef
 
 
 def whole_if_it_is(value: float) -> float:
-    """A whole number as an int, which servers expect of ``lora_alpha``.
+    """Turn a whole number into an int, which servers expect in ``lora_alpha``.
 
     Example:
         >>> whole_if_it_is(16.0), whole_if_it_is(2.5)

@@ -1,4 +1,4 @@
-"""The factors of PEFT's own LoRA layers, which stay as they are: only A, B and ``scaling`` are read and written."""
+"""The factors of PEFT's own LoRA layers. Of each layer only A, B and ``scaling`` are read and written."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rankwise.run.pairs import FactorPair
 
 
 class PeftPair(FactorPair):
-    """A and B of one adapter in one of PEFT's LoRA layers.
+    """The factors A and B of one adapter in one of PEFT's LoRA layers.
 
     Args:
-        path: the layer's path in the base model, as PEFT's configuration names it.
-        name: the layer's path in the model that was given.
-        layer: the ``LoraLayer``.
-        adapter: the adapter's name.
+        path: path of the layer in the base model, as in PEFT's configuration.
+        name: path of the layer in the model that the user passed.
+        layer: PEFT's ``LoraLayer``.
+        adapter: name of the adapter.
     """
 
     def __init__(self, path: str, name: str, layer: Any, adapter: str) -> None:
@@ -32,11 +32,11 @@ class PeftPair(FactorPair):
         self.starts_at_zero = "A" if self.is_embedding else "B"
 
     def module(self, key: str) -> Any:
-        """The module that holds a factor, which an embedding does not have."""
+        """The module that holds a factor. In embeddings a factor is a parameter of its own, without a module."""
         return (self.layer.lora_A if key == "A" else self.layer.lora_B)[self.adapter]
 
     def parameter(self, key: str) -> nn.Parameter:
-        # Asked for in every step, of every layer: this way takes a fraction of the time of attributes.
+        # This runs at every step for every layer, and takes a fraction of the time of attribute access.
         held: Any = self.layer._modules[("lora_embedding_" if self.is_embedding else "lora_") + key]
         if self.is_embedding:
             return held[self.adapter]  # type: ignore[no-any-return]
@@ -53,17 +53,17 @@ class PeftPair(FactorPair):
 
     @property
     def rank(self) -> int:
-        """Of each block, as PEFT's configuration gives it."""
+        """Rank of each block, as in PEFT's configuration."""
         return int(self.layer.r[self.adapter])
 
     @property
     def alpha(self) -> float:
-        """PEFT's ``lora_alpha``, with which the layer has its present scale at its present rank."""
+        """The value of PEFT's ``lora_alpha`` that gives the current scale at the current rank."""
         by = math.sqrt(self.rank) if self.layer.use_rslora[self.adapter] else self.rank
         return self.scale * by
 
     def order(self, key: str, ranks: int) -> Tensor | None:
-        """B of a stack of experts is laid out by rank first and expert second."""
+        """The order that sorts the ranks by block. In a stack of experts B is laid out by rank, then by expert."""
         if key != "B" or self.blocks == 1:
             return None
         return torch.arange(ranks).view(-1, self.blocks).T.flatten()
@@ -74,7 +74,7 @@ class PeftPair(FactorPair):
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Names and layers of PEFT's LoRA in ``model``; only those that hold ``adapter``, if given."""
+    """Names and layers of PEFT's LoRA in ``model``. With ``adapter``, only the layers that hold it."""
     try:
         from peft.tuners.lora import LoraLayer
     except ImportError:
@@ -90,7 +90,7 @@ def holds(layer: Any, adapter: str) -> bool:
 
 
 def peft_pairs(model: nn.Module, adapter: str) -> list[PeftPair]:
-    """The pairs of ``adapter`` on PEFT's layers in ``model``, in model order."""
+    """The factors of ``adapter`` on PEFT's layers in ``model``, in the model's order."""
     prefix = base_prefix(model)
     return [
         PeftPair(_path(name.removeprefix(prefix), layer), name, layer, adapter)
@@ -99,7 +99,7 @@ def peft_pairs(model: nn.Module, adapter: str) -> list[PeftPair]:
 
 
 def base_prefix(model: nn.Module) -> str:
-    """What PEFT puts before the names of the base model's modules; nothing where adapters were injected."""
+    """The prefix that PEFT puts before the names of the base model's modules. Empty if adapters were injected."""
     if type(model).__module__.startswith("peft.tuners.") and hasattr(model, "model"):
         return "model."
     inner = getattr(model, "base_model", None)
@@ -108,7 +108,7 @@ def base_prefix(model: nn.Module) -> str:
 
 
 def _path(name: str, layer: Any) -> str:
-    """A layer's path as PEFT's configuration names it."""
+    """A layer's path as in PEFT's configuration."""
     name = without(name)
     if type(layer).__name__ == "ParamWrapper":  # two parameters of one module nest
         while name.endswith(".base_layer"):
@@ -118,9 +118,9 @@ def _path(name: str, layer: Any) -> str:
 
 
 def same_ranks(pairs: list[PeftPair]) -> Mapping[int, int]:
-    """Layers that PEFT gives one rank, by number: the number of the layer that each must have the rank of.
+    """For each layer that must have the same rank as a layer around it, the number of that outer layer.
 
-    PEFT's multi-head attention adapts its output projection along with itself.
+    PEFT's multi-head attention contains its output projection, and adapts both with one rank.
     """
     number_of = {id(pair.layer): n for n, pair in enumerate(pairs)}
     inner = {}

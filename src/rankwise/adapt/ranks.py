@@ -1,4 +1,4 @@
-"""`adapt_ranks`: adaptive ranks on anybody's LoRA layers."""
+"""`adapt_ranks`: adaptive ranks on LoRA layers of PEFT or of any other library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rankwise.run.state import AllocationState
 from rankwise.run.summary import LayerRank, RankSummary
 from rankwise.run.warn_once import WarnOnce
 
-HANDLES = "_rankwise_adaptive_ranks"  # the attribute of a model that keeps its handles, by adapter
+HANDLES = "_rankwise_adaptive_ranks"  # attribute of a model that maps adapters to their handles
 
 
 def adapt_ranks(
@@ -39,37 +39,39 @@ def adapt_ranks(
     tfinal: int | float | None = None,
     deltaT: int | None = None,
 ) -> AdaptiveRanks:
-    """Let the ranks of a LoRA adapter adapt while it trains: a fixed budget moves to the layers that use it.
+    """Adapt the ranks of a LoRA adapter while it trains. A fixed budget moves to the layers that use it.
 
-    The adapter is PEFT's own, and so are its layers: nothing of them is replaced. The rank in its ``LoraConfig`` is the
-    rank to start from. From here on ranks adapt whenever an optimizer that holds the adapter's factors steps, in any
-    training loop. When the run ends, the layers are narrowed to the ranks that are left, and the result is an ordinary
-    LoRA adapter.
+    The adapter and its layers stay PEFT's own, and no layer is replaced. The rank in the adapter's ``LoraConfig`` is
+    the rank at the start. From this call on, ranks adapt whenever an optimizer that holds the adapter's factors steps,
+    in any training loop. When the run ends, the layers are narrowed to the ranks that are left, and the result is an
+    ordinary LoRA adapter.
 
-    The scale that you chose (``lora_alpha / r``) is the one the run ends with. While more ranks act it is smaller in
-    proportion, so that the adapter learns at an even pace.
+    The scale of your configuration (``lora_alpha / r``) is the scale at the end of the run. While more ranks act it is
+    smaller in proportion, so that the adapter learns at an even pace.
 
     Args:
-        model: a model with a LoRA adapter of PEFT: what ``peft.get_peft_model`` returns, or a model in which adapters
-            were injected, as by Transformers' ``add_adapter``. Or a list of `FactorPair`, one for each LoRA layer of
-            another library or of your own; then keep the handle, since nothing else does.
-        target_r: average rank in the end, greater than 0 and at most the rank of the adapter; below 1, some layers end
-            without any. None: half of the adapter's rank.
-        total_step: optimizer steps of the whole run. None: say it later with `AdaptiveRanks.set_total_step`, before the
+        model: a model with a LoRA adapter of PEFT: the result of ``peft.get_peft_model``, or a model into which
+            adapters were injected, for example by Transformers' ``add_adapter``. Or a list of `FactorPair`, one for
+            each LoRA layer of another library or of your own. With a list, keep the handle, because no model keeps it.
+        target_r: average rank at the end, greater than 0 and at most the rank of the adapter. Below 1 some layers end
+            at rank 0. None: half of the adapter's rank.
+        total_step: optimizer steps of the whole run, at least 1. None: call `AdaptiveRanks.set_total_step` before the
             first step.
-        adapter: the adapter's name. None: the one that is active.
-        tinit: warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: 2 % of the run.
-        tfinal: last phase, in which no rank changes, in steps or as a fraction. None: three fifths of the run.
-        deltaT: steps between two cuts, at least 1. None: chosen to give twenty cuts.
+        adapter: name of the adapter. None: the active one.
+        tinit: length of the warm-up, in optimizer steps (int) or as a fraction of the run (float in [0, 1)). None: 2 %
+            of the run.
+        tfinal: length of the last phase, in which no rank changes, in optimizer steps (int) or as a fraction of the run
+            (float in [0, 1)). None: three fifths of the run.
+        deltaT: optimizer steps between two cuts, at least 1. None: the number that gives twenty cuts.
 
     Returns:
-        A handle. The model keeps it as long as it exists.
+        A handle on the run. The model keeps it as long as the model exists.
 
     Raises:
-        TypeError: ``model`` is neither, or a number is of a wrong type.
+        TypeError: ``model`` is neither a module nor a list of `FactorPair`, or a number has the wrong type.
         ValueError: the model has no LoRA adapter of PEFT, or one whose meaning would change when ranks are cut (PiSSA,
             OLoRA and LoftQ starts, ``lora_bias``, shared factors, variants other than DoRA); ``target_r`` is above its
-            rank; or the schedule has no step for pruning. The model is then as before.
+            rank; or the schedule leaves no step for pruning. The model is then as before.
 
     Example:
         >>> import peft, torch, rankwise as rw
@@ -89,9 +91,9 @@ def adapt_ranks(
         name, pairs = check_adaptable(whole, adapter, target_r)
         if name in vars(whole).get(HANDLES, {}):
             raise ValueError(
-                f"The ranks of adapter {name!r} adapt already. Call `detach()` on the first handle to begin anew."
+                f"The ranks of adapter {name!r} adapt already. Call `detach()` on the first handle to start again."
             )
-        # A copy, as the caller may use the configuration again, and TRL's copy of an adapter shares it.
+        # This is a copy, because the caller may use the configuration again, and TRL's copy of an adapter shares it.
         peft_config = copy.deepcopy(whole.peft_config[name])
         handle = AdaptiveRanks(pairs, name, target_r, total_step, tinit, tfinal, deltaT, whole, peft_config)
         whole.peft_config[name] = peft_config
@@ -102,10 +104,11 @@ def adapt_ranks(
 
 
 def check_adaptable(model: Any, adapter: str | None, target_r: float | None) -> tuple[str, list[PeftPair]]:
-    """See that the ranks of an adapter in ``model`` can be adapted; its name, and its layers' factors.
+    """Check that the ranks of an adapter can be adapted, and return its name and the factors of its layers.
 
     Raises:
-        TypeError, ValueError: as `adapt_ranks`.
+        TypeError: as `adapt_ranks`.
+        ValueError: as `adapt_ranks`.
     """
     check_model(model)
     name = chosen_adapter(model, adapter)
@@ -116,11 +119,11 @@ def check_adaptable(model: Any, adapter: str | None, target_r: float | None) -> 
 
 
 def check_target(target_r: Any, factors: Factors) -> float:
-    """``target_r``, or half of the adapter's rank where it is None.
+    """Return ``target_r``, or half of the adapter's rank if it is None.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is not in (0, the adapter's rank], or leaves no rank at all.
+        TypeError: ``target_r`` is not a number.
+        ValueError: ``target_r`` is not in (0, the adapter's rank], or leaves no rank at all.
     """
     start = factors.layout.cost / max(1, factors.layout.parameters_of_rank_one)
     target = start / 2 if target_r is None else check_positive("target_r", target_r)
@@ -144,7 +147,19 @@ def _are_pairs(model: Any) -> bool:
 
 
 class AdaptiveRanks:
-    """The handle of a run: where its ranks are, and steering them. `adapt_ranks` makes it."""
+    """The handle on a run of adaptive ranks. It reads and controls the ranks. `adapt_ranks` makes it.
+
+    Example:
+        >>> import peft, torch, rankwise as rw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2"]))
+        >>> ranks = rw.adapt_ranks(model, target_r=2, total_step=20)
+        >>> ranks.adapter, ranks.allocation_state.budget, ranks.is_over
+        ('default', 8, False)
+        >>> ranks.finalize_ranks()
+        >>> ranks.is_over, ranks.rank_summary().total_rank <= 4
+        (True, True)
+    """
 
     def __init__(
         self,
@@ -159,8 +174,8 @@ class AdaptiveRanks:
         peft_config: Any = None,
     ) -> None:
         self._model, self._peft_config = model, peft_config
-        self._narrow_when_over = True  # a trainer decides itself when the run is over
-        self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # once the layers are narrowed
+        self._narrow_when_over = True  # False if a trainer decides when the run is over
+        self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # set once layers are narrowed
         warn = WarnOnce()
         self._tensors = OwnTensors(pairs[0].device)
         factors = Factors(pairs, self._tensors)
@@ -173,27 +188,27 @@ class AdaptiveRanks:
             tfinal=tfinal,
             deltaT=deltaT,
             use_rslora=rslora,
-            lora_alpha=1,  # each layer has a scale of its own
+            lora_alpha=1,  # not used, as each layer has its own scale
         )
         self._choice = PrincipalChoice(factors, config.target_r, rslora, [pair.scale for pair in pairs], warn)
         self._controller = Controller(adapter, factors, self._choice, config, warn)
         self._controller.changed = self._after_step
         self._controller.finished_by = "ranks.finalize_ranks()"
-        # Cuts so far, and whether the choice was final, when the configuration was written last.
+        # The number of cuts, and whether the choice was final, when the configuration was last written.
         self._written = (0, False)
         self._choice.start()
         self._sync()
 
-    # Where the ranks are.
+    # Reading the ranks.
 
     @property
     def adapter(self) -> str:
-        """The adapter's name."""
+        """Name of the adapter."""
         return self._controller.adapter
 
     @property
     def _rankwise_controller(self) -> Controller:
-        """As adapted models of rankwise have it, for integrations."""
+        """The controller of the run. Adapted models have an attribute of the same name, which integrations read."""
         return self._controller
 
     @property
@@ -207,9 +222,9 @@ class AdaptiveRanks:
         return self._controller.history
 
     def rank_summary(self) -> RankSummary:
-        """Rank, importance and parameters of every layer. ``print`` shows it as a table.
+        """Return rank, importance and parameters of every layer. ``print`` shows it as a table.
 
-        Where processes share out the parameters, all of them must call it together.
+        If the parameters are sharded over processes, all processes must call it together.
         """
         if self._in_the_end is not None:
             return self._in_the_end[1]
@@ -223,79 +238,99 @@ class AdaptiveRanks:
         ]
         return RankSummary(rows, budget=sum(row.init_r for row in rows))
 
-    # Steering them.
+    # Controlling the run.
 
     def leave_the_end_to(self, trainer: bool = True, handle: str = "ranks") -> None:
-        """Let a trainer say when the run is over, by `end`: until then checkpoints have the ranks of the start.
+        """Let a trainer end the run with `end`. Until then checkpoints have the ranks of the start.
 
         Args:
-            trainer: whether it does.
-            handle: where the user finds this object, for warnings.
+            trainer: whether a trainer ends the run.
+            handle: expression by which the user finds this object, for warnings.
         """
         self._narrow_when_over = not trainer
         self._controller.finished_by = f"{handle}.finalize_ranks()"
 
     def end(self) -> None:
-        """The trainer is done: narrow the layers if the choice of ranks is final, or else warn that it is not."""
+        """End the run: narrow the layers if the choice of ranks is final, or warn that it is not."""
         self._controller.warn_if_unfinished()
         if self._controller.fixed:
             self._narrow()
 
     @property
     def is_over(self) -> bool:
-        """Whether the layers are narrowed, so that nothing adapts any more."""
+        """Whether the run is over, so that the layers are narrowed and no rank changes any more."""
         return self._in_the_end is not None
 
     def begin_anew(self, total_step: int) -> None:
-        """A trainer has given up an attempt and starts again, with ``total_step`` steps."""
+        """Start the run again, after a trainer has given up an attempt.
+
+        Args:
+            total_step: optimizer steps of the new attempt, at least 1.
+        """
         self._controller.begin_anew(total_step)
 
     def set_total_step(self, total_step: int) -> None:
-        """Say how many optimizer steps the run has.
+        """Set the number of optimizer steps of the run.
+
+        Args:
+            total_step: optimizer steps of the whole run, at least 1.
 
         Raises:
-            ValueError: the phases do not fit into so many steps.
+            ValueError: the phases do not fit into ``total_step``.
         """
         self._controller.set_total_step(total_step)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Cut, where the schedule does, for optimizer step ``global_step`` (from 1), as PEFT's scripts do.
+        """Cut ranks for one optimizer step if the schedule does, as scripts for PEFT do. This call is not needed.
 
-        Not needed: it happens by itself. From the first call on, it happens only at these calls, which belong between
-        ``optimizer.step()`` and ``zero_grad()``.
+        Without such calls ranks are cut at optimizer steps. From the first call on, they are cut only by these calls.
+        Place them between ``optimizer.step()`` and ``zero_grad()``.
+
+        Args:
+            global_step: optimizer step, from 1.
         """
         self._controller.update_and_allocate(global_step)
 
     def finalize_ranks(self) -> None:
-        """Bring the budget to its target now, keep that choice, and narrow the layers to the ranks that are left.
+        """Cut ranks to the final budget now, keep that choice, and narrow the layers to the ranks that are left.
 
-        A run that reaches ``total_step`` in one process does so by itself. Call it when a run ends before, and when
-        many processes train together: then in all of them, once nothing wraps the model any more. Where processes share
-        out the parameters (``fully_shard``, ZeRO), layers keep the ranks that are off as zeros, which compute the same.
+        A run that reaches ``total_step`` in one process does this by itself. Call it if a run ends earlier. If many
+        processes train together, call it in all of them, once the model is out of its wrapper. If the parameters are
+        sharded over processes (``fully_shard``, ZeRO), the layers are not narrowed. The ranks that are off then stay
+        in the factors as zeros, and the outputs are the same.
         """
         self._controller.finalize_ranks()
         self._narrow()
 
     def detach(self) -> None:
-        """Stop adapting: the adapter stays as it is, and trains on as plain LoRA."""
+        """Stop adapting ranks. The adapter stays as it is, and trains as plain LoRA from here on."""
         self._controller.detach()
         if self._model is not None:
             vars(self._model).get(HANDLES, {}).pop(self.adapter, None)
 
-    # Going on from a checkpoint.
+    # Resuming from a checkpoint.
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs, beside the model's and the optimizer's own state: tensors on the CPU, by name."""
+        """Return the state that a resumed run needs, as tensors on the CPU by name.
+
+        The model's and the optimizer's own states are not in it.
+
+        Raises:
+            ValueError: the run is over, so there is nothing to resume.
+        """
         if self.is_over:
             raise ValueError("The run is over and its layers are narrowed: there is nothing to resume.")
         ends = torch.tensor(self._choice.end_scales, dtype=torch.float64)
         return {**self._tensors.state_dict(), "run": packed_state(self._controller), "end_scales": ends}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave; load the adapter's factors and the optimizer's state yourself.
+        """Continue the run that a state describes. Load the adapter's factors and the optimizer's state yourself.
+
+        Args:
+            state: result of `state_dict`.
 
         Raises:
-            ValueError: it is damaged, or of another run.
+            ValueError: the state is damaged, or belongs to another run.
         """
         ends, packed = state.get("end_scales"), state.get("run")
         if ends is None or packed is None or len(ends) != len(self._choice.end_scales):
@@ -313,7 +348,7 @@ class AdaptiveRanks:
         self._choice.end_scales = ends.tolist()
         self._sync()
 
-    # What follows a cut, and the end.
+    # After a cut, and at the end.
 
     def _after_step(self) -> None:
         controller, schedule = self._controller, self._controller.schedule

@@ -1,4 +1,4 @@
-"""What of PEFT's LoRA can't be adapted: its meaning would change when directions are turned or cut."""
+"""Refuses PEFT adapters whose meaning would change if directions were turned or cut."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import nn
 
 from rankwise.adapt.peft_pairs import PeftPair, lora_layers
 
-# Starts that leave the update at 0, or change nothing but A and B.
+# Starts whose update is 0, or that change only A and B.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def check_model(model: Any) -> None:
-    """See that ``model`` has adapters of PEFT's LoRA.
+    """Check that ``model`` has a LoRA adapter of PEFT.
 
     Raises:
-        TypeError: it is no module.
-        ValueError: it has none.
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` has no LoRA adapter of PEFT.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -41,10 +41,10 @@ def check_model(model: Any) -> None:
 
 
 def chosen_adapter(model: Any, adapter: str | None) -> str:
-    """The adapter to adapt: ``adapter``, or the one that is active.
+    """Return the name of the adapter to adapt: ``adapter``, or the active one.
 
     Raises:
-        ValueError: there is no such adapter, or several are active.
+        ValueError: the adapter does not exist, or several adapters are active.
     """
     names = list(model.peft_config)
     if adapter is not None:
@@ -52,7 +52,7 @@ def chosen_adapter(model: Any, adapter: str | None) -> str:
             raise ValueError(f"There is no adapter {adapter!r}; the model has {sorted(names)}.")
         return adapter
     active = getattr(model, "active_adapters", names)
-    active = active() if callable(active) else active  # Transformers has a method
+    active = active() if callable(active) else active  # Transformers has a method of this name
     active = [active] if isinstance(active, str) else list(active)
     if len(active) != 1:
         raise ValueError(f"The adapters {sorted(active)} are active: say which one to adapt, `adapter=...`.")
@@ -60,10 +60,10 @@ def chosen_adapter(model: Any, adapter: str | None) -> str:
 
 
 def check_adapter(config: Any, adapter: str, pairs: Sequence[PeftPair]) -> None:
-    """See that the ranks of an adapter can be adapted.
+    """Check that the ranks of an adapter can be adapted.
 
     Raises:
-        ValueError: they can't; the message names why, and what to do.
+        ValueError: they cannot. The message says why, and what to do.
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
@@ -93,7 +93,7 @@ def _check_layer(pair: PeftPair, adapter: str) -> None:
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not type(variant).__name__.startswith("Dora"):
         raise ValueError(
-            f"{pair.path!r} uses {type(variant).__name__}, a variant of LoRA that reads A or B in a way of its own, so "
+            f"{pair.path!r} uses {type(variant).__name__}, a variant of LoRA that reads A or B in its own way, so "
             "its ranks can't be cut. Leave that option of LoraConfig out."
         )
     if layer.merged_adapters:
@@ -105,7 +105,7 @@ def _check_layer(pair: PeftPair, adapter: str) -> None:
         if B.shape[1] != A.shape[0]:
             raise ValueError(
                 f"{pair.path!r} is a convolution with groups, in which B has {B.shape[1]} columns for the {A.shape[0]} "
-                "ranks of A: PEFT's layout is no product B A. Leave the layer out with `exclude_modules`."
+                "ranks of A: PEFT's layout is not a product B A. Leave the layer out with `exclude_modules`."
             )
 
 

@@ -1,1 +1,1 @@
-"""Which layers are adapted, with which start, and how adapters get into a model and out of it."""
+"""Finding the layers to adapt, making the start of their adapters, and putting adapters into a model and out of it."""

@@ -1,4 +1,4 @@
-"""Puts adapters into a model, and takes them out: everything is checked and made first, then it all goes in."""
+"""Puts adapters into a model and removes them. The whole adapter is checked and made before the model changes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,20 @@ from rankwise.parallel.wrappers import WRAPPERS, without
 
 _Prepared = TypeVar("_Prepared")
 
-_RANK_THAT_NEVER_HURTS = 1024  # useless in a layer with smaller widths, but no reason to stop
+_RANK_THAT_NEVER_HURTS = 1024  # ranks up to this are allowed even in layers whose widths are smaller
 
 
 @dataclass
 class Factors:
-    """One layer's share of an adapter: A (r, d_in), B (d_out, r), in the paper's form E (r, 1), and its scale.
+    """One layer's part of an adapter.
 
-    Of the triplets of a stack of matrices, which has as many for each, only those ``kept``, (r,), bool, may count.
+    Args:
+        A: factor A, (r, d_in).
+        B: factor B, (d_out, r).
+        E: factor E of the paper's form, (r, 1). None in other forms.
+        scaling: scale of the update.
+        kept: True for a triplet that may act, (r,), bool. A stack of matrices needs it, because all its matrices have
+            equally many triplets. None: all may act.
     """
 
     A: Tensor
@@ -45,8 +51,14 @@ class Factors:
 class Attachment:
     """An adapter that is made and checked, but not yet in the model.
 
-    ``biases`` are parameters of the base that train with the adapter, or that its file replaces; ``frozen`` are those
-    that a run's file replaces and that don't train in it.
+    Args:
+        adapter: name of the adapter.
+        config: configuration of the adapter.
+        layers: factors of each layer, by path.
+        saved_modules: state dictionary of each module that trains whole, by path. None: it starts as the base's module.
+        biases: new value of each bias of the base that trains with the adapter, by name. None: it keeps its value.
+        frozen: new value of each parameter of the base that a run's file replaces but does not train, by name.
+        widens: whether copies of half-precision modules that train whole are float32.
     """
 
     adapter: str
@@ -55,11 +67,11 @@ class Attachment:
     saved_modules: dict[str, Mapping[str, Tensor] | None] = field(default_factory=dict)
     biases: dict[str, Tensor | None] = field(default_factory=dict)
     frozen: dict[str, Tensor] = field(default_factory=dict)
-    widens: bool = True  # copies of whole modules are float32 where the module has half precision
+    widens: bool = True
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterLayer]:
-    """Module path -> adapted layer, in model order; only those that hold ``adapter``, if given."""
+    """The adapted layers by path, in the model's order. With ``adapter``, only the layers that hold it."""
     return {
         plain_name(path): module
         for path, module in model.named_modules()
@@ -68,27 +80,27 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
 
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
-    """Module path -> module with copies that train beside the adapters."""
+    """The modules that train whole with an adapter, by path."""
     return {
         plain_name(path): module for path, module in model.named_modules() if isinstance(module, SavedModule)
     }
 
 
 def plain_name(name: str) -> str:
-    """The name of a module or parameter without what ``torch.compile`` and ``checkpoint_wrapper`` put into it.
+    """Remove the parts of a name that ``torch.compile`` and ``checkpoint_wrapper`` insert.
 
-    An adapted parameter's factors are found under the parameter's own name.
+    The factors of an adapted parameter get the parameter's own name.
     """
     return without(name, (*WRAPPERS, SLOTS))
 
 
 def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dictionary with `plain_name` for every key."""
+    """Apply `plain_name` to every key of a state dictionary."""
     return {plain_name(key): value for key, value in state.items()}
 
 
 def base_scaling(config: LoraConfig, path: str, rank: int) -> float:
-    """The factor before B A or B diag(E) A at the start: see `LoraConfig` and `AdaLoraConfig`."""
+    """The scale of B A or of B diag(E) A at the start: see `LoraConfig` and `AdaLoraConfig`."""
     if isinstance(config, AdaLoraConfig):
         if config.form.has_E:
             return adalora_scale(config.lora_alpha, config.init_r)
@@ -98,16 +110,17 @@ def base_scaling(config: LoraConfig, path: str, rank: int) -> float:
 
 
 def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attachment:
-    """Find what ``config`` adapts in ``model`` and make the adapter's start; the model stays as it is.
+    """Find the layers that ``config`` adapts, and make the start of the adapter. The model stays as it is.
 
     Raises:
-        ValueError: the name is unusable, nothing or something that can't be adapted matches, a rank is unfit.
+        ValueError: the name cannot be used, no layer matches ``config``, a matching layer cannot be adapted, or a
+            rank is too large.
     """
     check_adapter_name(model, adapter)
     if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
         warnings.warn(
             f"`rank_pattern` is the result of another run and has no effect on adapter {adapter!r}, which is new: all "
-            f"of its layers start at rank {config.init_r}. To go on with those ranks, load that run's folder with "
+            f"of its layers start at rank {config.init_r}. To continue with those ranks, load that run's folder with "
             "`PeftModel.from_pretrained(model, folder, is_trainable=True)`; else leave it out.",
             UserWarning,
             stacklevel=3,
@@ -123,7 +136,7 @@ def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attac
 
 
 def check_adapter_name(model: nn.Module, adapter: str) -> None:
-    """Refuse names that can't be module names or are taken."""
+    """Refuse names that cannot be module names or are taken."""
     if not isinstance(adapter, str):
         raise TypeError(f"An adapter's name must be a string, but is {adapter!r}.")
     if not adapter or "." in adapter:
@@ -131,25 +144,23 @@ def check_adapter_name(model: nn.Module, adapter: str) -> None:
     if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
         raise ValueError(
             f"{adapter!r} can't name an adapter: every module of PyTorch has an attribute of that name. Choose "
-            "another, "
-            f"such as {adapter + '_adapter'!r}."
+            f"another, such as {adapter + '_adapter'!r}."
         )
     if adapter in getattr(model, "peft_config", {}):
         raise ValueError(
-            f"The model has an adapter {adapter!r} already. To attach anew, as when a notebook's cell is run "
-            "again, call "
-            "`model = model.unload()` first, which gives the base model back. To add a second adapter, choose another "
-            "name; to replace this one beside others, `delete_adapter` it first."
+            f"The model has an adapter {adapter!r} already. To attach it again, for example when a notebook's cell is "
+            "run again, call `model = model.unload()` first, which gives the base model back. To add a second adapter, "
+            "choose another name. To replace only this one, call `delete_adapter` first."
         )
 
 
 def refuse_overlap(model: nn.Module, attachment: Attachment) -> None:
-    """Refuse an adapter if it adapts a module that trains whole in another one, or the other way round.
+    """Refuse an adapter that adapts a module which trains whole in another adapter, or the other way round.
 
-    What lies in a module that trains whole does so, too.
+    A module inside one that trains whole also trains whole.
 
     Raises:
-        ValueError: there is such a module.
+        ValueError: the two adapters overlap.
     """
     layers, saved = list(adapter_layers(model)), list(saved_modules(model))
     pairs = [(path, other) for path in attachment.layers for other in saved if _lies_in(path, other)]
@@ -169,9 +180,9 @@ def _lies_in(path: str, outer: str) -> bool:
 
 
 def apply_attachment(model: nn.Module, attachment: Attachment) -> None:
-    """Put the adapter into the model; it neither acts nor trains yet. Should it fail half-way, `detach` it.
+    """Put the adapter into the model. It neither acts nor trains yet. If this fails half-way, call `detach`.
 
-    The first adapter freezes all of the model; another one leaves what trains as it is.
+    The first adapter freezes the whole model. Another one does not change which parameters train.
     """
     name, config = attachment.adapter, attachment.config
     if not adapter_layers(model) and not saved_modules(model):
@@ -194,7 +205,7 @@ def apply_attachment(model: nn.Module, attachment: Attachment) -> None:
 
 
 def _named(path: str, prepare: Callable[[nn.Module], _Prepared], module: nn.Module) -> _Prepared:
-    """What ``prepare`` makes of the module; its errors name the path."""
+    """Call ``prepare`` on the module. Its errors name the path."""
     try:
         return prepare(module)
     except ValueError as error:
@@ -202,7 +213,7 @@ def _named(path: str, prepare: Callable[[nn.Module], _Prepared], module: nn.Modu
 
 
 def follow(model: nn.Module, adapter: str, active: list[str], enabled: bool) -> None:
-    """Give the places where ``adapter`` is the model's present state: which adapters act, and whether any may."""
+    """Give the layers of ``adapter`` the model's current state: the active adapters, and whether they are enabled."""
     for layer in adapter_layers(model, adapter).values():
         layer.active_adapters, layer.adapters_enabled = list(active), enabled
     for module in saved_modules(model).values():
@@ -211,10 +222,10 @@ def follow(model: nn.Module, adapter: str, active: list[str], enabled: bool) -> 
 
 
 def check_compute_dtype(dtype: Any) -> None:
-    """See that ``dtype`` is one that an adapter can compute in, or None.
+    """Check that ``dtype`` is a dtype that an adapter can compute in, or None.
 
     Raises:
-        TypeError: it isn't.
+        TypeError: ``dtype`` is not a floating-point dtype.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(
@@ -223,7 +234,7 @@ def check_compute_dtype(dtype: Any) -> None:
 
 
 def set_compute_dtype(model: nn.Module, adapter: str, dtype: torch.dtype | None) -> None:
-    """Let an adapter compute in ``dtype``, or with None in those of each layer's input and output."""
+    """Let an adapter compute in ``dtype``. None: in the dtypes of each layer's input and output."""
     for layer in adapter_layers(model, adapter).values():
         layer.adapter_compute_dtype.pop(adapter, None)
         if dtype is not None:
@@ -231,7 +242,7 @@ def set_compute_dtype(model: nn.Module, adapter: str, dtype: torch.dtype | None)
 
 
 def detach(model: nn.Module, adapter: str) -> None:
-    """Take one adapter out; layers that hold no other get their class back."""
+    """Remove one adapter. Layers without any other adapter get their class back."""
     for layer in adapter_layers(model).values():
         if adapter in layer.lora_A:
             layer.remove_adapter(adapter)
@@ -245,7 +256,7 @@ def detach(model: nn.Module, adapter: str) -> None:
 
 
 def detach_all(model: nn.Module, keep_saved: Sequence[str] = ()) -> None:
-    """Give all layers their class back; saved modules take the weights of the first of ``keep_saved`` they know."""
+    """Remove all adapters. A module that trains whole takes the weights of the first of ``keep_saved`` that it has."""
     for layer in adapter_layers(model).values():
         restore_layer(layer)
     for module in saved_modules(model).values():
@@ -255,7 +266,7 @@ def detach_all(model: nn.Module, keep_saved: Sequence[str] = ()) -> None:
 
 
 def bias_names(model: nn.Module, bias: str, targets: list[str], heads: list[str]) -> Iterator[str]:
-    """Parameter names of the biases that ``bias`` ("none", "all", "lora_only") trains."""
+    """Names of the bias parameters that ``bias`` ("none", "all" or "lora_only") trains."""
     if bias == "none":
         return
     inside = tuple(f"{path}." for path in heads)
@@ -270,7 +281,7 @@ def bias_names(model: nn.Module, bias: str, targets: list[str], heads: list[str]
 
 
 def train_biases(model: nn.Module, config: LoraConfig, adapter: str, trains: bool) -> None:
-    """Let the biases train, or not, that ``config.bias`` asks for."""
+    """Let the biases that ``config.bias`` names train, or freeze them."""
     targets = list(adapter_layers(model, adapter))
     for name in bias_names(model, config.bias, targets, list(saved_modules(model))):
         model.get_parameter(name).requires_grad_(trains)
@@ -290,7 +301,7 @@ def _start(layer: nn.Module, config: LoraConfig, path: str) -> Factors:
     if not adalora:
         gaussian = config.init_lora_weights == "gaussian"
         mixin.reset_factors(A, B, gaussian)
-        if gaussian and len(A) > rank:  # a stack's, whose deviation is that of one matrix
+        if gaussian and len(A) > rank:  # in a stack the standard deviation is that of one matrix
             A.mul_(len(A) / rank)
         if config.init_lora_weights is False:
             nn.init.normal_(A, std=1 / rank)
@@ -303,7 +314,7 @@ def _start(layer: nn.Module, config: LoraConfig, path: str) -> Factors:
 
 
 def _check_rank(rank: int, d_in: int, d_out: int, path: str) -> None:
-    """Refuse ranks that could only fill the memory: the update's own rank is no more than the smaller width."""
+    """Refuse ranks that only take memory: the rank of an update is at most the smaller width."""
     most = max(min(d_in, d_out), _RANK_THAT_NEVER_HURTS)
     if rank > most:
         raise ValueError(
@@ -313,7 +324,7 @@ def _check_rank(rank: int, d_in: int, d_out: int, path: str) -> None:
 
 
 def factor_options(layer: nn.Module) -> dict[str, Any]:
-    """Device and dtype for an adapter: the base layer's, but at least float32."""
+    """Device and dtype of a layer's adapter: those of the base layer, but the dtype is float32 or wider."""
     held = (getattr(layer, name, None) for name in ("weight", "qweight"))
     weight = next(each for each in held if isinstance(each, Tensor))
     wide = weight.is_floating_point() and weight.element_size() >= 4
@@ -322,7 +333,7 @@ def factor_options(layer: nn.Module) -> dict[str, Any]:
 
 
 def _execution_device(layer: nn.Module) -> Any:
-    """Where a layer computes whose weight Accelerate brings in for each forward pass."""
+    """The device on which a layer computes, if Accelerate loads its weight for each forward pass."""
     layer = layer.owner if isinstance(layer, ParameterSlot) else layer
     hook = vars(layer).get("_hf_hook")
     hooks = [hook, *getattr(hook, "hooks", ())]
@@ -333,7 +344,7 @@ def _execution_device(layer: nn.Module) -> Any:
 def _resolved(
     model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.Module], heads: list[str]
 ) -> LoraConfig:
-    """The configuration with what was found spelled out, so that it means the same wherever it is read."""
+    """Replace defaults in the configuration by the names that were found, so that it means the same everywhere."""
     changes: dict[str, Any] = {}
     slots = [path for path, layer in targets.items() if isinstance(layer, ParameterSlot)]
     if config.target_modules is None or config.target_modules == "all-linear":
@@ -354,7 +365,7 @@ def _resolved(
 
 
 def names_for(model: nn.Module, paths: list[str], heads: list[str]) -> list[str] | str:
-    """Short names that match exactly ``paths``, or the paths themselves where short names match more."""
+    """Short names that match exactly ``paths``, or the paths themselves if short names would match more."""
     short = sorted({path.rpartition(".")[2] for path in paths})
     inside = tuple(f"{head}." for head in heads)
     others = [

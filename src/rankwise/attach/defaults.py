@@ -1,10 +1,10 @@
-"""What is adapted and what trains whole where the user names nothing: by architecture, and by task."""
+"""The default targets of each architecture, and the heads that each task type trains whole."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# The heads that a task type implies, which train whole. DistilBERT's pre_classifier is as new as its classifier.
+# Heads that a task type implies. They train whole. DistilBERT's pre_classifier is as new as its classifier.
 HEADS: Mapping[str, tuple[str, ...]] = {
     "SEQ_CLS": ("pre_classifier", "classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -16,8 +16,8 @@ def _table(*rows: tuple[str, str]) -> dict[str, list[str] | str]:
     return {kind: names.split() for names, kinds in rows for kind in kinds.split()}
 
 
-# Default targets by `model.config.model_type`: PEFT's where it has any. Names that a model lacks are passed over,
-# which allows for the names of several Transformers versions in one row.
+# Default targets by `model.config.model_type`. PEFT's defaults are used where it has any. Names that a model lacks are
+# ignored, so one row can hold the names of several Transformers versions.
 DEFAULTS: dict[str, list[str] | str] = {
     **_table(
         (
@@ -60,7 +60,7 @@ DEFAULTS: dict[str, list[str] | str] = {
         ("in_proj", "deberta"),
         ("q_head v_head", "funnel"),
         ("linear_q linear_v", "wav2vec2-bert wav2vec2-conformer"),
-        ("intermediate_dense output_dense", "wavlm"),  # its attention reads the weights, and calls no layer
+        ("intermediate_dense output_dense", "wavlm"),  # its attention reads weights and calls no layer
         ("key value receptance output", "rwkv"),
         ("r_proj k_proj v_proj o_proj key value", "rwkv7"),
     ),
@@ -68,7 +68,7 @@ DEFAULTS: dict[str, list[str] | str] = {
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
 }
 
-# Where PEFT's AdaLoRA has others.
+# PEFT's AdaLoRA has other defaults for these architectures.
 ADALORA_DEFAULTS = {
     **DEFAULTS,
     **_table(

@@ -1,8 +1,7 @@
-"""A model's embeddings: the layers that take tokens in, and the one that gives their scores out.
+"""A model's embeddings: the layers that embed its inputs, and the layer that scores the vocabulary.
 
-Transformers' models say which these are. Many have none, and say so by raising ``NotImplementedError``; the getters of
-others fail in ways of their own (a CLIP model made for images alone, a model in parts). So every question goes through
-this file, where "there is none" is an answer.
+Transformers' models name these layers. Many have none, and raise ``NotImplementedError``. Others fail in different
+ways, such as a CLIP model for images alone. The functions here treat all of these as models without embeddings.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from torch import nn
 
 
 def input_embeddings(model: nn.Module) -> Iterator[nn.Module]:
-    """The input embeddings of the model and of models inside it, each once; none if there are none.
+    """The input embeddings of the model and of models inside it, each once. There may be none.
 
-    For models of pictures and of sound this can be a convolution or a linear layer.
+    In models for images and sound an input embedding can be a convolution or a linear layer.
 
     Example:
         >>> list(input_embeddings(nn.Linear(2, 2)))
@@ -59,14 +58,14 @@ def _ask(module: Any, getter: str) -> Any:
         return None
     try:
         return ask()
-    except Exception:  # of any kind: a model that can't say which layer it is has none that could be meant
+    except Exception:  # a model whose getter fails in any way has no such layer
         return None
 
 
 def resized_vocabulary(model: Any) -> tuple[int, int] | None:
-    """How many tokens the base's checkpoint has, and how many the model; None if as many, or if nobody knows.
+    """The vocabulary sizes of the base's checkpoint and of the model. None if they are equal or unknown.
 
-    It looks only at what is on this machine: the folder that the base was loaded from, or the hub's cache.
+    Only local files are read: the folder that the base was loaded from, or the hub's cache.
     """
     config: Any = getattr(model, "config", None)
     place = getattr(config, "_name_or_path", None)
@@ -82,7 +81,7 @@ def resized_vocabulary(model: Any) -> tuple[int, int] | None:
                 place, local_files_only=True, revision=getattr(config, "_commit_hash", None) or "main"
             )
         )
-    except Exception:  # the checkpoint is gone, was never cached, or is of another kind of model
+    except Exception:  # the checkpoint was removed, was never cached, or is of another kind of model
         return None
     return None if before is None or before == here else (before, here)
 

@@ -1,8 +1,9 @@
-"""Lets gradients through re-entrant gradient checkpoints.
+"""Lets gradients pass through re-entrant gradient checkpoints.
 
-PyTorch's re-entrant checkpoint gives its output a gradient only if one of its inputs asks for one. With a frozen base
-none does, and adapters inside would get no gradient, or the loss none at all. So the first inputs ask for one: what the
-embeddings give out, and what goes into each checkpointed block. Checkpoints that are not re-entrant need nothing.
+PyTorch's re-entrant checkpoint passes gradients only if one of its inputs requires a gradient. With a frozen base no
+input does. The adapters inside would then get no gradient, or the loss would have none. So the outputs of the
+embeddings and the inputs of each checkpointed block are made to require a gradient. Checkpoints that are not
+re-entrant do not need this.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from rankwise.attach.embeddings import input_embeddings
 
 
 def checkpointing_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of Transformers' kind that can checkpoint what is in them, whether they do so now or not."""
+    """The modules of Transformers' kind that can checkpoint their content, whether or not they do so now."""
     return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
 
 def any_reentrant(modules: Iterable[Any]) -> bool:
-    """Whether one of `checkpointing_modules` checkpoints in PyTorch's re-entrant way."""
+    """Whether one of `checkpointing_modules` uses PyTorch's re-entrant checkpoints."""
     for module in modules:
         if module.gradient_checkpointing:
             options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
@@ -33,16 +34,17 @@ def any_reentrant(modules: Iterable[Any]) -> bool:
 
 
 def hook_inputs(model: nn.Module, modules: Iterable[nn.Module]) -> list[RemovableHandle]:
-    """Let the first inputs ask for a gradient in training, where gradients are computed.
+    """Let the first inputs require a gradient in training, while gradients are computed.
 
-    A module that has others of its kind in it is left to these: some change ``requires_grad`` of what they get.
+    A module that contains other such modules gets no hook of its own, because some change ``requires_grad`` of their
+    inputs.
 
     Args:
-        model: whose embeddings are meant.
-        modules: its `checkpointing_modules`.
+        model: model whose embeddings get hooks.
+        modules: the model's `checkpointing_modules`.
 
     Returns:
-        What removes the hooks again.
+        Handles that remove the hooks.
     """
     handles = [each.register_forward_hook(_after_embedding) for each in input_embeddings(model)]
     held = list(modules)
@@ -60,7 +62,7 @@ def _before_block(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
 
 
 def _asking(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values, of which the first floating-point tensor asks for a gradient unless one of them does already."""
+    """Let the first floating-point tensor among ``values`` require a gradient, unless one of them does already."""
     places = [
         place for place, value in enumerate(values) if isinstance(value, Tensor) and value.is_floating_point()
     ]

@@ -1,4 +1,4 @@
-"""How the names and patterns of a configuration match the paths of modules."""
+"""Matching of a configuration's names and patterns with the paths of modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 def pattern_value(patterns: Mapping[str, _T], path: str, default: _T) -> _T:
-    r"""What ``rank_pattern`` or ``alpha_pattern`` says of ``path``: the first key that matches the path's end.
+    r"""The value of ``rank_pattern`` or ``alpha_pattern`` for ``path``: that of the first key that matches its end.
 
     Example:
         >>> pattern_value({"layers.0.q": 4, r"layers\.\d+\.q": 2}, "model.layers.0.q", 8)
@@ -30,7 +30,7 @@ def pattern_value(patterns: Mapping[str, _T], path: str, default: _T) -> _T:
 
 
 def matcher(names: Sequence[str] | str) -> Callable[[str], bool]:
-    """Whether a path is, or ends with, one of the names; or matches the expression as a whole."""
+    """Make a test of paths. A path passes if it ends with one of the names, or if all of it matches the expression."""
     if isinstance(names, str):
         expression = re.compile(names)
         return lambda path: expression.fullmatch(path) is not None
@@ -39,16 +39,16 @@ def matcher(names: Sequence[str] | str) -> Callable[[str], bool]:
 
 
 def names_of_exactly(paths: Sequence[str], others: Iterable[str] | None) -> list[str] | str:
-    r"""``target_modules`` that mean ``paths``, and none of ``others``.
+    r"""``target_modules`` that mean ``paths`` and none of ``others``.
 
-    Names in a list match the ends of paths, too. An expression matches whole paths only.
+    A list of names also matches the ends of paths. An expression matches whole paths only.
 
     Args:
-        paths: of the layers.
-        others: paths of other modules; ``paths`` may be among them. None: they are not known.
+        paths: paths of the layers.
+        others: paths that must not match. Those that are also in ``paths`` are ignored. None: they are unknown.
 
     Returns:
-        The paths, or an expression where ``others`` are not known, or one of them ends with one of ``paths``.
+        ``paths`` as a list, or as an expression if a list would match more or ``others`` are unknown.
 
     Example:
         >>> names_of_exactly(["0", "block.0"], ["0", "block.0", "block"])
@@ -63,9 +63,10 @@ def names_of_exactly(paths: Sequence[str], others: Iterable[str] | None) -> list
 
 
 def saved_module_of(name: str, names: Sequence[str], is_module: Callable[[str], bool]) -> str | None:
-    """Which module that trains whole, by ``names``, a tensor in a file belongs to: the outermost.
+    """The path of the module that trains whole and holds the tensor ``name`` of a file. None if there is none.
 
-    Names mean whole components of a path. PEFT compares ends of letters, so that its file may hold more.
+    If several modules match ``names``, it is the outermost. Names match whole components of a path. PEFT also matches
+    the ends of components, so its files may hold more modules.
 
     Example:
         >>> saved_module_of("bert.classifier.weight", ["classifier"], lambda path: True)
@@ -83,13 +84,13 @@ def saved_module_of(name: str, names: Sequence[str], is_module: Callable[[str], 
 
 
 def by_letters(names: Sequence[str]) -> Callable[[str], bool]:
-    """Whether PEFT takes a path for one of ``modules_to_save``: it ends with one of the names, as letters."""
+    """Make PEFT's test of paths for ``modules_to_save``: a path passes if its text ends with one of the names."""
     ends = tuple(names)
     return lambda path: path.endswith(ends)
 
 
 def by_ends(paths: Iterable[str]) -> dict[str, list[str]]:
-    """The paths by everything that a name in a list could match: the whole path, and each of its ends."""
+    """Map each name to the paths that it matches in a list. The names are all paths and all ends of paths."""
     found: dict[str, list[str]] = {}
     for path in paths:
         parts = path.split(".")
@@ -99,7 +100,7 @@ def by_ends(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def in_layers(path: str, names: list[str] | str, config: LoraConfig) -> bool:
-    """Whether ``path`` lies in one of ``layers_to_transform``, or is named in full."""
+    """Whether ``path`` lies in one of ``layers_to_transform``, or is one of ``names`` in full."""
     wanted = config.layers_to_transform
     if wanted is None or (isinstance(names, list) and path in names):
         return True
@@ -107,7 +108,7 @@ def in_layers(path: str, names: list[str] | str, config: LoraConfig) -> bool:
 
 
 def layer_index(path: str, layers_pattern: list[str] | str | None) -> int | None:
-    """The index that ``layers_to_transform`` counts, of the layer that ``path`` lies in; None if it lies in none.
+    """The index, for ``layers_to_transform``, of the layer that ``path`` lies in. None if it lies in no layer.
 
     Example:
         >>> layer_index("model.layers.3.mlp.up", None), layer_index("model.h.3.mlp", ["layers"])
@@ -133,5 +134,5 @@ def _compiled(key: str) -> re.Pattern[str]:
 
 
 def pattern_matches(key: str, path: str) -> bool:
-    """Whether a key of a pattern means ``path``: as an expression for its end."""
+    """Whether a key of a pattern, as an expression, matches the end of ``path``."""
     return _compiled(key).match(path) is not None

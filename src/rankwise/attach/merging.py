@@ -1,4 +1,4 @@
-"""Merging adapters into the base weights: what refuses to be merged, and the merging."""
+"""Merging adapters into the base weights, and the checks before it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankwise.parallel.sharded import shared_out
 def merge(model: nn.Module, names: list[str], safe_merge: bool, for_good: bool = False) -> None:
     """Add the updates of the adapters ``names`` to the base weights, or refuse; see `PeftModel.merge_adapter`.
 
-    With ``for_good`` nothing is kept that `unmerge_adapter` would need.
+    With ``for_good`` nothing is kept for `unmerge_adapter`.
     """
     refuse_sharded(model, "merge_adapter")
     layers = {path: layer for path, layer in adapter_layers(model).items() if any(map(layer.acts, names))}
@@ -30,7 +30,7 @@ def merge(model: nn.Module, names: list[str], safe_merge: bool, for_good: bool =
     if rounded:
         warnings.warn(
             f"{len(rounded)} of the layers that are merged into are quantized ({rounded[0]!r}, ...). They are "
-            "quantized anew, which rounds what the adapter has learned. To merge without rounding, load the "
+            "quantized again, which rounds what the adapter has learned. To merge without rounding, load the "
             "base model unquantized, load the adapter into that, and merge.",
             stacklevel=3,
         )
@@ -39,17 +39,17 @@ def merge(model: nn.Module, names: list[str], safe_merge: bool, for_good: bool =
 
 
 def refuse_sharded(model: nn.Module, method: str) -> None:
-    """Refuse what needs whole weights."""
+    """Refuse a method that needs whole weights."""
     refuse_flattened(model, method, "Save the adapter and load it into a whole model.")
     if shared_out(model):
         raise ValueError(
-            f"`{method}` can't work on a model that is shared out over processes. Save the "
+            f"`{method}` can't work on a model that is sharded over processes. Save the "
             "adapter with `save_pretrained`, called by all processes, and load it into a whole model."
         )
 
 
 def _refuse_shared(model: nn.Module, paths: Iterable[str], inside: str | None = None) -> None:
-    """Refuse to change weights that are shared, other than with modules ``inside`` the same one."""
+    """Refuse to change weights that are shared with other modules. Modules ``inside`` the same one do not count."""
     for path, sharing in find_tied(model, paths).items():
         others = [other for other in sharing if not inside or not f"{other}.".startswith(f"{inside}.")]
         if not others:
@@ -63,7 +63,7 @@ def _refuse_shared(model: nn.Module, paths: Iterable[str], inside: str | None = 
 
 
 def refuse_shared_copies(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse to replace a module by an adapter's copy of it, where it shares weights with others."""
+    """Refuse to replace a module by an adapter's copy of it if it shares weights with others."""
     for path, module in saved_modules(model).items():
         if any(name in module.modules_to_save for name in names):
             inner = [name for name, _ in module.named_modules() if not name.startswith("modules_to_save")]

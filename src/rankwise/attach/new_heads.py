@@ -1,4 +1,4 @@
-"""Tells of modules that are new in a pretrained model, such as a classifier, and would stay as random as they are."""
+"""Warns of modules that are new in a pretrained model, such as a classifier, and would stay at random values."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rankwise.attach.embeddings import input_embeddings, output_embeddings, resi
 from rankwise.attach.matching import within
 from rankwise.config import LoraConfig
 
-_LOADED = "_is_hf_initialized"  # Transformers marks each parameter so that it reads from a checkpoint
+_LOADED = "_is_hf_initialized"  # Transformers marks each parameter that it reads from a checkpoint
 _TASKS = {
     "SequenceClassification": "SEQ_CLS",
     "TokenClassification": "TOKEN_CLS",
     "QuestionAnswering": "QUESTION_ANS",
 }
-_MAY_BE_UNUSED = ("pooler",)  # made by many models whether their task needs it or not
+_MAY_BE_UNUSED = ("pooler",)  # many models have one even if their task does not need it
 
 
 def tell_of_new_heads(
@@ -32,13 +32,13 @@ def tell_of_new_heads(
 
     Args:
         model: the model, which has no adapter of this configuration yet.
-        modules: its modules, by path.
+        modules: modules of the model, by path.
         config: the configuration.
         saved: paths of the modules that train whole.
-        adapted: paths of the layers that are adapted.
+        adapted: paths of the adapted layers.
 
     Warns:
-        UserWarning: there are such modules; the message names them and what to set.
+        UserWarning: there are such modules. The message names them and the setting that trains them.
     """
     if config.inference_mode:
         return
@@ -66,7 +66,7 @@ def _under(heads: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _new_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Paths of the modules whose own parameters are all new, in a model that has others; embeddings left out."""
+    """Paths of modules whose own parameters are all new, while others were loaded. Resized embeddings do not count."""
     marked = any(hasattr(parameter, _LOADED) for parameter in model.parameters())
     if not marked:
         yield from _heads_of_another_class(model, modules)
@@ -87,7 +87,7 @@ def _is_new(module: nn.Module) -> bool:
 
 
 def _heads_of_another_class(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """The heads of a classifier of Transformers whose configuration is not that of a saved classifier."""
+    """The heads of a classifier of Transformers whose configuration does not come from a saved classifier."""
     task = next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None)
     made_for = getattr(getattr(model, "config", None), "architectures", None)
     if task is None or made_for == [type(model).__name__]:

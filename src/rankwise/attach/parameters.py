@@ -1,6 +1,6 @@
-"""Which parameters of a model ``target_parameters`` means, and which experts a configuration leaves out.
+"""The parameters that ``target_parameters`` means, and a warning about experts that no target covers.
 
-Names match as in PEFT: a whole name, or its last parts. What PEFT passes over in silence is said or refused.
+Names match as in PEFT: a whole name, or its last parts. Names that PEFT ignores silently are an error or a warning.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rankwise.adapters import AdapterLayer, ParameterSlot, slot_of
 from rankwise.config import LoraConfig
 from rankwise.config.suggest import suggestion
 
-_EXPERTS = ("expert", "moe")  # in the name of a class or of a module that holds experts' weights
+_EXPERTS = ("expert", "moe")  # parts of names of classes and modules that hold experts' weights
 
 
 def find_parameters(
@@ -23,16 +23,16 @@ def find_parameters(
     """The parameters that ``config`` adapts, by path, in the model's order.
 
     Args:
-        modules: every module of the model, by path, and what adapters have put into it left out.
+        modules: every module of the model, by path, without the modules that adapters have added.
         config: the configuration.
-        adapted: paths of the layers that it adapts otherwise.
-        saved: paths of the modules that train whole; what is in them is not among the parameters found.
+        adapted: paths of the layers that ``config`` adapts as modules.
+        saved: paths of the modules that train whole. Parameters in them are left out.
 
     Raises:
-        ValueError: a name matches nothing, or something that can't be adapted.
+        ValueError: a name matches a parameter that cannot be adapted, or no name matches any.
 
     Warns:
-        UserWarning: a name matches nothing, while others do.
+        UserWarning: a name matches no parameter, while others do.
     """
     names = config.target_parameters or []
     if not names:
@@ -64,14 +64,14 @@ def find_parameters(
 
 
 def layer_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at ``path``, or the slot of the parameter there."""
+    """The module at ``path``, or the slot of the parameter at ``path``."""
     owner_path, _, name = path.rpartition(".")
     owner = model.get_submodule(owner_path)
     return slot_of(owner, name) if name in owner._parameters else model.get_submodule(path)
 
 
 def in_model_order(names: list[str], slots: Iterable[str]) -> list[str]:
-    """``target_parameters`` in the order of what they match, by which a file's nesting can be read.
+    """Sort ``target_parameters`` by the order of the parameters in the model. A file's nesting follows this order.
 
     Example:
         >>> in_model_order(["experts.b", "experts.a"], ["layers.0.experts.a", "layers.0.experts.b"])
@@ -85,7 +85,7 @@ def in_model_order(names: list[str], slots: Iterable[str]) -> list[str]:
 
 
 def tell_of_experts(modules: Mapping[str, nn.Module], slots: Iterable[str]) -> None:
-    """Say which stacks of experts' weights "all-linear" leaves out, as they are no linear layers."""
+    """Warn of stacks of experts' weights that "all-linear" leaves out because they are not linear layers."""
     adapted = set(slots)
     left = {
         path: owner._parameters[name]
@@ -98,7 +98,7 @@ def tell_of_experts(modules: Mapping[str, nn.Module], slots: Iterable[str]) -> N
     total = sum(p.numel() for module in modules.values() for p in module.parameters(recurse=False))
     share = sum(p.numel() for p in left.values() if p is not None) / max(total, 1)
     warnings.warn(
-        f"`target_modules`='all-linear' adapts linear layers, and the experts of this model are none: {len(left)} "
+        f"`target_modules`='all-linear' adapts linear layers, and the experts of this model are not: {len(left)} "
         f"stacks of weights with {share:.0%} of the model's parameters are left out. To adapt them, add "
         f"`target_parameters={names}`.",
         UserWarning,
@@ -107,14 +107,14 @@ def tell_of_experts(modules: Mapping[str, nn.Module], slots: Iterable[str]) -> N
 
 
 def is_expert_stack(path: str, owner: nn.Module, name: str) -> bool:
-    """Whether a parameter holds the weights of several experts, as far as names and shape tell."""
+    """Whether a parameter holds the weights of several experts, judged by names and shape."""
     parameter = owner._parameters[name]
     called = f"{type(owner).__name__}.{path.rpartition('.')[0].rpartition('.')[2]}".lower()
     return parameter is not None and parameter.dim() == 3 and any(each in called for each in _EXPERTS)
 
 
 def _own_parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """Path of every parameter, the module that holds it, and its name there."""
+    """Path of every parameter, with the module that holds it and its name in that module."""
     for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None:

@@ -1,4 +1,4 @@
-"""In which precision an adapter's values are kept: float32, or the half precision of the layers that it belongs to."""
+"""The precision of an adapter's values: float32, or the half precision of the layers that it adapts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def in_base_dtype(model: nn.Module, attachment: Attachment) -> Attachment:
-    """The adapter with its values in half precision wherever its layer's weight has that.
+    """Convert an adapter's values to half precision where the layer's weight has half precision.
 
-    Modules that train whole keep the precision of the base model, too.
+    Modules that train whole also keep the precision of the base model.
 
     Args:
-        model: the model that the adapter was made for.
-        attachment: the adapter, which stays as it is.
+        model: model that the adapter was made for.
+        attachment: the adapter, which is not changed.
 
     Raises:
         ValueError: a value is too large for half precision.

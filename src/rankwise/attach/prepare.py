@@ -1,4 +1,4 @@
-"""Makes a base model ready for adapters: frozen, numerically safe, and with gradient checkpointing."""
+"""Prepares a base model for adapters: it is frozen, numerically safe, and has gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from rankwise.attach.attachment import adapter_layers, saved_modules
 from rankwise.attach.input_gradients import hook_inputs
 
-# Their kernels take scales, zero points and what surrounds them in the dtype that the checkpoint has.
+# Kernels of these methods need scales, zero points and the other parameters in the dtype of the checkpoint.
 _KEEP_DTYPES = {"aqlm", "eetq", "gptq", "hqq", "torchao"}
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -25,24 +25,27 @@ def prepare_model_for_kbit_training(
 ) -> Any:
     """Prepare a quantized base model for training adapters, in place, and return it.
 
-    The base is frozen. Parameters that are left in half precision (norms, embeddings, the head) become float32;
-    packed weights stay as they are, and so does everything of GPTQ, AQLM, EETQ, HQQ and torchao models, whose
-    kernels need their own dtypes. With gradient checkpointing, the embeddings' output gets a gradient, without
-    which re-entrant checkpointing would give the adapters none.
+    The base is frozen. Parameters in half precision (norms, embeddings, the head) become float32, and packed weights
+    stay as they are. GPTQ, AQLM, EETQ, HQQ and torchao models keep all their dtypes, which their kernels need. With
+    gradient checkpointing, the outputs of the embeddings require a gradient. Without that, re-entrant checkpointing
+    would give the adapters no gradient.
 
-    Call it before `get_peft_model`, as with PEFT; after it does no harm: adapters go on training.
+    Call it before `get_peft_model`, as with PEFT. A later call is harmless, and the adapters still train.
 
     Args:
-        model: a Transformers model, or any module; then without gradient checkpointing, unless it has
+        model: a Transformers model, or any module. Gradient checkpointing needs the methods
             ``gradient_checkpointing_enable`` and ``get_input_embeddings``.
-        use_gradient_checkpointing: compute activations anew in the backward pass to save memory.
-        gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`, such as
-            ``{"use_reentrant": False}``; None: the model's own default.
-        unused: ``auto_clear_cache``, as in PEFT; cached memory is always released.
+        use_gradient_checkpointing: whether to recompute activations in the backward pass, to save memory.
+        gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`, such as
+            ``{"use_reentrant": False}``. None: the model's own defaults.
+        unused: ``auto_clear_cache``, as in PEFT. It has no effect, as cached memory is always released.
+
+    Returns:
+        ``model`` itself.
 
     Raises:
-        TypeError: not a module, or an unknown argument.
-        ValueError: the model has no gradient checkpointing; pass ``use_gradient_checkpointing=False``.
+        TypeError: ``model`` is not a module, or an argument is unknown.
+        ValueError: the model has no gradient checkpointing. Pass ``use_gradient_checkpointing=False``.
 
     Example:
         >>> import torch, rankwise as rw
@@ -70,7 +73,7 @@ def prepare_model_for_kbit_training(
 
 
 def let_inputs_require_grad(model: Any) -> None:
-    """Let the embeddings' output require a gradient, once, so that one reaches adapters through checkpoints."""
+    """Let the outputs of the embeddings require a gradient, so that gradients pass checkpoints. Done at most once."""
     if getattr(model, "_require_grads_hooks", None) or getattr(model, "_rankwise_input_hook", None):
         return
     if hasattr(model, "enable_input_require_grads"):
@@ -85,7 +88,7 @@ def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         held += [p for name in layer.lora_A for p in layer.adapter_parameters(name).values()]
     for module in saved_modules(model).values():
         held += list(module.modules_to_save.parameters())
-    if held:  # biases that an adapter trains are the base's own
+    if held:  # an adapter trains the base's own biases
         held += [p for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
     return held
 
@@ -117,7 +120,9 @@ def _check_can_checkpoint(model: Any) -> None:
 
 
 def checkpointing_name(owner: Any, ending: str = "") -> str:
-    """What a model or Transformers' arguments call gradient checkpointing: newer ones say activation checkpointing.
+    """The name of gradient checkpointing in a model or in Transformers' arguments.
+
+    Newer versions of Transformers call it activation checkpointing.
 
     Example:
         >>> checkpointing_name(torch.nn.Linear(2, 2))
@@ -128,7 +133,7 @@ def checkpointing_name(owner: Any, ending: str = "") -> str:
 
 
 def enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
-    """Switch a Transformers model's gradient checkpointing on, with ``options`` for PyTorch's ``checkpoint``."""
+    """Switch on a Transformers model's gradient checkpointing, with ``options`` for PyTorch's ``checkpoint``."""
     name = checkpointing_name(model, "_enable")
     enable = getattr(model, f"{name}_enable")
     if f"{name}_kwargs" in inspect.signature(enable).parameters:

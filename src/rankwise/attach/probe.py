@@ -1,4 +1,4 @@
-"""Which layers will use rank: the gradients of a model's weights over a few batches, without training."""
+"""Estimates which layers need rank from the gradients of the weights over a few batches, without training."""
 
 from __future__ import annotations
 
@@ -20,21 +20,26 @@ from rankwise.config.checks import check_number, check_whole
 from rankwise.method.spectrum import GradientSketch, effective_rank
 from rankwise.method.truncation import kept_by, ranks_for_budget, ranks_for_share
 
-_FLOAT16_SCALE = 1024.0  # small gradients vanish in float16
-_LEAST, _MOST = 1e-140, 1e140  # norms, which only double precision has: their squares are numbers of it, too
+_FLOAT16_SCALE = 1024.0  # factor of the loss, because small gradients vanish in float16
+_LEAST, _MOST = 1e-140, 1e140  # squares of norms between these bounds fit into double precision
 
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """What a layer's averaged gradient is like.
+    """The singular values of one layer's averaged gradient.
 
     Args:
-        path: the layer's, in the model.
-        d_out: rows of its weight.
-        d_in: columns of its weight.
-        singular_values: the largest of the gradient, falling.
-        square: the gradient's squared norm: the sum of all squared singular values.
-        exact: whether these are exact; otherwise the gradient was sketched, and they are a little too small.
+        path: path of the layer in the model.
+        d_out: number of rows of its weight.
+        d_in: number of columns of its weight.
+        singular_values: largest singular values of the gradient, in descending order, at least 0.
+        square: squared Frobenius norm of the gradient, which is the sum of all squared singular values.
+        exact: whether the values are exact. False: they come from a sketch, and are slightly too small.
+
+    Example:
+        >>> layer = LayerSpectrum("q_proj", d_out=8, d_in=4, singular_values=[2.0, 1.0], square=5.0, exact=True)
+        >>> layer.width, round(layer.effective_rank, 2)
+        (12, 1.89)
     """
 
     path: str
@@ -46,28 +51,34 @@ class LayerSpectrum:
 
     @property
     def width(self) -> int:
-        """Parameters that one rank takes."""
+        """Number of parameters of one rank."""
         return self.d_out + self.d_in
 
     @property
     def effective_rank(self) -> float:
-        """How many directions the gradient has, of those that were looked at; see `effective_rank`."""
+        """Number of directions in which the gradient acts, among those in ``singular_values``, at least 0."""
         return effective_rank(self.singular_values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the fields and the effective rank as plain data."""
         shown = {name: getattr(self, name) for name in ("path", "d_out", "d_in", "square", "exact")}
         return {**shown, "effective_rank": self.effective_rank, "singular_values": list(self.singular_values)}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The gradients of a model's layers; as a string, a table.
+    """The gradients of a model's layers. ``str`` shows them as a table.
 
     Args:
-        layers: one entry a layer, in the model's order.
-        batches: how many were averaged.
-        left_out: layers that were asked for and are of a kind that can't be probed.
+        layers: one entry for each layer, in the model's order.
+        batches: number of batches in the average, at least 1.
+        left_out: paths of target layers of a kind that cannot be probed.
+
+    Example:
+        >>> layer = LayerSpectrum("q_proj", d_out=8, d_in=4, singular_values=[2.0, 1.0], square=5.0, exact=True)
+        >>> print(Probe([layer], batches=8))
+        layer   |gradient|  effective rank
+        q_proj        2.24             1.9
     """
 
     layers: Sequence[LayerSpectrum]
@@ -83,17 +94,24 @@ class Probe:
         rank: float | None = None,
         bytes_per_parameter: int = 4,
     ) -> RankPlan:
-        """Ranks for a budget: those that hold the most of the gradient, by its square per parameter.
+        """Plan ranks for a budget. Give exactly one of ``parameters``, ``bytes``, ``keep`` and ``rank``.
+
+        Directions are taken by their square per parameter, so that the ranks hold as much of the gradient as possible.
 
         Args:
-            parameters: of the adapter, at most.
-            bytes: of the adapter's file, at most.
-            keep: the share of the gradient's squared norm to hold, in (0, 1].
-            rank: as many parameters as LoRA with this rank in all layers has.
-            bytes_per_parameter: in the file: 4, or 2 for a half-precision one.
+            parameters: largest number of parameters of the adapter, at least that of one rank.
+            bytes: largest size of the adapter's file, in bytes.
+            keep: share of the gradient's squared norm to hold, in (0, 1].
+            rank: average rank, greater than 0. The budget is the parameters of LoRA of this rank on all layers.
+            bytes_per_parameter: bytes of one parameter in the file: 4, or 2 in half precision.
+
+        Returns:
+            A rank for each layer, which may be 0.
 
         Raises:
-            TypeError, ValueError: not just one budget, or one that gives no layer a rank or that can't be reached.
+            TypeError: a budget is not a number.
+            ValueError: not exactly one budget is given, the budget is too small for any rank, or ``keep`` cannot be
+                reached.
 
         Example:
             >>> q, v = (LayerSpectrum(name, 8, 8, [2.0, 1.0], 5.0, True) for name in "qv")
@@ -103,7 +121,7 @@ class Probe:
         if sum(goal is not None for goal in (parameters, bytes, keep, rank)) != 1:
             raise ValueError("Give one of `parameters`, `bytes`, `keep` and `rank`.")
         widths = {layer.path: layer.width for layer in self.layers}
-        # Only shares count, and squares of numbers near 1 neither overflow nor vanish.
+        # Only ratios matter, and squares of numbers near 1 neither overflow nor vanish.
         unit = max(value for layer in self.layers for value in layer.singular_values) or 1.0
         squares = {
             layer.path: [(value / unit) ** 2 for value in layer.singular_values] for layer in self.layers
@@ -151,7 +169,7 @@ class Probe:
         return min(share, 1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the probe as plain data."""
         return {
             "batches": self.batches,
             "layers": [layer.to_dict() for layer in self.layers],
@@ -159,7 +177,11 @@ class Probe:
         }
 
     def table(self, plan: RankPlan | None = None) -> str:
-        """A line a layer: its gradient's norm, its effective rank, and the rank of ``plan``."""
+        """Return a table of all layers: the norm of the gradient, its effective rank, and the rank in ``plan``.
+
+        Args:
+            plan: ranks to show, with a line on what they hold. None: the table has no ranks.
+        """
         widest = max(len(layer.path) for layer in self.layers)
         head = f"{'layer':<{widest}}  {'|gradient|':>10}  effective rank"
         lines = [head + ("  rank" if plan else "")]
@@ -184,23 +206,29 @@ def probe(
     loss: Callable[[Any, Any], Tensor] | None = None,
     seed: int = 0,
 ) -> Probe:
-    """Average the gradients of the layers that an adapter would adapt, without training anything.
+    """Average the gradients of the layers that an adapter would adapt. Nothing trains.
 
-    The model may be quantized or in half precision. Each layer's gradient is summed up as the backward pass reaches it,
-    in a sketch that takes no more room than the layer's adapter of rank ``max_rank`` takes in training (its factors,
-    their gradients and Adam's two averages); no gradient of a whole weight is kept. The model is as before afterwards.
+    The model may be quantized or in half precision. Each layer's gradient is summed when the backward pass reaches the
+    layer. The sum is a sketch, and the gradient of a whole weight is never stored. A sketch takes at most as much
+    memory as training the layer's adapter of rank ``max_rank``: its factors, their gradients and Adam's two averages.
+    The model is unchanged afterwards.
 
     Args:
-        model: the base model, without adapters, in the mode (``train()`` or ``eval()``) that it is to be probed in.
-        batches: a few; they are gone through twice.
-        config: says which layers, by ``target_modules`` and so on; None for the architecture's defaults.
-        max_rank: how many directions of each layer to find, at least 1.
-        loss: from the model and a batch to the loss; None for the ``loss`` of ``model(**batch)``.
-        seed: of the sketch, and of dropout if the model trains.
+        model: base model without adapters, in the mode (``train()`` or ``eval()``) in which to probe it.
+        batches: a few batches, such as 8. They are used twice.
+        config: configuration whose ``target_modules`` and related fields name the layers. None: the architecture's
+            default layers.
+        max_rank: number of directions to find in each layer, at least 1.
+        loss: function that takes the model and a batch and returns the loss. None: the ``loss`` of ``model(**batch)``.
+        seed: seed of the sketch, and of dropout if the model is in training mode.
+
+    Returns:
+        The singular values of each layer's gradient. `Probe.plan` makes ranks from them.
 
     Raises:
-        ValueError: no layer matches, there are no batches, or the gradients are not finite or all 0.
-        TypeError: the model gives no loss.
+        TypeError: the model returns no loss, or ``max_rank`` is not a whole number.
+        ValueError: the model has adapters, no layer matches, there are no batches, or gradients are not finite or all
+            are 0.
 
     Example:
         >>> import rankwise as rw
@@ -253,7 +281,7 @@ def probe(
 
 
 def _shape(layer: nn.Module) -> tuple[int, int] | None:
-    """The d_out and d_in of a linear layer, quantized or not; None for others."""
+    """d_out and d_in of a linear layer, quantized or not. None for other layers."""
     kind = adapters_for(layer)
     if kind is None or not issubclass(kind, LinearAdapters):
         return None
@@ -272,7 +300,7 @@ def _own_loss(model: Any, batch: Any) -> Tensor:
 def _run(
     model: nn.Module, batches: Sequence[Any], loss: Callable[[Any, Any], Tensor], seed: int, scale: float
 ) -> None:
-    """All batches forward and backward, with the same dropout each time."""
+    """Run all batches forward and backward, with the same dropout each time."""
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(seed)
@@ -298,8 +326,8 @@ def _check_finite(sketches: Mapping[str, GradientSketch]) -> None:
             )
         if size and not _LEAST < size < _MOST:
             raise ValueError(
-                f"The gradient of {path!r} has the norm {size:.3g}, of which no square can be formed: it must be from "
-                f"{_LEAST:g} to {_MOST:g}. Multiply the loss by a number that brings it there."
+                f"The gradient of {path!r} has the norm {size:.3g}, whose square does not fit into double precision: "
+                f"the norm must be from {_LEAST:g} to {_MOST:g}. Multiply the loss by a number that brings it there."
             )
 
 
@@ -311,15 +339,15 @@ def _check_reached(sketches: Mapping[str, GradientSketch]) -> None:
         )
 
 
-# --- listening ---------------------------------------------------------------------------------------------------
+# --- hooks -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _tapped(sketches: Mapping[nn.Module, GradientSketch], model: nn.Module) -> Iterator[float]:
-    """Let each layer's sketch hear its input and its output's gradient, with no parameter asking for its own.
+    """Let each layer's sketch receive the layer's input and its output's gradient. All parameters are frozen meanwhile.
 
     Yields:
-        What to multiply the loss with.
+        The factor by which to multiply the loss.
     """
     first = next(model.parameters())
     anchor = torch.zeros((), device=first.device, dtype=torch.float32, requires_grad=True)
@@ -345,10 +373,10 @@ def _tapped(sketches: Mapping[nn.Module, GradientSketch], model: nn.Module) -> I
 
 
 class _Tap(torch.autograd.Function):
-    """A layer's output as it is; in the backward pass its sketch gets the input and the output's gradient.
+    """Returns a layer's output unchanged. The backward pass gives its input and its output's gradient to the sketch.
 
-    A function and not a hook on the output, because what it saves is then the business of gradient checkpointing, and
-    is freed as the backward pass goes on.
+    An autograd function is used instead of a hook on the output. Gradient checkpointing then manages what it saves, and
+    frees it as the backward pass goes on.
     """
 
     @staticmethod

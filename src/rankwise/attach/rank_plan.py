@@ -1,4 +1,4 @@
-"""Ranks for the layers of a model, planned before training: as a configuration, as YAML, as a table."""
+"""A plan of ranks, made before training: as a configuration, as YAML or as a table."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class RankPlan:
-    """A rank for each layer.
+    """A planned rank for each layer.
 
     Args:
-        ranks: by the layer's path, 0 included.
-        widths: parameters that one rank takes in each layer.
-        kept: the share of the gradient's squared norm that the ranks hold, from 0 to 1.
+        ranks: rank of each layer, by path, at least 0.
+        widths: number of parameters of one rank in each layer, by path, at least 1.
+        kept: share of the gradient's squared norm that the ranks hold, in [0, 1].
 
     Example:
         >>> plan = RankPlan({"q": 3, "k": 0, "v": 1}, {"q": 8, "k": 8, "v": 8}, kept=0.9)
@@ -41,40 +41,48 @@ class RankPlan:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all factors."""
+        """Number of parameters of all factors."""
         return sum(rank * self.widths[path] for path, rank in self.ranks.items())
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """What `LoraConfig` calls so: the rank of every layer that gets one."""
+        """``rank_pattern`` of `LoraConfig`: the rank of every layer whose rank is at least 1."""
         return {path: rank for path, rank in self.ranks.items() if rank}
 
     @property
     def target_modules(self) -> list[str]:
-        """The layers that get a rank."""
+        """Paths of the layers whose rank is at least 1."""
         return list(self.rank_pattern)
 
     @property
     def mean_rank(self) -> int:
-        """The rank of LoRA with as many parameters in these layers, rounded; at least 1."""
+        """Rank of a LoRA on all layers with equally many parameters, rounded, at least 1."""
         return max(1, round(self.parameters / sum(self.widths.values())))
 
     def lora_config(self, **fields: Any) -> LoraConfig:
-        """A configuration with these ranks.
+        """Return a configuration with these ranks.
 
-        Every layer gets the scale of a layer with rank ``r``, so that a layer does not learn the slower the more ranks
-        it has.
+        All layers have the scale ``lora_alpha / r``, whatever their own rank is. If each layer's alpha were divided by
+        its own rank, layers of higher rank would learn more slowly.
 
         Args:
-            fields: of `LoraConfig`; ``r`` defaults to `mean_rank`.
+            fields: further fields of `LoraConfig`. ``r`` defaults to `mean_rank`.
 
         Raises:
-            TypeError, ValueError: a field is wrong, or one that the plan gives.
+            TypeError: a field is unknown, or a value has the wrong type.
+            ValueError: a value is out of range, or a field is one that the plan sets.
         """
         return LoraConfig(**self.lora_fields(fields))
 
     def lora_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of `lora_config`."""
+        """Return the fields of the configuration that `lora_config` makes.
+
+        Args:
+            fields: further fields of `LoraConfig`, by name.
+
+        Raises:
+            ValueError: a field is one that the plan sets.
+        """
         taken = sorted({"rank_pattern", "alpha_pattern", "target_modules"} & set(fields))
         if taken:
             raise ValueError(f"The plan gives `{taken[0]}`: leave it out.")
@@ -90,10 +98,16 @@ class RankPlan:
         }
 
     def adalora_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of `AdaLoraConfig` for a run that starts where the plan leaves off.
+        """Return fields of `AdaLoraConfig` for a run on the layers whose planned rank is at least 1.
 
-        It adapts the layers that get a rank, and ends with as many parameters as the plan has, unless ``fields`` give
-        ``target_r``; between them the run finds the ranks anew.
+        The run finds the ranks of these layers itself. It ends with as many parameters as the plan has, unless
+        ``fields`` sets ``target_r``.
+
+        Args:
+            fields: further fields of `AdaLoraConfig`, by name.
+
+        Raises:
+            ValueError: ``fields`` sets ``target_modules``, which the plan sets.
         """
         if "target_modules" in fields:
             raise ValueError("The plan gives `target_modules`: leave it out.")
@@ -101,16 +115,19 @@ class RankPlan:
         return {"target_r": self.parameters / max(width, 1), **fields, "target_modules": self.target_modules}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as YAML, whole or not at all.
+        """Write the plan as YAML, as a whole or not at all.
+
+        Args:
+            path: path of the file.
 
         Raises:
             ImportError: PyYAML is missing.
-            OSError: it can't be written.
+            OSError: the file cannot be written.
         """
         write_file(Path(path), _HEAD + _yaml().safe_dump(self.to_dict(), sort_keys=False, width=200))
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data."""
+        """Return the plan as plain data."""
         return {
             "parameters": self.parameters,
             "kept": round(self.kept, 4),
@@ -119,12 +136,15 @@ class RankPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RankPlan:
-        """Read what `save` wrote; ranks may have been changed by hand.
+        """Read a plan that `save` wrote. Its ranks may have been edited by hand.
+
+        Args:
+            path: path of the file.
 
         Raises:
             ImportError: PyYAML is missing.
-            FileNotFoundError: there is no such file.
-            ValueError: it is no plan.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file does not hold a plan.
 
         Example:
             >>> import tempfile
@@ -137,10 +157,12 @@ class RankPlan:
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         layers = data.get("layers") if isinstance(data, dict) else None
         if not isinstance(layers, dict) or not layers:
-            raise ValueError(f"{path} is no plan: it has no `layers`. Make one with `rankwise probe`.")
+            raise ValueError(
+                f"{path} is not a rank plan: it has no `layers`. Make one with `rankwise probe`."
+            )
         for name, layer in layers.items():
             for key, least in (("rank", 0), ("width", 1)):
                 value = layer.get(key) if isinstance(layer, dict) else None

@@ -1,4 +1,4 @@
-"""What is refused or told of a configuration's targets, and in which words."""
+"""Errors and warnings about the targets of a configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rankwise.config.suggest import suggestion
 
 
 def check_names(modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
-    """Refuse a name in ``target_modules`` if all that it matches is in ``modules_to_save``, too."""
+    """Refuse a name in ``target_modules`` if everything that it matches is also in ``modules_to_save``."""
     targets = config.target_modules if isinstance(config.target_modules, list) else []
     matches = by_ends(modules)
     implied = HEADS.get(config.task_type or "", ())
@@ -33,7 +33,7 @@ def check_names(modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
 
 
 def check_heads(modules: Mapping[str, nn.Module], saved: list[str], config: LoraConfig) -> None:
-    """Tell of a task whose head the model does not have, and of modules that train whole only in PEFT."""
+    """Warn of a task whose head the model lacks, and of modules that train whole in PEFT only."""
     if config.inference_mode:
         return
     implied = HEADS.get(config.task_type or "", ())
@@ -57,10 +57,10 @@ def check_heads(modules: Mapping[str, nn.Module], saved: list[str], config: Lora
 
 
 def check_layer(model: nn.Module, path: str, module: nn.Module, config: LoraConfig) -> None:
-    """Refuse a layer that can't be adapted, or whose adapter would do nothing.
+    """Refuse a layer that cannot be adapted, or whose adapter would do nothing.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the layer cannot be adapted. The message says why.
     """
     if adapters_for(module) is None:
         raise ValueError(_cannot_adapt(path, module, config))
@@ -78,9 +78,9 @@ def adaptable(
     config: LoraConfig,
     shared: Mapping[str, str],
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Of targets that nobody named, those that can be adapted; it is said if others look as if they could.
+    """Of targets that the user did not name, yield those that can be adapted. Warn of linear layers that cannot.
 
-    ``shared`` says with which module a target shares its weight, if with any.
+    ``shared`` maps a target to a module that shares its weight, if there is one.
     """
     left_out: dict[str, list[str]] = {}
     for path, module in targets.items():
@@ -91,8 +91,8 @@ def adaptable(
             left_out.setdefault(f"can't be adapted: {reason}", []).append(path)
         elif path in shared:
             said = (
-                f"won't be adapted: its weight is that of {shared[path]!r}, too, and an adapter of one of them "
-                "can't be merged into it. To adapt it all the same, name it in `target_modules`."
+                f"won't be adapted: it shares its weight with {shared[path]!r}, and an adapter of one of them "
+                "can't be merged into it. To adapt it anyway, name it in `target_modules`."
             )
             left_out.setdefault(said, []).append(path)
         else:
@@ -127,7 +127,7 @@ def nothing_found(
     names: list[str] | str,
     config: LoraConfig,
 ) -> str:
-    """Why no layer is adapted: what matched, and what took it away."""
+    """Write the message for a configuration that adapts no layer: what matched, and what excluded it."""
     shown = repr(names) if isinstance(names, str) else some(names)
     if matched:
         why = [f"`exclude_modules`={config.exclude_modules!r}"] if config.exclude_modules else []
@@ -148,18 +148,18 @@ def nothing_found(
 
 
 def nearest_name(name: str, paths: Iterable[str]) -> str:
-    """A suggestion among the paths' ends that have as many parts as ``name``."""
+    """Suggest the nearest of the paths' ends that have as many parts as ``name``."""
     parts = name.count(".") + 1
     return suggestion(name, dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
 
 
 def linear_names(modules: Mapping[str, nn.Module], most: int = 12) -> str:
-    """What the model's linear layers are called, the most frequent names first."""
+    """The names of the model's linear layers, the most frequent first."""
     counts = Counter(path.rpartition(".")[2] for path, module in modules.items() if in_all_linear(module))
     return ", ".join(name for name, _ in counts.most_common(most)) or "nothing: it has none"
 
 
 def some(names: list[str], most: int = 6) -> str:
-    """The first names, and how many there are more."""
+    """Show the first names and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more

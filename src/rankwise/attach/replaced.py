@@ -1,4 +1,4 @@
-"""Adapted modules that somebody has replaced: a model that trains on without them trains something else."""
+"""Detects adapted modules that were replaced: without them, training would change other parameters."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from torch import nn
 from rankwise.adapters.owner import SLOTS
 from rankwise.parallel.wrappers import WRAPPERS
 
-# What may lie between a module and its name since the adapter was attached.
+# Modules that may have been inserted between a module and its name since the adapter was attached.
 _BETWEEN = (*WRAPPERS, SLOTS)
 
 
 def check_in_place(model: nn.Module, layers: Mapping[str, nn.Module], in_pass: bool = False) -> None:
-    """See that each adapted module is still where it was when the adapter was attached.
+    """Check that each adapted module is still where it was when the adapter was attached.
 
-    It costs a few dictionary look-ups a layer, so that it can be called at every step.
+    The check takes a few dictionary look-ups per layer, so it can run at every step.
 
     Args:
         model: the adapted model.
-        layers: the modules by path, as `adapter_layers` and `saved_modules` gave them then.
-        in_pass: a pass is about to begin. It may leave layers out: what is not there at all may come back.
+        layers: modules by path, as `adapter_layers` and `saved_modules` returned them at that time.
+        in_pass: whether a forward pass is about to begin. A model may leave layers out of a pass for a while, so a
+            path without any module is then not an error.
 
     Raises:
-        ValueError: one of them is no part of the model any more; the message names it.
+        ValueError: a module is no longer part of the model. The message names it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -40,21 +41,20 @@ def check_in_place(model: nn.Module, layers: Mapping[str, nn.Module], in_pass: b
     moved = [path for path, there in places.items() if there is False or (there is None and not in_pass)]
     if not moved:
         return
-    held = {
-        id(module) for module in model.modules()
-    }  # a wrapper of another kind may have given it a longer path
+    # A wrapper that is not among `WRAPPERS` may have given a module a longer path.
+    held = {id(module) for module in model.modules()}
     lost = [path for path in moved if id(layers[path]) not in held]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise ValueError(
             f"{lost[0]!r}{more} was replaced after the adapter was attached, so what the adapter has learned there is "
-            "no part of the model any more. Change the model first (`resize_token_embeddings`, quantization, a new "
+            "no longer part of the model. Change the model first (`resize_token_embeddings`, quantization, a new "
             "head) and attach the adapter then; or put the adapted module back where it was."
         )
 
 
 def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool | None:
-    """Whether ``layer`` is at ``path``; None if nothing is."""
+    """Whether ``layer`` is at ``path``. None if no module is there."""
     module = model
     for name in path.split("."):
         found = _child(module, name)

@@ -1,7 +1,7 @@
-"""Tells of every part of a configuration that selects nothing, by looking at what was selected.
+"""Warns of every part of a configuration that has no effect on the selected layers.
 
-A name that the model does not have is only one way to select nothing: others are a parent's name, an index beyond the
-last layer, an expression that leaves a layer's last part out, or a name of which another selector takes all away.
+A name that the model lacks is one way to select nothing. Others are a parent's name, an index beyond the last layer,
+an expression that leaves out a layer's last part, and a name whose matches another selector excludes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ def tell_of_idle_selectors(
     targets: Mapping[str, nn.Module],
     config: LoraConfig,
 ) -> None:
-    """Warn of each selector of ``config`` without which the same layers would be adapted, in the same way.
+    """Warn of each selector of ``config`` without which the same layers would be adapted in the same way.
 
     Args:
         modules: every module of the model, by path.
-        names: the names or the expression that `target_modules` stands for.
-        targets: what is adapted, by path.
+        names: names or expression that ``target_modules`` stands for.
+        targets: adapted layers and parameters, by path.
         config: the configuration.
 
     Warns:
         UserWarning: a part of ``target_modules``, ``exclude_modules``, ``layers_to_transform``, ``layers_pattern``,
-            ``rank_pattern``, ``alpha_pattern`` or ``bias`` has no effect; the message says why.
+            ``rank_pattern``, ``alpha_pattern`` or ``bias`` has no effect. The message says why.
     """
     told = [
         *_idle_targets(modules, targets, config),
@@ -148,7 +148,7 @@ def _idle_patterns(targets: Mapping[str, nn.Module], config: LoraConfig) -> Iter
 
 
 def _first_matches(keys: list[str], targets: Iterable[str]) -> set[str]:
-    """The keys that decide for some target."""
+    """The keys that determine the value of at least one target."""
     plain: Callable[[str], bool] = set(keys).__contains__
     decide = set()
     for path in targets:

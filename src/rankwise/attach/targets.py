@@ -1,8 +1,8 @@
-"""Which modules of a model a configuration means.
+"""Finds the modules of a model that a configuration means.
 
-Names match as in PEFT: a name in a list is a whole path or its last parts, a string is a regular expression
-for whole paths. What PEFT passes over in silence (a name that matches nothing, a layer whose weight is read
-without calling the layer, so that an adapter would do nothing) is said or refused.
+Names match as in PEFT: a name in a list is a whole path or its last parts, and a string is a regular expression for
+whole paths. A name that matches nothing is a warning or an error here, while PEFT ignores it. So is a layer on which an
+adapter would do nothing, because the model reads the layer's weight without calling the layer.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The layers that ``config`` adapts in ``model``, by path, in the model's order; then its parameters' slots.
+    """Find the layers that ``config`` adapts, by path in the model's order, and then the slots of adapted parameters.
 
-    A layer reachable by several paths is found once, by the first. Layers in ``modules_to_save``, or in the
-    heads that ``task_type`` implies, are never among them.
+    A layer with several paths is found once, under the first. Layers in ``modules_to_save`` and in the heads that
+    ``task_type`` implies are never among them.
 
     Raises:
-        ValueError: nothing matches, or something does that can't be adapted; with what to write instead.
+        ValueError: no layer matches, or a matching layer cannot be adapted. The message says what to write instead.
 
     Warns:
-        UserWarning: a selector that selects nothing, while others do; see `tell_of_idle_selectors`.
+        UserWarning: a selector selects nothing, while others do; see `tell_of_idle_selectors`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -74,7 +74,7 @@ def parameter_targets(model: nn.Module, config: LoraConfig) -> dict[str, Paramet
 
 
 def _only_parameters(model: nn.Module, config: LoraConfig) -> bool:
-    """Whether no layer is meant: said so, or nothing said of an architecture without defaults."""
+    """Whether the configuration means parameters alone: by an empty list, or for lack of default layers."""
     unknown = config.target_modules is None and (_model_type(model) or "") not in _defaults(config)
     return bool(config.target_parameters) and (config.target_modules == [] or unknown)
 
@@ -106,12 +106,12 @@ def _find_layers(
 
 
 def modules_to_save_paths(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The modules that train whole: those in ``modules_to_save``, and the heads that ``task_type`` implies.
+    """Paths of the modules that train whole: those in ``modules_to_save``, and the heads that ``task_type`` implies.
 
-    A name is a whole path or its last parts: "classifier" leaves "pre_classifier" alone.
+    A name is a whole path or its last parts: "classifier" does not match "pre_classifier".
 
     Raises:
-        ValueError: a listed name matches nothing, or a mere list of modules.
+        ValueError: a name in ``modules_to_save`` matches nothing, or a container such as ``nn.ModuleList``.
 
     Example:
         >>> model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "score": nn.Linear(4, 2)})
@@ -166,7 +166,7 @@ def find_tied(model: nn.Module, targets: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _with_shared_weight(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, str]:
-    """For each target whose weight another module has, too, that module's path."""
+    """For each target whose weight another module shares, the path of that module."""
     others = find_tied(model, targets)
     return {
         path: next(each for each in tied if _has_weight(model, each, targets[path]))
@@ -182,11 +182,11 @@ def _has_weight(model: nn.Module, path: str, layer: nn.Module) -> bool:
     )
 
 
-# What is in the model
+# Modules of the model
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by path, without the model itself and what adapters have put into it."""
+    """Every module by path, without the model itself and the modules that adapters have added."""
     own: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         parent, _, last = path.rpartition(".")
@@ -201,7 +201,7 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _model_type(model: nn.Module) -> str | None:
-    """``config.model_type`` of the model, or of the first model inside a model of the user's own."""
+    """``config.model_type`` of the model, or of the first model inside a user's own model."""
     kinds = (getattr(getattr(module, "config", None), "model_type", None) for module in model.modules())
     return next((kind for kind in kinds if isinstance(kind, str) and kind), None)
 
@@ -210,7 +210,7 @@ def _model_type(model: nn.Module) -> str | None:
 
 
 def _target_names(model: nn.Module, config: LoraConfig) -> tuple[list[str] | str, bool]:
-    """The names or the expression to match, and whether the user chose them himself."""
+    """The names or the expression to match, and whether the user chose them."""
     if config.target_modules == "all-linear":
         heads = {id(module) for module in output_embeddings(model)}
         own = own_modules(model).items()

@@ -1,7 +1,7 @@
-"""Layers on which an adapter would do nothing, or something else than it should.
+"""Layers on which an adapter would do nothing, or would not do what it should.
 
-Of some a parent reads the weight without calling them. Others are linear layers by their class, but compute something
-else in a forward of their own.
+The parent of some layers reads their weight without calling them. Other layers are linear by their class, but their own
+forward computes something else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rankwise.config import LoraConfig
 
 
 def why_ignored(model: nn.Module, path: str, config: LoraConfig) -> str | None:
-    """Why an adapter on the layer would do nothing, if so: its parent takes the weight and calls no layer."""
+    """The reason why an adapter on the layer would do nothing, or None: its parent only reads its weight."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     called, read = _uses(_class_of(parent))
@@ -36,15 +36,15 @@ def why_ignored(model: nn.Module, path: str, config: LoraConfig) -> str | None:
 
 
 def _class_of(module: nn.Module) -> Any:
-    """A module's class, as it was before it was adapted."""
+    """A module's class before it was adapted."""
     return getattr(module, "_original_class", type(module))
 
 
 def check_fast_path(model: nn.Module, path: str) -> None:
-    """Refuse layers of a Transformer encoder that PyTorch computes without calling them.
+    """Refuse a layer of a Transformer encoder that PyTorch's fast path computes without calling it.
 
     Raises:
-        ValueError: the layer at ``path`` is one.
+        ValueError: the fast path computes the layer at ``path``.
     """
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
@@ -56,22 +56,22 @@ def check_fast_path(model: nn.Module, path: str) -> None:
 
 
 def why_unlike_linear(path: str, layer: nn.Module, same_numbers: bool) -> str | None:
-    """Why a linear layer is none after all, if so: a class of its own computes something else with the weight.
+    """The reason why a layer of a linear class is not linear, or None: its class computes something else.
 
-    Routers give out choices of experts, grouped layers multiply blocks. The class is tried out on a few numbers.
+    Routers return choices of experts, and grouped layers multiply blocks. The layer is tried on a small input.
 
     Args:
-        path: the layer's.
+        path: path of the layer.
         layer: any module.
-        same_numbers: whether the output must be what a linear layer computes. Else its shape is enough, so that an
-            adapter's output can be added to it.
+        same_numbers: whether the output must be that of a linear layer. False: its shape must be, so that an adapter's
+            output can be added to it.
     """
     cls = _class_of(layer)
     plain = cls.forward in (nn.Linear.forward, NonDynamicallyQuantizableLinear.forward)
     weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) and not plain else None
     if weight is None or weight.is_meta or not weight.is_floating_point() or type(weight) is not nn.Parameter:
         return None
-    if list(weight.shape) != [layer.out_features, layer.in_features]:  # packed, or shared out over processes
+    if list(weight.shape) != [layer.out_features, layer.in_features]:  # packed, or sharded over processes
         return None
     before, was_training = torch.get_rng_state(), layer.training
     try:
@@ -86,7 +86,7 @@ def why_unlike_linear(path: str, layer: nn.Module, same_numbers: bool) -> str | 
                 found.double(), wanted.double(), rtol=1e-2, atol=1e-2, equal_nan=True
             ):
                 return None
-    except Exception:  # it takes no input of this shape, or more than an input
+    except Exception:  # the class may take another shape of input, or more inputs
         pass
     finally:
         layer.training = was_training
@@ -100,7 +100,7 @@ def why_unlike_linear(path: str, layer: nn.Module, same_numbers: bool) -> str | 
 
 @functools.lru_cache(maxsize=512)
 def _uses(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
-    """What a forward pass of ``cls`` does: names of submodules used as a whole, and of those whose weight it reads."""
+    """Names of the submodules that a forward pass of ``cls`` calls or passes on, and of those whose weight it reads."""
     called: set[str] = set()
     read: set[str] = set()
     methods = _methods(cls)
@@ -113,13 +113,13 @@ def _uses(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
         seen.add(name)
         for method in methods[name]:
             if "super()" not in _look_into(method, called, read):
-                break  # what it overrides does not run
+                break  # the overridden method does not run
         waiting += [each for each in called if each in methods and each not in seen]
     return frozenset(called), frozenset(read)
 
 
 def _look_into(method: Any, called: set[str], read: set[str]) -> str:
-    """Collect what a method does with ``self``; its source."""
+    """Collect the submodules of ``self`` that a method uses, and return the method's source."""
     try:
         source = textwrap.dedent(inspect.getsource(method))
         tree = ast.parse(source) if ".weight" in source else None

@@ -1,4 +1,4 @@
-"""The command line: one file a command, in the order in which ``--help`` lists them."""
+"""The command line: one file for each command, imported in the order in which ``--help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ __all__ = [
 
 
 def main() -> None:
-    """The ``rankwise`` command."""
+    """Run the ``rankwise`` command."""
     quieten_libraries()
     app()
 
 
 def quieten_libraries() -> None:
-    """Leave out what libraries log below errors, and their warnings about what is to change in them.
+    """Silence the deprecation warnings of libraries, and their log messages below the level of errors.
 
-    They tell of optional parts that are not installed, before anything was done. Whoever sets ``TORCH_LOGS``, or
-    Python's ``-W``, gets what they ask for.
+    Most of these messages tell of optional packages that are not installed. Users who set ``TORCH_LOGS`` or Python's
+    ``-W`` still get what they asked for.
     """
-    if logging.lastResort is not None:  # what loggers without a handler write to
+    if logging.lastResort is not None:  # Python's handler for loggers without one
         logging.lastResort.setLevel(logging.ERROR)
     if "TORCH_LOGS" not in os.environ:
         logging.getLogger("torch").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The arguments that commands on a trained adapter share."""
+"""Arguments and printing functions that the commands for trained adapters share."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ RecipeOption = Annotated[
     typer.Option(
         "--recipe",
         metavar="RECIPE.yaml",
-        help="The recipe of the adapter, for a folder without one, as PEFT's.",
+        help="The adapter's recipe, if its folder holds none. PEFT's folders hold none.",
         show_default=False,
     ),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Examples in a batch.", show_default=False)
+    int | None, typer.Option(metavar="N", min=1, help="Examples per batch.", show_default=False)
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
 
 def print_whole(table: Table, console: Console) -> None:
-    """Print a table: into a pipe or a file with lines as long as they need to be."""
+    """Print a table. In a pipe or a file, its lines are as long as they need to be."""
     if not console.is_terminal:
         from rich.measure import Measurement
 
@@ -53,6 +53,6 @@ def print_whole(table: Table, console: Console) -> None:
 
 
 def say_notes(console: Console, notes: Iterable[str]) -> None:
-    """Print what the user should know, a line each."""
+    """Print notes for the user, one per line."""
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""The application that commands register with, and the arguments that several of them share.
+"""The application that commands register with, and the arguments that several commands share.
 
-A command is a file in this folder: it imports `app`, and is imported in ``__init__.py``, in the order of ``--help``.
-Everything heavier than PyTorch is imported inside the commands, so that ``--help`` comes soon.
+Each command is a file in this folder that imports `app`. ``__init__.py`` imports these files in the order of
+``--help``. Everything heavier than PyTorch is imported inside the commands, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ except ImportError as missing:
 app = typer.Typer(
     name="rankwise",
     help="Fine-tune models with low-rank adapters whose ranks are found, not guessed.",
-    epilog="Exit codes: 0 done, 2 for what you must mend, 1 for a fault of rankwise, 130 after Ctrl-C.",
+    epilog="Exit codes: 0 done, 2 for errors that you must mend, 1 for a fault of rankwise, 130 after Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,14 +36,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Replace keys of the recipe, as in `training.max_steps=50`; `~KEY` takes one out.",
+        help="Replace keys of the recipe, as in `training.max_steps=50`. `~KEY` removes a key.",
         show_default=False,
     ),
 ]
 
 
 def one_of(*names: str) -> Callable[[str], str]:
-    """The parser of an option that takes one of ``names``; it suggests the nearest one, as errors about recipes do."""
+    """Return the parser of an option that takes one of ``names``. Its error suggests the nearest name."""
 
     def parse(value: str) -> str:
         if value in names:
@@ -65,7 +65,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass

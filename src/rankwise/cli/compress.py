@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rankwise.storage.compress import Compression
 
 
-_NUMBERS = 42  # columns that the numbers beside a layer's path take
+_NUMBERS = 42  # width in characters of the columns of numbers, next to the column of layer paths
 
 
 @app.command(epilog="Example: `rankwise compress output/reviews --rank 4 -o output/reviews-rank4`")
@@ -36,38 +36,38 @@ def compress(
     ] = None,
     parameters: Annotated[
         int | None,
-        typer.Option("--parameters", metavar="N", help="At most so many parameters.", show_default=False),
+        typer.Option("--parameters", metavar="N", help="At most this many parameters.", show_default=False),
     ] = None,
     keep: Annotated[
         float | None,
         typer.Option(
             "--keep",
             metavar="SHARE",
-            help="Keep this share of the update's squared norm, as 0.95.",
+            help="Keep this share of the update's squared norm, such as 0.95.",
             show_default=False,
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what each size would lose; write nothing.")
+        bool, typer.Option("--dry-run", help="Only show how much each size would lose. Write nothing.")
     ] = False,
     data: Annotated[
         str | None,
         typer.Option(
             "--data",
             metavar="FILE",
-            help="Measure before and after on this data, as `rankwise evaluate`.",
+            help="Measure the adapter on this data before and after, as `rankwise evaluate` does.",
             show_default=False,
         ),
     ] = None,
     recipe: RecipeOption = None,
     overwrite: Overwrite = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")] = False,
 ) -> None:
     """Cut an adapter to a size, with the least loss that LoRA of that size can have.
 
-    Give one of --rank, --parameters and --keep. Each layer gets its own rank: what stays is decided over all layers
-    together, by what it is worth for its size. Shows the share of the update's squared norm that is lost, in each layer
-    and in all. The result is a plain LoRA adapter that PEFT and rankwise load.
+    Give one of --rank, --parameters and --keep. Each layer gets its own rank: over all layers, the command keeps the
+    directions that hold most of the update for their number of parameters. It shows the share of the update's squared
+    norm that is lost, in each layer and in total. The result is a plain LoRA adapter that PEFT and rankwise load.
     """
     with failures(ValueError, TypeError, OSError):
         from rankwise.storage.compress import Spectra, compress_adapter
@@ -99,14 +99,14 @@ def compress(
 
 
 def _measure(adapter: Path, output: Path, data: str, recipe: Path | None) -> tuple[Measured, Measured]:
-    """The metrics of the adapter and of what it was cut to."""
+    """Return the metrics of the adapter and of the compressed adapter."""
     from rankwise.recipes.predicting.measure import evaluate
 
     return evaluate(adapter, data, recipe=recipe), evaluate(output, data, recipe=recipe)
 
 
 def show_metrics(before: Measured, after: Measured) -> None:
-    """Print metrics side by side."""
+    """Print the metrics before and after, side by side."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
@@ -121,7 +121,7 @@ def show_metrics(before: Measured, after: Measured) -> None:
 
 
 def show(compression: Compression, output: Path) -> None:
-    """Print what became of each layer, and of all."""
+    """Print the ranks, parameters and losses of each layer, and the totals."""
     from rich.table import Table
 
     from rankwise.run.summary import paths_that_fit
@@ -149,7 +149,7 @@ def show(compression: Compression, output: Path) -> None:
 
 
 def show_curve(curve: list[Compression], as_json: bool) -> None:
-    """Print what each size would lose."""
+    """Print the loss at each size."""
     if as_json:
         points = [{"parameters": each.parameters, "lost": each.lost} for each in curve]
         print(json.dumps(points, indent=2))

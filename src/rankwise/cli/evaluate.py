@@ -22,7 +22,7 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="OUT.json", help="Write the metrics as JSON, too.", show_default=False
+            "-o", "--output", metavar="OUT.json", help="Also write the metrics as JSON.", show_default=False
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON, for programs.")] = False,
@@ -32,15 +32,15 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE.png",
-            help="Draw the confusion of labels, or true against predicted numbers.",
+            help="Draw the confusion matrix of labels, or true against predicted numbers.",
             show_default=False,
         ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure an adapter on new data, with its task's own metrics, and show where it is wrong.
+    """Measure an adapter on new data with its task's metrics, and show its worst mistakes.
 
-    FILE is what `data.train` may be in a recipe: a table or a folder, with what is to be predicted.
+    FILE is anything that `data.train` may be in a recipe: a table or a folder, with the true labels or texts.
 
     Example:
         rankwise evaluate output/reviews new-reviews.csv -o metrics.json
@@ -71,8 +71,8 @@ def evaluate(
         for part in lines(found.details) if found.details else ():
             console.print(part, markup=False, highlight=False)
         say_notes(console, sample_lines([{**each, "after": each["written"]} for each in found.samples]))
-    if plot is not None:  # last, as what was measured must not be lost over it
+    if plot is not None:  # last, so that an error here loses none of the measurements
         with failures(ValueError):
             if found.details is None:
-                raise RecipeError("Of this task there is no picture: --plot is for labels and numbers.")
+                raise RecipeError("This task has no picture: --plot is for labels and numbers.")
             save_plot(found.details, plot)

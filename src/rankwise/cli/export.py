@@ -30,7 +30,7 @@ def export(
             "--to",
             parser=one_of(*TARGETS),
             metavar="TARGET",
-            help=f"Which server is to read it: {', '.join(TARGETS)}.",
+            help=f"The form to write: {', '.join(TARGETS)}.",
             show_default=False,
         ),
     ],
@@ -40,7 +40,7 @@ def export(
             "-o",
             "--output",
             metavar="OUT",
-            help="The folder to write; for gguf the file.",
+            help="The folder to write. For gguf, the file to write.",
             show_default=False,
         ),
     ],
@@ -49,7 +49,7 @@ def export(
         typer.Option(
             "--base",
             metavar="MODEL",
-            help="The base model's folder, or its .gguf file, if it isn't where the adapter says.",
+            help="The base model's folder or .gguf file, if it isn't where the adapter says.",
             show_default=False,
         ),
     ] = None,
@@ -59,7 +59,7 @@ def export(
             "--dtype",
             parser=one_of(*PRECISIONS),
             metavar="DTYPE",
-            help=f"Of the written factors: {', '.join(PRECISIONS)}; as they are if left out.",
+            help=f"The dtype of the written factors: {', '.join(PRECISIONS)}. Left out: the adapter's own.",
             show_default=False,
         ),
     ] = None,
@@ -76,10 +76,10 @@ def export(
 ) -> None:
     """Write an adapter in the form that a server reads.
 
-    **peft-lora**: plain LoRA with a rank for each layer. **vllm**: the same, checked for what vLLM takes. **sglang**,
-    for LoRAX too: one rank, with zeros where a layer has fewer or none. **gguf**: a file for llama.cpp and Ollama.
-    **diffusers**: a file for `pipe.load_lora_weights`. **merged**: a whole model folder, with its head, that
-    Transformers loads alone. What a server can't take is refused, with the way round it.
+    **peft-lora**: plain LoRA with a rank for each layer. **vllm**: the same, checked against vLLM's limits. **sglang**
+    (for LoRAX, too): one rank for all layers; lower ranks are filled up with zeros. **gguf**: a file for llama.cpp and
+    Ollama. **diffusers**: a file for `pipe.load_lora_weights`. **merged**: a whole model folder, with its head, that
+    Transformers loads by itself. If a server can't load an adapter, the error says what to do instead.
     """
     with failures(ValueError, TypeError, OSError):
         import torch
@@ -102,13 +102,13 @@ def export(
 
 
 def _merged(adapter: Path, output: Path, base: Path | None, overwrite: bool) -> Exported:
-    """Merge in the base model's files; or load the model, where it has a new head or its task has settings."""
+    """Merge within the base model's files. Load the model where it has a new head or its task has settings."""
     from rankwise.storage.export import export_adapter
     from rankwise.storage.export.exported import NotInBase
 
     try:
         from rankwise.recipes.predicting.merging import merge_adapter, needs_loading
-    except ImportError:  # without the extra `train`, there are the files
+    except ImportError:  # without the extra `train`, only the merge within files is possible
         return export_adapter(output, adapter, "merged", base=base, overwrite=overwrite)
     if not needs_loading(adapter, base):
         with contextlib.suppress(NotInBase):

@@ -1,7 +1,11 @@
-"""From an exception to one message and an exit code.
+"""Turning exceptions into one message and an exit code.
 
-Exit codes: 0 done; 2 for what the user must mend, with one message and no traceback; 1 for a fault of rankwise
-itself, with a traceback; 130, 143 and 129 after SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal).
+Exit codes:
+
+- 0: done.
+- 2: something that the user must mend. One message says what, without a traceback.
+- 1: a fault of rankwise itself, with a traceback.
+- 130, 143 and 129: SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal).
 """
 
 from __future__ import annotations
@@ -21,10 +25,10 @@ _EXTRA_OF = dict.fromkeys(("optuna", "psutil", "sqlalchemy"), 'pip install "rank
 
 @contextlib.contextmanager
 def failures(*mendable: type[Exception]) -> Iterator[None]:
-    """Turn exceptions into messages and exit codes.
+    """Turn the exceptions of a ``with`` block into messages and exit codes.
 
     Args:
-        mendable: exceptions, beside `RecipeError`, that tell of what the user must mend.
+        mendable: exception types, in addition to `RecipeError`, whose messages tell the user what to mend.
     """
     try:
         yield
@@ -35,7 +39,7 @@ def failures(*mendable: type[Exception]) -> Iterator[None]:
         name = (error.name or "").partition(".")[0]
         if name == "rankwise":
             raise _fault() from error
-        # Libraries that look for optional packages raise errors without a name, which say what to install.
+        # Libraries that look for optional packages raise errors without a name. Their messages say what to install.
         extra = _EXTRA_OF.get(name, EXTRAS)
         raise _mend(
             f"The Python package {name!r} is missing. Install: {extra}" if name else str(error)
@@ -48,15 +52,13 @@ def failures(*mendable: type[Exception]) -> Iterator[None]:
 
 
 def _mendable_message(error: Exception, mendable: tuple[type[Exception], ...]) -> str | None:
-    """What the user must mend, or None if the error is a fault of rankwise."""
+    """Return the message that tells the user what to mend, or None if the error is a fault of rankwise."""
     recipes = sys.modules.get("rankwise.recipes.errors")
     if isinstance(error, mendable) or (recipes is not None and isinstance(error, recipes.RecipeError)):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         where = f": {error.filename}" if error.filename else ""
-        return (
-            f"{error.strerror}{where}. Checkpoints that were written before are whole: go on with --resume."
-        )
+        return f"{error.strerror}{where}. Earlier checkpoints are complete: continue with --resume."
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "The GPU's memory is too small. Lower training.per_device_train_batch_size (and raise "

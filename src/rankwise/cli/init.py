@@ -31,18 +31,17 @@ def init(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The model to start from; left out, a small one for the task.",
+            help="The model to start from. Left out: a small one for the task.",
             show_default=False,
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the recipe if it is there.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe if it exists.")] = False,
 ) -> None:
     """Write a first recipe for your data.
 
-    Looks at a table, a folder of texts, pictures or audio files, or JSON lines; guesses the task, the columns and a
-    model to start from, says what it guessed, and writes a commented recipe to change. It asks nothing.
+    The command looks at a table or at a folder of texts, pictures or audio files. It guesses the task, the columns and
+    a model to start from, and says what it guessed. Then it writes a commented recipe for you to change. It asks no
+    questions.
     """
     with failures():
         from rankwise.recipes.starting import start_recipe

@@ -18,17 +18,17 @@ def inspect(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="The adapter's folder.", show_default=False)
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, for programs.")] = False,
     plot: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.png",
-            help="Draw the ranks as a heat map, layers by module kind.",
+            help="Draw the ranks as a heat map of blocks by module names.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Show what is in an adapter's folder: base model, method, rank of every layer, parameters, file sizes."""
+    """Show what an adapter's folder holds: base model, method, rank of every layer, parameters, file sizes."""
     with failures(ValueError, TypeError, OSError):
         from rankwise.report.inspect import inspect_adapter
         from rankwise.report.show import render_terminal, save_heatmap

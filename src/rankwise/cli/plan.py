@@ -21,20 +21,18 @@ def plan(
         bool,
         typer.Option(
             "--memory",
-            help="Only the memory, from the model's config.json: neither data nor weights need be there.",
+            help="Only estimate the memory, from the model's config.json. Needs neither data nor weights.",
         ),
     ] = False,
     measure: Annotated[
         bool,
-        typer.Option(
-            "--time", help="Train a few steps, and estimate how long the run takes; nothing is written."
-        ),
+        typer.Option("--time", help="Train a few steps to estimate how long the run takes. Writes nothing."),
     ] = False,
 ) -> None:
     """Show what a recipe would do, without training.
 
-    The phases, the budget over the steps, the ranks, the trainable parameters at the start and in the end, and an
-    estimate of the memory. The data is read and checked; no weights are loaded.
+    The plan shows the phases, the budget over the steps, the ranks, the trainable parameters at the start and at the
+    end, and an estimate of the memory. The data is read and checked. No weights are loaded.
     """
     with failures():
         from rankwise import recipes

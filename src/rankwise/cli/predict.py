@@ -23,7 +23,7 @@ def predict(
         str | None,
         typer.Argument(
             metavar="FILE",
-            help="The data; `-` for texts on the standard input, a line each.",
+            help="The data, or `-` for texts on the standard input, one per line.",
             show_default=False,
         ),
     ] = None,
@@ -34,7 +34,7 @@ def predict(
             "-o",
             "--output",
             metavar="OUT",
-            help="Write a table: `.csv`, `.tsv` or `.jsonl` (JSON lines). Left out, JSON lines on the standard output.",
+            help="The table to write: `.csv`, `.tsv` or `.jsonl`. Left out: JSON lines on the standard output.",
             show_default=False,
         ),
     ] = None,
@@ -43,15 +43,17 @@ def predict(
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Tokens that a model which writes may write.", show_default=False
+            metavar="N", min=1, help="The most tokens that a model writes per example.", show_default=False
         ),
     ] = None,
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Of labels, write the probability of each.")
+        bool, typer.Option("--probabilities", help="Also write the probability of each label.")
     ] = False,
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="TEXT", help="A text, in place of FILE.", show_default=False),
+        typer.Option(
+            "--text", metavar="TEXT", help="A text to predict, instead of FILE.", show_default=False
+        ),
     ] = None,
     column: Annotated[str, typer.Option(metavar="NAME", help="The name of the new column.")] = "prediction",
     overwrite: Overwrite = False,
@@ -59,8 +61,8 @@ def predict(
     """Predict every row of a file with an adapter: labels, numbers, tags, texts or transcripts.
 
     FILE is a table (CSV, JSON lines, Parquet) with the columns that the adapter was trained on, or a folder of
-    texts, pictures or audio files. What is to be predicted need not be in it. All its columns are kept, and the
-    predictions put beside them.
+    texts, pictures or audio files. It needs no column of labels. The output has all columns of FILE, and a new column
+    with the predictions.
 
     Example:
         rankwise predict output/reviews new-reviews.csv -o predictions.csv
@@ -68,7 +70,8 @@ def predict(
     """
     with failures(), tempfile.TemporaryDirectory(prefix="rankwise-texts-") as typed:
         if text and file is not None and "=" in file:
-            overrides, file = [file, *(overrides or ())], None  # with --text, overrides are what comes first
+            # With --text, the first argument is an override.
+            overrides, file = [file, *(overrides or ())], None
         from rankwise.recipes.predicting.predict import predict as predict_rows
         from rankwise.recipes.predicting.write import TABLE_ENDINGS, check_free, json_line, write_table
 
@@ -99,12 +102,12 @@ def _source(
     recipe: Path | None,
     folder: Path,
 ) -> str:
-    """The file to predict: as given, or one of the texts that were typed or came in."""
+    """Return the file to predict: the given one, or a new one with the texts from --text or the standard input."""
     from rankwise.recipes.errors import RecipeError
     from rankwise.recipes.predicting.typed import write_typed
 
     if texts and file is not None:
-        raise RecipeError(f"--text is in place of a file, but {file!r} is given, too. Take one out.")
+        raise RecipeError(f"--text replaces a file, but the file {file!r} is given, too. Remove one of them.")
     if not texts and file is None and sys.stdin.isatty():
         raise RecipeError("FILE is missing: give a file, --text TEXT, or texts on the standard input.")
     if texts or file is None or file == "-":

@@ -23,19 +23,19 @@ def probe(
         typer.Option("-o", "--output", metavar="PLAN.yaml", help="Write the plan.", show_default=False),
     ] = None,
     parameters: Annotated[
-        int | None, typer.Option(metavar="N", help="A budget in parameters.", show_default=False)
+        int | None, typer.Option(metavar="N", help="The budget, in parameters.", show_default=False)
     ] = None,
     size: Annotated[
         int | None,
         typer.Option(
-            "--bytes", metavar="N", help="A budget in bytes of the adapter's file.", show_default=False
+            "--bytes", metavar="N", help="The budget, in bytes of the adapter's file.", show_default=False
         ),
     ] = None,
     keep: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Hold this share of the gradient's squared norm, as 0.9.",
+            help="Keep this share of the gradient's squared norm, such as 0.9.",
             show_default=False,
         ),
     ] = None,
@@ -43,19 +43,19 @@ def probe(
         float | None,
         typer.Option(
             metavar="R",
-            help="As many parameters as LoRA of this rank; the default is the recipe's.",
+            help="As many parameters as LoRA of this rank has. Left out: the recipe's rank.",
             show_default=False,
         ),
     ] = None,
-    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches to look at.")] = 8,
+    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches to average over.")] = 8,
     max_rank: Annotated[int, typer.Option(metavar="R", min=1, help="The highest rank of a layer.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print spectra and plan as JSON.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace PLAN.yaml if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace PLAN.yaml if it exists.")] = False,
 ) -> None:
-    """See, before training, which layers will use rank; and plan ranks for a budget.
+    """Show before training which layers will use rank, and plan ranks for a budget.
 
-    Averages the gradient of each target layer over a few batches, and shows how large it is and in how many directions
-    it acts. The plan goes into a recipe as `adapter: {method: lora, plan: PLAN.yaml}`.
+    The command averages the gradient of each target layer over a few batches. It shows how large the gradient is, and
+    in how many directions it acts. A recipe uses the plan by `adapter: {method: lora, plan: PLAN.yaml}`.
     """
     with failures(ValueError, TypeError):
         from rankwise.recipes import load_recipe

@@ -17,7 +17,7 @@ def report(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="ADAPTER...", help="Adapters' folders, checkpoints, or sweeps.", show_default=False
+            metavar="ADAPTER...", help="Folders of adapters, checkpoints or sweeps.", show_default=False
         ),
     ],
     out: Annotated[
@@ -25,10 +25,10 @@ def report(
     ] = Path("report.html"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
 ) -> None:
-    """Write a page about one or several adapters, to look at in a browser; it needs no network.
+    """Write a page about one or several adapters, to open in a browser without a network.
 
-    The rank of each layer with a slider over the steps, budget and loss over the run, what the layers learned (the
-    spectra of their updates), where the parameters went, the metrics and the recipe. Several runs stand side by side.
+    The page shows the rank of each layer at any step, the budget and the loss over the run, the spectra of the layers'
+    updates, the share of parameters in each layer, the metrics and the recipe. Several runs are shown side by side.
     """
     with failures(ValueError, TypeError, OSError):
         from rankwise.report.html import write_report

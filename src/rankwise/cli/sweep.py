@@ -20,7 +20,7 @@ PRUNERS = ("median", "halving", "hyperband", "none")
 
 
 def _share(text: str) -> float:
-    """A share as a number or in percent."""
+    """Read a share that is given as a number or in percent."""
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -39,18 +39,18 @@ def sweep(
         typer.Option(
             "--over",
             metavar="KEY=LOW..HIGH",
-            help="What to vary: a range, or a list KEY=A,B,C. Left out: learning rate and rank, around the recipe's.",
+            help="A key to vary: a range or a list KEY=A,B,C. Left out: learning rate and rank, around the recipe's.",
             show_default=False,
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials in all, LoRA's included.")] = 20,
+    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Trials in total, LoRA's included.")] = 20,
     metric: Annotated[str, typer.Option(metavar="NAME", help="The held-out metric to compare by.")] = "loss",
     beside: Annotated[
         str,
         typer.Option(
             parser=one_of("lora", "none"),
             metavar="METHOD",
-            help="Give every second trial to LoRA at the same parameters: lora or none.",
+            help="lora: every second trial is LoRA with as many parameters. none: no trial is.",
         ),
     ] = "lora",
     within: Annotated[
@@ -60,14 +60,14 @@ def sweep(
             metavar="SHARE",
             help="How much worse than the best the smallest adapter may be, such as 1%.",
         ),
-    ] = "1%",  # type: ignore[assignment]  # as it would be given
+    ] = "1%",  # type: ignore[assignment]  # a text, which the parser reads
     output: Annotated[
         Path | None,
         typer.Option(
             "-o",
             "--output",
             metavar="OUT",
-            help="The folder to write; left out, the recipe's `output` with `-sweep`.",
+            help="The folder to write. Left out: the recipe's `output` with `-sweep` appended.",
             show_default=False,
         ),
     ] = None,
@@ -75,34 +75,39 @@ def sweep(
         str | None,
         typer.Option(
             metavar="URL",
-            help="A storage of Optuna's that several machines share; left out, a SQLite file in OUT.",
+            help="An Optuna storage that several machines share. Left out: a SQLite file in OUT.",
             show_default=False,
         ),
     ] = None,
     study: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Its name in the storage; left out, OUT's.", show_default=False),
+        typer.Option(metavar="NAME", help="The study's name. Left out: OUT's name.", show_default=False),
     ] = None,
     sampler: Annotated[
         str,
-        typer.Option(parser=one_of(*SAMPLERS), metavar="NAME", help=f"Optuna's: {', '.join(SAMPLERS)}."),
+        typer.Option(
+            parser=one_of(*SAMPLERS), metavar="NAME", help=f"Optuna's sampler: {', '.join(SAMPLERS)}."
+        ),
     ] = "tpe",
     pruner: Annotated[
         str,
         typer.Option(
             parser=one_of(*PRUNERS),
             metavar="NAME",
-            help=f"What stops trials that fall behind: {', '.join(PRUNERS)}.",
+            help=f"Optuna's pruner, which stops trials that fall behind: {', '.join(PRUNERS)}.",
         ),
     ] = "median",
     as_json: Annotated[bool, typer.Option("--json", help="Print the trials as JSON, for programs.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin a sweep of this name anew.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the earlier sweep of this name and start over.")
+    ] = False,
 ) -> None:
-    """Find the learning rate and the rank, or whatever else, that serve your data best.
+    """Find the learning rate, the rank or other settings that serve your data best.
 
-    Trains many short runs of the recipe, and of LoRA with as many parameters beside it, chosen by Optuna by their
-    held-out loss. Shows the trials, the frontier of loss against parameters, and the smallest adapter within a
-    tolerance of the best, and writes the recipe to repeat it. Ctrl-C stops it; the same command goes on.
+    Optuna chooses the settings of many short runs by their held-out loss. By default every second run is LoRA with as
+    many parameters. The command shows the trials, the frontier of loss against parameters, and the smallest adapter
+    within a tolerance of the best. It writes a recipe that repeats this adapter's run. After Ctrl-C, the same command
+    continues the sweep.
     """
     with failures():
         from rankwise.recipes.sweep import sweep as run
@@ -120,7 +125,9 @@ def sweep(
         say_notes(console, ("", *outcome.lines()))
     if outcome.interrupted is not None:
         command = shlex.join(["rankwise", *sys.argv[1:]])
-        console.print(f"\nStopped. To go on:\n\n  {command}\n", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"\nStopped. To continue:\n\n  {command}\n", markup=False, highlight=False, soft_wrap=True
+        )
         raise typer.Exit(128 + outcome.interrupted)
     folder = shlex.quote(str(outcome.folder))
     if not as_json and outcome.smallest is not None:

@@ -11,24 +11,24 @@ from rankwise.cli.failures import failures
 
 
 @app.command(
-    epilog="Exit codes: 0 done, 2 for what you must mend and for a run that has diverged, 1 for a fault of rankwise, "
-    "130 after Ctrl-C."
+    epilog="Exit codes: 0 done, 2 for errors that you must mend and for a run that has diverged, 1 for a fault of "
+    "rankwise, 130 after Ctrl-C."
 )
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in the output folder.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what an earlier run left in the output folder.")
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
     ] = False,
 ) -> None:
     """Fine-tune a model from a recipe.
 
-    It checks the recipe whole, says what it is about to do, trains with a live view of loss, phase and budget, and
-    shows the metrics before and after and the rank of every layer. Ctrl-C saves a checkpoint and prints the command
-    that goes on. Several GPUs: `torchrun --nproc-per-node 4 -m rankwise train RECIPE.yaml`.
+    The command first checks the whole recipe and shows what it will do. While it trains, it shows loss, phase and
+    budget. At the end it shows the metrics before and after, and the rank of every layer. Ctrl-C saves a checkpoint and
+    prints the command that continues. On several GPUs: `torchrun --nproc-per-node 4 -m rankwise train RECIPE.yaml`.
 
     A recipe:
 
@@ -38,9 +38,9 @@ def train(
           train: reviews.csv    # CSV, JSON lines, Parquet, class folders
           text: review          # the column with the text
           label: stars          # the column with the label
-          held_out: 0.2         # or eval: a file of its own
+          held_out: 0.2         # or `eval:` with a file
         adapter:
-          method: adalora       # or lora; and fields of its configuration
+          method: adalora       # or lora; then the method's settings
           target_r: 8
         training:               # Transformers' TrainingArguments
           num_train_epochs: 3

@@ -20,15 +20,15 @@ def watch(
     folder: Annotated[
         Path, typer.Argument(metavar="OUTPUT", help="The run's output folder.", show_default=False)
     ],
-    once: Annotated[bool, typer.Option("--once", help="Show where the run is, and leave.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Show the run's present state, and exit.")] = False,
     every: Annotated[
         float, typer.Option("--every", metavar="SECONDS", min=0.1, help="How often to look.")
     ] = 2.0,
 ) -> None:
-    """Watch a run that goes on elsewhere: its step, losses, budget, and the rank of every layer.
+    """Watch a run in another process: its step, losses, budget, and the rank of every layer.
 
-    It reads the output folder of `rankwise train`, which is brought up to date whenever the run logs; or the
-    checkpoints of any trainer. It ends with the run, or with Ctrl-C, and leaves the run alone. In a pipe, it prints a
+    The command reads the output folder of `rankwise train`, which the run updates whenever it logs. It also reads the
+    checkpoints of any trainer. It ends with the run or with Ctrl-C, and never touches the run. In a pipe, it prints a
     line for each change.
     """
     with failures(ValueError, TypeError, OSError):

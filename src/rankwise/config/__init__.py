@@ -1,4 +1,4 @@
-"""Configurations: what to adapt, with how many ranks, on which schedule."""
+"""Configurations: which layers to adapt, with how many ranks, on which schedule."""
 
 from __future__ import annotations
 

@@ -29,42 +29,47 @@ from rankwise.method.schedule import BudgetSchedule, check_length, phase_lengths
 class AdaLoraConfig(LoraConfig):
     """An AdaLoRA adapter: every layer starts at rank ``init_r``, and the average rank ends at ``target_r``.
 
+    Its other fields are those of `LoraConfig`.
+
     Args:
-        init_r: rank of every layer at the start, at least 1. None: with "principal" 8, or twice ``target_r``
-            from ``target_r=4`` up; with the paper's form 12.
+        init_r: rank of every layer at the start, a whole number of at least 1. None: with "principal" 8, or twice
+            ``target_r`` from ``target_r=4`` up; with the paper's form 12.
         target_r: average rank at the end, greater than 0 and at most ``init_r``. Below 1, such as 0.25, some layers
             end at rank 0. If it equals ``init_r``, no rank is cut.
-        tinit: length of the warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: 2 % of the
-            run with "principal", 0 with the paper's form.
-        tfinal: length of the last phase, in which no rank changes, in steps or as a fraction. None: three fifths of
-            the run with "principal", 0 with the paper's form.
-        deltaT: steps between two allocations, at least 1. None: with "principal" the number that gives twenty
-            allocations, with the paper's form 1.
+        tinit: length of the warm-up, in which no rank is cut, in optimizer steps (int) or as a fraction of the run
+            (float in [0, 1)). None: 2 % of the run with "principal", 0 with the paper's form.
+        tfinal: length of the last phase, in which no rank changes, in optimizer steps (int) or as a fraction of the
+            run (float in [0, 1)). None: three fifths of the run with "principal", 0 with the paper's form.
+        deltaT: optimizer steps between two allocations, at least 1. None: with "principal" the number that gives
+            twenty allocations, with the paper's form 1.
         beta1: decay of the running sensitivity, in (0, 1). Only the paper's form uses it.
         beta2: decay of the running uncertainty, in (0, 1). Only the paper's form uses it.
         orth_reg_weight: weight of the orthogonality penalty, at least 0. None: 0 with "principal", 0.5 with the
             paper's form.
-        total_step: optimizer steps of the whole run. None: the trainer fills it in.
-        lora_alpha: with "principal", updates are scaled by ``lora_alpha / k``, where ``k`` is the current average
-            rank. With the paper's form they are scaled by ``lora_alpha / init_r`` throughout. None: twice
-            ``target_r`` with "principal", 8 with the paper's form.
-        use_rslora: scale by ``lora_alpha / sqrt(k)`` instead. Only for "principal".
-        init_lora_weights: "principal" or the paper's form; see below.
+        total_step: optimizer steps of the whole run. None: the trainer or ``model.set_total_step`` sets it.
+        lora_alpha: numerator of the scale, greater than 0. With "principal" the scale is ``lora_alpha / k``, where
+            ``k`` is the current average rank. With the paper's form it is ``lora_alpha / init_r`` throughout. None:
+            twice ``target_r`` with "principal", 8 with the paper's form.
+        use_rslora: scale by ``lora_alpha / sqrt(k)`` instead. Only "principal" has this setting.
+        init_lora_weights: form of the method and start of the factors: "principal", True, "gaussian" or False. The
+            text below describes them.
         rank_pattern: the result of a run. It maps each ``"<module path>.lora_E"`` to a list of ``init_r`` booleans,
             True for the ranks that stay. A stack of matrices has ``init_r`` booleans per matrix, in order.
-        r: not a field of AdaLoRA. It is accepted with a warning, for compatibility.
+        r: not used by AdaLoRA. For compatibility, a rank of at least 1 is accepted with a warning.
 
     The class has two forms of the method. ``init_lora_weights="principal"`` is the default. It starts and learns as
     LoRA does: A is random and B is 0, and LoRA's learning rates fit. Before each cut it writes every layer's update in
     its principal directions. It then cuts, over all layers, the directions that are worth least for their parameters.
-    The budget counts parameters: at the end there are no more than LoRA of rank ``target_r`` has.
+    The budget counts parameters: at the end the adapter has at most as many as LoRA of rank ``target_r``.
 
     ``init_lora_weights=True`` (PEFT's value) is the paper's form, with the same numbers as PEFT: E starts at 0, A and
     B start normal, all three train, every triplet is scored, and the budget counts ranks. It needs a much larger
     learning rate. "gaussian" means the same as True. False starts from a random update, for tests.
 
     Raises:
-        TypeError, ValueError: as LoraConfig, and for a schedule that leaves no step for pruning.
+        TypeError: a field is unknown, or a value has the wrong type.
+        ValueError: a value is out of range, two values contradict each other, or the schedule leaves no step for
+            pruning.
 
     Example:
         >>> config = AdaLoraConfig(init_r=16, target_r=4, target_modules=["q_proj"])
@@ -79,7 +84,7 @@ class AdaLoraConfig(LoraConfig):
     peft_type: ClassVar[PeftType] = PeftType.ADALORA
 
     r: int = field(default=Default(PEFT_DEFAULT_R), repr=False)
-    init_r: int = None  # type: ignore[assignment]  # a number once it is checked, as some of the next
+    init_r: int = None  # type: ignore[assignment]  # the check replaces None by a number; so for those below
     target_r: float = 8
     tinit: int | float | None = None
     tfinal: int | float | None = None
@@ -98,10 +103,14 @@ class AdaLoraConfig(LoraConfig):
         return form_of(self.init_lora_weights)
 
     def resolved_schedule(self) -> BudgetSchedule:
-        """The schedule in whole steps.
+        """Return the schedule in whole optimizer steps.
 
         Raises:
             ValueError: ``total_step`` is not known yet, or the phases overlap.
+
+        Example:
+            >>> AdaLoraConfig(target_r=4, tinit=0.1, tfinal=0.5, deltaT=10, total_step=200).resolved_schedule()
+            BudgetSchedule(tinit=20, tfinal=100, total_step=200, deltaT=10)
         """
         if self.total_step is None:
             raise ValueError(
@@ -116,7 +125,15 @@ class AdaLoraConfig(LoraConfig):
         return BudgetSchedule(tinit, tfinal, total, deltaT)  # type: ignore[arg-type]
 
     def with_total_step(self, total_step: int) -> AdaLoraConfig:
-        """A checked copy for a run of ``total_step`` optimizer steps; fractions stay fractions."""
+        """Return a checked copy for a run of ``total_step`` optimizer steps. Fractions stay fractions.
+
+        Args:
+            total_step: optimizer steps of the whole run, at least 1.
+
+        Raises:
+            TypeError: ``total_step`` is not a whole number.
+            ValueError: the schedule leaves no step for pruning.
+        """
         return dataclasses.replace(self, total_step=total_step)
 
     def _check(self) -> None:
@@ -125,7 +142,7 @@ class AdaLoraConfig(LoraConfig):
             self.__dict__["lora_alpha"] = self._default_alpha()
         super()._check()
         if left_out:
-            self.__dict__["lora_alpha"] = default(self.lora_alpha)  # goes on following the other fields
+            self.__dict__["lora_alpha"] = default(self.lora_alpha)  # a default follows other fields
         self._check_schedule()
         for name in ("beta1", "beta2"):
             value = self.__dict__[name] = check_number(name, self.__dict__[name])
@@ -138,8 +155,8 @@ class AdaLoraConfig(LoraConfig):
             raise ValueError(f"`orth_reg_weight` must be at least 0, but is {weight}.")
         if self.use_rslora and not self.form.takes_rslora:
             raise ValueError(
-                "`use_rslora` does not go with the paper's form of AdaLoRA, whose scale is lora_alpha / init_r. "
-                "For a greater one, increase `lora_alpha`; or leave `init_lora_weights` at 'principal'."
+                "`use_rslora` does not work with the paper's form of AdaLoRA, whose scale is lora_alpha / init_r. "
+                "For a larger scale, increase `lora_alpha`; or leave `init_lora_weights` at 'principal'."
             )
         if self.alpha_pattern:
             raise ValueError("`alpha_pattern` belongs to LoraConfig: AdaLoRA has one `lora_alpha` for all.")
@@ -162,7 +179,7 @@ class AdaLoraConfig(LoraConfig):
         values["target_r"] = check_positive("target_r", self.target_r)
         if _left_out(self.init_r):
             form = form_of(self._checked_start(self.init_lora_weights))
-            values["init_r"] = Default(form.init_r(self.target_r))  # goes on following the other fields
+            values["init_r"] = Default(form.init_r(self.target_r))  # a default follows other fields
         else:
             values["init_r"] = check_whole("init_r", self.init_r, least=1)
         if self.target_r > self.init_r and not self.inference_mode:
@@ -203,7 +220,8 @@ class AdaLoraConfig(LoraConfig):
         schedule = self.resolved_schedule()
         for name in ("tinit", "tfinal", "deltaT"):
             if _left_out(self.__dict__[name]):
-                self.__dict__[name] = Default(getattr(schedule, name))  # goes on following the other fields
+                # Still a default, which follows the other fields.
+                self.__dict__[name] = Default(getattr(schedule, name))
 
     def _check_phases(self) -> None:
         for name in ("tinit", "tfinal"):
@@ -221,9 +239,9 @@ class AdaLoraConfig(LoraConfig):
         return isinstance(self.tinit, float) and isinstance(self.tfinal, float)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration under PEFT's names, ready for JSON; fractions become steps once they are known.
+        """Return the configuration under PEFT's names, ready for JSON. Fractions become steps once they are known.
 
-        PEFT reads it if ``total_step`` is set: it knows no other AdaLoRA adapter.
+        PEFT reads an AdaLoRA configuration only if ``total_step`` is set.
         """
         data = super().to_dict()
         data["r"] = PEFT_DEFAULT_R
@@ -235,11 +253,9 @@ class AdaLoraConfig(LoraConfig):
 
     @classmethod
     def _from_file(cls, values: dict[str, Any], extra: dict[str, Any]) -> None:
-        """Take what PEFT's AdaLoRA ignores: the kind of start, `r`, `use_rslora` and `alpha_pattern`."""
+        """Handle fields that PEFT's AdaLoRA ignores: the kind of start, `r`, `use_rslora` and `alpha_pattern`."""
         start = values.setdefault("init_lora_weights", True)  # PEFT's default
-        if (
-            start == "gated"
-        ):  # an earlier default, whose factors and scale are in the file: it goes on as this one
+        if start == "gated":  # an earlier default: its factors and its scale in the file fit "principal"
             values["init_lora_weights"] = start = "principal"
         elif isinstance(start, str) and start not in ("gaussian", "principal"):
             extra["init_lora_weights"] = start

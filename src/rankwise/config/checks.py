@@ -1,4 +1,4 @@
-"""Checks of single fields of a configuration: a value comes back in plain form, and errors name its field."""
+"""Checks of single configuration fields. Each returns the value in plain form, or its error names the field."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from rankwise.config.suggest import suggestion
 
 
 class Default(int):
-    """A default, which can be told from the same number given by a user."""
+    """A whole number that is a default, as distinct from the same number given by a user."""
 
 
 class DefaultFraction(float):
-    """The same, where it is no whole number."""
+    """A fractional number that is a default, as distinct from the same number given by a user."""
 
 
 def default(value: float) -> Default | DefaultFraction:
-    """``value`` as a default; whole if it can be."""
+    """Mark ``value`` as a default: a `Default` if it is whole, a `DefaultFraction` otherwise."""
     return Default(value) if value == int(value) else DefaultFraction(value)
 
 
 def check_whole(name: str, value: Any, least: int | None) -> int:
-    """A whole number, at least ``least``."""
+    """Check that ``value`` is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must be a whole number, but is {short(value)}.")
     if least is not None and value < least:
@@ -36,12 +36,12 @@ def check_whole(name: str, value: Any, least: int | None) -> int:
 
 
 def check_rank(name: str, value: Any) -> int:
-    """A whole number, at least 1."""
+    """Check that ``value`` is a whole number of at least 1."""
     return check_whole(name, value, least=1)
 
 
 def check_number(name: str, value: Any) -> int | float:
-    """A finite number."""
+    """Check that ``value`` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, but is {short(value)}.")
     if isinstance(value, numbers.Integral):
@@ -52,14 +52,14 @@ def check_number(name: str, value: Any) -> int | float:
 
 
 def _bounded(name: str, value: int) -> int:
-    """Python's integers may have any size, which nothing that they are used for can hold."""
+    """Refuse integers of 2**53 and more: they do not fit into a float."""
     if abs(value) >= 2**53:
         raise ValueError(f"`{name}` is absurdly large.")
     return value
 
 
 def check_positive(name: str, value: Any) -> int | float:
-    """A finite number greater than 0."""
+    """Check that ``value`` is a finite number greater than 0."""
     number = check_number(name, value)
     if number <= 0:
         raise ValueError(f"`{name}` must be greater than 0, but is {value}.")
@@ -69,14 +69,14 @@ def check_positive(name: str, value: Any) -> int | float:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or False."""
+    """Check that ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, but is {short(value)}.")
     return value
 
 
 def check_text(name: str, value: Any) -> str | None:
-    """Text or None; a path becomes text."""
+    """Check that ``value`` is text or None. A path becomes text."""
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if value is not None and not isinstance(value, str):
         raise TypeError(f"`{name}` must be text or None, but is {short(value)}.")
@@ -84,8 +84,8 @@ def check_text(name: str, value: Any) -> str | None:
 
 
 def check_one_of(name: str, value: Any, choices: Sequence[str]) -> str:
-    """One of some words; a member of an enumeration becomes its value."""
-    value = getattr(value, "value", value)  # a member of an enumeration
+    """Check that ``value`` is one of the words ``choices``. A member of an enumeration becomes its value."""
+    value = getattr(value, "value", value)
     if not isinstance(value, str):
         raise TypeError(f"`{name}` must be one of {', '.join(choices)}, but is {short(value)}.")
     if value not in choices:
@@ -95,7 +95,7 @@ def check_one_of(name: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def check_start(value: Any, choices: str) -> bool | str:
-    """A value of `init_lora_weights` that every kind of adapter takes; ``choices`` are told in an error."""
+    """Check a value of `init_lora_weights` that every kind of adapter takes; an error quotes ``choices``."""
     if isinstance(value, bool) or value == "gaussian":
         return value  # type: ignore[no-any-return]
     if not isinstance(value, str):
@@ -104,7 +104,7 @@ def check_start(value: Any, choices: str) -> bool | str:
 
 
 def check_names(name: str, value: Any) -> list[str] | None:
-    """A list of names without doubles, in the order given; a set's are sorted."""
+    """Check a list of names and drop doubles. A list keeps its order; a set is sorted."""
     if value is None:
         return None
     if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, AbstractSet)):
@@ -118,7 +118,7 @@ def check_names(name: str, value: Any) -> list[str] | None:
 
 
 def check_names_or_pattern(name: str, value: Any) -> list[str] | str | None:
-    """As `check_names`, or a regular expression."""
+    """Check a list of names, as `check_names` does, or a regular expression."""
     if not isinstance(value, str):
         return check_names(name, value)
     check_regular_expression(name, value)
@@ -126,7 +126,7 @@ def check_names_or_pattern(name: str, value: Any) -> list[str] | str | None:
 
 
 def check_regular_expression(name: str, value: str) -> None:
-    """Refuse what is no regular expression."""
+    """Refuse text that is not a regular expression."""
     try:
         re.compile(value)
     except (re.error, OverflowError, RecursionError) as error:
@@ -134,7 +134,7 @@ def check_regular_expression(name: str, value: str) -> None:
 
 
 def check_pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
-    """A dictionary from the end of a path, or a regular expression, to values that pass ``check``."""
+    """Check a dictionary from path ends or regular expressions to values, each of which ``check`` checks."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -147,9 +147,9 @@ def check_pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
 
 
 def check_kept_ranks(value: Any, init_r: int, stacks: bool = False) -> dict[str, list[bool]] | None:
-    """AdaLoRA's rank_pattern; a trailing adapter name, which older files have, is taken off its keys.
+    """Check AdaLoRA's ``rank_pattern``. Keys of older files end in an adapter's name, which is removed.
 
-    With ``stacks`` a mask may have ``init_r`` booleans for each of several matrices.
+    With ``stacks`` a list may have ``init_r`` booleans for each of several matrices.
     """
     if value is None:
         return None
@@ -173,7 +173,7 @@ def check_kept_ranks(value: Any, init_r: int, stacks: bool = False) -> dict[str,
 
 
 def check_layer_indices(value: Any) -> list[int] | int | None:
-    """A layer's index, or a list of them without doubles."""
+    """Check a layer's index, or a list of indices, and drop doubles."""
     if value is None:
         return None
     if isinstance(value, numbers.Integral):
@@ -185,6 +185,6 @@ def check_layer_indices(value: Any) -> list[int] | int | None:
 
 
 def short(value: Any) -> str:
-    """How a message shows a value, in at most 80 characters."""
+    """Show a value in a message, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""Options for the Hugging Face hub, and what was meant by one that there is not."""
+"""The options that functions pass on to the Hugging Face hub, and their check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rankwise.config.suggest import suggestion
 from rankwise.files.hub import OLD_OPTIONS
 
-# Of `huggingface_hub.snapshot_download`, and a folder in the repository.
+# The options of `huggingface_hub.snapshot_download`, and `subfolder`, a folder in the repository.
 HUB_OPTIONS = frozenset(
     "cache_dir endpoint etag_timeout force_download headers library_name library_version local_dir local_files_only "
     "max_workers repo_type revision subfolder tqdm_class token user_agent".split()
@@ -15,15 +15,15 @@ HUB_OPTIONS = frozenset(
 
 
 def check_hub_options(function: str, options: Iterable[str], more: Iterable[str] = ()) -> None:
-    """See that all options have a meaning.
+    """Check that every option is a known one.
 
     Args:
-        function: what the user has called.
-        options: names that he gave.
-        more: names that it takes beside those for the hub.
+        function: name of the function that the user called, for the message.
+        options: names of the options that the user gave.
+        more: names of options that the function takes in addition to those for the hub.
 
     Raises:
-        TypeError: it takes no such option; the message names the nearest that it takes.
+        TypeError: an option is unknown. The message suggests the nearest known one.
 
     Example:
         >>> check_hub_options("load", ["revison"])

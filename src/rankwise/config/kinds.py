@@ -1,4 +1,4 @@
-"""PEFT's words for kinds of adapters and of tasks."""
+"""PEFT's names for kinds of adapters and kinds of tasks, as enumerations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class _Word(str, Enum):
-    """A word that is the same as its text everywhere: compared, printed and in a file."""
+    """An enumeration of words. Each member compares, prints and saves as its text."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -16,7 +16,7 @@ class _Word(str, Enum):
 
 
 class PeftType(_Word):
-    """Kinds of adapters, which `peft_type` says.
+    """The kinds of adapters that ``peft_type`` names.
 
     Example:
         >>> from rankwise import LoraConfig
@@ -29,7 +29,13 @@ class PeftType(_Word):
 
 
 class TaskType(_Word):
-    """Kinds of tasks, for `task_type`; the plain words do as well."""
+    """The kinds of tasks that ``task_type`` names. Plain text, such as "CAUSAL_LM", means the same.
+
+    Example:
+        >>> from rankwise import LoraConfig
+        >>> LoraConfig(task_type=TaskType.CAUSAL_LM).task_type
+        'CAUSAL_LM'
+    """
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"

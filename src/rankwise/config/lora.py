@@ -56,17 +56,17 @@ _FLAGS = ("fan_in_fan_out", "use_rslora", "inference_mode")
 PEFT_DEFAULT_R = 8
 _PEFT_DEFAULT_ALPHA = 8
 
-# Starts that only matter before training. Any other has changed the base weights, which are not in the file.
+# Starts that matter only before training. Any other start has changed the base weights, which are not in the file.
 _STARTS_OF_NO_CONSEQUENCE = ("eva", "mica", "orthogonal")
 
-when_made: list[Callable[[], None]] = []  # called whenever a configuration has been made
+when_made: list[Callable[[], None]] = []  # functions that are called after each new configuration
 
 _Config = TypeVar("_Config", bound="LoraConfig")
 
 
 @dataclass(kw_only=True)
 class LoraConfig(CheckedKeywords):
-    """A plain LoRA adapter: a layer computes ``W x + scale * B A x``. ``rank_pattern`` may give layers other ranks.
+    """A plain LoRA adapter: a layer computes ``W x + scale * B A x``.
 
     A configuration is always valid: it is checked when it is made, when it is read from a file, and when a field is
     set. Use ``dataclasses.replace`` to change several fields that depend on each other. A tuple or a set may stand
@@ -77,27 +77,28 @@ class LoraConfig(CheckedKeywords):
         target_modules: which layers to adapt: a list of names (the whole path, or its last parts), a regular
             expression that matches whole paths, ``"all-linear"``, or None for the known defaults of an architecture.
             An empty list adapts no layer; use it with ``target_parameters``.
-        target_parameters: names of parameters to adapt directly, such as the experts of a mixture of experts: a list
-            of whole names, or their last parts (``"experts.down_proj"``). A parameter of three dimensions is a stack
-            of matrices, and each matrix has its own rank. ``lora_dropout`` must be 0.
+        target_parameters: parameters to adapt directly, such as the experts of a mixture of experts: a list of whole
+            names, or of their last parts (``"experts.down_proj"``). A parameter of three dimensions is a stack of
+            matrices, and each matrix has its own rank. ``lora_dropout`` must be 0.
         exclude_modules: layers to leave alone, by name or by regular expression.
-        lora_alpha: the update is scaled by ``lora_alpha / r``; greater than 0.
+        lora_alpha: numerator of the scale ``lora_alpha / r``, greater than 0.
         lora_dropout: probability, in [0, 1), that training drops an element of the adapter's input.
-        fan_in_fan_out: kept for compatibility; the kind of layer decides.
+        fan_in_fan_out: accepted for compatibility and ignored. The kind of layer tells how its weight is stored.
         bias: which biases train: "none", "all", or "lora_only" (those of adapted layers).
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
         modules_to_save: names of whole modules to train and save, such as a new classification head.
-        init_lora_weights: True (the update starts at 0), "gaussian" (the same with a normal A) or False (a random
-            update, for tests).
-        layers_to_transform: adapt only these layers, by index from 0. Needs a list in ``target_modules``.
-        layers_pattern: the module list that ``layers_to_transform`` counts in, such as "layers" or "h".
+        init_lora_weights: start of the factors: True (the update starts at 0), "gaussian" (the same with a normal A)
+            or False (a random update, for tests).
+        layers_to_transform: index of the only layer to adapt, or a list of indices, counted from 0.
+            ``target_modules`` must then be a list.
+        layers_pattern: name of the module list that ``layers_to_transform`` counts in, such as "layers" or "h".
         rank_pattern: ranks of layers that differ from ``r``, at least 1. Each key is a regular expression that matches
-            the end of a path.
-        alpha_pattern: the same for ``lora_alpha``.
+            the end of a path; the first that matches counts.
+        alpha_pattern: values of ``lora_alpha`` for layers that differ, with the same kind of keys.
         task_type: one of ``TASK_TYPES``, or None. The types of classification and question answering train the head.
         inference_mode: True if the adapter is for inference only and does not train.
-        base_model_name_or_path: where the base model came from.
-        revision: the base model's revision.
+        base_model_name_or_path: name or folder of the base model.
+        revision: revision of the base model on the Hugging Face hub.
         extra: fields of a PEFT file that have no meaning here. They are written back unchanged.
 
     Raises:
@@ -159,7 +160,7 @@ class LoraConfig(CheckedKeywords):
             self.__dict__.update(before)
             raise
 
-    # -- checks: each puts the checked value in its plain form (lists, dicts, int, float, str)
+    # -- checks: each stores the checked value in its plain form (lists, dicts, int, float, str)
 
     def _check(self) -> None:
         values = self.__dict__
@@ -172,7 +173,7 @@ class LoraConfig(CheckedKeywords):
             raise ValueError(f"`lora_dropout` must be in [0, 1), but is {self.lora_dropout}.")
         if self.lora_dropout and self.target_parameters:
             raise ValueError(
-                f"`lora_dropout`={self.lora_dropout} does not go with `target_parameters`, as in PEFT: set it to 0."
+                f"`lora_dropout`={self.lora_dropout} does not work with `target_parameters`, as in PEFT: set it to 0."
             )
         for name in _FLAGS:
             values[name] = check_flag(name, values[name])
@@ -239,7 +240,7 @@ class LoraConfig(CheckedKeywords):
     # -- files
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration under PEFT's names, ready for JSON.
+        """Return the configuration under PEFT's names, ready for JSON.
 
         Example:
             >>> LoraConfig(target_modules={"v", "q"}).to_dict()["target_modules"]
@@ -255,21 +256,22 @@ class LoraConfig(CheckedKeywords):
 
     @classmethod
     def from_dict(cls: type[_Config], data: Mapping[str, Any], source: str = CONFIG_NAME) -> _Config:
-        """Read what ``to_dict`` or PEFT wrote; ``peft_type`` decides the class.
+        """Make a configuration from what ``to_dict`` or PEFT wrote. ``peft_type`` decides the class.
 
-        Fields that the class does not have are kept in ``extra``, and refused where they are known to change what
-        the adapter computes. For an adapter in ``inference_mode`` the schedule is not checked, as nothing will be
+        Fields that the class does not have are kept in ``extra``. They are refused if they are known to change what
+        the adapter computes. The schedule of an adapter in ``inference_mode`` is not checked, as nothing will be
         trained.
 
         Args:
-            data: the fields.
-            source: what to call the file in messages.
+            data: the fields, by name.
+            source: name of the file for messages.
 
         Raises:
-            TypeError, ValueError: as the class, and for another kind of adapter. Each begins with ``source``.
+            TypeError: a value has the wrong type. This message and the next begin with ``source``.
+            ValueError: a value is out of range, or ``peft_type`` names another kind of adapter.
 
         Warns:
-            UserWarning: a field is not known, and may change what the adapter computes.
+            UserWarning: a field is unknown, and may change what the adapter computes.
 
         Example:
             >>> config = LoraConfig.from_dict({"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "r": 8})
@@ -292,7 +294,14 @@ class LoraConfig(CheckedKeywords):
 
     @classmethod
     def from_peft_type(cls, **fields: Any) -> LoraConfig:
-        """Make a configuration of the class that ``peft_type`` names; without it, of this one.
+        """Make a configuration of the class that ``peft_type`` names. Without ``peft_type``, make one of this class.
+
+        Args:
+            fields: the configuration's fields, and ``peft_type``.
+
+        Raises:
+            TypeError: a field is unknown, or a value has the wrong type.
+            ValueError: ``peft_type`` names an unknown kind of adapter, or a value is out of range.
 
         Example:
             >>> type(LoraConfig.from_peft_type(peft_type="ADALORA", total_step=100)).__name__
@@ -304,10 +313,13 @@ class LoraConfig(CheckedKeywords):
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        """The fields in a configuration's file, as they are; `from_pretrained` makes a configuration of them.
+        """Read the fields in a configuration's file, unchecked. `from_pretrained` makes a configuration of them.
+
+        Args:
+            path_json_file: path of the file.
 
         Raises:
-            ValueError: the file holds no JSON object.
+            ValueError: the file does not hold a JSON object.
         """
         fields = read_json(Path(path_json_file))
         if not isinstance(fields, dict):
@@ -316,7 +328,7 @@ class LoraConfig(CheckedKeywords):
 
     @classmethod
     def _from_file(cls, values: dict[str, Any], extra: dict[str, Any]) -> None:
-        """Change, in place, what PEFT writes and a user should not: here, the start of training."""
+        """Correct, in place, fields that PEFT writes and a user should not give: here, the start of training."""
         start = values.get("init_lora_weights")
         if not isinstance(start, str) or start == "gaussian":
             return
@@ -325,7 +337,7 @@ class LoraConfig(CheckedKeywords):
                 f"`init_lora_weights` is {start!r}: such an adapter belongs to base weights that its start "
                 "has changed, and they are not in the file. Convert it to a plain LoRA adapter with PEFT."
             )
-        if start != "orthogonal":  # PEFT reads that only where all ranks are even
+        if start != "orthogonal":  # PEFT reads "orthogonal" only where all ranks are even
             extra["init_lora_weights"] = start
         values["init_lora_weights"] = True
 
@@ -335,11 +347,13 @@ class LoraConfig(CheckedKeywords):
 
         Args:
             folder: the adapter's folder, or "owner/name" on the hub.
-            hub_options: ``subfolder``; and for the hub ``revision``, ``token``, ``cache_dir``, ….
+            hub_options: ``subfolder``, the folder inside the repository; and ``revision``, ``token``, ``cache_dir`` and
+                others for the hub.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            TypeError, ValueError: the file is broken, see ``from_dict``; or there is no such option.
+            FileNotFoundError: the folder or the file does not exist.
+            TypeError: an option is unknown, or a value in the file has the wrong type.
+            ValueError: the file is broken; see ``from_dict``.
         """
         check_hub_options(f"{cls.__name__}.from_pretrained", hub_options)
         path = find_adapter_folder(folder, only_config=True, **hub_options) / CONFIG_NAME
@@ -350,12 +364,15 @@ class LoraConfig(CheckedKeywords):
         return cls.from_dict(read_json(path), source=str(path))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``adapter_config.json`` into a folder, made if need be, and return the file's path.
+        """Write ``adapter_config.json`` into a folder and return the file's path.
 
-        The file is written aside and then renamed, so it is the old one or the new one at any moment.
+        The file is written aside and then renamed, so at any moment it is either the old one or the new one.
+
+        Args:
+            folder: the folder, which is made if it does not exist.
         """
         path = Path(folder) / CONFIG_NAME
-        # Patterns keep their order: the first that matches counts.
+        # Patterns keep their order, because the first that matches counts.
         fields = dict(sorted(self.to_dict().items()))
         write_file(path, json.dumps(fields, indent=2, allow_nan=False) + "\n")
         return path
@@ -386,8 +403,8 @@ def _split_fields(kind: type[Any], data: Mapping[str, Any]) -> tuple[dict[str, A
 
 
 def _plain(value: Any) -> Any:
-    """A copy that JSON can hold."""
-    if type(value) in (bool, int, float, str):  # most are, and asking for protocols takes its time
+    """Return a copy that JSON can hold."""
+    if type(value) in (bool, int, float, str):  # a fast path for most values: checks of protocols are slow
         return value
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}

@@ -1,4 +1,4 @@
-"""The names of a configuration's fields: ours, those of PEFT that are not ours, and what a slip was meant to be."""
+"""Names of configuration fields: rankwise's own, those that only PEFT has, and suggestions for misspelt ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rankwise.config.checks import short
 from rankwise.config.suggest import nearest
 
-# Slips that spelling alone does not mend, as they reach here: lower case, without underscores.
+# Mistaken names that spelling alone does not correct, in lower case and without underscores.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
     "alpha": ("lora_alpha",),
     "deltar": ("deltaT",),
@@ -33,7 +33,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "warmupsteps": ("tinit",),
 }
 
-# PEFT's fields that this library does not have and that never change what a saved adapter computes.
+# Fields that only PEFT has and that never change what a saved adapter computes.
 _HARMLESS = frozenset(
     {
         "auto_mapping",
@@ -49,7 +49,7 @@ _HARMLESS = frozenset(
     }
 )
 
-# PEFT's other fields that this library does not have: unless neutral, they change what an adapter computes.
+# Other fields that only PEFT has. They change what an adapter computes, unless their value is neutral.
 _REFUSED = frozenset(
     {
         "alora_invocation_tokens",
@@ -68,8 +68,9 @@ _REFUSED = frozenset(
     }
 )
 
-# What PEFT writes into fields that say nothing of the adapter, and its defaults that are neither None, False nor empty.
+# Fields that PEFT fills in and that do not describe the adapter.
 _SAY_NOTHING = frozenset({"auto_mapping", "peft_version"})
+# Neutral values of PEFT's fields that are neither None, False nor empty.
 _DEFAULTS: Mapping[str, Any] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
 ON_PEFTS_LAYERS = (
@@ -78,15 +79,15 @@ ON_PEFTS_LAYERS = (
 )
 
 
-# Modules of PEFT that attach adapters, and ask a configuration for its kind first.
+# Modules of PEFT that attach adapters. They first ask a configuration for its kind.
 _ATTACHES = ("peft.mapping", "peft.mapping_func", "peft.peft_model")
 
 
 class _TakesNeutral(type):
-    """Lets a script of PEFT's name fields that rankwise does not have, as long as it does not use them."""
+    """Accepts fields that only PEFT has, as long as their values say that they are not used."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make a configuration of its own fields alone."""
+        """Make a configuration from the fields that it has."""
         names = field_names(cls)
         if not names.issuperset(kwargs):
             kwargs = _own_fields(cls, names, kwargs)
@@ -94,9 +95,9 @@ class _TakesNeutral(type):
 
 
 class CheckedKeywords(metaclass=_TakesNeutral):
-    """Refuses unknown keywords with the nearest real name; the dataclass keeps its typed ``__init__``.
+    """Refuses unknown keywords and suggests the nearest known name. The dataclass keeps its typed ``__init__``.
 
-    PEFT's fields that are not here can be given and asked for at their neutral values, which say they are not used.
+    Fields that only PEFT has can be set to their neutral values, which say that they are not used. They can be read.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -106,28 +107,27 @@ class CheckedKeywords(metaclass=_TakesNeutral):
             )
         return super().__new__(cls)
 
-    if not TYPE_CHECKING:  # or misspelt names would pass the type checker
+    if not TYPE_CHECKING:  # the type checker would accept misspelt names otherwise
 
         def __getattr__(self, name: str) -> Any:
-            """PEFT's fields that are not here: as they stand in the file, or their neutral value."""
+            """Return a field that only PEFT has: the value in the file, or else its neutral value."""
             if name in _HARMLESS | _REFUSED:
                 return self.__dict__.get("extra", {}).get(name, _neutral(name))
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def is_prompt_learning(self) -> bool:
-        """False: PEFT's word for methods that train prompts.
+        """False: rankwise has no method that trains prompts. PEFT asks for this property.
 
         Raises:
-            TypeError: PEFT's own functions ask, which find nothing in a model that rankwise has adapted, and can do
-                nothing with its configurations.
+            TypeError: one of PEFT's own functions asks. It cannot work with rankwise's models and configurations.
         """
         self._refuse_peft(sys._getframe(1))
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """False: PEFT's word for another method."""
+        """False: rankwise does not have PEFT's method of adaption prompts. PEFT asks for this property."""
         self._refuse_peft(sys._getframe(1))
         return False
 
@@ -147,7 +147,7 @@ class CheckedKeywords(metaclass=_TakesNeutral):
 
 
 def _own_fields(cls: type[Any], names: AbstractSet[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given for the fields ``names``; PEFT's others must be neutral, and some become ``extra``."""
+    """Return the values of the fields ``names``. PEFT's other fields must be neutral; some go into ``extra``."""
     own = {name: value for name, value in given.items() if name in names}
     said = {name: value for name, value in given.items() if name in _SAY_NOTHING and value is not None}
     for name, value in given.items():
@@ -157,7 +157,7 @@ def _own_fields(cls: type[Any], names: AbstractSet[str], given: Mapping[str, Any
 
 
 def is_neutral(cls: type[Any], name: str, value: Any) -> bool:
-    """Whether ``name`` is one of PEFT's fields that ``cls`` does not have, and ``value`` says that it is not used.
+    """Tell whether ``name`` is a field that only PEFT has and ``value`` says that it is not used.
 
     Example:
         >>> from rankwise import LoraConfig
@@ -168,7 +168,7 @@ def is_neutral(cls: type[Any], name: str, value: Any) -> bool:
         return getattr(value, "value", value) in (None, cls.__dict__.get("peft_type"))
     if name not in _HARMLESS | _REFUSED:
         return False
-    if name == "runtime_config" and value is not None:  # says only where DoRA computes
+    if name == "runtime_config" and value is not None:  # it only says on which device DoRA computes
         key = "ephemeral_gpu_offload"
         return not (value.get(key) if isinstance(value, Mapping) else getattr(value, key, True))
     empty = isinstance(value, (Mapping, AbstractSet, list, tuple)) and not value
@@ -182,11 +182,11 @@ def _neutral(name: str) -> Any:
 
 
 def check_extra(extra: Any) -> dict[str, Any]:
-    """Fields of a file that the configuration does not have.
+    """Check the fields of a file that the configuration does not have.
 
     Raises:
-        TypeError: it is no dictionary.
-        ValueError: one of them is known to change what the adapter computes.
+        TypeError: ``extra`` is not a dictionary.
+        ValueError: a field is known to change what the adapter computes.
     """
     if not isinstance(extra, Mapping):
         raise TypeError(f"`extra` must be a dictionary, but is {short(extra)}.")
@@ -200,13 +200,13 @@ def check_extra(extra: Any) -> dict[str, Any]:
 
 
 def tell_of_unknown(extra: Mapping[str, Any], source: str) -> None:
-    """Warn of a file's fields that are not known, unless they say themselves that they are not used."""
+    """Warn of unknown fields in a file, except those whose values say that they are not used."""
     known = _HARMLESS | _REFUSED | {"init_lora_weights"}
     unknown = {k: v for k, v in extra.items() if k not in known and v not in (None, False, {}, [])}
     if unknown:
         said = ", ".join(f"`{name}`={short(value)}" for name, value in unknown.items())
         warnings.warn(
-            f"{source}: rankwise does not know {said}, and passes over it, as PEFT does. Newer versions of PEFT "
+            f"{source}: rankwise does not know {said}, and ignores it, as PEFT does. Newer versions of PEFT "
             "may write such fields. If one of them changes what the adapter computes, the model differs from the one "
             "that was trained: compare their outputs.",
             UserWarning,
@@ -215,12 +215,12 @@ def tell_of_unknown(extra: Mapping[str, Any], source: str) -> None:
 
 
 def field_names(cls: type[Any]) -> frozenset[str]:
-    """Names of a configuration's fields."""
+    """Return the names of a configuration's fields."""
     return frozenset(each.name for each in dataclasses.fields(cls))
 
 
 def unknown_keyword(cls: type[Any], name: str, names: AbstractSet[str]) -> str:
-    """What to say of a keyword that is none of ``names``."""
+    """Write the error message for a keyword that is not among ``names``."""
     message = f"{cls.__name__} has no field `{name}`."
     if name == "peft_type":
         return (

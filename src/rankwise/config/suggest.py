@@ -1,4 +1,4 @@
-"""Nearest names, for messages about names that don't exist."""
+"""Find the nearest known name, for messages about unknown names."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str], *, or_part: bool = False) -> str | None:
-    """The known name that ``name`` was most likely meant to be, or None.
+    """Return the known name that ``name`` most likely stands for, or None.
 
-    Spelling decides, upper and lower case and the kind of dash aside.
+    Names are compared by spelling. Upper and lower case, dashes and underscores make no difference.
 
     Args:
-        name: what was said.
-        known: what could have been meant.
-        or_part: failing that, take a known name that contains it.
+        name: the name that was given.
+        known: the names that are known.
+        or_part: if no name is close, take a known name that contains ``name``.
 
     Example:
         >>> nearest("learning-rat", ["learning_rate", "seed"])
@@ -35,7 +35,7 @@ def nearest(name: str, known: Iterable[str], *, or_part: bool = False) -> str | 
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """A sentence, to stand after another, that suggests the known name nearest to ``name``; nothing if none is near.
+    """Return a sentence that suggests the known name nearest to ``name``. If none is near, return an empty text.
 
     Example:
         >>> suggestion("q_porj", ["q_proj", "v_proj"])

@@ -1,1 +1,1 @@
-"""Writing folders whole or not at all, files of tensors, the hub."""
+"""Atomic writing of folders and files, files of tensors, and downloads from the hub."""

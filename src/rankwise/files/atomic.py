@@ -1,30 +1,30 @@
 """Saving that can be killed at any moment: a folder shows its old files or its new ones, never a mix.
 
 A folder can't simply be swapped for a finished copy of itself. It may be a mount point or some process's current
-directory, and it may hold checkpoints. Others write into it while a save runs: in a distributed run, Transformers'
-Trainer writes the other ranks' files into the very folder that rank 0 saves to. So only the files of the save are
-replaced, all of them by a single rename:
+directory, and it may hold checkpoints. Others may write into it during a save: in a distributed run, Transformers'
+Trainer writes the other processes' files into the same folder that the first process saves to. So only the files of the
+save are replaced, all of them by a single rename:
 
-1. the new files are written and flushed in a hidden folder, the *stage*, beside links to the old ones::
+1. The new files are written and flushed in a hidden folder, the *stage*, next to links to the old files:
 
        adapter/adapter_config.json
        adapter/.rankwise-HOST-1f3a/old/adapter_config.json
        adapter/.rankwise-HOST-1f3a/new/adapter_config.json
        adapter/.rankwise-HOST-1f3a/current -> old
 
-2. every file of the folder becomes a link through ``current``, which changes nothing for a reader;
-3. ``current`` is renamed to a link to ``new``: this is the moment of the save, for all files and all readers;
-4. every link becomes the new file itself, which again changes nothing, and the stage goes.
+2. Every file of the folder becomes a link through ``current``. Readers see no change.
+3. ``current`` is renamed to a link to ``new``. This is the moment of the save, for all files and all readers.
+4. Every link is replaced by the new file itself, which readers don't notice, and the stage is removed.
 
-A folder that does not exist yet is written aside and renamed into place. What a killed process leaves is
-readable by anything, and is tidied by the next save or load.
+A folder that does not exist yet is written elsewhere and renamed into place. Whatever a killed process leaves can be
+read by anything. The next save or load tidies it.
 
-On Windows, or on a file system without symbolic links (FAT), the old files are moved into the stage and the new ones
-out of it. ``adapter_config.json`` goes first and comes last. A kill among those renames leaves a folder that no
-reader takes for an adapter, rather than a mix, until :func:`recover` completes it.
+On Windows, and on file systems without symbolic links (FAT), the old files are moved into the stage and the new ones
+out of it. ``adapter_config.json`` is moved first and comes back last. If the process is killed between these renames,
+no reader takes the folder for an adapter until :func:`recover` completes it. So readers never see a mix.
 
-A reader that opens two files one after the other can still get one from before a save and one from after it,
-however the save is done; :func:`read_folder` notices and reads again.
+A reader that opens two files one after the other can still get one file from before a save and one from after it. No
+way of saving prevents that. :func:`read_folder` notices it and reads again.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ _READS = 20
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], owned: Collection[str] = ()) -> None:
-    """Replace files of a folder all at once: a process killed at any moment leaves the old ones or the new.
+    """Replace files of a folder all at once: a process killed at any moment leaves the old files or the new ones.
 
-    Other files and sub-directories of the folder stay as they are and where they are.
+    Other files and subfolders of the folder are not touched.
 
     Args:
-        folder: made if it does not exist; a link to a folder is followed.
-        write: called once with the path of an empty folder, to put the new files into it.
-        owned: names of files, relative to the folder, that belong to the save: those that ``write`` did not
-            write are removed, in the same instant as the others are replaced.
+        folder: the folder. It is created if it does not exist; a link to a folder is followed.
+        write: a function that writes the new files into an empty folder. It is called once with that folder's path.
+        owned: the names of files, relative to the folder, that belong to the save. Those that ``write`` does not
+            write are removed at the moment when the others are replaced.
 
     Raises:
-        OSError: the files could not be written (a full disk, a limit, a permission). Nothing changed.
+        OSError: the files could not be written (a full disk, a limit, a permission). Nothing has changed then.
         ValueError: a name in ``owned`` leads out of the folder, or ``write`` made links instead of files.
 
     Example:
@@ -94,11 +94,11 @@ def write_folder(folder: Path, write: Callable[[Path], None], owned: Collection[
 def write_file(path: Path, data: bytes | str) -> None:
     """Write one file: a process killed at any moment leaves the old content or the new.
 
-    Text is written as UTF-8, line ends as they are. The file keeps its permissions; a link becomes a file. Within the
-    ``write`` of `write_folder`, which is all or nothing itself, the file is simply written.
+    Text is written as UTF-8, and line endings are kept. The file keeps its permissions. A link is replaced by a file.
+    Inside the ``write`` function of `write_folder`, which is atomic itself, the file is written directly.
 
     Raises:
-        OSError: the file could not be written. The old one has not changed then.
+        OSError: the file could not be written. The old file has not changed then.
 
     Example:
         >>> import tempfile
@@ -126,10 +126,10 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuse a place where something is already.
+    """Refuse a path at which something exists already.
 
     Raises:
-        FileExistsError: it is a file, or a folder that is not empty.
+        FileExistsError: the path is a file, or a folder that is not empty.
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         what = "is there already" if path.is_file() else "is not empty"
@@ -140,9 +140,9 @@ def refuse_existing(path: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Tidy what a killed save left in a folder; call it before reading one.
+    """Tidy what a killed save left in a folder. Call it before reading the folder.
 
-    It never fails: where it may not write, or another process is still saving, it leaves all as it is.
+    It never fails. If it may not write, or another process is still saving, it changes nothing.
 
     Example:
         >>> recover(Path("a/folder/that/does/not/exist"))
@@ -155,12 +155,12 @@ def read_folder(folder: Path, names: Collection[str], read: Callable[[Path], T])
 
     Args:
         folder: the folder.
-        names: the files that ``read`` opens, relative to the folder; they need not exist.
-        read: called with the folder; called again if one of the files was replaced meanwhile.
+        names: the files that ``read`` opens, relative to the folder. They need not exist.
+        read: a function of the folder. It is called again if one of the files was replaced meanwhile.
 
     Raises:
         OSError: the files were replaced again and again, faster than they could be read.
-        Exception: whatever ``read`` raises on files that were not replaced meanwhile.
+        Exception: any exception that ``read`` raises on files that were not replaced meanwhile.
 
     Example:
         >>> import tempfile
@@ -206,9 +206,9 @@ def _check_files(folder: Path) -> None:
 
 
 def _identity(path: Path, stack: ExitStack) -> tuple[int, int] | None:
-    """A file's device and number, by which one that replaces it is noticed; None if it is missing."""
+    """A file's device and inode number, which change when the file is replaced; None if it is missing."""
     try:
-        # Kept open by the stack: otherwise a new file could get the number of one that is gone.
+        # The stack keeps the file open. Otherwise a new file could get the inode number of a removed one.
         found = os.fstat(stack.enter_context(open(path, "rb", opener=_open_at_once)).fileno())
     except OSError:
         return None
@@ -216,5 +216,5 @@ def _identity(path: Path, stack: ExitStack) -> tuple[int, int] | None:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; if it is a pipe, without waiting for a writer."""
+    """Open a file. If it is a pipe, don't wait for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

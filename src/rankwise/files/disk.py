@@ -1,4 +1,4 @@
-"""What is in a folder, and having it on the disk."""
+"""Lists the files in a folder, and flushes them to the disk."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-# Readers take a folder without this file for no adapter at all.
+# Readers don't take a folder without this file for an adapter.
 ENTRY = "adapter_config.json"
 
 
 def files(folder: Path) -> list[str]:
-    """The names of all plain files below ``folder``, relative to it; none if it is missing or a link."""
+    """The names of all plain files below ``folder``, relative to it; none if the folder is missing or a link."""
     if folder.is_symlink():
         return []
     return [
@@ -27,28 +27,28 @@ def files(folder: Path) -> list[str]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names in the order to put files back: the one by which readers know an adapter comes last."""
+    """The order in which to put files back: the file by which readers recognize an adapter comes last."""
     return sorted(names, key=lambda name: (name == ENTRY, name))
 
 
 def is_plain(path: Path) -> bool:
-    """Whether it is a file, and no link to one."""
+    """Whether a path is a file and not a link to one."""
     return path.is_file() and not path.is_symlink()
 
 
 def is_there(path: Path) -> bool:
-    """Whether it is a file or a link, which may lead nowhere."""
+    """Whether a path is a file or a link, even a broken one."""
     return path.is_file() or path.is_symlink()
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Whether the way from the folder to the file goes through no link."""
+    """Whether the path from the folder to the file contains no links."""
     direct = Path(os.path.realpath(folder), name).parent
     return Path(os.path.realpath((folder / name).parent)) == direct
 
 
 def duplicate(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where that can't be done; a link gives the file it leads to."""
+    """Give a file a second name, or copy it if that is impossible. For a link, the file that it leads to is used."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(os.path.realpath(source), target)
@@ -66,7 +66,7 @@ def keep_mode(old: Path, new: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file or a folder on the disk, not only in memory, before going on."""
+    """Wait until a file or a folder is on the disk, not only in memory."""
     folder = path.is_dir()
     if folder and os.name == "nt":
         return
@@ -83,13 +83,13 @@ def flush(path: Path) -> None:
 
 def flush_done(folder: Path) -> None:
     """Flush a folder in which the new files are in place."""
-    # The save is done already, so an error here must not say that it failed.
+    # The save has succeeded already, so an error here must not report that it failed.
     with suppress(OSError):
         flush(folder)
 
 
 def flush_tree(folder: Path, files: bool = True) -> None:
-    """Flush a folder and all in it, or all but the ``files``."""
+    """Flush a folder and everything in it; without ``files``, only the folders."""
     for root, _, names in os.walk(folder, topdown=False):
         for name in names if files else ():
             flush(Path(root, name))
@@ -97,7 +97,7 @@ def flush_tree(folder: Path, files: bool = True) -> None:
 
 
 def flush_folders(folder: Path, names: Iterable[str]) -> None:
-    """Flush a folder and those in it that hold the files ``names``."""
+    """Flush a folder, and its subfolders that hold the files ``names``."""
     for path in {folder, *((folder / name).parent for name in names)}:
         with suppress(FileNotFoundError):
             flush(path)

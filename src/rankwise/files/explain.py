@@ -1,4 +1,4 @@
-"""What goes wrong in writing, in words that say what to do."""
+"""Explains errors in writing, and says what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rankwise.files.stage import PREFIX, HeldError
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn what went wrong while writing into an OSError that says what is the matter and what to do."""
+    """Turn an error in writing into an OSError that says what is wrong and what to do."""
     existed = path.is_file() or (path.is_dir() and any(path.iterdir()))
     try:
         yield
@@ -30,7 +30,7 @@ def explained(path: Path) -> Iterator[None]:
 def _errno_of(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno or errno.EIO
-    # safetensors writes in Rust, and has only the text of what the system said.
+    # safetensors writes in Rust, and keeps only the text of the system's error.
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found.group(1)) if found else None
 

@@ -1,4 +1,4 @@
-"""Where an adapter is: a folder, or a repository on the Hugging Face hub."""
+"""Finds an adapter in a folder or in a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# What older versions of `huggingface_hub` took, and what it is called now, if it has a meaning at all.
+# Options of older versions of `huggingface_hub`, with their present names; None for those without a meaning now.
 OLD_OPTIONS = {
     "use_auth_token": "token",
     "resume_download": None,
@@ -18,15 +18,17 @@ OLD_OPTIONS = {
 def find_adapter_folder(
     model_id: str | os.PathLike[str], only_config: bool = False, **hub_options: Any
 ) -> Path:
-    """The local folder of an adapter, downloaded from the hub if ``model_id`` is no folder.
+    """Find the local folder of an adapter. If ``model_id`` is not a folder, download it from the hub.
 
     Args:
-        model_id: a folder or "owner/name".
-        only_config: of a repository, download the configuration alone.
-        hub_options: ``revision``, ``cache_dir``, ``token``, ``subfolder``, … of `huggingface_hub.snapshot_download`.
+        model_id: a folder, or "owner/name" on the hub.
+        only_config: whether to download only the configuration from the hub.
+        hub_options: options of `huggingface_hub.snapshot_download`, such as ``revision``, ``cache_dir`` and ``token``;
+            and ``subfolder``.
 
     Raises:
-        FileNotFoundError: there is no such folder, and it can't be had from the hub.
+        FileNotFoundError: the folder does not exist and can't be downloaded from the hub.
+        TypeError: ``model_id`` is neither a string nor a path.
     """
     if not isinstance(model_id, (str, os.PathLike)):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Reading JSON that anybody may have written."""
+"""Reads JSON from untrusted sources."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rankwise.files.pointers import refuse_pointer
 
 
 def read_json(path: Path) -> Any:
-    """The value in a file of JSON, in UTF-8, without NaN, infinities and fields that appear twice.
+    """Read the value in a file of JSON in UTF-8.
 
     Raises:
-        OSError: there is no such file, or it can't be read.
-        ValueError: it holds anything else.
+        OSError: the file does not exist or can't be read.
+        ValueError: the file is not valid JSON, or it has NaN, infinities, or a field that appears twice.
     """
     try:
         text = path.read_text(encoding="utf-8")

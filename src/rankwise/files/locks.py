@@ -1,4 +1,4 @@
-"""Locks on files and folders, where the system has them."""
+"""Locks on files and folders, on systems that have them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if sys.platform != "win32":
 
 
 def open_lock(stage: Path) -> int:
-    """Open the lock file of a stage, made if need be."""
+    """Open the lock file of a stage. It is created if it does not exist."""
     return os.open(stage / "lock", os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def try_lock(file: int) -> bool | None:
-    """Lock an open file: True if that worked, False if another process has it, None if it can't be done."""
+    """Lock an open file. True: locked. False: another process holds the lock. None: locks are not supported."""
     if sys.platform != "win32":
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,7 +34,7 @@ def try_lock(file: int) -> bool | None:
 
 def unlock(file: int) -> None:
     """Unlock and close an open file."""
-    # Closing is not enough if the process was forked meanwhile.
+    # Closing alone does not unlock if the process was forked meanwhile.
     if sys.platform != "win32":
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)
@@ -43,7 +43,15 @@ def unlock(file: int) -> None:
 
 @contextmanager
 def only_one(folder: Path, patience: float) -> Iterator[None]:
-    """Be the only process that replaces files of ``folder``, where folders can be locked."""
+    """Be the only process that replaces files of ``folder``, if folders can be locked.
+
+    Args:
+        folder: the folder.
+        patience: the seconds to wait for another process.
+
+    Raises:
+        TimeoutError: another process held the lock for that time.
+    """
     if os.name == "nt":
         yield
         return

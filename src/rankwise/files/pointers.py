@@ -1,4 +1,4 @@
-"""Git LFS pointers: three lines of text that stand for a large file in a clone without Git LFS."""
+"""Recognizes Git LFS pointers: short texts that stand for large files in a clone without Git LFS."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _START = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_pointer(path: Path) -> None:
-    r"""Name a file that can't be read a Git LFS pointer, if it is one.
+    r"""Explain that a file is a Git LFS pointer, if it is one. Call it when a file can't be read.
 
     Raises:
-        ValueError: it is; with the command that fetches the file itself.
+        ValueError: the file is a pointer. The message gives the command that fetches the file itself.
 
     Example:
         >>> import tempfile

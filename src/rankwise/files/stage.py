@@ -1,4 +1,4 @@
-"""The hidden folder in which a save is prepared, and the renames that make it the folder's content."""
+"""The hidden folder in which a save is prepared, and the renames that put its files into place."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ from rankwise.files.locks import only_one, open_lock, try_lock, unlock
 
 PREFIX = ".rankwise-"
 HOST = re.sub(r"[^A-Za-z0-9.-]", "_", platform.node())[:64]
-PATIENCE = 60.0  # seconds to wait for another process that is replacing files of the same folder
-_QUIET = 24 * 3600.0  # seconds without a change after which a stage that can't be locked counts as dead
+PATIENCE = 60.0  # seconds to wait for another process that replaces files of the same folder
+_QUIET = 24 * 3600.0  # seconds without a change after which a stage that can't be locked counts as abandoned
 
 
 class HeldError(OSError):
-    """Files of the folder are in the stage, and could not be moved back."""
+    """Files of the folder are in the stage and could not be moved back."""
 
 
 def in_stage(path: Path) -> bool:
-    """Whether a file is a new one of a save under way, which becomes visible with all the others."""
+    """Whether a file is a new one in a running save, which becomes visible together with the others."""
     return any(parent.name == "new" and parent.parent.name.startswith(PREFIX) for parent in path.parents)
 
 
 class Stage:
-    """A hidden folder in which one save is prepared, locked for as long as its process lives.
+    """A hidden folder in which one save is prepared. It is locked while its process lives.
 
     Args:
         path: an existing folder, inside the folder whose files it replaces.
-        lock: its open lock file.
+        lock: the file descriptor of its lock file.
     """
 
     def __init__(self, path: Path, lock: int) -> None:
         self._lock: int | None = lock
         self._at(path)
-        # Whether files of the folder may be links into the stage, or be held in it.
+        # Whether files of the folder may be links into the stage, or may have been moved into it.
         self.entangled = False
 
     def _at(self, path: Path) -> None:
@@ -65,11 +65,11 @@ class Stage:
 
     @classmethod
     def make(cls, folder: Path) -> Stage:
-        """Make a stage in ``folder``, with the permissions that any new folder gets there."""
+        """Create a stage in ``folder``, with the permissions of any new folder there."""
         while True:
             path = folder / f"{PREFIX}{HOST}-{secrets.token_hex(4)}"
             path.mkdir()
-            # Another process that cleans may take the new stage for a dead one until it is locked.
+            # Until the new stage is locked, another process that cleans up may take it for an abandoned one.
             try:
                 lock = open_lock(path)
             except FileNotFoundError:
@@ -82,7 +82,7 @@ class Stage:
                 if try_lock(lock) is not False and (path / "lock").exists():
                     stage.new.mkdir()
                     return stage
-                stage.entangled = True  # with the process that cleans: it removes the stage
+                stage.entangled = True  # the other process removes the stage
                 stage.__exit__()
             except BaseException:
                 stage.__exit__()
@@ -90,9 +90,9 @@ class Stage:
 
     @classmethod
     def take_over(cls, path: Path) -> Stage | None:
-        """The stage at ``path`` if its process is dead, else None."""
+        """Take over the stage at ``path`` if its process is dead; otherwise return None."""
         lock = open_lock(path)
-        # Locks may not reach across machines.
+        # Locks may not work across machines.
         ours = path.name[len(PREFIX) :].rpartition("-")[0] == HOST
         try:
             locked = try_lock(lock)
@@ -110,30 +110,30 @@ class Stage:
         if self._lock is not None:
             if not self.entangled:
                 self._leave_its_name()
-            unlock(self._lock)  # first: an open file can't be removed on NFS and Windows
+            unlock(self._lock)  # unlocked first, because an open file can't be removed on NFS and Windows
             self._lock = None
         if not self.entangled:
             with suppress(OSError):
-                # First: without `current`, old files are taken for ones to put back.
+                # Removed first: without `current`, old files would be put back.
                 if self.old.exists():
                     shutil.rmtree(self.old)
                 shutil.rmtree(self.path, ignore_errors=True)
 
     def _leave_its_name(self) -> None:
-        """Rename the stage, while it is locked, so that whoever is just making it takes it for gone."""
+        """Rename the stage while it is locked, so that a process that is just creating it notices the removal."""
         name = f"{self.path.name.rpartition('-')[0]}-{secrets.token_hex(4)}"
-        with suppress(OSError):  # on Windows, where a folder with an open file keeps its name
+        with suppress(OSError):  # fails on Windows, where a folder with an open file can't be renamed
             os.rename(self.path, self.folder / name)
             self._at(self.folder / name)
 
     def share_files(self) -> None:
-        """Give the new files the permissions of any new file: safetensors makes files for their owner only."""
+        """Give the new files the usual permissions: safetensors makes files that only the owner can read."""
         mode = stat.S_IMODE(os.stat(self.path / "lock").st_mode)
         for name in files(self.new):
             os.chmod(self.new / name, mode)
 
     def become(self, folder: Path) -> bool:
-        """Rename the new files to ``folder``; False if a folder with files has appeared there meanwhile."""
+        """Rename the new files to ``folder``. False if a folder with files has appeared there meanwhile."""
         try:
             os.rename(self.new, folder)
         except OSError as error:
@@ -149,7 +149,7 @@ class Stage:
         self._at(folder / self.path.name)
 
     def publish(self, owned: Iterable[str]) -> None:
-        """Replace files of the folder by those in ``new``, and remove those of ``owned`` not among them."""
+        """Replace files of the folder by those in ``new``, and remove files in ``owned`` that are not among them."""
         with only_one(self.folder, PATIENCE):
             names = in_order({*files(self.new), *(name for name in owned if is_there(self.folder / name))})
             for name in names:
@@ -172,12 +172,12 @@ class Stage:
         try:
             self.settle()
         except OSError as error:
-            # Where links show all files, old or new, only tidying is left, to the next save or load.
+            # If links show all files, old or new, only tidying is left. The next save or load does it.
             if not self.current.is_symlink():
                 raise HeldError(error.errno, error.strerror) from error
 
     def _open_to_readers(self, names: Iterable[str]) -> None:
-        # Whoever may read the folder and its files may go on to do so, through links too.
+        # Everybody who may read the folder and its files must be able to read them through the links, too.
         for path in (self.path, self.old, self.new):
             with suppress(OSError):
                 os.chmod(path, stat.S_IMODE(os.stat(self.folder).st_mode) | stat.S_IRWXU)
@@ -185,7 +185,7 @@ class Stage:
             keep_mode(self.folder / name, self.new / name)
 
     def _can_link(self) -> bool:
-        if os.name == "nt":  # where a link to a folder can't be replaced by a rename
+        if os.name == "nt":  # a rename can't replace a link to a folder there
             return False
         try:
             os.symlink("old", self.current)
@@ -222,9 +222,9 @@ class Stage:
         flush_done(self.path)
 
     def settle(self) -> None:
-        """Make plain files of all that the folder shows through the stage; may be repeated after a failure.
+        """Replace all links and moved files by plain files in the folder. It may be repeated after a failure.
 
-        The old files before the moment of the save, the new ones after it.
+        Before the moment of the save, these are the old files; after it, the new ones.
         """
         if self.current.is_symlink():
             names = {*files(self.old), *files(self.new)}
@@ -246,7 +246,7 @@ class Stage:
             return
         if self.path.name not in Path(os.readlink(place)).parts:
             return
-        # Not what the link leads to: in a folder from elsewhere that may be any file of this machine.
+        # The link's own target is not used: in a folder from elsewhere it may be any file of this machine.
         shown = self.new if os.readlink(self.current) == "new" else self.old
         source = shown / name
         if not (is_plain(source) and is_inside(self.path, f"{shown.name}/{name}")):
@@ -254,7 +254,7 @@ class Stage:
             return
         self._spare.unlink(missing_ok=True)
         try:
-            # A second name, so that a reader who has just followed the link still finds the file.
+            # A second name, so that a reader that has just followed the link still finds the file.
             os.link(source, self._spare)
             os.replace(self._spare, place)
         except OSError:
@@ -262,7 +262,7 @@ class Stage:
 
 
 def clean(folder: Path) -> None:
-    """Settle and remove the stages that killed processes left in ``folder``, as far as that is possible."""
+    """Settle and remove the stages that killed processes left in ``folder``, as far as possible."""
     for path in stages(folder):
         with suppress(OSError):
             stage = Stage.take_over(path)
@@ -274,7 +274,7 @@ def clean(folder: Path) -> None:
 
 
 def stages(folder: Path) -> list[Path]:
-    """The stages in a folder; none if it can't be read."""
+    """The stages in a folder; none if the folder can't be read."""
     try:
         with os.scandir(folder) as entries:
             found = [entry.name for entry in entries if entry.name.startswith(PREFIX)]

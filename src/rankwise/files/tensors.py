@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors with a checksum, and pickles of nothing but tensors. Reading runs no code."""
+"""Files of tensors: safetensors with a checksum, and pickles that hold only tensors. Reading runs no code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankwise.files.pointers import refuse_pointer
 
-CHECKSUM = "rankwise_crc32"  # in the metadata of a safetensors file
+CHECKSUM = "rankwise_crc32"  # the key in the metadata of a safetensors file
 _DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -33,14 +33,19 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's shape and dtype (``"float32"``), as a file's header has them."""
+    """The header of a tensor in a file.
+
+    Args:
+        shape: the tensor's shape.
+        dtype: PyTorch's name of its dtype, such as ``"float32"``.
+    """
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of values in the tensor."""
         return math.prod(self.shape)
 
 
@@ -49,7 +54,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
-    except Exception as error:  # whatever a broken file raises
+    except Exception as error:  # a broken file may raise anything
         refuse_pointer(path)
         raise ValueError(
             f"{path} is broken or cut off: it can't be read as safetensors ({error}). Copy it again, or use an earlier "
@@ -58,10 +63,10 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_tensor_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of the tensors in a safetensors file, without a tensor being read.
+    """Read the names, shapes and dtypes in a safetensors file, without reading any tensor.
 
     Raises:
-        ValueError: it is empty, cut off, or not such a file.
+        ValueError: the file is empty, cut off, or not a safetensors file.
     """
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
@@ -73,20 +78,20 @@ def read_tensor_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """A few tensors of a safetensors file, on the CPU; the others are not read, and no checksum is compared.
+    """Read some tensors of a safetensors file, to the CPU. The others are not read, so no checksum is compared.
 
     Raises:
-        ValueError: it is empty, cut off, or not such a file.
+        ValueError: the file is empty, cut off, or not a safetensors file.
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in names}
 
 
 def stored_checksum(path: Path) -> str | None:
-    """The checksum that rankwise has written into a safetensors file; None if it holds none.
+    """The checksum that rankwise wrote into a safetensors file; None if the file has none.
 
     Raises:
-        ValueError: it is empty, cut off, or not such a file.
+        ValueError: the file is empty, cut off, or not a safetensors file.
     """
     with _opened(path) as file:
         found: str | None = (file.metadata() or {}).get(CHECKSUM)
@@ -94,13 +99,13 @@ def stored_checksum(path: Path) -> str | None:
 
 
 def read_tensor_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU.
+    """Read all tensors of a safetensors file, to the CPU.
 
-    A file with a checksum, as rankwise writes it, is read as a whole, to compare it. The tensors still share the
-    file's memory, which somebody may change: copy what is to be kept.
+    If the file has a checksum, as rankwise's files do, the whole file is read to compare it. The tensors still share
+    memory with the file, which may be changed later. Copy tensors that are to be kept.
 
     Raises:
-        ValueError: it is empty, cut off, not such a file, or damaged.
+        ValueError: the file is empty, cut off, damaged, or not a safetensors file.
     """
     with _opened(path) as file:
         tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -123,9 +128,9 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _order_metadata(path: Path) -> None:
-    """Put the metadata in the header of a safetensors file into alphabetical order.
+    """Sort the metadata in the header of a safetensors file alphabetically.
 
-    The library has them in an order of chance. The header is JSON, and begins at the ninth byte, with the metadata.
+    The library writes them in random order. The header is JSON. It begins at the ninth byte, with the metadata.
     """
     with open(path, "r+b") as file:
         start = b'{"__metadata__":'
@@ -136,7 +141,7 @@ def _order_metadata(path: Path) -> None:
         header = _at(file, 8, size).decode("utf-8")
         metadata, end = json.JSONDecoder().raw_decode(header, len(start))
         ordered = json.dumps(dict(sorted(metadata.items())), ensure_ascii=False, separators=(",", ":"))
-        if len(ordered) == end - len(start):  # or else it holds what has several spellings in JSON
+        if len(ordered) == end - len(start):  # otherwise it holds text that JSON can write in several ways
             file.seek(8 + len(start))
             file.write(ordered.encode("utf-8"))
 
@@ -147,7 +152,7 @@ def _at(file: BinaryIO, place: int, size: int) -> bytes:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """A checksum of names, dtypes, shapes and values, against accidents, not against forgery.
+    """A checksum of names, dtypes, shapes and values. It detects accidents, not forgery.
 
     Example:
         >>> checksum({"a": torch.ones(2)}) == checksum({"a": torch.ones(2, 1)})
@@ -163,15 +168,15 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file that ``torch.save`` wrote, on the CPU.
+    """Read all tensors of a file that ``torch.save`` wrote, to the CPU.
 
     Raises:
-        ValueError: it holds anything else, or can't be read.
+        ValueError: the file holds anything other than tensors, or can't be read.
     """
     try:
         _refuse_compressed(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken pickle raises
+    except Exception as error:  # a broken pickle may raise anything
         refuse_pointer(path)
         raise ValueError(f"{path} can't be read as a file of tensors only ({error}).") from None
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
@@ -180,12 +185,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
         # A view may repeat one number to any size.
         if not plain or tensor.is_quantized or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {key!r} is no plain tensor.")
+            raise ValueError(f"{path}: {key!r} is not a plain tensor.")
     return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def _refuse_compressed(path: Path) -> None:
-    """torch.save compresses nothing; a small compressed file may fill the memory."""
+    """Refuse compressed files: torch.save writes none, and a small one may fill the memory."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
@@ -197,7 +202,7 @@ def check_finite(source: str, name: str, tensor: Tensor) -> None:
     """Refuse NaN and infinite values.
 
     Raises:
-        ValueError: there are some; the message names ``source`` and ``name``.
+        ValueError: the tensor holds such values. The message names ``source`` and ``name``.
     """
     if not is_finite(tensor):
         raise ValueError(
@@ -206,7 +211,7 @@ def check_finite(source: str, name: str, tensor: Tensor) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinite values, as whole numbers never have; it must not be on "meta".
+    """Whether a tensor holds neither NaN nor infinite values. Integers never do. The tensor must not be on "meta".
 
     Example:
         >>> is_finite(torch.ones(2)), is_finite(torch.tensor([1.0, torch.nan])), is_finite(torch.tensor(3))

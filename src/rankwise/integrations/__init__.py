@@ -1,1 +1,1 @@
-"""What other libraries' trainers need in order to work with an adapted model; nothing that a user calls."""
+"""Support for trainers of other libraries. Users call only what the documentation of their trainer names."""

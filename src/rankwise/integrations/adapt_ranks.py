@@ -1,4 +1,4 @@
-"""The callback `AdaptRanks`: adaptive ranks on PEFT's LoRA in Transformers' Trainer and all trainers made of it."""
+"""The callback `AdaptRanks`: adaptive ranks on PEFT's LoRA in Transformers' Trainer and its subclasses."""
 
 from __future__ import annotations
 
@@ -25,27 +25,30 @@ _STATE_FILE = "trainer_state.json"
 
 
 class AdaptRanks(TrainerCallback, ExportableState):
-    """Lets the ranks of a LoRA adapter of PEFT adapt while a trainer trains it; see `rankwise.adapt_ranks`.
+    """Adapts the ranks of a LoRA adapter of PEFT while a trainer trains it; see `rankwise.adapt_ranks`.
 
-    It goes into ``callbacks`` of Transformers' Trainer, or of any trainer made of it, such as those of TRL and
-    sentence-transformers. The number of steps is the trainer's. The logs get ``budget``, ``total_rank`` and
-    ``rank_phase`` (0 warm-up, 1 pruning, 2 final). Checkpoints carry the run in ``trainer_state.json``, so a resumed
-    run is bit for bit the undisturbed one. When training ends, the layers are narrowed to the ranks that are left; save
-    the adapter then (``trainer.save_model()``).
+    Pass it in ``callbacks`` to Transformers' Trainer or to one of its subclasses, such as those of TRL and
+    sentence-transformers. The number of optimizer steps is the trainer's. The logs get ``budget``, ``total_rank`` and
+    ``rank_phase`` (0 warm-up, 1 pruning, 2 final). Checkpoints hold the run in ``trainer_state.json``, so a resumed run
+    equals an uninterrupted one bit for bit. When training ends, the layers are narrowed to the ranks that are left.
+    Save the adapter after that (``trainer.save_model()``).
 
     Args:
-        target_r: average rank in the end, greater than 0 and at most the rank of the adapter. None: half of it.
-        adapter: the adapter's name. None: the one that is active.
-        tinit: warm-up, in steps or as a fraction of the run. None: 2 % of the run.
-        tfinal: last phase, in which no rank changes, in steps or as a fraction. None: three fifths of the run.
-        deltaT: steps between two cuts. None: chosen to give twenty cuts.
+        target_r: average rank at the end, greater than 0 and at most the rank of the adapter. None: half of it.
+        adapter: name of the adapter. None: the active one.
+        tinit: length of the warm-up, in optimizer steps (int) or as a fraction of the run (float in [0, 1)). None: 2 %
+            of the run.
+        tfinal: length of the last phase, in which no rank changes, in optimizer steps (int) or as a fraction of the run
+            (float in [0, 1)). None: three fifths of the run.
+        deltaT: optimizer steps between two cuts, at least 1. None: the number that gives twenty cuts.
 
     Raises:
-        TypeError, ValueError: when the trainer is made or begins, as `rankwise.adapt_ranks`.
+        TypeError: as `rankwise.adapt_ranks`, when the trainer is made or begins to train.
+        ValueError: as `rankwise.adapt_ranks`, when the trainer is made or begins to train.
 
     Example:
         >>> callback = AdaptRanks(target_r=4)
-        >>> callback.ranks is None  # until training begins
+        >>> callback.ranks is None  # the handle is there once training has begun
         True
     """
 
@@ -64,10 +67,10 @@ class AdaptRanks(TrainerCallback, ExportableState):
             "tfinal": tfinal,
             "deltaT": deltaT,
         }
-        self.ranks: AdaptiveRanks | None = None  # the handle of the run, once training has begun
+        self.ranks: AdaptiveRanks | None = None  # the handle on the run, once training has begun
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
-        """Refuse what can't be adapted when the trainer is made, and not hours later."""
+        """Refuse an adapter that cannot be adapted as soon as the trainer is made."""
         install()
         found = _lora_model(model)
         if found is None and own_model(model) is not None:
@@ -77,15 +80,15 @@ class AdaptRanks(TrainerCallback, ExportableState):
             check_adaptable(found, self._settings["adapter"], self._settings["target_r"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
-        """Begin the run, or take it up where the checkpoint left it."""
+        """Start the run, or continue it from the checkpoint."""
         found = _lora_model(model)
         target = model if found is None else found
         ranks = self._handle_of(target)
         if ranks is not None and ranks.is_over:
             if ranks is self.ranks:
                 warnings.warn(
-                    "The run of adaptive ranks is over, so the ranks stay as they are, and their values train on. To "
-                    "adapt them further, make a trainer with a new `AdaptRanks`.",
+                    "The run of adaptive ranks is over, so the ranks stay as they are, and their values continue to "
+                    "train. To adapt them further, make a trainer with a new `AdaptRanks`.",
                     stacklevel=2,
                 )
                 return
@@ -94,7 +97,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
         if ranks is None:
             ranks = adapt_ranks(target, total_step=state.max_steps, **self._settings)
         elif not state.global_step:
-            # A trainer has given up an attempt, such as one with too large a batch.
+            # A trainer has given up an attempt, for example because its batch was too large.
             ranks.begin_anew(state.max_steps)
         ranks.leave_the_end_to(trainer=True, handle="callback.ranks")
         self.ranks = ranks
@@ -110,11 +113,11 @@ class AdaptRanks(TrainerCallback, ExportableState):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **unused: Any
     ) -> None:
-        """Add where the ranks are to what is logged of training."""
+        """Add the state of the ranks to the logs of training."""
         add_metrics(state, logs, model)
 
     def on_save(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Put the history of the ranks beside the adapter, for ``rankwise report``."""
+        """Write the history of the ranks into the checkpoint, for ``rankwise report``."""
         self._write_history(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
@@ -142,7 +145,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
             self.ranks.rank_history.save(folder / HISTORY_NAME)
 
     def state(self) -> dict[str, Any]:
-        """What Trainer keeps of the callback in a checkpoint."""
+        """Return the state that Trainer keeps of the callback in a checkpoint."""
         if self.ranks is None or self.ranks.is_over:
             return {"args": self._settings, "attributes": {}}
         packed = base64.b64encode(save(self.ranks.state_dict())).decode("ascii")
@@ -150,7 +153,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
 
 
 def _lora_model(model: Any) -> nn.Module | None:
-    """The model that holds PEFT's configurations: ``model`` itself, or the first in it; None if there is none."""
+    """The model that holds PEFT's configurations: ``model`` itself, or the first inside it. None if there is none."""
     if not isinstance(model, nn.Module):
         return None
     for module in model.modules():
@@ -165,9 +168,9 @@ def _load(ranks: AdaptiveRanks, callbacks: Any, source: str) -> None:
     packed = saved.get("attributes", {}).get("run")
     if packed is None:
         raise ValueError(
-            f"{source} holds no state of adaptive ranks, so the run can't go on from it. Resume without `AdaptRanks`. "
-            "Or begin a new run from that adapter: load it with `PeftModel.from_pretrained(..., is_trainable=True)`, "
-            "and train without `resume_from_checkpoint`."
+            f"{source} holds no state of adaptive ranks, so the run can't continue from it. Resume without "
+            "`AdaptRanks`. Or begin a new run from that adapter: load it with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`, and train without `resume_from_checkpoint`."
         )
     try:
         ranks.load_state_dict(

@@ -1,4 +1,4 @@
-"""axolotl: a plugin that adapts the ranks of its LoRA and QLoRA.
+"""axolotl: a plugin that adapts the ranks of axolotl's LoRA and QLoRA.
 
 In axolotl's YAML::
 
@@ -7,7 +7,7 @@ In axolotl's YAML::
     rankwise:
       target_r: 8
 
-All options of `rankwise.AdaptRanks` go under ``rankwise:`` (``target_r``, ``tinit``, ``tfinal``, ``deltaT``).
+The options under ``rankwise:`` are those of `rankwise.AdaptRanks`: ``target_r``, ``tinit``, ``tfinal``, ``deltaT``.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 else:
     try:
         from axolotl.integrations.base import BasePlugin as _Plugin
-    except ImportError:  # the plugin says so when axolotl makes it
+    except ImportError:  # the plugin raises an error when axolotl makes it
         _Plugin = object
 
 
 class AdaptiveRanks(_Plugin):
-    """axolotl's plugin: it adds the callback `rankwise.AdaptRanks` to every trainer, of SFT and of RL.
+    """axolotl's plugin. It adds the callback `rankwise.AdaptRanks` to every trainer, of SFT and of RL.
 
     axolotl makes it from its name in ``plugins``.
 
     Raises:
-        RuntimeError: this version of axolotl has other hooks.
+        RuntimeError: the installed version of axolotl has other hooks.
     """
 
     def __init__(self) -> None:
@@ -46,20 +46,20 @@ class AdaptiveRanks(_Plugin):
         super().__init__()
 
     def get_input_args(self) -> str:
-        """Where axolotl finds the schema of the options."""
+        """Return the place where axolotl finds the schema of the options."""
         return "rankwise.integrations.axolotl_options.RankwiseArgs"
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        """The callback, for the trainer that is about to be made."""
+        """Return the callback for the trainer that is about to be made."""
         from rankwise.integrations.adapt_ranks import AdaptRanks
 
         return [AdaptRanks(**check_configuration(dict(cfg)))]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """See that the trainer has the callback.
+        """Check that the trainer has the callback.
 
         Raises:
-            RuntimeError: it has not, so it would train plain LoRA.
+            RuntimeError: the callback is missing, so the trainer would train plain LoRA.
         """
         from rankwise.integrations.adapt_ranks import AdaptRanks
 
@@ -70,13 +70,17 @@ class AdaptiveRanks(_Plugin):
 
 
 def check_configuration(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The options for `rankwise.AdaptRanks` in axolotl's configuration.
+    """Read the options for `rankwise.AdaptRanks` from axolotl's configuration.
 
     Args:
-        cfg: axolotl's configuration.
+        cfg: axolotl's configuration, by key.
+
+    Returns:
+        The options as keyword arguments.
 
     Raises:
-        TypeError, ValueError: an option is wrong, or this kind of adapter can't be adapted; the message names it.
+        TypeError: an option has the wrong type.
+        ValueError: an option is unknown or out of range, or this kind of adapter cannot be adapted.
 
     Example:
         >>> check_configuration({"adapter": "lora", "lora_r": 16, "rankwise": {"target_r": 8}})
@@ -94,12 +98,12 @@ def check_configuration(cfg: dict[str, Any]) -> dict[str, Any]:
         )
     if cfg.get("relora"):
         raise ValueError(
-            "`relora` merges LoRA and starts it anew, so its ranks can't adapt: leave `relora` out."
+            "`relora` merges LoRA and starts it again, so its ranks can't adapt: leave `relora` out."
         )
     check_start(cfg.get("peft_init_lora_weights"), "peft_init_lora_weights")
     if ((cfg.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits"):
         check_start("loftq", "peft.loftq_config")
-    # An adapter that is loaded has the rank that it has; patterns give each layer another.
+    # A loaded adapter keeps its rank, and patterns give layers other ranks.
     own_rank = cfg.get("lora_model_dir") or cfg.get("lora_rank_pattern")
     rank = None if own_rank else cfg.get("lora_r")
     return check_options(cfg.get("rankwise"), _PLACE, rank, "lora_r", cfg.get("max_steps"))

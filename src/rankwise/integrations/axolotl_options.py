@@ -1,4 +1,4 @@
-"""What axolotl's schema takes under ``rankwise:``. axolotl, which needs pydantic itself, imports this."""
+"""The schema of axolotl's options under ``rankwise:``. It needs pydantic, which axolotl installs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rankwise.integrations.axolotl import check_configuration
 
 
 class RankwiseArgs(BaseModel):
-    """Axolotl's configuration gets the key ``rankwise``, and is checked with it as a whole."""
+    """The schema of the key ``rankwise``. axolotl checks its whole configuration with it."""
 
     rankwise: dict[str, Any] | None = Field(
         default=None, description="Options of adaptive ranks: target_r, tinit, tfinal, deltaT."
@@ -19,7 +19,7 @@ class RankwiseArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_rankwise(cls, data: Any) -> Any:
-        """Refuse wrong options, and adapters that can't be adapted."""
+        """Refuse wrong options, and adapters that cannot be adapted."""
         if isinstance(data, dict):
             check_configuration(data)
         return data

@@ -1,4 +1,4 @@
-"""What the integrations share: finding the adapted model in what a trainer holds, and what they log of it."""
+"""Functions that the integrations share: they find the adapted model in a trainer, and collect metrics for its logs."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ _PHASE_NUMBERS = {str(phase): number for number, phase in enumerate(Phase)}
 
 
 class Run(Protocol):
-    """What an integration uses of a run: rankwise's adapted models have it, and the handle of `adapt_ranks`."""
+    """The interface of a run for integrations. Adapted models and the handle of `adapt_ranks` have it."""
 
     @property
     def _rankwise_controller(self) -> Controller | None: ...
 
     @property
     def allocation_state(self) -> AllocationState | None:
-        """Where the ranks' allocation stands; None where no ranks adapt."""
+        """Step, phase and budget of the run. None if no ranks adapt."""
 
     def set_total_step(self, total_step: int) -> None:
-        """Tell the schedule how many optimizer steps the run has."""
+        """Set the number of optimizer steps of the run."""
 
     def rank_summary(self) -> RankSummary:
         """Rank, importance and parameters of every adapted layer."""
 
 
 def run_of(model: Any) -> Run | None:
-    """The run in ``model``: an adapted model, itself or the first in it, or the handle that a model keeps.
+    """Find the run in ``model``: the first adapted model, which may be ``model`` itself, or a handle that it keeps.
 
-    It may be inside a wrapper such as DistributedDataParallel, or belong to a part of the model that is trained, as the
-    encoder of a SentenceTransformer is.
+    The adapted model may be inside a wrapper such as DistributedDataParallel. It may also be a part of the model, such
+    as the encoder of a SentenceTransformer.
     """
     if not isinstance(model, nn.Module):
         return None
     for module in model.modules():
-        # The class is asked, as wrappers pass on what an object is asked for.
+        # This asks the class, because wrappers pass on attributes of the model inside them.
         if hasattr(type(module), "allocation_state"):
             return cast("Run", module)
         handles = vars(module).get(HANDLES)
@@ -52,14 +52,14 @@ def run_of(model: Any) -> Run | None:
 
 
 def own_model(model: Any) -> Any:
-    """The model with rankwise's own layers: ``model`` itself, or the first in it; None if there is none."""
+    """The model with rankwise's own layers: ``model`` itself, or the first inside it. None if there is none."""
     if not isinstance(model, nn.Module):
         return None
     return next((module for module in model.modules() if hasattr(type(module), "allocation_state")), None)
 
 
 def fit_total_step(run: Run, steps: int, who: str) -> None:
-    """Set ``total_step`` where it was left out; warn where it is not the number of ``steps`` that ``who`` runs."""
+    """Set ``total_step`` to ``steps`` if it was left out. Warn if it differs from the ``steps`` that ``who`` runs."""
     where = run.allocation_state
     if where is None:
         return
@@ -74,17 +74,17 @@ def fit_total_step(run: Run, steps: int, who: str) -> None:
 
 
 def rank_metrics(run: Run) -> dict[str, float]:
-    """Where the ranks are, for a log; empty if no ranks adapt.
+    """Collect the metrics of a run for a log. Without adaptive ranks there are none.
 
-    ``budget`` and ``total_rank`` (triplets), ``rank_phase`` (0 warm-up, 1 pruning, 2 final), and where there is an
-    orthogonality penalty ``orth_penalty`` (without its weight).
+    They are ``budget`` and ``total_rank`` in triplets, and ``rank_phase`` (0 warm-up, 1 pruning, 2 final). A run with
+    an orthogonality penalty also has ``orth_penalty``, the penalty without its weight.
     """
     where, controller = run.allocation_state, run._rankwise_controller
     if where is None or controller is None:
         return {}
     metrics: dict[str, float] = {
         "budget": where.budget,
-        # Not from `rank_summary`, which looks at all factors to say what layers are worth.
+        # `rank_summary` would read all factors to compute each layer's worth.
         "total_rank": sum(controller.allocated_ranks().values()),
         "rank_phase": _PHASE_NUMBERS[where.phase],
     }
@@ -94,6 +94,6 @@ def rank_metrics(run: Run) -> dict[str, float]:
 
 
 def warn_if_unfinished(run: Run | None) -> None:
-    """Warn if the run, which has ended, has not brought the budget down to its target."""
+    """Warn if a run has ended before the budget reached its target."""
     if run is not None and run._rankwise_controller is not None:
         run._rankwise_controller.warn_if_unfinished()

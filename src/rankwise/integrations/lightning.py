@@ -1,8 +1,8 @@
-"""Lightning: the length of the run, and where the ranks are in the logs.
+"""Lightning: the schedule gets the length of the run, and the logs get the state of the ranks.
 
-Nothing has to be passed to a Lightning Trainer: it takes callbacks from packages that offer some (by the entry
-points "lightning.pytorch.callbacks_factory" and "pytorch_lightning.callbacks_factory"), and rankwise does. The
-callback does nothing for modules without an adapted model.
+Users pass nothing to a Lightning Trainer. The Trainer takes callbacks from packages that offer them by the entry points
+"lightning.pytorch.callbacks_factory" and "pytorch_lightning.callbacks_factory", as rankwise does. The callback does
+nothing for modules without an adapted model.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 from rankwise.adapt import AdaptiveRanks
 from rankwise.integrations.common import fit_total_step, rank_metrics, run_of, warn_if_unfinished
 
-_KEY = "rankwise_adaptive_ranks"  # in a checkpoint
+_KEY = "rankwise_adaptive_ranks"  # key of the run in a checkpoint
 
 
 class RankwiseHooks:
-    """What the callback does, for Lightning under either of its names."""
+    """The methods of the callback. They serve both of Lightning's packages."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Set ``total_step`` where it was left out; warn where it is not the trainer's.
+        """Set ``total_step`` if it was left out. Warn if it differs from the trainer's number of steps.
 
         Raises:
-            ValueError: it was left out, and the trainer does not know how long it will train either.
+            ValueError: ``total_step`` was left out, and the trainer runs without an end.
         """
         run = run_of(pl_module)
         where = run.allocation_state if run is not None else None
@@ -39,12 +39,12 @@ class RankwiseHooks:
             fit_total_step(run, int(steps), "Lightning Trainer")
         elif where.total_step is None and where.target < where.initial:
             raise ValueError(
-                "The Trainer runs without an end, so the schedule has none to be fitted to: pass `max_epochs` or "
+                "The Trainer runs without an end, so the schedule cannot be fitted to its length: pass `max_epochs` or "
                 "`max_steps` to the Trainer, or `total_step` to AdaLoraConfig or `adapt_ranks`."
             )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
-        """Log the metrics of `rank_metrics`, as often as the trainer logs."""
+        """Log the metrics of `rank_metrics` at the trainer's logging steps."""
         step = trainer.global_step
         if not trainer.loggers or not step or step % trainer.log_every_n_steps:
             return
@@ -55,29 +55,29 @@ class RankwiseHooks:
                 logger.log_metrics(metrics, step=step)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Put the run on PEFT's layers into a checkpoint; rankwise's own layers have theirs in the model's state."""
+        """Put a run on PEFT's layers into a checkpoint. The model's state already holds one on rankwise's layers."""
         run = run_of(pl_module)
         if isinstance(run, AdaptiveRanks) and not run.is_over:
             checkpoint[_KEY] = run.state_dict()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Take the run up where the checkpoint left it; the factors have been loaded.
+        """Continue the run from a checkpoint, after the trainer has loaded the factors.
 
         Raises:
-            ValueError: the checkpoint holds no run, or that of other layers.
+            ValueError: the checkpoint holds no run, or a run on other layers.
         """
         run = run_of(pl_module)
         if not isinstance(run, AdaptiveRanks):
             return
         if _KEY not in checkpoint:
             raise ValueError(
-                "This checkpoint holds no state of adaptive ranks, so the run can't go on from it: it was written "
+                "This checkpoint holds no state of adaptive ranks, so the run can't continue from it: it was written "
                 "without `adapt_ranks`, or after the run was over."
             )
         run.load_state_dict(checkpoint[_KEY])
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Narrow PEFT's layers to the ranks that are left; warn if the budget has not come down."""
+        """Narrow PEFT's layers to the ranks that are left. Warn if the budget has not reached its target."""
         run = run_of(pl_module)
         if isinstance(run, AdaptiveRanks):
             run.end()
@@ -87,19 +87,19 @@ class RankwiseHooks:
 
 @functools.cache
 def callback_class(base: type) -> type:
-    """The callback's class, for the ``Callback`` class of one of Lightning's two packages."""
+    """Make the callback's class from the ``Callback`` class of one of Lightning's two packages."""
     return type("RankwiseCallback", (RankwiseHooks, base), {"__module__": __name__})
 
 
 def callbacks() -> list[Any]:
-    """For the entry point of ``lightning``."""
+    """Return the callbacks for the entry point of ``lightning``."""
     from lightning.pytorch import Callback
 
     return [callback_class(Callback)()]
 
 
 def callbacks_of_pytorch_lightning() -> list[Any]:
-    """For the entry point of ``pytorch_lightning``."""
+    """Return the callbacks for the entry point of ``pytorch_lightning``."""
     from pytorch_lightning import Callback
 
     return [callback_class(Callback)()]

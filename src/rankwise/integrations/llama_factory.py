@@ -1,6 +1,6 @@
 """LLaMA-Factory: its command line, with adaptive ranks for its LoRA.
 
-LLaMA-Factory takes callbacks from Python alone, so the options go into its YAML and this module starts it::
+LLaMA-Factory takes callbacks only from Python. So the options go into its YAML, and this module starts it::
 
     rankwise:
       target_r: 4
@@ -8,7 +8,7 @@ LLaMA-Factory takes callbacks from Python alone, so the options go into its YAML
     python -m rankwise.integrations.llama_factory train sft.yaml
 
 Everything else is LLaMA-Factory's own: ``train`` for the stages pt, sft, rm, dpo and kto, also with several processes
-(``FORCE_TORCHRUN=1``, or several GPUs), and all other commands. Options are those of `rankwise.AdaptRanks`:
+(``FORCE_TORCHRUN=1``, or several GPUs), and all other commands. The options are those of `rankwise.AdaptRanks`:
 ``target_r``, ``tinit``, ``tfinal``, ``deltaT``.
 """
 
@@ -26,7 +26,7 @@ KEY = "rankwise"
 _STAGES = ("pt", "sft", "rm", "dpo", "kto")
 _TESTED = "0.9.5"
 _PLACE = "`rankwise` in LLaMA-Factory's configuration"
-# Ways of training that don't go through Transformers' Trainer, or not through PEFT's LoRA.
+# Settings that train without Transformers' Trainer, or without PEFT's LoRA.
 _REFUSED = {
     "use_mca": "Megatron trains without Transformers' Trainer",
     "use_hyper_parallel": "HyperParallel trains without LLaMA-Factory's callbacks",
@@ -38,12 +38,13 @@ def run_exp(args: dict[str, Any], callbacks: list[Any] | None = None) -> None:
     """Train as LLaMA-Factory's own ``run_exp`` does, with adaptive ranks if ``args`` has the key ``rankwise``.
 
     Args:
-        args: LLaMA-Factory's configuration, and under ``rankwise`` the options.
-        callbacks: more callbacks for the trainer.
+        args: LLaMA-Factory's configuration by key, with the options under ``rankwise``.
+        callbacks: further callbacks for the trainer.
 
     Raises:
-        TypeError, ValueError: an option is wrong, or this kind of adapter can't be adapted.
-        RuntimeError: this version of LLaMA-Factory takes no callbacks.
+        TypeError: an option has the wrong type.
+        ValueError: an option is unknown or out of range, or this kind of adapter cannot be adapted.
+        RuntimeError: the installed version of LLaMA-Factory takes no callbacks.
     """
     tuner = _module("train.tuner", "run_exp")
     args, callbacks = dict(args), list(callbacks or ())
@@ -57,13 +58,17 @@ def run_exp(args: dict[str, Any], callbacks: list[Any] | None = None) -> None:
 
 
 def check_configuration(args: dict[str, Any]) -> dict[str, Any]:
-    """The options for `rankwise.AdaptRanks` in LLaMA-Factory's configuration.
+    """Read the options for `rankwise.AdaptRanks` from LLaMA-Factory's configuration.
 
     Args:
-        args: LLaMA-Factory's configuration.
+        args: LLaMA-Factory's configuration, by key.
+
+    Returns:
+        The options as keyword arguments.
 
     Raises:
-        TypeError, ValueError: an option is wrong, or this kind of adapter can't be adapted; the message names it.
+        TypeError: an option has the wrong type.
+        ValueError: an option is unknown or out of range, or this kind of adapter cannot be adapted.
 
     Example:
         >>> check_configuration({"stage": "sft", "lora_rank": 16, "rankwise": {"target_r": 8}})
@@ -89,14 +94,14 @@ def check_configuration(args: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"Ranks can't adapt with `{name}`: {why}. Leave `{name}` or `{KEY}` out.")
     if args.get("pissa_init"):
         check_start("pissa", "pissa_init")
-    # An adapter that is trained on has the rank that it has.
+    # An adapter that continues training keeps its rank.
     trained_on = args.get("adapter_name_or_path") and not args.get("create_new_adapter")
     rank = None if trained_on else args.get("lora_rank", 8)
     return check_options(args.get(KEY), _PLACE, rank, "lora_rank", args.get("max_steps"))
 
 
 def main() -> None:
-    """LLaMA-Factory's command line; ``train`` understands the key ``rankwise``."""
+    """Run LLaMA-Factory's command line. Its ``train`` reads the key ``rankwise``."""
     if os.environ.get("USE_V1", "").lower() in ("true", "y", "1"):
         raise ValueError(
             "Ranks can't adapt with `USE_V1`, whose trainer is not Transformers': leave the variable out."
@@ -114,10 +119,10 @@ def main() -> None:
             "FILE`. Options of the kind `--name value` have no place for `rankwise`."
         )
     if KEY in args:
-        check_configuration(args)  # before processes are started
+        check_configuration(args)  # fails before any process starts
     if "LOCAL_RANK" not in os.environ and _takes_torchrun():
         sys.argv.insert(1, command)
-        # What LLaMA-Factory hands to torchrun in place of its own script.
+        # LLaMA-Factory passes its `__file__` to torchrun as the script to run.
         launcher.__file__ = f"-m {__name__ if __name__ != '__main__' else __spec__.name} train"
         launcher.launch()
         return
@@ -125,20 +130,20 @@ def main() -> None:
 
 
 def _takes_torchrun() -> bool:
-    """Whether LLaMA-Factory would start several processes; its own rule."""
+    """Whether LLaMA-Factory would start several processes, by its own rule."""
     misc = _module("extras.misc", "is_env_enabled")
     several = misc.get_device_count() > 1 and not misc.use_ray() and not misc.use_kt()
     return bool(misc.is_env_enabled("FORCE_TORCHRUN") or several)
 
 
 def _module(name: str, member: str) -> Any:
-    """A module of LLaMA-Factory, which must have ``member``."""
+    """Import a module of LLaMA-Factory, which must have ``member``."""
     try:
         module = importlib.import_module(f"llamafactory.{name}")
         getattr(module, member)
     except (ImportError, AttributeError) as error:
         if isinstance(error, ImportError) and "llamafactory" not in str(error):
-            raise  # something that LLaMA-Factory needs is missing
+            raise  # a package that LLaMA-Factory needs is missing
         what = f"`{member}` in `llamafactory.{name}`"
         raise moved("llamafactory", lambda: version("llamafactory"), what, _TESTED) from error
     return module

@@ -1,4 +1,4 @@
-"""ms-swift: a callback that adapts the ranks of its LoRA.
+"""ms-swift: a callback that adapts the ranks of ms-swift's LoRA.
 
 In a plugin file of your own, such as ``ranks.py``::
 
@@ -28,16 +28,16 @@ _PLACE = "`adapt_ranks` in the plugin of ms-swift"
 
 
 class AdaptRanks(callback.AdaptRanks):
-    """`rankwise.AdaptRanks` for ms-swift, which saves nothing after the last step.
+    """`rankwise.AdaptRanks` for ms-swift, which saves no adapter after the last step.
 
-    When training ends, the adapter with the ranks that are left is saved in the run's folder, beside the checkpoints.
+    When training ends, the narrowed adapter is saved in the run's folder, next to the checkpoints.
     """
 
     _trainer: Any = None
 
     @classmethod
     def for_trainer(cls, trainer: Any, **settings: Any) -> AdaptRanks:
-        """The callback for one of ms-swift's trainers."""
+        """Make the callback for one of ms-swift's trainers."""
         made = cls(**settings)
         made._trainer = trainer
         return made
@@ -57,34 +57,37 @@ def adapt_ranks(
     deltaT: int | None = None,
     **unknown: Any,
 ) -> None:
-    """Let the ranks of ms-swift's LoRA adapt; call it in a file that ``external_plugins`` names.
+    """Adapt the ranks of ms-swift's LoRA. Call it in a file that ``external_plugins`` names.
 
     It registers the callback ``rankwise``, which ``callbacks`` must name.
 
     Args:
-        target_r: average rank in the end, greater than 0 and at most ``lora_rank``. None: half of it.
-        tinit: warm-up, in steps or as a fraction of the run. None: 2 % of the run.
-        tfinal: last phase, in which no rank changes, in steps or as a fraction. None: three fifths of the run.
-        deltaT: steps between two cuts. None: chosen to give twenty cuts.
-        unknown: refused by name; an option that is misspelt.
+        target_r: average rank at the end, greater than 0 and at most ``lora_rank``. None: half of it.
+        tinit: length of the warm-up, in optimizer steps (int) or as a fraction of the run (float in [0, 1)). None: 2 %
+            of the run.
+        tfinal: length of the last phase, in which no rank changes, in optimizer steps (int) or as a fraction of the run
+            (float in [0, 1)). None: three fifths of the run.
+        deltaT: optimizer steps between two cuts, at least 1. None: the number that gives twenty cuts.
+        unknown: misspelt options. The error names them.
 
     Raises:
-        TypeError, ValueError: an option is wrong, ``callbacks`` does not name ``rankwise``, or this kind of adapter
-            can't be adapted; the message names it.
-        RuntimeError: this version of ms-swift registers callbacks elsewhere.
+        TypeError: an option has the wrong type.
+        ValueError: an option is unknown or out of range, ``callbacks`` does not name ``rankwise``, or this kind of
+            adapter cannot be adapted.
+        RuntimeError: the installed version of ms-swift registers callbacks elsewhere.
     """
     try:
         from swift.callbacks import callbacks_map
     except ImportError as error:
         if "swift" not in str(error):
-            raise  # something that ms-swift needs is missing
+            raise  # a package that ms-swift needs is missing
         raise moved(
             "ms-swift", lambda: version("ms-swift"), "`swift.callbacks.callbacks_map`", _TESTED
         ) from error
     options = {"target_r": target_r, "tinit": tinit, "tfinal": tfinal, "deltaT": deltaT, **unknown}
     arguments = _being_read()
     settings = check_options(options, _PLACE, None, "lora_rank")
-    if arguments is not None and hasattr(arguments, "callbacks"):  # a command that trains
+    if arguments is not None and hasattr(arguments, "callbacks"):  # the command trains
         settings = check_configuration(arguments, options)
 
     def made(args: Any, trainer: Any) -> AdaptRanks:
@@ -95,14 +98,18 @@ def adapt_ranks(
 
 
 def check_configuration(args: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options for `rankwise.AdaptRanks`, checked against ms-swift's arguments.
+    """Check the options for `rankwise.AdaptRanks` against ms-swift's arguments.
 
     Args:
-        args: ms-swift's arguments of a command that trains.
-        options: as given to `adapt_ranks`.
+        args: ms-swift's arguments of a training command.
+        options: options that `adapt_ranks` was given.
+
+    Returns:
+        The options as keyword arguments.
 
     Raises:
-        TypeError, ValueError: as `adapt_ranks`.
+        TypeError: as `adapt_ranks`.
+        ValueError: as `adapt_ranks`.
 
     Example:
         >>> from types import SimpleNamespace
@@ -139,9 +146,9 @@ def check_configuration(args: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _being_read() -> Any:
-    """The arguments that ms-swift is reading while it imports the plugin; None if it reads none.
+    """The arguments that ms-swift is reading while it imports the plugin. None if it reads none.
 
-    ms-swift imports plugins where it checks its arguments, and passes them nothing.
+    ms-swift imports plugins while it checks its arguments, and does not pass the arguments on.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -1,4 +1,4 @@
-"""The options of adaptive ranks in the configuration of a training framework, checked when that is read."""
+"""Checks the options of adaptive ranks in a training framework's configuration, when the framework reads it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ STARTS = ("true", "false", "gaussian", "eva", "orthogonal")
 def check_options(
     options: Any, where: str, rank: Any, rank_name: str, max_steps: Any = None
 ) -> dict[str, Any]:
-    """The options of `rankwise.AdaptRanks` that a user wrote under ``where``, as keyword arguments.
+    """Check the options of `rankwise.AdaptRanks` that a user wrote in a framework's configuration, and return them.
 
     Args:
-        options: a mapping of ``target_r``, ``tinit``, ``tfinal`` and ``deltaT``; None for the defaults.
-        where: what the framework calls the place, for messages.
-        rank: of the adapter at the start, as far as the configuration says it; else None.
-        rank_name: what the framework calls ``rank``.
-        max_steps: optimizer steps of the run, where the configuration says them; else None, 0 or less.
+        options: mapping of ``target_r``, ``tinit``, ``tfinal`` and ``deltaT``. None: the defaults.
+        where: the framework's name of the place, for messages.
+        rank: rank of the adapter at the start, at least 1. None: the configuration does not tell it.
+        rank_name: the framework's name of ``rank``.
+        max_steps: optimizer steps of the run. None, 0 or less: the configuration does not tell them.
+
+    Returns:
+        The options as keyword arguments.
 
     Raises:
-        TypeError: it is no mapping, or a value has a wrong type.
-        ValueError: there is no such option, ``target_r`` is above ``rank``, or the schedule leaves no step for pruning.
+        TypeError: ``options`` is not a mapping, or a value has the wrong type.
+        ValueError: an option is unknown, ``target_r`` is above ``rank``, or the schedule leaves no step for pruning.
 
     Example:
         >>> check_options({"target_r": 4, "tinit": 0.1}, "`rankwise`", rank=8, rank_name="lora_r")
@@ -68,11 +71,11 @@ def check_start(value: Any, where: str) -> None:
     """Refuse a start of LoRA that moves a part of the base weights into A and B.
 
     Args:
-        value: PEFT's ``init_lora_weights``, as the framework's configuration says it; None for the default.
-        where: what the framework calls it.
+        value: value of PEFT's ``init_lora_weights`` in the framework's configuration. None: the default.
+        where: the framework's name of this setting.
 
     Raises:
-        ValueError: it is such a start.
+        ValueError: the start changes the base weights.
     """
     if value is not None and str(value).lower() not in STARTS:
         raise ValueError(
@@ -82,9 +85,9 @@ def check_start(value: Any, where: str) -> None:
 
 
 def moved(framework: str, version: Callable[[], str], what: str, tested: str) -> RuntimeError:
-    """The error of a framework whose extension point is not where it was.
+    """Make the error for a framework whose extension point is missing.
 
-    It is no ImportError, which frameworks may take for a plugin that is not installed, and train on without it.
+    It is a RuntimeError. Frameworks may take an ImportError for a plugin that is not installed, and train without it.
     """
     try:
         found = f"{framework} {version()}"
@@ -97,5 +100,5 @@ def moved(framework: str, version: Callable[[], str], what: str, tested: str) ->
 
 
 def lacking(holder: Any, names: Collection[str]) -> str | None:
-    """The first of ``names`` that ``holder`` does not have; None if it has all."""
+    """The first of ``names`` that ``holder`` lacks. None if it has all."""
     return next((name for name in names if not hasattr(holder, name)), None)

@@ -1,7 +1,7 @@
-"""Pictures and histograms of the ranks for experiment trackers, beside the numbers that a trainer sends to them.
+"""Pictures and histograms of the ranks for experiment trackers, in addition to the metrics that a trainer sends.
 
-They go to whatever Trainer's ``report_to`` names: TensorBoard, Weights & Biases, MLflow, trackio. A tracker's own
-callback holds the library and the run, so there is nothing to set up; pictures need matplotlib, histograms nothing.
+They go to all trackers that Trainer's ``report_to`` names: TensorBoard, Weights & Biases, MLflow, trackio. A tracker's
+own callback holds its library and its run, so users set up nothing. Pictures need matplotlib; histograms do not.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from rankwise.integrations.common import run_of
 from rankwise.run.summary import RankSummary
 
-_PICTURES = 20  # in a run: a picture of a large model takes a second to draw
+_PICTURES = 20  # largest number of pictures in a run; drawing one for a large model takes a second
 _NAME = "ranks"
 
 
 class RankPictures:
-    """Sends the ranks of a trainer's model to its trackers, when they have changed, some 20 times in a run.
+    """Sends the ranks of a trainer's model to its trackers if they have changed, about 20 times in a run.
 
     Args:
         trainer: a Transformers Trainer.
@@ -34,10 +34,10 @@ class RankPictures:
         self._broken = False
 
     def after_log(self, logs: dict[str, Any]) -> None:
-        """Send the ranks, if it is time to.
+        """Send the ranks, if it is time to send them.
 
         Args:
-            logs: what has just been logged; its last entry of a run has ``train_runtime``.
+            logs: the entry that has just been logged. The last entry of a run has ``train_runtime``.
         """
         state = self._trainer.state
         last = "train_runtime" in logs
@@ -48,7 +48,7 @@ class RankPictures:
         senders = _senders(self._trainer.callback_handler.callbacks)
         if not senders or not (last or self._step < 0 or state.global_step - self._step >= every):
             return
-        summary = run.rank_summary()  # in every process, as it may gather what they hold
+        summary = run.rank_summary()  # called in every process, since it may gather factors from all
         ranks = [layer.rank for layer in summary.layers]
         if not state.is_world_process_zero or ranks == self._sent:
             return
@@ -57,7 +57,7 @@ class RankPictures:
             picture = _picture(summary, state.global_step)
             for send in senders:
                 send(ranks, picture, state.global_step)
-        except Exception as error:  # whatever a tracker raises: a run must not end for a picture
+        except Exception as error:  # a tracker may raise anything, and a picture must not end the run
             self._broken = True
             warnings.warn(f"The trackers get no more pictures of the ranks: {error!r}", stacklevel=4)
 
@@ -66,7 +66,7 @@ Sender = Callable[[list[int], Any, int], None]
 
 
 def _senders(callbacks: Iterable[Any]) -> list[Sender]:
-    """What sends ranks and a picture of a step, one for each tracker among a trainer's callbacks."""
+    """Functions that send ranks and a picture of a step, one for each tracker among a trainer's callbacks."""
     found = []
     for callback in callbacks:
         for kind in type(callback).__mro__:
@@ -78,11 +78,11 @@ def _senders(callbacks: Iterable[Any]) -> list[Sender]:
 
 
 def _picture(summary: RankSummary, step: int) -> Any:
-    """The heat map as a picture of Pillow's, which matplotlib brings along; None where that is not installed."""
+    """The heat map as a Pillow image. None if matplotlib, which installs Pillow, is missing."""
     try:
         from PIL import Image
 
-        # The one import that points outward, as pictures are wanted only when a tracker asks for them.
+        # This package may not import `report` at its top, and only trackers need pictures.
         from rankwise.report.plots import heatmap_figure
 
         figure = heatmap_figure(summary, f"Rank of each layer after step {step:,}")
@@ -125,7 +125,7 @@ def _to_mlflow(callback: Any) -> Sender:
         mlflow = callback._ml_flow
         if mlflow is None or mlflow.active_run() is None:
             return
-        counts = {str(rank): ranks.count(rank) for rank in sorted(set(ranks))}  # it has no histograms
+        counts = {str(rank): ranks.count(rank) for rank in sorted(set(ranks))}  # MLflow has no histograms
         mlflow.log_dict({"step": step, "layers_by_rank": counts}, f"{_NAME}/step-{step:06}.json")
         if picture is not None:
             mlflow.log_image(picture, f"{_NAME}/step-{step:06}.png")
@@ -144,7 +144,7 @@ def _to_trackio(callback: Any) -> Sender:
     return send
 
 
-# By the names of Transformers' callbacks, which hold each library and its run.
+# The keys are names of Transformers' callbacks, which hold each library and its run.
 _TRACKERS: dict[str, Callable[[Any], Sender]] = {
     "TensorBoardCallback": _to_tensorboard,
     "WandbCallback": _to_wandb,

@@ -1,11 +1,11 @@
-"""Transformers' Trainer: the length of the run, metrics in the logs, and checkpoints that resume.
+"""Transformers' Trainer: the schedule gets the length of the run, the logs get metrics, and checkpoints resume.
 
 Attaching an adapter to a Transformers model is enough: every Trainer made after it has the callback below among
-its default callbacks. It does nothing for models that are not adapted.
+its default callbacks. The callback does nothing for models that are not adapted.
 
-Trainer loads an adapter folder only into PEFT's own class; for any other model it looks for full weights. So its
-two loading methods are given a way for adapted models; and `log`, which knows the trackers, sends them the ranks. All
-are methods that Trainer's documentation invites subclasses to override.
+Trainer loads an adapter folder only into PEFT's own class. For any other model it looks for full weights. So this
+module replaces its two loading methods by ones that also load adapted models. It also replaces the method `log`, so
+that trackers get the ranks. Trainer's documentation invites subclasses to override all three.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from rankwise.storage import WEIGHTS_NAME
 
 
 class RankwiseCallback(TrainerCallback):
-    """Fits the schedule to the trainer's number of steps, and logs where the ranks are.
+    """Sets the schedule to the trainer's number of optimizer steps, and logs the state of the ranks.
 
-    The logs get ``budget`` and ``total_rank`` (triplets), ``rank_phase`` (0 warm-up, 1 pruning, 2 final); and
-    ``orth_penalty`` (without its weight) where there is a penalty.
+    The logs get ``budget`` and ``total_rank`` in triplets, and ``rank_phase`` (0 warm-up, 1 pruning, 2 final). A run
+    with an orthogonality penalty also logs ``orth_penalty``, the penalty without its weight.
     """
 
-    _reference_given = False  # the caller gave the trainer a reference model
-    _under_way = False  # training has begun and not ended: when it begins again, an attempt was given up
-    _fitted = False  # the length of the run is the trainer's
+    _reference_given = False  # whether the caller gave the trainer a reference model
+    _under_way = False  # set from the beginning of training to its end; a second beginning is a new attempt
+    _fitted = False  # whether the schedule took the length of the run from the trainer
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
-        """Teach kinds of Trainer that were imported after the model was adapted; refuse what would train wrongly."""
+        """Extend subclasses of Trainer that were imported late, and refuse trainers that would train wrongly."""
         install()
         self._reference_given = check_new_trainer(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
-        """Set ``total_step`` where it was left out; warn where it is not the trainer's."""
+        """Set ``total_step`` if it was left out. Warn if it differs from the trainer's number of steps."""
         check_reference_in_use(model, self._reference_given)
         adapted = own_model(model)
         controller = adapted._rankwise_controller if adapted is not None else None
         if controller is None:
             return
-        if self._under_way and not state.global_step:  # as with `auto_find_batch_size`
+        if self._under_way and not state.global_step:  # for example with `auto_find_batch_size`
             length = controller.config.total_step
             controller.begin_anew(state.max_steps if self._fitted or length is None else length)
         else:
@@ -66,19 +66,19 @@ class RankwiseCallback(TrainerCallback):
         fit_total_step(adapted, state.max_steps, "Trainer")
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
-        """Warn if the run has ended before the budget has come down."""
+        """Warn if the run has ended before the budget reached its target."""
         self._under_way = False
         warn_if_unfinished(own_model(model))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **unused: Any
     ) -> None:
-        """Add the metrics to what is logged of training."""
+        """Add the metrics to the logs of training."""
         add_metrics(state, logs, model)
 
 
 def add_metrics(state: Any, logs: Any, model: Any) -> None:
-    """Add where the ranks are to what a trainer logs of training."""
+    """Add the metrics of the ranks to a trainer's log of training."""
     run = run_of(model)
     if run is None or logs is None or "loss" not in logs:
         return
@@ -89,14 +89,14 @@ def add_metrics(state: Any, logs: Any, model: Any) -> None:
 
 
 def install() -> None:
-    """Teach Trainer, and all of its subclasses that exist by now, about adapted models; as often as you like."""
+    """Extend Trainer and all subclasses that exist now, so that they handle adapted models. Repeated calls are fine."""
     if RankwiseCallback not in transformers_trainer.DEFAULT_CALLBACKS:
         transformers_trainer.DEFAULT_CALLBACKS.append(RankwiseCallback)
     explain_foreign_configurations()
     for trainer in _with_subclasses(transformers_trainer.Trainer):
         _replace(trainer, "_load_from_checkpoint", _resuming)
         _replace(trainer, "_load_best_model", _loading_best)
-    _replace(transformers_trainer.Trainer, "log", _picturing)  # subclasses' own call it
+    _replace(transformers_trainer.Trainer, "log", _picturing)  # the methods of subclasses call this one
 
 
 def _with_subclasses(cls: type) -> Iterator[type]:

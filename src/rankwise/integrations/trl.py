@@ -1,8 +1,8 @@
-"""TRL: refusing what would train against a wrong reference, and PEFT's adapters on top of rankwise's.
+"""TRL: refuses trainers that would use a wrong reference, and PEFT's adapters on top of rankwise's.
 
-TRL knows PEFT's models: their reference is the base with the adapter switched off, or a copy of the adapter. For any
-other model its trainers load the reference from ``config._name_or_path``. That is the bare base, which is the wrong
-reference for an adapter that goes on from earlier training, and a second model in memory.
+TRL knows PEFT's models. Their reference is the base with the adapter switched off, or a copy of the adapter. For any
+other model TRL's trainers load the reference from ``config._name_or_path``, which is the bare base. That is the wrong
+reference for an adapter that continues earlier training, and it takes the memory of a second model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rankwise.config import LoraConfig
 from rankwise.integrations.common import own_model
 from rankwise.run.under_peft import FROZEN_BY_PEFT, parameters_of_peft
 
-_LOADS_A_REFERENCE = frozenset({"ref_model", "create_model_from_path"})  # names in a constructor that does
+_LOADS_A_REFERENCE = frozenset({"ref_model", "create_model_from_path"})  # names in constructors that load one
 
 _ROAD = (
     "Give the trainer the base model, `peft_config=peft.LoraConfig(r=..., ...)` and "
@@ -29,14 +29,14 @@ _ROAD = (
 
 
 def check_new_trainer(model: Any) -> bool:
-    """Refuse a trainer that is being made, if it would train ``model`` wrongly; called from within its constructor.
+    """Refuse a trainer that would train ``model`` wrongly. It is called from within the trainer's constructor.
 
     Returns:
         Whether the caller gave the trainer a reference model.
 
     Raises:
-        ValueError: the trainer is about to load a bare base model as the reference of an adapted model; or PEFT has put
-            an adapter on an adapted model, so that rankwise's does not train.
+        ValueError: the trainer is about to load a bare base model as the reference of an adapted model; or PEFT has
+            added an adapter to an adapted model, so that rankwise's adapter does not train.
     """
     adapted = own_model(model)
     if adapted is None:
@@ -52,7 +52,7 @@ def check_new_trainer(model: Any) -> bool:
 
 
 def _is_frozen(adapted: Any) -> bool:
-    """Whether nothing trains of the adapters that were attached to an adapted model to be trained."""
+    """Whether all adapters that were attached for training are frozen."""
     factors = [
         parameter
         for layer in adapted.modules()
@@ -64,7 +64,7 @@ def _is_frozen(adapted: Any) -> bool:
 
 
 def _check_reference(its: dict[str, Any]) -> None:
-    """``its``: what the constructor of a trainer that loads references knows by now."""
+    """Refuse a constructor that loads a reference. ``its`` holds the constructor's variables so far."""
     trainer, args = its.get("self"), its.get("args")
     name = type(trainer).__name__
     if "ref_model" in its:
@@ -87,20 +87,20 @@ def _wrong_reference(name: str, is_fsdp: bool, passed: bool) -> str:
         others = "`beta=0.0` in its arguments trains without a reference."
     return (
         f"{name} would load a bare base model as the reference, because the model has rankwise's own layers. That is "
-        "the wrong reference for an adapter that goes on from earlier training, and a second model in memory. "
+        "the wrong reference for an adapter that continues earlier training, and a second model in memory. "
         f"{_ROAD} To keep rankwise's layers: {others}"
     )
 
 
 def check_reference_in_use(model: Any, given: bool) -> None:
-    """Refuse to begin training against a reference that the trainer has made, if it is a bare base model.
+    """Refuse to train against a reference that the trainer has made, if it is a bare base model.
 
     Args:
-        model: what is trained.
+        model: the model that is trained.
         given: whether the caller gave the trainer its reference.
 
     Raises:
-        ValueError: it is a bare base model.
+        ValueError: the reference is a bare base model.
     """
     if given or own_model(model) is None:
         return
@@ -111,7 +111,7 @@ def check_reference_in_use(model: Any, given: bool) -> None:
 
 
 def _constructors() -> Iterator[FrameType]:
-    """The constructors of the trainer that is being made, the innermost first."""
+    """The frames of the constructors of the trainer that is being made, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__init__":
@@ -121,7 +121,7 @@ def _constructors() -> Iterator[FrameType]:
 
 
 def _trainers() -> Iterator[Any]:
-    """The trainers whose methods are running."""
+    """The trainers whose methods are running now."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if "self" in frame.f_code.co_varnames and isinstance(
@@ -132,7 +132,7 @@ def _trainers() -> Iterator[Any]:
 
 
 def explain_foreign_configurations() -> None:
-    """Let every Trainer say what to pass as ``peft_config`` in place of one of rankwise's configurations."""
+    """Let every Trainer refuse a rankwise configuration as ``peft_config``, and say what to pass instead."""
     trainer = transformers_trainer.Trainer
     if "__new__" in vars(trainer):
         return

@@ -1,1 +1,1 @@
-"""The method, as functions of plain tensors: schedule, layout of triplets, importance, allocation, penalty."""
+"""The method as functions of plain tensors: schedule, layout of triplets, importance, allocation, penalty."""

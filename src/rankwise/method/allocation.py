@@ -1,4 +1,4 @@
-"""The allocation: from scores and a budget to the triplets that stay."""
+"""The allocation: it takes scores and a budget, and returns which triplets stay."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ def allocate(
 ) -> Tensor:
     """Keep the ``budget`` triplets with the highest scores (Zhang et al., 2023, equation 6).
 
-    The budget is met exactly. Equal scores are taken in the order given, and NaN counts as the lowest score. With
-    ``costs``, triplets are taken best first, and any that would exceed the budget is skipped.
+    The budget is met exactly. Equal scores are taken in the order of ``tie_order``, and NaN counts as the lowest score.
+    With ``costs``, triplets are taken best first, and any that would exceed the budget is skipped.
 
     Args:
         scores: one score per triplet over all layers, (triplets,), floating point.
-        budget: how many triplets stay, in [0, triplets].
-        tie_order: all triplet numbers, (triplets,), int64, the one to prefer among equals first. None: 0, 1, 2, …
-        costs: what each triplet costs, (triplets,), int64, in the unit of ``budget``; None: one each.
+        budget: number of triplets that stay, in [0, triplets]; with ``costs``, the most that they may cost.
+        tie_order: all triplet numbers, (triplets,), int64. Among equal scores the first in it wins. None: 0, 1, 2, …
+        costs: cost of each triplet, (triplets,), int64, in the unit of ``budget``. None: each costs 1.
 
     Returns:
-        (triplets,), bool: True for a triplet that stays.
+        A mask, (triplets,), bool: True for a triplet that stays.
 
     Raises:
-        ValueError: ``budget`` is out of range.
+        ValueError: ``budget`` is out of range and ``costs`` is None.
 
     Example:
         >>> allocate(torch.tensor([0.1, 0.4, 0.4, 0.4]), budget=2)
@@ -50,7 +50,7 @@ def allocate(
         return kept
     ordered = costs[best]
     taken = torch.zeros_like(kept)
-    # A round ends at what costs more than it has left, so after each of them another cost is out of the question.
+    # Each round ends at a triplet whose cost exceeds what is left. So each round rules out one more distinct cost.
     for _ in range(len(costs.unique())):
         left = budget - (ordered * taken).sum()
         fits = ~taken & (ordered <= left)
@@ -60,11 +60,11 @@ def allocate(
 
 @dataclass(frozen=True)
 class Budget:
-    """What a cut may keep.
+    """The limit of a cut: how much may stay.
 
     Args:
-        ranks: how many ranks of average size.
-        parameters: as many numbers in A and B, where ranks are weighed by them; None: each rank counts as one.
+        ranks: number of ranks of average size.
+        parameters: number of parameters of A and B. None: the budget counts ranks alone.
     """
 
     ranks: int
@@ -74,15 +74,15 @@ class Budget:
 def budget_with_reserved(
     budget: Budget, share: int, initial: int, reserved: Tensor, held: Tensor, costs: Tensor | None
 ) -> Budget:
-    """The budget where some layers keep the ranks that they have, and the others share a budget of their own.
+    """The budget of all layers, where some layers keep their ranks and the others share a budget of their own.
 
     Args:
-        budget: what it would be if all layers shared one.
-        share: how many ranks the others may keep.
-        initial: how many ranks the others had at the start.
-        reserved: (ranks,), bool: the ranks of the layers that keep theirs.
-        held: (ranks,), bool: those of them that are kept.
-        costs: the parameters of each rank, (ranks,), int64; None: each counts as one.
+        budget: the budget of a cut over all layers, which the result replaces.
+        share: number of ranks that the other layers may keep.
+        initial: number of ranks that the other layers had at the start.
+        reserved: True for each rank of a layer that keeps its ranks, (ranks,), bool.
+        held: True for each of these ranks that is on, (ranks,), bool.
+        costs: parameters of each rank, (ranks,), int64. None: each rank costs 1.
 
     Example:
         >>> reserved, held = torch.tensor([True, True, False, False]), torch.tensor([True, False, False, False])
@@ -106,17 +106,20 @@ def choose(
     held: Tensor | None = None,
     unreached: Tensor | None = None,
 ) -> Tensor:
-    """The ranks that a cut keeps, (ranks,), bool.
+    """Choose the ranks that a cut keeps.
 
     Args:
-        scores: (ranks,), floating point, the higher the better.
-        acts: (ranks,), bool: those that may stay.
-        budget: what they may cost.
-        tie_order: all ranks, (ranks,), int64; among equal scores, the first here is kept.
-        costs: the parameters of each rank, (ranks,), int64; None: each counts as one.
-        reserved: (ranks,), bool: ranks of layers that keep what they have.
-        held: (ranks,), bool: what these have.
-        unreached: (ranks,), bool: ranks that add exactly 0 so far; they come last.
+        scores: score of each rank, (ranks,), floating point, higher is better.
+        acts: True for a rank that may stay, (ranks,), bool.
+        budget: the most that the kept ranks may cost.
+        tie_order: all rank numbers, (ranks,), int64. Among equal scores the first in it wins.
+        costs: parameters of each rank, (ranks,), int64. None: each rank costs 1.
+        reserved: True for each rank of a layer that keeps its ranks, (ranks,), bool.
+        held: True for each of these ranks that is on, (ranks,), bool.
+        unreached: True for a rank whose update is exactly 0 so far, (ranks,), bool. Such ranks come last.
+
+    Returns:
+        A mask, (ranks,), bool: True for a rank that stays.
 
     Example:
         >>> acts, order = torch.tensor([True, True, True, False]), torch.arange(4)

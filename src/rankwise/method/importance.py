@@ -1,7 +1,7 @@
-"""What is scored of an adapter, step by step: every element, as in the paper.
+"""The paper's importance, which scores every element of A, E and B.
 
-A step's products ``w * dL/dw`` of the factors go in; out come the entries that the running averages are kept of, and
-from the averages one score per triplet. The averages themselves are in `rankwise.method.scores`.
+Each step takes the products ``w * dL/dw`` of the factors and returns the entries of the running averages. From the
+averages comes one score per triplet. `rankwise.method.scores` updates the averages.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from rankwise.method.scores import flatten, triplet_scores
 
 
 class Importance(Protocol):
-    """What a controller needs to know of a way to score; one for each form that scores gradients."""
+    """A way to score gradients, as a controller uses it. Each form that scores gradients has one."""
 
-    # The factors whose products are looked at, in the order in which `measure` takes them.
+    # The factors whose products are measured, in the order in which `measure` takes them.
     factors: ClassVar[tuple[str, ...]]
-    # The factor without which, if it does not train, a layer is frozen and keeps the ranks that it has.
+    # The factor that decides whether a layer is frozen: if it does not train, the layer keeps its ranks.
     decisive: ClassVar[str]
 
     @property
     def entries(self) -> int:
-        """How many numbers each running average has."""
+        """The number of entries of each running average."""
 
     def measure(
         self, products: Sequence[Tensor | None], device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        """The step's importance, (entries,), of either sign, from ``w * dL/dw`` of every factor of every layer.
+        """The importance of one step, (entries,), of either sign, from ``w * dL/dw`` of every factor of every layer.
 
-        Also which entries are known, (entries,), bool: those whose factor had a gradient. None: all.
+        The second result tells which entries are known because their factor had a gradient, (entries,), bool. None
+        means all.
         """
 
     def per_triplet(self, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
-        """One score for each triplet, (triplets,), from the running averages, (entries,)."""
+        """One score per triplet, (triplets,), from the running averages, (entries,)."""
 
 
 class ElementImportance:
-    """The paper's (Zhang et al., 2023, section 3.2): every element of A, E and B is scored by itself."""
+    """The paper's importance (Zhang et al., 2023, section 3.2): every element of A, E and B has its own score."""
 
     factors: ClassVar[tuple[str, ...]] = ("A", "E", "B")
     decisive: ClassVar[str] = "E"

@@ -1,6 +1,6 @@
-"""Where the triplets of all layers lie in flat vectors: a step costs a handful of operations, whatever the layers.
+"""The positions of all layers' triplets in flat vectors.
 
-Nothing in it leaves the device.
+A step on flat vectors takes few operations, however many layers there are. All computation stays on the device.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TripletLayout:
-    """Where the triplets of all layers lie in flat vectors.
+    """The positions of all layers' triplets in flat vectors.
+
+    The flat *element* vector holds all A, then all E, then all B, in layer order. The flat *triplet* vector holds
+    each layer's triplets in layer order.
 
     Args:
-        ranks: r of every layer, the number of its triplets.
-        widths_in: columns of every A (r, width_in).
-        widths_out: rows of every B (width_out, r).
-        blocks: how many matrices, each with a rank of its own, every layer holds: its triplets lie block by block,
-            as many in each. None: one each.
-
-    The flat *element* vector holds all A, then all E, then all B, in layer order; the flat *triplet* vector holds
-    each layer's triplets in layer order.
+        ranks: number of triplets r of every layer.
+        widths_in: number of columns of every A, which is (r, width_in).
+        widths_out: number of rows of every B, which is (width_out, r).
+        blocks: number of matrices in every layer, each of which has its own rank. A layer's triplets lie block by
+            block, equally many in each. None: one block in each layer.
 
     Example:
         >>> layout = TripletLayout(ranks=(2, 1), widths_in=(3, 3), widths_out=(4, 4))
@@ -68,12 +68,12 @@ class TripletLayout:
 
     @functools.cached_property
     def block_counts(self) -> tuple[int, ...]:
-        """How many blocks every layer holds: ``blocks``, or one each."""
+        """The number of blocks of every layer: ``blocks``, or 1 for each layer."""
         return self.blocks or (1,) * len(self.ranks)
 
     @functools.cached_property
     def block_ranks(self) -> tuple[int, ...]:
-        """Triplets of every block, layer by layer.
+        """The number of triplets of every block, layer by layer.
 
         Example:
             >>> TripletLayout(ranks=(2, 6), widths_in=(3, 3), widths_out=(4, 4), blocks=(1, 3)).block_ranks
@@ -85,7 +85,7 @@ class TripletLayout:
 
     @functools.cached_property
     def block_costs(self) -> list[int]:
-        """The numbers in A and B of one rank of every block, layer by layer.
+        """The parameters of A and B that one rank of each block has, layer by layer.
 
         Example:
             >>> TripletLayout(ranks=(2, 6), widths_in=(3, 3), widths_out=(4, 5), blocks=(1, 3)).block_costs
@@ -95,7 +95,7 @@ class TripletLayout:
         return [width_in + width_out for count, width_in, width_out in widths for _ in range(count)]
 
     def round_robin(self) -> list[int]:
-        """All triplets, every block's first one first, then every block's second one, and so on."""
+        """All triplet numbers: first the first triplet of every block, then the second of every block, and so on."""
         keyed, start = [], 0
         for block, rank in enumerate(self.block_ranks):
             keyed += [(index, block, start + index) for index in range(rank)]
@@ -104,7 +104,7 @@ class TripletLayout:
 
     @functools.cached_property
     def costs(self) -> list[int]:
-        """The numbers that each triplet has in A and B, in triplet order.
+        """The parameters of A and B that each triplet has, in triplet order.
 
         Example:
             >>> TripletLayout(ranks=(2, 1), widths_in=(3, 5), widths_out=(4, 4)).costs
@@ -115,7 +115,7 @@ class TripletLayout:
 
     @functools.cached_property
     def cost(self) -> int:
-        """The numbers in A and B of all triplets together.
+        """The parameters of A and B of all triplets together.
 
         Example:
             >>> TripletLayout(ranks=(2, 1), widths_in=(3, 5), widths_out=(4, 4)).cost
@@ -124,12 +124,13 @@ class TripletLayout:
         return sum(self.costs)
 
     def target(self, target_r: float, counts_parameters: bool) -> int:
-        """How many triplets are to be left at an average rank of ``target_r`` per block; all, if there are no more.
+        """The number of triplets at an average rank of ``target_r`` per block, at most the number of all triplets.
 
         Args:
-            target_r: greater than 0.
-            counts_parameters: triplets cost their numbers in A and B. Then they all stay where they cost no more than
-                so many of average size, as in the many narrow triplets that a run may have left behind.
+            target_r: average rank per block, greater than 0.
+            counts_parameters: whether the budget counts parameters of A and B. All triplets then stay if they have no
+                more parameters than that many triplets of average size. This can be so after a run that kept many
+                narrow triplets.
 
         Example:
             >>> layout = TripletLayout(ranks=(4, 8), widths_in=(3, 3), widths_out=(4, 4))
@@ -143,11 +144,11 @@ class TripletLayout:
         return min(target, self.triplets)
 
     def without(self, left_out: Sequence[bool], target_r: float) -> tuple[int, int]:
-        """Triplets of all layers but some: at the start, and with an average rank of ``target_r``.
+        """The triplets of all layers but some: their number at the start, and at an average rank of ``target_r``.
 
         Args:
             left_out: for every layer, whether it is left out.
-            target_r: per block.
+            target_r: average rank per block, greater than 0.
 
         Example:
             >>> TripletLayout(ranks=(4, 8), widths_in=(3, 3), widths_out=(4, 4)).without([True, False], 2)
@@ -159,7 +160,7 @@ class TripletLayout:
         return initial, min(round(target_r * blocks), initial)
 
     def parameters_per_rank(self, device: torch.device) -> Tensor:
-        """The numbers that each triplet has in A and B, (triplets,), int64."""
+        """The parameters of A and B that each triplet has, (triplets,), int64."""
         key = ("costs", 0, 0, device)
         if key not in self._on_device:
             self._on_device[key] = torch.tensor(self.costs, device=device, dtype=torch.int64)
@@ -167,9 +168,9 @@ class TripletLayout:
 
     @functools.cached_property
     def parameters_of_rank_one(self) -> int:
-        """The numbers in A and B of one rank everywhere: with twice as many, layers have two ranks on average.
+        """The parameters of A and B at rank 1 in every block. The average rank is measured in this unit.
 
-        Layers that have no triplet count as the others do: a run that was saved and loaded has the average it had.
+        Layers without triplets count, too, so a run that was saved and loaded keeps its average rank.
 
         Example:
             >>> TripletLayout(ranks=(2, 0), widths_in=(3, 5), widths_out=(4, 4)).parameters_of_rank_one
@@ -178,7 +179,7 @@ class TripletLayout:
         return sum(self.block_costs)
 
     def mean_per_triplet(self, elements: Tensor) -> Tensor:
-        """Sum over A, E and B of the mean element of each triplet: (elements,) -> (triplets,)."""
+        """Sum the mean element of each triplet in A, E and B: (elements,) -> (triplets,)."""
         total = elements.new_zeros(self.triplets)
         for (kind, rank, width), (starts, _) in self._blocks.items():
             size = rank * width

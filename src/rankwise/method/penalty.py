@@ -4,9 +4,11 @@ AdaLoRA keeps the rows of A and the columns of B near orthonormal (Zhang et al.,
 
     R = weight * mean over all A and B of ||A A^T - I||_F and ||B^T B - I||_F
 
-with d||B^T B - I||_F / dB = 2 B (B^T B - I) / ||B^T B - I||_F, and likewise for A. Knowing the gradient, the
-penalty needs no place in the loss. A matrix M with numbers above 1 is divided by the largest of them, p, first, with
-M M^T - I = p^2 (M/p (M/p)^T - I/p^2), so that no product overflows in a run that diverges.
+with d||B^T B - I||_F / dB = 2 B (B^T B - I) / ||B^T B - I||_F, and likewise for A. As the gradient is known, it is
+added to the gradients directly, and the loss stays as it is.
+
+If p, the largest element of a matrix M, is above 1, M is divided by it first: M M^T - I = p^2 (M/p (M/p)^T - I/p^2).
+So no product overflows in a run that diverges.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ from rankwise.method.magnitude import largest
 
 
 def orthogonality_penalty(A: Sequence[Tensor], B: Sequence[Tensor]) -> Tensor:
-    """Mean of ``||A A^T - I||_F`` over all A (r, width) and ``||B^T B - I||_F`` over all B (width, r); 0-dim.
+    """Mean of ``||A A^T - I||_F`` over all A and of ``||B^T B - I||_F`` over all B.
+
+    Args:
+        A: matrices of shape (r, width).
+        B: matrices of shape (width, r).
+
+    Returns:
+        A 0-dim tensor, at least 0; 0 without matrices.
 
     Example:
         >>> orthogonality_penalty([torch.eye(2, 3)], [torch.zeros(5, 1)])
@@ -34,15 +43,15 @@ def orthogonality_penalty(A: Sequence[Tensor], B: Sequence[Tensor]) -> Tensor:
 def orthogonality_gradients(
     matrices: Sequence[Tensor], columns: bool, weight: float, count: int
 ) -> list[Tensor]:
-    """Gradient of ``weight * orthogonality_penalty`` for each matrix, in its shape, at least float32.
+    """The gradient of ``weight * orthogonality_penalty`` for each matrix, in its shape, in float32 or wider.
 
-    Where a matrix is exactly orthonormal the gradient is 0. Matrices of one shape share one batched product.
+    The gradient of an exactly orthonormal matrix is 0. Matrices of one shape share one batched product.
 
     Args:
         matrices: some of the A, each (r, width), or some of the B, each (width, r).
-        columns: whether they are B, with orthonormal columns, and not A, with orthonormal rows.
-        weight: of the penalty in the loss.
-        count: how many matrices the penalty's mean is over, these and others.
+        columns: True for B, whose columns are to be orthonormal; False for A, whose rows are to be.
+        weight: weight of the penalty in the loss, at least 0.
+        count: number of matrices in the penalty's mean, including those that are not in ``matrices``.
     """
     gradients: list[Tensor] = [torch.empty(0)] * len(matrices)
     for stack, places in _stacks(matrices):
@@ -56,7 +65,7 @@ def orthogonality_gradients(
 
 
 def in_blocks(matrices: Sequence[Tensor], blocks: Sequence[int], columns: bool) -> list[Tensor]:
-    """The blocks of each matrix: of so many rows, or columns, in equal parts.
+    """Split each matrix into its number of equal blocks, by rows or by ``columns``.
 
     Example:
         >>> [each.shape for each in in_blocks([torch.ones(6, 4), torch.ones(2, 4)], [3, 1], columns=False)]
@@ -67,7 +76,7 @@ def in_blocks(matrices: Sequence[Tensor], blocks: Sequence[int], columns: bool) 
 
 
 def out_of_blocks(parts: Sequence[Tensor], blocks: Sequence[int], columns: bool) -> list[Tensor]:
-    """Undo `in_blocks`."""
+    """Join the blocks of each matrix again, the inverse of `in_blocks`."""
     found, start = [], 0
     for count in blocks:
         own = parts[start : start + count]
@@ -77,17 +86,17 @@ def out_of_blocks(parts: Sequence[Tensor], blocks: Sequence[int], columns: bool)
 
 
 def _norm(stack: Tensor, columns: bool) -> Tensor:
-    """The Frobenius norm of M M^T - I (or M^T M - I) of every matrix in (n, …, …), (n,)."""
+    """The Frobenius norm of M M^T - I (or of M^T M - I) for every matrix in a stack (n, …, …), (n,)."""
     _, size, _, norm = _error_and_norm(stack, columns)
     return (norm * size * size).flatten()
 
 
 def _error_and_norm(stack: Tensor, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `orthogonality_penalty` is made of, for every matrix M in (n, …, …).
+    """The terms of `orthogonality_penalty` for every matrix M in a stack (n, …, …).
 
     Returns:
-        M / p; p, the largest number of M, at least 1, (n, 1, 1); M M^T / p^2 - I / p^2 (or with M^T M), (n, r, r); and
-        its Frobenius norm, (n, 1, 1).
+        M / p; p, the largest element of M but at least 1, (n, 1, 1); M M^T / p^2 - I / p^2 (or with M^T M), (n, r, r);
+        and its Frobenius norm, (n, 1, 1).
     """
     size = largest(stack, (1, 2)).clamp_min(1)
     scaled = stack / size

@@ -1,16 +1,19 @@
-"""A layer's update in its principal directions: the same product, in factors whose triplets are singular triplets.
+"""A layer's update in its principal directions: the product B A stays, and its triplets become singular triplets.
 
-From a LoRA start all columns of B follow nearly one direction (``b_i`` follows ``G a_i``), so an update is of much
-lower rank than the triplets that carry it, and whichever triplet is cut takes an equal share along. In the basis of
-singular vectors the smallest directions carry next to nothing. With the thin QR decompositions ``A^T = Q_A R_A`` and
-``B = Q_B R_B`` and the singular value decomposition ``R_B R_A^T = U S V^T`` of an r x r matrix,
+From a LoRA start all columns of B follow nearly one direction (``b_i`` follows ``G a_i``). The update then has a much
+lower rank than the number of its triplets, and every triplet holds an equal share of it. Cutting any triplet loses that
+share. In the basis of singular vectors the smallest directions hold next to nothing, and cutting them loses little.
+
+With the thin QR decompositions ``A^T = Q_A R_A`` and ``B = Q_B R_B`` and the singular value decomposition
+``R_B R_A^T = U S V^T`` of an r x r matrix,
 
     A' = c (Q_A V)^T        B' = Q_B U S / c        B' A' = B A
 
-where c is the root mean square of the norms of A's rows, so that the adapter goes on learning at the pace it had.
+where c is the root mean square of the norms of A's rows. This c keeps the pace at which the adapter learns.
 
-Since ``A' = M A`` and ``B' = B M^-1`` with ``M = c V^T R_A^-T``, what an optimizer remembers moves along: gradients and
-their means as ``M^-T`` times those of A and ``M^T`` times those of B, means of squares by the squares of the entries.
+The new factors are ``A' = M A`` and ``B' = B M^-1`` with ``M = c V^T R_A^-T``. The optimizer's state follows. Gradients
+of A and their means are multiplied by ``M^-T`` from the left, those of B by ``M^T`` from the right. Means of squared
+gradients are multiplied by the squared entries of the same matrices.
 """
 
 from __future__ import annotations
@@ -27,19 +30,19 @@ _RELATIVE = 1e-6  # singular values of R_A below this share of the largest count
 
 
 class Principal(NamedTuple):
-    """n layers of one shape in their principal directions, the strongest first.
+    """The principal directions of n layers of one shape, the strongest first.
 
-    A layer whose ``finite`` is False is not turned: A and B are those that were given, and M is the identity.
+    Where ``finite`` is False the layer is unchanged: A and B are those that were given, and M is the identity.
 
     Args:
         A: (n, r, d_in), rows orthogonal and of one norm in each layer.
         B: (n, d_out, r), columns orthogonal.
-        strengths: (n, r), the singular values of ``B A``, falling, at most the largest finite number. Of a layer that
-            is not turned: ``|b_i| |a_i|`` of each acting triplet, or 0 if it holds NaN or infinite values.
+        strengths: (n, r), the singular values of ``B A`` in descending order, at most the largest finite number. For an
+            unchanged layer: ``|b_i| |a_i|`` of each acting triplet, or 0 if the layer holds NaN or infinite values.
         turn: (n, r, r), M with ``A' = M A``.
         inverse: (n, r, r), ``M^-1``, with ``B' = B M^-1``.
-        finite: (n,), bool: False for a layer that stays as it is, because it holds NaN or infinite values or because
-            the numbers of its principal directions are outside of what the dtype can hold.
+        finite: (n,), bool. False for a layer that is unchanged because it holds NaN or infinite values, or because
+            its principal directions have numbers beyond the range of the dtype.
     """
 
     A: Tensor
@@ -53,16 +56,17 @@ class Principal(NamedTuple):
 def principal_directions(A: Tensor, B: Tensor, acts: Tensor) -> Principal:
     """Turn the factors of n layers of one shape into their principal directions.
 
-    A triplet that does not act takes no part: as many directions as act come first, and the others are 0. A layer that
-    can't be turned stays as it is, and says so by ``finite``; nothing that A and B may hold raises an error.
+    Triplets that do not act are ignored. The result has as many directions as triplets that act; they come first, and
+    the others are 0. A layer that cannot be turned is unchanged, and its ``finite`` is False. No content of A and B
+    raises an error.
 
-    Each layer's A and B are divided by a power of two of the size of their largest number, so that neither large nor
-    small numbers overflow or vanish on the way.
+    Each layer's A and B are first divided by a power of two near their largest number. So neither large nor small
+    numbers overflow or vanish on the way.
 
     Args:
-        A: (n, r, d_in), float32 or float64.
-        B: (n, d_out, r), as A.
-        acts: (n, r), bool.
+        A: factors A, (n, r, d_in), float32 or float64.
+        B: factors B, (n, d_out, r), in the dtype of A.
+        acts: True for a triplet that acts, (n, r), bool.
 
     Example:
         >>> A, B = torch.randn(1, 2, 5), torch.randn(1, 3, 2)
@@ -100,11 +104,11 @@ def principal_directions(A: Tensor, B: Tensor, acts: Tensor) -> Principal:
 
 
 def _decomposed(a: Tensor, b: Tensor, counts: Tensor) -> Principal:
-    """As `principal_directions`, of numbers that are finite and at most 2, with ``counts``, (n,), acting triplets."""
+    """Do the work of `principal_directions` on finite numbers of at most 2, with ``counts``, (n,), acting triplets."""
     try:
         return _turned(a, b, counts)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # The message names one layer of the batch at most, so each is tried alone.
+        # The message names at most one layer of the batch, so each layer is tried alone.
         if len(a) > 1:
             parts = [_decomposed(a[n : n + 1], b[n : n + 1], counts[n : n + 1]) for n in range(len(a))]
             return Principal(*(torch.cat(each) for each in zip(*parts, strict=True)))
@@ -119,7 +123,7 @@ def _turned(a: Tensor, b: Tensor, counts: Tensor) -> Principal:
     Q_A, R_A = torch.linalg.qr(a.mT)
     Q_B, R_B = torch.linalg.qr(b)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    # There are fewer than r where a width is smaller than that.
+    # A width below r gives fewer than r directions.
     S, U, Vh = _padded(S, rank, 1), _padded(U, rank, 2), _padded(Vh, rank, 1)
     leads = torch.arange(rank, device=a.device) < counts[:, None]  # as many directions as there are triplets
     S, Vh = S * leads, Vh * leads[:, :, None]
@@ -135,30 +139,30 @@ def _turned(a: Tensor, b: Tensor, counts: Tensor) -> Principal:
 
 
 def _lost(row_sizes: Tensor, column_sizes: Tensor) -> Tensor:
-    """Which layers, (n,), bool, have products that vanish beside the largest numbers of A and B.
+    """Which layers, (n,), bool, have products that vanish next to the largest numbers of A and B.
 
-    That is so where the large numbers of A belong to other triplets than those of B.
+    This happens if the large numbers of A belong to other triplets than those of B.
 
     Args:
-        row_sizes: the largest number in each row of A, (n, r).
-        column_sizes: the largest number in each column of B, (n, r).
+        row_sizes: largest absolute value in each row of A, (n, r).
+        column_sizes: largest absolute value in each column of B, (n, r).
     """
     info = torch.finfo(row_sizes.dtype)
     in_A, in_B = (each.log2() - largest(each, (1,)).log2() for each in (row_sizes, column_sizes))
-    top = (in_A + in_B).amax(1)  # NaN if A or B is 0, and minus infinity if no triplet adds anything
+    top = (in_A + in_B).amax(1)  # NaN if A or B is 0, minus infinity if all products are 0
     return (top > -math.inf) & (top < math.log2(info.tiny / info.eps))
 
 
 def _strengths_of_triplets(a: Tensor, b: Tensor) -> Tensor:
-    """``|b_i| |a_i|`` of every triplet, (n, r), at most the largest finite number."""
+    """``|b_i| |a_i|`` of every triplet, (n, r), at most the largest finite number of the dtype."""
     power_a, power_b = power_below(largest(a, (2,))), power_below(largest(b, (1,)))
     norms = torch.linalg.vector_norm(a / power_a, dim=2) * torch.linalg.vector_norm(b / power_b, dim=1)
     return _times(norms, power_a[:, :, 0], power_b[:, 0])
 
 
 def _times(values: Tensor, power: Tensor, other: Tensor) -> Tensor:
-    """``values * power * other`` for powers of two, at most the largest finite number."""
-    # Powers whose product is outside of the dtype's range are both large or both small: then any order is right.
+    """``values * power * other`` for powers of two, at most the largest finite number of the dtype."""
+    # If the product of both powers is out of range, both are large or both are small. Then the order does not matter.
     both = power * other
     usable = both.isfinite() & (both > 0)
     product = torch.where(usable, values * both, values * power * other)

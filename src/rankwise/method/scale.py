@@ -1,14 +1,14 @@
-"""What an adapter's update is multiplied by, as PEFT has it."""
+"""The scale of an adapter's update, as in PEFT."""
 
 from __future__ import annotations
 
 import math
 
-_EPSILON = 1e-5  # in PEFT's AdaLoRA
+_EPSILON = 1e-5  # the constant in PEFT's AdaLoRA
 
 
 def lora_scale(alpha: float, rank: float, use_rslora: bool = False) -> float:
-    """The factor before B A: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA.
+    """The factor of B A: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA.
 
     Example:
         >>> lora_scale(16, 4), lora_scale(16, 4, use_rslora=True)
@@ -18,7 +18,7 @@ def lora_scale(alpha: float, rank: float, use_rslora: bool = False) -> float:
 
 
 def adalora_scale(alpha: float, init_r: int) -> float:
-    """The factor before B diag(E) A, which stays as it is when ranks are pruned.
+    """The factor of B diag(E) A in the paper's form. It does not change when ranks are cut.
 
     Example:
         >>> round(adalora_scale(8, 4), 4)
@@ -28,10 +28,10 @@ def adalora_scale(alpha: float, init_r: int) -> float:
 
 
 def pace(target_r: float, average: float, use_rslora: bool = False) -> float:
-    """What the scale of the end is multiplied by while ``average`` ranks act in each layer.
+    """The factor by which the final scale is multiplied while each layer has ``average`` ranks on average.
 
-    Adam moves a layer in proportion to scale times rank. So ``target_r / average`` keeps that constant while ranks are
-    cut; with rsLoRA it is the square root.
+    Adam moves a layer in proportion to scale times rank. The factor ``target_r / average`` keeps this product constant
+    while ranks are cut. With rsLoRA the factor is its square root.
 
     Example:
         >>> pace(2, 8), pace(2, 8, use_rslora=True)

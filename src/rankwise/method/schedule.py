@@ -1,11 +1,11 @@
-"""The budget schedule: an optimizer step in, the phase and the budget of ranks out.
+"""The budget schedule: it maps an optimizer step to the phase of the run and the budget of ranks.
 
 AdaLoRA (Zhang et al., 2023, https://arxiv.org/abs/2303.10512, section 3.3) trains in three phases:
 
-- *warm-up*, steps 1 to ``tinit``: every rank trains and none is pruned;
+- *warm-up*, steps 1 to ``tinit``: every rank trains and none is cut;
 - *pruning*, up to step ``total_step - tfinal``: the budget falls along a cubic curve, and every ``deltaT``
-  steps the triplets with the lowest scores are switched off;
-- *final*, the last ``tfinal`` steps: the choice of ranks is fixed and what is left is fine-tuned.
+  steps the triplets with the lowest scores are cut;
+- *final*, the last ``tfinal`` steps: the choice of ranks is fixed, and the ranks that are left are fine-tuned.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from enum import Enum
 
 
 class Phase(str, Enum):
-    """The three phases of a run; each is also a plain string for logs."""
+    """The three phases of a run. Each is also a plain string, for logs.
+
+    Example:
+        >>> Phase.PRUNING == "pruning", f"{Phase.WARMUP}"
+        (True, 'warm-up')
+    """
 
     WARMUP = "warm-up"
     PRUNING = "pruning"
@@ -28,13 +33,13 @@ class Phase(str, Enum):
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """A schedule whose numbers are all known, in optimizer steps counted from 1.
+    """A budget schedule in whole optimizer steps, counted from 1.
 
     Args:
-        tinit: steps of warm-up, at least 0.
-        tfinal: steps of the final phase, at least 0.
-        total_step: steps of the whole run, with ``tinit < total_step - tfinal``.
-        deltaT: steps between two allocations in the pruning phase, at least 1.
+        tinit: optimizer steps of warm-up, at least 0.
+        tfinal: optimizer steps of the final phase, at least 0.
+        total_step: optimizer steps of the whole run, with ``tinit < total_step - tfinal``.
+        deltaT: optimizer steps between two allocations in the pruning phase, at least 1.
 
     Raises:
         TypeError: a value is not a whole number.
@@ -71,10 +76,17 @@ class BudgetSchedule:
     ) -> BudgetSchedule:
         """Make a schedule from steps (int) or fractions of the run (float in [0, 1)).
 
-        A fraction is rounded to the nearest whole step, or down where there would be no step left for pruning.
+        A fraction is rounded to the nearest whole step, or down if no step would be left for pruning.
+
+        Args:
+            tinit: length of the warm-up, in optimizer steps (int) or as a fraction of the run (float in [0, 1)).
+            tfinal: length of the final phase, in optimizer steps (int) or as a fraction of the run (float in [0, 1)).
+            total_step: optimizer steps of the whole run, at least 1.
+            deltaT: optimizer steps between two allocations, at least 1.
 
         Raises:
-            TypeError, ValueError: as the class; also a fraction outside [0, 1).
+            TypeError: a value is not a number of the right type.
+            ValueError: a value or a fraction is out of range, or the phases overlap.
 
         Example:
             >>> BudgetSchedule.resolve(tinit=0.1, tfinal=0.3, total_step=1000)
@@ -88,13 +100,17 @@ class BudgetSchedule:
         return self.total_step - self.tfinal
 
     def phase(self, step: int) -> Phase:
-        """The phase that optimizer step ``step`` (from 1) belongs to."""
+        """The phase of an optimizer step.
+
+        Args:
+            step: optimizer step, from 1.
+        """
         if step <= self.tinit:
             return Phase.WARMUP
         return Phase.PRUNING if step <= self.last_allocation else Phase.FINAL
 
     def phases(self) -> dict[Phase, tuple[int, int]]:
-        """The phases that have any steps, each with its first and its last step.
+        """The phases that have at least one step, each with its first and its last step.
 
         Example:
             >>> phases = BudgetSchedule(tinit=0, tfinal=3, total_step=10).phases()
@@ -105,15 +121,16 @@ class BudgetSchedule:
         return {phase: (ends[n] + 1, ends[n + 1]) for n, phase in enumerate(Phase) if ends[n] < ends[n + 1]}
 
     def budget(self, step: int, initial: int, target: int) -> int:
-        """How many triplets may stay after step ``step``.
+        """The number of triplets that may stay after an optimizer step.
 
-        ``int(target + (initial - target) * (1 - (step - tinit) / (total_step - tfinal - tinit)) ** 3)`` in the
-        pruning phase, ``initial`` before and ``target`` after it (Zhang et al., 2023, equation 13).
+        In the pruning phase it is
+        ``int(target + (initial - target) * (1 - (step - tinit) / (total_step - tfinal - tinit)) ** 3)``. Before that
+        phase it is ``initial``, and after it ``target`` (Zhang et al., 2023, equation 13).
 
         Args:
             step: optimizer step, from 1.
-            initial: the sum of all initial ranks, at least ``target``.
-            target: the sum of all ranks in the end.
+            initial: sum of all initial ranks, at least ``target``.
+            target: sum of all ranks at the end of the run, at least 0.
         """
         if step <= self.tinit:
             return initial
@@ -123,7 +140,11 @@ class BudgetSchedule:
         return int(target + (initial - target) * left**3)
 
     def allocates(self, step: int) -> bool:
-        """Whether triplets are chosen after step ``step``."""
+        """Whether triplets are chosen after an optimizer step.
+
+        Args:
+            step: optimizer step, from 1.
+        """
         if step == self.last_allocation:
             return True
         return self.phase(step) is Phase.PRUNING and step % self.deltaT == 0
@@ -133,8 +154,8 @@ def check_length(name: str, value: int | float) -> None:
     """Check a phase length given in steps (int, at least 0) or as a fraction of the run (float in [0, 1)).
 
     Raises:
-        TypeError: not a number.
-        ValueError: out of range or not finite.
+        TypeError: the length is not a number.
+        ValueError: the length is out of range or not finite.
 
     Example:
         >>> check_length("tinit", 0.1)
@@ -159,7 +180,8 @@ def whole_steps(value: int | float, total_step: int, name: str = "length") -> in
     """A phase's length in steps, from steps (int) or a fraction of ``total_step`` (float in [0, 1)).
 
     Raises:
-        TypeError, ValueError: as `check_length`.
+        TypeError: as `check_length`.
+        ValueError: as `check_length`.
 
     Example:
         >>> whole_steps(0.1, total_step=1000), whole_steps(30, total_step=1000)
@@ -175,19 +197,20 @@ def phase_lengths(
     total_step: int,
     shares: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[int, int]:
-    """The steps of warm-up and of the final phase, which leave a step for pruning wherever what is given allows it.
+    """The lengths of warm-up and final phase in steps. At least one step is left for pruning if the input allows it.
 
-    A length that is left out takes its share of what the other leaves. Fractions of a short run that would be rounded
-    up to all of it make one phase a step shorter: one that is left out, or else the longer.
+    A length of None takes its share of what the other length leaves. In a short run, rounding fractions up may fill the
+    whole run. One phase is then made a step shorter: a phase given as None, or else the longer one.
 
     Args:
-        tinit: of the warm-up, in steps (int) or as a fraction of the run (float in [0, 1)); None: left out.
-        tfinal: of the final phase, likewise.
-        total_step: steps of the run, at least 1.
-        shares: of warm-up and final phase where they are left out, each in [0, 1) and together less than 1.
+        tinit: length of the warm-up, in steps (int) or as a fraction of the run (float in [0, 1)). None: its share.
+        tfinal: length of the final phase, in steps (int) or as a fraction (float in [0, 1)). None: its share.
+        total_step: optimizer steps of the run, at least 1.
+        shares: shares of warm-up and final phase for lengths of None, each in [0, 1), together less than 1.
 
     Raises:
-        TypeError, ValueError: as `check_length`.
+        TypeError: as `check_length`.
+        ValueError: as `check_length`.
 
     Example:
         >>> phase_lengths(None, None, 1000, shares=(0.02, 0.6)), phase_lengths(None, None, 1, shares=(0.02, 0.6))
@@ -203,19 +226,19 @@ def phase_lengths(
         warmup = round(shares[0] * (total_step if tfinal is None else max(total_step - final, 0)))
     if not 0 < total_step <= warmup + final or _share(tinit, total_step) + _share(tfinal, total_step) >= 1:
         return warmup, final
-    # Then it is rounding that takes the last step.
+    # Here only rounding has taken the last step.
     if _gives_way(tfinal, final) >= _gives_way(tinit, warmup):
         return warmup, final - 1
     return warmup - 1, final
 
 
 def _gives_way(length: int | float | None, steps: int) -> tuple[bool, bool, int]:
-    """Greater for the phase to shorten: one that was left out before a fraction, a longer one before a shorter."""
+    """A sorting key for the phase to shorten: a phase given as None, else one given as a fraction, else the longer."""
     return steps > 0 and not isinstance(length, int), length is None, steps
 
 
 def _share(length: int | float | None, total_step: int) -> float:
-    """How much of the run is asked for, without rounding."""
+    """The share of the run that a length asks for, without rounding."""
     if length is None or isinstance(length, float):
         return length or 0.0
     return length / max(total_step, 1)
@@ -233,9 +256,9 @@ def _overlap_message(tinit: int, tfinal: int, total_step: int) -> str:
 
 
 def nearest_schedule(tinit: int, tfinal: int, total_step: int) -> tuple[int, int] | None:
-    """Lengths of warm-up and final phase, in the proportion asked for, that leave a third of the run for pruning.
+    """Lengths of warm-up and final phase that leave a third of the run for pruning and keep the given proportion.
 
-    None if ``total_step`` is too short for any schedule.
+    The result is None if ``total_step`` is too short for any schedule.
 
     Example:
         >>> nearest_schedule(6000, 11000, 13500)

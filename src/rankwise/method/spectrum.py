@@ -1,10 +1,11 @@
-"""The largest singular values of a gradient that is never held: a sketch of it, in the memory of its adapter.
+"""The largest singular values of a gradient, from a sketch of it. A large gradient is never stored itself.
 
-For a layer y = W x the gradient of a batch is G = sum over tokens of (dL/dy) x', a matrix of W's size. Its first
-directions are found by going over the same batches twice (Halko, Martinsson and Tropp, 2011). The first time
-Y = G Omega is summed up, with Omega random and only k columns wide, and Q is an orthonormal basis of Y. The second time
-it is Q' G, whose singular values are those of G as far as Q holds them. Both are sums over tokens, so that no matrix of
-W's size is formed. Where W is so small that G takes no more room, G itself is summed up, and all is exact.
+For a layer y = W x the gradient of a batch is G = sum over tokens of (dL/dy) x^T, a matrix of W's size. Two passes over
+the same batches find its first directions (Halko, Martinsson and Tropp, 2011). The first pass sums Y = G Omega, where
+Omega is random and has only k columns. Q is an orthonormal basis of Y. The second pass sums Q^T G. Its singular values
+are those of G, as far as Q spans G's directions. Both are sums over tokens, so no matrix of W's size is formed, and the
+sketch takes about as much memory as an adapter. Where W is so small that G takes no more room than the sketch, G itself
+is summed, and the result is exact.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from torch import Tensor
 
 from rankwise.method.magnitude import largest, power_below, scaled_norm
 
-OVERSAMPLING = 8  # columns of the sketch beyond the directions that are asked for
+OVERSAMPLING = 8  # columns of the sketch in addition to the wanted directions
 
 
 class GradientSketch:
-    """Sums up x and dL/dy of a layer, batch by batch, in two passes over the same batches.
+    """Sums products of x and dL/dy of a layer, batch by batch, in one or two passes over the same batches.
 
     Args:
-        d_out: rows of the weight.
-        d_in: columns of the weight.
-        directions: how many singular values are wanted, at least 1.
-        generator: of the random matrix; its device is where the sketch lives.
-        dtype: float32 or float64.
+        d_out: number of rows of the weight.
+        d_in: number of columns of the weight.
+        directions: number of singular values that are wanted, at least 1.
+        generator: generator of the random matrix. The sketch lies on its device.
+        dtype: dtype of the sketch, float32 or float64.
 
     Attributes:
-        exact: whether the gradient itself is summed up.
-        passes: over the batches: one, or two.
-        finished: whether all passes were made.
+        exact: whether the gradient itself is summed.
+        passes: number of passes over the batches, 1 or 2.
+        finished: whether all passes are complete.
 
     Example:
         >>> x, dy = torch.randn(50, 30), torch.randn(50, 20)
@@ -59,7 +60,7 @@ class GradientSketch:
         self.passes = 1 if self.exact else 2
         self.directions = min(directions, d_out, d_in)
         options = {"dtype": dtype, "device": generator.device}
-        self._wide: Tensor | None = None  # Omega (d_in, k), then Q (d_out, k)
+        self._wide: Tensor | None = None  # Omega (d_in, k) in the first pass, Q (d_out, k) in the second
         if not self.exact:
             self._wide = torch.randn(d_in, size, generator=generator, **options)  # type: ignore[call-overload]
         self._sum = torch.zeros(d_out, d_in if self.exact else size, **options)  # type: ignore[call-overload]
@@ -68,11 +69,11 @@ class GradientSketch:
 
     @property
     def numbers(self) -> int:
-        """How many numbers it holds: at most (directions + 8) (d_out + d_in)."""
+        """The number of elements that the sketch holds: at most (directions + 8) (d_out + d_in)."""
         return int(self._sum.numel()) + (0 if self._wide is None else int(self._wide.numel()))
 
     def add(self, x: Tensor, dy: Tensor) -> None:
-        """Add tokens: x (..., d_in) and dL/dy (..., d_out), of any dtype."""
+        """Add tokens: x, (..., d_in), and dL/dy, (..., d_out), of any dtype."""
         dtype = self._sum.dtype
         x, dy = x.reshape(-1, x.shape[-1]).to(dtype), dy.reshape(-1, dy.shape[-1]).to(dtype)
         if self._wide is None:
@@ -83,11 +84,11 @@ class GradientSketch:
             self._sum.addmm_(dy.T, x @ self._wide)
 
     def end_pass(self) -> None:
-        """All batches were added once."""
+        """Complete a pass. Call it once all batches were added."""
         if self._wide is None or self._in_second:
             self.finished = True
             return
-        # Of G times a normal vector the squared length is that of G, on average.
+        # The squared length of G times a normal vector is, on average, the squared norm of G.
         self._norm = scaled_norm(self._sum) / math.sqrt(self._sum.shape[1])
         d_in = len(self._wide)
         self._wide = torch.linalg.qr(self._sum / self._power()).Q
@@ -95,19 +96,19 @@ class GradientSketch:
         self._in_second = True
 
     def size(self) -> float:
-        """The norm of what this pass has summed up: 0 if no gradient came, and not finite if one was not."""
+        """The norm of this pass's sum. It is 0 without any gradient, and not finite after a gradient that was not."""
         return scaled_norm(self._sum)
 
     def singular_values(self) -> Tensor:
-        """The largest singular values of the sum, falling, float64: exact ones, or a little too small."""
+        """The largest singular values of the sum, in descending order, float64: exact ones, or slightly too small."""
         power = self._power()
         values: Tensor = torch.linalg.svdvals(self._sum / power)
         return values[: self.directions].double() * power.flatten().double()
 
     def norm(self) -> float:
-        """The root of the sum of all squared singular values.
+        """The Frobenius norm of the gradient: the root of the sum of all squared singular values.
 
-        It is exact, or at least what was found and else the root of an unbiased estimate of the square.
+        With a sketch it is the root of an unbiased estimate of the squared norm, but at least the norm that was found.
         """
         return self.size() if self.exact else max(self.size(), self._norm)
 
@@ -116,13 +117,15 @@ class GradientSketch:
 
 
 def effective_rank(singular_values: Sequence[float]) -> float:
-    """How many directions a matrix acts in: exp of the entropy of its singular values (Roy and Vetterli, 2007).
+    """The number of directions in which a matrix acts: the exponential of its spectrum's entropy.
+
+    Roy and Vetterli (2007) define it.
 
     Args:
-        singular_values: at least 0, in any order.
+        singular_values: singular values, at least 0, in any order.
 
     Returns:
-        From 1, if one direction holds all, to their number, if all are equal; 0 if all are 0.
+        A number from 1, if one direction holds everything, to the number of values, if all are equal. 0 if all are 0.
 
     Example:
         >>> effective_rank([3.0, 0.0]), round(effective_rank([2.0, 2.0, 2.0]), 6), effective_rank([0.0])

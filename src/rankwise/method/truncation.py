@@ -1,30 +1,31 @@
-"""Which singular directions stay when a budget is to be met: squared singular values and widths in, ranks out.
+"""Chooses the singular directions to keep within a budget, from squared singular values and widths.
 
-Cutting a layer's update to its first k singular directions is the best that can be done with rank k (Eckart and Young,
-1936), and loses the sum of the other squared singular values. Over several layers these losses add up, while a rank
-costs each layer its own width, so directions are taken by square per parameter, over all layers at once.
+Keeping the first k singular directions of a layer's update is the best that rank k allows (Eckart and Young, 1936). It
+loses the sum of the other squared singular values. Over several layers these losses add up. One rank costs as many
+parameters as the layer's width. So directions are taken by square per parameter, over all layers at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-Squares = Mapping[str, Sequence[float]]  # layer -> squared singular values, falling
+Squares = Mapping[str, Sequence[float]]  # layer -> squared singular values, in descending order
 
 
 def ranks_for_budget(squares: Squares, widths: Mapping[str, int], budget: int) -> dict[str, int]:
-    """The ranks of at most ``budget`` parameters that keep the most.
+    """The ranks that keep the largest sum of squares with at most ``budget`` parameters.
 
-    Directions are taken by square per parameter while they fit. Where widths differ much, the one that did not fit can
-    be worth more than what is taken instead of it, and so can one rank for all layers: the best of these is returned.
+    Directions are taken by square per parameter while they fit. If widths differ much, two other ways can be better:
+    to take the first direction that did not fit, and to start from one rank for all layers. All three are tried, and
+    the best result is returned.
 
     Args:
-        squares: the squared singular values of each layer, falling.
-        widths: parameters that one rank takes in each layer, at least 1.
-        budget: parameters in all, at least 0.
+        squares: squared singular values of each layer, in descending order.
+        widths: parameters of one rank in each layer, at least 1.
+        budget: number of parameters of all layers together, at least 0.
 
     Returns:
-        The rank of each layer, 0 included.
+        The rank of each layer, which may be 0.
 
     Example:
         >>> ranks_for_budget({"q": [9.0, 1.0], "v": [4.0, 3.0]}, {"q": 10, "v": 10}, budget=30)
@@ -47,21 +48,24 @@ def ranks_for_budget(squares: Squares, widths: Mapping[str, int], budget: int) -
 
 
 def ranks_for_share(squares: Squares, widths: Mapping[str, int], share: float) -> dict[str, int]:
-    """The ranks of few parameters that keep at least ``share`` of the sum of all squares.
+    """Ranks with few parameters that keep at least ``share`` of the sum of all squares.
 
-    Directions are taken by square per parameter until the share is reached; then those that it does without go again.
+    Directions are taken by square per parameter until the share is reached. Then those that are not needed are removed.
 
     Args:
-        squares: the squared singular values of each layer, falling.
-        widths: parameters that one rank takes in each layer, at least 1.
-        share: in (0, 1].
+        squares: squared singular values of each layer, in descending order.
+        widths: parameters of one rank in each layer, at least 1.
+        share: share of the sum of all squares, in (0, 1].
+
+    Returns:
+        The rank of each layer, which may be 0.
 
     Example:
         >>> ranks_for_share({"q": [9.0, 1.0], "v": [4.0, 3.0]}, {"q": 10, "v": 10}, share=0.9)
         {'q': 1, 'v': 2}
     """
     wanted = share * kept_by(squares, {path: len(values) for path, values in squares.items()})
-    wanted -= 1e-12 * wanted  # sums of one set of numbers in two orders may differ in the last digits
+    wanted -= 1e-12 * wanted  # sums of the same numbers in two orders may differ in the last digits
     ranks, kept = dict.fromkeys(squares, 0), 0.0
     for path, number in _by_worth(squares, widths):
         if kept >= wanted:
@@ -76,17 +80,17 @@ def ranks_for_share(squares: Squares, widths: Mapping[str, int], share: float) -
 
 
 def kept_by(squares: Squares, ranks: Mapping[str, int]) -> float:
-    """The sum of the squares that ranks keep."""
+    """The sum of the squares that the first ``ranks`` directions hold."""
     return sum(sum(squares[path][:rank]) for path, rank in ranks.items())
 
 
 def parameters_of(ranks: Mapping[str, int], widths: Mapping[str, int]) -> int:
-    """How many parameters ranks take."""
+    """The number of parameters of ``ranks``."""
     return sum(rank * widths[path] for path, rank in ranks.items())
 
 
 def _by_worth(squares: Squares, widths: Mapping[str, int]) -> list[tuple[str, int]]:
-    """All directions with something in them, the largest square per parameter first; equal ones in the given order."""
+    """All directions with a square above 0, the largest square per parameter first. Equal ones keep their order."""
     directions = [(path, i) for path, values in squares.items() for i, value in enumerate(values) if value]
     return sorted(directions, key=lambda each: -squares[each[0]][each[1]] / widths[each[0]])
 
@@ -94,7 +98,7 @@ def _by_worth(squares: Squares, widths: Mapping[str, int]) -> list[tuple[str, in
 def _filled(
     squares: Squares, widths: Mapping[str, int], budget: int, start: Mapping[str, int]
 ) -> tuple[dict[str, int], tuple[str, int] | None]:
-    """Ranks that start at ``start`` and fill the budget, and the first direction that did not fit."""
+    """Fill the budget from the ranks ``start`` on. Return the ranks, and the first direction that did not fit."""
     ranks, missed = dict(start), None
     left = budget - parameters_of(ranks, widths)
     for path, number in _by_worth(squares, widths):

@@ -14,8 +14,9 @@ def worth(strengths: Tensor, gradient_norms: Tensor, costs: Tensor, target_r: fl
     loss: AdaLoRA's sensitivity ``|weight * gradient|`` (Zhang et al., 2023, equation 8), of a direction instead of
     an element. Neither factor will do alone: Adam moves all layers about equally far, however small their gradients
     are, and a large gradient is no use where nothing moves. The roots are found by measurement, as is that the
-    gradient is taken from the whole block: of a single direction it is mostly noise (docs/quality-choices.md). The
-    higher the root, the more a direction's cost counts; that matters where a budget is for a few directions only.
+    gradient is taken from the whole block: of a single direction it is mostly noise
+    (benchmarks/quality/choices.md). The higher the root, the more a direction's cost counts; that matters
+    where a budget is for a few directions only.
 
     Args:
         strengths: singular values of the updates, (triplets,), floating point, at least 0.

@@ -1,4 +1,4 @@
-"""What an adapted model can do."""
+"""Adapted models: `get_peft_model` and the methods that it adds to a model."""
 
 from __future__ import annotations
 

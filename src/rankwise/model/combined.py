@@ -1,4 +1,4 @@
-"""A new adapter made of others: `add_weighted_adapter`."""
+"""A new adapter that combines others: `add_weighted_adapter`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OF_PEFT = tuple("ties ties_svd dare_ties dare_linear dare_ties_svd dare_linear_
 
 
 class CombinesAdapters(NamesAdapters):
-    """The part of an adapted model that makes one adapter of several."""
+    """The part of an adapted model that combines several adapters into one."""
 
     def add_weighted_adapter(
         self,
@@ -42,23 +42,24 @@ class CombinesAdapters(NamesAdapters):
         svd_rank: int | None = None,
         **options: Any,
     ) -> None:
-        """Add a plain LoRA adapter that is the weighted sum of others; `set_adapter` makes it act.
+        """Add a plain LoRA adapter that is the weighted sum of others. `set_adapter` makes it act.
 
         Args:
             adapters: names of LoRA or AdaLoRA adapters.
-            weights: a finite number for each.
-            adapter_name: the new adapter's name.
-            combination_type: "cat" gives the exact sum of the updates, at the sum of the ranks. "svd" gives its best
-                approximation of rank ``svd_rank``. "linear" adds up the factors of adapters of one rank, each times
-                the square root of its weight and scale, as PEFT does: of several adapters that is no sum of
-                updates, since each A is multiplied by every B.
-            svd_rank: for "svd"; None: the greatest of the adapters' ranks.
-            options: ``svd_full_matrices`` and ``svd_driver``, which make no difference here, and ``density``, which has
-                no effect on these ways of combining; all others of PEFT's are refused.
+            weights: a finite number for each adapter.
+            adapter_name: name of the new adapter.
+            combination_type: "cat" gives the exact sum of the updates, at the sum of the ranks. "svd" gives the best
+                approximation of that sum at rank ``svd_rank``. "linear" adds the factors of adapters of one rank, each
+                times the square root of its weight and scale, as PEFT does. With several adapters the result of
+                "linear" is not the sum of the updates, since each A is multiplied by every B.
+            svd_rank: rank for "svd", at least 1. None: the greatest of the adapters' ranks.
+            options: PEFT's other arguments. ``svd_full_matrices``, ``svd_driver`` and ``density`` have no effect here;
+                all others are refused.
 
         Raises:
-            TypeError: there is no such option, or a value is of a wrong type.
-            ValueError: there is no such adapter, they do not go together, or PEFT's own way of combining is asked for.
+            TypeError: an option is unknown, or a value has the wrong type.
+            ValueError: an adapter does not exist, the adapters cannot be combined, or ``combination_type`` is one that
+                only PEFT has.
 
         Example:
             >>> import torch, rankwise as rw
@@ -116,7 +117,7 @@ class CombinesAdapters(NamesAdapters):
                     "be combined."
                 )
         if shared_out(self):
-            raise ValueError("Combine adapters before the model's parameters are shared out over processes.")
+            raise ValueError("Combine adapters before the model's parameters are sharded over processes.")
         return names, [float(check_number("weights", weight)) for weight in weights]
 
 
@@ -166,7 +167,7 @@ def _rank(layers: dict[str, AdapterLayer], names: list[str], kind: str, svd_rank
 def _combined(
     path: str, layer: AdapterLayer, parts: list[tuple[str, float]], kind: str, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """A (rank, d_in) and B (d_out, rank) of the combination, whose scale is 1."""
+    """A, (rank, d_in), and B, (d_out, rank), of the combination, whose scale is 1."""
     if isinstance(layer, ParameterSlot):
         raise ValueError(f"{path!r} is adapted as a parameter, of which adapters can't be combined.")
     given = [(*layer.factors(name), weight * layer.scaling[name]) for name, weight in parts]
@@ -192,10 +193,9 @@ def _combined(
 
 
 def _best(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of the best approximation of ``B A`` of a rank, which is at most ``rank``."""
-    Q_A, R_A = torch.linalg.qr(
-        A.double().T
-    )  # in float64, in which products of float32 numbers can't overflow
+    """Factors of the best approximation of ``B A``, of a rank of at most ``rank``."""
+    # In float64 the products of float32 numbers cannot overflow.
+    Q_A, R_A = torch.linalg.qr(A.double().T)
     Q_B, R_B = torch.linalg.qr(B.double())
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
     root = S[:rank].sqrt()
@@ -207,7 +207,7 @@ def _padded(rows: Tensor, rank: int) -> Tensor:
 
 
 def _plain_lora(config: LoraConfig, rank: int, layers: list[str], saved: list[str]) -> LoraConfig:
-    """A LoRA configuration with scale 1 for these layers."""
+    """A LoRA configuration of scale 1 for ``layers``."""
     kept = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", "lora_dropout")
     return LoraConfig(
         **{name: getattr(config, name) for name in kept},

@@ -1,4 +1,4 @@
-"""What every part of an adapted model asks: which adapters it has, which act, which one's ranks are allocated."""
+"""The state that all parts of an adapted model use: which adapters it has, which act, and which allocates ranks."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _ATTRIBUTES = (
 
 
 class HoldsAdapters(nn.Module):
-    """The attributes of an adapted model, and questions about them."""
+    """The attributes of an adapted model, and properties that read them."""
 
     peft_config: dict[str, LoraConfig]
     _rankwise_controller: Controller | None
     _rankwise_histories: dict[str, RankHistory]
-    _rankwise_to_train: set[str]  # adapters that were attached to be trained
+    _rankwise_to_train: set[str]  # names of the adapters that were attached to be trained
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters that act."""
+        """Names of the active adapters."""
         layers = adapter_layers(self)
         if layers:
             return list(next(iter(layers.values())).active_adapters)
@@ -47,7 +47,7 @@ class HoldsAdapters(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str] | None:
-        """Name of the adapter that acts, a list of names if several do, as in PEFT, or None."""
+        """Name of the active adapter. As in PEFT it is a list of names if several are active, and None if none is."""
         names = self.active_adapters
         return names if len(names) > 1 else next(iter(names), None)
 
@@ -58,17 +58,17 @@ class HoldsAdapters(nn.Module):
 
     @property
     def active_peft_config(self) -> LoraConfig:
-        """Configuration of the adapter that acts."""
+        """Configuration of the adapter that trains, or else of the first active adapter."""
         return self.peft_config[self._trained_or_active()]
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """Paths of the layers that are adapted."""
+        """Paths of the adapted layers."""
         return [path for path, layer in adapter_layers(self).items() if not isinstance(layer, ParameterSlot)]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """Paths of the parameters that are adapted, such as stacks of experts."""
+        """Paths of the adapted parameters, such as stacks of experts."""
         return [path for path, layer in adapter_layers(self).items() if isinstance(layer, ParameterSlot)]
 
     def _controller_of(self, adapter_name: str) -> Controller | None:

@@ -1,4 +1,4 @@
-"""Merging an adapted model's adapters into its weights, and taking them out."""
+"""Merging an adapted model's adapters into its base weights, and removing them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from rankwise.model.places import KeepsPlaces
 
 
 class MergesAdapters(KeepsPlaces):
-    """The part of an adapted model that has to do with its base weights."""
+    """The part of an adapted model that changes its base weights."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the active (or named) adapters' updates to the base weights; `unmerge_adapter` takes them out.
+        """Add updates of adapters to the base weights. `unmerge_adapter` removes them.
+
+        Args:
+            adapter_names: names of the adapters to merge. None: the active ones.
+            safe_merge: refuse to merge NaN or infinite values.
 
         Raises:
-            ValueError: a weight is shared with another module, which would change too, or can't be merged into;
-                or ``safe_merge`` and a merged weight would not be finite. The model is then as before.
+            ValueError: a weight cannot be merged into, or is shared with another module, which would change too; or
+                a merged weight would not be finite and ``safe_merge`` is set. The model is then as before.
 
         Warns:
-            UserWarning: base weights are quantized, so that what is merged is rounded; or they are merged already.
+            UserWarning: base weights are quantized, so the merged weights are rounded; or the adapters are merged
+                already.
         """
         names = self._checked_names(adapter_names)
         if names and set(names) <= set(self._merged()):
@@ -32,21 +37,22 @@ class MergesAdapters(KeepsPlaces):
         merge(self, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Take merged updates out of the base weights again."""
+        """Remove merged updates from the base weights."""
         for layer in adapter_layers(self).values():
             layer.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
-        """Merge for good: the model gets back its own class and plain layers, and is returned.
+        """Merge adapters for good, remove all adapters, and return the model with its own class and plain layers.
 
         Args:
-            progressbar: accepted as in PEFT; merging shows none.
+            progressbar: accepted for compatibility with PEFT, without effect.
             safe_merge: refuse to merge NaN or infinite values.
-            adapter_names: the active ones if None.
+            adapter_names: names of the adapters to merge. None: the active ones.
 
-        Raises: as `merge_adapter`.
+        Raises:
+            ValueError: as `merge_adapter`; or the parameters are sharded over processes.
         """
         refuse_sharded(self, "merge_and_unload")
         names = self._checked_names(adapter_names)
@@ -55,7 +61,11 @@ class MergesAdapters(KeepsPlaces):
         return self._strip(keep_saved=names)
 
     def unload(self) -> Any:
-        """Remove all adapters: the model is its base model again, and is returned."""
+        """Remove all adapters, and return the model, which is its base model again.
+
+        Raises:
+            ValueError: the parameters are sharded over processes.
+        """
         refuse_sharded(self, "unload")
         self.unmerge_adapter()
         return self._strip()

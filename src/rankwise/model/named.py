@@ -1,4 +1,4 @@
-"""An adapted model's adapters by name: adding one, letting one act and train, forgetting one."""
+"""An adapted model's adapters by name: adding one, activating one, deleting one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from rankwise.run.run_tensors import BUFFERS
 
 
 class NamesAdapters(MergesAdapters):
-    """The part of an adapted model that has to do with which adapters it has and which of them act."""
+    """The part of an adapted model that keeps its adapters by name, and activates them."""
 
     def add_adapter(
         self,
@@ -39,16 +39,17 @@ class NamesAdapters(MergesAdapters):
         peft_config: LoraConfig | str = "default",
         **options: Any,
     ) -> None:
-        """Add an untrained adapter; `set_adapter` makes it act and train.
+        """Add an untrained adapter. `set_adapter` makes it act and train.
 
         The arguments may come in PEFT's order (name, configuration) or in Transformers' (configuration, name).
 
         Args:
-            adapter_name: its name.
-            peft_config: its configuration.
+            adapter_name: name of the new adapter.
+            peft_config: configuration of the new adapter.
             options: ``autocast_adapter_dtype`` and others, as for `get_peft_model`.
 
         Raises:
+            TypeError: an option is unknown, or an argument has the wrong type.
             ValueError: the name is taken, the configuration does not fit, or another AdaLoRA adapter trains.
         """
         widens = check_attach_options("add_adapter", options)
@@ -60,10 +61,14 @@ class NamesAdapters(MergesAdapters):
         self._attach(attachment if widens else in_base_dtype(self, attachment))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Let one adapter act, or several together, and train if it is not for inference only.
+        """Activate one adapter, or several together. An adapter trains unless it is for inference only.
+
+        Args:
+            adapter_name: name of an adapter, or a list of names.
+            inference_mode: True freezes the active adapters.
 
         Raises:
-            ValueError: there is no adapter of a name, or two of them have a copy of one module.
+            ValueError: an adapter does not exist, or two of them have a copy of the same module.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         for name in names:
@@ -98,7 +103,7 @@ class NamesAdapters(MergesAdapters):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within this context the model is its base model."""
+        """Return a context in which the model computes as its base model."""
         before = self._adapters_enabled()
         self.disable_adapter_layers()
         try:
@@ -108,18 +113,25 @@ class NamesAdapters(MergesAdapters):
                 self.enable_adapter_layers()
 
     def disable_adapter_layers(self) -> None:
-        """Let no adapter act, until `enable_adapter_layers`."""
+        """Disable all adapters until `enable_adapter_layers` is called."""
         self._enable(False)
 
     def enable_adapter_layers(self) -> None:
-        """Let the active adapters act again."""
+        """Enable the active adapters again."""
         self._enable(True)
 
-    disable_adapters = disable_adapter_layers  # Transformers' names
+    disable_adapters = disable_adapter_layers  # the names in Transformers
     enable_adapters = enable_adapter_layers
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter. If it was the one that acts, the first of the others does."""
+        """Delete an adapter. If it was the only active one, the first of the others becomes active.
+
+        Args:
+            adapter_name: name of the adapter.
+
+        Raises:
+            ValueError: the adapter does not exist.
+        """
         self._check_name(adapter_name)
         if adapter_name in self._merged():
             self.unmerge_adapter()
@@ -191,7 +203,7 @@ class NamesAdapters(MergesAdapters):
 
     @contextmanager
     def _as_before_on_failure(self, attachment: Attachment) -> Iterator[None]:
-        """If what is within fails, take the adapter out again, and leave the model as it was."""
+        """If the block fails, remove the adapter and restore the model."""
         name = attachment.adapter
         trained = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         active = [(layer, list(layer.active_adapters)) for layer in adapter_layers(self).values()]
@@ -225,6 +237,6 @@ def _install_integrations(model: nn.Module) -> None:
     if "transformers.modeling_utils" in kinds or "transformers.trainer" in sys.modules:
         try:
             from rankwise.integrations.transformers import install
-        except ImportError:  # a Transformers without what its Trainer needs
+        except ImportError:  # a Transformers installation that lacks what its Trainer needs
             return
         install()

@@ -1,4 +1,4 @@
-"""What PEFT's functions are given beside what they need: each option is used, refused, or told to have no effect."""
+"""Options of PEFT's functions: each is used, refused, or accepted without effect."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from rankwise.config.checks import check_flag
 from rankwise.config.hub_options import check_hub_options
 from rankwise.config.suggest import suggestion
 
-# Options that say where or how fast values are read. Here they go to the device of the layer that they belong to.
+# Options for where or how fast values are read. Here each value goes to the device of its layer.
 _NO_DIFFERENCE = frozenset(
     "low_cpu_mem_usage ephemeral_gpu_offload torch_device use_safetensors offload_folder offload_dir offload_index "
     "offload_buffers offload_state_dict max_memory".split()
 )
-# Options that belong to loading the base model, which has been loaded already.
+# Options for loading the base model, which is loaded already.
 _OF_THE_BASE = frozenset(
     {"device_map", "dtype", "torch_dtype", "load_in_4bit", "load_in_8bit", "quantization_config"}
 )
-# Arguments with a place of their own, for messages about misspelt ones.
+# Names of the functions' own arguments, for messages about misspelt ones.
 _ALREADY_TAKEN = frozenset({"model_id", "adapter_name", "is_trainable", "adapter_compute_dtype"})
 
 
 @dataclass
 class LoadOptions:
-    """What `from_pretrained` and `load_adapter` are told of how to load an adapter.
+    """Options of `from_pretrained` and `load_adapter` for loading an adapter.
 
     Args:
-        config: the configuration to use in place of the folder's.
-        autocast_adapter_dtype: whether a half-precision base gets a float32 adapter.
-        hub: options for the Hugging Face hub.
+        config: configuration that replaces the one in the folder. None: the folder's.
+        autocast_adapter_dtype: whether the adapter of a half-precision base is float32.
+        hub: options for the Hugging Face hub, by name.
     """
 
     config: LoraConfig | None = None
@@ -41,11 +41,15 @@ class LoadOptions:
 
 
 def load_options(function: str, given: Mapping[str, Any]) -> LoadOptions:
-    """Sort what ``function`` was given.
+    """Sort the options that ``function`` was given.
+
+    Args:
+        function: name of the function, for messages.
+        given: the options, by name.
 
     Raises:
-        TypeError: it has no such option, or a value is of a wrong type.
-        ValueError: an option is known, but not offered.
+        TypeError: an option is unknown, or a value has the wrong type.
+        ValueError: an option of PEFT's is not offered.
 
     Warns:
         UserWarning: an option belongs to loading the base model, and has no effect on an adapter.
@@ -84,7 +88,7 @@ _INSTEAD = {
     "hotswap": "`load_adapter` under another name, then `set_adapter`.",
 }
 
-# What PEFT's and Transformers' `save_pretrained` take that changes nothing of what is written here.
+# Arguments of PEFT's and Transformers' `save_pretrained` that do not change the files written here.
 _SAVING_SAME = frozenset(
     {"save_function", "max_shard_size", "token", "save_peft_format", "save_original_format"}
 )
@@ -97,15 +101,15 @@ _SAVING_NOT = {
 
 
 def check_save_options(given: Mapping[str, Any], own: Collection[str]) -> None:
-    """See that `save_pretrained` was given no option that it would have to pass over.
+    """Refuse options of `save_pretrained` that it does not know or cannot do.
 
     Args:
-        given: what was given beside its own arguments.
-        own: the names of its own arguments.
+        given: the options that are not among its own arguments, by name.
+        own: names of its own arguments.
 
     Raises:
-        TypeError: there is no such option; the message names the nearest.
-        ValueError: an option is known, but not offered.
+        TypeError: an option is unknown. The message suggests the nearest known one.
+        ValueError: an option of PEFT's or Transformers' is not offered.
     """
     for name, value in given.items():
         if name in _SAVING_NOT:
@@ -116,11 +120,15 @@ def check_save_options(given: Mapping[str, Any], own: Collection[str]) -> None:
 
 
 def check_attach_options(function: str, given: Mapping[str, Any]) -> bool:
-    """Whether a half-precision base gets a float32 adapter, by what ``function`` was given; all else is checked.
+    """Check options for attaching, and return whether the adapter of a half-precision base is float32.
+
+    Args:
+        function: name of the function, for messages.
+        given: the options, by name.
 
     Raises:
-        TypeError: there is no such option; the message names the nearest.
-        ValueError: an option is known, but not offered.
+        TypeError: an option is unknown. The message suggests the nearest known one.
+        ValueError: an option of PEFT's is not offered.
 
     Example:
         >>> check_attach_options("get_peft_model", {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True})

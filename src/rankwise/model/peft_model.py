@@ -1,4 +1,4 @@
-"""Makes a model an adapted one: `get_peft_model`, and the class of methods that it gives to the user's own model."""
+"""Attaching adapters to a model: `get_peft_model`, and the class of methods that the model gets."""
 
 from __future__ import annotations
 
@@ -24,16 +24,33 @@ from rankwise.model.untrained import TellsOfNoTraining, watch
 
 
 class PeftModel(InPlace, TakesRows, TellsOfNoTraining, OncePerPass, SharesAdapters, CarriesRun):
-    """Mixin that an adapted model's class is made of; see `get_peft_model`.
+    """The methods of an adapted model, with PEFT's names. `get_peft_model` adds them to the model's class.
 
-    The model stays what it is: the same object, still an instance of its own class, with its own ``forward``,
-    ``generate`` and so on. The names of these methods are PEFT's.
+    The model stays the same object. It is still an instance of its own class, with its own ``forward``, ``generate``
+    and so on. ``PeftModel(model, peft_config)`` is PEFT's other way to call `get_peft_model`.
+
+    Args:
+        model: base model, any ``nn.Module``.
+        peft_config: an `AdaLoraConfig` or a `LoraConfig`.
+        adapter_name: name of the adapter.
+        options: other arguments of `get_peft_model`.
+
+    Raises:
+        TypeError: as `get_peft_model`.
+        ValueError: as `get_peft_model`.
+
+    Example:
+        >>> import torch, rankwise as rw
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = rw.PeftModel(base, rw.LoraConfig(r=2, target_modules=["0"]))
+        >>> model is base, isinstance(model, rw.PeftModel), isinstance(model, torch.nn.Sequential)
+        (True, True, True)
     """
 
     def __init__(
         self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **options: Any
     ) -> None:
-        """Nothing: ``PeftModel(model, config)``, PEFT's other way to call `get_peft_model`, returns its model."""
+        """Do nothing: ``PeftModel(model, config)`` returns the model that `get_peft_model` made."""
 
     @classmethod
     def _from_scratch(cls, *args: Any, **options: Any) -> Any:
@@ -51,19 +68,22 @@ class PeftModel(InPlace, TakesRows, TellsOfNoTraining, OncePerPass, SharesAdapte
         """Attach the adapter in a folder to a base model, in place, and return the model.
 
         Args:
-            model: the base model.
+            model: the base model, or an adapted model.
             model_id: an adapter folder, or a repository on the Hugging Face hub (needs ``huggingface_hub``).
-            adapter_name: the name it gets, "default" if left out.
-            is_trainable: whether to train it on. If the folder holds the state of an unfinished run, the run
-                goes on from there. Otherwise the model is put into evaluation mode.
+            adapter_name: name of the adapter in the model.
+            is_trainable: whether the adapter trains. If the folder holds the state of an unfinished run, the run then
+                continues from there. False puts the model into evaluation mode.
             options: ``adapter_compute_dtype`` and ``autocast_adapter_dtype``, as for `get_peft_model`; ``config``, a
-                configuration to use in place of the folder's; and ``revision``, ``subfolder``, ``cache_dir``,
-                ``token`` for the hub.
+                configuration that replaces the folder's; and ``revision``, ``subfolder``, ``cache_dir`` and ``token``
+                for the hub.
+
+        Returns:
+            ``model`` itself.
 
         Raises:
-            FileNotFoundError: there is no such adapter.
-            TypeError: there is no such option; the message names the nearest.
-            ValueError: a file is broken, or belongs to another model; the model is then as before.
+            FileNotFoundError: the adapter does not exist.
+            TypeError: an option is unknown (the message suggests the nearest known one), or ``model`` is not a module.
+            ValueError: a file is broken, or belongs to another model. The model is then as before.
 
         Example:
             >>> import tempfile, torch, rankwise as rw
@@ -77,47 +97,47 @@ class PeftModel(InPlace, TakesRows, TellsOfNoTraining, OncePerPass, SharesAdapte
         """
         if "_original_class" not in vars(cls):
             return _load_into_base(model, model_id, adapter_name, is_trainable, **options)
-        own: Any = super()  # called on an adapted model's class: its own way to load a base model
+        own: Any = super()  # on an adapted model's class this is the class's own way to load a base model
         return own.from_pretrained(model, *([] if model_id is None else [model_id]), **options)
 
     @property
     def base_model(self) -> nn.Module:
-        """The model itself, or what the model's own class calls its base model."""
+        """The model itself, or the part that the model's own class calls ``base_model``."""
         own: Any = self._modules.get("base_model", self.__dict__.get("base_model"))
         if own is None:
             own = getattr(super(), "base_model", None)
         return self if own is None else own
 
     def get_base_model(self) -> nn.Module:
-        """The model itself: rankwise puts nothing around it."""
+        """Return the model itself, as rankwise does not wrap it."""
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(Parameters that train, all parameters)."""
+        """Return the number of parameters that train, and the number of all parameters."""
         sizes = [(p.numel() * _packing(p), p.requires_grad) for p in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
     def get_layer_status(self) -> Any:
-        """The state of each adapted layer; see `rankwise.get_layer_status`."""
+        """Return the state of each adapted layer; see `rankwise.get_layer_status`."""
         from rankwise.peft_api.status import get_layer_status
 
         return get_layer_status(self)
 
     def get_model_status(self) -> Any:
-        """The state of the model as a whole; see `rankwise.get_model_status`."""
+        """Return the state of the model as a whole; see `rankwise.get_model_status`."""
         from rankwise.peft_api.status import get_model_status
 
         return get_model_status(self)
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, in PEFT's words."""
+        """Print how many parameters train, in PEFT's format."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
 
 class PeftModelThatGenerates(GeneratesByRow, PeftModel):
-    """`PeftModel` of a model that has ``generate``."""
+    """The methods of an adapted model that has ``generate``."""
 
 
 def get_peft_model(
@@ -129,24 +149,29 @@ def get_peft_model(
 ) -> Any:
     """Attach an adapter to ``model``, in place, and return ``model``.
 
-    Only the adapted layers change; all other parameters are frozen. The model stays an instance of its own
-    class and gets the methods of `PeftModel`. AdaLoRA's ranks allocate themselves whenever an optimizer that
-    holds the adapter's parameters steps.
+    Only the adapted layers change, and all other parameters are frozen. The model stays an instance of its own class
+    and gets the methods of `PeftModel`. AdaLoRA needs no further call: its ranks are allocated whenever an optimizer
+    that holds the adapter's parameters steps.
 
     Args:
-        model: any ``nn.Module``.
+        model: base model or adapted model, any ``nn.Module``.
         peft_config: an `AdaLoraConfig` or a `LoraConfig`.
-        adapter_name: the adapter's name.
-        adapter_compute_dtype: what the adapter's products in linear layers are computed in. None: in the dtypes that
-            the layer's input and output have. With ``torch.float32`` a bfloat16 base costs what it costs in PEFT,
-            which computes so.
-        options: PEFT's others. ``autocast_adapter_dtype=False`` keeps the adapter, and modules that train whole, in the
-            half precision of the base model; they are float32 otherwise. ``revision`` is the base model's, to be noted
-            in the configuration. ``low_cpu_mem_usage`` makes no difference here, and ``mixed`` must be False.
+        adapter_name: name of the adapter.
+        adapter_compute_dtype: floating-point dtype in which linear layers compute the adapter's products. None: the
+            dtypes of the layer's input and output. PEFT computes in ``torch.float32``; with it, a bfloat16 base takes
+            as much time and memory as in PEFT.
+        options: PEFT's other arguments. ``autocast_adapter_dtype=False`` keeps the adapter, and modules that train
+            whole, in the base model's half precision; otherwise they are float32. ``revision`` is the base model's
+            revision, which is stored in the configuration. ``low_cpu_mem_usage`` has no effect, and ``mixed`` must be
+            False.
+
+    Returns:
+        ``model`` itself.
 
     Raises:
-        TypeError: not a module, not such a configuration, or a dtype that is none to compute in.
-        ValueError: nothing matches ``target_modules``, or something that can't be adapted; the model is then as
+        TypeError: ``model`` is not a module, ``peft_config`` is not one of rankwise's configurations, or
+            ``adapter_compute_dtype`` is not a floating-point dtype.
+        ValueError: no layer matches ``target_modules``, or a matching layer cannot be adapted. The model is then as
             before.
 
     Example:
@@ -209,7 +234,7 @@ def _make_peft_model(model: Any) -> PeftModel:
 
 
 class _UpdateAndAllocate:
-    """The adapted model's `update_and_allocate`, for a part of it: holds the model weakly, so that it can be freed."""
+    """`update_and_allocate` for a part of the adapted model, to which it holds a weak reference."""
 
     def __init__(self, model: Any) -> None:
         self._find: Callable[[], Any] = weakref.ref(model) if model is not None else lambda: None
@@ -250,5 +275,5 @@ def _load_into_base(
 
 
 def _packing(parameter: nn.Parameter) -> int:
-    """How many weights one element of a parameter holds: bitsandbytes packs two into a byte."""
+    """The number of weights in one element of a parameter: bitsandbytes packs two 4-bit weights into a byte."""
     return 2 if type(parameter).__name__ == "Params4bit" and parameter.element_size() == 1 else 1

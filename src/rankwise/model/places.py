@@ -1,7 +1,7 @@
-"""What is seen to at each training pass of an adapted model.
+"""Checks at each training pass of an adapted model.
 
-Adapted modules stay where they are: what would replace them is refused, and what has replaced them is noticed. And
-gradients reach the adapters through gradient checkpoints.
+Adapted modules must stay in place: calls that would replace them are refused, and a replaced module is an error. The
+checks also let gradients reach the adapters through gradient checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rankwise.model.held import HoldsAdapters
 
 
 class KeepsPlaces(HoldsAdapters):
-    """The part of an adapted model that has to do with modules that are replaced."""
+    """The part of an adapted model that guards its adapted modules against replacement."""
 
     _rankwise_places: dict[str, nn.Module]
     _rankwise_checkpointing: list[nn.Module]
@@ -35,10 +35,15 @@ class KeepsPlaces(HoldsAdapters):
         return super().__call__(*args, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The model's own ``resize_token_embeddings``, where no adapter is on the embeddings.
+        """Call the model's own ``resize_token_embeddings``, unless an adapter is on the embeddings.
+
+        Args:
+            new_num_tokens: new number of tokens, at least 1. None, without other arguments: the embeddings stay.
+            args: further arguments of the model's own method.
+            kwargs: further arguments of the model's own method.
 
         Raises:
-            ValueError: an adapter is on them, which would be lost; nothing has changed then.
+            ValueError: an adapter is on the embeddings, and would be lost. Nothing has changed.
         """
         own: Any = super()
         if new_num_tokens is None and not args and not kwargs:
@@ -51,20 +56,28 @@ class KeepsPlaces(HoldsAdapters):
         return made
 
     def set_input_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own ``set_input_embeddings``, where no adapter is on the embeddings.
+        """Call the model's own ``set_input_embeddings``, unless an adapter is on the embeddings.
+
+        Args:
+            args: arguments of the model's own method.
+            kwargs: arguments of the model's own method.
 
         Raises:
-            ValueError: an adapter is on them, which would be lost; nothing has changed then.
+            ValueError: an adapter is on the embeddings, and would be lost. Nothing has changed.
         """
         self._refuse_if_adapted("set_input_embeddings", "replace")
         own: Any = super()
         return own.set_input_embeddings(*args, **kwargs)
 
     def set_output_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own ``set_output_embeddings``, where no adapter is on the embeddings.
+        """Call the model's own ``set_output_embeddings``, unless an adapter is on the embeddings.
+
+        Args:
+            args: arguments of the model's own method.
+            kwargs: arguments of the model's own method.
 
         Raises:
-            ValueError: an adapter is on them, which would be lost; nothing has changed then.
+            ValueError: an adapter is on the embeddings, and would be lost. Nothing has changed.
         """
         self._refuse_if_adapted("set_output_embeddings", "replace")
         own: Any = super()
@@ -86,7 +99,7 @@ class KeepsPlaces(HoldsAdapters):
             )
 
     def _note_places(self) -> None:
-        """Remember where adapted modules are: after an adapter was attached, or taken out."""
+        """Remember the places of the adapted modules. Called after an adapter was attached or removed."""
         before: dict[str, nn.Module] = self.__dict__.get("_rankwise_places", {})
         lost = {
             path: module
@@ -97,22 +110,22 @@ class KeepsPlaces(HoldsAdapters):
         self._rankwise_places = {**lost, **adapter_layers(self), **saved_modules(self)}
 
     def _check_in_place(self, in_pass: bool = False) -> None:
-        """See that no adapted module was replaced.
+        """Raise an error if an adapted module was replaced.
 
         Raises:
-            ValueError: one was.
+            ValueError: a module was replaced.
         """
         check_in_place(self, self.__dict__.get("_rankwise_places", {}), in_pass)
 
     def _let_gradients_through_checkpoints(self) -> None:
-        """Whoever has switched gradient checkpointing on, and whenever: see to what it needs of a frozen base."""
+        """Make inputs require gradients once re-entrant gradient checkpointing is on, whoever switched it on."""
         modules = self.__dict__.get("_rankwise_checkpointing", ())
         if "_rankwise_input_hooks" not in self.__dict__ and any_reentrant(modules):
             self._rankwise_input_hooks = hook_inputs(self, modules)
 
 
 def _names(module: nn.Module) -> list[str]:
-    """The adapters that an adapted module has."""
+    """The names of the adapters that an adapted module has."""
     held = getattr(module, "lora_A", None) or getattr(module, "modules_to_save", None) or ()
     return list(held)
 

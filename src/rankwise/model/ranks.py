@@ -1,4 +1,4 @@
-"""The ranks of an adapted model's AdaLoRA adapter: steering their allocation, and seeing where it stands."""
+"""The ranks of an adapted model's AdaLoRA adapter: controlling their allocation, and reading its state."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from rankwise.run.summary import LayerRank, RankSummary
 
 
 class AllocatesRanks(HoldsAdapters):
-    """The part of an adapted model that has to do with ranks."""
+    """The part of an adapted model that allocates ranks."""
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Allocate, and score where the form does, for optimizer step ``global_step`` (from 1), as PEFT scripts do.
+        """Allocate ranks for one optimizer step, as scripts for PEFT do. rankwise does not need this call.
 
-        Not needed: it happens by itself. From the first call on, it happens only at these calls, which belong
-        between ``optimizer.step()`` and ``zero_grad()``.
+        Without such calls ranks are allocated at each optimizer step. From the first call on, they are allocated only
+        by these calls. Place them between ``optimizer.step()`` and ``zero_grad()``.
+
+        Args:
+            global_step: optimizer step, from 1.
 
         Raises:
             ValueError: no AdaLoRA adapter trains, or ``total_step`` is not known.
@@ -28,17 +31,20 @@ class AllocatesRanks(HoldsAdapters):
         self._controller_or_refuse().update_and_allocate(global_step)
 
     def set_total_step(self, total_step: int) -> None:
-        """Tell the schedule how many optimizer steps the run has.
+        """Set the number of optimizer steps of the run, which the schedule needs.
+
+        Args:
+            total_step: optimizer steps of the whole run, at least 1.
 
         Raises:
-            ValueError: no AdaLoRA adapter trains, or the schedule's phases do not fit into so many steps.
+            ValueError: no AdaLoRA adapter trains, or the schedule's phases do not fit into ``total_step``.
         """
         self._controller_or_refuse().set_total_step(total_step)
 
     def finalize_ranks(self) -> None:
-        """Bring the budget to its target now, as things are, and keep that choice.
+        """Cut ranks to the final budget now, and keep that choice.
 
-        For a run that ends before its schedule does.
+        Call it if a run ends before its schedule does.
 
         Raises:
             ValueError: no AdaLoRA adapter trains, or it is merged.
@@ -49,21 +55,21 @@ class AllocatesRanks(HoldsAdapters):
 
     @property
     def allocation_state(self) -> AllocationState | None:
-        """Step, phase and budget of the AdaLoRA adapter that trains, or None if there is none."""
+        """Step, phase and budget of the AdaLoRA adapter that trains. None if no AdaLoRA adapter trains."""
         return self._rankwise_controller.state() if self._rankwise_controller else None
 
     @property
     def rank_history(self) -> RankHistory | None:
-        """The budget and every layer's rank at each allocation; also of an adapter loaded with its history."""
+        """The budget and every layer's rank at each allocation, also of an adapter that was loaded with its history."""
         if self._rankwise_controller:
             return self._rankwise_controller.history
         return self._rankwise_histories.get(next(iter(self.active_adapters), ""))
 
     def rank_summary(self) -> RankSummary:
-        """Rank, importance and parameters of every adapted layer, of the adapter that trains or acts.
+        """Return rank, importance and parameters of every adapted layer, of the adapter that trains or acts.
 
-        ``print`` shows it as a table. Where processes share out the parameters (``fully_shard``, ZeRO-3), all of
-        them must call this together: the importance is that of whole matrices.
+        ``print`` shows the result as a table. If the parameters are sharded over processes (``fully_shard``, ZeRO-3),
+        all processes must call this together.
         """
         name = self._trained_or_active()
         controller = self._controller_of(name)
@@ -89,7 +95,7 @@ class AllocatesRanks(HoldsAdapters):
         return RankSummary(list(rows.values()), budget=sum(row.init_r for row in rows.values()))
 
     def orthogonal_penalty(self) -> Tensor:
-        """Mean of ||A Aᵀ - I||_F and ||Bᵀ B - I||_F over all layers, without its weight; a 0-dim tensor.
+        """Return the mean of ||A Aᵀ - I||_F and ||Bᵀ B - I||_F over all layers, unweighted, as a 0-dim tensor.
 
         Raises:
             ValueError: no AdaLoRA adapter trains.
@@ -98,7 +104,7 @@ class AllocatesRanks(HoldsAdapters):
 
 
 def _ends(history: RankHistory | None) -> tuple[dict[str, int], dict[str, int]]:
-    """The ranks of all blocks at the start and in the end of a loaded adapter's history."""
+    """The ranks of all blocks at the start and at the end of a loaded adapter's history."""
     records = history.records if history is not None else []
     if history is None or not records:
         return {}, {}

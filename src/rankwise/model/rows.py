@@ -1,4 +1,4 @@
-"""A batch in which each row has an adapter of its own: ``model(x, adapter_names=["a", "b", "__base__"])``."""
+"""Batches in which each row has its own adapter: ``model(x, adapter_names=["a", "b", "__base__"])``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rankwise.adapters.saved import SavedModule
 from rankwise.attach.attachment import adapter_layers, saved_modules
 from rankwise.model.held import HoldsAdapters
 
-BASE = "__base__"  # PEFT's name for no adapter
+BASE = "__base__"  # PEFT's name for a row without an adapter
 
 
 class TakesRows(HoldsAdapters):
-    """The part of an adapted model that has to do with which adapter acts on which row of a batch."""
+    """The part of an adapted model that takes ``adapter_names`` when it is called."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None)
@@ -29,10 +29,10 @@ class TakesRows(HoldsAdapters):
 
 
 class GeneratesByRow(HoldsAdapters):
-    """The same of a model that generates."""
+    """The part of an adapted model that takes ``adapter_names`` in ``generate``."""
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Generate as the model's own class does; ``adapter_names`` gives each row of the input its adapter."""
+        """Call the model's own ``generate``. ``adapter_names`` names an adapter for each row of the input."""
         own: Any = super()
         if adapter_names is None:
             return own.generate(*args, **kwargs)
@@ -47,17 +47,17 @@ class GeneratesByRow(HoldsAdapters):
 
 @contextmanager
 def rows(model: HoldsAdapters, names: Sequence[str], repeats: Sequence[int]) -> Iterator[None]:
-    """Within this context, row i of each batch is computed with the adapter ``names[i]``.
+    """Return a context in which row i of each batch is computed with the adapter ``names[i]``.
 
     Args:
         model: the adapted model, in evaluation mode.
-        names: an adapter for each row, or ``"__base__"`` for none.
-        repeats: how many rows of the batch belong to one name: 1, and the number of beams where there are some.
+        names: name of an adapter for each row, or ``"__base__"`` for none.
+        repeats: allowed numbers of batch rows per name, such as 1 and the number of beams.
 
     Raises:
-        TypeError: ``names`` is no list of names.
-        ValueError: there is no adapter of a name, or something that can't be told apart by rows. While the model runs,
-            also if a layer gets another number of rows than there are names.
+        TypeError: ``names`` is not a list of names.
+        ValueError: an adapter does not exist, or a layer cannot tell rows apart. While the model runs: a layer gets
+            another number of rows than there are names.
     """
     _check(model, names)
     with ExitStack() as stack:
@@ -93,7 +93,7 @@ def _check(model: HoldsAdapters, names: Sequence[str]) -> None:
                 "all rows share, so it can't act on some rows alone."
             )
     for path, layer in adapter_layers(model).items():
-        routed = any("expert" in part for part in path.lower().split("."))  # it gets tokens of any rows
+        routed = any("expert" in part for part in path.lower().split("."))  # rows get mixed
         if len(set(names)) > 1 and (routed or isinstance(layer, ParameterSlot)):
             raise ValueError(
                 f"{path!r} computes tokens of all rows together, so `adapter_names` can't tell rows apart. Run the "
@@ -103,7 +103,7 @@ def _check(model: HoldsAdapters, names: Sequence[str]) -> None:
 
 @contextmanager
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within this context, ``module`` computes ``forward``."""
+    """Return a context in which ``module`` computes ``forward``."""
     name = "_old_forward" if "_hf_hook" in vars(module) else "forward"  # Accelerate's hooks call the former
     before = vars(module).get(name)
     vars(module)[name] = forward
@@ -159,7 +159,7 @@ def _copies_by_row(
 
 
 def _places(path: str, x: Tensor, names: Sequence[str], repeats: Sequence[int]) -> dict[str, Tensor]:
-    """The rows of ``x`` that belong to each name."""
+    """For each name, the indices of its rows in ``x``."""
     for times in dict.fromkeys(repeats):
         if x.dim() > 0 and len(x) == times * len(names):
             every = [name for name in names for _ in range(times)]

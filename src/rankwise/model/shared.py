@@ -1,4 +1,4 @@
-"""Sharing an adapted model's adapters: their card, and the Hugging Face hub."""
+"""Sharing an adapted model's adapters: their model card, and uploads to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from rankwise.storage.card import CARD_NAME, Training, adapter_card, is_own, wri
 
 
 class SharesAdapters(StoresAdapters, CombinesAdapters, AllocatesRanks):
-    """The part of an adapted model that has to do with other people."""
+    """The part of an adapted model that shares its adapters with others."""
 
     def create_or_update_model_card(
         self, output_dir: str | os.PathLike[str], training: Training | None = None, tags: Sequence[str] = ()
     ) -> bool:
-        """Write ``README.md`` into an adapter's folder, for people and for the hub.
+        """Write a model card, ``README.md``, into an adapter's folder.
 
-        A README that a person wrote, or changed since, is left as it is. Which license the adapter has is for its
-        owner to say.
+        A README that a person wrote or changed is left as it is. The card names no license, since only the adapter's
+        owner can choose one.
 
         Args:
-            output_dir: the folder.
-            training: how the adapter was trained, if that is known.
-            tags: more tags for the hub.
+            output_dir: folder of the adapter.
+            training: description of the training. None: the card does not describe it.
+            tags: additional tags for the hub.
 
         Returns:
-            Whether it was written.
+            Whether the card was written.
 
         Raises:
             ImportError: ``huggingface_hub`` is missing.
             ValueError: no adapter acts or trains.
-            OSError: it can't be written.
+            OSError: the file cannot be written.
 
         Example:
             >>> import tempfile, torch, rankwise as rw
@@ -74,30 +74,30 @@ class SharesAdapters(StoresAdapters, CombinesAdapters, AllocatesRanks):
         training: Training | None = None,
         **save_options: Any,
     ) -> Any:
-        """Upload the adapters, with a card, to a repository on the Hugging Face hub.
+        """Upload the adapters and a model card to a repository on the Hugging Face hub.
 
-        A README that a person wrote or changed there stays. With many processes, all of them call this, and the first
-        uploads.
+        A README that a person wrote or changed in the repository stays. With many processes, all of them must call
+        this, and the first one uploads.
 
         Args:
-            repo_id: "owner/name"; made if there is none.
-            commit_message: of the commit.
-            commit_description: of the commit.
-            private: whether a new repository is; None for the owner's default.
-            token: a token of the hub; None for the one that ``hf auth login`` has stored.
-            revision: a branch, made if there is none.
-            create_pr: open a pull request with the files instead.
-            tags: more tags for the card.
-            training: what the card tells of the training.
-            save_options: of `save_pretrained`.
+            repo_id: name of the repository, "owner/name". It is created if it does not exist.
+            commit_message: first line of the commit's message.
+            commit_description: further text of the commit's message.
+            private: whether a new repository is private. None: the owner's default.
+            token: token of the hub. None: the one that ``hf auth login`` has stored.
+            revision: name of a branch, which is created if it does not exist. None: the main branch.
+            create_pr: open a pull request with the files instead of a commit.
+            tags: additional tags for the card.
+            training: description of the training for the card. None: the card does not describe it.
+            save_options: options of `save_pretrained`.
 
         Returns:
-            ``huggingface_hub``'s ``CommitInfo``; None in processes that do not upload.
+            ``huggingface_hub``'s ``CommitInfo``. None in processes that do not upload.
 
         Raises:
             ImportError: ``huggingface_hub`` is missing.
-            ValueError: the name is none that the hub takes, or there is no such adapter.
-            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+            ValueError: ``repo_id`` is not a valid name, or an adapter does not exist.
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses the upload.
         """
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / repo_id.rpartition("/")[2]
@@ -127,12 +127,12 @@ class SharesAdapters(StoresAdapters, CombinesAdapters, AllocatesRanks):
             )
 
     def _class_in_transformers(self) -> str | None:
-        """The name of the model's own class, if Transformers has one of that name."""
+        """The name of the model's own class, if it is a class of Transformers."""
         own = type(self)
         return own.__name__ if own.__module__.startswith("transformers.models.") else None
 
     def _labels(self) -> int | None:
-        """How many labels a classifier of Transformers has."""
+        """The number of labels of a classifier of Transformers."""
         if not (self._class_in_transformers() or "").endswith("Classification"):
             return None
-        return int(getattr(self, "config").num_labels)  # noqa: B009 - mypy knows no `config`
+        return int(getattr(self, "config").num_labels)  # noqa: B009 - mypy does not know `config`

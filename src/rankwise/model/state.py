@@ -1,6 +1,6 @@
-"""Lets a model's own ``state_dict`` carry the run, so that any trainer's checkpoint does.
+"""Puts the state of the run into the model's own ``state_dict``, so that any trainer's checkpoint holds it.
 
-Scores and masks are buffers of the model; the step and the history are its extra state.
+Scores and masks are buffers of the model. The step and the history are its extra state.
 """
 
 from __future__ import annotations
@@ -21,19 +21,27 @@ from rankwise.storage.names import EXTRA_STATE
 
 
 class CarriesRun(HoldsAdapters):
-    """The part of an adapted model that has to do with its state dictionary."""
+    """The part of an adapted model that puts the run into its state dictionary."""
 
     def get_extra_state(self) -> Tensor | str:
-        """Step and history of the run, for ``state_dict``: a tensor, which any file format takes.
+        """Return step and history of the run for ``state_dict``, as a tensor, which every file format takes.
 
-        Sharded checkpoints load tensors into tensors of the same size, and a history grows: there it is a string.
+        With sharded parameters the result is a string. Sharded checkpoints load a tensor only into one of the same
+        size, and a history grows.
         """
         controller = self._rankwise_controller
         state = packed_state(controller) if controller else torch.zeros(0, dtype=torch.int64)
         return json.dumps(state.tolist()) if any(map(is_sharded, self.parameters())) else state
 
     def set_extra_state(self, state: Tensor | str) -> None:
-        """Take over what `get_extra_state` gave."""
+        """Restore the step and the history of the run.
+
+        Args:
+            state: result of `get_extra_state`.
+
+        Raises:
+            ValueError: ``state`` does not hold the state of a run.
+        """
         if isinstance(state, str):
             try:
                 state = torch.tensor(json.loads(state), dtype=torch.int64)
@@ -46,22 +54,22 @@ class CarriesRun(HoldsAdapters):
                 zero.tell_who_uses(layer, layer.adapter_parameters(name).values())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or convert everything; but scores stay float32, as half precision would lose most of them."""
+        """Move or convert the model. The scores move along but stay float32, since half precision would spoil them."""
         held = {name: self._buffers[name] for name in BUFFERS if name in self._buffers}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in held.items():
             after = self._buffers[name]
-            if before is not None and after is not None and after.is_meta:  # `_on_meta_device`: see there
+            if before is not None and after is not None and after.is_meta:  # see `_on_meta_device`
                 self._buffers[name] = before
             elif before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
 
-    # Accelerate's `cpu_ram_efficient_loading` moves a model to the meta device, shards it there and fills it by
-    # what its state dictionary asks for, which must be parameters only. The run's state stays where it is.
+    # Accelerate's `cpu_ram_efficient_loading` moves a model to the meta device and shards it there. It then fills the
+    # model from its state dictionary, which must hold parameters only. So the state of the run stays out of it.
 
     def _on_meta_device(self) -> bool:
-        # All of it: Accelerate also offloads parts of a model, whose state is as ever.
+        # All parameters must be on the meta device: Accelerate also offloads parts of a model, which keep their state.
         return all(parameter.is_meta for parameter in self.parameters())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

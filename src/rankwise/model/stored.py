@@ -32,7 +32,7 @@ _NOT_GIVEN = object()
 
 
 class StoresAdapters(NamesAdapters):
-    """The part of an adapted model that has to do with adapter folders."""
+    """The part of an adapted model that reads and writes adapter folders."""
 
     def save_pretrained(
         self,
@@ -47,35 +47,35 @@ class StoresAdapters(NamesAdapters):
         variant: Any = _NOT_GIVEN,
         **unused: Any,
     ) -> None:
-        """Save the adapters in PEFT's format; the base model is not saved.
+        """Save the adapters in PEFT's format. The base model is not saved.
 
         The adapter "default" goes into the folder itself, any other into a sub-folder of its name. The folder is
         replaced as a whole or not at all.
 
-        With many processes, only the first writes. If they share out the parameters (``fully_shard``, ZeRO-3), all of
-        them must call this together; they go on when the folder is complete.
+        With many processes, only the first writes. If the parameters are sharded (``fully_shard``, ZeRO-3), all
+        processes must call this together; they continue once the folder is complete.
 
         Args:
-            save_directory: made if need be.
-            selected_adapters: names; all if None.
-            state_dict: the model's whole state dictionary, from processes that each hold a part of it.
-            is_main_process: whether this process writes. None: if it is the first of all.
-            training_state: also write what continuing the run needs. None: if a run is under way.
-            save_embedding_layers: also write the base weights of a Transformers model's input and output
-                embeddings, as is needed after the vocabulary was resized: True, False, or "auto" for those that
+            save_directory: the folder, which is made if it does not exist.
+            selected_adapters: names of the adapters to save. None: all.
+            state_dict: whole state dictionary of the model, if the processes hold only parts of it. None: the model's.
+            is_main_process: whether this process writes. None: the first process writes.
+            training_state: whether to save the state that continues the run. None: only while a run is under way.
+            save_embedding_layers: whether to save the base weights of a Transformers model's input and output
+                embeddings, which is needed after the vocabulary was resized. True, False, or "auto" for those that
                 are adapted, as in PEFT.
-            safe_serialization: False writes ``adapter_model.bin`` for programs that read no safetensors. It is a
-                pickle, which `compress_adapter` and exports don't read.
-            variant: of whole models, as diffusers' pipelines pass it; adapters have none.
-            unused: other arguments of PEFT's and Transformers' ``save_pretrained`` that have no meaning here.
+            safe_serialization: False writes ``adapter_model.bin``, a pickle, for programs that cannot read safetensors.
+                `compress_adapter` and the exports cannot read it.
+            variant: an argument for whole models, which diffusers' pipelines pass. Adapters have no variants.
+            unused: other arguments of PEFT's and Transformers' ``save_pretrained``, without effect here.
 
         Raises:
-            TypeError: there is no such argument.
-            ValueError: there is no adapter of a selected name, or an option has an impossible value; or a tensor holds
-                NaN or infinite values, which nothing could load. The message names the last good checkpoint, where
-                one lies near. Nothing is written then, so that a trainer stops at its next checkpoint. Or a pipeline
-                of diffusers is being saved, which needs whole models.
-            OSError: it can't be written; what was there before is whole.
+            TypeError: an argument is unknown.
+            ValueError: an adapter does not exist, an option has an impossible value, or a pipeline of diffusers is
+                being saved, which needs whole models. Or a tensor holds NaN or infinite values, which nothing could
+                load: the message then names the last good checkpoint nearby. Nothing is written, so that a trainer
+                stops at its next checkpoint.
+            OSError: the folder cannot be written. Its old content is whole.
         """
         if variant is not _NOT_GIVEN and _of_diffusers(self):
             raise ValueError(
@@ -156,15 +156,25 @@ class StoresAdapters(NamesAdapters):
         adapter_compute_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> Any:
-        """Attach one more adapter from a folder or the hub; `set_adapter` makes it act.
+        """Attach one more adapter from a folder or the hub. `set_adapter` makes it act.
 
-        One whose run goes on (``is_trainable``, and the folder holds the state of a run) acts and trains at once.
-        ``adapter_compute_dtype`` is as for `get_peft_model`, and ``options`` are as for `from_pretrained`.
+        If the folder holds the state of a run and ``is_trainable`` is set, the adapter acts and trains at once.
+
+        Args:
+            model_id: an adapter folder, or a repository on the Hugging Face hub.
+            adapter_name: name of the adapter in the model.
+            is_trainable: whether the adapter trains.
+            adapter_compute_dtype: dtype of the adapter's products, as for `get_peft_model`.
+            options: as for `from_pretrained`.
 
         Returns:
-            PyTorch's pair of ``missing_keys`` and ``unexpected_keys``, as in PEFT; both empty, or there is an error.
+            PyTorch's pair of ``missing_keys`` and ``unexpected_keys``, as in PEFT. Both are empty, since a file that
+            does not fit is an error.
 
-        Raises: as `from_pretrained`.
+        Raises:
+            FileNotFoundError: the adapter does not exist.
+            TypeError: an option is unknown. The message suggests the nearest known one.
+            ValueError: a file is broken, or belongs to another model. The model is then as before.
         """
         self._load("load_adapter", model_id, adapter_name, is_trainable, adapter_compute_dtype, options)
         return _IncompatibleKeys([], [])
@@ -195,7 +205,7 @@ class StoresAdapters(NamesAdapters):
     def _attach_file(self, folder: Path, adapter_name: str, is_trainable: bool, options: LoadOptions) -> None:
         file = storage.read_adapter(folder, training_state=is_trainable, config=options.config)
         storage.take_present_names(self, file)
-        if options.config is not None:  # a user's: what it implies is not spelled out yet, as it is in a file
+        if options.config is not None:  # a user's configuration may leave the heads to the task type
             heads = modules_to_save_paths(self, options.config)
             file.config = file.config_with(modules_to_save=heads or None)
         if file.training is None:
@@ -214,24 +224,24 @@ class StoresAdapters(NamesAdapters):
     def _go_on(self, attachment: Attachment, file: storage.AdapterFile) -> None:
         name = attachment.adapter
         self.set_adapter(name)
-        for path in attachment.biases:  # and whatever else trained beside the adapter
+        for path in attachment.biases:  # biases and other parameters that trained with the adapter
             self.get_parameter(path).requires_grad_(True)
         storage.prepare_training_state(self, name, file, self._controller_of(name))()
 
     def load_checkpoint(self, folder: str | os.PathLike[str], adapter_name: str | None = None) -> None:
-        """Bring adapters that are attached already to what a checkpoint folder holds.
+        """Load a checkpoint folder into adapters that are attached already.
 
-        With the state of a run in the folder, the run goes on from there, bit for bit; otherwise only the
-        adapter's values are taken over, and AdaLoRA's ranks stay as they are in it.
+        If the folder holds the state of a run, the run continues from there, bit for bit. Otherwise only the adapter's
+        values are loaded, and AdaLoRA's ranks stay as they are in the folder.
 
         Args:
-            folder: what `save_pretrained` wrote.
-            adapter_name: None: those that train or act.
+            folder: folder that `save_pretrained` wrote.
+            adapter_name: name of the adapter to load into. None: those that train or act.
 
         Raises:
-            FileNotFoundError: there is no such adapter.
-            ValueError: a file is broken or of another adapter, an adapter is merged, or DeepSpeed ZeRO holds the
-                model. Nothing has changed then.
+            FileNotFoundError: the folder holds no such adapter.
+            ValueError: a file is broken or belongs to another adapter, an adapter is merged, or DeepSpeed ZeRO holds
+                the model. Nothing has changed.
         """
         self._refuse_merged()
         if any(map(zero.partitioned, self.parameters())):
@@ -257,8 +267,8 @@ class StoresAdapters(NamesAdapters):
             return storage.prepare_training_state(self, name, file, controller)
         if controller is not None:
             warnings.warn(
-                f"{place} holds no {storage.TRAINING_STATE_NAME}, so this is not the run going on: the adapter's "
-                "values are taken over, and its ranks stay as they are there.",
+                f"{place} holds no {storage.TRAINING_STATE_NAME}, so the run does not continue: only the adapter's "
+                "values are loaded, and its ranks stay as they are there.",
                 stacklevel=3,
             )
         return storage.prepare_values(self, name, file, controller)

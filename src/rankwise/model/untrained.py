@@ -1,4 +1,4 @@
-"""Tells of training in which no adapter takes part: a frozen adapter, or an optimizer that holds none of it."""
+"""Warns of training that leaves all adapters out: they are frozen, or the optimizer does not hold them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ _seen: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[nn.Module]] = weakre
 
 
 class TellsOfNoTraining(HoldsAdapters):
-    """The part of an adapted model that has to do with whether it trains."""
+    """The part of an adapted model that warns if nothing of it trains."""
 
     def train(self, mode: bool = True) -> Any:
-        """As `torch.nn.Module.train`.
+        """Set training or evaluation mode, as `torch.nn.Module.train` does.
+
+        Args:
+            mode: True for training mode, False for evaluation mode.
 
         Warns:
-            UserWarning: nothing of the model would train, as its adapters are for inference.
+            UserWarning: no parameter of the model would train, as its adapters are for inference.
         """
         super().train(mode)
         if mode and self.peft_config and not any(p.requires_grad for p in self.parameters()):
             warnings.warn(
                 f"Nothing of this model trains: the adapters {sorted(self.peft_config)} are for inference, so "
                 "`backward()` "
-                "will fail. To train one on, load it with `PeftModel.from_pretrained(model, folder, "
+                "will fail. To continue training one, load it with `PeftModel.from_pretrained(model, folder, "
                 "is_trainable=True)`.",
                 UserWarning,
                 stacklevel=2,
@@ -39,7 +42,7 @@ class TellsOfNoTraining(HoldsAdapters):
 
 
 def watch(model: nn.Module) -> None:
-    """Tell from now on of optimizers that were made before ``model`` was adapted, and so train none of it."""
+    """Warn from now on of optimizers that were made before ``model`` was adapted, and so train none of its adapters."""
     _watched.add(model)
 
 
@@ -55,7 +58,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _tell_of(optimizer: Optimizer, model: Any) -> None:
     if getattr(model, "_rankwise_controller", None) is not None or not getattr(model, "peft_config", None):
-        return  # the controller tells of its adapter; or the model has none any more
+        return  # a controller checks its own adapter, and a model without adapters needs no check
     layers, copies = adapter_layers(model).values(), saved_modules(model).values()
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     own = [p for layer in layers for name in layer.lora_A for p in layer.adapter_parameters(name).values()]

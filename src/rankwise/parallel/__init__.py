@@ -1,1 +1,1 @@
-"""Many processes: DistributedDataParallel, sharded models, DeepSpeed ZeRO."""
+"""Training in many processes: DistributedDataParallel, sharded models, DeepSpeed ZeRO."""

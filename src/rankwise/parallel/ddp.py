@@ -1,13 +1,13 @@
-"""What DistributedDataParallel (DDP) must be told of adapters.
+"""Adapters under DistributedDataParallel (DDP): the two cases in which DDP needs help.
 
-DDP averages a parameter's gradient over the processes when the backward pass has reached it, and waits until all
-have been reached. Two cases need help:
+DDP averages a parameter's gradient over the processes when the backward pass has reached the parameter. It waits until
+the backward pass has reached all parameters.
 
-- In the final phase a layer at rank 0 is its base layer, so nothing would reach its factors and DDP would wait
-  for ever. `keep_in_graph` puts them into the graph without computing anything.
-- Under re-entrant checkpointing the graph shows no parameters, so DDP with ``find_unused_parameters=True`` takes
-  them for unused, and stops when the backward pass reaches them all the same ("marked ready twice"). `note_use`
-  tells DDP of them.
+- In the final phase a layer at rank 0 is its base layer. The backward pass then never reaches the layer's factors, and
+  DDP would wait for ever. `keep_in_graph` puts the factors into the graph without computing anything.
+- Under re-entrant checkpointing the graph shows no parameters. DDP with ``find_unused_parameters=True`` therefore
+  takes them for unused. It stops with an error when the backward pass reaches them ("marked ready twice").
+  `note_use` tells DDP that they are used.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from rankwise.parallel.processes import many_processes, running
 
 
 class _KeepInGraph(torch.autograd.Function):
-    """The first input as it is; the others get gradients of zero, which hooks of any tool can work with."""
+    """Passes its first input on unchanged, and gives the other inputs gradients of zero, on which any hook works."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
         ctx.kinds = [(p.shape, p.dtype, p.device) for p in parameters]
         ctx.set_materialize_grads(False)
-        return output.detach()  # and not a view: what follows may work in place
+        return output.detach()  # a view would forbid in-place operations on it
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
@@ -42,13 +42,13 @@ class _KeepInGraph(torch.autograd.Function):
 
 
 def keep_in_graph(output: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """``output``, with ``parameters`` in its graph: the backward pass gives them gradients of zero.
+    """Return ``output`` with ``parameters`` in its graph, so that the backward pass gives them gradients of zero.
 
-    Without a process group, or where no gradients are computed, it is ``output`` itself.
+    Without a process group, or where no gradients are computed, the result is ``output`` itself.
     """
     parameters = list(parameters)
     if not torch.compiler.is_compiling():
-        zero.refuse_away(parameters)  # a factor that is not here looks like a layer at rank 0
+        zero.refuse_away(parameters)  # a factor that ZeRO-3 has partitioned looks like one of rank 0
     if not torch.is_grad_enabled():
         note_use(parameters)
     if not torch.is_grad_enabled() or not many_processes():
@@ -59,9 +59,9 @@ def keep_in_graph(output: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def note_use(parameters: Iterable[nn.Parameter]) -> None:
-    """Tell the DDP whose forward is running that ``parameters`` are used, where its graph won't show it.
+    """Tell the DDP model whose forward pass is running that ``parameters`` are used.
 
-    That is so inside a re-entrant checkpoint; anywhere else this does nothing.
+    This is needed inside a re-entrant checkpoint, where the graph does not show them. Elsewhere the call does nothing.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not many_processes():
         return
@@ -76,9 +76,9 @@ def note_use(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _post_forward(ddp: Any, used: list[nn.Parameter], output: Any) -> Any:
-    """DDP's own, and then its search for unused parameters again, from ``used`` as well.
+    """Stand in for DDP's own method in one forward pass.
 
-    It stands in for one forward pass only.
+    After DDP's own method it repeats the search for unused parameters, in which ``used`` now counts as used.
     """
     object.__delattr__(ddp, "_post_forward")
     output = ddp._post_forward(output)

@@ -1,7 +1,7 @@
-"""Who holds an adapter's factors: this process whole, many processes in shares (DTensors), or DeepSpeed ZeRO.
+"""Access to an adapter's factors, wherever they are: whole in this process, in DTensors, or in DeepSpeed ZeRO's parts.
 
-The method asks for whole factors, writes whole factors, and looks at the gradients of a step. A `Holder` does that
-wherever the factors are. Parameters are called by their number in the holder's list.
+The method reads whole factors, writes whole factors, and looks at the gradients of a step. A `Holder` does this for
+each way of storing factors. Each parameter has a number: its position in the holder's list.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rankwise.parallel.sharded import gather, local, local_like, squared_norms
 
 
 class Measured(NamedTuple):
-    """A factor whose gradient's norm is asked for.
+    """A factor and the blocks of ranks whose gradient norms are wanted.
 
     Args:
-        number: the factor's.
-        blocks: how many blocks its ranks make up.
-        order: the order in which its ranks lie block by block, (ranks,), int64; None: as they are.
+        number: number of the factor's parameter.
+        blocks: number of blocks into which its ranks are divided, at least 1.
+        order: order that sorts its ranks by block, (ranks,), int64. None: they are sorted already.
     """
 
     number: int
@@ -32,58 +32,61 @@ class Measured(NamedTuple):
 
 
 class Step(Protocol):
-    """The step that an optimizer takes, seen just before it or just after it: gradients are there."""
+    """The step of an optimizer, just before or just after it, while the gradients are still there."""
 
-    numbers: Sequence[int]  # of the parameters that it steps, rising
+    numbers: Sequence[int]  # numbers of the parameters that the optimizer steps, in rising order
 
     def has_gradients(self, numbers: Sequence[int]) -> list[bool]:
-        """Which of ``numbers`` have a gradient in this step."""
+        """For each of ``numbers``, whether the parameter has a gradient in this step."""
 
     def values(self, numbers: Sequence[int]) -> list[Tensor]:
-        """The parameters, whole."""
+        """The values of the parameters ``numbers``, whole."""
 
     def products(self, numbers: Sequence[int]) -> list[Tensor | None]:
-        """Weight times gradient of each parameter, whole, at least float32; None where there is no gradient."""
+        """The products of weight and gradient, whole, in float32 or wider. None where there is no gradient."""
 
     def squared_norms(self, measured: Sequence[Measured], device: torch.device) -> Tensor:
-        """The squared norm of the gradient of every block, (blocks of all,), float32; 0 without a gradient."""
+        """The squared norm of each block's gradient, (total number of blocks,), float32; 0 without a gradient."""
 
     def add_to_gradients(self, added: Mapping[int, Tensor]) -> None:
-        """Add whole tensors, in the parameters' shapes, to the gradients."""
+        """Add whole tensors, each in its parameter's shape, to the gradients."""
 
 
 class Holder(Protocol):
     """Reads and writes whole factors."""
 
     def whole(self, numbers: Sequence[int]) -> list[Tensor]:
-        """The parameters, whole; all processes call it together."""
+        """Return the parameters whole. All processes must call it together."""
 
     def write(self, values: Mapping[int, Tensor]) -> None:
-        """Give parameters new values, of their shapes."""
+        """Give parameters new values, each in the parameter's shape."""
 
     def state_names(self, optimizer: Optimizer, numbers: Sequence[int]) -> list[str]:
-        """Names of what ``optimizer`` remembers of ``numbers`` in their shapes; forgets what can't be rewritten."""
+        """Names of the state tensors of ``numbers`` that have their parameter's shape.
+
+        State that cannot be rewritten in another basis is reset.
+        """
 
     def states(
         self, optimizer: Optimizer, name: str, numbers: Sequence[int], done: set[int]
     ) -> dict[int, Tensor]:
-        """What it remembers as ``name``, whole, by number; but not what is in ``done``, to which it is added."""
+        """The state tensors ``name``, whole, by number. Those in ``done`` are left out; new ones join it."""
 
     def write_states(self, optimizer: Optimizer, name: str, values: Mapping[int, Tensor]) -> None:
-        """Replace what it remembers as ``name``."""
+        """Replace the state tensors ``name``."""
 
     def gradients(self, numbers: Sequence[int]) -> dict[int, Tensor]:
-        """Gradients that wait for their optimizer, whole, by number."""
+        """The gradients that no optimizer has used yet, whole, by number."""
 
     def write_gradients(self, values: Mapping[int, Tensor]) -> None:
-        """Replace gradients that wait."""
+        """Replace the gradients that no optimizer has used yet."""
 
 
 class TensorHolder:
-    """Factors in plain tensors, or in DTensors as ``fully_shard`` makes them.
+    """Holds factors in plain tensors, or in DTensors as ``fully_shard`` makes them.
 
     Args:
-        parameter: gives the parameter of a number; it is looked up anew at each use.
+        parameter: function that returns the parameter of a number. It is called at each use, as parameters may change.
     """
 
     def __init__(self, parameter: Callable[[int], nn.Parameter]) -> None:
@@ -148,12 +151,12 @@ class TensorHolder:
 
 
 class TensorStep:
-    """An optimizer's step on parameters that it holds itself; their gradients are in ``.grad``.
+    """An optimizer's step on parameters that the optimizer itself holds. Their gradients are in ``.grad``.
 
     Args:
-        parameter: gives the parameter of a number.
-        numbers: of those that the optimizer holds.
-        optimizer: which steps, if gradients are to be added.
+        parameter: function that returns the parameter of a number.
+        numbers: numbers of the parameters that the optimizer holds.
+        optimizer: the optimizer; needed only to add to gradients.
     """
 
     def __init__(
@@ -185,7 +188,7 @@ class TensorStep:
         return squared_norms(gradients, blocks, device, orders)
 
     def add_to_gradients(self, added: Mapping[int, Tensor]) -> None:
-        scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled
+        scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer unscales them later
         values = list(added.values())
         if scale is not None:
             torch._foreach_mul_(values, scale)

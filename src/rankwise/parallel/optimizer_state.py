@@ -1,4 +1,4 @@
-"""What optimizers remember of a parameter: which of it can be rewritten in another basis, and starting it anew."""
+"""The state that optimizers keep of a parameter: which state can be rewritten in another basis, and how to reset it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# Names of state tensors of a parameter's shape in PyTorch's optimizers, bitsandbytes and schedule-free.
-_MEANS = ("exp_avg", "momentum_buffer", "grad_avg", "state1")  # of gradients
+# Names of the state tensors of a parameter's shape in PyTorch's optimizers, bitsandbytes and schedule-free.
+_MEANS = ("exp_avg", "momentum_buffer", "grad_avg", "state1")  # means of gradients
 _SQUARES = (
     "exp_avg_sq",
     "max_exp_avg_sq",
@@ -17,7 +17,7 @@ _SQUARES = (
     "sum",
     "state2",
 )  # means or sums of squared gradients
-_WEIGHTS = ("z", "ax")  # another point at which the parameter may stand
+_WEIGHTS = ("z", "ax")  # other points in the space of weights
 KINDS = {
     **dict.fromkeys(_MEANS, "gradient"),
     **dict.fromkeys(_SQUARES, "square"),
@@ -26,12 +26,12 @@ KINDS = {
 
 
 def kind_of(optimizer: Optimizer, name: str, names: Iterable[str]) -> str:
-    """What a state tensor holds: a "gradient", the "square" of one, or a "weight" or the movement of one.
+    """The kind of a state tensor: "gradient", "square" (of a gradient) or "weight" (a weight, or a change of one).
 
     Args:
-        optimizer: whose it is.
-        name: of the tensor, one of `KINDS`.
-        names: of all that the optimizer remembers of the same parameter.
+        optimizer: the optimizer that keeps the state.
+        name: name of the state tensor, one of `KINDS`.
+        names: names of all state tensors of the same parameter.
 
     Example:
         >>> import torch
@@ -41,14 +41,14 @@ def kind_of(optimizer: Optimizer, name: str, names: Iterable[str]) -> str:
     """
     if name == "momentum_buffer" and "square_avg" in names:
         return "weight"
-    # bitsandbytes has one name for both, and calls the algorithm by its name
+    # bitsandbytes uses one name for both kinds, and stores the name of its algorithm.
     if name == "state1" and getattr(optimizer, "optimizer_name", None) in ("rmsprop", "adagrad"):
         return "square"
     return KINDS[name]
 
 
 def can_be_rewritten(state: dict[str, Any], parameter: nn.Parameter) -> bool:
-    """Whether every tensor in ``state`` is a number or a known tensor of the parameter's shape."""
+    """Whether every tensor in ``state`` is a single number or a known tensor of the parameter's shape."""
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
             continue
@@ -58,11 +58,11 @@ def can_be_rewritten(state: dict[str, Any], parameter: nn.Parameter) -> bool:
 
 
 def start_anew(optimizer: Optimizer, parameter: nn.Parameter) -> None:
-    """Let ``optimizer`` forget what it remembers of ``parameter``, as if it had not stepped yet.
+    """Reset the state that ``optimizer`` keeps of ``parameter``, as if it had not stepped yet.
 
-    Most optimizers make their state in the first step, so theirs is removed. Some make it in their constructor and
-    fail without it: an optimizer of the same kind is asked for a fresh one. Where none can be made, because the
-    constructor takes something else, what is remembered becomes 0 in place.
+    Most optimizers make their state in the first step, so the state is removed. Some make it in their constructor and
+    fail without it, so another optimizer of the same class is made and its state taken. If the constructor needs other
+    arguments, the state is set to 0 in place.
     """
     fresh = _made_in_constructor(optimizer, parameter)
     if fresh is None:
@@ -79,7 +79,7 @@ def _made_in_constructor(optimizer: Optimizer, parameter: nn.Parameter) -> dict[
     stand_in = nn.Parameter(parameter.detach().clone())
     try:
         return dict(type(optimizer)([stand_in], **settings).state.get(stand_in, {}))
-    except Exception:  # whatever a constructor raises that takes something else
+    except Exception:  # a constructor that needs other arguments may raise anything
         return None
 
 

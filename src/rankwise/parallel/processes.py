@@ -1,4 +1,4 @@
-"""The processes of a group: which of them writes, and waiting for each other."""
+"""The processes of a group: which process writes files, and how processes wait for each other."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 
 
 def many_processes() -> bool:
-    """Whether this process is one of a group: then gradients may be averaged over it."""
+    """Whether this process belongs to a process group, over which gradients may be averaged."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def writes_files() -> bool:
-    """Whether this is the first process of all, or the only one."""
+    """Whether this process writes files: it is the first of its group, or the only one."""
     return not many_processes() or torch.distributed.get_rank() == 0
 
 
 @contextmanager
 def all_wait_for_this() -> Iterator[None]:
-    """All processes enter together, and leave when all have done what is within; if one fails, all do."""
+    """Let all processes enter together and leave once every one has finished the block. If one fails, all fail."""
     error: Exception | None = None
     try:
         yield
@@ -39,7 +39,7 @@ def all_wait_for_this() -> Iterator[None]:
 
 
 def running(function: Any) -> bool:
-    """Whether this is called from within ``function``, at any depth."""
+    """Whether the caller runs inside ``function``, at any depth."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back

@@ -1,7 +1,7 @@
-"""Reading and changing sharded tensors: what ``fully_shard`` (FSDP version 2) makes of parameters.
+"""Reading and changing sharded parameters of ``fully_shard`` (FSDP version 2).
 
-There parameters and gradients are DTensors, of which each process holds a part. What is done with them is: gather
-the whole, work on it in every process alike, change the local part.
+Their parameters and gradients are DTensors, of which each process holds a part. The functions here gather the whole
+tensor, compute the same in every process, and change the local part.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def shared_out(model: nn.Module) -> bool:
-    """Whether only all processes together can read the model's parameters."""
+    """Whether the model's parameters can be read only by all processes together."""
     return any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def local(tensor: Any) -> Tensor:
-    """This process's part of a tensor, to be changed in place."""
+    """This process's part of a tensor, which may be changed in place."""
     return tensor.to_local() if is_sharded(tensor) else tensor.detach()  # type: ignore[no-any-return]
 
 
@@ -39,12 +39,12 @@ def local_like(values: Tensor, like: Any) -> Tensor:
 
 
 def like(values: Tensor, other: Any) -> Tensor:
-    """``values``, which every process has, sharded as ``other`` is."""
+    """Shard ``values``, which every process has whole, as ``other`` is sharded."""
     return _spread(values, other) if is_sharded(other) else values
 
 
 def laid_out(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors to load, sharded where those in the state dictionary ``own`` are."""
+    """Prepare tensors for loading: each is sharded like the entry of the state dictionary ``own``."""
     return {key: like(tensor, own[key]) for key, tensor in tensors.items()}
 
 
@@ -58,10 +58,10 @@ def _spread(values: Tensor, like: Any) -> Any:
 
 
 def gather(tensors: Sequence[Any]) -> list[Tensor]:
-    """The whole of every tensor; those that are not sharded as they are.
+    """Return every tensor whole. A tensor that is not sharded is returned as it is.
 
-    All processes must call it together. What is sharded by rows, as FSDP2 does, takes one exchange between the
-    processes for all tensors of one dtype.
+    All processes must call it together. Tensors that are sharded by rows, as in FSDP version 2, take one exchange
+    between the processes for each dtype.
     """
     if not any(is_sharded(tensor) or hasattr(tensor, "ds_id") for tensor in tensors):
         return list(tensors)
@@ -88,15 +88,15 @@ def squared_norms(
     device: torch.device,
     orders: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """The squared norm of every block of columns, (blocks of all,), float32: 0 for what is None.
+    """The squared norm of every block of columns, (total number of blocks,), float32. It is 0 where a tensor is None.
 
-    All processes must call it together. What is sharded by rows takes one exchange of these numbers.
+    All processes must call it together. Tensors that are sharded by rows take one exchange of these norms.
 
     Args:
-        tensors: (rows, columns), or None. Of any shape where there is one block.
-        blocks: how many blocks the columns of each consist of.
-        device: where the result is.
-        orders: for each tensor the order in which its columns lie block by block; None: as they are.
+        tensors: tensors of shape (rows, columns), or of any shape where there is one block; or None.
+        blocks: number of blocks into which each tensor's columns are divided, at least 1.
+        device: device of the result.
+        orders: for each tensor the order that sorts its columns by block, (columns,), int64. None: they are sorted.
     """
     if _are_plain(tensors) and all(count == 1 for count in blocks):
         return torch.stack(torch._foreach_norm(list(tensors))).to(device, torch.float32).square()
@@ -122,7 +122,7 @@ def squared_norms(
                 if not placement.is_replicate():
                     together.setdefault(tensor.device_mesh.get_group(dimension), []).append(n)
     for group, places in together.items():
-        # The parameters may be offloaded to the CPU.
+        # Parameters may be offloaded to the CPU, where the group cannot exchange them.
         sums = torch.cat([found[n] for n in places]).to(tensors[places[0]].device_mesh.device_type)
         torch.distributed.all_reduce(sums, group=group)
         for n, part in zip(places, sums.to(device).split([blocks[n] for n in places]), strict=True):
@@ -131,14 +131,14 @@ def squared_norms(
 
 
 def _are_plain(tensors: Sequence[Any]) -> bool:
-    """Whether they are whole tensors of one dtype on one device, as mostly."""
+    """Whether all are whole tensors of one dtype on one device, which is the usual case."""
     if not tensors or any(tensor is None or is_sharded(tensor) for tensor in tensors):
         return False
     return len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
 
 
 def _sharded_by_rows(tensor: Any) -> int | None:
-    """The mesh dimension over which a DTensor's rows are shared out; None if it is laid out another way."""
+    """The mesh dimension over which a DTensor's rows are sharded. None if it is sharded in another way."""
     from torch.distributed.tensor import Shard
 
     others = [number for number, placement in enumerate(tensor.placements) if not placement.is_replicate()]
@@ -148,7 +148,7 @@ def _sharded_by_rows(tensor: Any) -> int | None:
 
 def _gather_rows(tensors: list[Any], group: Any) -> list[Tensor]:
     size = torch.distributed.get_world_size(group)
-    # Process k has rows k * n to (k + 1) * n of each tensor, n being its rows divided by the processes, rounded up.
+    # With n = rows / processes, rounded up, process k holds the rows from k * n to (k + 1) * n.
     shares = [-(-tensor.shape[0] // size) for tensor in tensors]
     widths = [tensor.shape[1:].numel() for tensor in tensors]
     rows = [
@@ -172,7 +172,7 @@ def _gather_rows(tensors: list[Any], group: Any) -> list[Tensor]:
 
 
 def only_makes_state() -> bool:
-    """Whether the optimizer steps only so that its state exists: sharded checkpoints do that before loading."""
+    """Whether the optimizer steps only to create its state, as sharded checkpoints do before loading."""
     checkpoints: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
     makes_state = getattr(checkpoints, "_init_optim_state", None)
     return makes_state is not None and running(makes_state)

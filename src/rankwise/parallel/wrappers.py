@@ -1,4 +1,4 @@
-"""What ``torch.compile``, ``checkpoint_wrapper`` and FSDP put between a module and its name."""
+"""Module names that ``torch.compile``, ``checkpoint_wrapper`` and FSDP insert into paths, and their removal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
 
 
 def without(name: str, parts: Collection[str] = WRAPPERS) -> str:
-    """The name of a module or parameter without ``parts`` in it; its last part always stays.
+    """Remove ``parts`` from the name of a module or parameter. The last part of the name always stays.
 
     Example:
         >>> without("layers.0._orig_mod.fc.weight"), without("my_orig_mod.fc.weight")

@@ -1,15 +1,15 @@
 """DeepSpeed ZeRO (stages 1 to 3): reading and changing an adapter of which each process holds a part.
 
-ZeRO lays the parameters that train end to end in flat vectors, shares these out, and steps the user's optimizer on
-the shares: float32 *masters*, with gradients that are averaged, unscaled and clipped by then. The parameters
-themselves are copied from the masters after the step. So what is done before and after a step is done on the
-masters, at the moment when that optimizer steps; and what concerns whole matrices is put together from all
-processes first.
+ZeRO concatenates the trainable parameters into flat vectors and divides these between the processes. The user's
+optimizer steps the parts, which are float32 *masters*. Their gradients are already averaged, unscaled and clipped.
+After the step ZeRO copies the masters to the parameters. Changes before and after a step are therefore made to the
+masters, at the moment when that optimizer steps. Whole matrices are first gathered from all processes.
 
-DeepSpeed steps the optimizer once for each of its vectors, so the adapter may be stepped in several goes.
+DeepSpeed steps the optimizer once for each of its vectors, so one step of the adapter may take several calls.
 
-Nothing here imports DeepSpeed: it marks the parameters that it has taken over. Its `safe_get_full_grad` won't do: while
-the optimizer steps, it raises an error (stages 1 and 2), or its gradients are neither unscaled nor clipped (stage 3).
+This module does not import DeepSpeed. DeepSpeed marks the parameters that it manages, and the marks are enough. Its
+`safe_get_full_grad` cannot be used: while the optimizer steps, it raises an error (stages 1 and 2), or it returns
+gradients that are neither unscaled nor clipped (stage 3).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_FRAMES = 12  # between DeepSpeed's call of an optimizer's step and a hook of that step, at the most
-_GROUPS_AND_VECTORS = (  # attributes of the ZeRO optimizers: lists of parameters, and the vector that each is in
+_FRAMES = 12  # the most frames between DeepSpeed's call of an optimizer's step and a hook of that step
+_GROUPS_AND_VECTORS = (  # attributes of the ZeRO optimizers: lists of parameters, and the vector of each list
     ("bit16_groups", "single_partition_of_fp32_groups"),  # stages 1 and 2
     ("fp16_groups", "fp32_partitioned_groups_flat"),  # stage 3, of any precision
     ("bf16_groups", "fp32_groups_flat_partition"),  # stage 1 in bfloat16
@@ -32,17 +32,17 @@ _GROUPS_AND_VECTORS = (  # attributes of the ZeRO optimizers: lists of parameter
 
 
 def partitioned(parameter: Any) -> bool:
-    """Whether DeepSpeed ZeRO steps parts of its own in place of this parameter."""
+    """Whether DeepSpeed ZeRO steps its own parts instead of this parameter."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")  # stage 3; stages 1 and 2
 
 
 def is_away(tensor: Any) -> bool:
-    """Whether a parameter is shared out (stage 3), so that there is nothing in it at the moment."""
+    """Whether ZeRO stage 3 has partitioned a parameter, so that the parameter itself is empty now."""
     return bool(getattr(tensor, "ds_numel", 0)) and not tensor.numel()
 
 
 def whole(parameters: Iterable[Any]) -> AbstractContextManager[None]:
-    """A context in which ``parameters`` can be read whole. All processes enter it together."""
+    """Return a context in which ``parameters`` can be read whole. All processes must enter it together."""
     own = [parameter for parameter in parameters if is_away(parameter)]
     if not own:
         return nullcontext()
@@ -51,9 +51,9 @@ def whole(parameters: Iterable[Any]) -> AbstractContextManager[None]:
 
 
 def tell_who_uses(layer: nn.Module, parameters: Iterable[Any]) -> None:
-    """Tell ZeRO-3 that ``layer`` computes with ``parameters``, which are those of modules that it never calls.
+    """Tell ZeRO-3 that ``layer`` computes with ``parameters`` of modules that it never calls.
 
-    It finds out by itself in a forward pass, but then it may be confused about the order in which it needs them.
+    ZeRO-3 would find this out in a forward pass, but could then mistake the order in which parameters are needed.
     """
     for parameter in parameters:
         if hasattr(parameter, "ds_id"):
@@ -61,24 +61,24 @@ def tell_who_uses(layer: nn.Module, parameters: Iterable[Any]) -> None:
 
 
 def refuse_away(parameters: Iterable[Any]) -> None:
-    """Refuse to compute with factors that stage 3 has shared out.
+    """Refuse to compute with factors that stage 3 has partitioned.
 
     Raises:
-        ValueError: one of ``parameters`` is.
+        ValueError: one of ``parameters`` is partitioned.
     """
     largest = max((int(parameter.ds_numel) for parameter in parameters if is_away(parameter)), default=0)
     if largest:
         raise ValueError(
-            f"DeepSpeed ZeRO-3 has shared out a factor of {largest} elements of an adapter, which must stay whole in "
+            f"DeepSpeed ZeRO-3 has partitioned a factor of {largest} elements of an adapter, which must stay whole in "
             'every process. Set "stage3_param_persistence_threshold" under "zero_optimization" in DeepSpeed\'s '
             "configuration to more than the elements of the largest factor (rank times width)."
         )
 
 
 def who_steps() -> tuple[str, Any]:
-    """The module of DeepSpeed that is stepping an optimizer, and the ZeRO optimizer around that one.
+    """Return the name of the DeepSpeed module that is stepping an optimizer, and the ZeRO optimizer around it.
 
-    To be called from a hook of the step. "" and None where it is no affair of DeepSpeed's, or of ZeRO's.
+    Call it from a hook of the step. The name is "" if DeepSpeed is not stepping, and the second is None without ZeRO.
     """
     frame: FrameType | None = sys._getframe(1)
     caller = ""
@@ -98,8 +98,8 @@ def who_steps() -> tuple[str, Any]:
 class Piece(NamedTuple):
     """A part of one parameter that this process steps."""
 
-    number: int  # the parameter's
-    start: int  # of the piece among the parameter's elements
+    number: int  # number of the parameter
+    start: int  # index of the piece's first element in the flat parameter
     master: Tensor  # (n,), float32, a view
     gradient: Tensor  # (n,), a view
 
@@ -108,7 +108,7 @@ class ZeroParts:
     """The parameters of one adapter, as ZeRO holds them.
 
     Args:
-        parameters: all of them; they are called by their number in this list.
+        parameters: all parameters of the adapter. A parameter's number is its position in this list.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -133,13 +133,13 @@ class ZeroParts:
     # Steps.
 
     def held(self, owner: Any, optimizer: torch.optim.Optimizer) -> frozenset[int]:
-        """Numbers of the parameters of which any process steps a piece with the vectors now in ``optimizer``.
+        """Numbers of the parameters that some process steps with the vectors that ``optimizer`` holds now.
 
-        It is the same in all processes, though not all of them need to hold a piece.
+        The result is the same in all processes, even in those that hold no piece.
 
         Args:
-            owner: the ZeRO optimizer, as `who_steps` tells.
-            optimizer: the one that it steps.
+            owner: the ZeRO optimizer, as `who_steps` returns it.
+            optimizer: the user's optimizer, which the ZeRO optimizer steps.
         """
         stepped = {id(vector) for vector in _vectors(optimizer)}
         names = next((pair for pair in _GROUPS_AND_VECTORS if hasattr(owner, pair[1])), None)
@@ -155,7 +155,7 @@ class ZeroParts:
         return frozenset(number for number, p in enumerate(self.parameters) if id(p) in inside)
 
     def stepped(self, numbers: Iterable[int]) -> bool:
-        """Note that ``numbers`` were stepped; whether that was the last of what the adapter's step consists of."""
+        """Note that ``numbers`` were stepped, and return whether this completes the adapter's step."""
         self._stepped.update(numbers)
         if not self._stepped.issuperset(self._trained()):
             return False
@@ -163,7 +163,7 @@ class ZeroParts:
         return True
 
     def pieces(self, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
-        """This process's pieces in the vectors that ``optimizer`` holds now."""
+        """This process's pieces of the vectors that ``optimizer`` holds now."""
         vectors = list(_vectors(optimizer))
         for number in self._trained():
             master, start = _master(self.parameters[number])
@@ -180,9 +180,9 @@ class ZeroParts:
     def gathered(
         self, numbers: Sequence[int], pieces: Iterable[Piece], value: Callable[[Piece], Tensor]
     ) -> list[Tensor]:
-        """The whole of ``numbers``, with ``value`` of each piece in its place; float32, in their shapes.
+        """Put together whole float32 tensors, in the shapes of ``numbers``, from ``value`` of each piece.
 
-        All processes call it together: it costs one exchange between them.
+        All processes must call it together. It takes one exchange between them.
         """
         shapes = [self.shape(number) for number in numbers]
         size, device = sum(shape.numel() for shape in shapes), self.parameters[0].device
@@ -196,30 +196,33 @@ class ZeroParts:
         return [places[number].view(shape) for number, shape in zip(numbers, shapes, strict=True)]
 
     def whole(self, numbers: Sequence[int]) -> list[Tensor]:
-        """The masters of ``numbers``, whole; all processes call it together. What ZeRO doesn't step is as it is."""
+        """Return the masters of ``numbers``, whole. All processes must call it together.
+
+        Parameters that ZeRO does not step are returned as they are.
+        """
         stepped = [number for number in numbers if _is_stepped(self.parameters[number])]
         pieces = [piece for piece in self._own_pieces() if piece.number in stepped]
         masters = dict(zip(stepped, self.gathered(stepped, pieces, lambda piece: piece.master), strict=True))
         return [masters.get(n, self.parameters[n].detach()) for n in numbers]
 
     def _own_pieces(self) -> Iterator[Piece]:
-        """This process's pieces of all that ZeRO steps, with the master copy as its gradient."""
+        """This process's pieces of all parameters that ZeRO steps. The gradient field holds the master, too."""
         for number in self._trained():
             master, start = _master(self.parameters[number])
             if master is not None:
                 yield Piece(number, start, master, master)
 
     def summed(self, values: Tensor) -> Tensor:
-        """``values`` summed over all processes, in place; all call it together."""
+        """Sum ``values`` over all processes, in place. All processes must call it together."""
         torch.distributed.all_reduce(values, group=self._group)
         return values
 
     def any(self, here: bool) -> bool:
-        """Whether something is so in any process; all call it together."""
+        """Whether ``here`` is true in any process. All processes must call it together."""
         return bool(self.summed(torch.tensor(int(here), device=self.parameters[0].device)))
 
     def remembered(self, optimizer: torch.optim.Optimizer, name: str) -> Iterator[Piece]:
-        """This process's pieces of what ``optimizer`` remembers as ``name``, given as gradients."""
+        """This process's pieces, with ``optimizer``'s state tensor ``name`` in the gradient field."""
         for piece in self._own_pieces():
             for vector, state in optimizer.state.items():
                 offset = _place_in(vector, piece.master)
@@ -229,13 +232,13 @@ class ZeroParts:
                     yield piece._replace(gradient=held)
 
     def assign(self, values: Mapping[int, Tensor]) -> None:
-        """Give parameters new values, of their shapes: masters, and what is computed with, alike."""
+        """Give parameters new values, each in the parameter's shape. Masters and working copies both change."""
         for number, value in values.items():
             self._write(self.parameters[number], value)
 
     @staticmethod
     def add_to_gradients(pieces: Iterable[Piece], added: dict[int, Tensor]) -> None:
-        """Add to the pieces' gradients: number -> a whole matrix."""
+        """Add whole matrices, given by number, to the gradients of the pieces."""
         for piece in pieces:
             if piece.number in added:
                 part = added[piece.number].reshape(-1)[piece.start : piece.start + piece.gradient.numel()]
@@ -243,7 +246,7 @@ class ZeroParts:
 
     @staticmethod
     def _write(parameter: Any, value: Tensor) -> None:
-        """Copy ``value`` to all that holds the parameter or a part of it."""
+        """Copy ``value`` to every tensor that holds the parameter or a part of it."""
         if not is_away(parameter):
             parameter.data.copy_(value)
         if hasattr(parameter, "ds_tensor"):
@@ -255,12 +258,12 @@ class ZeroParts:
 
 
 def _vectors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """The vectors that an optimizer holds at the moment."""
+    """The vectors that an optimizer holds now."""
     return (vector for group in optimizer.param_groups for vector in group["params"])
 
 
 def _place_in(vector: Tensor, part: Tensor) -> int | None:
-    """The element of ``vector`` at which ``part``, a view of the same memory, begins; None if it is no part of it."""
+    """The index in ``vector`` at which ``part`` begins, if ``part`` is a view of the same memory. None otherwise."""
     if part.untyped_storage().data_ptr() != vector.untyped_storage().data_ptr():
         return None
     offset = int(part.storage_offset() - vector.storage_offset())
@@ -268,12 +271,12 @@ def _place_in(vector: Tensor, part: Tensor) -> int | None:
 
 
 def shape_of(parameter: Any) -> torch.Size:
-    """The shape of a whole parameter, also where ZeRO-3 has shared it out."""
+    """The shape of a whole parameter, also where ZeRO-3 has partitioned it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _is_stepped(parameter: Any) -> bool:
-    """Whether a parameter, or a part of it in some process, was in the optimizer that ZeRO was given."""
+    """Whether the optimizer that ZeRO wraps steps a parameter, or a part of it in some process."""
     if not parameter.requires_grad or not hasattr(parameter, "ds_id"):
         return parameter.requires_grad and hasattr(parameter, "_hp_mapping")
     optimizer = getattr(parameter, "_z3_optimizer", None)
@@ -281,7 +284,7 @@ def _is_stepped(parameter: Any) -> bool:
 
 
 def _master(parameter: Any) -> tuple[Tensor | None, int]:
-    """This process's part of a parameter's master, (n,), and where it begins; None if it holds no part."""
+    """This process's part of a parameter's master, (n,), and its start. None if the process holds no part."""
     try:
         return _master_of_stage_3(parameter) if hasattr(parameter, "ds_id") else _master_of_stage_2(parameter)
     except AttributeError as error:
@@ -293,15 +296,15 @@ def _master(parameter: Any) -> tuple[Tensor | None, int]:
 
 
 def _master_of_stage_2(parameter: Any) -> tuple[Tensor | None, int]:
-    mapping = parameter._hp_mapping  # None where the parameter lies in other processes' parts
+    mapping = parameter._hp_mapping  # None if the parameter lies in other processes' parts
     if mapping is None:
         return None, 0
     return mapping.hp_fragment.detach().view(-1), mapping.lp_fragment_address.start
 
 
 def _part_of_stage_3(parameter: Any, values: Tensor) -> Tensor:
-    """This process's part of ``values``, which are shared out as ``parameter`` is; (n,), maybe empty."""
-    length = parameter.ds_tensor.numel()  # the last processes' parts are filled up
+    """This process's part of ``values``, (n,), which are divided as ``parameter`` is. It may be empty."""
+    length = parameter.ds_tensor.numel()  # the last processes' parts are padded
     first = torch.distributed.get_rank(parameter.ds_process_group) * length
     return values.reshape(-1)[first : first + length]
 
@@ -315,7 +318,7 @@ def _master_of_stage_3(parameter: Any) -> tuple[Tensor | None, int]:
         )
     number, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
     first = torch.distributed.get_rank(parameter.ds_process_group) * length
-    held = min(length, parameter.ds_numel - first)  # the last processes' parts are filled up
+    held = min(length, parameter.ds_numel - first)  # the last processes' parts are padded
     if held <= 0:
         return None, 0
     return optimizer.fp32_partitioned_groups_flat[number].detach()[start : start + held], first

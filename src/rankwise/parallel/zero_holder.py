@@ -1,4 +1,4 @@
-"""Factors that DeepSpeed ZeRO holds: each process steps parts of them (see `rankwise.parallel.zero`)."""
+"""Access to an adapter's factors under DeepSpeed ZeRO, whose processes each step a part; see `parallel.zero`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankwise.parallel.zero import Piece, ZeroParts
 
 
 class ZeroHolder:
-    """A `Holder` of what ZeRO has taken over; see there for the methods.
+    """A `Holder` for parameters that ZeRO manages.
 
     Args:
         parts: the parameters, as ZeRO holds them.
@@ -52,20 +52,20 @@ class ZeroHolder:
         return list(self.parts.remembered(optimizer, name))
 
     def gradients(self, numbers: Sequence[int]) -> dict[int, Tensor]:
-        """None wait: ZeRO steps all of an adapter at once."""
+        """Return nothing: ZeRO steps all parameters of an adapter at once, so no gradient is left to use."""
         return {}
 
     def write_gradients(self, values: Mapping[int, Tensor]) -> None:
-        """There are none."""
+        """Do nothing, as no gradient is left to use."""
 
 
 class ZeroStep:
-    """A step that DeepSpeed takes on its shares of the parameters; see `rankwise.parallel.holder.Step`.
+    """A step of DeepSpeed on its parts of the parameters; see `rankwise.parallel.holder.Step`.
 
     Args:
         parts: the parameters, as ZeRO holds them.
-        numbers: of those that are stepped now, in any process.
-        optimizer: which steps.
+        numbers: numbers of the parameters that some process steps now.
+        optimizer: the optimizer that steps.
     """
 
     def __init__(self, parts: ZeroParts, numbers: Sequence[int], optimizer: Optimizer) -> None:
@@ -76,7 +76,7 @@ class ZeroStep:
         return list(self._parts.pieces(self._optimizer))
 
     def has_gradients(self, numbers: Sequence[int]) -> list[bool]:
-        """ZeRO has zeros where a parameter has no gradient."""
+        """For each of ``numbers``, whether ZeRO steps it. ZeRO fills missing gradients with zeros."""
         return [number in self.numbers for number in numbers]
 
     def values(self, numbers: Sequence[int]) -> list[Tensor]:
@@ -100,7 +100,7 @@ class ZeroStep:
         return self._parts.summed(squares)
 
     def _by_block(self, piece: Piece, measured: Measured) -> Tensor:
-        """The squared norms of what of each block is in a piece of B, (blocks,), float32, where the piece is."""
+        """For a piece of B, the squared norm of each block's gradient in it, (blocks,), float32, on its device."""
         squares = piece.gradient.float().square()
         if measured.blocks == 1:
             return squares.sum().view(1)

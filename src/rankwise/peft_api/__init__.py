@@ -1,6 +1,7 @@
-"""Functions and classes that PEFT's users call beside the model's own methods, under PEFT's names.
+"""Functions and classes that users of PEFT know, under PEFT's names, in addition to the methods of a model.
 
-Each is a thin layer over what is here. What takes more is PEFT's own: `rankwise.adapt_ranks` finds ranks on its layers.
+Each is a thin layer over the other packages. PEFT's further features need PEFT's own layers, on which
+`rankwise.adapt_ranks` finds ranks.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from rankwise.peft_api.states import (
 )
 from rankwise.peft_api.status import get_layer_status, get_model_status
 
-PeftConfig = (
-    LoraConfig  # what all configurations are: `PeftConfig.from_pretrained(folder)` reads any adapter's
-)
+# `PeftConfig.from_pretrained(folder)` reads every adapter's configuration, because LoraConfig does.
+PeftConfig = LoraConfig
 
 __all__ = [
     "AutoPeftModel",

@@ -1,4 +1,4 @@
-"""PEFT's `AutoPeftModelFor…`: an adapter together with the base model that its configuration names."""
+"""PEFT's `AutoPeftModelFor…` classes: they load an adapter together with the base model that it names."""
 
 from __future__ import annotations
 
@@ -33,17 +33,33 @@ _BY_TASK = {
 
 
 class AutoPeftModel:
-    """Loads a base model of Transformers and an adapter on it, by the adapter's folder alone.
+    """Loads a base model of Transformers and an adapter on it, given only the adapter's folder.
 
-    The class of the base model is the one that Transformers has for the ``task_type`` in the adapter's configuration.
-    `AutoPeftModelForCausalLM` and others say the class themselves.
+    The ``task_type`` in the adapter's configuration determines which class of Transformers the base model gets. The
+    subclasses, such as `AutoPeftModelForCausalLM`, always use one class. Call ``from_pretrained`` to get a model.
+
+    Raises:
+        TypeError: the class is called.
+
+    Example:
+        >>> import tempfile, rankwise as rw
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(f"{folder}/base")
+        ...     base = LlamaForCausalLM.from_pretrained(f"{folder}/base")
+        ...     model = rw.get_peft_model(base, rw.LoraConfig(r=2, task_type="CAUSAL_LM"))
+        ...     model.save_pretrained(f"{folder}/adapter")
+        ...     loaded = rw.AutoPeftModel.from_pretrained(f"{folder}/adapter")
+        >>> isinstance(loaded, LlamaForCausalLM), loaded.active_adapters
+        (True, ['default'])
     """
 
     _auto_class: ClassVar[str | None] = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         raise TypeError(
-            f"{type(self).__name__} makes no object of its own: use {type(self).__name__}.from_pretrained."
+            f"{type(self).__name__} can't be instantiated: use {type(self).__name__}.from_pretrained."
         )
 
     @classmethod
@@ -58,20 +74,25 @@ class AutoPeftModel:
     ) -> Any:
         """Load the base model, attach the adapter, and return the model.
 
-        Where the adapter's file holds embeddings of another vocabulary, the base model's are resized to it first.
+        If the adapter's file holds embeddings of another vocabulary size, those of the base model are resized first.
 
         Args:
-            pretrained_model_name_or_path: the adapter's folder, or its name on the Hugging Face hub.
-            adapter_name: as for `PeftModel.from_pretrained`.
-            is_trainable: as for `PeftModel.from_pretrained`.
-            config: the adapter's configuration, in place of the folder's.
-            revision: the adapter's, on the hub; the base model's is in the adapter's configuration.
-            options: ``subfolder`` and those of `get_peft_model` for the adapter, all others for the base model's
-                ``from_pretrained``; those for the hub for both.
+            pretrained_model_name_or_path: the adapter's folder, or its repository on the Hugging Face hub.
+            adapter_name: name of the adapter in the model.
+            is_trainable: whether the adapter trains, as for `PeftModel.from_pretrained`.
+            config: configuration that replaces the folder's. None: the folder's.
+            revision: revision of the adapter on the hub. The base model's revision is in the adapter's configuration.
+            options: options for the hub, which serve the adapter and the base model; ``subfolder`` and the options of
+                `get_peft_model`, which serve the adapter; and options of the base model's ``from_pretrained``.
+
+        Returns:
+            The adapted model.
 
         Raises:
-            FileNotFoundError: there is no such adapter.
-            ValueError: its configuration names no base model, or no class for it; and as `PeftModel.from_pretrained`.
+            FileNotFoundError: the adapter does not exist.
+            TypeError: an option is unknown.
+            ValueError: the adapter's configuration does not name the base model or its class; or a file is broken, or
+                belongs to another model.
         """
         hub = {name: options[name] for name in HUB_OPTIONS & options.keys()}
         of_the_adapter = {name: options.pop(name) for name in _OF_THE_ADAPTER if name in options}
@@ -112,7 +133,7 @@ class AutoPeftModel:
 
 
 def _class_in_transformers(module: str, name: str) -> Any:
-    """The class that a file names; it must be one of Transformers', as importing anything else could run any code."""
+    """The class that a file names. It must be in Transformers, as importing another module could run any code."""
     if module.split(".")[0] != "transformers":
         raise ValueError(
             f"The adapter's configuration names {module}.{name} as the base model's class, which is not in "
@@ -122,7 +143,7 @@ def _class_in_transformers(module: str, name: str) -> Any:
 
 
 def _rows_of_embeddings(folder: Any, base: Any) -> int | None:
-    """How many entries the input embeddings in an adapter's file have, if it holds them and they are others here."""
+    """The vocabulary size of embeddings in an adapter's file. None if it holds none, or if it equals the base's."""
     if not (folder / WEIGHTS_NAME).is_file():
         return None
     embeddings = next(input_embeddings(base), None)
@@ -137,36 +158,36 @@ def _rows_of_embeddings(folder: Any, base: Any) -> int | None:
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
-    """`AutoPeftModel` of language models."""
+    """`AutoPeftModel` for language models."""
 
     _auto_class = "AutoModelForCausalLM"
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """`AutoPeftModel` of encoder-decoder models."""
+    """`AutoPeftModel` for encoder-decoder models."""
 
     _auto_class = "AutoModelForSeq2SeqLM"
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """`AutoPeftModel` of classifiers of texts."""
+    """`AutoPeftModel` for models that classify texts."""
 
     _auto_class = "AutoModelForSequenceClassification"
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """`AutoPeftModel` of classifiers of tokens."""
+    """`AutoPeftModel` for models that classify tokens."""
 
     _auto_class = "AutoModelForTokenClassification"
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """`AutoPeftModel` of models that find answers in texts."""
+    """`AutoPeftModel` for models that find answers in texts."""
 
     _auto_class = "AutoModelForQuestionAnswering"
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """`AutoPeftModel` of models without a head."""
+    """`AutoPeftModel` for models without a head."""
 
     _auto_class = "AutoModel"

@@ -21,18 +21,22 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """Attach an adapter to ``model``, in place, and return ``model``: `get_peft_model` under PEFT's other name.
+    """Attach an adapter to ``model``, in place, and return ``model``. It is `get_peft_model` under PEFT's other name.
 
     Args:
-        peft_config: the configuration.
-        model: any ``nn.Module``.
-        adapter_name: the adapter's name.
-        low_cpu_mem_usage: makes no difference here.
-        state_dict: an adapter's tensors, whose names tell which layers to adapt instead of ``target_modules``; their
-            values are not loaded.
+        peft_config: an `AdaLoraConfig` or a `LoraConfig`.
+        model: base model or adapted model, any ``nn.Module``.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: accepted for compatibility with PEFT, without effect.
+        state_dict: tensors of an adapter, whose names replace ``target_modules``. Their values are not loaded. None:
+            ``peft_config`` names the layers.
+
+    Returns:
+        ``model`` itself.
 
     Raises:
-        TypeError, ValueError: as `get_peft_model`; or ``state_dict`` names no factor of an adapter.
+        TypeError: as `get_peft_model`.
+        ValueError: as `get_peft_model`; or ``state_dict`` names no factor of an adapter.
 
     Example:
         >>> import torch, rankwise as rw
@@ -46,6 +50,6 @@ def inject_adapter_in_model(
         found = [factor_name(name.removeprefix(PREFIX)) for name in state_dict]
         paths = list(dict.fromkeys(each.path for each in found if each is not None))
         if not paths:
-            raise ValueError("`state_dict` holds no factor of an adapter, so it tells of no layer to adapt.")
+            raise ValueError("`state_dict` holds no factor of an adapter, so it names no layer to adapt.")
         peft_config = replace(peft_config, target_modules=paths)
     return get_peft_model(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)

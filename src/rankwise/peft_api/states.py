@@ -1,4 +1,4 @@
-"""PEFT's `get_peft_model_state_dict` and `set_peft_model_state_dict`: an adapter's tensors by the names of its file."""
+"""PEFT's functions for state dictionaries: the tensors of an adapter, and those of the base model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """An adapter's tensors, on the CPU, under the names that its file has.
+    """Return an adapter's tensors, on the CPU, under the names in an adapter file.
 
     Args:
-        model: the adapted model; what ``torch.compile`` or DistributedDataParallel made of it does as well.
-        state_dict: the model's own state dictionary, whole; None: as it is now.
-        adapter_name: which adapter.
-        unwrap_compiled: a compiled model is always unwrapped.
-        save_embedding_layers: as for `PeftModel.save_pretrained`.
+        model: the adapted model, or the result of ``torch.compile`` or DistributedDataParallel on it.
+        state_dict: whole state dictionary of the model. None: the model's current one.
+        adapter_name: name of the adapter.
+        unwrap_compiled: accepted for compatibility with PEFT. A compiled model is always unwrapped.
+        save_embedding_layers: whether to include embeddings, as for `PeftModel.save_pretrained`.
+
+    Returns:
+        The tensors by name, in the shapes and dtypes in which `PeftModel.save_pretrained` writes them.
 
     Raises:
-        TypeError: no model that rankwise has adapted.
-        ValueError: there is no such adapter.
+        TypeError: ``model`` is not adapted by rankwise.
+        ValueError: the adapter does not exist.
 
     Example:
         >>> import torch, rankwise as rw
@@ -55,23 +58,23 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """Give an attached adapter the values that `get_peft_model_state_dict` took from one of the same configuration.
+    """Load tensors that `get_peft_model_state_dict` returned into an attached adapter of the same configuration.
 
-    A run of AdaLoRA goes on. The values must have the ranks that it has now, and a triplet that is cut now becomes 0.
+    A run of AdaLoRA continues. The values must have the current ranks, and triplets that are cut now become 0.
 
     Args:
-        model: the adapted model, or what ``torch.compile`` or DistributedDataParallel made of it.
-        peft_model_state_dict: all of an adapter's tensors, under the names of its file.
-        adapter_name: which adapter.
-        ignore_mismatched_sizes: must be False: values that do not fit are refused.
-        low_cpu_mem_usage: makes no difference here.
+        model: the adapted model, or the result of ``torch.compile`` or DistributedDataParallel on it.
+        peft_model_state_dict: all tensors of an adapter, under the names in an adapter file.
+        adapter_name: name of the adapter.
+        ignore_mismatched_sizes: must be False, because values that do not fit are refused.
+        low_cpu_mem_usage: accepted for compatibility with PEFT, without effect.
 
     Returns:
-        PyTorch's pair of ``missing_keys`` and ``unexpected_keys``, both empty: otherwise there is an error.
+        PyTorch's pair of ``missing_keys`` and ``unexpected_keys``. Both are empty, since any difference is an error.
 
     Raises:
-        TypeError: no model that rankwise has adapted.
-        ValueError: there is no such adapter, or the values are not all of one that fits. Nothing has changed then.
+        TypeError: ``model`` is not adapted by rankwise.
+        ValueError: the adapter does not exist, or the tensors are incomplete or do not fit. Nothing has changed.
 
     Example:
         >>> import torch, rankwise as rw
@@ -92,13 +95,16 @@ def set_peft_model_state_dict(
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dictionary of the base model alone, under the names that it has without adapters.
+    """Return the state dictionary of the base model alone, under the names that it has without adapters.
 
     Args:
-        model: the adapted model, or what ``torch.compile`` or DistributedDataParallel made of it.
+        model: the adapted model, or the result of ``torch.compile`` or DistributedDataParallel on it.
+
+    Returns:
+        The tensors by name, in the base model's shapes and dtypes.
 
     Raises:
-        TypeError: no model that rankwise has adapted.
+        TypeError: ``model`` is not adapted by rankwise.
 
     Example:
         >>> import torch, rankwise as rw
@@ -113,20 +119,27 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
-    """Give the base model the values that `get_base_model_state_dict` took; the adapters stay as they are.
+    """Load tensors that `get_base_model_state_dict` returned into the base model. The adapters stay as they are.
 
     Args:
-        model: the adapted model, or what ``torch.compile`` or DistributedDataParallel made of it.
-        state_dict: values by the names of the base model.
-        strict: refuse names that are missing or that the base model does not have.
+        model: the adapted model, or the result of ``torch.compile`` or DistributedDataParallel on it.
+        state_dict: tensors by the base model's names, in its shapes.
+        strict: whether to refuse names that are missing or that the base model does not have.
 
     Returns:
         PyTorch's pair of ``missing_keys`` and ``unexpected_keys``.
 
     Raises:
-        TypeError: no model that rankwise has adapted.
+        TypeError: ``model`` is not adapted by rankwise.
         ValueError: an adapter is merged, so that the weights are not the base model's.
-        RuntimeError: names are missing or unexpected and ``strict``, or a shape is another.
+        RuntimeError: a shape differs; or names are missing or unexpected, and ``strict`` is True.
+
+    Example:
+        >>> import torch, rankwise as rw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = rw.get_peft_model(model, rw.LoraConfig(r=2, target_modules=["0"]))
+        >>> set_base_model_state_dict(model, get_base_model_state_dict(model))
+        <All keys matched successfully>
     """
     own = _adapted(model)
     own._refuse_merged()
@@ -158,7 +171,8 @@ def _adapted(model: Any) -> PeftModel:
             model = getattr(model, name)
     if not isinstance(model, PeftModel):
         raise TypeError(
-            f"This {type(model).__name__} is no model that rankwise has adapted: call `rankwise.get_peft_model` first."
+            f"This {type(model).__name__} is not a model that rankwise has adapted: call `rankwise.get_peft_model` "
+            "first."
             + (" For a model of PEFT's own, call PEFT's function." if hasattr(model, "peft_config") else "")
         )
     return model

@@ -1,4 +1,4 @@
-"""PEFT's `get_layer_status` and `get_model_status`: what is attached where, and in which state."""
+"""PEFT's `get_layer_status` and `get_model_status`: which adapters are attached where, and their state."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Irregular = Literal["irregular"]
 
 @dataclass
 class LayerStatus:
-    """One adapted layer, or one module that trains whole.
+    """The state of one adapted layer, or of one module that trains whole.
 
     Args:
-        name: its path in the model.
+        name: path of the layer in the model.
         module_type: "lora." and the class of an adapted layer, or "modules_to_save".
-        enabled: whether adapters may act in it.
-        active_adapters: names of those that are active.
-        merged_adapters: names of those that are merged into its weight.
-        requires_grad: whether each adapter's parameters here train; "irregular" if only some do.
-        available_adapters: names of all adapters that it has.
-        devices: the kinds of device that each adapter's parameters are on.
+        enabled: whether adapters are enabled in the layer.
+        active_adapters: names of the active adapters.
+        merged_adapters: names of the adapters that are merged into the layer's weight.
+        requires_grad: whether each adapter's parameters in the layer train. "irregular": only some of them do.
+        available_adapters: names of all adapters of the layer.
+        devices: kinds of device that hold each adapter's parameters, such as "cuda".
     """
 
     name: str
@@ -42,20 +42,20 @@ class LayerStatus:
 
 @dataclass
 class ModelStatus:
-    """An adapted model as a whole; "irregular" where its layers differ.
+    """The state of an adapted model as a whole. A value is "irregular" if the layers differ.
 
     Args:
-        base_model_type: the model's class.
-        peft_types: the kind of each adapter.
-        trainable_params: how many parameters train.
-        total_params: how many there are.
-        num_adapter_layers: how many layers are adapted or train whole.
-        enabled: whether adapters may act.
-        active_adapters: names of those that are active.
-        merged_adapters: names of those that are merged.
-        requires_grad: whether each adapter trains.
+        base_model_type: name of the model's class.
+        peft_types: kind of each adapter, "LORA" or "ADALORA".
+        trainable_params: number of parameters that train.
+        total_params: number of all parameters.
+        num_adapter_layers: number of layers that are adapted or train whole.
+        enabled: whether adapters are enabled.
+        active_adapters: names of the active adapters.
+        merged_adapters: names of the merged adapters.
+        requires_grad: whether each adapter's parameters train.
         available_adapters: names of all adapters.
-        devices: the kinds of device that each adapter's parameters are on.
+        devices: kinds of device that hold each adapter's parameters, such as "cuda".
     """
 
     base_model_type: str
@@ -72,10 +72,16 @@ class ModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
-    """The state of each adapted layer and of each module that trains whole, in the model's order.
+    """Return the state of each adapted layer and of each module that trains whole.
+
+    Args:
+        model: a model, or a part of one.
+
+    Returns:
+        A `LayerStatus` for each layer, in the model's order.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has no adapted layer.
 
     Example:
         >>> import torch, rankwise as rw
@@ -119,7 +125,13 @@ def _of_layer(path: str, module: AdapterLayer | SavedModule) -> LayerStatus:
 
 
 def get_model_status(model: Any) -> ModelStatus:
-    """The state of an adapted model as a whole.
+    """Return the state of an adapted model as a whole.
+
+    Args:
+        model: the adapted model.
+
+    Returns:
+        A `ModelStatus`.
 
     Raises:
         ValueError: the model has no adapter.
@@ -135,7 +147,7 @@ def get_model_status(model: Any) -> ModelStatus:
     layers = get_layer_status(model)
     names = sorted({name for layer in layers for name in layer.available_adapters})
     trainable, total = model.get_nb_trainable_parameters()
-    # A layer counts for an adapter only if it has it.
+    # A layer counts for an adapter only if it holds the adapter.
     active = [[n for n in each.active_adapters if n in each.available_adapters] for each in layers]
     acting = sorted({name for some in active for name in some})
     complete = all(

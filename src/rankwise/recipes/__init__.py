@@ -1,16 +1,21 @@
-"""Recipes: what ``rankwise train`` and ``rankwise plan`` do, for use from Python.
+"""Recipes in Python: the functions behind ``rankwise train``, ``plan``, ``predict`` and ``evaluate``.
 
     from rankwise.recipes import load_recipe, train
 
     result = train(load_recipe("reviews.yaml", ["training.max_steps=500"]))
     print(result.before, result.after)
 
-They need ``pip install "rankwise[train,report]"``.
+They need the extras ``train`` and ``report``: ``pip install "rankwise[train,report]"``.
 
-`predict` and `evaluate` use what was trained: see `rankwise.recipes.predicting`.
+Where to find what:
 
-`run` is the way through it all, `recipe` what a recipe may say, `tasks` one room for each task, `data` how files become
-examples, and `memory` what a run will take.
+- `run` does a run from beginning to end.
+- `recipe` holds the keys of a recipe.
+- `tasks` holds one module or package for each task.
+- `data` turns files into examples.
+- `memory` estimates the memory that a run takes.
+- `predicting` uses a trained adapter.
+- `sweep` searches for good settings.
 """
 
 from rankwise.recipes.divergence import DivergedError

@@ -1,10 +1,10 @@
-"""Keep the best adapter of a run: of all evaluations after the ranks are final, and stop when there is none better.
+"""Keeping the best adapter of a run, and stopping the run when the adapter no longer improves.
 
-Before the last phase of AdaLoRA the budget is still coming down, so an adapter of that time is larger than it is to be,
-or not yet cut: it is never kept. LoRA's ranks are final from the first step.
+Only adapters with final ranks are kept. Before AdaLoRA's final phase the budget is still falling, so an adapter is
+larger than the target. LoRA's ranks are final from the first step.
 
-output/best-76/      the best adapter so far, with what bringing the model back to it needs
-best.json        its step and its metrics; written last, so that a folder without it is not whole
+output/best-76/      the best adapter so far, with its training state
+best.json            its step and metrics, written last: a folder without this file is incomplete
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _FOLDER, _FILE = "best-", "best.json"
 
 @dataclass(frozen=True)
 class Best:
-    """The best adapter of a run by now.
+    """The best adapter of a run so far.
 
     Args:
-        step: the optimizer step that it is of.
-        metric: by which it is the best.
-        value: of that metric.
-        metrics: all metrics of that evaluation.
-        examples: how many held-out examples they are of.
+        step: the optimizer step of the adapter.
+        metric: the metric that decides which adapter is the best.
+        value: the value of that metric.
+        metrics: all metrics of the evaluation.
+        examples: the number of held-out examples in the evaluation.
     """
 
     step: int
@@ -50,15 +50,15 @@ class Best:
 
 
 class KeepBest(TrainerCallback):
-    """Saves the adapter of each evaluation that is the best so far, once the ranks are final; and stops early.
+    """Saves the adapter after an evaluation with final ranks, if it is the best so far. May stop the run early.
 
     Args:
-        recipe: its section ``training`` says what is best, and how long to wait for a better one.
-        metrics: of the task.
+        recipe: the run's recipe. Its section ``training`` says which adapter is best, and when to stop early.
+        metrics: the task's metrics.
         folder: the run's output folder.
-        examples: how many held-out examples an evaluation while training looks at.
-        say: prints a line.
-        predicted: gives what was predicted in the last evaluation.
+        examples: the number of held-out examples in an evaluation while training.
+        say: a function that prints a line.
+        predicted: a function that returns the predictions of the last evaluation.
     """
 
     def __init__(
@@ -77,29 +77,30 @@ class KeepBest(TrainerCallback):
         self.greater = task_says if training.greater_is_better is None else training.greater_is_better
         self.folder, self.examples = folder, examples
         self.stopped = False
-        self.prediction: Any = (
-            None  # of the best; None if it was kept by the part of the run before it was resumed
-        )
+        # The best adapter's predictions. None: it was saved before the run was resumed.
+        self.prediction: Any = None
         self._predicted = predicted
         self._keys = metric_keys(metrics)
         self._say = say
         self._wanted = training.load_best_model_at_end and training.evaluates != "no"
         self.best: Best | None = None
-        # Whether a held-out loss and a log are those of a run that has diverged.
+        # Tells from a held-out loss and the log whether the run has diverged.
         self.diverged: Callable[[float | None, Any], bool] = lambda loss, log: False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take up what a run that is resumed has kept."""
+        """Find the best adapter that was kept before the run was resumed."""
         if self._wanted and shared_out(model):
             self._wanted = False
-            self._say("Processes share out the parameters: the last adapter is kept, whichever is the best.")
+            self._say(
+                "The processes share out the parameters, so the last adapter is kept instead of the best."
+            )
         if self._wanted and state.global_step > 0:
             self.best = kept(self.folder)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **kwargs: Any
     ) -> Any:
-        """Keep the adapter if it is the best and the run has not diverged; stop if none was better for long enough."""
+        """Keep the adapter if it is the best and the run has not diverged. Stop the run if patience has run out."""
         adapted: Any = own_model(model)
         value = (metrics or {}).get(f"eval_{self.metric}")
         if not self._wanted or state.global_step == 0 or value is None or not ranks_are_final(adapted):
@@ -122,31 +123,31 @@ class KeepBest(TrainerCallback):
         return control
 
     def bring_back(self, model: Any, last_step: int) -> Best | None:
-        """Give the model the best adapter, if that is not the one of ``last_step``, which it has.
+        """Load the best adapter into the model, unless it is the adapter of ``last_step``, which the model has.
 
         Returns:
-            The best; None if none was kept, so that the model is as training left it.
+            The best adapter's facts. None: no adapter was kept, and the model is as training left it.
         """
         if self.best is not None and self.best.step != last_step:
             try:
                 model.load_checkpoint(self.folder / f"{_FOLDER}{self.best.step}")
-            except (OSError, ValueError) as error:  # what was trained must not be lost over it
+            except (OSError, ValueError) as error:  # this must not lose the trained adapter
                 self._give_up(error)
         return self.best
 
     def _give_up(self, error: Exception) -> None:
-        """Go on without the best adapter: the last one is kept."""
+        """Continue without the best adapter. The last one will be kept."""
         self.best, self._wanted = None, False
-        self._say(f"The best adapter can't be kept, so that the last one will be: {error}")
+        self._say(f"The best adapter can't be kept, so the last one will be: {error}")
 
     def _better(self, value: float, than: float) -> bool:
         return value > than if self.greater else value < than
 
     def _waited(self, state: Any) -> int:
-        """Evaluations since the best one, from the trainer's log, which a resumed run has, too."""
+        """The number of evaluations since the best one, by the trainer's log. A resumed run keeps this log."""
         since = 0 if self.best is None else self.best.step
         logged = [entry["step"] for entry in state.log_history if f"eval_{self.metric}" in entry]
-        if self.best is None:  # none was finite yet
+        if self.best is None:  # no evaluation gave a finite value yet
             return len(logged)
         return sum(step > since for step in logged)
 
@@ -162,7 +163,7 @@ def ranks_are_final(adapted: Any) -> bool:
 
 
 def kept(folder: Path) -> Best | None:
-    """The newest whole adapter that a run has kept as its best one; None if there is none."""
+    """The newest complete best adapter in a run's output folder, or None."""
     for path in sorted(best_folders(folder), key=_step, reverse=True):
         try:
             return Best(**json.loads((path / _FILE).read_text(encoding="utf-8")))
@@ -172,7 +173,7 @@ def kept(folder: Path) -> Best | None:
 
 
 def best_folders(folder: Path) -> Iterator[Path]:
-    """The folders of best adapters in a run's output folder, whole or not."""
+    """The folders of best adapters in a run's output folder, complete or not."""
     if folder.is_dir():
         yield from (path for path in folder.iterdir() if path.is_dir() and _step(path) > 0)
 
@@ -183,7 +184,7 @@ def _step(path: Path) -> int:
 
 
 def _keep(folder: Path, best: Best, model: Any) -> None:
-    """Save an adapter as the best one, and only then remove the one before."""
+    """Save an adapter as the best one, then remove the previous one."""
     place = folder / f"{_FOLDER}{best.step}"
     model.save_pretrained(place, training_state=True, is_main_process=True)
     write_file(place / _FILE, json.dumps(asdict(best), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What the model card of a run tells of it."""
+"""The facts about a run that its model card shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rankwise.storage.card import CardMetric, Training
 if TYPE_CHECKING:
     from rankwise.recipes.best import Best
 
-# The hub's names, where they are not ours.
+# The hub's names, where they differ from rankwise's.
 _PIPELINES = {"speech-recognition": "automatic-speech-recognition", "causal-lm": "text-generation"}
 _METRICS = {"macro_f1": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}
 
@@ -29,16 +29,16 @@ def card_of(
     steps: int,
     best: Best | None = None,
 ) -> Training:
-    """The facts for the card of a run that is done. Paths of this machine are not among them.
+    """The facts for the card of a finished run. They contain no paths of this machine.
 
     Args:
-        recipe: the run's.
-        metrics: how to show the metrics.
-        before: the metrics before training.
-        after: the metrics in the end.
-        held_out: how many examples they were measured on.
+        recipe: the run's recipe.
+        metrics: the task's metrics, with their titles and formats.
+        before: the values of the metrics before training, by key.
+        after: the values of the metrics after training, by key.
+        held_out: the number of held-out examples.
         steps: optimizer steps of the run.
-        best: the evaluation whose adapter it is; None for that of the last step.
+        best: the evaluation of the adapter that was kept. None: the adapter of the last step was kept.
     """
     sources = {key: getattr(getattr(recipe, "data", None), key, None) for key in ("train", "evaluation")}
     places = [find_place(name, "data", recipe.folder) for name in sources.values() if name is not None]

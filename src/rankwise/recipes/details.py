@@ -1,7 +1,7 @@
-"""What is behind a task's metrics: which labels are taken for which, the worst mistakes, numbers side by side, words.
+"""Details behind a task's metrics: confusion matrices, true against predicted numbers, wrong words, worst mistakes.
 
-A task gives them with its function ``details``; they go into ``results.json``, into `evaluate`, and onto the page of a
-report. Which kind it is says ``kind``: ``confusion``, ``scatter`` or ``words``.
+A task's function ``details`` makes them. ``results.json``, `evaluate` and the page of a report show them. Their key
+``kind`` is ``confusion``, ``scatter`` or ``words``.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 
 from rankwise.recipes.tasks import TaskData, load_task
 
-MISTAKES = 10  # that are listed
-_POINTS = 500  # of a scatter plot
-LONGEST = 200  # characters of an example that are shown
-_TABLE = 12  # labels whose matrix a terminal shows whole
+MISTAKES = 10  # the most mistakes that are listed
+_POINTS = 500  # the most points in a scatter plot
+LONGEST = 200  # the most characters of an example that are shown
+_TABLE = 12  # the most labels whose matrix a terminal shows
 
 Details = Mapping[str, Any]
 
 
 class Keep:
-    """A trainer's ``compute_metrics`` that remembers what it was given last.
+    """A trainer's ``compute_metrics`` that remembers the last predictions.
 
     Args:
-        compute: the task's own.
+        compute: the task's ``compute_metrics``.
     """
 
     def __init__(self, compute: Callable[[Any], dict[str, float]]) -> None:
@@ -40,14 +40,14 @@ class Keep:
 def details_of(
     recipe: Any, data: TaskData, processor: Any, examples: Any, prediction: Any
 ) -> dict[str, Any] | None:
-    """The details of a task's predictions; None if the task has none.
+    """The details of a task's predictions. None: the task has no details, or there are no predictions.
 
     Args:
-        recipe: the recipe.
-        data: what was read of it.
-        processor: the task's.
-        examples: the examples that were predicted, in the order of ``prediction``.
-        prediction: ``predictions`` and ``label_ids`` of a trainer; None if there is none.
+        recipe: the run's recipe.
+        data: the data that the task read.
+        processor: the task's tokenizer, feature extractor or image processor.
+        examples: the predicted examples, in the order of ``prediction``.
+        prediction: the trainer's ``predictions`` and ``label_ids``, or None.
     """
     make = getattr(load_task(recipe.task), "details", None)
     if make is None or prediction is None:
@@ -57,7 +57,7 @@ def details_of(
 
 
 def matrix(labels: Sequence[str], truth: Sequence[int], guess: Sequence[int]) -> dict[str, Any]:
-    """Which labels are taken for which; arguments as for `confusion`."""
+    """The confusion matrix of labels. The arguments are those of `confusion`."""
     from sklearn.metrics import confusion_matrix
 
     counts = confusion_matrix(truth, guess, labels=range(len(labels)))
@@ -71,14 +71,14 @@ def confusion(
     chances: Sequence[float],
     example: Callable[[int], str],
 ) -> dict[str, Any]:
-    """Which labels are taken for which, and the mistakes that the model was surest of.
+    """The confusion matrix of labels, and the mistakes with the highest probabilities.
 
     Args:
-        labels: their names, by number.
-        truth: the label of each example.
-        guess: the label that was predicted.
-        chances: how likely the model found what it predicted, from 0 to 1.
-        example: what to show of an example, by its number.
+        labels: the labels' names, by number.
+        truth: the true label's number of each example.
+        guess: the predicted label's number of each example.
+        chances: the probability of each predicted label, from 0 to 1.
+        example: a function that returns the text to show for an example, by the example's number.
     """
     wrong = [at for at, (true, guessed) in enumerate(zip(truth, guess, strict=True)) if true != guessed]
     worst = sorted(wrong, key=lambda at: -chances[at])[:MISTAKES]
@@ -97,7 +97,7 @@ def confusion(
 
 
 def scatter(truth: Sequence[float], guess: Sequence[float], example: Callable[[int], str]) -> dict[str, Any]:
-    """True and predicted numbers side by side, and the examples on which they differ most."""
+    """True and predicted numbers, and the examples on which they differ most."""
     count = len(truth)
     shown = range(count) if count <= _POINTS else [at * count // _POINTS for at in range(_POINTS)]
     worst = sorted(range(count), key=lambda at: -abs(truth[at] - guess[at]))[:MISTAKES]
@@ -119,7 +119,7 @@ def scatter(truth: Sequence[float], guess: Sequence[float], example: Callable[[i
 def wrong_words(
     references: Sequence[str], guesses: Sequence[str], example: Callable[[int], str]
 ) -> dict[str, Any]:
-    """The words that are most often written wrong, and the worst transcripts; texts as the error rate compares them."""
+    """The most frequent wrong words, and the worst transcripts. Texts are normalized as for the word error rate."""
     import jiwer
 
     told = [at for at, text in enumerate(references) if text.strip()]
@@ -151,11 +151,8 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 2]} …"
 
 
-# --- for people --------------------------------------------------------------------------------------------------
-
-
 def lines(details: Details) -> Iterator[Any]:
-    """What a terminal shows: tables of ``rich``, with their headings as text."""
+    """The tables that a terminal shows, as tables of ``rich``. Their headings are strings."""
     from rich.table import Table
 
     if details["kind"] == "confusion":
@@ -204,7 +201,7 @@ def save_plot(details: Details, path: Path) -> None:
     """Draw a confusion matrix or a scatter plot with scikit-learn's displays.
 
     Raises:
-        ValueError: these details have no picture, or matplotlib does not know the file's ending.
+        ValueError: these details have no picture, or matplotlib can't write files with this ending.
     """
     import matplotlib.pyplot as plt
     import numpy as np
@@ -222,7 +219,7 @@ def save_plot(details: Details, path: Path) -> None:
             ax=axes, kind="actual_vs_predicted"
         )
     else:
-        raise ValueError("Of speech there is no picture: --plot is for labels and numbers.")
+        raise ValueError("Speech recognition has no picture: --plot is for labels and numbers.")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)

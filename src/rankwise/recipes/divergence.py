@@ -1,7 +1,8 @@
-"""Whether a run has diverged: its loss has grown far beyond what it was before training, or is no number any more.
+"""Telling whether a run has diverged.
 
-A run that overfits is another matter. Its held-out loss may grow, but its training loss is small. So a finite loss
-counts as diverged only where both are far above the held-out loss before training.
+A run has diverged if its held-out loss is NaN or infinite, or if its training loss and its held-out loss are both far
+above the held-out loss before training. A run that overfits has not diverged: its held-out loss may grow, but its
+training loss is small.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ Log = Sequence[Mapping[str, Any]]
 
 
 class DivergedError(RecipeError):
-    """A run has diverged, so that what it has trained is of no use.
+    """A run has diverged, so its adapter is useless.
 
     Args:
-        message: what happened, and what to do.
-        checkpoint: the last checkpoint from before that; None if there is none.
+        message: the error message: what happened, and what to do.
+        checkpoint: the last checkpoint from before the run diverged, or None.
+
+    Example:
+        >>> error = DivergedError("The run has diverged.", checkpoint=None)
+        >>> isinstance(error, RecipeError), error.checkpoint
+        (True, None)
     """
 
     def __init__(self, message: str, checkpoint: Path | None) -> None:
@@ -37,10 +43,10 @@ class DivergedError(RecipeError):
 
 
 def highest_sound_loss(before: float | None) -> float:
-    """The loss up to which a run has not diverged: twice the loss before training, and 0.1 more than it at least.
+    """The highest loss with which a run counts as sound.
 
-    A loss of next to nothing may become a few times as much; ten times is too much of any. Infinite where the loss
-    before training is not known or not finite.
+    This is twice the loss before training, or that loss plus 0.1 if this is more. But it is never more than ten times a
+    positive loss before training. It is infinite if the loss before training is unknown or not finite.
 
     Example:
         >>> highest_sound_loss(3.8), highest_sound_loss(0.02), highest_sound_loss(0.001)
@@ -55,7 +61,7 @@ def highest_sound_loss(before: float | None) -> float:
 
 
 def last_training_loss(log: Log) -> float | None:
-    """The training loss that was logged last; of a run too short for that, the mean of all steps; None if none was.
+    """The last logged training loss. If none was logged, the mean over all steps, or None if that is missing, too.
 
     Example:
         >>> last_training_loss([{"loss": 2.0, "step": 1}, {"eval_loss": 1.5, "step": 1}])
@@ -69,7 +75,7 @@ def last_training_loss(log: Log) -> float | None:
 
 
 def looks_diverged(before: float | None, log: Log) -> bool:
-    """Whether the training loss is too large in the end, or no number; then the held-out loss decides."""
+    """Whether the last training loss is too large or not finite. If so, the held-out loss has to decide."""
     loss = last_training_loss(log)
     return loss is not None and not (math.isfinite(loss) and loss <= highest_sound_loss(before))
 
@@ -78,9 +84,9 @@ def has_diverged(before: float | None, after: float | None, log: Log) -> bool:
     """Whether a run has diverged.
 
     Args:
-        before: the held-out loss before training, if known.
-        after: the held-out loss after it, if known.
-        log: what Transformers' Trainer has logged.
+        before: the held-out loss before training, or None if it is unknown.
+        after: the held-out loss after training, or None if it is unknown.
+        log: the entries that Transformers' Trainer has logged.
 
     Example:
         >>> has_diverged(3.8, 431.0, [{"loss": 500.0}]), has_diverged(3.8, 12.0, [{"loss": 0.01}])
@@ -97,7 +103,7 @@ def has_diverged(before: float | None, after: float | None, log: Log) -> bool:
 
 
 def last_sound_step(before: float | None, log: Log) -> int:
-    """The last step whose training loss was finite and not too large; 0 if there is none.
+    """The last optimizer step with a finite training loss that was not too large, or 0.
 
     Example:
         >>> last_sound_step(2.0, [{"loss": 1.9, "step": 5}, {"loss": 90.0, "step": 10}])
@@ -113,7 +119,7 @@ def last_sound_step(before: float | None, log: Log) -> int:
 
 
 def last_sound_checkpoint(output: Output, before: float | None, log: Log) -> Path | None:
-    """The newest checkpoint of a run from before it diverged."""
+    """The newest checkpoint from before the run diverged, or None."""
     last = last_sound_step(before, log)
     return next(
         (
@@ -126,7 +132,7 @@ def last_sound_checkpoint(output: Output, before: float | None, log: Log) -> Pat
 
 
 def diverged(output: Output, before: float | None, after: float | None, log: Log) -> DivergedError:
-    """The error, to be raised, of a run that has diverged; ``after`` is None where weights are not finite."""
+    """Return the error to raise for a run that has diverged. ``after`` is None if weights are NaN or infinite."""
     recipe, loss = output.recipe, last_training_loss(log)
     said = [f"{before:.4g} before training" if before is not None else "not known before training"]
     said.append(
@@ -137,7 +143,7 @@ def diverged(output: Output, before: float | None, after: float | None, log: Log
     checkpoint = last_sound_checkpoint(output, before, log)
     if checkpoint is not None:
         message += (
-            f"The last good checkpoint is {str(checkpoint)!r}: a whole adapter, to be used as any other. "
+            f"The last good checkpoint is {str(checkpoint)!r}: a complete adapter, to use as any other. "
         )
     else:
         message += "There is no checkpoint from before that. "

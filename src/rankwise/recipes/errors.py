@@ -1,4 +1,4 @@
-"""What a user must mend: problems with their place, gathered so that one message shows them all."""
+"""Errors for the user to mend. One message shows all problems, each with its place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from rankwise.config.suggest import nearest
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend: where it is (a recipe's dotted key, a file, a file and line) and what is wrong."""
+    """One thing to mend.
+
+    Args:
+        where: the place of the problem: a recipe's dotted key, a file, or a file and a line.
+        message: what is wrong.
+
+    Example:
+        >>> print(Problem("training.max_steps", "must be at least 1, but is 0."))
+        training.max_steps: must be at least 1, but is 0.
+    """
 
     where: str
     message: str
@@ -23,8 +32,8 @@ class RecipeError(ValueError):
     """A recipe, its data or its output folder can't be used as it is.
 
     Args:
-        problems: all that is to be mended, or one message.
-        source: the file that the problems are in, if one.
+        problems: all problems, or one message.
+        source: the file that has the problems. None: no single file has them.
 
     Example:
         >>> print(RecipeError([Problem("model", "is missing"), Problem("output", "is missing")], "bbc.yaml"))
@@ -47,7 +56,7 @@ class RecipeError(ValueError):
 
 
 def refusal(where: str, message: str, source: str | None = None) -> RecipeError:
-    """The error, to be raised, of a single problem; arguments as those of `Problem` and `RecipeError`."""
+    """Return the error to raise for a single problem. The arguments are those of `Problem` and `RecipeError`."""
     return RecipeError([Problem(where, message)], source)
 
 
@@ -59,7 +68,7 @@ def raise_problems(problems: Iterable[Problem], source: str | None = None) -> No
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """The end of a message: the nearest valid name, or all of them if none is near and they are few.
+    """The end of a message: the nearest valid name or, if no name is near, the first twenty valid names.
 
     Example:
         >>> did_you_mean("txt", ["text", "rating"])

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the first asks a training loop to save, a second one stops at once."""
+"""Ctrl-C, SIGTERM and a closed terminal. The first signal asks a training loop to save, the second stops it at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was told to stop.
+    """A signal told the process to stop.
 
     Args:
         number: the signal's number.
@@ -22,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def _signals() -> list[int]:
-    """The signals that ask to stop; SIGHUP only where it exists, and not where ``nohup`` has it ignored."""
+    """The signals that ask to stop. SIGHUP is one of them where it exists, unless ``nohup`` has it ignored."""
     numbers = [int(signal.SIGINT), int(signal.SIGTERM)]
     hangup = getattr(signal, "SIGHUP", None)
     if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
@@ -31,21 +31,21 @@ def _signals() -> list[int]:
 
 
 class Interruption:
-    """While it is entered, SIGINT, SIGTERM and SIGHUP (a closed terminal) are requests to stop.
+    """A context in which SIGINT, SIGTERM and SIGHUP (a closed terminal) are requests to stop.
 
-    Outside of the training loop (``in_loop`` is False) a signal raises `Interrupted` there and then, as there is
-    nothing to save; inside it, it is noted in ``number``, and the loop acts on it after the step.
+    Outside the training loop (``in_loop`` is False) there is nothing to save, so a signal raises `Interrupted` at once.
+    Inside the loop, a signal is noted in ``number``, and the loop acts on it after the step.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.in_loop = False
         self._before: dict[int, Any] = {}
-        # torchrun passes a signal on to processes that have had it from the terminal already.
+        # torchrun passes a signal on to processes that have already received it from the terminal.
         self.may_repeat = "TORCHELASTIC_RUN_ID" in os.environ
 
     def __enter__(self) -> Interruption:
-        # Python lets only the main thread handle signals; elsewhere they stay with whoever runs it.
+        # Python lets only the main thread handle signals. In other threads, the caller's handlers stay.
         if threading.current_thread() is threading.main_thread():
             for number in _signals():
                 self._before[number] = signal.signal(number, self._note)
@@ -64,15 +64,15 @@ class Interruption:
         self.number = self.number or number
 
     def agreed(self) -> int | None:
-        """The signal, if any of the training processes has had one: all of them get the same answer.
+        """The number of the signal that any of the training processes has received, or None.
 
-        To be called by all processes at the same point, as they have to save together.
+        All processes get the same answer. All must call this at the same point, because they save together.
         """
         import torch
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # On the CPU, so that it does not wait for what a GPU is still computing.
+            # The exchange runs on the CPU, so that it does not wait for the GPU.
             if not hasattr(self, "_group"):
                 self._group = dist.new_group(backend="gloo")
             noted = torch.tensor(self.number or 0)

@@ -1,4 +1,4 @@
-"""A YAML file and overrides in, a recipe that was checked whole out, before anything heavy is loaded."""
+"""Reading a recipe from a YAML file and overrides, and checking all of it before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -19,19 +19,28 @@ from rankwise.recipes.training import run_problems, training_problems
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, data_needed: bool = True) -> BaseRecipe:
-    """Read a recipe, apply overrides and check it whole, without loading data or model.
+    r"""Read a recipe, apply overrides and check all of it, without loading data or a model.
 
     Args:
         path: the YAML file.
-        overrides: ``key=value``, the key dotted (``training.max_steps=50``), the value as in YAML. ``~key``
-            takes a key out.
-        data_needed: files that the section ``data`` names must exist.
+        overrides: ``key=value`` strings, with a dotted key (``training.max_steps=50``) and a YAML value. ``~key``
+            removes a key.
+        data_needed: whether the files in the section ``data`` must exist.
 
     Returns:
-        The recipe, of the task's own class.
+        The recipe, as an instance of the task's class.
 
     Raises:
-        RecipeError: with all that is wrong, each problem with its key and line.
+        RecipeError: the recipe can't be used. The error lists all problems, each with its key and line.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "reviews.yaml")
+        >>> _ = path.write_text("model: bert-base-uncased\ntask: text-classification\noutput: output\n"
+        ...                     "data: {train: reviews.csv, held_out: 0.2}\n")
+        >>> recipe = load_recipe(path, ["training.max_steps=50"], data_needed=False)
+        >>> recipe.method, recipe.training.max_steps
+        ('adalora', 50)
     """
     data, lines = read_recipe(Path(path))
     return check_recipe(data, lines, Path(path), overrides, data_needed=data_needed)
@@ -45,17 +54,17 @@ def check_recipe(
     *,
     data_needed: bool = True,
 ) -> BaseRecipe:
-    """Apply overrides to a recipe's data and check it whole, as `load_recipe` does.
+    """Apply overrides to a recipe's data and check all of it, as `load_recipe` does.
 
     Args:
         data: the recipe's keys.
-        lines: the line of each dotted key in ``path``; keys that were not in the file have none.
-        path: where it came from, for messages and for paths that count from the recipe's folder.
-        overrides: of `load_recipe`.
-        data_needed: of `load_recipe`.
+        lines: the line of each dotted key in ``path``, from 1. Keys that are not in the file have no line.
+        path: the recipe's file, for messages and for paths relative to the recipe's folder.
+        overrides: the overrides, as for `load_recipe`.
+        data_needed: whether the files in the section ``data`` must exist.
 
     Raises:
-        RecipeError: with all that is wrong.
+        RecipeError: the recipe can't be used. The error lists all problems.
     """
     data = _override(data, overrides, path)
     name = data.get("task")
@@ -88,10 +97,10 @@ def check_recipe(
 
 
 def read_recipe(path: Path) -> tuple[DictConfig, dict[str, int]]:
-    """The recipe's data as it stands in the file, unchecked, and the line of every key.
+    """Read a recipe's data from its file, unchecked, and the line of every key.
 
     Raises:
-        RecipeError: there is no such file, or it is no YAML with keys.
+        RecipeError: there is no such file, or it is not YAML with keys.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -103,10 +112,10 @@ def read_recipe(path: Path) -> tuple[DictConfig, dict[str, int]]:
 
 
 def parse_recipe(text: str, path: Path) -> tuple[DictConfig, dict[str, int]]:
-    """The keys of a recipe's text, unchecked, and the line of every key.
+    """Parse the text of a recipe: its data, unchecked, and the line of every key.
 
     Raises:
-        RecipeError: it is no YAML with keys; ``path`` names it in the message.
+        RecipeError: the text is not YAML with keys. The message names ``path``.
     """
     try:
         data = OmegaConf.create(text)
@@ -127,7 +136,7 @@ def _near_recipe(path: Path) -> str:
 
 
 def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Every dotted key of a YAML document with its line, from 1."""
+    """Every dotted key of a YAML document, with its line, from 1."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}{key.value}"
@@ -160,14 +169,14 @@ def _take_out(data: Any, key: str) -> None:
     parent, _, name = key.rpartition(".")
     holder = OmegaConf.select(data, parent) if parent else data
     if not isinstance(holder, DictConfig) or name not in holder:
-        raise RecipeError(f"The override ~{key} takes out a key that the recipe does not have.")
+        raise RecipeError(f"The override ~{key} removes a key that the recipe does not have.")
     del holder[name]
 
 
 def _in_order(
     problems: Sequence[Problem], lines: Mapping[str, int], overrides: Sequence[str]
 ) -> list[Problem]:
-    """The problems with the lines of their keys, by line; those of overrides and of keys without a line last."""
+    """The problems with their keys' lines, sorted by line. Those of overrides and of keys without a line come last."""
 
     def line(problem: Problem) -> int:
         last = 10**9
@@ -178,7 +187,7 @@ def _in_order(
 
 
 def _located(key: str, lines: Mapping[str, int], overrides: Sequence[str]) -> str:
-    """Where a key's value is from: an override, or a line of the recipe and the overrides of keys in its section.
+    """The place of a key's value: an override, or a line of the recipe. Overrides within a section are listed with it.
 
     Example:
         >>> _located("training.max_steps", {"training.max_steps": 7}, [])
@@ -196,7 +205,7 @@ def _located(key: str, lines: Mapping[str, int], overrides: Sequence[str]) -> st
 
 
 def _is_overridden(key: str, overrides: Sequence[str]) -> bool:
-    """Whether an override gives the key, or a section that it is in."""
+    """Whether an override sets the key or a section that contains it."""
     names = (override.partition("=")[0].lstrip("~").strip() for override in overrides)
     return any(key == name or key.startswith(f"{name}.") for name in names)
 

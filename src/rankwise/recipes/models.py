@@ -1,4 +1,4 @@
-"""Load a recipe's model, its configuration and its tokenizer; or only its shape, on the meta device."""
+"""Loading a recipe's model, configuration and tokenizer. Without weights, the model is on the meta device."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "so
 
 
 def model_place(recipe: BaseRecipe) -> Place:
-    """Where the model is."""
+    """The place of the recipe's model."""
     return find_place(recipe.model, "model", recipe.folder)
 
 
 def load_processor(recipe: BaseRecipe, auto_class: str, **options: Any) -> Any:
-    """The tokenizer or feature extractor that comes with the model; ``options`` are those of ``from_pretrained``."""
+    """Load the model's tokenizer or feature extractor. ``options`` are those of ``from_pretrained``."""
     return _from_pretrained(recipe, auto_class, **options)
 
 
 def load_tokenizer(recipe: BaseRecipe) -> Any:
-    """The model's tokenizer, with a padding token.
+    """Load the model's tokenizer, with a padding token.
 
     Raises:
-        RecipeError: it has none, and no end token to use as one.
+        RecipeError: the tokenizer has neither a padding token nor an end token to use instead.
     """
     tokenizer = load_processor(recipe, "AutoTokenizer")
     if tokenizer.pad_token is None:
@@ -43,16 +43,16 @@ def load_tokenizer(recipe: BaseRecipe) -> Any:
 
 
 def token_limit(wanted: int | None, tokenizer: Any, config: Any, most: int | None = None) -> int:
-    """How many tokens of a text are read.
+    """The number of tokens to read of each text.
 
     Args:
-        wanted: what the recipe's ``data.max_length`` says; None for as many as the model takes.
+        wanted: the recipe's ``data.max_length``. None: as many tokens as the model takes.
         tokenizer: the model's tokenizer.
         config: the model's configuration.
-        most: if nothing is wanted, at most these.
+        most: the upper limit where ``wanted`` is None. None: no limit but the model's.
 
     Raises:
-        RecipeError: the model takes fewer.
+        RecipeError: ``wanted`` is more than the model takes.
     """
     limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     takes = min((int(limit) for limit in limits if limit and limit < 10**6), default=None)
@@ -62,12 +62,12 @@ def token_limit(wanted: int | None, tokenizer: Any, config: Any, most: int | Non
 
 
 def model_config(recipe: BaseRecipe) -> Any:
-    """The model's configuration."""
+    """Load the model's configuration."""
     return _from_pretrained(recipe, "AutoConfig")
 
 
 def padding_config(recipe: BaseRecipe, tokenizer: Any) -> Any:
-    """The model's configuration, which knows the padding token of `load_tokenizer`; None: of no tokenizer."""
+    """Load the model's configuration, and set its padding token to the tokenizer's. ``tokenizer`` may be None."""
     config = model_config(recipe)
     if tokenizer is not None:
         config.pad_token_id = tokenizer.pad_token_id
@@ -75,21 +75,21 @@ def padding_config(recipe: BaseRecipe, tokenizer: Any) -> Any:
 
 
 def name_labels(config: Any, names: Sequence[str]) -> None:
-    """Let a model's configuration know its labels, by number."""
+    """Write the labels' names, by number, into a model's configuration."""
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in enumerate(names)}
 
 
 def load_model(recipe: BaseRecipe, auto_class: str, config: Any, *, weights: bool) -> Any:
-    """The model of ``auto_class``, ready to be adapted.
+    """Load a model to adapt.
 
-    Weights that the checkpoint does not have are new and random; `new_weights` lists them.
+    Weights that the model's files do not have are random. `new_weights` lists them.
 
     Args:
-        recipe: says which model, and its dtype.
-        auto_class: such as ``AutoModelForSequenceClassification``.
+        recipe: the recipe, which names the model and its dtype.
+        auto_class: the name of a class of Transformers, such as ``AutoModelForSequenceClassification``.
         config: the model's configuration.
-        weights: load them; otherwise the model is on the meta device.
+        weights: whether to load the weights. False: the model is on the meta device.
 
     Raises:
         RecipeError: there is no such model, or it can't do the task.
@@ -119,14 +119,15 @@ def load_model(recipe: BaseRecipe, auto_class: str, config: Any, *, weights: boo
 
 
 def new_weights(model: Any) -> list[str]:
-    """The names of a loaded model's parameters that its checkpoint did not have."""
+    """The names of a loaded model's parameters that were not in the model's files."""
     return list(model.__dict__.get("_rankwise_new_weights", ()))
 
 
 def head_modules(model: Any) -> list[str]:
-    """The modules beside a Transformers model's body that have parameters: its head.
+    """The head of a Transformers model: the names of its modules with parameters outside the model's body.
 
-    They are trained whole, and saved with the adapter. The output layer of a language model is none: it was pretrained.
+    The head is trained whole and saved with the adapter. A language model's output layer does not count as a head,
+    because it was pretrained.
     """
     body = getattr(model, "base_model_prefix", "")
     outputs = list(output_embeddings(model))
@@ -145,7 +146,7 @@ def _head_parameters(model: Any) -> list[str]:
 
 
 def _from_pretrained(recipe: BaseRecipe, auto_class: str, **options: Any) -> Any:
-    """Load with Transformers: from a folder without any network, and never running code that comes with a model."""
+    """Load with Transformers. Code that comes with a model never runs, and a folder is loaded without the network."""
     import transformers
 
     place = model_place(recipe)
@@ -172,7 +173,7 @@ def _from_pretrained(recipe: BaseRecipe, auto_class: str, **options: Any) -> Any
 
 
 def _refuse_without_tokenizer(folder: Path) -> None:
-    """Say it before Transformers does, which lists all ways in which a tokenizer might have been made."""
+    """Refuse a folder without a tokenizer. Transformers' own error would list all ways to make a tokenizer."""
     if (folder / "config.json").is_file() and not any(
         path.name.startswith(_OF_TOKENIZERS) for path in folder.iterdir()
     ):
@@ -184,24 +185,24 @@ def _refuse_without_tokenizer(folder: Path) -> None:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is that of a file with a model as llama.cpp stores it."""
+    """Whether a path names a .gguf file, the format of llama.cpp's models."""
     return path.suffix.lower() == ".gguf"
 
 
 def _from_gguf(auto_class: str, path: Path, **options: Any) -> Any:
-    """Load from a GGUF file; its weights, quantized or not, become ordinary ones."""
+    """Load from a GGUF file. Quantized weights are dequantized."""
     import transformers
 
     if not auto_class.startswith("AutoModel"):
         return copy.deepcopy(_parsed_gguf(auto_class, path, path.stat().st_mtime, **options))
-    if hasattr(transformers, "GgufConfig"):  # newer ones would keep the weights packed where they can
+    if hasattr(transformers, "GgufConfig"):  # newer versions would keep weights quantized where they can
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that listens to no setting
+    with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar that no setting turns off
         loaded = getattr(transformers, auto_class).from_pretrained(
             str(path.parent), gguf_file=path.name, local_files_only=True, **options
         )
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    # Others go on calling the model quantized, and then neither train nor save it.
+    # Older versions still mark the model as quantized, and then refuse to train or save it.
     model.hf_quantizer, model.is_quantized = None, False
     model.config.__dict__.pop("quantization_config", None)
     model.config._name_or_path = str(path)
@@ -210,7 +211,7 @@ def _from_gguf(auto_class: str, path: Path, **options: Any) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _parsed_gguf(auto_class: str, path: Path, modified: float, **options: Any) -> Any:
-    """A configuration or tokenizer. Reading a vocabulary from a GGUF file takes seconds, so it is done once."""
+    """Load a configuration or tokenizer once: reading a vocabulary from a GGUF file takes seconds."""
     import transformers
 
     return getattr(transformers, auto_class).from_pretrained(
@@ -219,7 +220,7 @@ def _parsed_gguf(auto_class: str, path: Path, modified: float, **options: Any) -
 
 
 def loading_arguments(base: str) -> str:
-    """The arguments, as Python source, with which ``from_pretrained`` loads the model at a path or a hub name.
+    """The arguments of ``from_pretrained``, as Python source, that load the model at a path or with a hub name.
 
     Example:
         >>> print(loading_arguments("someone/model"), loading_arguments("models/small.gguf"), sep="; ")
@@ -231,7 +232,7 @@ def loading_arguments(base: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Transformers' progress bars and warnings: what matters is checked and said by the recipe."""
+    """Silence Transformers' progress bars and warnings. The recipe checks and says everything that matters."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -247,7 +248,7 @@ def quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of what an error says; all that it says where that only begins a list."""
+    """The first line of an error's message. If that line ends in a colon, the whole message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

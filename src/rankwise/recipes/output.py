@@ -1,12 +1,12 @@
-"""The folder that a run writes to: whether it is free, what is in it, and which checkpoint to go on from.
+"""A run's output folder: whether it is free, what is in it, and which checkpoint to resume from.
 
 output/
-recipe.yaml            the recipe with its overrides and defaults; trains the same run again
-results.json           metrics before and after, log and ranks, kept up to date; "finished" says whether it is done
+recipe.yaml            the recipe with its overrides and defaults, to train the same run again
+results.json           metrics, log and ranks, kept up to date; "finished" is true when the run is done
 adapter_config.json    the adapter, when training is done
 …
-checkpoint-500/        what resuming needs
-best-450/              the best adapter by now; in the end it is the one above
+checkpoint-500/        a checkpoint to resume from
+best-450/              the best adapter so far, removed when training is done
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rankwise.recipes.places import find_place
 from rankwise.recipes.recipe import BaseRecipe
 from rankwise.storage import OWNED, PICKLE_NAME, checkpoint_step
 
-# The last file of a checkpoint that Transformers writes, and others that it can't do without.
+# Files that every complete checkpoint has, beginning with the one that Transformers writes last.
 _NEEDED = (
     "trainer_state.json",
     "adapter_config.json",
@@ -34,7 +34,7 @@ _NEEDED = (
     "scheduler.pt",
 )
 _RECIPE, _RESULTS = "recipe.yaml", "results.json"
-# What an earlier run may have left, for --overwrite; nothing else in the folder is touched.
+# Files of an earlier run, which --overwrite removes. Other files in the folder stay.
 _OWN_FILES = (_RECIPE, _RESULTS, "config.json", *(name for name in OWNED if name != PICKLE_NAME))
 
 
@@ -50,7 +50,11 @@ class Output:
         self.folder = Path(recipe.output).expanduser()
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuse to run over what an earlier run left, unless asked to.
+        """Refuse a folder that holds an earlier run, unless the user asked to resume or overwrite it.
+
+        Args:
+            resume: whether to continue the run in the folder.
+            overwrite: whether to replace the run in the folder.
 
         Raises:
             RecipeError: the folder is taken, or holds a run of another recipe.
@@ -58,7 +62,7 @@ class Output:
         if self.folder.exists() and not self.folder.is_dir():
             raise RecipeError(f"`output` is {str(self.folder)!r}, which is a file. Choose another name.")
         if resume and overwrite:
-            raise RecipeError("--resume goes on with a run, --overwrite starts it again: choose one.")
+            raise RecipeError("--resume continues a run, --overwrite starts it again: choose one.")
         if overwrite:
             return
         if resume:
@@ -76,12 +80,12 @@ class Output:
             )
         elif any(self.checkpoints()):
             raise RecipeError(
-                f"The output folder {str(self.folder)!r} holds an unfinished run. To go on with it, add --resume; "
+                f"The output folder {str(self.folder)!r} holds an unfinished run. To continue it, add --resume; "
                 "to start again, add --overwrite."
             )
 
     def begin(self) -> None:
-        """Make the folder ready for a new run: earlier checkpoints and results go, the recipe is written."""
+        """Prepare the folder for a new run: remove earlier checkpoints and results, and write the recipe."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for checkpoint in self.checkpoints():
             shutil.rmtree(checkpoint)
@@ -92,21 +96,21 @@ class Output:
         write_file(self.folder / _RECIPE, f"# The whole recipe of this run, defaults included.\n{text}")
 
     def clear_best(self) -> None:
-        """Remove the best adapters that were kept while the run went on."""
+        """Remove the best adapters that were kept during the run."""
         from rankwise.recipes.best import best_folders
 
         for folder in best_folders(self.folder):
             shutil.rmtree(folder)
 
     def checkpoints(self) -> Iterator[Path]:
-        """The checkpoint folders, whole or not, the newest first."""
+        """The checkpoint folders, complete or not, newest first."""
         if self.folder.is_dir():
             found = ((checkpoint_step(path), path) for path in self.folder.iterdir() if path.is_dir())
             steps = [(step, path) for step, path in found if step is not None]
             yield from (path for _, path in sorted(steps, reverse=True))
 
     def newest_checkpoint(self) -> tuple[Path | None, list[Path]]:
-        """The newest whole checkpoint, and newer ones that were cut short while they were written."""
+        """The newest complete checkpoint or None, and newer checkpoints that are incomplete."""
         broken: list[Path] = []
         for checkpoint in self.checkpoints():
             if is_whole(checkpoint):
@@ -116,7 +120,7 @@ class Output:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What ``results.json`` says; empty if there is none."""
+        """The contents of ``results.json``, or an empty dictionary if there is no such file."""
         try:
             results = json.loads((self.folder / _RESULTS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -125,7 +129,7 @@ class Output:
 
     @property
     def finished(self) -> bool:
-        """Whether a run has been done to its end."""
+        """Whether the run in the folder is finished."""
         return self.results.get("finished") is True
 
     def write_results(self, results: Mapping[str, Any]) -> None:
@@ -133,7 +137,7 @@ class Output:
         write_file(self.folder / _RESULTS, json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
 
     def _changed_keys(self) -> Iterator[str]:
-        """The keys that differ between this recipe and that of the run in the folder, and matter to it."""
+        """The settings that differ from those of the run in the folder, and matter for resuming."""
         try:
             before = yaml.safe_load((self.folder / _RECIPE).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
@@ -145,7 +149,7 @@ class Output:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Whether a checkpoint is complete."""
     if not all((checkpoint / name).is_file() for name in _NEEDED):
         return False
     try:
@@ -156,7 +160,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def settled(recipe: BaseRecipe) -> dict[str, Any]:
-    """The recipe as plain data that means the same in every folder."""
+    """The recipe as plain data, with paths that are valid from every folder."""
     plain = recipe.plain()
     plain["model"] = find_place(recipe.model, "model", recipe.folder).reference
     for key in ("train", "eval"):
@@ -172,7 +176,7 @@ def settled(recipe: BaseRecipe) -> dict[str, Any]:
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values."""
+    """The dotted keys and the values of nested dictionaries."""
     if not isinstance(value, dict):
         yield prefix, value
         return
@@ -181,7 +185,7 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, Mapping):
         return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

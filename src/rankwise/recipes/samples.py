@@ -1,4 +1,4 @@
-"""What a model writes before and after training, for tasks whose results can be read."""
+"""Samples: texts that a model writes before and after training."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Sample = Mapping[str, Any]
 
 
 def write_samples(recipe: Any, data: TaskData, processor: Any, model: Any) -> list[Sample]:
-    """The samples of the recipe's task, if it has the function ``samples``; see `rankwise.recipes.tasks`."""
+    """The samples of the recipe's task. Tasks without the function ``samples`` have none (see `Task`)."""
     samples = getattr(load_task(recipe.task), "samples", None)
     return [] if samples is None else list(samples(recipe, data, processor, model))
 
 
 def before_and_after(before: Sequence[Sample], after: Sequence[Sample]) -> list[Sample]:
-    """One sample for each prompt, with what was written ``before`` and ``after``.
+    """One sample for each prompt, with the texts written ``before`` and ``after`` training.
 
     Example:
         >>> before_and_after([{"prompt": "a", "written": "b"}], [{"prompt": "a", "written": "c"}])
@@ -32,11 +32,13 @@ def before_and_after(before: Sequence[Sample], after: Sequence[Sample]) -> list[
 
 
 def sample_lines(samples: Sequence[Sample], most: int = 300) -> Iterator[str]:
-    """Samples for people, a paragraph each; of long texts the end of the prompt and the beginning of what follows.
+    """The lines that show samples, one paragraph for each sample.
+
+    Of a long prompt the lines show the end, of other long texts the beginning.
 
     Args:
-        samples: of `before_and_after`.
-        most: characters to show of each text.
+        samples: the samples that `before_and_after` returned.
+        most: the most characters to show of each text.
     """
     for sample in samples:
         yield ""

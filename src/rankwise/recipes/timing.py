@@ -1,4 +1,4 @@
-"""How long a run will take, from a few of its own steps, measured."""
+"""Estimating how long a run takes, by measuring a few of its steps."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from rankwise.recipes.run import duration, some_examples
 from rankwise.recipes.tasks import load_task
 from rankwise.recipes.training import processes, training_arguments
 
-_FIRST = 2  # steps that are not counted: they set up what later ones reuse
-_STEPS = 5  # that are measured
+_FIRST = 2  # steps that are not measured, because the first steps are slower
+_STEPS = 5  # steps that are measured
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured, and what it comes to.
+    """The measured time of a step, and the estimated time of a run.
 
     Args:
-        step: seconds of an optimizer step, the median.
-        training: seconds of all steps.
-        evaluating: seconds of all evaluations: before, while and after training.
+        step: the median time of an optimizer step, in seconds.
+        training: the estimated time of all steps, in seconds.
+        evaluating: the estimated time of all evaluations before, during and after training, in seconds.
     """
 
     step: float
@@ -37,7 +37,7 @@ class Timing:
     evaluating: float
 
     def line(self) -> str:
-        """One line for people."""
+        """The estimate in one line."""
         total = duration(self.training + self.evaluating)
         return (
             f"about {total}: {duration(self.training)} for the steps, {self.step:.3g} s each, and "
@@ -45,15 +45,15 @@ class Timing:
         )
 
     def to_dict(self) -> dict[str, float]:
-        """As data for JSON, in seconds."""
+        """The estimate as data for JSON, in seconds."""
         return {"step": self.step, "training": self.training, "evaluating": self.evaluating}
 
 
 def measure_time(recipe: BaseRecipe) -> Timing:
-    """Train a few steps of a recipe and evaluate a few examples, and leave nothing behind.
+    """Estimate a run's time by training a few steps and evaluating a few examples. Nothing is kept.
 
     Args:
-        recipe: what `load_recipe` returned.
+        recipe: the recipe that `load_recipe` returned.
 
     Raises:
         RecipeError: the data or the adapter can't be used.
@@ -72,7 +72,7 @@ def measure_time(recipe: BaseRecipe) -> Timing:
         held_out = for_task["eval_dataset"]
         arguments = training_arguments(recipe, min(total, _STEPS + _FIRST), Path(nowhere), trainer_class)
         arguments.eval_strategy = arguments.save_strategy = "no"
-        arguments.report_to = []  # a tracker would keep a run of these few steps
+        arguments.report_to = []  # so that trackers do not record these few steps
         clock = _Clock()
         trainer = trainer_class(model=model, args=arguments, callbacks=[clock], **for_task)
         trainer.remove_callback(PrinterCallback)
@@ -94,18 +94,18 @@ def measure_time(recipe: BaseRecipe) -> Timing:
 
 
 class _Clock(TrainerCallback):
-    """Notes how long each step takes."""
+    """Measures the seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._began = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start."""
+        """Start the clock."""
         self._began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop, once the device has done what it was given."""
+        """Stop the clock when the device has finished the step."""
         import torch
 
         if torch.accelerator.is_available():

@@ -1,4 +1,4 @@
-"""The section ``training`` as Transformers' ``TrainingArguments``: which it may name, their checks, and the device."""
+"""The section ``training`` as Transformers' ``TrainingArguments``: allowed keys, checks, and the device."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ NOT_TAKEN: Mapping[str, str] = {
         _HUB,
     ),
 }
-# Keys of the section that are rankwise's, or go to Transformers in another form.
+# Keys of the section that only rankwise has, or that it passes on in another form.
 _OWN = (
     *("num_train_epochs", "gradient_checkpointing", "eval_examples", "early_stopping_patience"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
-# What only the machine that trains can check, and what changes the process as soon as it is read.
+# Arguments that only the training machine can check, or that change the process as soon as they are set.
 _OF_THE_MACHINE = ("tf32", "deepspeed", "fsdp", "fsdp_config", "use_liger_kernel")
 
 
 @functools.cache
 def argument_types() -> Mapping[str, Any]:
-    """The arguments that the installed Transformers has and a recipe may set, with their types."""
+    """The arguments of the installed Transformers that a recipe may set, with their types."""
     from transformers import TrainingArguments
 
     hints = get_type_hints(TrainingArguments)
@@ -72,10 +72,10 @@ def argument_types() -> Mapping[str, Any]:
 
 
 def training_problems(section: Any) -> Iterator[Problem]:
-    """What is wrong with the names and types of the arguments that the section leaves to Transformers.
+    """The problems with names and types of the arguments that are passed on to Transformers.
 
     Args:
-        section: the data of the section, checked or not.
+        section: the section's data, which may be unchecked.
     """
     if not isinstance(section, dict):
         return  # reported as a wrong type
@@ -125,16 +125,16 @@ def _hint(name: str, valid: Sequence[str]) -> str:
 
 
 def metric_keys(metrics: Sequence[Metric]) -> list[str]:
-    """The keys of an evaluation: the loss, then the task's own."""
+    """The keys of an evaluation: ``loss``, then those of the task's metrics."""
     return list(dict.fromkeys(["loss", *(metric.key for metric in metrics)]))
 
 
 def run_problems(recipe: BaseRecipe, metrics: Sequence[Metric]) -> Iterator[Problem]:
-    """What is wrong with the section's values: together, with the task, or for Transformers.
+    """The problems with the section's values: in combination, with the task, or for Transformers.
 
     Args:
-        recipe: with names and types that `training_problems` found right.
-        metrics: of its task.
+        recipe: a recipe in which `training_problems` found no problem.
+        metrics: the metrics of the recipe's task.
     """
     training = recipe.training
     keys = metric_keys(metrics)
@@ -150,7 +150,7 @@ def run_problems(recipe: BaseRecipe, metrics: Sequence[Metric]) -> Iterator[Prob
         for missing, name in ((training.evaluates == "no", "eval_strategy: no"),
                               (not training.load_best_model_at_end, "load_best_model_at_end: false")):  # fmt: skip
             if missing:
-                yield Problem("training.early_stopping_patience", f"does not go with {name}. Take one out.")
+                yield Problem("training.early_stopping_patience", f"has no effect with {name}. Take one out.")
     if recipe.device != "cpu" and recipe.device != "auto" and training.use_cpu:
         yield Problem("device", f"is {recipe.device!r}, but training.use_cpu is true. Take one out.")
     defaults = TrainingSection()
@@ -158,7 +158,7 @@ def run_problems(recipe: BaseRecipe, metrics: Sequence[Metric]) -> Iterator[Prob
         defaults.optim,
         defaults.lr_scheduler_type,
     ):
-        return  # nothing is left for Transformers to check, and importing it takes seconds
+        return  # Transformers has nothing left to check, and importing it takes seconds
     from transformers import TrainingArguments
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
@@ -176,7 +176,7 @@ def run_problems(recipe: BaseRecipe, metrics: Sequence[Metric]) -> Iterator[Prob
     if wrong:
         return
     fields = argument_fields(recipe, 1, Path(tempfile.gettempdir()), TrainingArguments)
-    fields |= {"report_to": "none"}  # a tracker may be missing here
+    fields |= {"report_to": "none"}  # the tracker may not be installed here
     try:
         TrainingArguments(**{name: value for name, value in fields.items() if name not in _OF_THE_MACHINE})
     except (ValueError, ImportError, TypeError) as error:
@@ -197,10 +197,10 @@ def argument_fields(
     """The arguments of a recipe's run, by their names in Transformers.
 
     Args:
-        recipe: the recipe.
-        total_step: optimizer steps of the run.
-        folder: for checkpoints.
-        arguments_class: of Transformers; tells what it calls gradient checkpointing.
+        recipe: the run's recipe.
+        total_step: the number of optimizer steps of the run.
+        folder: the folder for checkpoints.
+        arguments_class: ``TrainingArguments`` or a subclass, which tells its name for gradient checkpointing.
     """
     import torch
 
@@ -229,16 +229,16 @@ def argument_fields(
         "save_strategy": training.saves,
         "save_steps": fields["save_steps"] or 500,
         "disable_tqdm": True,
-        # Without this, the processes that torchrun starts on CPUs would each train for themselves, unconnected.
+        # Without this, each process that torchrun starts on CPUs would train alone.
         "use_cpu": device_of(recipe).type == "cpu",
     }
 
 
 def training_arguments(recipe: BaseRecipe, total_step: int, folder: Path, trainer_class: Any) -> Any:
-    """Transformers' arguments for a recipe and a class of trainer; one that can generate does so in evaluation.
+    """Transformers' arguments for a recipe and a trainer's class. A ``Seq2SeqTrainer`` generates in evaluations.
 
     Raises:
-        RecipeError: Transformers refuses them.
+        RecipeError: Transformers refuses the arguments.
     """
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
@@ -250,15 +250,14 @@ def training_arguments(recipe: BaseRecipe, total_step: int, folder: Path, traine
     with refusals(recipe):
         arguments = arguments_class(**argument_fields(recipe, total_step, folder, arguments_class), **more)
     if processes() == 1 and arguments.n_gpu > 1:
-        arguments._n_gpu = (
-            1  # several GPUs are for torchrun: nn.DataParallel would copy the adapters at every step
-        )
+        # Several GPUs are for torchrun. nn.DataParallel would copy the adapters at every step.
+        arguments._n_gpu = 1
     return arguments
 
 
 @contextlib.contextmanager
 def refusals(recipe: BaseRecipe) -> Iterator[None]:
-    """What Transformers refuses of the training section, such as a package that is missing, is for the user to mend."""
+    """Turn Transformers' errors about the section ``training``, such as a missing package, into a `RecipeError`."""
     try:
         yield
     except (ValueError, ImportError) as error:
@@ -266,12 +265,12 @@ def refusals(recipe: BaseRecipe) -> Iterator[None]:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that talks and writes, of those that torchrun may have started."""
+    """Whether this is the main process, which alone prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -279,7 +278,7 @@ def processes() -> int:
 
 
 def device_of(recipe: BaseRecipe) -> torch.device:
-    """The device that trains: the GPU if there is one and the recipe does not say ``cpu``."""
+    """The device to train on: the GPU if there is one and the recipe does not say ``cpu``."""
     import torch
 
     if recipe.device == "cpu" or recipe.training.use_cpu or not torch.accelerator.is_available():
@@ -288,7 +287,7 @@ def device_of(recipe: BaseRecipe) -> torch.device:
 
 
 def device_problem(recipe: BaseRecipe) -> Problem | None:
-    """Why the recipe can't train on this machine; None if it can."""
+    """The reason why the recipe can't train on this machine, or None if it can."""
     import torch
 
     device = device_of(recipe)
@@ -306,7 +305,7 @@ def device_problem(recipe: BaseRecipe) -> Problem | None:
 
 
 def device_line(recipe: BaseRecipe) -> str:
-    """Where and in which precision the recipe would train on this machine.
+    """The device and the precision with which the recipe trains on this machine, as text.
 
     Example:
         >>> from types import SimpleNamespace

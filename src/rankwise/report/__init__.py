@@ -1,7 +1,7 @@
-"""What became of the ranks, for people: tables and pictures in the terminal, plots, and a look into a folder.
+"""Reports on ranks: tables and pictures in the terminal, plots, HTML pages, and the contents of an adapter's folder.
 
-Nothing here is needed to train. What it needs beyond the core comes with ``pip install "rankwise[report]"`` and
-is imported only when it is used.
+Training does not need this package. Its requirements come with ``pip install "rankwise[report]"``. They are imported
+only when they are used.
 """
 
 from rankwise.report.grid import GridPosition, grid_position

@@ -1,7 +1,8 @@
 """The charts of a report page, as the plain data that Plotly draws.
 
-Colours that must fit a light and a dark page (text, lines, rank 0) are set in the page. Here are those of the data:
-Okabe and Ito's for runs and kinds, which stay apart for every kind of colour vision, and each with a dash of its own.
+The page itself sets the colours that depend on its light or dark theme: text, lines and rank 0. This module sets the
+colours of the data. They are Okabe and Ito's, which can be told apart with every kind of colour vision. Each colour
+also has its own dash pattern.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from rankwise.report.runs import Run
 from rankwise.report.sweeps import Sweep
 from rankwise.run.summary import shorten
 
-Figure = dict[str, Any]  # Plotly's: {"data": [...], "layout": {...}}
+Figure = dict[str, Any]  # Plotly's form: {"data": [...], "layout": {...}}
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-_MOST_LINES = 600  # layers whose spectra are drawn
-_ROW, _LONGEST_LABEL = 24, 24  # pixels of a heat map's row; characters of its labels
+_MOST_LINES = 600  # spectra drawn at most, one per layer
+_ROW, _LONGEST_LABEL = 24, 24  # height of a heat map's row in pixels; characters per label
 
 
 def heatmap(run: Run, grid: RankGrid, largest: int, scale: bool) -> tuple[Figure, list[list[int]]]:
-    """Ranks of one stack of blocks, block number down and kind of module across.
+    """Draw the ranks of one stack of blocks: block numbers down, kinds of module across.
 
     Args:
-        run: whose layers are in ``grid``.
+        run: the run whose layers are in ``grid``.
         grid: the stack.
-        largest: the end of the colour scale, for all heat maps of a page.
-        scale: whether to draw the colour scale below.
+        largest: the end of the colour scale, which all heat maps of a page share.
+        scale: whether to draw the colour scale below the map.
 
     Returns:
-        The figure with the last ranks, and for each cell the layer's place in ``run.adapter.layers``, -1 for none:
-        by it the page puts in the ranks of other steps.
+        The figure with the last ranks, and a table of layer indices. The table holds for each cell the index of its
+        layer in ``run.adapter.layers``, or -1 for no layer. The page uses it to show the ranks of other steps.
     """
     index = {layer.path: number for number, layer in enumerate(run.adapter.layers)}
     rows, columns = range(len(grid.rows)), range(len(grid.columns))
@@ -67,7 +68,7 @@ def heatmap(run: Run, grid: RankGrid, largest: int, scale: bool) -> tuple[Figure
         "hoverongaps": False,
         "texttemplate": "" if small else "%{z}",
         "showscale": scale,
-        # The page writes numbers in white up to this rank, and in black on the lighter colours above.
+        # Up to this rank the page writes numbers in white; above it, on the lighter colours, in black.
         "meta": {
             "white": max(
                 (r for r in range(1, largest + 1) if ink_on(rank_colour(r, largest)) == "white"), default=0
@@ -97,12 +98,12 @@ def heatmap(run: Run, grid: RankGrid, largest: int, scale: bool) -> tuple[Figure
 
 
 def grids_of(run: Run) -> list[RankGrid]:
-    """A run's layers laid out as pictures."""
+    """Lay out a run's layers as grids."""
     return rank_grids(run.adapter.summary().layers)
 
 
 def colour_scale(largest: int) -> list[list[Any]]:
-    """Plotly's form of steps of one colour for each rank from 0 to ``largest``; rank 0's is set in the page.
+    """Build Plotly's colour scale: one flat step for each rank from 0 to ``largest``. The page sets rank 0's colour.
 
     Example:
         >>> colour_scale(1)
@@ -118,7 +119,7 @@ def colour_scale(largest: int) -> list[list[Any]]:
 
 
 def budget(runs: Sequence[Run]) -> Figure | None:
-    """The budget and the ranks that are left, over the steps; None where no run has a history."""
+    """Draw the budget and the ranks that are left, over the steps; None if no run has a history."""
     data = []
     for number, run in enumerate(runs):
         if len(run.records) < 2:
@@ -135,7 +136,7 @@ def budget(runs: Sequence[Run]) -> Figure | None:
 
 
 def loss(runs: Sequence[Run]) -> Figure | None:
-    """The loss in training and on held-out data, over the steps; None where none was logged."""
+    """Draw the training loss and the held-out loss over the steps; None if no loss was logged."""
     data = []
     for number, run in enumerate(runs):
         for key, said, style in (
@@ -151,7 +152,7 @@ def loss(runs: Sequence[Run]) -> Figure | None:
 
 
 def details(run: Run) -> Figure | None:
-    """Which labels are taken for which, or true against predicted numbers; None where the run has neither."""
+    """Draw the confusion matrix, or true against predicted numbers; None if the run has neither."""
     found = run.details
     if found.get("kind") == "confusion":
         labels, matrix = [_plain(str(label)) for label in found["labels"]], found["matrix"]
@@ -181,7 +182,7 @@ def details(run: Run) -> Figure | None:
 
 
 def sweep(sweep: Sweep) -> Figure | None:
-    """The metric of every trial against the parameters that its adapter keeps, and the frontier; None without any."""
+    """Draw every trial's metric against its adapter's parameters, and the frontier; None if no trial is complete."""
     data: list[dict[str, Any]] = []
     done = [trial for trial in sweep.trials if trial["state"] == "complete" and trial["value"] is not None]
     by_name = {trial["name"]: trial for trial in done}
@@ -219,13 +220,13 @@ def _settings(trial: dict[str, Any]) -> str:
 
 
 def series(run: Run, key: str) -> tuple[list[int], list[float]]:
-    """The steps and values of what a run logged under a name; of a step logged twice the last holds."""
+    """The steps and values that a run logged under a name. If a step was logged twice, the last value counts."""
     logged = {entry["step"]: entry[key] for entry in run.log if key in entry}
     return list(logged), list(logged.values())
 
 
 def spectra(run: Run) -> Figure | None:
-    """The singular values of every layer's update, a line each, coloured by kind; None where they aren't known."""
+    """Draw one line of singular values per layer, coloured by kind of module; None if no spectra are known."""
     paths = [layer.path for layer in run.adapter.layers if run.spectra.get(layer.path)]
     step = -(-len(paths) // _MOST_LINES) or 1
     kinds = list(dict.fromkeys(_kind(path) for path in paths))
@@ -260,7 +261,7 @@ def spectra(run: Run) -> Figure | None:
 
 
 def parameters(runs: Sequence[Run]) -> Figure:
-    """How many parameters the adapter has in each kind of module, a bar for each run."""
+    """Draw the number of adapter parameters in each kind of module, with one bar per run."""
     counts = [kind_parameters(run) for run in runs]
     names = _short_names(dict.fromkeys(kind for each in counts for kind in each))
     data = [
@@ -281,7 +282,7 @@ def parameters(runs: Sequence[Run]) -> Figure:
 
 
 def kind_parameters(run: Run) -> dict[str, int]:
-    """The adapter's parameters by kind of module, in the order in which data flows; whole modules by their names."""
+    """Count the adapter's parameters by kind of module, in the order of data flow, then by module saved whole."""
     counts: Counter[str] = Counter()
     for layer in run.adapter.layers:
         counts[_kind(layer.path)] += layer.parameters
@@ -294,7 +295,7 @@ def _of(run: Run, what: str, runs: Sequence[Run]) -> str:
 
 
 def _kind(path: str) -> str:
-    """The kind of module, of which a block may have several: experts are one kind.
+    """The kind of module without numbers, so that all experts of a block count as one kind.
 
     Example:
         >>> _kind("model.layers.0.mlp.experts.7.w1"), _kind("model.layers.0.mlp.experts.down_proj.7")
@@ -335,7 +336,7 @@ def _chart(data: list[dict[str, Any]], x: str, y: str, yaxis: dict[str, Any] | N
 
 
 def _ticks(names: Sequence[str], **more: Any) -> dict[str, Any]:
-    """An axis with a name at each cell; at every second, third, ... where there are too many."""
+    """An axis with a name at each cell, or at every second, third, ... cell if there are many."""
     every = -(-len(names) // 64)
     shown = range(0, len(names), every)
     axis = {"tickvals": list(shown), "ticktext": [names[at] for at in shown], "automargin": True}
@@ -351,5 +352,5 @@ def _dash(number: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Plotly shows as it is: it takes tags for markup."""
+    """Escape text so that Plotly shows it unchanged: it would read tags as markup."""
     return html.escape(text, quote=False)

@@ -1,7 +1,7 @@
-"""Where a layer belongs in a picture of the model: block number down, kind of module across.
+"""A layer's place in a picture of the model: block numbers down, kinds of module across.
 
-The rule reads module paths alone, so it needs no list of architectures: the first number in a path counts the
-blocks, what comes before it names the stack, and what comes after it the kind.
+The rule reads only module paths, so it needs no list of architectures. The first number in a path is the block's
+number. The part before it names the stack, and the part after it names the kind.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 from rankwise.run.summary import LayerRank
 
-# Containers whose number counts the blocks even inside numbered stages: Swin's `layers.0.blocks.1`, a UNet's
+# Containers whose number is the block's even inside numbered stages: Swin's `layers.0.blocks.1`, a UNet's
 # `down_blocks.0.attentions.1.transformer_blocks.0`.
 _BLOCKS = {"block", "blocks", "resblocks", "transformer_blocks"}
 
 _CROSS = re.compile(r"encoder_attn|encdecattention|cross|attn2")
 _ATTENTION = re.compile(r"att")
-# By the last part of a kind: query, key, value, everything else, output.
+# By the last part of a kind: query, key, value, all others, output.
 _ATTENTION_ROLES = (
     ("q", "query", "q_proj", "q_lin", "to_q", "query_proj", "wq"),
     ("k", "key", "k_proj", "k_lin", "to_k", "key_proj", "wk"),
@@ -36,7 +36,13 @@ _MLP_ROLES = (
 
 
 class GridPosition(NamedTuple):
-    """A layer's place: the stack of blocks, the block's number in it, and the kind of module in the block."""
+    """A layer's place in a picture of the model.
+
+    Args:
+        stack: the path before the block's number.
+        layer: the block's number in the stack; None for a layer outside every stack.
+        kind: the kind of module in the block.
+    """
 
     stack: str
     layer: int | None
@@ -50,9 +56,9 @@ def grid_position(path: str) -> GridPosition:
         path: a module path such as ``"model.layers.3.self_attn.q_proj"``.
 
     Returns:
-        The path before the number that counts the blocks, that number, and the path after it. A path without
-        a number has the stack ``""``, no layer, and is its own kind; where nothing follows the number, as in
-        an ``nn.Sequential``, the container's name is the kind.
+        The path before the block's number, that number, and the path after it. A path without a number has the
+        stack ``""``, the layer None and itself as its kind. If nothing follows the number, as in an
+        ``nn.Sequential``, the container's name is the kind.
 
     Example:
         >>> grid_position("model.layers.3.self_attn.q_proj")
@@ -73,7 +79,7 @@ def grid_position(path: str) -> GridPosition:
     ]
     at = inner[-1] if inner else numbers[0]
     rest = parts[at + 1 :]
-    if len(rest) > 2 and rest[0] == "layer" and rest[1].isdecimal():  # T5 numbers the parts of a block, too
+    if len(rest) > 2 and rest[0] == "layer" and rest[1].isdecimal():  # T5 also numbers the parts of a block
         rest = rest[2:]
     kind = ".".join(rest) or (parts[at - 1] if at else "layer")
     return GridPosition(".".join(parts[:at]), int(parts[at]), kind)
@@ -84,10 +90,10 @@ class RankGrid:
     """One table of the picture.
 
     Args:
-        title: the stack, with ``*`` for numbers of outer stages; or that these are layers outside any.
-        rows: a label for each row, from the top: block numbers, or whole paths outside any stack.
-        columns: the kinds of module, attention before the rest; one ``""`` outside any stack.
-        cells: the layer at (row, column); where the model has none, there is no entry.
+        title: the stack, with ``*`` for the numbers of outer stages; a fixed title for layers outside every stack.
+        rows: a label for each row, from the top: a block number, or the whole path for layers outside every stack.
+        columns: the kinds of module, attention first; a single ``""`` for layers outside every stack.
+        cells: the layer at (row, column), without an entry where the model has no layer.
     """
 
     title: str
@@ -97,14 +103,14 @@ class RankGrid:
 
     @property
     def loose(self) -> bool:
-        """Whether these are the layers outside any stack, one a row."""
+        """Whether these are the layers outside every stack, one per row."""
         return self.columns == [""]
 
 
 def rank_grids(layers: Iterable[LayerRank]) -> list[RankGrid]:
-    """Lay the layers of a model out: one grid for each stack of blocks, and one for layers outside of any.
+    """Lay out a model's layers: one grid for each stack of blocks, and one for the layers outside every stack.
 
-    The experts of a mixture have a grid for each of their parameters, with a column for each expert.
+    Experts of a mixture have one grid for each of their parameters, with one column per expert.
 
     Example:
         >>> paths = [f"h.{number}.{kind}" for kind in ("fc", "attn") for number in (0, 10, 1)]
@@ -143,7 +149,7 @@ def rank_grids(layers: Iterable[LayerRank]) -> list[RankGrid]:
 
 
 def _expert_kinds(kinds: Iterable[str]) -> set[str]:
-    """Those kinds that are one expert's share of a parameter: numbered from 0, in something called experts."""
+    """Find the kinds that are one expert's part of a parameter: numbered from 0, under a name with "expert"."""
     found = {kind for kind in kinds if kind.rpartition(".")[2].isdecimal() and "expert" in kind.lower()}
     return {kind for kind in found if f"{kind.rpartition('.')[0]}.0" in found}
 
@@ -161,7 +167,7 @@ def _stack_grid(title: str, members: list[tuple[tuple[int, ...], str, LayerRank]
 
 
 def kind_order(kind: str) -> tuple[int, int]:
-    """A sort key that puts kinds in the order in which data flows: attention, cross-attention, the rest.
+    """A sort key that puts kinds in the order of data flow: attention, cross-attention, then the rest.
 
     Example:
         >>> sorted(["mlp.down_proj", "self_attn.o_proj", "mlp.up_proj", "self_attn.q_proj"], key=kind_order)
@@ -179,7 +185,7 @@ def kind_order(kind: str) -> tuple[int, int]:
 
 
 def short_kinds(kinds: list[str]) -> list[str]:
-    """Shorten each kind to the end of it that no other kind shares, without a meaningless last ``dense``.
+    """Shorten each kind to its shortest unique ending, and drop a final ``dense``, which says nothing.
 
     Example:
         >>> short_kinds(["self_attn.q_proj", "encoder_attn.q_proj", "mlp.fc1"])
@@ -199,7 +205,7 @@ def _shortest_end(kind: str, others: list[str]) -> str:
     return next(free, kind)
 
 
-# Viridis (van der Walt and Smith, 2015): even steps of lightness, legible with every kind of colour vision.
+# Viridis (van der Walt and Smith, 2015): even steps of lightness, readable with every kind of colour vision.
 _RAMP = (
     (68, 1, 84),
     (71, 45, 123),
@@ -214,7 +220,7 @@ _RAMP = (
 
 
 def rank_colour(rank: int, largest: int) -> tuple[int, int, int]:
-    """The colour of a rank from 1 to ``largest`` as red, green and blue from 0 to 255.
+    """The colour of a rank from 1 to ``largest``, as red, green and blue from 0 to 255.
 
     Example:
         >>> rank_colour(1, 12), rank_colour(12, 12)
@@ -229,7 +235,7 @@ def rank_colour(rank: int, largest: int) -> tuple[int, int, int]:
 
 
 def ink_on(colour: tuple[int, int, int]) -> str:
-    """Black or white, whichever has more contrast to a colour (by WCAG 2's relative luminance).
+    """Black or white, whichever has more contrast with a colour (by WCAG 2's relative luminance).
 
     Example:
         >>> ink_on((68, 1, 84)), ink_on((253, 231, 37))
@@ -244,5 +250,5 @@ def _linear(part: float) -> float:
 
 
 def largest_rank(layers: Iterable[LayerRank]) -> int:
-    """The end of the colour scale: the largest rank that any layer has or started with, at least 1."""
+    """The end of the colour scale: the largest current or initial rank of any layer, at least 1."""
     return max((max(layer.rank, layer.init_r) for layer in layers), default=1) or 1

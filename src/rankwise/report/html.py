@@ -1,6 +1,7 @@
-"""A report as one HTML page that needs no network: Plotly's library, the data and the style are in it.
+"""A report as one HTML page that needs no network: it contains Plotly's library, the data and the style.
 
-Library and data are compressed, and the browser unpacks them. Tables are not: they are there without JavaScript.
+The library and the data are compressed, and a script in the page unpacks them. The tables are plain HTML, so they show
+without JavaScript too.
 """
 
 from __future__ import annotations
@@ -27,26 +28,36 @@ from rankwise.report.sweeps import Sweep, split_sweeps
 from rankwise.run.history import RankRecord
 
 _MOST_BYTES = 2_000_000
-_MOST_ROWS = 2000  # of tables of layers, in all
-_MOST_CELLS = 20_000  # of tables of ranks, in all
-_MOST_VALUES = 16  # singular values of a layer in a table
-_MOST_ENTRIES = 40  # of a log or a history in a table
+_MOST_ROWS = 2000  # over all tables of layers
+_MOST_CELLS = 20_000  # over all tables of ranks
+_MOST_VALUES = 16  # singular values per layer in a table
+_MOST_ENTRIES = 40  # rows of a table that shows a log or a history
 
 
 def write_report(
     folders: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str], *, overwrite: bool = False
 ) -> None:
-    """Write a page about one or several adapters: ranks over the steps, budget, loss, spectra, parameters, recipes.
+    """Write a page about one or more adapters: ranks over the steps, budget, loss, spectra, parameters, recipes.
 
     Args:
-        folders: adapter folders or trainers' checkpoints, written by rankwise or by PEFT; or folders of sweeps.
-        path: the file to write, whole or not at all.
-        overwrite: replace the file if it exists.
+        folders: folders of adapters, of trainers' checkpoints (by rankwise or PEFT) or of sweeps.
+        path: the file to write. It is written atomically.
+        overwrite: whether to replace the file if it exists.
 
     Raises:
-        FileExistsError: the file exists.
+        FileExistsError: the file exists and ``overwrite`` is False, or ``path`` is a folder.
         ImportError: jinja2 is not installed.
-        ValueError: a folder holds no adapter, or a broken one, or one without layers.
+        ValueError: no folder is given, or a folder holds no adapter, a broken one, or one without layers.
+
+    Example:
+        >>> import os, tempfile, torch, rankwise
+        >>> config = rankwise.LoraConfig(r=2, target_modules=["0"])
+        >>> model = rankwise.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/adapter")
+        ...     write_report([f"{folder}/adapter"], f"{folder}/report.html")
+        ...     sorted(os.listdir(folder))
+        ['adapter', 'report.html']
     """
     path = Path(path)
     if path.is_dir():
@@ -59,11 +70,27 @@ def write_report(
 
 
 def render_report(folders: Sequence[str | os.PathLike[str]]) -> str:
-    """The page that `write_report` writes, as text.
+    """Return the page that `write_report` writes.
+
+    Args:
+        folders: folders of adapters, of trainers' checkpoints or of sweeps.
+
+    Returns:
+        The page's HTML.
 
     Raises:
         ImportError: jinja2 is not installed.
-        ValueError: no folder is given, or one can't be used.
+        ValueError: no folder is given, or a folder holds no adapter, a broken one, or one without layers.
+
+    Example:
+        >>> import tempfile, torch, rankwise
+        >>> config = rankwise.LoraConfig(r=2, target_modules=["0"])
+        >>> model = rankwise.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     page = render_report([folder])
+        >>> page.startswith("<!doctype html>")
+        True
     """
     if not folders:
         raise ValueError("A report needs at least one adapter's folder.")
@@ -90,11 +117,11 @@ def render_report(folders: Sequence[str | os.PathLike[str]]) -> str:
 
 
 class Page:
-    """What the template asks for.
+    """The data that the page's template reads.
 
     Args:
         runs: the runs on the page.
-        sweeps: the sweeps that some of them are of.
+        sweeps: the sweeps that some of the runs belong to.
     """
 
     def __init__(self, runs: Sequence[Run], sweeps: Sequence[Sweep] = ()) -> None:
@@ -102,7 +129,9 @@ class Page:
         self.sweeps = sweeps
         self._grids = {run.name: figures.grids_of(run) for run in runs}
         cells = sum(len(grid.rows) * len(grid.columns) for grids in self._grids.values() for grid in grids)
-        self._shown = min(1.0, _MOST_CELLS / max(1, cells))  # of the rows of each table of ranks
+        self._shown = min(
+            1.0, _MOST_CELLS / max(1, cells)
+        )  # the share of rows that each table of ranks shows
         self.figures: dict[str, figures.Figure] = {}
         self.frames: list[dict[str, Any]] = []
         ever = max(max(record.ranks) for run in runs for record in run.records)
@@ -144,7 +173,7 @@ class Page:
 
     @property
     def data(self) -> str:
-        """Figures and frames as compressed JSON."""
+        """The figures and frames as compressed JSON."""
         return _packed(
             json.dumps(
                 {"figures": self.figures, "frames": self.frames}, separators=(",", ":"), allow_nan=False
@@ -153,23 +182,23 @@ class Page:
 
     @property
     def steps(self) -> list[int]:
-        """The moments that the slider goes through: those of all runs."""
+        """The optimizer steps at which any run has a record; the page's slider stops at each."""
         return sorted({record.step for run in self.runs for record in run.records})
 
     def grids(self, run: Run) -> list[RankGrid]:
-        """A run's layers laid out as tables."""
+        """The grids of a run's layers."""
         return self._grids[run.name]
 
     def headings(self, grid: RankGrid) -> list[str]:
-        """A table's headings."""
+        """The column headings of a grid's table."""
         return short_kinds(grid.columns)
 
     def rows(self, grid: RankGrid) -> int:
-        """How many rows of a table a page can take."""
+        """The number of rows that a grid's table shows; a page with many cells shows only a part."""
         return max(1, int(len(grid.rows) * self._shown))
 
     def layers(self, run: Run) -> list[dict[str, Any]]:
-        """A row for each layer, up to a number that a page can take."""
+        """One row per layer, up to a limit."""
         rows = []
         for layer in run.adapter.layers[: max(1, _MOST_ROWS // len(self.runs))]:
             values = run.spectra.get(layer.path)
@@ -184,18 +213,18 @@ class Page:
         return rows
 
     def log(self, run: Run) -> tuple[list[str], list[dict[str, Any]]]:
-        """Names and entries of what was logged: losses, held-out metrics and the budget, thinned for a table."""
+        """The names and entries of the log (losses, held-out metrics, budget), thinned for a table."""
         names = dict.fromkeys(key for entry in run.log for key in entry)
         shown = [key for key in names if key in ("loss", "budget", "total_rank") or _is_metric(key)]
         entries = [entry for entry in run.log if any(key in entry for key in shown)]
         return shown, _thinned(entries)
 
     def moments(self, run: Run) -> list[RankRecord]:
-        """The history, thinned for a table."""
+        """The rank history, thinned for a table."""
         return _thinned(run.records)
 
     def metrics(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """For each metric its title, and of each run the value before and after, as text."""
+        """Each metric's title, and its values before and after training in each run, as text."""
         names = dict.fromkeys(key for run in self.runs for side in (run.before, run.after) for key in side)
         titles = {
             name: next((run.titles[name] for run in self.runs if name in run.titles), name) for name in names
@@ -209,18 +238,18 @@ class Page:
         ]
 
     def counts_parameters(self) -> bool:
-        """Whether some run holds more ranks than its budget, which then counts parameters."""
+        """Whether the budget counts parameters: some run then holds more ranks than its budget."""
         return any(sum(record.ranks) > record.budget for run in self.runs for record in run.records)
 
     def kinds(self) -> list[tuple[str, list[int | None]]]:
-        """For each kind of module its name, and of each run the parameters."""
+        """Each kind of module, and its number of parameters in each run."""
         counts = [figures.kind_parameters(run) for run in self.runs]
         names = dict.fromkeys(kind for each in counts for kind in each)
         return [(name, [each.get(name) for each in counts]) for name in names]
 
 
 def _shown(run: Run, name: str, values: dict[str, float]) -> str:
-    """A metric as the run's task formats it; of older folders with four digits."""
+    """Format a metric as the run's task does; with four digits if the folder is too old to record a format."""
     if name not in values:
         return "–"
     with contextlib.suppress(ValueError):
@@ -229,7 +258,7 @@ def _shown(run: Run, name: str, values: dict[str, float]) -> str:
 
 
 def _listed(values: list[float]) -> str:
-    """The first values, for a table.
+    """List the first values, for a table.
 
     Example:
         >>> _listed([2.0, 0.12345])
@@ -249,7 +278,7 @@ def _is_metric(key: str) -> bool:
 
 
 def _place(name: str) -> str:
-    """A model's name, or the end of its path: whoever gets the page need not know the folders of who wrote it.
+    """A model's name, or the last two parts of its path: readers of the page need not see the author's folders.
 
     Example:
         >>> _place("/home/me/models/bert"), _place("org/bert")
@@ -260,7 +289,7 @@ def _place(name: str) -> str:
 
 
 def _changes(before: list[int], after: list[int]) -> list[int]:
-    """Which ranks changed, each layer's number followed by its new rank.
+    """List the ranks that changed: each layer's index, followed by its new rank.
 
     Example:
         >>> _changes([4, 4, 4], [4, 2, 3])
@@ -275,7 +304,7 @@ def _changes(before: list[int], after: list[int]) -> list[int]:
 
 
 def _packed(text: str) -> str:
-    """Text as gzip in base64; the page's script unpacks it."""
+    """Compress text with gzip and encode it in base64; the page's script unpacks it."""
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 

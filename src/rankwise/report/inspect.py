@@ -1,4 +1,4 @@
-"""What is in an adapter's folder, whether rankwise or PEFT wrote it; the base model is not needed.
+"""The contents of an adapter's folder, written by rankwise or by PEFT. The base model is not needed.
 
 report = inspect_adapter("adapter")
 print(report.total_rank, report.budget)
@@ -41,7 +41,12 @@ from rankwise.storage import (
 
 @dataclass(frozen=True)
 class SavedModule:
-    """A module that was trained and saved as a whole, such as a classification head."""
+    """A module that was trained and saved whole, such as a classification head.
+
+    Args:
+        path: the module's path in the base model.
+        parameters: the number of its parameters.
+    """
 
     path: str
     parameters: int
@@ -49,7 +54,13 @@ class SavedModule:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where in its run a trainer's checkpoint was saved; None is what the folder does not tell."""
+    """The point in a run at which a trainer saved a checkpoint. A value that the folder does not record is None.
+
+    Args:
+        step: the optimizer step.
+        total_steps: the number of optimizer steps in the whole run.
+        epoch: the epoch, with its fraction.
+    """
 
     step: int | None
     total_steps: int | None
@@ -58,33 +69,33 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What an adapter's folder holds; see ``to_dict`` for the same as plain data.
+    """The contents of an adapter's folder; ``to_dict`` returns them as plain data.
 
     Args:
-        folder: the folder.
+        folder: the folder's path.
         base_model: the name or path of the base model, if it was recorded.
-        method: how it was trained: ``"AdaLoRA"``, ``"LoRA"``, ``"rsLoRA"`` or ``"DoRA"``.
-        task_type: such as ``"CAUSAL_LM"``, if it was given.
-        written_by: such as ``"PEFT 0.21.2"``, where the folder tells.
+        method: how the adapter was trained: ``"AdaLoRA"``, ``"LoRA"``, ``"rsLoRA"`` or ``"DoRA"``.
+        task_type: the kind of task, such as ``"CAUSAL_LM"``, if it was recorded.
+        written_by: the library that wrote the folder, such as ``"PEFT 0.21.2"``, if it was recorded.
         init_r: the initial rank of AdaLoRA's layers; the largest rank of LoRA's.
-        target_r: AdaLoRA's mean rank in the end; None for LoRA, and where the folder doesn't tell.
+        target_r: the average rank that AdaLoRA ends with; None for LoRA, and if it was not recorded.
         lora_alpha: the numerator of the scale.
-        target_modules: what the configuration adapts: names, or an expression.
-        target_parameters: parameters that it adapts beside them, such as experts.
-        layers: adapted layers; those at rank 0, too, of which a plain LoRA file has no tensors, where the history names
-            them.
-        saved_modules: modules saved whole.
-        bias_parameters: numbers in trained biases.
-        gate_parameters: numbers in AdaLoRA's E, which a LoRA of the same ranks does not have.
-        other_parameters: numbers in tensors of no known use.
-        dtypes: how many numbers the file has of each dtype.
-        files: size of each file in the folder, in bytes.
+        target_modules: the modules that the configuration adapts: a list of names, or a regular expression.
+        layers: the adapted layers. A plain LoRA file has no tensors for layers at rank 0; these are listed if the
+            history names them.
+        target_parameters: parameters that the configuration adapts in addition to modules, such as experts.
+        saved_modules: the modules that were trained and saved whole.
+        bias_parameters: the number of parameters in trained biases.
+        gate_parameters: the number of parameters in AdaLoRA's E. A LoRA of the same ranks has none of them.
+        other_parameters: the number of parameters in tensors whose purpose is unknown.
+        dtypes: the number of parameters in the file by dtype, such as ``{"float32": 1024}``.
+        files: the size of each file in the folder, in bytes.
         schedule: AdaLoRA's ``tinit``, ``tfinal``, ``total_step`` and ``deltaT``; None for LoRA.
-        checkpoint: filled if the folder is a trainer's checkpoint.
-        resumable: whether the state that training needs to go on is there.
+        checkpoint: the point in the run, if the folder is a trainer's checkpoint.
+        resumable: whether the folder holds the state from which training can be resumed.
         history: the ranks over the run, if they were saved.
-        notes: what the user should know about the folder.
-        peft_type: the folder's format, ``"LORA"`` or ``"ADALORA"``: AdaLoRA's default form is saved as plain LoRA.
+        notes: remarks for the user about the folder.
+        peft_type: the folder's format, ``"LORA"`` or ``"ADALORA"``. AdaLoRA's default form is saved as plain LoRA.
     """
 
     folder: str
@@ -123,22 +134,22 @@ class AdapterReport:
 
     @property
     def target(self) -> int | None:
-        """The sum of ranks that AdaLoRA aims at; None for LoRA."""
+        """The sum of all ranks that AdaLoRA ends with; None for LoRA."""
         return None if self.target_r is None else round(self.target_r * len(self.layers))
 
     @property
     def parameters(self) -> int:
-        """Numbers in the whole file."""
+        """The number of parameters in the whole file."""
         return sum(self.dtypes.values())
 
     @property
     def scale(self) -> float | None:
-        """The scale that all layers with a rank share; None if they differ or there are none."""
+        """The scale that all layers with a rank above 0 share; None if they differ or no layer has one."""
         scales = {layer.scale for layer in self.layers if layer.rank}
         return scales.pop() if len(scales) == 1 else None
 
     def summary(self) -> RankSummary:
-        """The ranks as for a model; a file holds no importance, so it is NaN."""
+        """The ranks in the form that a model gives them. A file holds no importance, so it is NaN."""
         layers = [
             LayerRank(layer.path, layer.rank, layer.init_r, math.nan, layer.parameters)
             for layer in self.layers
@@ -146,7 +157,7 @@ class AdapterReport:
         return RankSummary(layers, self.budget)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data for JSON; the rank history as in its own file."""
+        """Return everything as plain data for JSON. The history has the form of its own file."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {
             **data,
@@ -163,16 +174,29 @@ class AdapterReport:
 
 
 def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterReport:
-    """Look into the folder of a LoRA or AdaLoRA adapter, or into a trainer's checkpoint with one.
+    """Read the folder of a LoRA or AdaLoRA adapter, or a trainer's checkpoint that holds one.
 
-    Only the configuration and the header of the tensors' file are read.
+    Only the configuration and the header of the tensor file are read.
 
     Args:
-        folder: the folder, written by rankwise or by PEFT.
+        folder: a folder that rankwise or PEFT wrote.
+
+    Returns:
+        The method, the layers with their ranks, the parameter counts, and everything else that the folder records.
 
     Raises:
-        ValueError: it holds no adapter, or one that is broken, cut off or mislabelled; the message names the
-            file, what is wrong with it and how to mend that.
+        ValueError: the folder holds no adapter, or the adapter is broken, cut off or mislabelled. The message names
+            the file, the fault and the remedy.
+
+    Example:
+        >>> import tempfile, torch, rankwise
+        >>> config = rankwise.LoraConfig(r=2, target_modules=["0"])
+        >>> model = rankwise.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     report = inspect_adapter(folder)
+        >>> report.method, report.total_rank, report.parameters
+        ('LoRA', 2, 24)
     """
     try:
         return read_folder(Path(folder), OWNED, _read)
@@ -229,15 +253,17 @@ def _read(folder: Path) -> AdapterReport:
 
 SCHEDULE = ("tinit", "tfinal", "total_step", "deltaT")
 _ADDED = re.compile(r"(?P<path>.+)\.lora_(magnitude_vector(\.weight)?|[AB]\.bias)")  # DoRA; `lora_bias`
-_COPIES = re.compile(r"(.*\.)?(original_module|modules_to_save)\..+")  # PEFT's bias="all" saves heads twice
+_COPIES = re.compile(
+    r"(.*\.)?(original_module|modules_to_save)\..+"
+)  # with bias="all", PEFT saves heads twice
 
 
 @dataclass
 class _Rest:
-    """How many numbers there are beside the factors, by what they are for."""
+    """The number of parameters outside the factors, by purpose."""
 
     added: Counter[str] = field(default_factory=Counter)  # by path of the layer that they belong to
-    saved: Counter[str] = field(default_factory=Counter)  # by path of the module saved whole
+    saved: Counter[str] = field(default_factory=Counter)  # by path of the module that was saved whole
     biases: int = 0
     others: int = 0
 
@@ -268,7 +294,7 @@ def _unprefixed(header: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def _in_order(layers: list[InspectedLayer], history: RankHistory | None) -> list[InspectedLayer]:
-    """The order of the model if the history has it, or one made from the paths: files have them by alphabet."""
+    """Sort the layers as the history lists them, or else by their paths: a file lists them alphabetically."""
     if history is not None and {layer.path for layer in layers} == set(history.layers):
         by_path = {layer.path: layer for layer in layers}
         return [by_path[path] for path in history.layers]
@@ -284,7 +310,7 @@ def _in_order(layers: list[InspectedLayer], history: RankHistory | None) -> list
     return sorted(layers, key=key)
 
 
-# Everything else in the folder.
+# The other files in the folder.
 
 
 def _history(
@@ -300,14 +326,14 @@ def _history(
     last = dict(zip(history.layers, history.records[-1].ranks, strict=True)) if history.records else {}
     beside = set(history.layers) - {layer.path for layer in layers}
     foreign = {layer.path for layer in layers} - set(history.layers)
-    # A plain LoRA file has no tensors of layers at rank 0.
+    # A plain LoRA file has no tensors for layers at rank 0.
     if foreign or any(config["peft_type"] == "ADALORA" or last.get(path) != 0 for path in beside):
         return None, [f"The history is left out: {HISTORY_NAME} is of other layers than {WEIGHTS_NAME}."]
     return history, []
 
 
 def _run(folder: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """The configuration of the run; empty if it was none of AdaLoRA, or the folder does not tell."""
+    """The run's AdaLoRA configuration, and notes. The configuration is empty if the folder records none."""
     if config["peft_type"] == "ADALORA":
         return config, []
     path = folder / TRAINING_CONFIG_NAME
@@ -360,7 +386,7 @@ def _text(config: Mapping[str, Any], name: str) -> str | None:
 
 
 def _mismatches(config: Mapping[str, Any], layers: list[InspectedLayer]) -> list[str]:
-    """Layers whose rank is not the one that the configuration gives, so that loading fails."""
+    """Report layers whose rank differs from the configuration: such an adapter can't be loaded."""
     pattern = config.get("rank_pattern") or {} if config["peft_type"] == "ADALORA" else {}
     cut = {key.removeprefix(PREFIX).removesuffix(".lora_E") for key in pattern}
     odd = [layer for layer in layers if layer.rank != layer.init_r and layer.path not in cut]
@@ -376,7 +402,7 @@ def _mismatches(config: Mapping[str, Any], layers: list[InspectedLayer]) -> list
 def _unfinished(
     config: Mapping[str, Any], layers: list[InspectedLayer], history: RankHistory | None
 ) -> list[str]:
-    """Where the budget is above its target. A budget in parameters only the history tells."""
+    """Report a budget above its target. A budget that counts parameters is recorded in the history alone."""
     budget, target = sum(layer.rank for layer in layers), round(config["target_r"] * len(layers))
     if config.get("init_lora_weights") in COUNTS_PARAMETERS:
         budget = history.records[-1].budget if history is not None and history.records else target

@@ -1,4 +1,4 @@
-"""The layers of an adapter as its header, its configuration and its gates tell them."""
+"""The layers of an adapter, read from its file header, its configuration and its gates."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class InspectedLayer:
 
     Args:
         path: the module's path in the base model.
-        kind: ``"linear"``, ``"conv"``, ``"embedding"`` or ``"parameter"``: one matrix of a stack, such as an expert.
-        rank: triplets in the file (of a file not cut down: those that the configuration keeps).
-        init_r: the rank that the configuration gives it at the start.
+        kind: ``"linear"``, ``"conv"``, ``"embedding"``, or ``"parameter"`` for one matrix of a stack (an expert).
+        rank: the number of triplets in the file. If the file still holds triplets that were cut, only those that the
+            configuration keeps are counted.
+        init_r: the layer's rank at the start, from the configuration.
         scale: the number that B A, or B diag(E) A, is multiplied by.
-        parameters: numbers in its tensors.
+        parameters: the number of parameters in the layer's tensors.
     """
 
     path: str
@@ -42,7 +43,12 @@ class InspectedLayer:
 
 
 def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -> list[InspectedLayer]:
-    """The adapted layers, in the file's order; ``added``: numbers beside the factors, by path.
+    """List the adapted layers, in the file's order.
+
+    Args:
+        folder: the adapter's folder.
+        header: the configuration and the file header in that folder.
+        added: for each layer's path, the number of parameters that it has in addition to its factors.
 
     Raises:
         ValueError: the tensors contradict the configuration.
@@ -75,7 +81,7 @@ def read_layers(folder: Path, header: AdapterHeader, added: Mapping[str, int]) -
 
 
 def of_history(layers: list[InspectedLayer], history: RankHistory) -> list[InspectedLayer]:
-    """The layers of a plain LoRA folder with the ranks that the run's history gives them, those at rank 0 included."""
+    """Complete the layers of a plain LoRA folder from its history: ranks, initial ranks and layers at rank 0."""
     records = history.records
     if not records:
         return layers
@@ -88,26 +94,26 @@ def of_history(layers: list[InspectedLayer], history: RankHistory) -> list[Inspe
         layer = by_path.get(path)
         if layer is None:
             found.append(InspectedLayer(path, kinds.get(_last_name(path), "linear"), 0, first, 0.0, 0))
-        else:  # a stack's matrices are filled up with zeros to the largest rank of any
+        else:  # a stack's matrices are padded with zeros to the largest rank among them
             size = layer.parameters * rank // max(layer.rank, 1)
             found.append(replace(layer, rank=rank, init_r=first, parameters=size))
     return found
 
 
 def _last_name(path: str) -> str:
-    """What layers of a kind are called: the last part of the path that is no number."""
+    """The name that layers of one kind share: the last part of the path that is not a number."""
     return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)
 
 
 def _gates(folder: Path, header: AdapterHeader) -> dict[str, float]:
-    """What E multiplies the triplets of each layer by, by path, where it is one number: it holds the scale there."""
+    """The value of E in each layer, by path, for the form in which all kept triplets of a layer share one value."""
     config = header.config
     if config["peft_type"] != "ADALORA" or config.get("init_lora_weights") != "principal":
         return {}
     found = {name: factor_name(name.removeprefix(PREFIX)) for name in header.tensors}
     paths = {name: each.path for name, each in found.items() if each is not None and each.factor == "E"}
     tensors = read_tensors(folder / WEIGHTS_NAME, paths)
-    # Triplets that were cut, where they are still there, have an E of 0.
+    # Triplets that were cut, if the file still holds them, have an E of 0.
     return {
         path: float(tensors[name].abs().max()) if len(tensors[name]) else 0.0 for name, path in paths.items()
     }
@@ -116,10 +122,10 @@ def _gates(folder: Path, header: AdapterHeader) -> dict[str, float]:
 def _of_each_matrix(
     config: Mapping[str, Any], targets: list[str], path: str, rank: int, first: int, flags: list[bool] | None
 ) -> list[int] | None:
-    """Ranks of the matrices in an adapted parameter, such as experts; None if it is none."""
+    """The ranks of the matrices in an adapted parameter, such as experts; None if ``path`` is a module."""
     if not any(f".{path}".endswith(f".{name}") for name in targets):
         return None
-    if flags is None:  # of a LoRA: all alike
+    if flags is None:  # plain LoRA gives all matrices one rank
         return [first] * (rank // first) if first and rank % first == 0 else None
     start = config["init_r"]
     return [sum(flags[place : place + start]) for place in range(0, len(flags), start)]
@@ -173,16 +179,18 @@ def _pattern(folder: Path, config: Mapping[str, Any], name: str, path: str, defa
 
 
 def _scale(folder: Path, config: Mapping[str, Any], path: str, first: int, gate: float) -> float:
-    """What the update B A is multiplied by; PEFT's AdaLoRA knows neither ``alpha_pattern`` nor ``use_rslora``.
+    """The number that the update B A is multiplied by. PEFT's AdaLoRA ignores ``alpha_pattern`` and ``use_rslora``.
 
     Args:
-        folder: the adapter's.
-        config: the adapter's.
-        path: the layer's.
-        first: its rank at the start.
-        gate: of its triplets that act.
+        folder: the adapter's folder.
+        config: the adapter's configuration.
+        path: the layer's path.
+        first: the layer's rank at the start.
+        gate: the value of E in the triplets that the layer keeps.
     """
-    if config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "gated":  # with its open gates
+    if (
+        config["peft_type"] == "ADALORA" and config.get("init_lora_weights") == "gated"
+    ):  # the gates of kept ranks are part of this scale
         return lora_scale(config["lora_alpha"], config["target_r"], bool(config.get("use_rslora")))
     if config["peft_type"] == "ADALORA":
         return adalora_scale(config["lora_alpha"], config["init_r"]) * gate

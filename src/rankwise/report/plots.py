@@ -1,7 +1,7 @@
-"""Ranks as pictures in files: a heat map of where they ended, and how they got there over the steps.
+"""Ranks as image files: a heat map of the final ranks, and a chart of the ranks over the steps.
 
-The file's ending picks the format: ``.png``, ``.svg``, ``.pdf``. Nothing is shown on a screen, and pyplot's
-global state is left alone.
+The file's extension selects the format: ``.png``, ``.svg`` or ``.pdf``. No window is opened, and pyplot's global state
+stays unchanged.
 """
 
 from __future__ import annotations
@@ -31,30 +31,41 @@ if TYPE_CHECKING:
 _INK = "#222222"
 _MUTED = "#6b6b6b"
 _EMPTY = "#e4e4e4"  # rank 0
-_WIDEST = 30  # columns of panels side by side before they go on below
-_LARGEST = 24.0  # inches of a picture's side, at most: cells shrink, and then go without numbers
-_MOST_COLUMNS = 1500  # moments drawn in a history
+_WIDEST = 30  # columns of panels side by side, before the next line begins
+_LARGEST = 24.0  # longest side of a picture in inches; with more cells, they shrink and lose their numbers
+_MOST_COLUMNS = 1500  # records drawn in a history
 
 
 def rank_heatmap(
     ranks: RankSummary | Mapping[str, int], path: str | os.PathLike[str], title: str = "Rank of each layer"
 ) -> None:
-    """Draw where the ranks ended: block number down, kind of module across, a panel for each stack.
+    """Draw the final ranks: block numbers down, kinds of module across, one panel for each stack.
 
     Args:
-        ranks: a summary, or the rank of each module path.
+        ranks: a summary, or a mapping from module paths to ranks.
         path: the file to write.
-        title: the heading.
+        title: the picture's heading.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there are no layers, or matplotlib does not know the file's ending.
+        ValueError: there are no layers, or matplotlib does not know the file's extension.
+
+    Example:
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     rank_heatmap({"layers.0.q_proj": 4, "layers.1.q_proj": 2}, f"{folder}/ranks.png")
+        ...     os.listdir(folder)
+        ['ranks.png']
     """
     _save(heatmap_figure(ranks, title), path)
 
 
 def heatmap_figure(ranks: RankSummary | Mapping[str, int], title: str = "Rank of each layer") -> Figure:
-    """The figure that `rank_heatmap` writes, for those who show it elsewhere.
+    """Return the figure that `rank_heatmap` writes, to show it elsewhere.
+
+    Args:
+        ranks: a summary, or a mapping from module paths to ranks.
+        title: the picture's heading.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -85,18 +96,28 @@ def heatmap_figure(ranks: RankSummary | Mapping[str, int], title: str = "Rank of
 def rank_history_plot(
     history: RankHistory, path: str | os.PathLike[str], title: str = "Ranks over the run"
 ) -> None:
-    """Draw how the ranks got where they are: the budget over the steps, and below it every layer's rank.
+    """Draw the budget over the steps, and below it every layer's rank.
 
-    Layers are rows, gathered by kind of module; within a kind they go from the first block down to the last.
+    Each layer is a row. Rows are grouped by kind of module and sorted from the first block to the last.
 
     Args:
-        history: what training recorded.
+        history: the ranks that training recorded.
         path: the file to write.
-        title: the heading.
+        title: the picture's heading.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: nothing is recorded, or matplotlib does not know the file's ending.
+        ValueError: the history is empty, or matplotlib does not know the file's extension.
+
+    Example:
+        >>> import os, tempfile
+        >>> history = RankHistory(["layers.0.q_proj", "layers.1.q_proj"])
+        >>> history.record(0, 8, [4, 4])
+        >>> history.record(10, 6, [4, 2])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     rank_history_plot(history, f"{folder}/history.png")
+        ...     os.listdir(folder)
+        ['history.png']
     """
     records = _thinned(history.records)
     if not records or not history.layers:
@@ -119,7 +140,7 @@ def rank_history_plot(
 
 
 def _lines(grids: list[RankGrid]) -> list[list[RankGrid]]:
-    """The grids side by side, on several lines if need be."""
+    """Arrange the grids side by side, on several lines if necessary."""
     lines: list[list[RankGrid]] = [[]]
     for grid in grids:
         if lines[-1] and sum(len(each.columns) + 3 for each in lines[-1]) + len(grid.columns) > _WIDEST:
@@ -129,17 +150,17 @@ def _lines(grids: list[RankGrid]) -> list[list[RankGrid]]:
 
 
 def _margin(grid: RankGrid) -> float:
-    """Roughly the inches that row labels and a slanted last heading take; the layout itself measures them."""
+    """Estimate the inches that row labels and the slanted last heading take; matplotlib's layout measures them."""
     return 0.085 * min(40, max(map(len, grid.rows))) + 0.05 * len(short_kinds(grid.columns)[-1]) + 0.4
 
 
 def _heading_height(grid: RankGrid) -> float:
-    """Roughly the inches that the title and the slanted headings take."""
+    """Estimate the inches that the title and the slanted headings take."""
     return 0.05 * max(map(len, short_kinds(grid.columns))) + 0.6
 
 
 def _draw_grid(axes: Axes, grid: RankGrid, largest: int, tall: int) -> None:
-    """One panel, on an axis of ``tall`` rows, so that cells are of one height beside other panels."""
+    """Draw one panel on an axis of ``tall`` rows, so that all panels on a line have cells of one height."""
     down, across = len(grid.rows), len(grid.columns)
     cells = [
         [
@@ -201,7 +222,7 @@ def _draw_history(
     edges: list[float],
     largest: int,
 ) -> None:
-    """A band of rows for each group, with a white line between bands."""
+    """Draw a band of rows for each group, with white lines between the bands."""
     from matplotlib.ticker import MaxNLocator
 
     order = [index for _, members in groups for index in members]
@@ -223,7 +244,7 @@ def _draw_history(
 
 
 def _groups(layers: list[str]) -> list[tuple[str, list[int]]]:
-    """Indices of the layers by stack and kind, in the order of drawing, with a name for each group."""
+    """Group the layers' indices by stack and kind, in drawing order, with a name for each group."""
     places = [grid_position(layer) for layer in layers]
     stacks = list(dict.fromkeys(place.stack for place in places))
     keys = dict.fromkeys((place.stack, place.kind) for place in places)
@@ -242,7 +263,7 @@ def _groups(layers: list[str]) -> list[tuple[str, list[int]]]:
 
 
 def _stack_names(stacks: list[str]) -> dict[str, str]:
-    """Short names for stacks: the parts of their paths in which they differ.
+    """Short names for stacks: the parts in which their paths differ.
 
     Example:
         >>> _stack_names(["model.encoder.layers", "model.decoder.layers"])
@@ -254,7 +275,7 @@ def _stack_names(stacks: list[str]) -> dict[str, str]:
 
 
 def _thinned(records: list[RankRecord]) -> list[RankRecord]:
-    """At most ``_MOST_COLUMNS`` of the records, evenly, with the first and the last."""
+    """At most ``_MOST_COLUMNS`` of the records, evenly spaced, including the first and the last."""
     if len(records) <= _MOST_COLUMNS:
         return records
     last = len(records) - 1
@@ -262,7 +283,7 @@ def _thinned(records: list[RankRecord]) -> list[RankRecord]:
 
 
 def _edges(records: list[RankRecord]) -> list[float]:
-    """Where each record begins to hold, and an end for the last one, which holds on."""
+    """The step at which each record begins to apply, and an end for the last one, which has none."""
     steps: list[float] = [record.step for record in records]
     return [*steps, steps[-1] + max(1.0, 0.04 * (steps[-1] - steps[0]))]
 
@@ -274,7 +295,7 @@ def _summary_of(ranks: Mapping[str, int]) -> RankSummary:
 
 
 def _colours(largest: int) -> dict[str, Any]:
-    """A colour for each rank from 0 to ``largest``, as arguments of what draws."""
+    """One colour for each rank from 0 to ``largest``, as keyword arguments for matplotlib."""
     from matplotlib.colors import ListedColormap, Normalize
 
     ranks = [tuple(part / 255 for part in rank_colour(rank, largest)) for rank in range(1, largest + 1)]
@@ -305,7 +326,7 @@ def _heading(figure: Figure, title: str, below: str) -> None:
 
 
 def _scale(figure: Figure, axes: Sequence[Axes], largest: int, zero: bool) -> None:
-    """The key to the colours, below the last panels."""
+    """Draw the colour scale below the last panels."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.ticker import MaxNLocator
 
@@ -319,4 +340,6 @@ def _scale(figure: Figure, axes: Sequence[Axes], largest: int, zero: bool) -> No
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)  # a narrow grid has a wider line below it
+    figure.savefig(
+        path, bbox_inches="tight", pad_inches=0.1
+    )  # the line below a narrow grid is wider than the grid

@@ -1,4 +1,4 @@
-"""All that a folder tells of a run: the adapter, its ranks over the steps, its updates' spectra, recipe and metrics."""
+"""Everything that a folder records of a run: adapter, ranks over the steps, spectra, recipe and metrics."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from rankwise.report.inspect import AdapterReport, inspect_adapter
 from rankwise.report.spectra import update_spectra
 from rankwise.run.history import RankRecord
 
-_MOST_MOMENTS = 200  # of a history: more positions than a slider on a page has pixels to spare
+_MOST_MOMENTS = 200  # of a history; a page's slider has no room for more positions
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as a page shows it.
+    """A run as a report page shows it.
 
     Args:
-        name: a short name, unlike those of other runs on the page.
-        adapter: what is in the folder.
-        records: the ranks over the run, in the order of ``adapter.layers``; only the last where none were saved.
-        spectra: singular values of the updates by module path; empty where they can't be computed.
-        log: what was logged over the run, each entry with its ``step``.
-        before: metrics before training.
-        after: metrics after training.
-        titles: of metrics, for people, by their names; and ``styles`` how to format them.
-        details: what is behind the metrics, as the run's task wrote it; and ``samples`` that a model wrote.
-        recipe: the text of the run's recipe, if there is one.
-        notes: what is missing, and why.
+        name: a short name that no other run on the page has.
+        adapter: the contents of the adapter's folder.
+        records: the ranks over the run, in the order of ``adapter.layers``; only the last ones if no history was saved.
+        spectra: the singular values of the updates, by module path; empty if they can't be computed.
+        log: the logged entries, each with its ``step``.
+        before: the metrics before training, by name.
+        after: the metrics after training, by name.
+        titles: a title for people, by the metric's name.
+        styles: a format specification, by the metric's name.
+        details: what the run's task wrote in addition to its metrics, such as a confusion matrix.
+        samples: texts that the model wrote.
+        recipe: the text of the run's recipe; empty if there is none.
+        notes: what is missing from the folder, and why.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Run:
 
     @property
     def confusions(self) -> list[dict[str, Any]]:
-        """The labels that are most often taken for others, the most frequent first."""
+        """The most frequent confusions of two labels, at most 20, the most frequent first."""
         if self.details.get("kind") != "confusion":
             return []
         labels = self.details["labels"]
@@ -65,17 +67,17 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """Read adapter folders, or trainers' checkpoints, one run each.
+    """Read the folders of adapters or of trainers' checkpoints, one run each.
 
     Raises:
-        ValueError: one holds no adapter, or a broken one, or one without layers; the message says how to mend it.
+        ValueError: a folder holds no adapter, a broken one, or one without layers. The message gives the remedy.
     """
     paths = [Path(folder) for folder in folders]
     return [_read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
 
 
 def thinned(records: list[RankRecord], most: int) -> list[RankRecord]:
-    """At most ``most`` of a history's records, evenly, with its ends.
+    """Take at most ``most`` of a history's records, evenly spaced, including the first and the last.
 
     Example:
         >>> [record.step for record in thinned([RankRecord(step, 0, []) for step in range(10)], 4)]
@@ -88,7 +90,7 @@ def thinned(records: list[RankRecord], most: int) -> list[RankRecord]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Names for folders: as few of their last parts as tell them apart.
+    """Name each folder by as few last parts of its path as distinguish it from the others.
 
     Example:
         >>> short_names([Path("runs/a/out"), Path("runs/b/out")])
@@ -139,7 +141,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _last_step(adapter: AdapterReport, results: dict[str, Any]) -> int | None:
-    """The last step of the run; None where the folder does not tell."""
+    """The last step of the run; None if the folder does not record it."""
     if adapter.checkpoint is not None:
         return adapter.checkpoint.step
     step = results.get("steps") or (adapter.schedule or {}).get("total_step")
@@ -147,7 +149,7 @@ def _last_step(adapter: AdapterReport, results: dict[str, Any]) -> int | None:
 
 
 def _records(adapter: AdapterReport, last: int | None) -> list[RankRecord]:
-    """The history, thinned evenly to what a page can take, with its ends and the run's; or where the ranks are now."""
+    """The history, thinned to fit a page, up to the run's last step; or the current ranks if there is no history."""
     now = [layer.rank for layer in adapter.layers]
     history = adapter.history
     if history is None or not history.records:
@@ -156,13 +158,13 @@ def _records(adapter: AdapterReport, last: int | None) -> list[RankRecord]:
     places = {path: index for index, path in enumerate(history.layers)}
     order = [places[layer.path] for layer in adapter.layers]
     records = thinned(history.records, _MOST_MOMENTS)
-    if last is not None and last > records[-1].step:  # the last allocation is long before the end
+    if last is not None and last > records[-1].step:  # the last allocation is long before the run's end
         records = [*records, replace(records[-1], step=last)]
     return [RankRecord(each.step, each.budget, [each.ranks[index] for index in order]) for each in records]
 
 
 def read_log(entries: Any) -> list[dict[str, Any]]:
-    """The entries of a trainer's log that have a step; what is no finite number in them is left out.
+    """Take the entries of a trainer's log that have a step, with their finite numbers only.
 
     Example:
         >>> read_log([{"step": 10, "loss": 0.5, "note": "x"}, {"loss": 1.0}])
@@ -185,7 +187,7 @@ def _numbers(values: Any) -> dict[str, Any]:
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    """What ``rankwise train`` wrote beside a finished adapter; for a checkpoint, only where its run began."""
+    """The results that ``rankwise train`` wrote; for a checkpoint, only the metrics before training."""
     own = json_object(folder / "results.json")
     if own or not (folder / "trainer_state.json").is_file():
         return own
@@ -204,7 +206,7 @@ def _recipe(folder: Path) -> str:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty where there is none that can be read: it is an extra, not the adapter."""
+    """Read a JSON file's object. If it can't be read, return an empty one: the adapter is complete without it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What an adapter's folder holds, for people: facts, tables and pictures."""
+"""A report on an adapter's folder for people: facts, tables and pictures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,25 @@ if TYPE_CHECKING:
 
 
 def render_terminal(report: AdapterReport, console: Console) -> None:
-    """Print a report: facts, the picture of the ranks, the table with bars, files, notes.
+    """Print a report in the terminal: facts, a picture of the ranks, a table with bars, and notes.
+
+    Args:
+        report: the report that `inspect_adapter` returned.
+        console: the rich console to print to.
 
     Raises:
         ImportError: rich is not installed.
+
+    Example:
+        >>> import tempfile, torch, rankwise
+        >>> from rich.console import Console
+        >>> from rankwise.report import inspect_adapter
+        >>> config = rankwise.LoraConfig(r=2, target_modules=["0"])
+        >>> model = rankwise.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> console = Console(width=80, record=True, quiet=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     render_terminal(inspect_adapter(folder), console)
     """
     from rich.table import Table
     from rich.text import Text
@@ -28,7 +43,7 @@ def render_terminal(report: AdapterReport, console: Console) -> None:
     from rankwise.report.terminal import (
         rank_picture,
         rank_table,
-    )  # first, for its message where rich is missing
+    )  # imported first, for its own message if rich is missing
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
@@ -46,9 +61,24 @@ def render_terminal(report: AdapterReport, console: Console) -> None:
 def save_heatmap(report: AdapterReport, path: str | os.PathLike[str]) -> None:
     """Draw a report's ranks as a heat map; see `rank_heatmap`.
 
+    Args:
+        report: the report that `inspect_adapter` returned.
+        path: the file to write. Its extension selects the format: ``.png``, ``.svg`` or ``.pdf``.
+
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: the adapter has no layers, or matplotlib does not know the file's ending.
+        ValueError: the adapter has no layers, or matplotlib does not know the file's extension.
+
+    Example:
+        >>> import os, tempfile, torch, rankwise
+        >>> from rankwise.report import inspect_adapter
+        >>> config = rankwise.LoraConfig(r=2, target_modules=["0"])
+        >>> model = rankwise.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/adapter")
+        ...     save_heatmap(inspect_adapter(f"{folder}/adapter"), f"{folder}/ranks.png")
+        ...     sorted(os.listdir(folder))
+        ['adapter', 'ranks.png']
     """
     from rankwise.report.plots import rank_heatmap
 
@@ -89,7 +119,7 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
     if report.resumable:
         yield (
             "training",
-            f"can go on: {TRAINING_STATE_NAME} is there (leave it out when you share the adapter)",
+            f"can be resumed: {TRAINING_STATE_NAME} is there (leave it out when you share the adapter)",
         )
 
 
@@ -161,7 +191,7 @@ def _parameters_line(report: AdapterReport) -> str:
 
 
 def _bytes(size: int) -> str:
-    """A file's size for people.
+    """Format a file's size for people.
 
     Example:
         >>> _bytes(512), _bytes(81_400), _bytes(2_300_000)

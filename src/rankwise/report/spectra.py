@@ -1,4 +1,4 @@
-"""The singular values of an adapter's updates: how much of each layer's rank the update really uses."""
+"""The singular values of an adapter's updates: they show how much of each layer's rank the update uses."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from rankwise.storage.updates import read_updates
 
 
 def update_spectra(folder: str | os.PathLike[str]) -> dict[str, list[float]]:
-    """The singular values of every layer's update, the largest first.
+    """Compute the singular values of every layer's update.
 
     Args:
         folder: an adapter's folder, written by rankwise or by PEFT.
 
     Returns:
-        For each module path the singular values that are not 0, at most as many as the layer has ranks. LoRA's
-        convolutions with groups are left out, unless AdaLoRA wrote them: their updates are no single product.
+        For each module path its nonzero singular values, the largest first: at most as many as the layer's rank.
+        Grouped convolutions of plain LoRA are left out, because their updates are not a single product.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: it can't be read, or computes more than the product of its factors.
+        FileNotFoundError, TypeError, ValueError: the adapter can't be read, or its updates are more than the product
+            of its factors (DoRA, for example).
     """
     updates = {path: update.of_weight() for path, update in read_updates(Path(folder)).layers.items()}
     return {

@@ -1,4 +1,4 @@
-"""A sweep's folder, as ``rankwise sweep`` writes it, for a page: its trials, and the runs that it kept."""
+"""The folder of a sweep, written by ``rankwise sweep``, for a report page: its trials and the runs that it kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rankwise.report.runs import json_object
 
 SWEEP = "sweep.json"
-_MOST_RUNS = 4  # of a sweep whose ranks are shown side by side
+_MOST_RUNS = 4  # runs of one sweep whose ranks are shown side by side
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,15 @@ class Sweep:
     """The trials of a sweep.
 
     Args:
-        name: of its folder.
-        title: of the metric, for people.
-        style: how to format it.
-        trials: each with ``name``, ``method``, ``values``, ``state``, ``value``, ``parameters`` and ``seconds``.
-        frontier: the names of those that no other one beats with as few parameters, the smallest first.
-        best: the name of the best; None if none was trained to its end.
-        smallest: the name of the smallest within the tolerance.
-        within: the tolerance, a share of the best value.
+        name: the folder's name.
+        title: the metric's title, for people.
+        style: the metric's format specification, such as ``".1%"``.
+        trials: one entry per trial, with ``name``, ``method``, ``values``, ``state``, ``value``, ``parameters`` and
+            ``seconds``.
+        frontier: the names of the trials that no trial with as few parameters beats, the smallest first.
+        best: the name of the best trial; None if none was trained to its end.
+        smallest: the name of the smallest trial within the tolerance.
+        within: the tolerance, as a share of the best value.
     """
 
     name: str
@@ -40,12 +41,12 @@ class Sweep:
 
     @property
     def keys(self) -> list[str]:
-        """What was varied."""
+        """The settings that were varied."""
         return list(dict.fromkeys(key for trial in self.trials for key in trial["values"]))
 
     @property
     def ranked(self) -> list[dict[str, Any]]:
-        """The trials: those trained to their end first, the best of all at the top, the smaller before the larger."""
+        """All trials: complete ones first, then by the frontier from the best down to the smallest."""
         places = {name: at for at, name in enumerate(reversed(self.frontier))}
         return sorted(
             self.trials,
@@ -53,11 +54,11 @@ class Sweep:
         )
 
     def shown(self, value: float | None) -> str:
-        """A value of the metric, as its task formats it."""
+        """Format a value of the metric as its task does."""
         return "–" if value is None else format(value, self.style)
 
     def remark(self, trial: dict[str, Any]) -> str:
-        """What there is to say of a trial."""
+        """Describe a trial: its state if it is not complete, its distinctions, and the reason if it failed."""
         said = [] if trial["state"] == "complete" else [trial["state"]]
         said += ["best"] * (trial["name"] == self.best) + ["frontier"] * (trial["name"] in self.frontier)
         said += [f"smallest within {100 * self.within:g} %"] * (trial["name"] == self.smallest)
@@ -65,14 +66,14 @@ class Sweep:
 
 
 def split_sweeps(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Sweep], list[Path]]:
-    """Tell sweeps from adapters.
+    """Separate the folders of sweeps from the folders of adapters.
 
     Returns:
-        The sweeps, and the folders of adapters: those that were given, and of each sweep some that it kept, with its
-        best and its smallest among them.
+        The sweeps, and the folders of adapters. The folders include some that each sweep kept, among them its best
+        and its smallest.
 
     Raises:
-        ValueError: a sweep has no trial yet that was trained to its end.
+        ValueError: a sweep's file is broken, or none of its trials has been trained to its end yet.
     """
     sweeps, adapters = [], []
     for folder in map(Path, folders):
@@ -93,7 +94,7 @@ def split_sweeps(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Sweep]
         names = [name for name in dict.fromkeys(first) if name]
         kept = [path for name in names if (path := folder / "trials" / name).is_dir()]
         if not kept:
-            raise ValueError(f"{folder} holds a sweep of which no trial is done here yet.")
+            raise ValueError(f"{folder} holds a sweep without any finished trial here.")
         sweeps.append(sweep)
         adapters += kept[:_MOST_RUNS]
     return sweeps, adapters

@@ -1,4 +1,4 @@
-"""Ranks and budgets drawn with characters, for a terminal; they read without colours, too."""
+"""Ranks and budgets drawn with characters in a terminal. They can be read without colours, too."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ except ImportError as error:
 _PHASE_STYLES = {Phase.WARMUP: "yellow", Phase.PRUNING: "magenta", Phase.FINAL: "green"}
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _CHART_HEIGHT = 6
-_CHART_WIDTH = 72  # columns, at most
-_CELL = 9  # columns of a cell of the picture, at most
+_CHART_WIDTH = 72  # columns at most
+_CELL = 9  # columns per cell of the picture, at most
 
 
 def budget_chart(schedule: BudgetSchedule, initial: int, target: int) -> _BudgetChart:
     """A chart of the budget over the steps of a run, with its phases marked.
 
     Args:
-        schedule: the phases.
-        initial: the budget at the start, the sum of all initial ranks.
-        target: the budget in the end.
+        schedule: the schedule of the budget.
+        initial: the budget at the start: the sum of all initial ranks.
+        target: the budget at the end.
 
     Example:
         >>> from rich.console import Console
@@ -70,7 +70,7 @@ class _BudgetChart:
             yield line
 
     def _axis(self, steps: list[int], margin: int) -> Text:
-        """The line below, in which each phase has its part: ``└─ warm-up ─┴──── pruning ────┴─ final ─``."""
+        """The line below the bars, which labels each phase: ``└─ warm-up ─┴──── pruning ────┴─ final ─``."""
         line = Text(f"{'budget':>{margin}}└", style="dim", no_wrap=True)
         phases = [self.schedule.phase(step) for step in steps]
         for phase in Phase:
@@ -87,10 +87,10 @@ class _BudgetChart:
         return Text(f"{'':{margin}} 1{last:>{width - 1}}", style="dim", no_wrap=True)
 
     def _phases(self, margin: int) -> Iterator[Text]:
-        """A line for each phase that has steps: which ones, and what happens to the budget."""
+        """One line for each phase that has steps: the steps, and what happens to the budget."""
         schedule = self.schedule
         every = "every step" if schedule.deltaT == 1 else f"every {schedule.deltaT:,} steps"
-        falls = f"{self.initial:,} → {self.target:,}, chosen anew {every}"
+        falls = f"{self.initial:,} → {self.target:,}, chosen again {every}"
         fixed = f"{self.initial:,}, nothing to prune"
         said = {
             Phase.WARMUP: f"{self.initial:,}, every rank trains",
@@ -104,7 +104,7 @@ class _BudgetChart:
 
 
 def rank_table(summary: RankSummary) -> _RankTable:
-    """A table with a bar for each layer; paths too long for the terminal lose their common start, then their middle.
+    """A table with a bar for each layer. Paths too long for the terminal lose their common start, then their middle.
 
     Args:
         summary: the ranks.
@@ -113,7 +113,7 @@ def rank_table(summary: RankSummary) -> _RankTable:
 
 
 class _RankTable:
-    """The summary's own lines, in colours."""
+    """The lines of ``RankSummary.to_lines``, in colours."""
 
     def __init__(self, summary: RankSummary) -> None:
         self.summary = summary
@@ -126,7 +126,7 @@ class _RankTable:
             text = Text(line, "" if layer.rank else "dim", no_wrap=True)
             red, green, blue = rank_colour(
                 max(layer.rank, largest // 3), largest
-            )  # the darkest are lost on black
+            )  # the darkest colours are lost on black
             text.highlight_regex("█+", f"rgb({red},{green},{blue})")
             text.highlight_regex("░+", "dim")
             yield text
@@ -134,10 +134,10 @@ class _RankTable:
 
 
 def rank_picture(summary: RankSummary) -> _RankPicture:
-    """The rank that each layer ended with: block number down, kind of module across, colour by rank.
+    """A picture of each layer's rank: block numbers down, kinds of module across, coloured by rank.
 
-    Layers at rank 0 are shaded instead of coloured. Stacks (encoder, decoder) follow each other, layers
-    outside of any stack come last; a stack too wide for the terminal is cut into several pieces.
+    Layers at rank 0 are shaded instead of coloured. Stacks (encoder, decoder) follow each other. Layers outside every
+    stack come last. A stack too wide for the terminal is split into several pieces.
 
     Args:
         summary: the ranks.
@@ -194,7 +194,7 @@ def _heading_lines(titles: list[str], label: int, width: int) -> Iterator[Text]:
 
 
 def _wrap(title: str, width: int) -> list[str]:
-    """Break a kind into lines: at each dot, then at underscores and capitals, and anywhere if need be.
+    """Break a kind into lines: at dots, then at underscores and capitals, and anywhere if necessary.
 
     Example:
         >>> _wrap("encoder_attn.q_proj", 8), _wrap("EncDecAttention.q", 9)
@@ -222,7 +222,9 @@ def _cell(layer: LayerRank | None, width: int, largest: int) -> tuple[str, str]:
         return f"{' 0 ' if width > 4 else '0':░^{width}}", "bright_black"
     colour = rank_colour(layer.rank, largest)
     red, green, blue = colour
-    ink = "#000000" if ink_on(colour) == "black" else "#ffffff"  # by name they are the terminal's own
+    ink = (
+        "#000000" if ink_on(colour) == "black" else "#ffffff"
+    )  # by name they would be the terminal's own colours
     return f"{layer.rank:^{width}}", f"{ink} on rgb({red},{green},{blue})"
 
 

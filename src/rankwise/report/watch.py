@@ -1,4 +1,4 @@
-"""A run that is going on elsewhere, as its output folder tells of it: the step, loss, budget and ranks by now."""
+"""The state of a run in another process, read from its output folder: step, loss, budget and ranks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rankwise.report.runs import json_object, read_log
 from rankwise.run.summary import LayerRank, RankSummary
 from rankwise.storage import checkpoint_step
 
-RESULTS = "results.json"  # what `rankwise train` writes as it goes
+RESULTS = "results.json"  # `rankwise train` updates it during the run
 
 
 @dataclass(frozen=True)
 class RunNow:
-    """Where a run is.
+    """The state of a run.
 
     Args:
-        step: the optimizer step that the folder tells of.
-        total_steps: how many the run has, where the folder tells.
-        ranks: of every layer; None before the first.
-        log: what was logged, each entry with its ``step``.
-        finished: whether the run is done.
-        source: the file or folder that tells all this.
-        age: seconds since it was written.
+        step: the last optimizer step that the folder records.
+        total_steps: the number of optimizer steps in the run, if the folder records it.
+        ranks: the rank of every layer; None before the first record.
+        log: the logged entries, each with its ``step``.
+        finished: whether the run is finished.
+        source: the file or folder that this was read from.
+        age: the seconds since the source was written.
     """
 
     step: int
@@ -41,7 +41,7 @@ class RunNow:
     age: float
 
     def line(self) -> str:
-        """One line: step, phase and budget, losses."""
+        """Summarize the state in one line: step, losses, budget, age."""
         last = {key: value for entry in self.log for key, value in entry.items()}
         parts = [f"step {self.step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")]
         parts += [
@@ -55,10 +55,10 @@ class RunNow:
 
 
 def read_run_now(folder: str | os.PathLike[str]) -> RunNow:
-    """Look where a run is by its output folder: that of ``rankwise train``, or of any trainer that saves checkpoints.
+    """Read a run's state from its output folder: that of ``rankwise train``, or of any trainer with checkpoints.
 
     Raises:
-        ValueError: there is no such folder, or nothing of a run in it.
+        ValueError: the folder does not exist, or holds nothing of a run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -86,13 +86,13 @@ def read_run_now(folder: str | os.PathLike[str]) -> RunNow:
     if results or (folder / "recipe.yaml").is_file():
         return RunNow(0, None, None, [], False, folder, _age(folder))
     raise ValueError(
-        f"{folder} tells of no run: it has no {RESULTS} of `rankwise train`, no checkpoint and no adapter. Give the "
-        "`output` of a recipe, or a trainer's `output_dir` that has a checkpoint."
+        f"{folder} holds nothing of a run: it has no {RESULTS} of `rankwise train`, no checkpoint and no adapter. Give "
+        "the `output` of a recipe, or a trainer's `output_dir` that has a checkpoint."
     )
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: its last file, the trainer's state, is there."""
+    """The newest complete checkpoint: the trainer's state, the file written last, is there."""
     steps = {path: checkpoint_step(path) for path in folder.iterdir()}
     whole = {
         path: step
@@ -112,7 +112,7 @@ def _of_adapter(folder: Path, finished: bool) -> RunNow:
 
 
 def _summary(data: Any) -> RankSummary | None:
-    """What `RankSummary.to_dict` gave; None for anything else."""
+    """Rebuild a summary from `RankSummary.to_dict`; None for any other data."""
     try:
         layers = [
             LayerRank(
@@ -138,7 +138,7 @@ def _age(path: Path) -> float:
 
 
 def _ago(seconds: float) -> str:
-    """How long ago, for people.
+    """Format how long ago something happened, for people.
 
     Example:
         >>> _ago(3.2), _ago(150), _ago(9000)

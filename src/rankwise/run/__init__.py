@@ -1,1 +1,1 @@
-"""One optimizer step after another, and what is remembered of them."""
+"""The course of a run: optimizer steps, cuts, ranks and their history."""

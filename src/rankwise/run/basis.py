@@ -1,4 +1,4 @@
-"""Writing all layers of a run in their principal bases, and switching ranks off there."""
+"""Rewrites the layers of a run in their principal bases, and switches ranks off there."""
 
 from __future__ import annotations
 
@@ -16,25 +16,32 @@ from rankwise.run.moments import BasisChange, rewrite_memory
 
 
 class _Group(NamedTuple):
-    """Layers of one shape, which are decomposed in one batch."""
+    """Layers of one shape, which are decomposed in one batch.
 
-    layers: list[int]  # their numbers; each has the same number of blocks
+    Args:
+        layers: the layers' indices. All these layers have the same number of blocks.
+        blocks: the number of blocks in each layer.
+        swapped: whether A and B swap roles, because the layers start with A = 0, as embeddings do.
+        found: the principal bases of all blocks.
+    """
+
+    layers: list[int]
     blocks: int
-    swapped: bool  # LoRA starts with A = 0, as in embeddings: then A and B change parts
+    swapped: bool
     found: Principal
 
     def by_layer(self) -> Iterator[tuple[int, Principal]]:
-        """Each layer's number with its own blocks."""
+        """Yield each layer's index with the bases of its own blocks."""
         pieces = zip(*(values.split(self.blocks) for values in self.found), strict=True)
         for n, own in zip(self.layers, pieces, strict=True):
             yield n, Principal(*own)
 
 
 class PrincipalBases:
-    """The principal bases of all layers whose A and B both train: found, and not yet written into the layers.
+    """The principal bases of all layers whose A and B both train. `write` writes them into the layers.
 
     Args:
-        factors: of the run.
+        factors: the factors of the run.
     """
 
     def __init__(self, factors: Factors) -> None:
@@ -64,7 +71,7 @@ class PrincipalBases:
             yield from group.by_layer()
 
     def strengths(self) -> Tensor:
-        """The norm of each rank's part of ``B A``, (ranks,): a singular value, where a layer was decomposed."""
+        """The norm of each rank's part of ``B A``, (ranks,): a singular value in layers that were decomposed."""
         device = self._factors.mask.device
         found = {n: part.strengths.flatten().to(device) for n, part in self._by_layer()}
         for n, (A, B, acts) in enumerate(zip(self._A, self._B, self._acted, strict=True)):
@@ -73,7 +80,7 @@ class PrincipalBases:
         return torch.cat([found[n] for n in range(len(self._A))])
 
     def acts(self) -> Tensor:
-        """The ranks that act in the new bases, (ranks,), bool: in a block that was decomposed, the first ones."""
+        """The ranks that are on in the new bases, (ranks,), bool: the first ones of each decomposed block."""
         acts = list(self._acted)
         for n, part in self._by_layer():
             blocks = acts[n].view(len(part.finite), -1)
@@ -82,7 +89,7 @@ class PrincipalBases:
         return torch.cat(acts)
 
     def off_ones_moved(self) -> bool:
-        """Whether any rank that was switched off is not 0 any more."""
+        """Whether any rank that was switched off is no longer 0."""
         moved = [
             (rows[~acted.to(rows.device)] != 0).any().to(self._factors.mask.device)
             for factor in (self._A, self._B)
@@ -91,24 +98,24 @@ class PrincipalBases:
         return bool(torch.stack(moved).any())
 
     def undecomposed(self) -> list[int]:
-        """Numbers of the layers that could not be decomposed, as they hold NaN or infinite values."""
+        """The indices of the layers that could not be decomposed because they hold NaN or infinite values."""
         found = []
-        for group in self._groups:  # one wait for the device each
+        for group in self._groups:  # each waits for the device once
             whole = group.found.finite.view(-1, group.blocks).all(1).tolist()
             found += [n for n, finite in zip(group.layers, whole, strict=True) if not finite]
         return found
 
     def write(self, kept: Tensor, louder: Mapping[int, float], optimizers: Sequence[Optimizer]) -> None:
-        """Write the bases into the layers, with 0 in A and B for all ranks but those ``kept``.
+        """Write the bases into the layers, with 0 in A and B for every rank that is not ``kept``.
 
-        Gradients that wait and what optimizers remember are rewritten, too. With all ranks kept the update of a layer
-        stays as it is.
+        Pending gradients and the state of optimizers are rewritten, too. If all ranks are kept, the layers' updates
+        do not change.
 
         Args:
-            kept: (ranks,), bool.
-            louder: for each layer to write, by number, what its scale is multiplied by at the same time; B is divided
-                by it. Other layers stay as they are.
-            optimizers: those that may train any of the factors.
+            kept: the ranks to keep, (ranks,), bool.
+            louder: for the index of each layer to write, the factor by which its scale grows at the same time. B is
+                divided by it. Layers that are not named stay as they are.
+            optimizers: the optimizers that may train any of the factors.
         """
         A, B = dict(enumerate(self._A)), dict(enumerate(self._B))
         decomposed = {n for group in self._groups for n in group.layers}
@@ -142,10 +149,10 @@ class PrincipalBases:
 
 
 def mean_strengths(factors: Factors) -> Tensor:
-    """The root mean square of the strengths of the ranks that act in each block, (ranks,); 0 where none does.
+    """The root mean square of the strengths of the ranks that are on in each block, (ranks,).
 
-    It needs no decomposition: the sum of their squares is the squared norm of B A. Where factors are not finite it is
-    0, too; where it is above what the dtype holds, it is the largest finite number.
+    No decomposition is needed: the sum of the squared strengths is the squared norm of B A. The result is 0 for ranks
+    that are off and for factors that are not finite. It is at most the largest finite number of its dtype.
     """
     device, found = factors.mask.device, []
     acting = factors.mask.split(factors.layout.ranks)
@@ -153,7 +160,9 @@ def mean_strengths(factors: Factors) -> Tensor:
         products, sizes = [], []
         for each in (A, B):
             rows = _in_blocks(each.masked_fill(~acts.to(each.device)[:, None], 0), pair.blocks)
-            power = power_below(largest(rows, (1, 2)))  # of two, so that products neither overflow nor vanish
+            power = power_below(
+                largest(rows, (1, 2))
+            )  # a power of two, so that products don't over- or underflow
             rows = rows / power
             products.append(rows @ rows.mT)
             sizes.append(power.flatten())
@@ -164,5 +173,5 @@ def mean_strengths(factors: Factors) -> Tensor:
 
 
 def _in_blocks(rows: Tensor, count: int) -> Tensor:
-    """(n r, d) -> (n, r, d)."""
+    """Split rows into blocks: (n r, d) -> (n, r, d)."""
     return rows.reshape(count, rows.shape[0] // count, rows.shape[1])

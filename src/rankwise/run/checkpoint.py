@@ -1,7 +1,7 @@
-"""What a checkpoint holds of a run beside the run's tensors: packed, checked, and taken up again.
+"""Packs, checks and restores the part of a run that is not in its tensors.
 
-The run's tensors say which ranks are kept, and hold the statistics of gradients (see `rankwise.run.run_tensors`). The
-rest is a `RunState`, which travels as one tensor.
+The run's tensors hold the kept ranks and the statistics of gradients (see `rankwise.run.run_tensors`). The rest is a
+`RunState`, which a checkpoint stores as one tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rankwise.run.state import RunState, RunWeights
 
 
 def run_state(controller: Controller) -> RunState:
-    """Everything that is not in the run's tensors."""
+    """Everything about the run that is not in its tensors."""
     return RunState(
         step=controller.step,
         fixed=controller.fixed,
@@ -30,15 +30,15 @@ def run_state(controller: Controller) -> RunState:
 
 
 def packed_state(controller: Controller) -> Tensor:
-    """`run_state` as one int64 vector, for the model's extra state."""
+    """Pack `run_state` into one int64 vector, for the model's extra state."""
     return run_state(controller).to_tensor()
 
 
 def check_packed_state(controller: Controller, packed: Tensor) -> RunState:
-    """What `packed_state` gave, unpacked, if it is of this run.
+    """Unpack the result of `packed_state`, and check that it belongs to this run.
 
     Raises:
-        ValueError: it is damaged, or of a run with other layers, another schedule, target or scale.
+        ValueError: the state is damaged, or the run it belongs to has other layers, another schedule, target or scale.
     """
     state = RunState.from_tensor(controller.factors.names, packed)
     schedule = controller.schedule
@@ -49,10 +49,10 @@ def check_packed_state(controller: Controller, packed: Tensor) -> RunState:
 
 
 def load_packed_state(controller: Controller, packed: Tensor) -> None:
-    """Take over what `packed_state` gave; the run's tensors have been loaded already.
+    """Continue from the result of `packed_state`. The run's tensors must have been loaded before.
 
     Raises:
-        ValueError: as `check_packed_state`.
+        ValueError: as in `check_packed_state`.
     """
     state = check_packed_state(controller, packed)
     for name, was in vars(state.weights).items():

@@ -1,8 +1,7 @@
-"""Listens to the optimizer and moves the budget of ranks: the order of a step.
+"""The order of an optimizer step: listens to the optimizer and moves the budget of ranks.
 
-Before a step the penalty's gradient is added, in the paper's form. After it the gradients are observed, and where the
-schedule says so a cut follows. How ranks are chosen is the business of a `Choice`; where the factors are is that of
-`Factors`.
+Before a step, the paper's form adds the penalty's gradient. After it, the controller observes the gradients and makes a
+cut if the schedule asks for one. A `Choice` decides which ranks are kept. `Factors` knows where the factors are.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from rankwise.run.state import AllocationState
 from rankwise.run.unreached import unreached_ranks
 from rankwise.run.warn_once import WarnOnce
 
-_UNUSED = 1  # numbers in the statistics of a run that prunes nothing: some file formats take two empty tensors for one
+_UNUSED = 1  # statistics of a run that prunes nothing: some file formats confuse two empty tensors
 
 
 class Controller:
     """Runs adaptive ranks for one adapter.
 
     Args:
-        adapter: its name.
-        factors: of the adapter; their tensors are created here.
-        choice: how ranks are chosen.
+        adapter: the adapter's name.
+        factors: the adapter's factors. The run's tensors are created here.
+        choice: the way in which ranks are chosen.
         config: the run's settings.
-        warn: gives a warning once.
+        warn: a function that gives each warning once.
     """
 
     def __init__(
@@ -50,24 +49,24 @@ class Controller:
         self.schedule: BudgetSchedule | None = config.resolved_schedule() if config.total_step else None
         self.step = 0
         self.fixed = False  # the choice of ranks is final
-        self.automatic = True  # steps are counted here, and not by calls of update_and_allocate
+        self.automatic = True  # steps are counted by listening, not by calls of update_and_allocate
         self.history = RankHistory(factors.names)
         self.history.record(0, self.initial, list(factors.layout.block_ranks))
         self._penalty = AddedPenalty(factors, config.orth_reg_weight)
         self.optimizers = Optimizers(factors, warn)
-        self._heard = False  # hooks have told of a step, so steps are observed without a call by hand
+        self._heard = False  # hooks have reported a step, so steps are observed without a call by hand
         self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
-        self.finished_by = "model.finalize_ranks()"  # what a warning tells the user to call
+        self.finished_by = "model.finalize_ranks()"  # the call that a warning recommends to the user
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
 
     def detach(self) -> None:
-        """Stop listening and forget the run's tensors."""
+        """Stop listening and remove the run's tensors."""
         self.stop()
         self.factors.tensors.remove()
 
     def stop(self) -> None:
-        """Stop listening: steps count no more."""
+        """Stop listening. Steps no longer count."""
         stop_listening(self)
 
     def known_optimizers(self) -> list[Optimizer]:
@@ -85,12 +84,12 @@ class Controller:
 
     @property
     def initial(self) -> int:
-        """Ranks at the start, in all layers together."""
+        """The sum of all layers' ranks at the start."""
         return self.factors.layout.triplets
 
     @property
     def target(self) -> int:
-        """Ranks in the end: ``target_r`` per block, or all if the adapter has no more than that."""
+        """The sum of ranks at the end: ``target_r`` per block, or all ranks if the adapter has fewer."""
         return self.factors.layout.target(self.config.target_r, self.choice.counts_parameters)
 
     @property
@@ -99,12 +98,12 @@ class Controller:
         return self.target < self.initial
 
     def set_total_step(self, total_step: int) -> None:
-        """Set the length of the run; see `AdaLoraConfig.with_total_step`."""
+        """Set the number of optimizer steps in the run; see `AdaLoraConfig.with_total_step`."""
         config = self.config.with_total_step(total_step)
         self.schedule, self.config = config.resolved_schedule(), config
 
     def begin_anew(self, total_step: int) -> None:
-        """Forget the steps so far: a trainer has given up an attempt and starts again with ``total_step`` steps.
+        """Forget the steps so far: a trainer has given up an attempt and restarts with ``total_step`` steps.
 
         Ranks that were cut stay cut.
         """
@@ -118,7 +117,7 @@ class Controller:
         self.optimizers = Optimizers(self.factors, self.warn)
 
     def state(self) -> AllocationState:
-        """Where the run stands. Waits for the device."""
+        """The current state of the run. Reading it waits for the device."""
         if self.fixed:
             phase = Phase.FINAL
         else:
@@ -135,11 +134,11 @@ class Controller:
 
     @property
     def under_way(self) -> bool:
-        """Whether the run has begun and is not over."""
+        """Whether the run has begun and has not ended."""
         return self.step > 0 and (self.schedule is None or self.step < self.schedule.total_step)
 
     def warn_if_unfinished(self) -> None:
-        """Warn, once a step, that a run which may end here has not brought the budget down to its target."""
+        """Warn, once per step, that the budget has not reached its target yet, in case the run ends here."""
         if self.fixed or not self.prunes or not self.step:
             return
         self.warn(
@@ -149,24 +148,24 @@ class Controller:
         )
 
     def _budget(self) -> int:
-        """The budget of the last cut, in ranks of average size. Waits for the device."""
+        """The budget of the last cut, in ranks of average size. Reading it waits for the device."""
         counted = self.choice.counts_parameters
         return self.history.records[-1].budget if counted else int(self.factors.mask.sum())
 
     # One optimizer step.
 
     def holds(self, optimizer: Optimizer) -> bool:
-        """Whether this optimizer trains any of this adapter."""
+        """Whether this optimizer trains any factor of this adapter."""
         return self.optimizers.holds(optimizer, self.prunes and not self.fixed)
 
     def before_step(self, optimizer: Optimizer, closure: Closure | None = None) -> Closure | None:
-        """Add the penalty's gradient to the gradients: now, or whenever ``closure`` has computed them.
+        """Add the penalty's gradient to the gradients: now, or after ``closure`` has computed them.
 
         Returns:
-            The closure to step with, if there is one.
+            The closure that the optimizer must use; None if there was none.
 
         Raises:
-            ValueError: the length of the run is not known, or the optimizer can't do with a penalty.
+            ValueError: the length of the run is unknown, or the optimizer can't be combined with the penalty.
         """
         if self.schedule is None and self.automatic and self.prunes and not self.fixed:
             raise ValueError(
@@ -181,7 +180,7 @@ class Controller:
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        """Observe the gradients; then count the step and cut, unless `update_and_allocate` is called for that."""
+        """Observe the gradients. Then count the step and cut, unless `update_and_allocate` does that."""
         step, complete = self.optimizers.ended(optimizer)
         if step is not None and self._observes_at(self.step + 1):
             self.choice.observe(step, self.step + 1)
@@ -190,9 +189,9 @@ class Controller:
 
     @torch.no_grad()
     def update_and_allocate(self, global_step: int) -> None:
-        """Count and cut at the caller's word; from now on only then.
+        """Count a step and cut on the caller's request. From this call on, only such calls do so.
 
-        The step that the optimizer has just taken may have been counted and observed already; neither happens twice.
+        If the optimizer's last step has been counted or observed already, that is not repeated.
         """
         check_whole("global_step", global_step, 0)
         if self.schedule is None and self.prunes and not self.fixed:
@@ -235,7 +234,7 @@ class Controller:
     # A cut.
 
     def _cut(self, ranks: int) -> None:
-        """Keep what a budget of ``ranks``, of average size, is enough for."""
+        """Keep the ranks that fit a budget of ``ranks`` ranks of average size."""
         factors, layout = self.factors, self.factors.layout
         final, device = ranks == self.target, factors.mask.device
         found = self.choice.candidates()
@@ -255,7 +254,7 @@ class Controller:
         unreached = unreached_ranks(factors)
         tie_order = factors.index("tie_order", layout.round_robin, device)
         mask = choose(found.scores, found.acts, budget, tie_order, costs, reserved, held, unreached)
-        if final and unreached is not None:  # what is left over is no use to them
+        if final and unreached is not None:  # a remaining budget is of no use to experts without tokens
             mask &= ~unreached
         factors.mask.copy_(mask)
         self.choice.apply(factors.mask, unchanged, final, self.optimizers.known())
@@ -263,7 +262,7 @@ class Controller:
 
     @torch.no_grad()
     def finalize_ranks(self) -> None:
-        """Bring the budget to its target now, as things are, and fix the choice."""
+        """Bring the budget to its target now, and fix the choice."""
         if not self.fixed:
             if self.prunes:
                 self._cut(self.target)
@@ -272,14 +271,17 @@ class Controller:
                 self.changed()
 
     def fix(self) -> None:
-        """From here on no rank changes, and layers may drop those that are off."""
+        """Fix the ranks for the rest of the run. Layers may then drop those that are off."""
         self.fixed = True
         self.factors.narrow()
 
     def take_over(self, kept: Mapping[str, Tensor], history: RankHistory | None = None) -> None:
-        """Fix the choice to ``kept``: path -> (ranks,), bool, at which it has arrived by ``history``.
+        """Fix the choice to the ranks of a saved adapter.
 
-        Where no history of these layers is given, the run's own gets a record of the choice.
+        Args:
+            kept: for each layer's path, the ranks to keep, (ranks,), bool.
+            history: the history that led to them. If it is missing or of other layers, the run's own history gets a
+                record of the choice.
         """
         self.factors.mask.copy_(torch.cat([kept[pair.path] for pair in self.factors.pairs]))
         if history is not None and history.layers == self.history.layers:
@@ -288,19 +290,19 @@ class Controller:
             self.history.record(self.step, int(self.factors.mask.sum()), self.factors.block_ranks())
         self.fix()
 
-    # What others ask.
+    # Questions of other modules.
 
     def allocated_ranks(self) -> dict[str, int]:
-        """Name of each block (mostly the layer's path) -> rank by the last cut."""
+        """The rank of each block after the last cut, by the block's name (usually the layer's path)."""
         return dict(zip(self.factors.names, self.factors.block_ranks().tolist(), strict=True))
 
     def layer_importance(self) -> list[float]:
-        """What each block's kept ranks are worth together; NaN where nothing can be pruned."""
+        """The worth of each block's kept ranks together; NaN if nothing can be pruned."""
         if not self.prunes:
             return [float("nan")] * len(self.factors.names)
         scores = self.choice.rank_importance()
         return [float(part.sum()) for part in scores.cpu().split(self.factors.layout.block_ranks)]
 
     def penalty(self) -> Tensor:
-        """The orthogonality penalty as it stands, a 0-dim tensor, without its weight."""
+        """The current orthogonality penalty without its weight, a 0-dim tensor."""
         return self._penalty.value()

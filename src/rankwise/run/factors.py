@@ -1,7 +1,7 @@
-"""The factors of all layers of a run: one place to read and write them, wherever they are.
+"""The factors of all layers of a run: one place to read and write them, whichever process holds them.
 
-Every factor is read as a matrix with one row for each rank, (ranks, width), block by block, whatever its shape in the
-layer is (see `FactorPair.rows`). Which process holds it is the business of a `Holder`.
+Every factor is read as a matrix with one row per rank, (ranks, width), block by block, whatever its shape in the layer
+(see `FactorPair.rows`). A `Holder` reads and writes the factors wherever they are.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from rankwise.run.run_tensors import RunTensors
 
 
 class Factors:
-    """The factors of all layers of a run, and which of their ranks are kept.
+    """The factors of all layers of a run, and the ranks that they keep.
 
-    Factors are numbered: first those of all layers of the first kind in ``keys``, then those of the next.
+    Factors are numbered kind by kind, in the order of ``keys``, and within a kind layer by layer.
 
     Args:
-        pairs: one for each layer, in the model's order.
-        tensors: of the run. They must be `created <RunTensors.create>` before ranks are asked for.
-        keys: the kinds of factors, "A" and "B", and "E" before them in the paper's form.
+        pairs: one pair for each layer, in the model's order.
+        tensors: the run's tensors. They must be `created <RunTensors.create>` before ranks are read.
+        keys: the kinds of factors: "A" and "B"; the paper's form has "E" before them.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Factors:
 
     @property
     def names(self) -> list[str]:
-        """A name for every block: the layer's path, and the block's number in it where there are several."""
+        """A name for every block: the layer's path, with the block's index if the layer has several."""
         return [name for pair in self.pairs for name in block_names(pair.path, pair.blocks)]
 
     # Parameters and their numbers.
@@ -64,12 +64,12 @@ class Factors:
         return [pair.parameter(key) for pair in self.pairs]
 
     def parameter(self, number: int) -> nn.Parameter:
-        """The factor of a number."""
+        """The factor with this number."""
         key, layer = divmod(number, len(self.pairs))
         return self.pairs[layer].parameter(self.keys[key])
 
     def all_parameters(self) -> list[nn.Parameter]:
-        """All factors, by number."""
+        """All factors, in the order of their numbers."""
         return [pair.parameter(key) for key in self.keys for pair in self.pairs]
 
     def numbers(self, key: str) -> range:
@@ -78,21 +78,21 @@ class Factors:
         return range(first, first + len(self.pairs))
 
     def trains(self, key: str) -> list[bool]:
-        """Which layers' factors of one kind train."""
+        """For each layer, whether its factor of one kind trains."""
         return [parameter.requires_grad for parameter in self.parameters(key)]
 
     def base_weights(self) -> set[int]:
-        """The ids of the weights that the layers adapt, where they are known."""
+        """The ids of the weights that the layers adapt, as far as they are known."""
         return {id(weight) for pair in self.pairs if (weight := pair.base_weight()) is not None}
 
     @property
     def holder(self) -> Holder:
-        """Who holds the factors now."""
+        """The object that currently reads and writes the factors."""
         self.zero_parts()
         return self._zero_holder or TensorHolder(self.parameter)
 
     def zero_parts(self) -> ZeroParts | None:
-        """The factors as DeepSpeed ZeRO holds them; None if it doesn't."""
+        """The factors as DeepSpeed ZeRO holds them; None without ZeRO."""
         if self._zero_holder is None and "deepspeed" in sys.modules:
             own = self.all_parameters()
             if any(map(partitioned, own)):
@@ -102,12 +102,12 @@ class Factors:
     # Reading and writing them as rows.
 
     def rows(self, key: str) -> list[Tensor]:
-        """Every layer's factor as rows, (ranks, width), at least float32; all processes call it together."""
+        """Every layer's factor as rows, (ranks, width), in at least float32. All processes must call it together."""
         found = self.holder.whole(list(self.numbers(key)))
         return [pair.rows(key, wide(each)) for pair, each in zip(self.pairs, found, strict=True)]
 
     def write_rows(self, key: str, rows: Mapping[int, Tensor]) -> None:
-        """Give the factors of some layers, by layer number, new values."""
+        """Write new values, by layer index, into the factors of some layers."""
         self.holder.write(self._in_place(key, rows))
 
     def rewrite(
@@ -117,7 +117,17 @@ class Factors:
         held: Mapping[int, Tensor],
         how: Callable[..., dict[int, Tensor]],
     ) -> dict[int, Tensor]:
-        """Values in the shapes of factors, by factor number, after ``how`` has changed them as rows by layer number."""
+        """Change values by ``how``, which takes and returns rows by layer index.
+
+        Args:
+            key: the kind of factor.
+            layers: the layers to change.
+            held: values in the shapes of factors, by factor number. Layers without an entry are skipped.
+            how: the change.
+
+        Returns:
+            The changed values, in the shapes of factors, by factor number.
+        """
         numbers = self.numbers(key)
         rows = {n: self.pairs[n].rows(key, wide(held[numbers[n]])) for n in layers if numbers[n] in held}
         return self._in_place(key, how(rows))
@@ -128,7 +138,7 @@ class Factors:
 
     @functools.cached_property
     def measured(self) -> list[Measured]:
-        """For every layer the factor that is 0 at the start and carries the update."""
+        """For every layer, the factor that is 0 at the start and carries the update."""
         return [
             Measured(
                 self.numbers(pair.starts_at_zero)[n],
@@ -146,27 +156,27 @@ class Factors:
         return self.tensors.mask
 
     def block_ranks(self, mask: Tensor | None = None) -> Tensor:
-        """The rank of every block, (blocks,), int64, by the last cut or by ``mask``, (ranks,), bool."""
+        """The rank of every block, (blocks,), int64, after the last cut, or by ``mask``, (ranks,), bool."""
         mask = self.mask if mask is None else mask
         counts = torch.zeros(len(self.layout.block_ranks), dtype=torch.int64, device=mask.device)
         return counts.index_add_(0, self._block_of_rank(mask.device), mask.to(torch.int64))
 
     def average_rank(self) -> float:
-        """The average rank by the last cut: LoRA of that rank has as many parameters. Waits for the device."""
+        """The average rank after the last cut: a LoRA of that rank has as many parameters. Waits for the device."""
         per_rank = self.layout.parameters_per_rank(self.mask.device)
         return int((per_rank * self.mask).sum()) / max(1, self.layout.parameters_of_rank_one)
 
     def spread(self, per_block: Tensor) -> Tensor:
-        """One value for each block, (blocks,) -> one for each rank, (ranks,)."""
+        """Repeat one value per block, (blocks,), for each of its ranks, (ranks,)."""
         return per_block[self._block_of_rank(per_block.device)]
 
     def spread_layers(self, per_layer: Sequence[bool], device: torch.device) -> Tensor:
-        """One value for each layer -> one for each rank, (ranks,), bool."""
+        """Repeat one value per layer for each of its ranks, (ranks,), bool."""
         repeats = torch.tensor(self.layout.ranks, device=device)
         return torch.tensor(per_layer, dtype=torch.bool, device=device).repeat_interleave(repeats)
 
     def index(self, name: str, values: Callable[[], list[int]], device: torch.device) -> Tensor:
-        """Whole numbers as a tensor on a device, made once."""
+        """Integers as a tensor on a device. The tensor is made once."""
         if (name, device) not in self._indices:
             self._indices[name, device] = torch.tensor(values(), dtype=torch.int64, device=device)
         return self._indices[name, device]
@@ -180,16 +190,16 @@ class Factors:
     # The end of a run.
 
     def narrow(self) -> None:
-        """The choice of ranks is final: tell every layer which it keeps."""
+        """Tell every layer which ranks it keeps, because the choice is final."""
         for pair, kept in zip(self.pairs, self.mask.cpu().split(self.layout.ranks), strict=True):
             pair.narrow(kept)
 
     def widen(self) -> None:
-        """The choice is open again: every layer uses all ranks."""
+        """Let every layer use all ranks again, because the choice is open again."""
         for pair in self.pairs:
             pair.widen()
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """``tensor`` in at least float32, out of any graph."""
+    """``tensor`` in at least float32, detached from any graph."""
     return tensor.detach() if tensor.element_size() >= 4 else tensor.detach().float()

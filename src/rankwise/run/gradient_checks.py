@@ -1,4 +1,4 @@
-"""Whether the adapter trains at all, and whether its gradients are finite."""
+"""Checks whether the adapter trains at all, and whether its gradients are finite."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from rankwise.run.factors import Factors
 
 
 class GradientChecks:
-    """Looks at which factors have gradients, and counts steps whose gradients are not finite.
+    """Records which factors have gradients, and counts steps whose gradients are not finite.
 
     Args:
-        factors: of the run.
-        decisive: the kind of factor without which, if it does not train, a layer keeps the ranks that it has.
-        warn: gives a warning once.
+        factors: the factors of the run.
+        decisive: the kind of factor that decides: if it does not train in a layer, the layer keeps its ranks.
+        warn: a function that gives each warning once.
     """
 
     def __init__(self, factors: Factors, decisive: str, warn: Callable[[str], None]) -> None:
         self._factors, self._decisive, self._warn = factors, decisive, warn
-        self._idle = set(range(len(factors.pairs)))  # layers that have had no gradient in any step
+        self._idle = set(range(len(factors.pairs)))  # layers that have not had a gradient in any step
         self._warned_of_skipped = False
 
     def frozen(self) -> list[bool]:
-        """Which layers don't train, and so keep the ranks that they have."""
+        """For each layer, whether it does not train and therefore keeps its ranks."""
         return [not trains for trains in self._factors.trains(self._decisive)]
 
     def has_gradients(self, step: Step, numbers: Sequence[int]) -> bool:
-        """Whether any of the factors ``numbers``, in layer order, has a gradient in ``step``; warns if none has."""
+        """Whether any of the factors ``numbers``, in layer order, has a gradient in ``step``. Warns if none has."""
         has = step.has_gradients(numbers)
         if not any(has):
             self._warn(
@@ -43,21 +43,21 @@ class GradientChecks:
         return any(has)
 
     def warn_of_idle_layers(self) -> None:
-        """Name the layers that a whole warm-up has left without a gradient, while others had one."""
+        """Warn of layers that had no gradient in the whole warm-up although others had one."""
         frozen, pairs = self.frozen(), self._factors.pairs
         idle = [pair.path for n, pair in enumerate(pairs) if n in self._idle and not frozen[n]]
         if idle and len(self._idle) < len(pairs):
             self._warn(
                 f"The adapter on {', '.join(map(repr, idle[:3]))}{' and more' if len(idle) > 3 else ''} has had no "
-                "gradient in any step so far, so it does not train: the loss goes round the layer, as TRL's goes round "
+                "gradient in any step so far, so it does not train: the loss bypasses the layer, as TRL's bypasses "
                 "`lm_head`. Leave it out of `target_modules`, or train it whole (`modules_to_save`)."
             )
 
     def count(self, finite: Tensor, step: int) -> None:
-        """Count a step whose gradients are not ``finite``, a 0-dim bool tensor, and warn after the first."""
+        """Count the step if its gradients are not ``finite``, a 0-dim bool tensor. Warn after the first such step."""
         skipped = self._factors.tensors.get("skipped").add_(~finite)
         if self._warned_of_skipped or (skipped.device.type != "cpu" and step % 100):
-            return  # elsewhere reading it would wait for the device
+            return  # on other devices, reading the count would wait for the device
         if int(skipped):
             self._warned_of_skipped = True
             warnings.warn(

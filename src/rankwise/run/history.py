@@ -1,7 +1,7 @@
 """The history of a run's ranks: the budget and every layer's rank, one record for each allocation.
 
-Recording happens inside the training loop, so it costs next to nothing: ranks that arrive as a tensor stay on
-their device until somebody reads the history, and all that have gathered by then cross over in one copy.
+Recording happens in the training loop, so it is cheap: ranks that arrive as a tensor stay on their device. All of them
+are copied to the CPU at once when somebody reads the history.
 """
 
 from __future__ import annotations
@@ -20,12 +20,24 @@ from rankwise.files.atomic import write_file
 from rankwise.files.pointers import refuse_pointer
 from rankwise.run.notebook import history_html
 
-_LAYOUT = 1  # of the packed tensor: [_LAYOUT, layers, records, then step, budget and ranks of every record]
+_LAYOUT = (
+    1  # version of the packed tensor: [_LAYOUT, layers, records, then step, budget and ranks of each record]
+)
 
 
 @dataclass
 class RankRecord:
-    """The ranks after one allocation: ``ranks[i]`` triplets stay in the layer that ``layers[i]`` names."""
+    """The ranks after one allocation.
+
+    Args:
+        step: the optimizer step, 0 for the start.
+        budget: the number of triplets that may stay in all layers together.
+        ranks: the number of triplets that stay in each layer, in the order of ``RankHistory.layers``.
+
+    Example:
+        >>> RankRecord(step=100, budget=16, ranks=[11, 5]).budget
+        16
+    """
 
     step: int
     budget: int
@@ -36,7 +48,7 @@ class RankHistory:
     """The budget and every layer's rank over the steps of a run.
 
     Args:
-        layers: module paths of the adapted layers, in the order in which ranks are recorded.
+        layers: the module paths of the adapted layers, in the order in which ranks are recorded.
 
     Raises:
         ValueError: a layer is named twice.
@@ -60,14 +72,14 @@ class RankHistory:
     def record(self, step: int, budget: int, ranks: Sequence[int] | torch.Tensor) -> None:
         """Add the ranks after an allocation.
 
-        A step that was recorded before is replaced, and what was recorded after it is dropped: that part of
-        the history did not happen, because the run has gone back to an earlier checkpoint.
+        If the step or a later one was recorded before, these records are dropped: the run has gone back to an
+        earlier checkpoint.
 
         Args:
-            step: optimizer step, at least 0 (0 is the start).
-            budget: how many triplets may stay in all layers together.
-            ranks: how many stay in each layer: numbers, or an integer tensor of shape (layers,) on any
-                device, which is copied there and not waited for.
+            step: the optimizer step, at least 0 (0 is the start).
+            budget: the number of triplets that may stay in all layers together, at least 0.
+            ranks: the number of triplets that stay in each layer: integers, or an integer tensor of shape (layers,)
+                on any device. A tensor is copied on its device, without waiting for it.
 
         Raises:
             TypeError: the ranks are not whole numbers.
@@ -97,14 +109,15 @@ class RankHistory:
 
     @property
     def records(self) -> list[RankRecord]:
-        """All records, by rising step. Reading them waits for the device if there are new ones."""
+        """All records, in the order of their steps. Reading new ones waits for the device."""
         self._settle()
         return list(self._records)
 
     def to_json(self) -> str:
-        """The history as JSON text, one record a line, so that people and version control can compare it.
+        """The history as JSON text with one record per line, so that people and version control can compare it.
 
-        Its form: ``{"layers": [...], "records": [{"step": 0, "budget": 24, "ranks": [...]}, ...]}``.
+        Returns:
+            ``{"layers": [...], "records": [{"step": 0, "budget": 24, "ranks": [...]}, ...]}``, with line breaks.
         """
         records = (
             json.dumps({"step": record.step, "budget": record.budget, "ranks": record.ranks})
@@ -115,14 +128,14 @@ class RankHistory:
 
     @classmethod
     def from_json(cls, text: str, source: str) -> RankHistory:
-        """Read what :meth:`to_json` wrote.
+        """Read the text that :meth:`to_json` returned.
 
         Args:
             text: the JSON text.
-            source: where it is from, for messages.
+            source: the name of the text's source, for messages.
 
         Raises:
-            ValueError: the text is not a rank history; the message names ``source`` and what is wrong.
+            ValueError: the text is not a rank history. The message names ``source`` and the fault.
 
         Example:
             >>> text = '{"layers": ["fc"], "records": [{"step": 0, "budget": 12, "ranks": [12]}]}'
@@ -132,7 +145,7 @@ class RankHistory:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source} is not a rank history: it is no valid JSON ({error}).") from error
+            raise ValueError(f"{source} is not a rank history: it is not valid JSON ({error}).") from error
         if not isinstance(data, dict) or not {"layers", "records"} <= data.keys():
             raise ValueError(
                 f'{source} is not a rank history: it must be an object with "layers" and "records".'
@@ -151,30 +164,37 @@ class RankHistory:
         return history
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the history as JSON; a process killed meanwhile leaves the old file or the new one."""
+        """Write the history to a JSON file, atomically: a killed process leaves the old file or the new one.
+
+        Args:
+            path: the path of the file.
+        """
         write_file(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RankHistory:
         """Read a file that :meth:`save` wrote.
 
+        Args:
+            path: the path of the file.
+
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is not a rank history.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not a rank history.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a rank history: it is no UTF-8 text ({error}).") from error
+            raise ValueError(f"{path} is not a rank history: it is not UTF-8 text ({error}).") from error
         refuse_pointer(Path(path))
         return cls.from_json(text, str(path))
 
     def to_tensor(self) -> torch.Tensor:
-        """The records, without the layers' names, as one int64 tensor on the CPU for a state dictionary.
+        """Pack the records, without the layers' names, into one int64 tensor on the CPU for a state dictionary.
 
         Returns:
-            Shape ``(3 + records * (2 + layers),)``: the layout's number, how many layers and records there
-            are, and for each record its step, its budget and its ranks.
+            A tensor of shape ``(3 + records * (2 + layers),)``: the version, the number of layers, the number of
+            records, and for each record its step, its budget and its ranks.
         """
         flat = [_LAYOUT, len(self.layers), len(self.records)]
         for record in self._records:
@@ -183,10 +203,14 @@ class RankHistory:
 
     @classmethod
     def from_tensor(cls, layers: Sequence[str], tensor: torch.Tensor) -> RankHistory:
-        """Unpack what :meth:`to_tensor` packed.
+        """Unpack the tensor that :meth:`to_tensor` returned.
+
+        Args:
+            layers: the module paths of the adapted layers.
+            tensor: the packed records, 1-D, int64.
 
         Raises:
-            ValueError: the tensor is not a packed history, or one of a different number of layers.
+            ValueError: the tensor is not a packed history, or its number of layers differs.
 
         Example:
             >>> history = RankHistory(["fc"])
@@ -245,7 +269,7 @@ class RankHistory:
             self._records.pop()
 
     def _settle(self) -> None:
-        """Bring the ranks that are still on a device over, in one copy."""
+        """Copy the ranks that are still on a device to the CPU, in one copy."""
         if not self._pending:
             return
         device = self._pending[-1][2].device
@@ -273,7 +297,7 @@ def _checked_record(record: Any, width: int) -> RankRecord:
     if not isinstance(ranks, list) or len(ranks) != width:
         raise ValueError(f"step {step!r:.20} must have {width} ranks, one for each layer.")
     values = [step, budget, *ranks]
-    # In this order as there can be millions of them.
+    # This order of the checks is fast: there can be millions of records.
     if set(map(type, values)) != {int} or min(values) < 0 or max(values) >= 2**53:
         value = next(each for each in values if type(each) is not int or not 0 <= each < 2**53)
         raise ValueError(f"step {step!r:.20} has {value!r:.20} where a whole number of at least 0 belongs.")

@@ -1,8 +1,7 @@
-"""Calls back, around every step of every optimizer, whoever listens.
+"""Calls listeners back around every step of every optimizer.
 
-PyTorch calls a program back around every ``Optimizer.step``. So what listens acts in any training loop, once per
-optimizer step: under gradient accumulation, under a GradScaler that skips steps, and in trainers that know nothing
-of it.
+PyTorch offers hooks around every ``Optimizer.step``. A listener therefore acts in any training loop, once per optimizer
+step: under gradient accumulation, under a GradScaler that skips steps, and in trainers that do not know rankwise.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ Closure = Callable[[], Any]
 
 
 class Listener(Protocol):
-    """What is called back."""
+    """An object that is called back around optimizer steps."""
 
     def holds(self, optimizer: Optimizer) -> bool:
-        """Whether the steps of this optimizer matter."""
+        """Whether the listener wants to know of this optimizer's steps."""
 
     def before_step(self, optimizer: Optimizer, closure: Closure | None) -> Closure | None:
-        """It is about to step. Returns the closure to step with, if there is one."""
+        """Called before the optimizer steps. Returns the closure to step with; None without one."""
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """It has stepped; gradients are still there."""
+        """Called after the optimizer has stepped. The gradients are still there."""
 
 
 _listeners: weakref.WeakSet[Any] = weakref.WeakSet()  # of Listener
 
 
 def listen(listener: Listener) -> None:
-    """Call ``listener`` back from now on, for as long as it lives."""
+    """Call ``listener`` back from now on, as long as it exists."""
     _listeners.add(listener)
 
 
 def stop_listening(listener: Listener) -> None:
-    """Call ``listener`` back no more."""
+    """Stop calling ``listener`` back."""
     _listeners.discard(listener)
 
 

@@ -1,4 +1,4 @@
-"""Gradients that wait for their optimizer, and what optimizers remember of them, rewritten in another basis."""
+"""Rewrites pending gradients and optimizers' states in another basis."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from rankwise.run.factors import Factors
 
 
 class BasisChange(NamedTuple):
-    """How the rows of one factor of n blocks change: each block becomes ``weight @ rows``.
+    """The change of basis of one factor with n blocks: each block becomes ``weight @ rows``.
 
     Args:
-        weight: (n, r, r), what the factor itself is multiplied by.
-        gradient: (n, r, r), what its gradients are multiplied by: the inverse of ``weight``, transposed.
+        weight: (n, r, r), the matrices that multiply the factor.
+        gradient: (n, r, r), the matrices that multiply its gradients: the transposed inverses of ``weight``.
     """
 
     weight: Tensor
     gradient: Tensor
 
     def cut(self, kept: Tensor) -> BasisChange:
-        """The same, with all rows 0 but those ``kept``, (n r, 1), bool."""
+        """The same change, followed by setting all rows to 0 that are not in ``kept``, (n r, 1), bool."""
         blocks, rank = self.weight.shape[:2]
         rows = kept.to(self.weight.device).view(blocks, rank, 1)
         return BasisChange(*(torch.where(rows, each, torch.zeros_like(each)) for each in self))
 
     def scaled(self, by: float) -> BasisChange:
-        """The same, with the factor multiplied by ``by`` besides."""
+        """The same change, followed by multiplying the factor by ``by``."""
         return self if by == 1 else BasisChange(self.weight * by, self.gradient / by)
 
     def of(self, kind: str) -> Tensor:
-        """What tensors of a kind are multiplied by: a "weight", a "gradient", or the "square" of one."""
+        """The matrices for tensors that change like a "weight", a "gradient", or the "square" of a gradient."""
         if kind == "weight":
             return self.weight
         return self.gradient if kind == "gradient" else self.gradient.square()
@@ -45,22 +45,22 @@ class BasisChange(NamedTuple):
 def rewrite_memory(
     factors: Factors, key: str, changes: Mapping[int, BasisChange], optimizers: Iterable[Optimizer]
 ) -> None:
-    """Rewrite gradients that wait, and what optimizers remember of them, for the factors ``key`` of some layers.
+    """Rewrite pending gradients and optimizers' states for the factors ``key`` of some layers.
 
-    Running means of gradients and of their squares, as Adam and SGD keep them, are rewritten. Others, such as 8-bit
-    moments and Adafactor's, are forgotten for these factors, and the optimizer begins them anew.
+    Running means of gradients and of their squares, as in Adam and SGD, are rewritten. Other kinds of state, such as
+    8-bit moments and Adafactor's, are reset for these factors, and the optimizer starts them again.
 
     Args:
-        factors: of the run.
+        factors: the factors of the run.
         key: "A" or "B".
-        changes: layer number -> how its rows change.
-        optimizers: those that may hold the factors.
+        changes: the change of basis, by layer index.
+        optimizers: the optimizers that may hold the factors.
     """
     holder, own = factors.holder, factors.numbers(key)
     numbers = [own[n] for n in changes]
     waiting = holder.gradients(numbers)
     holder.write_gradients(_rewritten(factors, key, changes, waiting, "gradient"))
-    done: set[int] = set()  # one state can be shared by an optimizer and its copy
+    done: set[int] = set()  # an optimizer and its copy can share one state
     for optimizer in optimizers:
         names = holder.state_names(optimizer, numbers)
         states = {name: holder.states(optimizer, name, numbers, done) for name in names}
@@ -74,9 +74,9 @@ def rewrite_memory(
 
 @contextmanager
 def _centered(states: dict[str, dict[int, Tensor]]) -> Iterator[None]:
-    """Have variances in ``square_avg`` meanwhile, where an optimizer remembers the mean in ``grad_avg``.
+    """Hold variances in ``square_avg`` inside the context, if the optimizer also keeps the mean in ``grad_avg``.
 
-    Mean and mean square, each rewritten by itself, could make a negative variance, of which RMSprop takes the root.
+    If mean and mean square were rewritten separately, the variance could become negative, and RMSprop takes its root.
     """
     both = "grad_avg" in states and "square_avg" in states
     if both:
@@ -91,7 +91,7 @@ def _centered(states: dict[str, dict[int, Tensor]]) -> Iterator[None]:
 def _rewritten(
     factors: Factors, key: str, changes: Mapping[int, BasisChange], held: Mapping[int, Tensor], kind: str
 ) -> dict[int, Tensor]:
-    """Tensors in the shapes of factors, by factor number, rewritten; those of one shape in one product."""
+    """Rewrite tensors in the shapes of factors, by factor number. Tensors of one shape take one batched product."""
 
     def change(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
         alike: dict[Any, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Summaries and histories as HTML for notebooks: tables that take the notebook's own colours, light or dark."""
+"""Summaries and histories as HTML tables for notebooks, in the notebook's own light or dark colours."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 _MOMENTS = 12  # columns of a history, at most
-_BOX = "max-height:420px;overflow:auto"  # a model of hundreds of layers scrolls
-_HUE = "33,145,140"  # see-through, so that the notebook's ink stays legible on it
+_BOX = "max-height:420px;overflow:auto"  # the table of a model with hundreds of layers scrolls
+_HUE = "33,145,140"  # drawn transparently, so that text stays readable on it
 
 
 class _Layer(Protocol):
@@ -32,7 +32,7 @@ class _Record(Protocol):
 
 
 def summary_html(layers: Sequence[_Layer], caption: str) -> str:
-    """A row for each layer: its rank with a bar, its importance if any is known, its parameters.
+    """A table with one row per layer: rank with a bar, importance if any is known, parameters.
 
     Example:
         >>> from rankwise.run.summary import LayerRank
@@ -55,7 +55,7 @@ def summary_html(layers: Sequence[_Layer], caption: str) -> str:
 
 
 def history_html(layers: Sequence[str], records: Sequence[_Record]) -> str:
-    """A row for each layer and a column for each of at most 12 moments of the run, darker where the rank is larger.
+    """A table with one row per layer and one column for each of at most 12 records; larger ranks are darker.
 
     Example:
         >>> from rankwise.run.history import RankRecord

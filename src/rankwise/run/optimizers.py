@@ -1,4 +1,4 @@
-"""Which optimizers hold an adapter's factors, and which of their steps are steps of the run."""
+"""Finds the optimizers that hold an adapter's factors, and the steps of theirs that are steps of the run."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from rankwise.run.under_peft import FROZEN_BY_PEFT, parameters_of_peft
 
 
 class Optimizers:
-    """What is known of the optimizers of one adapter. Copies and pickles know the leader alone.
+    """The optimizers of one adapter. Copies and pickles keep only the leader.
 
     Args:
-        factors: of the run.
-        warn: gives a warning once.
-        leader: the number of the factor whose optimizer counts the steps, if the run goes on from a checkpoint.
+        factors: the factors of the run.
+        warn: a function that gives each warning once.
+        leader: the number of the factor whose optimizer counts the steps, if the run continues from a checkpoint.
     """
 
     def __init__(self, factors: Factors, warn: Callable[[str], None], leader: int | None = None) -> None:
         self._factors, self._warn = factors, warn
         self._counter = StepCounter(leader)
         self._held: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
-        # A step of the run is complete when others have stepped, too: those that did so after the leader's optimizer in
-        # the step before, and for which new gradients wait.
+        # A step of the run is complete when the expected optimizers have stepped, too: those that stepped after the
+        # leader's optimizer in the step before, and that have new gradients now.
         self._later: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._expected: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._incomplete = False
-        # A gradient with which each has stepped, and that gradient's version.
+        # For each optimizer, a gradient that it has stepped with, and that gradient's version.
         self._used: weakref.WeakKeyDictionary[Optimizer, tuple[weakref.ref[Tensor], int]] = (
             weakref.WeakKeyDictionary()
         )
@@ -47,7 +47,7 @@ class Optimizers:
 
     @property
     def leader(self) -> int | None:
-        """Number of the factor whose optimizer counts the steps; None before the first."""
+        """The number of the factor whose optimizer counts the steps; None before the first step."""
         return self._counter.leader
 
     def known(self) -> list[Optimizer]:
@@ -55,15 +55,15 @@ class Optimizers:
         return list(self._held)
 
     def holds(self, optimizer: Optimizer, prunes: bool) -> bool:
-        """Whether ``optimizer`` steps any of the adapter.
+        """Whether ``optimizer`` steps any factor of the adapter.
 
         Raises:
-            ValueError: as `_in_parts`.
+            ValueError: as in `_in_parts`.
         """
         return bool(self._held_by(optimizer) or self._in_parts(optimizer, prunes))
 
     def begins(self, optimizer: Optimizer) -> Step | None:
-        """The step that ``optimizer`` is about to take; None if a wrapper that holds it is stepping."""
+        """The step that ``optimizer`` begins; None if a wrapper that holds it is stepping."""
         if held := self._in_parts(optimizer, False):
             return self._zero_step(optimizer, held)
         if not self._counter.begin(optimizer):
@@ -71,20 +71,24 @@ class Optimizers:
         return TensorStep(self._factors.parameter, self._held_by(optimizer), optimizer)
 
     def overdue(self, optimizer: Optimizer) -> bool:
-        """Whether a step of the run was waiting for others when ``optimizer`` began to step; it waits no longer."""
+        """Whether a step of the run was still waiting for others when ``optimizer`` began. It then stops waiting."""
         overdue = self._incomplete and optimizer not in self._expected and bool(self._held_by(optimizer))
         self._incomplete = self._incomplete and not overdue
         return overdue
 
     def now(self) -> TensorStep:
-        """The gradients of all factors as they are now, as a step."""
+        """The current gradients of all factors, as a step."""
         count = len(self._factors.keys) * len(self._factors.pairs)
         return TensorStep(self._factors.parameter, range(count))
 
     def ended(self, optimizer: Optimizer) -> tuple[Step | None, bool]:
-        """The step that ``optimizer`` has taken, if its gradients are to be observed; and whether a step is complete.
+        """Report that ``optimizer`` has stepped.
 
-        The gradients of all factors are observed once in a step of the run: when the leader's optimizer has stepped.
+        The gradients of all factors are observed once in each step of the run: when the leader's optimizer has
+        stepped.
+
+        Returns:
+            The step, if its gradients are to be observed, else None; and whether a step of the run is complete.
         """
         if held := self._in_parts(optimizer, False):
             parts = self._factors.zero_parts()
@@ -115,7 +119,7 @@ class Optimizers:
         return next((each.grad for each in own if each.grad is not None), None)
 
     def _has_fresh_gradients(self, optimizer: Optimizer) -> bool:
-        """Whether there are gradients for ``optimizer`` with which it has not stepped yet."""
+        """Whether ``optimizer`` has gradients that it has not stepped with yet."""
         gradient = self._first_gradient(optimizer)
         if gradient is None:
             return False
@@ -127,7 +131,7 @@ class Optimizers:
         return None if parts is None else ZeroStep(parts, sorted(held), optimizer)
 
     def _held_by(self, optimizer: Optimizer) -> tuple[int, ...]:
-        """Numbers of the factors that the optimizer holds."""
+        """The numbers of the factors that the optimizer holds."""
         first = self._factors.pairs[0].parameter(KEYS[0])
         mark = (id(first), tuple(len(group["params"]) for group in optimizer.param_groups))
         known = self._held.get(optimizer)
@@ -140,7 +144,7 @@ class Optimizers:
         own = self._factors.all_parameters()
         if any(not isinstance(p, nn.Parameter) or p.dim() < 2 and not partitioned(p) for p in own):
             raise ValueError(
-                "The adapter's parameters are no matrices any more: FullyShardedDataParallel (FSDP version 1) "
+                "The adapter's parameters are no longer matrices: FullyShardedDataParallel (FSDP version 1) "
                 "flattens them, and ranks are rows and columns. Use `fully_shard` (FSDP version 2)."
             )
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -150,7 +154,7 @@ class Optimizers:
         return found
 
     def _explain_why_not(self, trained: set[int]) -> None:
-        """Warn if an optimizer that holds none of the adapter was meant to train it; ``trained``: ids of parameters."""
+        """Warn if an optimizer without factors was meant to train the adapter; ``trained``: its parameters' ids."""
         if trained & self._factors.base_weights():
             self._warn(
                 "An optimizer steps that holds weights of the adapted layers but none of the adapter's, so it "
@@ -165,10 +169,10 @@ class Optimizers:
             )
 
     def _in_parts(self, optimizer: Optimizer, prunes: bool) -> frozenset[int]:
-        """Which factors DeepSpeed ZeRO is about to step or has stepped with ``optimizer``; mostly none.
+        """The factors that DeepSpeed ZeRO steps with ``optimizer``; usually none.
 
         Raises:
-            ValueError: the run ``prunes``, and DeepSpeed steps what no one else can reach.
+            ValueError: the run ``prunes``, and DeepSpeed steps a copy of the parameters that can't be reached.
         """
         if "deepspeed" not in sys.modules or self._held_by(optimizer):
             return frozenset()

@@ -25,13 +25,13 @@ from rankwise.run.warn_once import WarnOnce
 def own_controller(
     model: nn.Module, layers: dict[str, Any], adapter: str, config: AdaLoraConfig
 ) -> Controller:
-    """Start the run of an adapter on rankwise's layers; its tensors become buffers of ``model``.
+    """Start the run of an adapter on rankwise's layers. The run's tensors become buffers of ``model``.
 
     Args:
         model: the adapted model.
-        layers: module path -> adapted layer, in model order.
+        layers: the adapted layers by module path, in model order.
         adapter: the adapter's name.
-        config: its configuration.
+        config: the adapter's configuration.
     """
     pairs, warn = own_pairs(layers, adapter), WarnOnce()
     has_E = config.form.has_E
@@ -44,7 +44,9 @@ def own_controller(
         end = lora_scale(config.lora_alpha, config.target_r, config.use_rslora)
         choice = PrincipalChoice(factors, config.target_r, config.use_rslora, [end] * len(pairs), warn)
     controller = Controller(adapter, factors, choice, config, warn)
-    if any(adapter in layer.kept for layer in layers.values()):  # chosen before it was loaded
+    if any(
+        adapter in layer.kept for layer in layers.values()
+    ):  # the ranks were chosen before the adapter was loaded
         factors.mask.copy_(torch.cat([pair.acting() for pair in pairs]))
         controller.fix()
     return controller
@@ -54,21 +56,20 @@ def _warn_of_unused_penalty(config: AdaLoraConfig, warn: WarnOnce) -> None:
     weight = config.orth_reg_weight
     if weight and not config.form.has_E:
         warn(
-            f"`orth_reg_weight`={weight} belongs to the paper's form of AdaLoRA, which PEFT "
-            "has. This is the other form, which starts and learns as LoRA does, and needs no penalty, as it turns "
-            "its layers into principal directions exactly: leave `orth_reg_weight` out. For PEFT's form set "
-            "`init_lora_weights=True`."
+            f"`orth_reg_weight`={weight} belongs to the paper's form of AdaLoRA, which PEFT has. This run has the "
+            "default form, which needs no penalty, because it makes directions orthogonal exactly: leave "
+            "`orth_reg_weight` out. For PEFT's form set `init_lora_weights=True`."
         )
 
 
 def kept_ranks(controller: Controller, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Module path -> (r,) bool on the CPU: the ranks that a saved adapter holds.
+    """The ranks that a saved adapter holds: for each module path, (r,), bool, on the CPU.
 
-    In the paper's form a triplet may have grown back since the last cut, and so acts: its E tells.
+    In the paper's form, a triplet may have grown back since the last cut. Its E is then not 0.
 
     Args:
-        controller: of an adapter on rankwise's layers.
-        state: a whole state dictionary of the model, in which E is looked up; None: in the layers.
+        controller: the controller of an adapter on rankwise's layers.
+        state: a whole state dictionary of the model to read E from. By default E is read from the layers.
     """
     factors, mask = controller.factors, controller.factors.mask.cpu()
     if "E" in factors.keys and not controller.fixed:

@@ -13,7 +13,7 @@ from rankwise.run.pairs import FactorPair
 
 
 class OwnPair(FactorPair):
-    """A and B of one of rankwise's adapted layers; in the paper's form E, too.
+    """A and B of one of rankwise's adapted layers, and E in the paper's form.
 
     Args:
         path: the layer's path in the model.
@@ -43,7 +43,7 @@ class OwnPair(FactorPair):
         return self.layer._parameters.get("weight")
 
     def narrow(self, kept: Tensor) -> None:
-        """From now on the forward pass uses the ``kept`` ranks only. A layer without any is its base layer."""
+        """Use only the ``kept`` ranks in the forward pass. A layer that keeps none acts as its base layer."""
         rank = int(kept.sum())
         if rank == len(kept):
             self.widen()
@@ -58,10 +58,10 @@ class OwnPair(FactorPair):
         return torch.ones(len(self.parameter("A")), dtype=torch.bool) if kept is None else kept
 
     def widen(self) -> None:
-        """The forward pass uses all ranks again."""
+        """Use all ranks in the forward pass again."""
         self.layer.kept.pop(self.adapter, None)
 
 
 def own_pairs(layers: Mapping[str, Any], adapter: str) -> list[OwnPair]:
-    """The pairs of an adapter on rankwise's layers, by path."""
+    """The pairs of an adapter on rankwise's layers, in the order of ``layers``."""
     return [OwnPair(path, layer, adapter) for path, layer in layers.items()]

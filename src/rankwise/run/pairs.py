@@ -1,7 +1,7 @@
-"""The factors of one adapted layer: where its A and B are, and how its ranks lie in them.
+"""The factors of one adapted layer: where its A and B are, and how its ranks are arranged in them.
 
-A LoRA layer adds ``scale * B A`` to its weight. The method reads and writes A, B and the scale, and nothing else of the
-layer. So it runs on any layer for which somebody says where these three are: that is a `FactorPair`.
+A LoRA layer adds ``scale * B A`` to its weight. The method reads and writes only A, B and the scale. It therefore runs
+on any layer for which a `FactorPair` tells where these three are.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _RANK_DIM = {"A": 0, "E": 0, "B": 1}  # the dimension that counts ranks
 class FactorPair(ABC):
     """The factors of one adapted layer. Subclass it to run the method on a LoRA layer of your own.
 
-    The factors are looked up anew each time they are needed, because tools such as ``fully_shard`` replace parameters.
+    The factors are looked up each time they are needed, because tools such as ``fully_shard`` replace parameters.
 
     Args:
-        path: the layer's name, as summaries and the history show it. It must be unique in the run.
+        path: the layer's name in summaries and in the history. It must be unique in the run.
 
     Attributes:
-        blocks: how many matrices the layer holds, each with ranks of its own, such as the experts of a stack.
+        blocks: the number of matrices in the layer that have ranks of their own, such as the experts of a stack.
         starts_at_zero: the factor that is 0 at the start, "A" or "B". LoRA's linear layers start with B = 0.
 
     Example:
@@ -55,51 +55,81 @@ class FactorPair(ABC):
 
     @abstractmethod
     def parameter(self, key: str) -> nn.Parameter:
-        """A, whose first dimension counts ranks, or B, whose second dimension does; ``key`` is "A" or "B"."""
+        """Return a factor.
+
+        Args:
+            key: "A" for the factor whose first dimension counts ranks, such as (r, d_in); "B" for the factor whose
+                second dimension counts ranks, such as (d_out, r).
+        """
 
     @property
     @abstractmethod
     def scale(self) -> float:
-        """The number that ``B A`` is multiplied by in the layer's forward pass. It must be settable."""
+        """The number that multiplies ``B A`` in the layer's forward pass. It must be settable."""
 
     @scale.setter
     @abstractmethod
     def scale(self, value: float) -> None: ...
 
     def narrow(self, kept: Tensor) -> None:  # noqa: B027 - most layers keep the zeros
-        """Called when the choice of ranks is final: ``kept``, (ranks,), bool on the CPU, block by block.
+        """Drop ranks for good, if the layer can. Called when the choice of ranks is final.
 
-        The other ranks are 0 in A and B. A layer may drop them; by default it keeps the zeros.
+        By default the layer keeps the other ranks, which are 0 in A and B.
+
+        Args:
+            kept: the ranks to keep, (ranks,), bool, on the CPU, block by block.
         """
 
     def widen(self) -> None:  # noqa: B027
-        """Undo `narrow`, where it dropped nothing for good: a run goes back to an earlier checkpoint."""
+        """Undo `narrow` if it did not drop anything for good: the run goes back to an earlier checkpoint."""
 
     def base_weight(self) -> Tensor | None:
-        """The weight that the layer adapts, if it is known: an optimizer that trains it alone was made too early."""
+        """The weight that the layer adapts, or None. It serves to detect an optimizer that was built too early."""
         return None
 
     def order(self, key: str, ranks: int) -> Tensor | None:
-        """The order in which the ``ranks`` of a factor are read, (ranks,), int64, so that each block's lie together.
+        """The order in which to read a factor's ranks, so that each block's ranks are next to each other.
 
-        None: they lie so.
+        Args:
+            key: "A" or "B".
+            ranks: the number of ranks in the factor.
+
+        Returns:
+            (ranks,), int64; None if the ranks already have this order.
         """
         return None
 
     def device(self) -> torch.device:
-        """Where the factors are."""
+        """The device of the factors."""
         return self.parameter("A").device
 
-    # Views of a factor, of its gradient, and of what an optimizer remembers of it.
+    # Views of a factor, its gradient, and an optimizer's state for it.
 
     def rows(self, key: str, values: Tensor) -> Tensor:
-        """``values``, which has the factor's shape, as a matrix with one row for each rank, block by block."""
+        """Arrange values by rank.
+
+        Args:
+            key: "A" or "B".
+            values: a tensor in the factor's shape.
+
+        Returns:
+            The values as a matrix, (ranks, width), with one row for each rank, block by block.
+        """
         matrix = values.transpose(0, _RANK_DIM[key]).flatten(1)
         order = self.order(key, len(matrix))
         return matrix if order is None else matrix[order.to(matrix.device)]
 
     def from_rows(self, key: str, rows: Tensor, shape: torch.Size) -> Tensor:
-        """Undo `rows` for a factor of ``shape``. The number of ranks may differ from that of ``shape``."""
+        """Arrange the rows of a matrix as a factor again, the inverse of `rows`.
+
+        Args:
+            key: "A" or "B".
+            rows: a matrix with one row for each rank, (ranks, width).
+            shape: the factor's shape. Its number of ranks may differ from that of ``rows``.
+
+        Returns:
+            The values in the factor's shape.
+        """
         order = self.order(key, len(rows))
         if order is not None:
             rows = rows[order.argsort().to(rows.device)]
@@ -110,7 +140,7 @@ class FactorPair(ABC):
 
 
 def block_names(path: str, blocks: int) -> list[str]:
-    """What the blocks of the layer at ``path`` are called.
+    """The names of the blocks in the layer at ``path``.
 
     Example:
         >>> block_names("mlp.experts.up", 2), block_names("q_proj", 1)

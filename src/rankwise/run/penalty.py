@@ -1,6 +1,6 @@
-"""Adds the gradient of the orthogonality penalty to a step's gradients, so that it needs no place in the loss.
+"""Adds the gradient of the orthogonality penalty to a step's gradients.
 
-That makes it independent of how the model is wrapped, called or checkpointed.
+The penalty therefore needs no place in the loss, and works however the model is wrapped, called or checkpointed.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from rankwise.parallel.holder import Step
 from rankwise.run.factors import Factors
 from rankwise.run.hooks import Closure
 
-_PENALIZED = (("A", False), ("B", True))  # and whether ranks are columns there
+_PENALIZED = (("A", False), ("B", True))  # a factor, and whether its columns count ranks
 
 
 class AddedPenalty:
     """The penalty of one adapter.
 
     Args:
-        factors: of the run.
-        weight: of the penalty in the loss; 0 adds nothing.
+        factors: the factors of the run.
+        weight: the penalty's weight in the loss; 0 adds nothing.
     """
 
     def __init__(self, factors: Factors, weight: float) -> None:
         self._factors, self._weight, self._blocks = factors, weight, factors.layout.block_counts
-        # The first gradient that it was added to, and that gradient's version after it.
+        # The first gradient that the penalty was added to, and that gradient's version afterwards.
         self._added_to: tuple[weakref.ref[Tensor], int] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_added_to": None}
 
     def refuse_unfit(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that can't do with the penalty.
+        """Refuse an optimizer that can't be combined with the penalty.
 
         Raises:
-            ValueError: it is LBFGS.
+            ValueError: the optimizer is LBFGS.
         """
         if self._weight and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
@@ -54,10 +54,10 @@ class AddedPenalty:
             )
 
     def add_before(self, step: Step, optimizer: Optimizer, closure: Closure | None) -> Closure | None:
-        """Add it now; or, if there is a ``closure`` that computes gradients, whenever that has run.
+        """Add the penalty's gradient now, or after each call of ``closure``, which computes gradients.
 
         Returns:
-            The closure to step with, if there is one.
+            The closure to step with; None if there was none.
         """
         if closure is None or not self._weight:
             self.add(step, optimizer)
@@ -72,9 +72,9 @@ class AddedPenalty:
 
     @torch.no_grad()
     def add(self, step: Step, optimizer: Optimizer) -> None:
-        """Add it to the gradients of those A and B that ``optimizer`` steps and that have a gradient.
+        """Add the penalty's gradient to every A and B that ``optimizer`` steps and that has a gradient.
 
-        Nothing is added twice where an optimizer steps inside another's step.
+        If an optimizer steps inside another's step, the gradient is added only once.
         """
         if not self._weight:
             return
@@ -101,7 +101,7 @@ class AddedPenalty:
             self._added_to = (weakref.ref(first), first._version)
 
     def value(self) -> Tensor:
-        """The penalty as it stands, a 0-dim tensor, without its weight."""
+        """The current penalty without its weight, a 0-dim tensor."""
         A, B = (
             in_blocks(self._factors.holder.whole(list(self._factors.numbers(key))), self._blocks, columns)
             for key, columns in _PENALIZED
@@ -109,7 +109,7 @@ class AddedPenalty:
         return orthogonality_penalty(A, B)
 
     def _holds_it(self, gradient: Tensor) -> bool:
-        """Whether nothing has changed since the penalty was added, as in an optimizer inside another's step."""
+        """Whether the penalty is in the gradient already: nothing has changed since it was added."""
         if self._added_to is None:
             return False
         known, version = self._added_to

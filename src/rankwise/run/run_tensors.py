@@ -1,7 +1,7 @@
-"""The tensors of a run that must survive a checkpoint: which ranks are kept, and the statistics of gradients.
+"""The tensors of a run that must survive a checkpoint: the kept ranks, and the statistics of gradients.
 
 On rankwise's own models they are buffers, so that the model's ``state_dict`` carries them through any trainer. On other
-models, which stay as they are, they belong to the run itself.
+models, which stay unchanged, the run itself holds them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ _AVERAGES = BUFFERS[:2]
 
 
 def was_left_empty(name: str, own: Tensor, saved: Tensor) -> bool:
-    """Whether ``saved`` is the buffer ``name`` of a run that kept no statistics, and so had no element or one."""
+    """Whether ``saved`` is the buffer ``name`` of a run without statistics: such a buffer has at most one element."""
     return name in _AVERAGES and own.numel() != saved.numel() and saved.numel() <= 1
 
 
 class RunTensors(ABC):
-    """The tensors of one run.
+    """The tensors of one run, by the names in `NAMES`.
 
-    Attributes in `NAMES`: ``sensitivity`` and ``uncertainty``, (entries,), float32, the statistics of gradients;
-    ``mask``, (ranks,), bool, the ranks that the last cut kept; ``skipped``, (), int64, steps left out of the
-    statistics.
+    - ``sensitivity`` and ``uncertainty``, (entries,), float32: the statistics of gradients.
+    - ``mask``, (ranks,), bool: the ranks that the last cut kept.
+    - ``skipped``, (), int64: the number of steps left out of the statistics.
 
     Args:
-        device: tells where the factors are. It must be fit for copying and pickling, as ``FactorPair.device`` is.
+        device: a function that returns the device of the factors. Like ``FactorPair.device``, it must allow copying
+            and pickling.
     """
 
     def __init__(self, device: Callable[[], torch.device]) -> None:
@@ -40,11 +41,11 @@ class RunTensors(ABC):
 
     @property
     def model(self) -> nn.Module | None:
-        """The model whose buffers they are; None if the run holds them itself."""
+        """The model whose buffers the tensors are; None if the run holds them itself."""
         return None
 
     def create(self, entries: int, ranks: int) -> None:
-        """Make the tensors, with all ranks kept and ``entries`` zeros in each of the statistics."""
+        """Make the tensors: all ranks kept, and ``entries`` zeros in each of the statistics."""
         device = self._device()
         values = (
             torch.zeros(entries, dtype=torch.float32, device=device),
@@ -56,9 +57,9 @@ class RunTensors(ABC):
             self._put(name, value)
 
     def get(self, name: str) -> Tensor:
-        """One of `NAMES`, on the device of the factors; the statistics in float32."""
+        """The tensor with one of the `NAMES`, on the device of the factors. Statistics are in float32."""
         value = self._held(name)
-        if value.is_floating_point() and value.dtype != torch.float32:  # model.half() casts buffers too
+        if value.is_floating_point() and value.dtype != torch.float32:  # model.half() also casts buffers
             value.data = value.data.float()
         device = self._device()
         if value.device != device and device.type != "meta":  # the model was moved
@@ -78,15 +79,15 @@ class RunTensors(ABC):
 
     @abstractmethod
     def remove(self) -> None:
-        """Forget them."""
+        """Remove the tensors."""
 
 
 class ModelBuffers(RunTensors):
     """Buffers of an adapted model.
 
     Args:
-        model: it holds the run, and not the other way round, so that it can be freed.
-        device: where the factors are.
+        model: the adapted model. It is referenced weakly, because it holds the run and must be freeable.
+        device: a function that returns the device of the factors.
     """
 
     def __init__(self, model: nn.Module, device: Callable[[], torch.device]) -> None:
@@ -136,18 +137,18 @@ class OwnTensors(RunTensors):
         self._tensors.clear()
 
     def follow(self, device: Callable[[], torch.device]) -> None:
-        """Ask ``device`` from now on where the factors are: the layer that told it may be gone."""
+        """Ask ``device`` for the factors' device from now on, because the layer asked before may be gone."""
         self._device = device
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the tensors, by name, on the CPU."""
+        """Copies of the tensors on the CPU, by name."""
         return {name: self.get(name).detach().to("cpu", copy=True) for name in NAMES}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave.
+        """Load the result of `state_dict`.
 
         Raises:
-            ValueError: it is of a run on other layers.
+            ValueError: the state belongs to a run on other layers.
         """
         for name in NAMES:
             own, saved = self.get(name), state.get(name)

@@ -1,7 +1,7 @@
-"""Where a run is: for its user, and packed into one tensor, so that any trainer's checkpoint carries it.
+"""The state of a run: as its user sees it, and packed into one tensor, which any trainer's checkpoint carries.
 
-Scores and masks lie in the model's buffers. The rest is in that tensor: the step, what the
-run was set to, and its history.
+Scores and masks are in the model's buffers. The packed tensor holds the rest: the step, the run's settings and its
+history.
 """
 
 from __future__ import annotations
@@ -17,25 +17,31 @@ from rankwise.config import AdaLoraConfig
 from rankwise.method.schedule import BudgetSchedule
 from rankwise.run.history import RankHistory
 
-# The packed tensor: [_LAYOUT, the counters, the schedule, target_r, the form, the weights' bits, how many scales there
-# are, the scales' bits, the history]. Layout 2, of earlier versions, has no scales.
+# The packed tensor: [_LAYOUT, the counters, the schedule, target_r, the form, the bits of the weights, the number of
+# scales, the bits of the scales, the history]. Layout 2, of earlier versions, has no scales.
 _LAYOUT, _WITHOUT_SCALES = 3, 2
 _WHOLE = 11
-_FORMS = ("paper", "gated", "principal")  # by their number in the packed tensor
+_FORMS = ("paper", "gated", "principal")  # a form's index is its number in the packed tensor
 
 
 @dataclass(frozen=True)
 class AllocationState:
-    """Where a run stands.
+    """The state of a run.
 
     Args:
-        step: optimizer steps taken.
-        phase: "warm-up", "pruning" or "final".
-        budget: triplets that may stay after this step: of average size, where the form's budget counts parameters.
-        target: the same in the end.
-        initial: triplets at the start.
-        skipped_steps: steps with NaN or infinite gradients, which no score takes in.
-        total_step: steps of the whole run, or None while unknown.
+        step: the number of optimizer steps taken.
+        phase: ``"warm-up"``, ``"pruning"`` or ``"final"``.
+        budget: the number of triplets that may stay after this step. In the default form, whose budget counts
+            parameters, these are triplets of average size.
+        target: the number of triplets that may stay at the end.
+        initial: the number of triplets at the start.
+        skipped_steps: the number of steps with NaN or infinite gradients. They are left out of the scores.
+        total_step: the number of optimizer steps in the whole run; None while it is unknown.
+
+    Example:
+        >>> state = AllocationState(50, "pruning", 80, 64, 96, 0, 100)
+        >>> state.reached_target
+        False
     """
 
     step: int
@@ -48,13 +54,13 @@ class AllocationState:
 
     @property
     def reached_target(self) -> bool:
-        """Whether the budget has come down to its target."""
+        """Whether the budget has reached its target."""
         return self.budget == self.target
 
 
 @dataclass(frozen=True)
 class RunWeights:
-    """The settings of a run that are not whole numbers; fields as in `AdaLoraConfig`."""
+    """The settings of a run that are not integers. The fields are those of `AdaLoraConfig`."""
 
     lora_alpha: float
     lora_dropout: float
@@ -64,24 +70,24 @@ class RunWeights:
 
     @classmethod
     def of(cls, config: AdaLoraConfig) -> RunWeights:
-        """Those of a configuration."""
+        """Take them from a configuration."""
         return cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A run at a moment between two optimizer steps.
+    """A run between two optimizer steps.
 
     Args:
-        step: optimizer steps taken.
-        fixed: the choice of ranks is final.
-        automatic: steps are counted by listening to the optimizer.
-        leader: number of the parameter whose optimizer counts the steps; None before the first.
-        schedule: None if the length of the run is not known.
-        target_r: average rank in the end.
-        form: name of the form of the method.
+        step: the number of optimizer steps taken.
+        fixed: whether the choice of ranks is final.
+        automatic: whether steps are counted by listening to the optimizer.
+        leader: the number of the factor whose optimizer counts the steps; None before the first step.
+        schedule: the schedule; None while the length of the run is unknown.
+        target_r: the average rank at the end.
+        form: the name of the method's form.
         weights: the other settings.
-        scales: of every layer, now; empty if they are not known, as in the state of an earlier version.
+        scales: the current scale of every layer; empty if unknown, as in the states of earlier versions.
         history: the allocations so far.
     """
 
@@ -97,7 +103,7 @@ class RunState:
     history: RankHistory
 
     def to_tensor(self) -> Tensor:
-        """The state without the layers' names as a 1-D int64 tensor on the CPU."""
+        """Pack the state, without the layers' names, into a 1-D int64 tensor on the CPU."""
         plan = self.schedule
         leader = -1 if self.leader is None else self.leader
         whole = [_LAYOUT, self.step, self.fixed, self.automatic, leader]
@@ -110,10 +116,14 @@ class RunState:
 
     @classmethod
     def from_tensor(cls, layers: Sequence[str], packed: Tensor) -> RunState:
-        """Unpack what `to_tensor` packed, for a run whose blocks are called ``layers``.
+        """Unpack the result of `to_tensor`.
+
+        Args:
+            layers: the names of the run's blocks.
+            packed: the packed state, 1-D, int64.
 
         Raises:
-            ValueError: it is no such tensor, or not of so many layers; or its numbers make no sense.
+            ValueError: the tensor is not a packed state, its number of layers differs, or its numbers make no sense.
 
         Example:
             >>> from rankwise.method.schedule import BudgetSchedule
@@ -165,14 +175,15 @@ class RunState:
         )
 
     def check_same_run(self, here: RunState, schedule: BudgetSchedule | None) -> None:
-        """See that a run which stands ``here`` may go on from this state.
+        """Check that the run ``here`` may continue from this state.
 
         Args:
-            here: the run that is to go on.
-            schedule: its schedule, with the length of this state's run where it has none yet; None: nothing is pruned.
+            here: the current state of the run that is to continue.
+            schedule: that run's schedule, or the one it would have with this state's length; None if nothing is
+                pruned.
 
         Raises:
-            ValueError: they are different runs.
+            ValueError: the two runs differ.
         """
         if self.scales and len(self.scales) != len(here.scales):
             raise ValueError(
@@ -201,8 +212,8 @@ class RunState:
             )
 
 
-# The average rank in the end is mostly whole. Any other lies in the packed tensor as the bits of a float, with the sign
-# turned, so that it is less than 0 and can be told from a whole one.
+# The average rank at the end is usually an integer. Any other number is packed as the bits of a float, negated: a
+# negative number is thus told from an integer rank.
 
 
 def _packed_rank(rank: float) -> int:

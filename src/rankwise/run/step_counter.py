@@ -1,9 +1,9 @@
-"""Which steps of which optimizer are steps of the run.
+"""Decides which optimizer steps are steps of the run.
 
-Mostly one optimizer holds the whole adapter, and each of its steps counts. There may be more: one for all A and one for
-all B, a wrapper that steps an optimizer of its own, or a new optimizer that a script has built in place of an old one.
-The run moves on by one step when the optimizer steps that holds the *leader*. The leader is the first trainable factor,
-by number, that any of the optimizers holds.
+Usually one optimizer holds the whole adapter, and each of its steps counts. There may be more optimizers: one for all A
+and one for all B, a wrapper that steps an optimizer of its own, or a new optimizer that a script built to replace an
+old one. The run advances by one step when the optimizer that holds the *leader* steps. The leader is the trainable
+factor with the lowest number that any of the optimizers holds.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 
 class StepCounter:
-    """Follows the steps of all optimizers that hold some of an adapter's factors.
+    """Follows the steps of all optimizers that hold factors of an adapter.
 
     Args:
-        leader: the leader's number, if the run goes on from a checkpoint.
+        leader: the leader's number, if the run continues from a checkpoint.
 
     Example:
         >>> import torch
@@ -27,17 +27,17 @@ class StepCounter:
         >>> for optimizer, holds in [(first, [2, 3]), (second, [0, 1])] * 3:
         ...     _ = counter.begin(optimizer)
         ...     counted.append(counter.end(optimizer, holds, trains=lambda number: True))
-        >>> counted  # three iterations, each counted once: from the second on by the one that holds 0
+        >>> counted  # each iteration counts once; from the second on, when the optimizer that holds 0 steps
         [True, False, False, True, False, True]
     """
 
     def __init__(self, leader: int | None = None) -> None:
         self._stepping: weakref.ref[Optimizer] | None = None
         self.leader = leader
-        self._waiting: set[int] = set()  # optimizers without the leader that have stepped since it did
+        self._waiting: set[int] = set()  # ids of other optimizers that have stepped since the leader's
 
     def begin(self, optimizer: Optimizer) -> bool:
-        """``optimizer`` is about to step. False if a wrapper that holds it is stepping: then the wrapper's counts."""
+        """Note that ``optimizer`` begins a step. Return False if a wrapper that holds it is stepping already."""
         outer = self._stepping() if self._stepping else None
         if outer is None or not _holds(outer, optimizer):
             self._stepping = weakref.ref(optimizer)
@@ -45,16 +45,16 @@ class StepCounter:
         return False
 
     def is_stepping(self, optimizer: Optimizer) -> bool:
-        """Whether the step that has begun last and not ended is that of ``optimizer`` itself."""
+        """Whether the step that is under way is that of ``optimizer`` itself."""
         return self._stepping is not None and self._stepping() is optimizer
 
     def end(self, optimizer: Optimizer, holds: Sequence[int], trains: Callable[[int], bool]) -> bool:
-        """Whether the step that ``optimizer`` has taken counts.
+        """Note that ``optimizer`` has stepped, and return whether the step counts.
 
         Args:
-            optimizer: the one that has stepped.
-            holds: the numbers of the factors that it holds, rising.
-            trains: whether the factor of a number trains now.
+            optimizer: the optimizer that has stepped.
+            holds: the numbers of the factors that it holds, in ascending order.
+            trains: a function from a factor's number to whether it trains now.
         """
         if not self.is_stepping(optimizer):
             return False
@@ -67,8 +67,8 @@ class StepCounter:
             if first > self.leader and id(optimizer) not in self._waiting:
                 self._waiting.add(id(optimizer))
                 return False
-            # One that steps twice meanwhile leads from now on. One that holds an earlier factor leads, too, but the
-            # old leader has had its turn in this iteration.
+            # An optimizer that has stepped twice without the leader's takes the lead. So does one that holds an earlier
+            # factor, but in that case the old leader has already counted this iteration.
             counts = first >= self.leader or self.leader in holds
         self.leader = first
         self._waiting.clear()
@@ -76,7 +76,7 @@ class StepCounter:
 
 
 def _holds(wrapper: Optimizer, optimizer: Optimizer) -> bool:
-    """Whether ``optimizer`` is an attribute of ``wrapper``, or in a list that is."""
+    """Whether ``optimizer`` is an attribute of ``wrapper``, or in a list or tuple that is one."""
     for value in vars(wrapper).values():
         if any(each is optimizer for each in (value if isinstance(value, (list, tuple)) else (value,))):
             return True

@@ -1,4 +1,4 @@
-"""What became of the ranks: a row for each adapted layer, as a table for people and as data for programs."""
+"""A summary of the ranks: one row for each adapted layer, as a table for people and as data for programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rankwise.run.notebook import summary_html
 
 _WIDTH = 100  # columns of the text table, at most
-_BAR, _LEAST_BAR = 24, 8  # columns of a bar, at most and, where paths are long, at least
+_BAR, _LEAST_BAR = 24, 8  # columns of a bar: at most, and at least if paths are long
 _LEAST_PATH = 16  # columns of a path, at least
 
 
@@ -19,12 +19,16 @@ class LayerRank:
 
     Args:
         path: the module's path in the model.
-        rank: triplets that are left, 0 to ``init_r``.
-        init_r: triplets that it started with.
-        importance: what its triplets are worth together: in the default form ``rank`` times what
-            `rankwise.method.worth` gives a direction of their mean strength, in the paper's form the sum of their
-            scores. NaN where nothing can be pruned, as in an adapter loaded for inference.
-        parameters: numbers in the adapter's tensors at ``rank``.
+        rank: the number of triplets that are left, 0 to ``init_r``.
+        init_r: the number of triplets at the start.
+        importance: the worth of the layer's triplets together. In the default form it is ``rank`` times the worth
+            (see `rankwise.method.worth`) of a direction of average strength; in the paper's form it is the sum of the
+            triplets' scores. It is at least 0, or NaN if nothing can be pruned, as in an adapter loaded for inference.
+        parameters: the number of parameters in the adapter's tensors at ``rank``.
+
+    Example:
+        >>> LayerRank("fc1", rank=1, init_r=4, importance=0.5, parameters=16).rank
+        1
     """
 
     path: str
@@ -36,7 +40,7 @@ class LayerRank:
 
 @dataclass(frozen=True)
 class RankSummary:
-    """The ranks of all adapted layers; as a string, a table of at most 100 columns.
+    """The ranks of all adapted layers. Printed, it is a table of at most 100 columns.
 
     Args:
         layers: one entry for each adapted layer, in the order of the model.
@@ -59,16 +63,16 @@ class RankSummary:
 
     @property
     def total_rank(self) -> int:
-        """The sum of the ranks of all layers."""
+        """The sum of all layers' ranks."""
         return sum(layer.rank for layer in self.layers)
 
     @property
     def parameters(self) -> int:
-        """The numbers in the adapter's tensors of all layers."""
+        """The number of parameters in all layers' adapter tensors."""
         return sum(layer.parameters for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as plain data for JSON; an importance that is not known (NaN) is None."""
+        """Return the summary as plain data for JSON. An unknown importance (NaN) becomes None."""
         return {
             "budget": self.budget,
             "total_rank": self.total_rank,
@@ -86,7 +90,7 @@ class RankSummary:
         }
 
     def totals(self) -> str:
-        """One line with the sums.
+        """Return the sums in one line.
 
         Example:
             >>> RankSummary([LayerRank("fc1", 0, 4, 0.0, 0)], budget=4).totals()
@@ -101,10 +105,10 @@ class RankSummary:
         return ", ".join([*parts, f"{self.parameters:,} parameters"])
 
     def to_lines(self, width: int = _WIDTH) -> list[str]:
-        """The table's lines: headings, a line for each layer, the sums.
+        """Return the table's lines: headings, one line for each layer, sums.
 
         Args:
-            width: columns that the table may take. Bars shrink before paths are cut.
+            width: the number of columns that the table may take. Bars are shortened before paths are cut.
         """
         largest = max((layer.init_r for layer in self.layers), default=0)
         known = any(math.isfinite(layer.importance) for layer in self.layers)
@@ -135,15 +139,15 @@ class RankSummary:
         return "\n".join(self.to_lines())
 
     def _repr_html_(self) -> str:
-        """The same as HTML, for notebooks."""
+        """The table as HTML, for notebooks."""
         return summary_html(self.layers, self.totals())
 
 
 def rank_bar(rank: int, init_r: int, largest: int, width: int = _BAR) -> str:
-    """A bar of full blocks for the ranks that stay and light ones for those that went.
+    """Draw a bar: full blocks for the ranks that are left, light blocks for those that were cut.
 
-    One block is one rank while ``largest`` (the largest initial rank in the table) fits in ``width``;
-    otherwise bars are scaled, and a rank above 0 still shows, and so does a loss.
+    One block is one rank if ``largest`` (the largest initial rank in the table) fits in ``width``. Otherwise the bar is
+    scaled. A scaled bar still shows a rank above 0, and the loss of a rank.
 
     Example:
         >>> rank_bar(3, 8, largest=8)
@@ -162,7 +166,7 @@ def rank_bar(rank: int, init_r: int, largest: int, width: int = _BAR) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Cut ``text`` to ``width`` characters in the middle, of which the end, that tells layers apart, keeps most.
+    """Shorten ``text`` to ``width`` characters by leaving out its middle. Most of its end is kept.
 
     Example:
         >>> shorten("model.language_model.layers.11.self_attn.q_proj", 32)
@@ -176,7 +180,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def paths_that_fit(paths: list[str], width: int) -> list[str]:
-    """Module paths of at most ``width`` characters: names that all begin with go first, as few as need be.
+    """Shorten module paths to ``width`` characters. First parts that all paths share are dropped first.
 
     Example:
         >>> paths_that_fit(["model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"], width=20)

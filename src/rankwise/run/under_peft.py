@@ -1,4 +1,4 @@
-"""An adapter of rankwise on which somebody has put one of PEFT's: PEFT freezes all that is not its own."""
+"""Detects an adapter of PEFT on top of rankwise's: PEFT freezes all parameters that are not its own."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ FROZEN_BY_PEFT = (
 
 
 def parameters_of_peft(model: nn.Module) -> set[int]:
-    """The ids of the parameters that layers of PEFT have added to ``model``.
+    """The ids of the parameters that PEFT's layers have added to ``model``.
 
-    PEFT is not imported: its layers are known by the module that their classes are in.
+    PEFT is not imported. Its layers are recognized by the module in which their classes are defined.
     """
     found: set[int] = set()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Experts that no token has reached."""
+"""Finds experts that no token has reached."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from rankwise.run.factors import Factors
 
 
 def unreached_ranks(factors: Factors) -> Tensor | None:
-    """Ranks, (ranks,), bool, of experts that no token has reached; None if there are no experts.
+    """The ranks of experts that no token has reached, (ranks,), bool; None if there are no experts.
 
-    B is still 0 in all ranks of such an expert, so they add exactly 0. Where that is so of all layers, nothing is known
-    of any.
+    In such an expert B is still 0 in all ranks, so they add exactly 0. If that holds for all layers, no token is known
+    to have reached any, and no rank is reported.
     """
     blocks = factors.layout.block_counts
     if all(count == 1 for count in blocks):

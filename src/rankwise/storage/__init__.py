@@ -1,4 +1,4 @@
-"""Adapter folders in PEFT's format, and what resuming needs beside them.
+"""Adapter folders in PEFT's format, with the additional files that resuming needs.
 
     adapter_config.json            the configuration, in PEFT's spelling
     adapter_model.safetensors      the factors, cut to the ranks that stay
@@ -6,8 +6,8 @@
     training_state.safetensors     uncut factors, statistics, masks and step of an unfinished run; not for sharing
     training_config.json           the run's configuration (AdaLoRA in the default form, which saves plain LoRA)
 
-Loading runs no code from a folder: tensors come from safetensors, or from ``adapter_model.bin`` with
-``weights_only=True``. It opens no file outside the folder. Shapes are compared with the model before any tensor is
+Loading a folder runs no code from it: tensors are read by safetensors, or from ``adapter_model.bin`` with
+``weights_only=True``. No file outside the folder is opened. Shapes are compared with the model before any tensor is
 read from the disk, and everything is checked before the model changes.
 """
 

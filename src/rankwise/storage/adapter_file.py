@@ -1,4 +1,4 @@
-"""The content of an adapter folder in memory, and what it says of its layers."""
+"""The contents of an adapter folder in memory."""
 
 from __future__ import annotations
 
@@ -21,25 +21,29 @@ from rankwise.storage.nesting import named_by_targets, unnested_paths
 
 @dataclass
 class AdapterFile:
-    """The content of an adapter folder, checked as far as that goes without a model."""
+    """The contents of an adapter folder. Everything that needs no model has been checked."""
 
     source: str
     config: LoraConfig
-    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path -> {"A": …, "B": …, "E": …}
-    others: dict[str, Tensor] = field(default_factory=dict)  # biases and modules saved whole
-    kinds: dict[str, type[AdapterLayer]] = field(default_factory=dict)  # path -> as its names tell it
-    nested: dict[str, str] = field(default_factory=dict)  # path of a parameter -> its path in a LoRA file
-    laid_out: bool = True  # as in a file, and not as in a layer
+    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by path: {"A": …, "B": …, "E": …}
+    others: dict[str, Tensor] = field(default_factory=dict)  # biases and modules that were saved whole
+    kinds: dict[str, type[AdapterLayer]] = field(
+        default_factory=dict
+    )  # by path, as the tensors' names tell it
+    nested: dict[str, str] = field(default_factory=dict)  # by a parameter's path: its path in a LoRA file
+    laid_out: bool = True  # whether tensors have a file's layout, not a layer's
     history: RankHistory | None = None
-    training: dict[str, Tensor] | None = None  # content of TRAINING_STATE_NAME
+    training: dict[str, Tensor] | None = None  # the contents of TRAINING_STATE_NAME
     training_source: str = ""
-    run_config: AdaLoraConfig | None = None  # of the run in `training`, where ``config`` is not it
-    # Of a folder that an earlier version wrote, as `rankwise.storage.earlier` changes it:
-    of_weight: bool = False  # the factors of grouped convolutions are not in LoRA's layout
-    scales: dict[str, float] = field(default_factory=dict)  # path -> scale in the state of the run
+    run_config: AdaLoraConfig | None = (
+        None  # the configuration of the run in `training`, if it is not ``config``
+    )
+    # For a folder of an earlier version, changed by `rankwise.storage.earlier`:
+    of_weight: bool = False  # whether factors of grouped convolutions are in another layout than LoRA's
+    scales: dict[str, float] = field(default_factory=dict)  # by path: the scale in the state of the run
 
     def config_with(self, **changes: Any) -> LoraConfig:
-        """The configuration with ``changes``; an error names the folder's file."""
+        """The configuration with ``changes``. An error names the folder's configuration file."""
         try:
             return replace(self.config, **changes)
         except (TypeError, ValueError) as error:
@@ -47,7 +51,7 @@ class AdapterFile:
 
 
 def sort_tensors(source: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> AdapterFile:
-    """Tensors under PEFT's names, sorted into layers' factors and others; ``source`` is where they come from."""
+    """Sort tensors with PEFT's names into layers' factors and others; ``source`` names their origin in messages."""
     contents = sort_by_use(source, tensors)
     file = AdapterFile(source, config, contents.factors, contents.others, contents.kinds)
     if config.target_parameters and not isinstance(config, AdaLoraConfig):
@@ -56,7 +60,7 @@ def sort_tensors(source: str, config: LoraConfig, tensors: Mapping[str, Tensor])
 
 
 def name_parameters(file: AdapterFile, names_of: Callable[[str], Sequence[str]]) -> None:
-    """Give the factors of parameters their own paths; ``names_of`` as `unnested_paths` takes it."""
+    """Move the factors of parameters to the parameters' own paths; for ``names_of`` see `unnested_paths`."""
     as_in_file = {path: file.nested.get(path, path) for path in file.factors}
     paths = unnested_paths(as_in_file.values(), names_of)
     renamed = {path: paths.get(in_file, in_file) for path, in_file in as_in_file.items()}
@@ -66,12 +70,12 @@ def name_parameters(file: AdapterFile, names_of: Callable[[str], Sequence[str]])
 
 
 def names_of_blocks(file: AdapterFile, path: str) -> list[str]:
-    """What the blocks of the layer at ``path`` are called; see `block_names`."""
+    """The names of the blocks in the layer at ``path``; see `block_names`."""
     return block_names(path, matrices_of(file, path) or 1)
 
 
 def matrices_of(file: AdapterFile, path: str) -> int | None:
-    """How many matrices are stacked in the parameter at ``path``; None if it is no parameter's."""
+    """The number of matrices stacked in the parameter at ``path``; None if ``path`` is a module."""
     config = file.config
     if not isinstance(config, AdaLoraConfig):
         rank = pattern_value(config.rank_pattern or {}, path, config.r)
@@ -82,11 +86,11 @@ def matrices_of(file: AdapterFile, path: str) -> int | None:
 
 
 def without_E(config: LoraConfig) -> bool:
-    """Whether it is the default form of AdaLoRA, which has no third factor."""
+    """Whether the configuration is of AdaLoRA's default form, which has no third factor."""
     return isinstance(config, AdaLoraConfig) and not config.form.has_E
 
 
 def kept_by_pattern(config: LoraConfig) -> dict[str, list[bool]]:
-    """AdaLoRA's `rank_pattern` by module path."""
+    """AdaLoRA's `rank_pattern`, by module path."""
     pattern = (config.rank_pattern or {}) if isinstance(config, AdaLoraConfig) else {}
     return {key.removesuffix(".lora_E").removeprefix(PREFIX): kept for key, kept in pattern.items()}

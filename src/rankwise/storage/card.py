@@ -1,7 +1,7 @@
 """The model card of an adapter: ``README.md`` with the header that the Hugging Face hub reads.
 
-A card ends with a line that holds a checksum of all that is above it. That is how a card that rankwise wrote, and may
-write anew, is told from one that a person wrote or changed, which is left alone.
+The last line of a card holds a checksum of all lines above it. If the checksum is right, rankwise wrote the card and
+may replace it. A card that a person wrote or changed is left alone.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 
 @dataclass(frozen=True)
 class CardMetric:
-    """A number for the card.
+    """A metric for the card.
 
     Args:
         key: the metric's name on the hub, such as ``accuracy``.
-        title: its name for people.
-        value: what the adapter reached.
-        shown: the same for people.
-        before: what the model reached before training, for people; empty if it is not known.
+        title: the metric's name for people.
+        value: the adapter's value.
+        shown: the adapter's value as text for people.
+        before: the value before training as text for people; empty if it is unknown.
     """
 
     key: str
@@ -50,14 +50,14 @@ class CardMetric:
 
 @dataclass(frozen=True)
 class Training:
-    """What a card tells of how an adapter was trained.
+    """The part of a card that tells how an adapter was trained.
 
     Args:
-        pipeline_tag: the hub's name of the task, if its configuration does not say it.
-        data: what it was measured on, for people; no path of this machine.
-        datasets: names of datasets on the hub that it was trained on.
-        metrics: what it reached.
-        settings: such as the learning rate.
+        pipeline_tag: the hub's name of the task, if the adapter's configuration does not give it.
+        data: the data that the metrics were measured on, in words for people; never a path on this machine.
+        datasets: the names of the training datasets on the hub.
+        metrics: the metrics that the adapter reached.
+        settings: settings of the training, such as the learning rate.
     """
 
     pipeline_tag: str | None = None
@@ -76,19 +76,19 @@ def adapter_card(
     tags: Sequence[str] = (),
     name: str = "adapter",
 ) -> str:
-    """The text of an adapter's card. The licence is left to the user.
+    """Write the text of an adapter's card. The licence is left to the user.
 
     Args:
         config: the adapter's configuration.
-        summary: its ranks.
-        model_class: the Transformers class that it is for, if one.
-        num_labels: of a classifier.
-        training: how it was trained, if that is known.
-        tags: more tags for the hub.
-        name: what the hub calls the model in its table of results.
+        summary: the adapter's ranks.
+        model_class: the Transformers class of the model that the adapter belongs to, if there is one.
+        num_labels: the number of labels, for a classifier.
+        training: how the adapter was trained, if that is known.
+        tags: further tags for the hub.
+        name: the model's name in the hub's table of results.
 
     Raises:
-        ImportError: ``huggingface_hub``, which knows the header's form, is missing.
+        ImportError: ``huggingface_hub``, which formats the header, is not installed.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -106,7 +106,7 @@ def adapter_card(
     own_tags = ["rankwise", method, *([f"base_model:adapter:{base}"] if base else []), *tags]
     header = ModelCardData(
         base_model=base,
-        library_name="peft",  # whose format it is: the hub lists it among the base model's adapters
+        library_name="peft",  # the format is PEFT's: the hub lists it among the base model's adapters
         pipeline_tag=pipeline,
         tags=list(dict.fromkeys(own_tags)),
         datasets=list(training.datasets) or None,
@@ -119,7 +119,7 @@ def adapter_card(
 
 
 def base_on_hub(config: LoraConfig) -> str | None:
-    """The base model's name on the hub; None for a folder of this machine, whose path is nobody else's business."""
+    """The base model's name on the hub; None for a local folder, because its path is private."""
     name = config.base_model_name_or_path
     if not name or Path(name).exists() or not _HUB_NAME.fullmatch(name):
         return None
@@ -154,7 +154,7 @@ def _body(
         parts += ["## Training", "\n".join(f"- {key}: {value}" for key, value in training.settings.items())]
     parts += [
         "## License",
-        "Not said yet: add `license: …` to the header of this file. The base model's license holds as well.",
+        "Not specified yet: add `license: …` to the header of this file. The base model's license holds as well.",
     ]
     return "\n\n".join(parts)
 
@@ -176,17 +176,17 @@ def _usage(base: str | None, model_class: str | None, num_labels: int | None) ->
     return f"{code}\n\nPEFT's `PeftModel.from_pretrained` loads it, too."
 
 
-# --- whose card it is --------------------------------------------------------------------------------------------
+# --- whether rankwise wrote a card ---------------------------------------------------------------------------------
 
 
 def signed(text: str) -> str:
-    """A card with the line at its end that tells whether it was changed since."""
+    """Append the line with the checksum, by which later changes are recognized."""
     rest = "change anything above, and it will never be written over"
     return f"{text}\n<!-- rankwise wrote this card ({_checksum(text)}): {rest} -->\n"
 
 
 def is_own(text: str) -> bool:
-    """Whether a card is as rankwise wrote it.
+    """Whether a card is unchanged since rankwise wrote it.
 
     Example:
         >>> card = signed("# An adapter")
@@ -198,18 +198,18 @@ def is_own(text: str) -> bool:
 
 
 def _checksum(text: str) -> str:
-    # Editors and git may change line ends and add one at the end: that is no change of a person's.
+    # Editors and git may change line endings and add one at the end. That does not count as a change.
     return hashlib.sha256("\n".join(text.splitlines()).strip().encode()).hexdigest()[:16]
 
 
 def write_card(folder: Path, text: str) -> bool:
-    """Write a card into a folder, unless it holds one that a person wrote or changed.
+    """Write a card into a folder, unless the folder holds a card that a person wrote or changed.
 
     Returns:
-        Whether it was written.
+        Whether the card was written.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the card can't be written.
     """
     path = folder / CARD_NAME
     if path.exists() or path.is_symlink():

@@ -1,8 +1,8 @@
-"""An adapter cut to a size of your choice, with the least loss that LoRA of that size can have.
+"""Cuts an adapter to a chosen size, with the smallest loss that a LoRA of that size can have.
 
-The update B A of a layer is decomposed exactly without forming it. With A' = Q_A R_A and B = Q_B R_B, two thin QRs, and
-R_B R_A' = U S V', an SVD of rank × rank numbers, its singular vectors are Q_B U and Q_A V. Which directions stay
-is decided over all layers at once, by square per parameter.
+The update B A of a layer is decomposed exactly, without computing the product. Two thin QRs give A' = Q_A R_A and
+B = Q_B R_B. An SVD of a rank × rank matrix gives R_B R_A' = U S V'. The update's singular vectors are then Q_B U and
+Q_A V. The directions to keep are chosen over all layers at once, by squared singular value per parameter.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _COMPANIONS = (".json", ".yaml", ".txt", ".jinja", ".model")
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """What became of one layer.
+    """The result for one layer.
 
     Args:
-        path: its path in the model.
-        rank: its rank, 0 included.
-        rank_before: its rank before.
-        parameters: numbers in its factors.
-        lost: the share of its update's squared norm that is gone, from 0 to 1.
+        path: the layer's path in the model.
+        rank: the layer's new rank, at least 0.
+        rank_before: the layer's rank before.
+        parameters: the number of parameters in its new factors.
+        lost: the lost share of the squared norm of its update, from 0 to 1.
     """
 
     path: str
@@ -55,13 +55,13 @@ class CompressedLayer:
 
 @dataclass(frozen=True)
 class Compression:
-    """What an adapter is cut to, and what that loses.
+    """The size of a compressed adapter, and what the compression loses.
 
     Args:
         layers: one entry for each layer.
-        parameters: numbers in the factors of all layers.
-        parameters_before: the same, before.
-        lost: the share of the squared norm of all updates that is gone, from 0 to 1.
+        parameters: the number of parameters in the factors of all layers.
+        parameters_before: the same number before the compression.
+        lost: the lost share of the squared norm of all updates, from 0 to 1.
     """
 
     layers: Sequence[CompressedLayer]
@@ -70,7 +70,7 @@ class Compression:
     lost: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Return everything as plain data."""
         return asdict(self)
 
 
@@ -78,11 +78,11 @@ class Spectra:
     """The singular values and vectors of all updates of an adapter.
 
     Args:
-        updates: as `read_updates` gives them.
+        updates: the updates, as `read_updates` returns them.
 
     Raises:
-        ValueError: a layer is a grouped convolution in LoRA's layout or holds NaN or infinite values, or no update has
-            anything in it.
+        ValueError: a layer is a grouped convolution in LoRA's layout or holds NaN or infinite values, or all updates
+            are 0.
     """
 
     def __init__(self, updates: Updates) -> None:
@@ -93,13 +93,13 @@ class Spectra:
         for path, update in updates.layers.items():
             if update.grouped:
                 raise ValueError(
-                    f"{updates.source}: {path!r} is a grouped convolution, whose LoRA is no change of its weight, so "
-                    "that it has no singular values. Train such adapters without that layer."
+                    f"{updates.source}: {path!r} is a grouped convolution, whose LoRA is not a change of its weight, "
+                    "so it has no singular values. Train such adapters without that layer."
                 )
             for name, factor in (("A", update.A), ("B", update.B)):
                 check_finite(updates.source, f"lora_{name} of {path!r}", factor)
             self._factors[path], found[path] = principal(update)
-        # Only shares count, and squares of numbers of at most 1 don't overflow.
+        # Only shares matter. Squares of numbers up to 1 don't overflow.
         unit = max((float(singular.max()) for singular in found.values() if len(singular)), default=0.0)
         if not unit:
             raise ValueError(f"{updates.source} changes nothing: all its updates are 0.")
@@ -111,7 +111,7 @@ class Spectra:
         """The rank of each layer for one of three goals; see `compress_adapter`.
 
         Raises:
-            TypeError, ValueError: not just one goal, or one out of range.
+            TypeError, ValueError: not exactly one goal is given, or it is out of range.
         """
         if sum(goal is not None for goal in (rank, parameters, keep)) != 1:
             raise ValueError("Give one of `rank`, `parameters` and `keep`.")
@@ -138,7 +138,7 @@ class Spectra:
         return ranks
 
     def compression(self, ranks: Mapping[str, int]) -> Compression:
-        """What these ranks lose."""
+        """Compute the sizes and losses for these ranks."""
         layers = [
             CompressedLayer(
                 path, rank, self.updates.layers[path].rank, rank * self.widths[path], self._lost(path, rank)
@@ -154,7 +154,7 @@ class Spectra:
         )
 
     def cut(self, ranks: Mapping[str, int]) -> dict[str, Update]:
-        """The updates of the layers that keep a rank, cut to it."""
+        """Cut the updates to these ranks. Layers at rank 0 are left out."""
         cut = {}
         for path, rank in ranks.items():
             if rank:
@@ -163,7 +163,7 @@ class Spectra:
         return cut
 
     def curve(self) -> list[Compression]:
-        """What average ranks from 1 to the present one would lose, in steps of at most a third."""
+        """Compute the loss at average ranks from 1 to the present one, in steps of at most a third."""
         most = sum(update.parameters for update in self.updates.layers.values()) / sum(self.widths.values())
         points, rank = [], 1
         while rank < most:
@@ -187,31 +187,32 @@ def compress_adapter(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Compression:
-    """Cut a LoRA or AdaLoRA adapter to a size, and write it as plain LoRA with a rank for each layer.
+    """Cut a LoRA or AdaLoRA adapter to a size, and write it as plain LoRA with its own rank for each layer.
 
-    What stays of each layer is the best approximation of its rank, and the ranks are chosen over all layers together.
-    Biases and modules saved whole are written as they are, and what lies beside the adapter to use it with (tokenizer,
-    labels, recipe) goes along. Give one of ``rank``, ``parameters`` and ``keep``.
+    Each layer keeps the best approximation of its update at its new rank. Ranks are chosen over all layers together.
+    Biases and modules that were saved whole are written unchanged. Other files that the adapter is used with
+    (tokenizer, labels, recipe) are copied. Give exactly one of ``rank``, ``parameters`` and ``keep``.
 
     Args:
-        save_directory: the folder to write; made if need be.
+        save_directory: the folder to write. It is created if it does not exist.
         adapter: an adapted model, or an adapter folder that rankwise or PEFT wrote.
-        rank: as many parameters as LoRA of this rank has in all layers of the adapter, greater than 0. A layer that has
-            ended at rank 0 in the default form is none of them.
-        parameters: at most so many numbers in the factors.
-        keep: the share of the squared norm of all updates to keep, in (0, 1], with as few parameters as that takes.
-        adapter_name: which adapter of the model.
-        dtype: of the written factors, such as ``torch.bfloat16``; as they are if None.
-        overwrite: replace what is in ``save_directory``.
+        rank: a rank greater than 0. The result has at most as many parameters as LoRA of this rank in all layers of the
+            adapter. Layers that the default form has cut to rank 0 do not count.
+        parameters: the largest number of parameters in the factors, at least 1.
+        keep: the share of the squared norm of all updates to keep, in (0, 1]. It is reached with as few parameters as
+            possible.
+        adapter_name: the adapter's name in the model.
+        dtype: the dtype of the written factors, such as ``torch.bfloat16``. By default they keep their own.
+        overwrite: whether to replace the contents of ``save_directory``.
 
     Returns:
-        The rank of every layer and what is lost.
+        The rank of every layer, and what was lost.
 
     Raises:
-        FileNotFoundError: there is no such adapter folder.
-        FileExistsError: ``save_directory`` has something in it, and ``overwrite`` is False.
+        FileNotFoundError: the adapter folder does not exist.
+        FileExistsError: ``save_directory`` is not empty, and ``overwrite`` is False.
         TypeError, ValueError: the goal or the adapter can't be used.
-        OSError: it can't be written; what was there before is whole.
+        OSError: the folder can't be written. Its previous contents are then unchanged.
 
     Example:
         >>> import tempfile, torch, rankwise as rw
@@ -235,20 +236,30 @@ def compress_adapter(
 def compression_curve(
     adapter: PeftModel | str | os.PathLike[str], adapter_name: str = "default"
 ) -> list[Compression]:
-    """What `compress_adapter` would lose at sizes up to the present one; nothing is written.
+    """Compute what `compress_adapter` would lose at sizes up to the present one. Nothing is written.
 
     Args:
         adapter: an adapted model, or an adapter folder that rankwise or PEFT wrote.
-        adapter_name: which adapter of the model.
+        adapter_name: the adapter's name in the model.
+
+    Returns:
+        One entry for each average rank from 1 to the present one, in steps of at most a third.
 
     Raises:
-        FileNotFoundError, ValueError: as `compress_adapter`.
+        FileNotFoundError, ValueError: as in `compress_adapter`.
+
+    Example:
+        >>> import torch, rankwise as rw
+        >>> config = rw.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        >>> model = rw.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), config)
+        >>> [point.parameters for point in rw.compression_curve(model)]
+        [16, 32, 48, 64]
     """
     return Spectra(read_updates(adapter, adapter_name)).curve()
 
 
 def _companions(folder: Path) -> list[Path]:
-    """The files beside an adapter that it is used with, and not those that tell of its training."""
+    """The files in an adapter folder that the adapter is used with, without those that describe its training."""
     return [
         path
         for path in folder.iterdir()
@@ -257,16 +268,16 @@ def _companions(folder: Path) -> list[Path]:
 
 
 def principal(update: Update) -> tuple[Update, Tensor]:
-    """The same update with its singular directions as rows of A and columns of B, the largest first.
+    """Rewrite an update with its singular directions as rows of A and columns of B, the largest first.
 
-    Both factors carry the square root of the singular values, so that neither is much larger than the other.
+    Both factors carry the square roots of the singular values, so that they have similar sizes.
 
     Args:
-        update: of rank r.
+        update: the update of a layer, of rank r.
 
     Returns:
-        The update, in its dtype, of as many directions as have anything in them, and their singular values, float64, at
-        most its largest number.
+        The rewritten update, in its dtype, with one rank for each nonzero singular value; and the singular values,
+        float64, capped at the largest finite number.
 
     Example:
         >>> from rankwise.adapters import adapters_for
@@ -275,7 +286,7 @@ def principal(update: Update) -> tuple[Update, Tensor]:
         >>> singular.tolist(), (update.B @ update.A).abs().tolist()
         ([4.0, 3.0], [[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
     """
-    # In double precision, as what is small beside the largest direction is what the cut is about.
+    # Double precision, because the cut depends on directions that are small relative to the largest.
     A, B = update.A.double(), update.B.double()
     power_A, power_B = (power_below(largest(each, (0, 1))).flatten() for each in (A, B))
     Q_A, R_A = torch.linalg.qr(A.T / power_A)

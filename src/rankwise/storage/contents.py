@@ -1,6 +1,6 @@
-"""The tensors of an adapter's file by what they are for, as far as their names and shapes tell.
+"""Sorts the tensors of an adapter's file by purpose, as far as their names and shapes tell it.
 
-This much is read of a header alone, in which tensors have no values, and of tensors that are loaded.
+This works on a file's header, in which tensors have no values, and on loaded tensors.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _RAW = re.compile(r".+\.lora_(embedding_)?[ABE]\.(?!weight$|bias$)[^.]+(\.weight
 
 
 class Shaped(Protocol):
-    """A tensor, or what a file's header tells of one."""
+    """A tensor, or its entry in a file's header."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """How long each of its dimensions is."""
+        """The lengths of the dimensions."""
 
 
 T = TypeVar("T", bound=Shaped)
@@ -30,12 +30,12 @@ T = TypeVar("T", bound=Shaped)
 
 @dataclass
 class Contents(Generic[T]):
-    """A file's tensors by what they are for.
+    """The tensors of a file by purpose.
 
     Args:
-        factors: of each layer by path, as ``{"A": …, "B": …, "E": …}``.
-        others: biases, modules saved whole and anything else, by name.
-        kinds: what the names of its factors tell of a layer's kind, by path.
+        factors: the factors of each layer, by path, as ``{"A": …, "B": …, "E": …}``.
+        others: biases, modules saved whole and all other tensors, by name.
+        kinds: the kind of each layer, by path, as the names of its factors tell it.
     """
 
     factors: dict[str, dict[str, T]] = field(default_factory=dict)
@@ -44,10 +44,10 @@ class Contents(Generic[T]):
 
 
 def sort_by_use(source: str, tensors: Mapping[str, T]) -> Contents[T]:
-    """Tensors under PEFT's names, sorted; ``source`` is where they come from.
+    """Sort tensors with PEFT's names; ``source`` names their origin in messages.
 
     Raises:
-        ValueError: they are those of a running model, or some are there twice.
+        ValueError: the tensors are the state of a running model, or a factor occurs twice.
     """
     contents: Contents[T] = Contents()
     for key, tensor in tensors.items():
@@ -65,16 +65,16 @@ def sort_by_use(source: str, tensors: Mapping[str, T]) -> Contents[T]:
         if found.factor in own:
             raise ValueError(f"{source} holds lora_{found.factor} of {found.path!r} twice.")
         own[found.factor] = tensor
-        if found.factor != "E":  # every kind calls it alike
+        if found.factor != "E":  # the name of E is the same for every kind
             contents.kinds[found.path] = found.kind
     return contents
 
 
 def check_complete(source: str, config: str, peft_type: str, factors: Mapping[str, Mapping[str, T]]) -> None:
-    """See that each layer has the factors of the method that the file ``config`` names.
+    """Check that each layer has all factors of the method that the file ``config`` names.
 
     Raises:
-        ValueError: one has not.
+        ValueError: a layer lacks a factor or has one too many.
     """
     wanted = {"A", "B", "E"} if peft_type == "ADALORA" else {"A", "B"}
     with_e = sum("E" in own for own in factors.values())
@@ -93,16 +93,16 @@ def check_complete(source: str, config: str, peft_type: str, factors: Mapping[st
 
 
 def common_rank(source: str, path: str, factors: Mapping[str, T], kind: type[AdapterLayer]) -> int:
-    """The rank of a layer, which its factors share: A is (r, ...), B is (d_out, r, ...), E is (r, 1).
+    """The rank that a layer's factors share: A is (r, ...), B is (d_out, r, ...), E is (r, 1).
 
     Args:
-        source: the file.
-        path: of the layer.
-        factors: of the layer.
-        kind: of the layer, as far as the names of its factors tell it.
+        source: the file's name, for messages.
+        path: the layer's path.
+        factors: the layer's factors.
+        kind: the layer's kind, as far as the names of its factors tell it.
 
     Raises:
-        ValueError: a factor has a shape of none, or they have different ranks.
+        ValueError: a factor has an impossible shape, or the factors' ranks differ.
     """
     alike = (each for each in KINDS if each.file_prefix == kind.file_prefix)
     matrices = "E" in factors or all(each.file_dims == 2 for each in alike)
@@ -113,7 +113,9 @@ def common_rank(source: str, path: str, factors: Mapping[str, T], kind: type[Ada
                 "which no factor has."
             )
     rank, columns = factors["A"].shape[0], factors["B"].shape[1]
-    grouped = "E" not in factors and columns > 0 and rank % columns == 0  # r / groups of a convolution
+    grouped = (
+        "E" not in factors and columns > 0 and rank % columns == 0
+    )  # a convolution's B has r / groups columns
     if (columns != rank and not grouped) or ("E" in factors and factors["E"].shape[0] != rank):
         said = ", ".join(f"lora_{name} {tuple(factors[name].shape)}" for name in sorted(factors))
         raise ValueError(
@@ -124,10 +126,10 @@ def common_rank(source: str, path: str, factors: Mapping[str, T], kind: type[Ada
 
 
 def check_pattern_names(source: str, pattern: Iterable[str], factors: Mapping[str, Mapping[str, T]]) -> None:
-    """See that a file has tensors of all layers that ``rank_pattern`` names.
+    """Check that a file has tensors for all layers that ``rank_pattern`` names.
 
     Raises:
-        ValueError: it has none of one.
+        ValueError: a layer has no tensors.
     """
     missing = sorted(set(pattern) - set(factors))
     if missing:

@@ -1,8 +1,8 @@
-"""Folders that earlier versions wrote of AdaLoRA in its default form.
+"""Reads folders of AdaLoRA's default form that earlier versions wrote.
 
-They are in PEFT's AdaLoRA format. E is frozen in them: 0 for ranks that are cut and a number that
-multiplies the scale for the others. Reading them makes plain LoRA of them, as this version writes it. The state of an
-unfinished run is changed in the same way.
+They are in PEFT's AdaLoRA format. Their E is frozen: 0 for ranks that were cut, and for the others a number that
+multiplies the scale. They are converted to plain LoRA, as this version writes it. The state of an unfinished run is
+converted in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rankwise.storage.nesting import nested_paths
 
 
 def as_plain_lora(file: AdapterFile) -> AdapterFile:
-    """A folder of AdaLoRA's default form with E, as plain LoRA, and the state of its run without E.
+    """Convert a folder of AdaLoRA's default form with E to plain LoRA, and the state of its run to one without E.
 
     Raises:
         ValueError: the state of the run is broken.
@@ -53,7 +53,7 @@ def as_plain_lora(file: AdapterFile) -> AdapterFile:
 
 
 def _matrices(file: AdapterFile, path: str, config: AdaLoraConfig) -> list[Update]:
-    """The update of each of a layer's matrices, of the ranks whose gate is open."""
+    """The update of each of a layer's matrices, with the ranks whose gate is not 0."""
     A, E, B = (file.factors[path][key] for key in ("A", "E", "B"))
     matrices = matrices_of(file, path)
     B, scale = _folded(B, E, config)
@@ -65,7 +65,7 @@ def _matrices(file: AdapterFile, path: str, config: AdaLoraConfig) -> list[Updat
 
 
 def _folded(B: Tensor, E: Tensor, config: AdaLoraConfig) -> tuple[Tensor, float]:
-    """B with E in it but for the layer's largest gate, which is in the scale that comes with it."""
+    """Multiply E into B, except for the layer's largest gate, which is returned in the scale."""
     gates = E.flatten()
     largest = float(gates.abs().max()) if len(gates) else 0.0
     scale = adalora_scale(config.lora_alpha, config.init_r) * (largest or 1.0)
@@ -76,7 +76,7 @@ def _folded(B: Tensor, E: Tensor, config: AdaLoraConfig) -> tuple[Tensor, float]
 
 
 def _run_config(file: AdapterFile) -> AdaLoraConfig:
-    """The configuration that the run goes on with."""
+    """The configuration with which the run continues."""
     packed = (file.training or {}).get(EXTRA_STATE)
     if packed is None:
         raise ValueError(f"{file.training_source} lacks {EXTRA_STATE!r}.")
@@ -95,7 +95,7 @@ def _run_config(file: AdapterFile) -> AdaLoraConfig:
 def _without_E(
     training: dict[str, Tensor], config: AdaLoraConfig
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The tensors of a run's state without E, with 0 in A and B where a gate was shut; and each layer's scale."""
+    """The state of a run without E, with 0 in A and B where the gate was 0; and the scale of each layer."""
     changed, scales = dict(training), {}
     for name, E in training.items():
         path, found, _ = name.rpartition(".lora_E")

@@ -1,4 +1,4 @@
-"""Which of the base's embeddings an adapter's file holds: those without which it would not mean the same again."""
+"""Decides which of the base model's embeddings an adapter's file must hold to be complete."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from rankwise.attach.targets import own_modules
 
 
 def embedding_keys(model: nn.Module, adapter: str, save: bool | str) -> dict[str, str]:
-    """The base parameters of input and output embeddings that belong in an adapter's file, and their names there.
+    """The parameters of input and output embeddings that belong in an adapter's file, with their names there.
 
-    Modules in ``modules_to_save`` are not among them: the file has the adapter's own copies of these.
+    Modules in ``modules_to_save`` are left out: the file has the adapter's own copies of these.
 
     Args:
-        model: the adapted model; no parameters are found if none in it says what its embeddings are.
-        adapter: one of its adapters.
-        save: True for all embeddings, False for none. "auto" for those that the adapter adapts, and for all if the
-            vocabulary is of another size than in the checkpoint that the base was loaded from.
+        model: the adapted model. A model that does not declare its embeddings gives no parameters.
+        adapter: the name of one of its adapters.
+        save: True for all embeddings, False for none. "auto" selects the adapted ones, or all if the vocabulary's
+            size differs from that in the base's checkpoint.
 
     Raises:
-        ValueError: ``save`` is something else.
+        ValueError: ``save`` has another value.
 
     Warns:
         UserWarning: "auto" has found a vocabulary that was resized.
@@ -34,7 +34,7 @@ def embedding_keys(model: nn.Module, adapter: str, save: bool | str) -> dict[str
         raise ValueError(f"`save_embedding_layers` must be True, False or 'auto', but is {save!r}.")
     if save is False:
         return {}
-    # An adapted layer that takes in pictures or sound is no vocabulary: its base weight is the base's.
+    # An adapted input layer for pictures or sound is not a vocabulary: its weight stays in the base model alone.
     inputs, outputs = list(input_embeddings(model)), list(output_embeddings(model))
     sizes = resized_vocabulary(model) if save == "auto" else None
     if sizes is not None:

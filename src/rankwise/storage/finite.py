@@ -1,4 +1,4 @@
-"""What is not written: adapters with NaN or infinite values, and numbers that a smaller dtype can't hold."""
+"""Refuses to write adapters with NaN or infinite values, and numbers that overflow a smaller dtype."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _SMALL = {torch.float16: "torch.bfloat16 or torch.float32"}
 
 
 class NotFiniteError(ValueError):
-    """What is to be saved holds NaN or infinite values."""
+    """An adapter that was to be saved holds NaN or infinite values."""
 
 
 def refuse_broken(folder: Path, model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to save NaN and infinite values, which no loader takes, other than in buffers of whole modules.
+    """Refuse to save NaN and infinite values, except in buffers of whole modules.
 
-    A checkpoint folder that a trainer has just made for this save, and that is empty, goes: otherwise the run would be
-    resumed from it.
+    If a trainer has just created an empty checkpoint folder for this save, the folder is removed. Otherwise the run
+    would be resumed from it.
 
     Args:
-        folder: where the adapter was to be saved.
+        folder: the folder to save the adapter in.
         model: the adapted model.
         adapter: the adapter's name.
-        tensors: all that is to be saved, by name in the file.
+        tensors: all tensors to save, by name in the file.
 
     Raises:
-        NotFiniteError: there are some; the message names the tensor and the last checkpoint that is finite.
+        NotFiniteError: a tensor holds such values. The message names it, and the last checkpoint that is finite.
     """
     may = _own_buffers(model, adapter)
     broken = next(
@@ -48,42 +48,42 @@ def refuse_broken(folder: Path, model: nn.Module, adapter: str, tensors: Mapping
     if broken is None:
         return
     if checkpoint_step(folder) is not None:
-        with contextlib.suppress(OSError):  # it is not empty, or not there
+        with contextlib.suppress(OSError):  # not empty, or missing
             folder.rmdir()
     last = last_finite(folder)
     if last is None:
-        mend = "There is no earlier checkpoint beside it. Train again with a lower learning rate."
+        mend = "There is no earlier checkpoint. Train again with a lower learning rate."
     else:
         mend = (
             f"The last one without such values is {str(last)!r}: go on from there with a lower learning rate."
         )
     raise NotFiniteError(
         f"The adapter {adapter!r} is not saved to {str(folder)!r}, where nothing has changed: "
-        f"{broken.removeprefix(PREFIX)!r} holds NaN or infinite values. The run has diverged, and training on is no "
-        f"use. {mend}"
+        f"{broken.removeprefix(PREFIX)!r} holds NaN or infinite values. The run has diverged, and more training does "
+        f"not help. {mend}"
     )
 
 
 def _own_buffers(model: nn.Module, adapter: str) -> set[str]:
-    """What files call the buffers that are not rankwise's: they may hold infinities, such as those of a mask."""
+    """The names in files of the buffers that are not rankwise's. They may hold infinities, as a mask does."""
     names = {plain_name(name) for name, _ in model.named_buffers()} - set(BUFFERS)
     inside = f".modules_to_save.{adapter}."
     return names | {name.replace(inside, other) for name in names for other in (".", ".modules_to_save.")}
 
 
 def last_finite(folder: Path) -> Path | None:
-    """The newest adapter at or near ``folder`` that can be read and has neither NaN nor infinite values.
+    """The newest adapter at or near ``folder`` that can be read and holds no NaN or infinite values.
 
-    Of a checkpoint folder, ``…/checkpoint-500``, these are the checkpoints beside it; of another folder, what is in it
-    and the checkpoints in it. None if there is none.
+    For a checkpoint folder, such as ``…/checkpoint-500``, the checkpoints in its parent folder are tried. For another
+    folder, the folder itself and the checkpoints in it are tried. The result is None if no adapter qualifies.
     """
     return next((each for each in _near(folder) if holds_finite_adapter(each)), None)
 
 
 def holds_finite_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter that can be read, without NaN and infinite values."""
+    """Whether a folder holds an adapter that can be read and has no NaN or infinite values."""
     names = [each for each in _subfolders(folder) if checkpoint_step(each) is None]
-    for place in (folder, *names):  # "default" is in the folder itself
+    for place in (folder, *names):  # the adapter "default" is in the folder itself
         path = place / WEIGHTS_NAME
         if path.is_file():
             try:
@@ -95,14 +95,16 @@ def holds_finite_adapter(folder: Path) -> bool:
 
 
 def _is_broken(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor of a file can't be right; a head's may hold infinities, such as those of a mask."""
+    """Whether a tensor of a file must be wrong. A head may hold infinities, as a mask does."""
     if "lora_" in name:
         return not is_finite(tensor)
     return tensor.is_floating_point() and bool(tensor.isnan().any())
 
 
 def _near(folder: Path) -> Iterator[Path]:
-    own = folder if checkpoint_step(folder.parent) is None else folder.parent  # of an adapter with a name
+    own = (
+        folder if checkpoint_step(folder.parent) is None else folder.parent
+    )  # a named adapter is in a subfolder
     if checkpoint_step(own) is None:
         yield own
         yield from _checkpoints(own)
@@ -124,16 +126,16 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A factor in the dtype in which it is written.
+    """Convert a factor to the dtype in which it is written.
 
     Args:
-        name: what it is called in messages.
-        tensor: floating point.
-        dtype: None for its own.
+        name: the factor's name in messages.
+        tensor: the factor, floating point.
+        dtype: the dtype to write; by default the factor's own.
 
     Raises:
-        ValueError: it holds NaN or infinite values, ``dtype`` is no floating-point dtype, or it is too small for a
-            number of the tensor, or for all of them.
+        ValueError: the factor holds NaN or infinite values, or ``dtype`` is not a floating-point dtype, can't hold one
+            of the numbers, or would turn all of them into 0.
 
     Example:
         >>> converted("lora_B of 'q'", torch.tensor([1.0, 70000.0]), torch.float16)
@@ -161,10 +163,11 @@ another. Write it with dtype torch.bfloat16 or torch.float32.
 
 
 def refuse_overflow(name: str, tensor: Tensor, made: Tensor) -> None:
-    """Refuse ``made``, which is ``tensor`` in another dtype, if a finite number is beyond what that can hold.
+    """Refuse ``made``, which is ``tensor`` in another dtype, if a finite number is out of that dtype's range.
 
     Raises:
-        ValueError: one is. Most dtypes have made it infinite, and those of one byte their largest number.
+        ValueError: a number is out of range. Most dtypes turn it into infinity, those of one byte into their largest
+            number.
     """
     if not (tensor.is_floating_point() and made.is_floating_point()):
         return
@@ -172,7 +175,7 @@ def refuse_overflow(name: str, tensor: Tensor, made: Tensor) -> None:
     if info.max >= torch.finfo(tensor.dtype).max:
         return
     usual = wide[wide.isfinite()]
-    # Numbers of up to half a step beyond the end are rounded to it.
+    # Numbers up to half a step beyond the end of the range are rounded to it.
     if usual.numel() and _largest(usual) > info.max * (1 + info.eps / 4):
         raise ValueError(
             f"{name} has the number {_largest(usual):.3g}, but {_short(made.dtype)} ends at {info.max:.3g}, so that it "
@@ -181,7 +184,7 @@ def refuse_overflow(name: str, tensor: Tensor, made: Tensor) -> None:
 
 
 def near(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Finite values in ``dtype``, or in float32 if ``dtype`` can't hold them.
+    """Convert finite values to ``dtype``, or to float32 if ``dtype`` can't hold them.
 
     Example:
         >>> [near(torch.tensor(value), torch.float16).dtype for value in (60000.0, 70000.0)]

@@ -1,4 +1,4 @@
-"""Whether the content of an adapter folder fits a model, which stays as it is."""
+"""Checks whether the contents of an adapter folder fit a model. The model does not change."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from rankwise.storage.nesting import by_owner
 _DOUBLES = (
     "original_module.",
     "modules_to_save.",
-)  # the biases of whole modules, again, by PEFT's bias="all"
+)  # with PEFT's bias="all", the biases of whole modules are stored a second time
 
 
 def fit_all(
     model: nn.Module, file: AdapterFile, config: LoraConfig, all_parameters: bool = False
 ) -> tuple[dict[str, Factors], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Layers, modules saved whole and single parameters of the file, all checked to fit the model."""
+    """The layers, modules saved whole and single parameters in the file. All have been checked to fit the model."""
     modules = {plain_name(path): module for path, module in own_modules(model).items()}
     modules |= _slots(model, config, file)
     _check_all_layers(model, config, file)
@@ -63,14 +63,14 @@ def fit_all(
 
 
 def with_all_heads(config: LoraConfig, heads: Iterable[str]) -> LoraConfig:
-    """The configuration with what PEFT's file holds of modules that only end like the names in it."""
+    """Name further modules to save: PEFT's file also holds modules whose paths only end like the configured names."""
     names = config.modules_to_save or []
     more = [path for path in heads if not matcher(names)(path)]
     return replace(config, modules_to_save=[*names, *more]) if more else config
 
 
 def _slots(model: nn.Module, config: LoraConfig, file: AdapterFile) -> dict[str, nn.Module]:
-    """The adapted parameters' slots by path; the file's factors get these paths."""
+    """The slots of the adapted parameters, by path. The file's factors are moved to these paths."""
     if not config.target_parameters:
         return {}
     try:
@@ -90,7 +90,7 @@ def _fit_rest(
     file: AdapterFile,
     config: LoraConfig | None,
 ) -> None:
-    """Check single parameters: biases if ``config`` trains them, embeddings; any if there is no ``config``."""
+    """Check single parameters: biases that ``config`` trains, and embeddings; any parameters without ``config``."""
     own = {plain_name(name): value for name, value in model.named_parameters(remove_duplicate=False)}
     embeddings = {id(module) for find in (input_embeddings, output_embeddings) for module in find(model)}
     for name, tensor in rest.items():
@@ -114,12 +114,12 @@ def _fit_rest(
 
 
 def _check_all_layers(model: nn.Module, config: LoraConfig, file: AdapterFile) -> None:
-    """Refuse a file that lacks one of the layers that `target_modules` means, where that can be told."""
+    """Refuse a file that lacks a layer that `target_modules` selects, if these layers can be determined."""
     if config.target_modules is None:
         return
     try:
         targets = find_targets(model, replace(config, inference_mode=True))
-    except (TypeError, ValueError):  # some of its layers can't be adapted: the file says which were
+    except (TypeError, ValueError):  # some selected layers can't be adapted: the file tells which ones were
         return
     for path in map(plain_name, targets):
         if path not in file.factors:
@@ -135,7 +135,7 @@ def _check_all_heads(
     heads: Mapping[str, Any],
     file: AdapterFile,
 ) -> None:
-    """Refuse a file that lacks one of the modules in `modules_to_save`: a head that is not trained tells nothing."""
+    """Refuse a file that lacks a module in `modules_to_save`, because an untrained head is useless."""
     named = [name for name in config.modules_to_save or () if any(map(matcher([name]), modules))]
     wanted = (
         modules_to_save_paths(model, replace(config, modules_to_save=named, task_type=None)) if named else ()
@@ -163,7 +163,7 @@ def _fit(
     mixin = adapters_for(layer)
     if mixin is None:
         raise ValueError(
-            f"{file.source} adapts {path!r}, but here it is a {type(layer).__name__}, which can't be."
+            f"{file.source} adapts {path!r}, but here it is a {type(layer).__name__}, which can't be adapted."
         )
     adalora = isinstance(config, AdaLoraConfig)
     found = dict(factors)
@@ -185,16 +185,16 @@ def _fit(
     shape_A, shape_B = mixin.factor_shapes(layer, rank, adalora)
     if adalora and matrices > 1:
         _check_stack(file, path, matrices, config)
-    if adalora:  # cut to the triplets that stay
+    if adalora:  # the file holds only the triplets that were kept
         shape_A, shape_B = (rows, shape_A[1]), (shape_B[0], rows)
     shapes = {"A": shape_A, "B": shape_B, "E": (rows, 1)}
     for name, tensor in found.items():
         if tensor.shape != shapes[name]:
             raise ValueError(_shape_message(file, f"{path}.lora_{name}", tensor, shapes[name]))
-    # Copies: what was read may still lie in the file, which somebody may change.
+    # Copies, because the tensors may share memory with the file, which may be changed.
     options = {**factor_options(layer), "copy": True}
     made = {name: tensor.to(**options) for name, tensor in found.items()}
-    for name, tensor in made.items():  # again: a number may have been too large for the dtype
+    for name, tensor in made.items():  # checked again: a number may overflow the new dtype
         if tensor.dtype != factors[name].dtype:
             check_finite(file.source, f"{path}.lora_{name}", tensor)
     return Factors(made["A"], made["B"], made.get("E"), scale)
@@ -247,7 +247,7 @@ def _fit_head(module: nn.Module, path: str, tensors: Mapping[str, Tensor], file:
             raise ValueError(
                 f"{file.source}: {path}.{key} is {tensor.dtype}, but the model has {own[key].dtype}."
             )
-        if key in parameters:  # a buffer may hold infinities, such as a mask
+        if key in parameters:  # a buffer may hold infinities, as a mask does
             check_finite(file.source, f"{path}.{key}", tensor.to(own[key].dtype))
 
 

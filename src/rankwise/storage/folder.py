@@ -1,4 +1,4 @@
-"""What an adapter folder is, and its configuration as it stands in it."""
+"""Recognizes adapter folders, and reads their configuration as it is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rankwise.storage.names import PICKLE_NAME, WEIGHTS_NAME
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no adapter folder, and say what it is instead.
+    """Refuse a folder without an adapter, and say what it holds instead.
 
     Raises:
-        FileNotFoundError: it does not exist, is a file, or has no ``adapter_config.json``.
+        FileNotFoundError: the folder does not exist, is a file, or has no ``adapter_config.json``.
     """
     if folder.is_file():
         raise FileNotFoundError(f"{folder} is a file, and an adapter is a folder. {_instead(folder)}")
@@ -34,18 +34,18 @@ def check_folder(folder: Path) -> None:
     inside.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
     if inside:
         raise FileNotFoundError(
-            f"{folder} is no adapter folder itself: it has no {CONFIG_NAME}, but {', '.join(inside)} in it "
+            f"{folder} is not an adapter folder itself: it has no {CONFIG_NAME}, but {', '.join(inside)} in it "
             f"{'has' if len(inside) == 1 else 'have'} one. Give {folder / inside[-1]}."
         )
     if (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds a whole model, not an adapter: it has config.json, but no {CONFIG_NAME}."
         )
-    raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG_NAME}.")
+    raise FileNotFoundError(f"{folder} is not an adapter folder: it has no {CONFIG_NAME}.")
 
 
 def _instead(file: Path) -> str:
-    """Which folder may be meant by a file."""
+    """Name the folder that the user may have meant by a file."""
     if (file.parent / CONFIG_NAME).is_file():
         return f"Give the folder that the file lies in: {file.parent}."
     if file.suffix.lower() in (".yaml", ".yml"):
@@ -54,22 +54,22 @@ def _instead(file: Path) -> str:
 
 
 def holds(folder: Path, name: str) -> bool:
-    """Whether a folder has this file.
+    """Whether a folder has a file of this name.
 
     Raises:
-        ValueError: what has its name is something else.
+        ValueError: the name belongs to something other than a file.
     """
     path = folder / name
     if os.path.lexists(path) and not path.is_file():
-        raise ValueError(f"{path} should be a file, but is a folder, a device or a link that leads nowhere.")
+        raise ValueError(f"{path} should be a file, but is a folder, a device or a broken link.")
     return path.is_file()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of ``adapter_config.json``, as it is: fields that rankwise doesn't know stay.
+    """Read ``adapter_config.json`` as it is. Fields that rankwise does not know are kept.
 
     Raises:
-        ValueError: it is broken, or of a kind of adapter that has no ranks.
+        ValueError: the file is broken, or its kind of adapter has no ranks.
     """
     path = folder / CONFIG_NAME
     config = read_json(path)

@@ -1,6 +1,6 @@
-"""An adapter as a plain LoRA folder has it: its configuration, and its tensors under PEFT's names.
+"""Lays an adapter out as a plain LoRA folder: its configuration, and its tensors under PEFT's names.
 
-The default form of AdaLoRA is saved so, and all exports are written so.
+AdaLoRA's default form is saved in this layout, and so are all exports.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rankwise.storage.finite import converted
 from rankwise.storage.names import PREFIX
 from rankwise.storage.nesting import by_owner, named_by_targets, nested_paths
 
-_KEPT_EXTRA = ("auto_mapping",)  # says which class the base model has
-_LITERAL = re.compile(r"[\w.\-]+")  # paths that mean themselves as expressions
+_KEPT_EXTRA = ("auto_mapping",)  # names the base model's class
+_LITERAL = re.compile(r"[\w.\-]+")  # paths that match only themselves as expressions
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Update:
 
     Args:
         A: (rank, d_in); for a grouped convolution in LoRA's layout (rank, all channels * height * width).
-        B: (d_out, rank), or (d_out, rank / groups) for a grouped convolution in LoRA's layout.
-        kind: of layer, which knows how a file names the factors. An embedding has d_in entries.
-        kernel: height and width of a convolution, whose d_in is channels * height * width.
-        scale: what B A is multiplied by.
+        B: (d_out, rank); for a grouped convolution in LoRA's layout (d_out, rank / groups).
+        kind: the kind of layer, which knows the factors' names in a file. For an embedding, d_in is the number of
+            entries.
+        kernel: the height and width of a convolution's kernel; its d_in is channels * height * width.
+        scale: the number that multiplies B A.
     """
 
     A: Tensor
@@ -48,26 +49,26 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The number of rows of A."""
         return self.A.shape[0]
 
     @property
     def width(self) -> int:
-        """Numbers that one more rank takes: d_in + d_out."""
+        """The number of parameters that each rank has: d_in + d_out."""
         return self.A.shape[1] + self.B.shape[0]
 
     @property
     def parameters(self) -> int:
-        """Numbers in A and B."""
+        """The number of parameters in A and B."""
         return self.A.numel() + self.B.numel()
 
     @property
     def grouped(self) -> bool:
-        """Whether it is a grouped convolution's in LoRA's layout, which is no change B A of a weight."""
+        """Whether it belongs to a grouped convolution in LoRA's layout, where B A is not the change of the weight."""
         return self.B.shape[1] != self.rank
 
     def of_weight(self) -> Update | None:
-        """The same update as a change B A of the layer's weight; None if it is a grouped convolution's, and no such."""
+        """The update as a change B A of the layer's weight; None for a grouped convolution without such a form."""
         if not self.grouped:
             return self
         try:
@@ -76,7 +77,7 @@ class Update:
             return None
 
     def cut(self, rank: int) -> Update:
-        """The first ``rank`` ranks of it."""
+        """The update with its first ``rank`` ranks only."""
         return replace(self, A=self.A[:rank], B=self.B[:, :rank])
 
 
@@ -88,16 +89,16 @@ def plain_lora(
     modules: Iterable[str] | None = (),
     dtype: torch.dtype | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The configuration and the factors of a plain LoRA folder.
+    """Build the configuration and the factors of a plain LoRA folder.
 
     Args:
-        config: of the adapter; its settings are kept.
-        layers: the update of each layer by its path, of ranks from 1.
-        stacks: for each adapted parameter by its path the update of each of its matrices, of which some may have rank
-            0, but not all; in the order in which the parameter's module holds it.
-        left_out: paths of layers and parameters that ``config`` adapts, and the folder doesn't.
-        modules: as for `lora_config`.
-        dtype: of the factors; as they are if None.
+        config: the adapter's configuration. Its settings are kept.
+        layers: the update of each layer, by path, with a rank of at least 1.
+        stacks: the updates of the matrices in each adapted parameter, by path, in the order in which the parameter's
+            module holds its parameters. Some matrices of a parameter may have rank 0, but not all.
+        left_out: the paths of layers and parameters that ``config`` adapts, but the folder does not.
+        modules: see `lora_config`.
+        dtype: the dtype of the factors; by default they keep their own.
 
     Returns:
         The configuration, and the factors by their names in the file.
@@ -121,15 +122,16 @@ def lora_config(
     left_out: Collection[str] = (),
     modules: Iterable[str] | None = (),
 ) -> LoraConfig:
-    """The configuration of LoRA layers of these ranks and scales, with the settings of ``config``.
+    """Build the configuration of LoRA layers with these ranks and scales, and with the settings of ``config``.
 
     Args:
-        config: of the adapter.
-        layers: rank and scale of each layer by its path.
+        config: the adapter's configuration.
+        layers: the rank and the scale of each layer, by path.
         parameters: those of ``layers`` that are parameters, in the order in which their modules hold them.
-        left_out: paths that ``config`` adapts beside ``layers``.
-        modules: paths of the base model's modules, as far as they are known, so that names in ``target_modules`` mean
-            none of them beside ``layers``. None: they are not known, and an expression names the layers.
+        left_out: the paths that ``config`` adapts and ``layers`` lacks.
+        modules: the paths of all modules in the base model, as far as they are known. Names in ``target_modules`` are
+            then chosen so that they match none of them except ``layers``. If None, nothing is known, and a regular
+            expression names the layers.
     """
     plain = [path for path in layers if path not in set(parameters)]
     lost_parameters = {path for path in left_out if _is_parameter(path, config)}
@@ -155,10 +157,10 @@ def lora_config(
 
 
 def ranks_and_alphas(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """``r``, ``lora_alpha`` and their patterns, by which every layer has its rank and its scale.
+    """Choose ``r``, ``lora_alpha`` and their patterns so that every layer gets its rank and its scale.
 
     Args:
-        layers: rank and scale of each layer by its path.
+        layers: the rank and the scale of each layer, by path.
 
     Example:
         >>> found = ranks_and_alphas({"q": (4, 2.0), "k": (1, 2.0), "v": (4, 0.5)})
@@ -181,16 +183,17 @@ def ranks_and_alphas(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """``lora_alpha`` by which a layer of this rank has this scale; a whole number as such."""
+    """The ``lora_alpha`` that gives a layer of this rank this scale; an int if it is a whole number."""
     alpha = scale * rank
     whole = round(alpha)
     return whole if whole and math.isclose(alpha, whole, rel_tol=1e-14) else alpha
 
 
 def _pattern(values: Mapping[str, float], paths: Iterable[str]) -> dict[str, float]:
-    """A pattern that gives each of ``paths`` its value in ``values``, and the others none.
+    """Build a pattern that gives each path in ``values`` its value, and all other ``paths`` none.
 
-    A key is an expression for the end of a path, so a path that is the end of another one must be marked.
+    A key is a regular expression for the end of a path. If a path is also the end of another one, the keys must be
+    anchored.
     """
     ends = by_ends(paths)
     if all(len(ends[path]) == 1 and _LITERAL.fullmatch(path) for path in values):
@@ -199,10 +202,10 @@ def _pattern(values: Mapping[str, float], paths: Iterable[str]) -> dict[str, flo
 
 
 def with_a_rank(layers: Mapping[str, list[Update]]) -> dict[str, list[Update]]:
-    """The layers that have ranks; if none has, the first with a rank of 0, as a LoRA folder holds at least one.
+    """Keep the layers that have ranks. If there are none, keep the first with a rank of zeros: LoRA needs one layer.
 
     Args:
-        layers: the updates of each layer's matrices, by its path.
+        layers: the updates of each layer's matrices, by path.
     """
     acting = {path: matrices for path, matrices in layers.items() if any(each.rank for each in matrices)}
     if not acting:
@@ -215,10 +218,10 @@ def with_a_rank(layers: Mapping[str, list[Update]]) -> dict[str, list[Update]]:
 
 
 def named_tensors(path: str, update: Update, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A layer's factors under PEFT's names and in PEFT's shapes.
+    """Convert a layer's factors to PEFT's names and shapes.
 
     Raises:
-        ValueError: they hold NaN or infinite values, or numbers that ``dtype`` can't hold.
+        ValueError: the factors hold NaN or infinite values, or numbers that ``dtype`` can't hold.
     """
     A = converted(f"lora_A of {path!r}", update.A, dtype)
     B = converted(f"lora_B of {path!r}", update.B, dtype)
@@ -230,13 +233,13 @@ def named_tensors(path: str, update: Update, dtype: torch.dtype | None = None) -
     }
 
 
-# Stacks of matrices, such as experts: in a LoRA file all of one have the largest rank of any.
+# Stacks of matrices, such as experts. In a LoRA file all matrices of a stack have the largest rank among them.
 
 
 def stack_of(matrices: Sequence[Update]) -> Update:
-    """A stack of n matrices as a LoRA file has it: A (n * k, d_in), and B (d_out, k * n), with rank for rank.
+    """Lay n matrices out as a stack in a LoRA file: A is (n * k, d_in), and B is (d_out, k * n), ordered by rank.
 
-    Here k is the largest rank of any of the matrices: those with less are filled up with zeros.
+    Here k is the largest rank among the matrices. Matrices of lower rank are padded with zeros.
     """
     first, rank = matrices[0], max(update.rank for update in matrices)
     A = first.A.new_zeros(len(matrices), rank, first.A.shape[1])
@@ -248,7 +251,7 @@ def stack_of(matrices: Sequence[Update]) -> Update:
 
 
 def in_file_order(config: LoraConfig, stacks: Iterable[str]) -> list[str]:
-    """Paths of adapted parameters, each module's in the order in which it holds them."""
+    """The paths of adapted parameters, sorted within each module as it holds them."""
     names_of = named_by_targets(config.target_parameters or [])
     return [
         path

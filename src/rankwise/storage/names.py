@@ -1,4 +1,4 @@
-"""Names of the files in an adapter folder, and of what is in them."""
+"""Names of the files in an adapter folder, and of their entries."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ TRAINING_STATE_NAME = "training_state.safetensors"
 TRAINING_CONFIG_NAME = "training_config.json"
 OWNED = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, HISTORY_NAME, TRAINING_STATE_NAME, TRAINING_CONFIG_NAME)
 PREFIX = "base_model.model."
-NO_SCHEDULE = (
-    1  # total_step in a file whose run had no length yet; of a run of one step nothing is left to go on
-)
-EXTRA_STATE = "_extra_state"  # PyTorch's key for what `get_extra_state` gives
+NO_SCHEDULE = 1  # total_step in the file of a run of unknown length; a run of one step has nothing to resume
+EXTRA_STATE = "_extra_state"  # PyTorch's key for the result of `get_extra_state`
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """The step in the name that Transformers and others give to a folder to go on from; None for other names.
+    """The step in a checkpoint folder's name, as Transformers and others write it; None for other names.
 
     Example:
         >>> checkpoint_step(Path("out/checkpoint-500")), checkpoint_step(Path("out"))

@@ -1,8 +1,8 @@
-"""How a LoRA file in PEFT's format names the factors of adapted parameters.
+"""The names of adapted parameters' factors in a LoRA file of PEFT's format.
 
-PEFT wraps a module once for every parameter of it that is adapted, in the order in which the module holds them, and
-a wrapper's name is the module's. So with two parameters ``a`` and ``b`` the factors of ``a`` are found at
-``<module>.base_layer`` and those of ``b`` at ``<module>``. In rankwise they are at ``<module>.a`` and ``<module>.b``.
+PEFT wraps a module once for each adapted parameter, in the order in which the module holds them. A wrapper has the
+module's name. With two parameters ``a`` and ``b``, the factors of ``a`` are therefore at ``<module>.base_layer`` and
+those of ``b`` at ``<module>``. In rankwise they are at ``<module>.a`` and ``<module>.b``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 _INNER = ".base_layer"
-_LAST = ("down_proj", "w2")  # w2 is DBRX's
+_LAST = ("down_proj", "w2")  # w2 is DBRX's name
 
 
 def nested_paths(parameters: Iterable[str]) -> dict[str, str]:
-    """What a file calls each of these adapted parameters, which are in the order of their modules.
+    """The path in a file of each adapted parameter; the parameters must be in the order of their modules.
 
     Example:
         >>> sorted(nested_paths(["mlp.experts.up", "mlp.experts.down"]).items())
@@ -28,11 +28,11 @@ def nested_paths(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def unnested_paths(found: Iterable[str], names_of: Callable[[str], Sequence[str]]) -> dict[str, str]:
-    """Path of the parameter for each path in a file that is one's; paths that are none's are left out.
+    """The parameter's path for each path in a file that belongs to a parameter. Other paths are left out.
 
     Args:
         found: paths in a file.
-        names_of: names of the adapted parameters of the module at a path, in its order.
+        names_of: a function from a module's path to the names of its adapted parameters, in the module's order.
 
     Example:
         >>> unnested_paths(["q", "experts", "experts.base_layer"], {"experts": ["up", "down"], "q": []}.__getitem__)
@@ -53,10 +53,10 @@ def unnested_paths(found: Iterable[str], names_of: Callable[[str], Sequence[str]
 
 
 def named_by_targets(targets: Sequence[str]) -> Callable[[str], list[str]]:
-    """``names_of`` for `unnested_paths` where no model is at hand.
+    """Make ``names_of`` for `unnested_paths` when no model is available.
 
-    PEFT may write ``target_parameters`` in any order, a set's. But experts hold what leads down again last: so do all
-    classes of Transformers. For other names the order is taken to be the module's.
+    PEFT may write ``target_parameters`` in any order, because it keeps them in a set. All classes of Transformers hold
+    the experts' down projection last. For other names, the order is assumed to be the module's.
 
     Example:
         >>> named_by_targets(["experts.down_proj", "experts.up_proj", "router.weight"])("layers.0.experts")
@@ -76,7 +76,7 @@ def named_by_targets(targets: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def by_owner(parameters: Iterable[str]) -> dict[str, list[str]]:
-    """Paths of parameters by the path of the module that holds them."""
+    """The paths of parameters, by the path of the module that holds them."""
     owners: dict[str, list[str]] = {}
     for path in parameters:
         owners.setdefault(path.rpartition(".")[0], []).append(path)

@@ -1,9 +1,9 @@
-"""Adapters whose file names layers as an older Transformers did.
+"""Reads adapters whose files name layers as an older version of Transformers did.
 
-Transformers renames modules from version to version, and since 5.0 it keeps the experts of a mixture of experts in one
-parameter. Its table of conversions, by which it loads older checkpoints, is applied to an adapter's names as well. So
-``language_model.model.layers.0`` of LLaVA becomes ``model.language_model.layers.0``, and the adapters of Mixtral's
-experts ``w1`` and ``w3`` become one of ``gate_up_proj``, whose update is the same number for number.
+Transformers renames modules from version to version. Since 5.0 it keeps the experts of a mixture in one parameter. It
+loads older checkpoints by a table of conversions, which is applied to an adapter's names here. For example,
+``language_model.model.layers.0`` of LLaVA becomes ``model.language_model.layers.0``. The adapters of Mixtral's experts
+``w1`` and ``w3`` are joined into one of ``gate_up_proj``, with exactly the same update.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from rankwise.storage.nesting import nested_paths
 
 
 def take_present_names(model: nn.Module, file: AdapterFile) -> None:
-    """Give what a file holds the names that ``model`` has; names that fit, or that nobody knows, stay as they are.
+    """Rename the contents of a file as ``model`` names them. Names that fit already or are unknown do not change.
 
     Raises:
-        ValueError: it is known what the names mean, but the adapter has no form that the model could take.
+        ValueError: the names are known, but the adapter can't be converted to a form that the model accepts.
     """
-    if file.config.target_parameters:  # which older versions had not
+    if file.config.target_parameters:  # older versions did not have them
         return
     modules = {plain_name(path): module for path, module in own_modules(model).items()}
     own = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
@@ -47,7 +47,7 @@ def _known(name: str, modules: Mapping[str, Any], own: Mapping[str, Any]) -> boo
 
 
 class _Names:
-    """Transformers' present names for the older names of a model's parameters."""
+    """Transformers' current names for the older names of a model's parameters."""
 
     def __init__(self, model: Any, own: Mapping[str, Any]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -62,7 +62,7 @@ class _Names:
 
     @classmethod
     def of(cls, model: nn.Module, own: Mapping[str, Any]) -> _Names | None:
-        """None for models that are not Transformers', and for a Transformers that has no such table."""
+        """The names for ``model``; None for other models than Transformers', or if its version has no such table."""
         if not hasattr(model, "base_model_prefix"):
             return None
         try:
@@ -71,21 +71,21 @@ class _Names:
             return None
 
     def new(self, name: str) -> tuple[str, str | None]:
-        """The current name. For a parameter that joins several older ones, also the pattern of the older name."""
+        """The current name; and the pattern of the older name, if it is one of several joined in one parameter."""
         found: tuple[str, str | None] = self._rename(
             name, self._renamings, self._converters, self._prefix, self._own
         )
         return found
 
     def number(self, name: str, pattern: str) -> int | None:
-        """Which of the matrices that were stacked an older name means."""
+        """The index of the stacked matrix that an older name means."""
         renamed, _ = self._rename(name, self._renamings, [])
         match = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), renamed)
         return int(match[1]) if match and match.groups() else None
 
 
 class _Taken:
-    """A file whose names are being changed to the current ones."""
+    """A file whose names are changed to the current ones."""
 
     def __init__(
         self,
@@ -97,8 +97,12 @@ class _Taken:
     ) -> None:
         self.model, self.modules, self.own, self.names, self.file = model, modules, own, names, file
         self.old = file.config
-        self.moved: dict[str, str] = {}  # older path -> path of a layer, or of a parameter that is one matrix
-        self.stacks: dict[str, dict[str, dict[int, str]]] = {}  # parameter -> pattern -> number -> older path
+        self.moved: dict[
+            str, str
+        ] = {}  # by older path: the path of a layer or of a parameter with one matrix
+        self.stacks: dict[
+            str, dict[str, dict[int, str]]
+        ] = {}  # by parameter, pattern and index: the older path
 
     def take(self) -> None:
         for path in self.file.factors:
@@ -118,7 +122,7 @@ class _Taken:
             kinds[name] = self.file.kinds[next(path for each in sources.values() for path in each.values())]
         slots = [name for name in self.own if name in factors and name not in self.modules]
         self.file.factors = {path: factors[path] for path in [*self.modules, *slots] if path in factors}
-        self.file.factors |= factors  # and those that the model does not have, of which the reader will tell
+        self.file.factors |= factors  # layers that the model lacks, which the reader will report
         self.file.kinds = {path: kinds[path] for path in self.file.factors}
         self.file.nested = {} if isinstance(self.old, AdaLoraConfig) else nested_paths(slots)
         self.file.others = {self._other(name): tensor for name, tensor in self.file.others.items()}
@@ -126,7 +130,7 @@ class _Taken:
         self.file.config = self._config(ranks, alphas, slots)
 
     def _sort(self, path: str) -> None:
-        from rankwise.storage.export.converted import stacks_and_joins  # which imports this chapter
+        from rankwise.storage.export.converted import stacks_and_joins  # it imports this package
 
         name = f"{path}.weight"
         new, pattern = (name, None) if path in self.modules else self.names.new(name)
@@ -134,8 +138,8 @@ class _Taken:
             number = self.names.number(name, pattern)
             if number is None or not stacks_and_joins(self.names.converters[pattern].operations):
                 raise ValueError(
-                    f"{self.file.source} adapts {path!r}, which this Transformers holds in {new!r}, in a form into "
-                    "which an adapter can't be brought. Load it with the Transformers that it was trained with."
+                    f"{self.file.source} adapts {path!r}, which this Transformers holds in {new!r}, in a form to "
+                    "which an adapter can't be converted. Load it with the Transformers that it was trained with."
                 )
             self.stacks.setdefault(new, {}).setdefault(pattern, {})[number] = path
             return
@@ -147,10 +151,10 @@ class _Taken:
     def _stacked(
         self, name: str, sources: Mapping[str, Mapping[int, str]]
     ) -> tuple[dict[str, Tensor], int, float]:
-        """Factors of a stack as a file has them, its rank, and its `lora_alpha`.
+        """The factors of a stack in a file's layout, its rank, and its `lora_alpha`.
 
-        Each matrix of the stack has the rows of several older ones, whose updates are put below each other: their ranks
-        add up. A matrix that the file has no adapter of gets zeros.
+        Each matrix of the stack joins the rows of several older matrices. Their updates are stacked vertically, so
+        their ranks add up. A matrix without an adapter in the file gets zeros.
         """
         number, rows, columns = self.own[name].shape
         patterns = self.names.converters[next(iter(sources))].source_patterns
@@ -198,7 +202,7 @@ class _Taken:
         return new if new in self.own and new != plain else name
 
     def _take_run(self) -> None:
-        """The run's own names; of experts that were put together no run can go on."""
+        """Rename the tensors of the run's state. A run whose experts were joined can't continue."""
         if self.file.training is None:
             return
         if self.stacks:
@@ -237,7 +241,7 @@ class _Taken:
         return replace(self.old, **changes)
 
     def _heads(self) -> list[str]:
-        """Paths of the modules that train whole, as far as the model has them."""
+        """The paths of the modules that train whole, as far as the model has them."""
         names = [self._module(name) for name in self.old.modules_to_save or ()]
         there = [name for name in names if any(map(matcher([name]), self.modules))]
         if not there:
@@ -253,11 +257,11 @@ class _Taken:
 
 
 def _end(renamed: Mapping[str, str], key: str) -> str:
-    """A key of AdaLoRA's `rank_pattern`, which may begin with PEFT's prefix, under its current name."""
+    """The current form of a key of AdaLoRA's `rank_pattern`, which may begin with PEFT's prefix."""
     return next((new for old, new in renamed.items() if key == old or key.endswith(f".{old}")), key)
 
 
 def _short(slots: list[str], own: Iterable[str]) -> list[str]:
-    """Names for `target_parameters`: the last two parts, where these mean no other parameters."""
+    """Names for `target_parameters`: the last two parts of each path, if they match no other parameters."""
     short = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in slots))
     return short if [name for name in own if matcher(short)(name)] == slots else slots

@@ -1,4 +1,4 @@
-"""Reading an adapter folder, whole or as far as its header goes, and all checks of it that need no model."""
+"""Reads an adapter folder, or only its header, with all checks that need no model."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ _CONVERT = (
 
 @dataclass
 class AdapterHeader:
-    """What an adapter folder tells before any tensor is read.
+    """The contents of an adapter folder without the tensors' values.
 
     Args:
-        config: the content of the configuration's file, in which there may be fields that rankwise doesn't know.
-        tensors: shapes and dtypes, by the names in the file.
-        contents: the same by what they are for.
-        ranks: of the tensors of each layer, by path.
+        config: the content of the configuration file. It may have fields that rankwise does not know.
+        tensors: shapes and dtypes, by name in the file.
+        contents: shapes and dtypes, sorted by purpose.
+        ranks: the rank of each layer's tensors, by path.
     """
 
     config: dict[str, Any]
@@ -75,11 +75,11 @@ class AdapterHeader:
 
 
 def read_header(folder: Path) -> AdapterHeader:
-    """Read an adapter folder as far as the header of its tensors; call it within `read_folder`.
+    """Read an adapter folder's configuration and tensor header. Call it within `read_folder`.
 
     Raises:
-        FileNotFoundError: it is no adapter folder.
-        ValueError: a file is missing, broken, cut off or mislabelled; the message names it.
+        FileNotFoundError: the folder is not an adapter folder.
+        ValueError: a file is missing, broken, cut off or mislabelled. The message names it.
     """
     check_folder(folder)
     config = read_config(folder)
@@ -106,13 +106,16 @@ def _no_header(folder: Path) -> str:
 
 
 def read_adapter(folder: Path, training_state: bool = False, config: LoraConfig | None = None) -> AdapterFile:
-    """Read an adapter folder, with ``training_state`` also the state of the run, if there is one.
+    """Read an adapter folder.
 
-    A ``config`` takes the place of the folder's, which then need not have one.
+    Args:
+        folder: the folder.
+        training_state: whether to read the state of the run as well, if there is one.
+        config: a configuration to use instead of the folder's own, which may then be missing.
 
     Raises:
-        FileNotFoundError: it is no adapter folder.
-        TypeError, ValueError: a file is broken or does not fit the others; the message names it.
+        FileNotFoundError: the folder is not an adapter folder.
+        TypeError, ValueError: a file is broken or does not fit the others. The message names it.
     """
     return read_folder(folder, OWNED, lambda found: _read(found, training_state, config))
 
@@ -143,7 +146,7 @@ def _read(folder: Path, training_state: bool, config: LoraConfig | None) -> Adap
 
 
 def _check_history(file: AdapterFile, path: Path) -> None:
-    """Refuse the history of another adapter: it names all layers in the file, and beside them only some at rank 0."""
+    """Refuse another adapter's history: it must name all layers in the file, and in addition only layers at rank 0."""
     history: RankHistory = file.history  # type: ignore[assignment]
     held = {name for path in file.factors for name in names_of_blocks(file, path)}
     last = dict(zip(history.layers, history.records[-1].ranks, strict=True)) if history.records else {}
@@ -154,7 +157,7 @@ def _check_history(file: AdapterFile, path: Path) -> None:
 
 
 def _check_same_run(file: AdapterFile) -> None:
-    """Refuse a state that is not the one that the adapter's tensors were cut from."""
+    """Refuse a run's state that the adapter's tensors were not cut from."""
     pattern = kept_by_pattern(file.config)
     for path, factors in file.factors.items():
         for name, tensor in factors.items():
@@ -189,9 +192,9 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def check_factors(file: AdapterFile, cut: bool = True) -> None:
-    """Check kinds, numbers and dimensions of the factors; if ``cut`` to `rank_pattern`, also the ranks.
+    """Check the kinds, dtypes and dimensions of the factors, and if ``cut``, their ranks against `rank_pattern`.
 
-    A run in the default form has no third factor, and the folders that earlier versions wrote of one have it.
+    Factors of a run in the default form have no E, unless an earlier version wrote them.
     """
     adalora = isinstance(file.config, AdaLoraConfig)
     with_E = adalora and not (without_E(file.config) and file.laid_out is False)

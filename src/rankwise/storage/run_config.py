@@ -1,6 +1,6 @@
-"""The configuration of a run whose adapter is saved as plain LoRA: ``training_config.json``, beside the adapter.
+"""The configuration of a run whose adapter is saved as plain LoRA: ``training_config.json`` in the adapter's folder.
 
-It says how the adapter was trained, and how a run goes on whose state is there.
+It tells how the adapter was trained, and how to continue the run if its state was saved.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rankwise.storage.names import TRAINING_CONFIG_NAME, TRAINING_STATE_NAME, WE
 def write_run_config(
     path: Path, config: AdaLoraConfig, adapter: Mapping[str, Tensor], state: Mapping[str, Tensor] | None
 ) -> None:
-    """Write a run's configuration, with checksums of the adapter's tensors and of the run's state, if that is saved."""
+    """Write a run's configuration, with checksums of the adapter's tensors and of the run's state, if it is saved."""
     content = {
         "config": config.to_dict(),
         "adapter": checksum(adapter),
@@ -31,10 +31,10 @@ def write_run_config(
 
 
 def read_run_config(folder: Path, adapter: Mapping[str, Tensor]) -> AdaLoraConfig:
-    """Read a run's configuration, and see that it was saved together with the adapter and with the run's state.
+    """Read a run's configuration, and check that it was saved together with the adapter and the run's state.
 
     Args:
-        folder: a folder that has the state of a run.
+        folder: a folder that holds the state of a run.
         adapter: the tensors of the adapter's file.
 
     Raises:
@@ -52,7 +52,7 @@ def read_run_config(folder: Path, adapter: Mapping[str, Tensor]) -> AdaLoraConfi
             f"{path} is of a run with `init_lora_weights`={config.init_lora_weights!r}, whose adapter is not saved as "
             "plain LoRA. It is another run's: copy all files from one place."
         )
-    # A state that somebody has changed on purpose is without its checksum.
+    # A state that somebody changed on purpose has no checksum of its own.
     state = stored_checksum(folder / TRAINING_STATE_NAME) or content["state"] or "none"
     for key, found, name in (
         ("adapter", checksum(adapter), WEIGHTS_NAME),

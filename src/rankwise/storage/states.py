@@ -1,4 +1,4 @@
-"""An adapter's tensors by the names of its file, without a file."""
+"""An adapter's tensors by their names in its file, without writing a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def file_tensors(
     state: Mapping[str, Any] | None,
     save_embedding_layers: bool | str,
 ) -> dict[str, Tensor]:
-    """The tensors that `write_adapter` would write; ``state``: the model's state dictionary, None for the present."""
+    """The tensors that `write_adapter` would write. ``state`` is the model's state dictionary; None for the current."""
     state = plain_state(model.state_dict() if state is None else state)
     _, tensors = adapter_content(model, adapter, model.peft_config[adapter], controller, state)
     more = embedding_keys(model, adapter, save_embedding_layers)
@@ -34,10 +34,10 @@ def file_tensors(
 def load_file_tensors(
     model: Any, adapter: str, controller: Controller | None, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Give an attached adapter values as `file_tensors` gives them; a run goes on, with the ranks that it has.
+    """Load the result of `file_tensors` into an attached adapter. A run continues with its own ranks.
 
     Raises:
-        ValueError: they belong to another adapter, or one of other ranks; nothing has changed then.
+        ValueError: the values belong to another adapter, or to other ranks. Nothing changes then.
     """
     state = plain_state(model.state_dict())
     config, _ = adapter_content(model, adapter, model.peft_config[adapter], controller, state)

@@ -1,4 +1,4 @@
-"""What resuming needs: which tensors, and from a folder to a run that goes on."""
+"""Saves and restores the state from which a run is resumed."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from rankwise.storage.read import check_factors
 
 
 def factor_keys(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Keys of the model's `plain_state` that are the adapter's factors, and their names in a file of training."""
+    """The keys of the adapter's factors in the model's `plain_state`, with their names in the training state file."""
     return {f"{path}.{key}.{adapter}": f"{path}.{key}" for path, layer in adapter_layers(model, adapter).items()
             for key in layer.adapter_parameters(adapter)}  # fmt: skip
 
 
 def training_keys(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Keys of the model's `plain_state` that belong to the adapter's training, and their names in a file.
+    """The keys in the model's `plain_state` that the adapter's training changes, with their names in the file.
 
-    All that trains, whether it is the adapter's own or not, and what else changes in training. In the file the
-    adapter's own keys are without its name, so that a run can go on under another one.
+    They include all parameters that train, the adapter's own or not, and all buffers that training changes. Names in
+    the file omit the adapter's name, so that a run can be resumed under another name.
     """
     own = factor_keys(model, adapter)
     heads = tuple(f"{path}.modules_to_save.{adapter}." for path in saved_modules(model))
@@ -57,7 +57,7 @@ def training_keys(model: nn.Module, adapter: str) -> dict[str, str]:
 
 
 def _trained_beside(model: nn.Module) -> Iterator[str]:
-    """Names of all parameters that train, and of statistics that batch normalization gathers in training."""
+    """The names of all parameters that train, and of the statistics of batch normalization."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield plain_name(name)
@@ -68,7 +68,7 @@ def _trained_beside(model: nn.Module) -> Iterator[str]:
 
 
 def trains_more(model: Any, adapter: str) -> bool:
-    """Whether training changes more of the model than the adapter's own file holds."""
+    """Whether training changes parts of the model that the adapter's own file does not hold."""
     biases = bias_names(
         model,
         model.peft_config[adapter].bias,
@@ -80,10 +80,10 @@ def trains_more(model: Any, adapter: str) -> bool:
 
 
 def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) -> Attachment:
-    """Fit a run's state, with all of its triplets, to ``model``, which stays as it is; then load the rest of it.
+    """Fit a run's state, with all its triplets, to ``model``, which does not change.
 
     Raises:
-        ValueError: as `plan_from_file`.
+        ValueError: as in `plan_from_file`.
     """
     check_adapter_name(model, adapter)
     buffers = {*BUFFERS, EXTRA_STATE, *(name for name, _ in model.named_buffers())}
@@ -98,7 +98,7 @@ def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) 
     changes: dict[str, Any] = {"inference_mode": False}
     if isinstance(
         file.config, AdaLoraConfig
-    ):  # PEFT's format, in which a run of unknown length has a schedule
+    ):  # PEFT's format, which has a schedule even for a run of unknown length
         changes["rank_pattern"] = None
         blocks = [name for path in uncut.factors for name in names_of_blocks(file, path)]
         if _run_state(file, blocks).schedule is None:
@@ -124,13 +124,13 @@ def _run_state(file: AdapterFile, layers: list[str]) -> RunState:
 def prepare_training_state(
     model: nn.Module, adapter: str, file: AdapterFile, controller: Controller | None
 ) -> Callable[[], None]:
-    """Check that an attached adapter can go on with the run whose state is in a folder.
+    """Check that an attached adapter can continue the run whose state is in a folder.
 
     Returns:
-        What brings the adapter to this state.
+        A function that loads this state into the adapter.
 
     Raises:
-        ValueError: it is broken, or of another run.
+        ValueError: the state is broken, or belongs to another run.
     """
     tensors, source = file.training or {}, file.training_source
     in_file = fit_all(model, file, file.config)[2]
@@ -147,7 +147,7 @@ def prepare_training_state(
     for key, name in sorted(names.items(), key=lambda item: item[0] in BUFFERS):
         if key != EXTRA_STATE and not was_left_empty(key, own[key], tensors[name]):
             _check_like(source, name, tensors[name], own[key])
-            if key in parameters or key in BUFFERS:  # any other buffer may hold infinities, such as a mask
+            if key in parameters or key in BUFFERS:  # any other buffer may hold infinities, as a mask does
                 check_finite(source, name, tensors[name])
     if controller is not None:
         try:

@@ -1,8 +1,8 @@
-"""What an adapter adds to each layer, as two factors, whatever kind of adapter it is; and writing that as LoRA.
+"""Reads the update that an adapter of any kind adds to each layer, as two factors, and writes updates as LoRA.
 
-LoRA's update s * B A and the paper's s * B diag(E) A both become B A, with scale and E multiplied into A. This is
-exact: no product is formed and nothing is approximated. Written again with alpha equal to the rank, every layer's scale
-is 1.
+LoRA's update s * B A and the paper's s * B diag(E) A both become B A: the scale and E are multiplied into A. This is
+exact, because no product B A is formed and nothing is approximated. When an update is written again, alpha equals the
+rank, so that every layer's scale is 1.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Updates:
-    """All that an adapter adds to a model.
+    """The updates of an adapter, and its other tensors.
 
     Args:
-        source: where it comes from, for messages.
+        source: the adapter's origin, for messages.
         config: the adapter's configuration.
-        layers: the update of each layer in the folder by its path; in PEFT's AdaLoRA format those at rank 0 are among
-            them. Each matrix of a stack is a layer of its own, called by its number: ``"mlp.experts.up.3"``.
-        others: biases and modules saved whole, by their names in the file.
-        stacks: for each stack of matrices, such as experts, its path and what its matrices are called.
+        layers: the update of each layer in the folder, by path. PEFT's AdaLoRA format includes layers at rank 0. Each
+            matrix of a stack is a layer of its own, named with its index: ``"mlp.experts.up.3"``.
+        others: biases and modules saved whole, by name in the file.
+        stacks: the names of the matrices in each stack, such as experts, by the stack's path.
     """
 
     source: str
@@ -55,11 +55,11 @@ class Updates:
 
 
 def read_updates(adapter: PeftModel | str | os.PathLike[str], adapter_name: str = "default") -> Updates:
-    """The updates of an adapter on a model, or in a folder that rankwise or PEFT wrote.
+    """Read the updates of an adapter on a model, or in a folder that rankwise or PEFT wrote.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: a file is broken or does not fit the others; the message names it.
+        FileNotFoundError: the folder does not exist.
+        ValueError: a file is broken or does not fit the others. The message names it.
     """
     if isinstance(adapter, (str, os.PathLike)):
         file, own = read_adapter(Path(adapter)), {}
@@ -79,10 +79,10 @@ def read_updates(adapter: PeftModel | str | os.PathLike[str], adapter_name: str 
 
 
 def acting(updates: Updates) -> dict[str, Update]:
-    """The updates of the layers that have a rank.
+    """The updates of the layers with a rank of at least 1.
 
     Raises:
-        ValueError: none has.
+        ValueError: all layers have rank 0.
     """
     layers = {path: update for path, update in updates.layers.items() if update.rank}
     if not layers:
@@ -97,20 +97,20 @@ def write_lora(
     dtype: torch.dtype | None = None,
     companions: Iterable[Path] = (),
 ) -> LoraConfig:
-    """Write ``layers`` as a plain LoRA adapter, with all else as in ``updates``, all or nothing.
+    """Write ``layers`` as a plain LoRA adapter, with everything else taken from ``updates``. Writing is atomic.
 
     Args:
-        folder: made if need be; an adapter in it is replaced.
-        updates: what ``layers`` were made from.
-        layers: updates of ranks from 1; a layer of ``updates`` that is not among them is no target.
-        dtype: of the written factors; as they are if None.
+        folder: the folder to write. It is created if it does not exist; an adapter in it is replaced.
+        updates: the updates that ``layers`` were made from.
+        layers: updates of rank 1 or more. Layers of ``updates`` that are missing here are not adapted.
+        dtype: the dtype of the written factors; by default they keep their own.
         companions: files to copy into the folder.
 
     Returns:
         The configuration that was written: ``lora_alpha`` equals the rank in every layer.
 
     Raises:
-        OSError: it can't be written; what was there before is whole.
+        OSError: the folder can't be written. Its previous contents are then unchanged.
         ValueError: factors hold NaN or infinite values, or numbers that ``dtype`` can't hold. Nothing is written then.
     """
     plain = {path: update for path, update in layers.items() if path not in _in_stacks(updates)}
@@ -129,13 +129,13 @@ def write_lora(
 def write_lora_folder(
     folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], companions: Iterable[Path] = ()
 ) -> None:
-    """Write a configuration and tensors under PEFT's names as an adapter folder, all or nothing.
+    """Write a configuration and tensors under PEFT's names as an adapter folder, atomically.
 
     Raises:
-        OSError: it can't be written; what was there before is whole.
+        OSError: the folder can't be written. Its previous contents are then unchanged.
         ValueError: a tensor holds NaN.
     """
-    for name, tensor in tensors.items():  # of the factors it is known
+    for name, tensor in tensors.items():  # factors have been checked already
         if tensor.is_floating_point() and tensor.isnan().any():
             raise ValueError(f"{name.removeprefix(PREFIX)!r} holds NaN: use an earlier checkpoint.")
 
@@ -150,10 +150,10 @@ def write_lora_folder(
 
 
 def padded_config(updates: Updates, layers: Iterable[str], rank: int) -> LoraConfig:
-    """A configuration of LoRA layers of one rank, with alpha equal to it, so that the scale is 1.
+    """Build the configuration of LoRA layers with one rank and an equal alpha, so that the scale is 1.
 
     Raises:
-        ValueError: one is a matrix of a stack, which a LoRA file has only as a whole.
+        ValueError: a layer is a matrix of a stack. A LoRA file holds stacks only as a whole.
     """
     layers = list(layers)
     inner = next((path for path in layers if path in _in_stacks(updates)), None)
@@ -173,7 +173,7 @@ def _in_stacks(updates: Updates) -> set[str]:
 
 
 def _all_paths(updates: Updates) -> set[str]:
-    """The paths of all layers and parameters that the adapter has."""
+    """The paths of all layers and parameters that the adapter adapts."""
     return (updates.layers.keys() - _in_stacks(updates)) | updates.stacks.keys()
 
 
@@ -194,13 +194,13 @@ def _unstacked(file: AdapterFile, path: str, matrices: int) -> list[Update]:
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:
-    """Layer 2 before layer 10, which a file has after layer 1."""
+    """A sort key that puts layer 2 before layer 10; a file has layer 10 right after layer 1."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
 def _update(file: AdapterFile, path: str, layer: AdapterLayer | None) -> Update:
     config, kind, own = file.config, file.kinds[path], file.factors[path]
-    # Of a convolution: the layer knows it, or plain LoRA's file has it in the shape.
+    # The kernel of a convolution is known from the layer, or from the shape in a file of plain LoRA.
     kernel = getattr(layer, "kernel_size", tuple(own["A"].shape[2:]))
     A, B = own["A"].flatten(1), own["B"].flatten(1)
     if "E" in own:
@@ -218,5 +218,5 @@ def _update(file: AdapterFile, path: str, layer: AdapterLayer | None) -> Update:
 
 
 def _scaled(A: Tensor, by: Tensor | float) -> Tensor:
-    """``A * by``, in float32 where half precision can't hold it."""
+    """``A * by``, in float32 if half precision can't hold it."""
     return near(A.to(torch.promote_types(A.dtype, torch.float32)) * by, A.dtype)

@@ -1,4 +1,4 @@
-"""From an adapter's values in a folder to an adapter on a model."""
+"""Loads an adapter's values from a folder into an adapter on a model."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from rankwise.storage.names import (
 
 
 def plan_from_file(model: nn.Module, file: AdapterFile, adapter: str, trainable: bool) -> Attachment:
-    """Fit an adapter folder's content to ``model``, which stays as it is.
+    """Fit an adapter folder's contents to ``model``, which does not change.
 
     Raises:
-        ValueError: it belongs to another model; the message names the first layer that differs.
+        ValueError: the adapter belongs to another model. The message names the first layer that differs.
     """
     check_adapter_name(model, adapter)
     changes: dict[str, Any] = {"inference_mode": not trainable}
@@ -46,7 +46,7 @@ def plan_from_file(model: nn.Module, file: AdapterFile, adapter: str, trainable:
         changes["total_step"] = None
     config = file.config_with(**changes)
     layers, heads, rest = fit_all(model, file, config)
-    if file.of_weight:  # in LoRA's layout a convolution has so many times the ranks as it has groups
+    if file.of_weight:  # in LoRA's layout, a convolution's rank is multiplied by its number of groups
         sizes = {path: (_rank_of(model, path, factors), factors.scaling) for path, factors in layers.items()}
         config = replace(config, **ranks_and_alphas(sizes))
     for path in file.nested:
@@ -62,9 +62,9 @@ def plan_from_file(model: nn.Module, file: AdapterFile, adapter: str, trainable:
 
 
 def _stacked(factors: Factors, kept: Sequence[bool], config: LoraConfig, trainable: bool) -> Factors:
-    """A stack's factors, of which a file has the triplets that stay, with as many triplets for each matrix.
+    """Expand a stack's factors, of which a file has only the kept triplets, to the same rank for each matrix.
 
-    To train on, they are as many as the run began with; otherwise no more than need be.
+    For training, this is the rank at the start of the run. Otherwise it is the smallest rank that suffices.
     """
     rows = torch.tensor(kept).view(-1, config.init_r)  # type: ignore[attr-defined]
     if not trainable:
@@ -82,20 +82,21 @@ def prepare_values(
     controller: Controller | None,
     takes_choice: bool = True,
 ) -> Callable[[], None]:
-    """Check that an attached adapter can take the values in a file; its choice of ranks becomes the file's.
+    """Check that an attached adapter can take the values in a file, and prepare to load them.
 
     Args:
-        model: which holds the adapter.
-        adapter: its name.
-        file: the values.
-        controller: the one that trains the adapter, if any.
-        takes_choice: False: the run goes on with the ranks that it has.
+        model: the model that holds the adapter.
+        adapter: the adapter's name.
+        file: the contents of the file.
+        controller: the controller that trains the adapter, if there is one.
+        takes_choice: whether the adapter takes over the file's choice of ranks. Otherwise its run continues with its
+            own ranks.
 
     Returns:
-        What brings the adapter to these values.
+        A function that loads the values into the adapter.
 
     Raises:
-        ValueError: they belong to another adapter.
+        ValueError: the values belong to another adapter.
     """
     layers, heads, rest = fit_all(model, file, file.config)
     own = adapter_layers(model, adapter)
@@ -123,7 +124,7 @@ def prepare_values(
                 if value is not None:
                     local(parameters[key]).copy_(local_like(value, parameters[key]))
             own[path].scaling[adapter] = factors.scaling
-            if path in file.nested and controller is None:  # a stack's ranks that are filled up with zeros
+            if path in file.nested and controller is None:  # a stack's matrices may be padded with zeros
                 own[path].kept.pop(adapter, None)
                 if (acting := _acting_of_stack(factors)) is not None:
                     own[path].kept[adapter] = acting.nonzero().flatten().to(own[path].lora_A[adapter].device)
@@ -139,7 +140,7 @@ def prepare_values(
 
 
 def _at_rank_0(own: Mapping[str, AdapterLayer], file: AdapterFile) -> set[str]:
-    """Paths of layers that have no rank left in a plain LoRA folder, and so no tensors: its history names them."""
+    """The paths of layers at rank 0 in a plain LoRA folder. They have no tensors, but the history names them."""
     named = set(file.history.layers) if file.history is not None else set()
     return {path for path, layer in own.items() if set(block_names(path, layer.blocks(layer))) <= named}
 
@@ -147,10 +148,10 @@ def _at_rank_0(own: Mapping[str, AdapterLayer], file: AdapterFile) -> set[str]:
 def _with_first_ranks(
     layer: AdapterLayer, adapter: str, path: str, factors: Factors | None, file: AdapterFile
 ) -> tuple[Factors, Tensor]:
-    """The values of a layer whose first ranks, in each of its blocks, are a file's, and whose others are 0.
+    """Fill the first ranks of each of a layer's blocks with a file's values, and the others with 0.
 
     Returns:
-        The values, and which ranks are not 0, (ranks,), bool.
+        The values; and the ranks that are not 0, (ranks,), bool.
     """
     A, B = (parameter.detach() for parameter in (layer.lora_A[adapter], layer.lora_B[adapter]))
     blocks = layer.blocks(layer)
@@ -175,12 +176,12 @@ def _with_first_ranks(
 
 
 def _acts(A: Tensor, B: Tensor) -> Tensor:
-    """Which ranks have anything but zeros, (ranks,), bool, on the CPU."""
+    """The ranks with any value other than 0, (ranks,), bool, on the CPU."""
     return ((A != 0).any(1) | (B != 0).any(0)).cpu()
 
 
 def _acting_of_stack(factors: Factors) -> Tensor | None:
-    """Which ranks of a stack are no filling of zeros; None if all act."""
+    """The ranks of a stack that are not padding, (ranks,), bool; None if there is no padding."""
     acts = _acts(factors.A, factors.B)
     return None if acts.all() else acts
 
@@ -192,7 +193,7 @@ def _rank_of(model: nn.Module, path: str, factors: Factors) -> int:
 
 
 def _spread_factors(factors: Factors, kept: Tensor) -> Factors:
-    """The factors with zeros where ``kept`` is False; a plain LoRA adapter has all."""
+    """The factors with zeros where ``kept`` is False. Factors of plain LoRA do not change."""
     if factors.E is None:
         return factors
     A, B = _spread(factors.A, False, kept), _spread(factors.B, True, kept)
@@ -200,7 +201,7 @@ def _spread_factors(factors: Factors, kept: Tensor) -> Factors:
 
 
 def _spread(value: Tensor, is_B: bool, kept: Tensor) -> Tensor:
-    """A factor with triplets of zeros where ``kept`` is False."""
+    """A factor with zero triplets where ``kept`` is False."""
     rows = value.T if is_B else value
     spread = rows.new_zeros(len(kept), rows.shape[1])
     spread[kept] = rows
@@ -208,7 +209,7 @@ def _spread(value: Tensor, is_B: bool, kept: Tensor) -> Tensor:
 
 
 def _places(layer: AdapterLayer, adapter: str, path: str, factors: Factors, file: AdapterFile) -> Tensor:
-    """(r,) bool: which of the attached triplets the file's triplets are."""
+    """The attached triplets that the file's triplets correspond to, (r,), bool."""
     held, rank = layer.lora_A[adapter].shape[0], factors.A.shape[0]
     alike = (adapter in layer.lora_E) == (factors.E is not None)
     if not alike or not math.isclose(layer.scaling[adapter], factors.scaling, rel_tol=1e-6):

@@ -1,4 +1,4 @@
-"""Writing an adapter folder."""
+"""Writes adapter folders."""
 
 from __future__ import annotations
 
@@ -57,25 +57,25 @@ def write_adapter(
     more: Mapping[str, str] | None = None,
     as_pickle: bool = False,
 ) -> None:
-    """Write an adapter folder, all or nothing.
+    """Write an adapter folder, atomically.
 
     Args:
-        folder: made if need be; files of others in it stay.
+        folder: the folder to write. It is created if it does not exist. Other files in it are kept.
         model: the adapted model.
-        adapter: which of its adapters.
+        adapter: the adapter's name.
         config: the adapter's configuration.
-        controller: the one that trains this adapter, if any.
-        state: the model's `plain_state`, whole, where the model itself may hold only a part (sharded).
-        training_state: also write what resuming needs.
-        more: names of base parameters to write, too, and their names in the file; see
-            `storage.embeddings`.
-        as_pickle: write the adapter's tensors as PyTorch's pickle instead of safetensors.
+        controller: the controller that trains this adapter, if there is one.
+        state: the model's `plain_state`, complete even if the model itself holds only a shard.
+        training_state: whether to write the state for resuming as well.
+        more: the names of base parameters to write as well, with their names in the file; see
+            `rankwise.storage.embeddings`.
+        as_pickle: whether to write the adapter's tensors as PyTorch's pickle instead of safetensors.
 
     Raises:
-        OSError: it can't be written; what was there before is untouched.
+        OSError: the folder can't be written. Its previous contents are then unchanged.
         ValueError: a tensor holds NaN or infinite values. Nothing is written then.
     """
-    # Before the factors are turned into LoRA's, which fails on such values with less to say.
+    # Checked before the conversion to LoRA, whose own message for such values says less.
     factors = {name: state[key] for key, name in factor_keys(model, adapter).items() if key in state}
     refuse_broken(folder, model, adapter, factors)
     saved_config, tensors = adapter_content(model, adapter, config, controller, state)
@@ -111,7 +111,7 @@ def adapter_content(
     controller: Controller | None,
     state: Mapping[str, Any],
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The configuration and the tensors of an adapter's folder; arguments as for `write_adapter`."""
+    """The configuration and the tensors of an adapter's folder. For the arguments, see `write_adapter`."""
     kept = kept_ranks(controller, state) if controller else {}
     layers = adapter_layers(model, adapter)
     if without_E(config):
@@ -130,7 +130,7 @@ def _plain_lora(
     state: Mapping[str, Any],
     kept: Mapping[str, Tensor],
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The configuration and the factors of an adapter that is written as plain LoRA, with the ``kept`` ranks."""
+    """The configuration and the factors of an adapter written as plain LoRA, with the ``kept`` ranks."""
     acting = with_a_rank(
         {path: _kept_matrices(path, layer, adapter, state, kept.get(path)) for path, layer in layers.items()}
     )
@@ -146,7 +146,7 @@ def _plain_lora(
 def _kept_matrices(
     path: str, layer: AdapterLayer, adapter: str, state: Mapping[str, Any], kept: Tensor | None
 ) -> list[Update]:
-    """The ``kept`` ranks, (ranks,), bool, of each of a layer's matrices; None: those that act."""
+    """The ``kept`` ranks, (ranks,), bool, of each matrix in a layer; if None, the ranks that the layer uses."""
     A, B = (_whole(state[f"{path}.lora_{key}.{adapter}"]) for key in "AB")
     if kept is None:
         kept = torch.zeros(len(A), dtype=torch.bool)
@@ -172,7 +172,7 @@ def _factors(
     state: Mapping[str, Any],
     kept: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The factors on ``layers`` under PEFT's names, cut to the ``kept`` triplets."""
+    """The factors of ``layers`` under PEFT's names, cut to the ``kept`` triplets."""
     tensors: dict[str, Tensor] = {}
     adalora = isinstance(config, AdaLoraConfig)
     slots = (path for path, layer in layers.items() if isinstance(layer, ParameterSlot))
@@ -192,7 +192,7 @@ def _factors(
 def _others(
     model: nn.Module, adapter: str, config: LoraConfig, layers: list[str], state: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Modules saved whole, and biases."""
+    """The tensors of modules saved whole, and of biases."""
     tensors: dict[str, Tensor] = {}
     heads = saved_modules(model)
     for path, module in heads.items():
@@ -207,7 +207,7 @@ def _others(
 
 
 def read_model_adapter(model: Any, adapter: str) -> AdapterFile:
-    """What `read_adapter` would give of an adapter of ``model`` that has just been saved.
+    """The result that `read_adapter` would give for an adapter of ``model`` that has just been saved.
 
     Raises:
         ValueError: the model has no such adapter.
@@ -220,7 +220,7 @@ def read_model_adapter(model: Any, adapter: str) -> AdapterFile:
 
 
 def gathered_state(model: nn.Module, adapter: str, bias: str, more: Iterable[str] = ()) -> dict[str, Any]:
-    """What `write_adapter` needs of a sharded model's state dictionary, whole; all processes must call it together."""
+    """Gather the entries of a sharded model's state that `write_adapter` needs. All processes must call it together."""
     biases = bias_names(model, bias, list(adapter_layers(model, adapter)), list(saved_modules(model)))
     keys = list(dict.fromkeys([*training_keys(model, adapter), *map(plain_name, biases), *more]))
     with zero.whole(p for name, p in model.named_parameters() if plain_name(name) in keys):
@@ -236,14 +236,14 @@ def config_to_save(
     kept: Mapping[str, Tensor],
     layers: Mapping[str, AdapterLayer],
 ) -> LoraConfig:
-    """The configuration that belongs to an adapter's tensors, cut to the ``kept`` triplets."""
+    """The configuration for an adapter's tensors, cut to the ``kept`` triplets."""
     changes: dict[str, Any] = {"inference_mode": True}
     if config.target_parameters:
         changes["target_parameters"] = _own_parameters(config, layers)
     if not isinstance(config, AdaLoraConfig):
         return replace(config, **changes)
     config = _with_schedule(config, controller)
-    if config.total_step is None:  # PEFT takes no adapter without a schedule
+    if config.total_step is None:  # PEFT rejects an adapter without a schedule
         changes |= {"tinit": 0, "tfinal": 0, "total_step": NO_SCHEDULE}
     if controller:
         pattern = {
@@ -251,7 +251,7 @@ def config_to_save(
             for path, mask in kept.items()
         }
         pruned = not all(map(all, pattern.values()))
-        # PEFT warns about every pattern that it reads; it reads none of an adapter of parameters.
+        # PEFT warns about every pattern that it reads. It reads none from an adapter of parameters.
         changes["rank_pattern"] = pattern if pruned or config.target_parameters else None
     return replace(config, **changes)
 
@@ -263,7 +263,7 @@ def _own_parameters(config: LoraConfig, layers: Mapping[str, AdapterLayer]) -> l
 
 
 def _with_schedule(config: AdaLoraConfig, controller: Controller | None) -> AdaLoraConfig:
-    """The configuration with the schedule that the run follows, where its length is known."""
+    """The configuration with the schedule that the run follows, if the run's length is known."""
     plan = controller.schedule if controller else None
     if plan is None:
         return config
@@ -271,13 +271,13 @@ def _with_schedule(config: AdaLoraConfig, controller: Controller | None) -> AdaL
 
 
 def _filled_up(mask: Tensor, blocks: int, init_r: int) -> list[bool]:
-    """A layer's mask as a file has it: ``init_r`` booleans for each block, however many ranks are held."""
+    """A layer's mask in a file's layout: ``init_r`` booleans for each block, however many ranks it holds."""
     rows: list[list[bool]] = mask.view(blocks, -1).tolist()
     return [each for row in rows for each in (*row, *[False] * (init_r - len(row)))]
 
 
 def portable(value: Tensor | str) -> Tensor:
-    """An entry of a state dictionary as a file has it: whole, on the CPU, sharing memory with nothing."""
+    """An entry of a state dictionary for a file: whole, on the CPU, and in memory of its own."""
     if isinstance(value, str):  # the extra state of a sharded model
         return torch.tensor(json.loads(value), dtype=torch.int64)
     return _whole(value).clone()

@@ -1,10 +1,10 @@
-"""Makes the folders beside it, with a version of rankwise whose default form still had E (commit d84bbef).
+"""Makes the folders next to it, with a version of rankwise whose default form still had E (commit d84bbef).
 
     PYTHONPATH=src python tests/storage/earlier/make.py tests/storage/earlier
 
-``finished`` is an adapter whose run is over, ``checkpoint-4`` the state of the same run after four of twelve steps.
-``expected.safetensors`` holds the base model's weights, the optimizer's memory at the checkpoint, and what the adapted
-model computed at the checkpoint and in the end.
+``finished`` is the adapter of a finished run. ``checkpoint-4`` is the state of the same run after four of twelve steps.
+``expected.safetensors`` holds the base model's weights, the optimizer's state at the checkpoint, and the outputs of the
+adapted model at the checkpoint and at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WANTED = torch.randn(16, 3, generator=torch.Generator().manual_seed(2))
 
 
 class Experts(nn.Module):
-    """Three matrices in one parameter, of which each row of the input meets one."""
+    """Three matrices in one parameter. Each row of the input is multiplied by one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Experts(nn.Module):
 
 
 class Small(nn.Module):
-    """A grouped convolution, linear layers of which one hardly matters, and a stack of matrices."""
+    """A grouped convolution, linear layers (one of little effect), and a stack of matrices."""
 
     def __init__(self) -> None:
         super().__init__()

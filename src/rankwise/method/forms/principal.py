@@ -33,7 +33,8 @@ class PrincipalForm(Form):
     counts_parameters: ClassVar[bool] = True
     takes_rslora: ClassVar[bool] = True
     orth_reg_weight: ClassVar[float] = 0.0
-    # Early: the sooner a layer is turned and cut, the longer what stays trains as it will be (docs/quality-choices.md).
+    # Early: the sooner a layer is turned and cut, the longer what stays trains as it will be (see
+    # benchmarks/quality/choices.md).
     tinit: ClassVar[float] = 0.02
     tfinal: ClassVar[float] = 0.6
 

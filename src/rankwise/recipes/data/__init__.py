@@ -1,1 +1,1 @@
-"""From files to checked examples: tables, audio and pictures are read, bad rows told, some held out for evaluation."""
+"""Turning files into checked examples: reading tables, audio and pictures, reporting bad rows, holding out examples."""

@@ -1,4 +1,4 @@
-"""Decode audio files: WAV, FLAC, MP3, Ogg and whatever else libsndfile reads, at any sample rate."""
+"""Decoding audio files: WAV, FLAC, MP3, Ogg and all other kinds that libsndfile reads, at any sample rate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from numpy import float32
     from numpy.typing import NDArray
 
-# What a folder is searched for; a table may name files of any other kind that libsndfile reads.
+# Folders are searched for these endings. Tables may name files of any kind that libsndfile reads.
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif")
 
 
@@ -18,13 +18,13 @@ class AudioError(ValueError):
 
 
 def seconds(source: str | bytes) -> float:
-    """How long an audio file is, from its header.
+    """The length of an audio file in seconds, read from its header.
 
     Args:
-        source: its path, or its contents.
+        source: the file's path, or its contents.
 
     Raises:
-        AudioError: it does not exist, is no audio, or holds no sound.
+        AudioError: the file does not exist, is no audio, or holds no sound.
     """
     import soundfile
 
@@ -38,18 +38,18 @@ def seconds(source: str | bytes) -> float:
 
 
 def decode(source: str | bytes, rate: int, longest: float) -> NDArray[float32]:
-    """The sound of an audio file: one channel, ``rate`` samples a second.
+    """The sound of an audio file: one channel, resampled to ``rate`` samples per second.
 
     Args:
-        source: its path, or its contents.
-        rate: samples a second to resample to.
-        longest: seconds to read at most.
+        source: the file's path, or its contents.
+        rate: the sample rate, in samples per second.
+        longest: the most seconds to read.
 
     Returns:
-        Samples in [-1, 1], shape (n,).
+        The samples in [-1, 1], shape (n,), float32.
 
     Raises:
-        AudioError: it can't be decoded.
+        AudioError: the file can't be decoded.
     """
     import soundfile
     import soxr

@@ -1,4 +1,4 @@
-"""Read CoNLL-style files: a word a line with its tag in the last column, and a blank line after each sentence."""
+"""Reading CoNLL files: each line has a word and, in its last column, a tag. A blank line ends a sentence."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from rankwise.recipes.errors import refusal
 from rankwise.recipes.places import Place
 
 SUFFIXES = (".conll", ".iob", ".iob2", ".bio")
-_BOUNDARY = "-DOCSTART-"  # between documents: a line of CoNLL-2003's own
+_BOUNDARY = "-DOCSTART-"  # the line between documents in CoNLL-2003
 
 
 def is_conll(place: Place) -> bool:
-    """Whether a place is such a file, by its name."""
+    """Whether a place is a CoNLL file, by its ending."""
     return place.path is not None and place.path.is_file() and place.path.suffix.lower() in SUFFIXES
 
 
 def read_conll(place: Place, key: str, tokens: str, tags: str) -> Table:
-    """The sentences of a file.
+    """Read the sentences of a file.
 
     Args:
         place: the file.
-        key: its key in the recipe, for messages.
+        key: the file's key in the recipe, for messages.
         tokens: the name for the column of words.
         tags: the name for the column of tags.
 
     Raises:
-        RecipeError: it can't be read, a line has no tag, or there is no sentence.
+        RecipeError: the file can't be read, a line has no tag, or there is no sentence.
     """
     import datasets
 
@@ -47,7 +47,7 @@ def read_conll(place: Place, key: str, tokens: str, tags: str) -> Table:
 
 
 def _sentences(path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Each sentence: the line that it begins in, its words and its tags."""
+    """The sentences. Each is the number of its first line, its words and its tags."""
     first = 0
     words: list[str] = []
     tags: list[str] = []

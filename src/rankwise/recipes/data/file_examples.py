@@ -1,4 +1,4 @@
-"""Examples whose files are decoded when they are needed, one by one."""
+"""Examples whose files are decoded one by one, when they are needed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from rankwise.recipes.data.files import source_of
 
 
 class FileExamples(Dataset[dict[str, Any]]):
-    """Examples with a decoded file each.
+    """A dataset of examples, each with a decoded file.
 
-    A file whose header was fine but whose rest can't be decoded gives its place to the next one, with a warning.
+    If a file can't be decoded although its header could be read, the next file replaces it, with a warning.
 
     Args:
         rows: a ``datasets.Dataset`` with a column of paths or contents, and the column ``labels``.
-        column: the column with the files.
-        decode: makes something of a path or contents; raises a ValueError where it can't.
-        name: of what it makes, in an example. Transformers' Trainer takes out names that the model's forward lacks.
-        strict: raise an error instead of taking the next file.
+        column: the name of the column with the files.
+        decode: a function that decodes a path or contents. It raises a ValueError for files that it can't decode.
+        name: the key of the decoded file in an example. It must be an argument of the model's forward, because
+            Transformers' Trainer removes other keys.
+        strict: whether to raise an error instead of taking the next file.
     """
 
     def __init__(

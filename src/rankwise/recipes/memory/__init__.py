@@ -1,1 +1,1 @@
-"""How much memory a run will take, known before anything is loaded: weights, optimizer, activations."""
+"""Estimating the memory of a run before anything is loaded: weights, optimizer state, activations."""

@@ -1,8 +1,8 @@
-"""How much memory a training step's forward and backward pass take, found without computing anything.
+"""Estimating the memory of a training step's forward and backward pass, without computing anything.
 
-The step runs on PyTorch's fake tensors: they have shapes, dtypes and strides, and no numbers. Every tensor that an
-operation makes is counted until it is freed, for any model that PyTorch can run. So the highest point includes what
-autograd saves, gradients on their way, float32 logits, and what checkpointing frees and makes anew.
+The step runs on PyTorch's fake tensors, which have shapes, dtypes and strides but no values. Every tensor that an
+operation makes is counted until it is freed. This works for any model that PyTorch can run. The peak includes tensors
+that autograd saves, intermediate gradients, float32 logits, and activations that checkpointing computes a second time.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from rankwise.attach.prepare import enable_checkpointing
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make within it, while they live.
+    """A context that counts the bytes of tensors that operations make in it, until the tensors are freed.
 
     Args:
-        known: tensors that are there already, and do not count.
+        known: existing tensors, which are not counted.
+
+    Attributes:
+        now: the bytes at present.
+        peak: the most bytes so far.
 
     Example:
         >>> with LiveBytes() as live:
@@ -44,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
     def _watch(self, tensor: Tensor, size: int | None = None) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._storages:  # a view, or changed in place
+        if key in self._storages:  # the tensor is a view, or was changed in place
             return
         counted = storage.nbytes() if size is None else size
         self._storages[key] = weakref.ref(storage, lambda _: self._forget(key, counted))
@@ -66,11 +70,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 class FakeRun:
-    """A model on fake tensors, which can be run at no cost.
+    """A model on fake tensors, which runs without computing anything.
 
     Args:
-        model: an adapted Transformers model on the meta device; it is used up.
-        autocast: the dtype of mixed precision; None for none.
+        model: an adapted Transformers model on the meta device. It can't be used for anything else afterwards.
+        autocast: the dtype of mixed precision. None: no mixed precision.
     """
 
     def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:
@@ -81,12 +85,12 @@ class FakeRun:
     def training_peak(
         self, batch: Mapping[str, Tensor], *, checkpointing: bool = False, accumulates: bool = False
     ) -> int:
-        """The most bytes that activations and gradients hold together in a training step.
+        """The peak of activations and gradients together in a training step, in bytes.
 
         Args:
-            batch: for the model's forward, labels included; only shapes and dtypes count.
-            checkpointing: with gradient checkpointing.
-            accumulates: gradients of an earlier batch are there already.
+            batch: the arguments of the model's forward, labels included. Only shapes and dtypes matter.
+            checkpointing: whether to use gradient checkpointing.
+            accumulates: whether gradients of an earlier batch already exist.
         """
         self.model.train()
         if checkpointing:
@@ -103,7 +107,7 @@ class FakeRun:
         return peak
 
     def evaluation_peak(self, batch: Mapping[str, Tensor]) -> int:
-        """The most bytes that a forward pass in evaluation holds, caches of keys and values included."""
+        """The peak of a forward pass in evaluation, in bytes. It includes caches of keys and values."""
         self.model.eval()
         with self._fake, _GroupedProducts(), torch.no_grad(), LiveBytes(self._known) as live:
             self._loss(batch)
@@ -124,7 +128,7 @@ class FakeRun:
 
 
 class _GroupedProducts(TorchDispatchMode):
-    """Gives grouped products of fake tensors their shapes: PyTorch's own rule takes only bfloat16."""
+    """Gives grouped matrix products of fake tensors their shapes. PyTorch's own rule accepts only bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -142,7 +146,7 @@ class _GroupedProducts(TorchDispatchMode):
 
 
 def _without_numbers(model: nn.Module, fake: FakeTensorMode) -> list[Tensor]:
-    """Replace a meta model's parameters and buffers by fake ones that seem to be on a CPU; tied ones stay tied."""
+    """Replace a meta model's parameters and buffers by fake tensors on the CPU. Tied parameters stay tied."""
     made: dict[int, Tensor] = {}
 
     def replaced(tensor: Tensor) -> Tensor:
@@ -153,7 +157,7 @@ def _without_numbers(model: nn.Module, fake: FakeTensorMode) -> list[Tensor]:
             made[id(tensor)] = nn.Parameter(like, trains) if isinstance(tensor, nn.Parameter) else like
         return made[id(tensor)]
 
-    before = []  # so that no id is used twice
+    before = []  # keeps the replaced tensors alive, so that no id is used twice
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():

@@ -1,4 +1,4 @@
-"""Batches for `Task.largest_batch`: tensors of the right names, shapes and dtypes, whose values do not matter."""
+"""Batches for `Task.largest_batch`: tensors with the right names, shapes and dtypes. Their values do not matter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIDE_IF_UNKNOWN = 224
 
 
 def longest(wanted: int | None, config: Any) -> int:
-    """Tokens of the longest text: ``wanted``, or what the model takes, which for a text is at most taken as 2048.
+    """The number of tokens of the longest text: ``wanted`` or, if that is None, the model's limit up to 2048.
 
     Example:
         >>> from types import SimpleNamespace
@@ -24,13 +24,13 @@ def longest(wanted: int | None, config: Any) -> int:
 
 
 def text_batch(size: int, length: int, labels: str = "tokens") -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` of shape (size, length), and ``labels``.
+    """A batch of texts: int64 ``input_ids`` and ``attention_mask``, shape (size, length), and ``labels``.
 
     Args:
-        size: examples.
-        length: tokens of each.
-        labels: ``tokens`` for one label a token, (size, length); ``classes`` for one a text, (size,);
-            ``numbers`` for a float32 number a text, (size,).
+        size: the number of examples.
+        length: the number of tokens of each example.
+        labels: the kind of labels. ``tokens``: int64, one for each token, shape (size, length). ``classes``: int64, one
+            for each text, shape (size,). ``numbers``: float32, one for each text, shape (size,).
 
     Example:
         >>> {name: tuple(tensor.shape) for name, tensor in text_batch(2, 8, "classes").items()}
@@ -50,13 +50,16 @@ def text_batch(size: int, length: int, labels: str = "tokens") -> dict[str, Tens
 def speech_batch(
     size: int, config: Any, frames: int | None = None, tokens: int | None = None
 ) -> dict[str, Tensor]:
-    """``input_features`` of shape (size, mel bins, frames) and ``labels`` of shape (size, tokens), as Whisper takes.
+    """A batch for Whisper: float32 ``input_features``, shape (size, mel bins, frames), and int64 ``labels``.
 
     Args:
-        size: examples.
-        config: of a Whisper model.
-        frames: of the encoder's window, 100 a second; None for all that the model takes.
-        tokens: of the longest transcript; None for as many as the decoder takes.
+        size: the number of examples.
+        config: a Whisper model's configuration.
+        frames: the frames of the encoder's window, 100 per second. None: as many as the encoder takes.
+        tokens: the tokens of the longest transcript. None: as many as the decoder takes.
+
+    Returns:
+        The batch. Its ``labels`` have the shape (size, tokens).
     """
     import torch
 
@@ -71,10 +74,10 @@ def speech_batch(
 
 
 def image_batch(size: int, config: Any) -> dict[str, Tensor]:
-    """``pixel_values`` of shape (size, channels, height, width) and ``labels`` of shape (size,)."""
+    """A batch of pictures: float32 ``pixel_values``, shape (size, channels, height, width), and int64 ``labels``."""
     import torch
 
-    side = getattr(config, "image_size", _SIDE_IF_UNKNOWN)  # networks of convolutions take any
+    side = getattr(config, "image_size", _SIDE_IF_UNKNOWN)  # convolutional networks take any size
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
     return {
         "pixel_values": torch.zeros(

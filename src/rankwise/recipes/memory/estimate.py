@@ -1,4 +1,4 @@
-"""How much memory training takes, from shapes alone: no weights, no data, nothing computed."""
+"""Estimating the memory of training from shapes alone, without weights, data or computation."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ _ACTIVATIONS = "activations"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training holds at its highest point in each process, which is on each GPU.
+    """The memory of training at its peak, in bytes, for each process and so for each GPU.
 
     Args:
-        weights: of the frozen base model and its buffers, by dtype or packing.
-        adapters: A, B and E, and biases that train, as they are at the start.
-        modules_to_save: the copies of modules that train whole.
-        gradients: of all that trains.
-        optimizer: the optimizer's state.
-        run_state: AdaLoRA's running importance of ranks, or of every number of A, B and E, and its masks.
-        buckets: copies of the gradients in which DistributedDataParallel sends them; 0 for one process.
-        activations: what forward and backward hold at their highest point beyond the lines above; None if it could
-            not be found out.
-        evaluation: what the forward pass of an evaluation holds instead of gradients and activations; likewise.
-        processes: how many processes train. Each has all of this.
-        batch: the names and shapes of the batch that ``activations`` is for.
-        evaluation_batch: the same for ``evaluation``.
-        notes: what could not be counted, a sentence each.
+        weights: bytes of the frozen base model and its buffers, by dtype or packing.
+        adapters: bytes of A, B, E and trained biases, at the ranks of the start.
+        modules_to_save: bytes of the copies of modules that train whole.
+        gradients: bytes of all gradients.
+        optimizer: bytes of the optimizer's state.
+        run_state: bytes of AdaLoRA's importance scores and masks.
+        buckets: bytes of the copies of the gradients that DistributedDataParallel sends. 0 for one process.
+        activations: bytes that forward and backward hold at the peak, in addition to all of the above. None: unknown.
+        evaluation: bytes that an evaluation's forward pass holds instead of gradients and activations. None: unknown.
+        processes: the number of training processes. Each needs all of this memory.
+        batch: the names and shapes of the training batch.
+        evaluation_batch: the names and shapes of the evaluation batch.
+        notes: notes for the user about memory that could not be counted, one sentence each.
     """
 
     weights: Mapping[str, int]
@@ -65,11 +64,11 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The greater of both."""
+        """The larger of `training` and `evaluating`, in bytes."""
         return max(self.training, self.evaluating)
 
     def parts(self) -> Iterator[tuple[str, int]]:
-        """What holds any memory in training, by a name for people, and its bytes."""
+        """The parts of the memory in training that are not 0: a name to show, and bytes."""
         yield from ((f"base weights, {dtype}", size) for dtype, size in self.weights.items())
         named = (
             ("adapters", self.adapters),
@@ -122,7 +121,7 @@ def _shapes(batch: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def readable(size: float) -> str:
-    """A number of bytes for people.
+    """A number of bytes as text.
 
     Example:
         >>> readable(3_300_000_000), readable(5_000_000), readable(128)
@@ -141,14 +140,14 @@ def estimate_memory(
     processes: int = 1,
     evaluation_batch: Mapping[str, Tensor] | None = None,
 ) -> Memory:
-    """Estimate what training an adapted model takes.
+    """Estimate the memory that training an adapted model takes.
 
     Args:
-        model: adapted, on the meta device, in the dtypes that training has; it is used up.
-        batch: the largest training batch of a process, labels included; None if it is not known.
-        training: optimizer, precision, checkpointing and accumulation.
-        processes: how many processes train.
-        evaluation_batch: the largest batch in evaluation; None if it is not known.
+        model: the adapted model on the meta device, in the dtypes of training. It can't be used afterwards.
+        batch: the largest training batch of a process, labels included, or None if it is unknown.
+        training: the recipe's section ``training``: optimizer, precision, checkpointing and accumulation.
+        processes: the number of training processes.
+        evaluation_batch: the largest batch in evaluation, or None if it is unknown.
     """
     notes: list[str] = []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -162,7 +161,7 @@ def estimate_memory(
     peak, evaluation = _peaks(model, batch, evaluation_batch, training, notes)
     activations = None
     if peak is not None:
-        # Between backward and the next forward, penalty and scores make a few copies of the factors.
+        # Between backward and the next forward pass, penalty and scores make a few copies of the factors.
         activations = max(peak + unpacked - gradients, 3 * adapters if run_state else 0, 0)
     return Memory(
         weights=weights,
@@ -192,7 +191,7 @@ def _peaks(
     training: TrainingSection,
     notes: list[str],
 ) -> tuple[int | None, int | None]:
-    """Peaks in training (gradients included) and in evaluation; None for what can't be found out."""
+    """The peaks in training (gradients included) and in evaluation, in bytes. None: unknown."""
     import torch
 
     from rankwise.recipes.memory.activations import FakeRun
@@ -216,18 +215,18 @@ def _peaks(
 
 
 def frozen_bytes(model: Any, notes: list[str] | None = None) -> tuple[dict[str, int], int]:
-    """Bytes of what does not train, by dtype, as it is once loaded.
+    """The bytes of the frozen weights and buffers, by dtype, after loading.
 
-    A configuration with ``quantization_config`` tells how linear layers are packed, though on the meta device they
-    are not; those that train whole and the output layer stay as they are.
+    The model's ``quantization_config`` says how its linear layers will be packed, although they are not packed on the
+    meta device. The output layer and layers that train whole are never packed.
 
     Args:
-        model: adapted.
-        notes: gets a sentence if the packing is not known.
+        model: the adapted model.
+        notes: the list to which a sentence is added if the packing is unknown.
 
     Returns:
-        Bytes by the name of the dtype or packing, and the bytes of the largest packed weight once unpacked, as
-        happens to one layer after the other.
+        The bytes by the name of the dtype or packing, and the bytes of the largest packed weight when it is unpacked.
+        Layers are unpacked one after the other.
     """
     name, bits, extra = _packing(_quantization(model), notes if notes is not None else [])
     packed = _packed_weights(model) if name else {}
@@ -246,14 +245,14 @@ def frozen_bytes(model: Any, notes: list[str] | None = None) -> tuple[dict[str, 
 
 
 def _factors(model: nn.Module) -> Iterator[nn.Parameter]:
-    """A, B and E of all layers; E need not train."""
+    """The factors A, B and E of all layers, trained or not."""
     for layer in adapter_layers(model).values():
         for adapter in layer.lora_A:
             yield from layer.adapter_parameters(adapter).values()
 
 
 def _distinct(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, tied ones once, without those that hold AdaLoRA's state."""
+    """The model's parameters and buffers, without AdaLoRA's state. Tied ones are listed once."""
     yield from model.parameters()
     yield from (buffer for name, buffer in model.named_buffers() if not name.startswith("rankwise_"))
 
@@ -264,19 +263,19 @@ def _quantization(model: Any) -> dict[str, Any]:
 
 
 def _packing(config: Mapping[str, Any], notes: list[str]) -> tuple[str, float, float]:
-    """A packing's name, its bits for each weight, and the bytes for each weight that its scales add."""
+    """The packing's name, its bits per weight, and the additional bytes per weight for its scales."""
     if not config:
         return "", 0, 0
     method = str(config.get("quant_method", "")).rpartition(".")[2].lower()
     if config.get("load_in_4bit"):
-        # A scale for 64 weights: float32, or 8 bits with a float32 for 256 of them.
+        # 64 weights share a scale: a float32, or 8 bits if scales are quantized, too (256 of them share a float32).
         scale = 1 + 4 / 256 if config.get("bnb_4bit_use_double_quant") else 4
         return "4 bits packed", 4, scale / 64
     if config.get("load_in_8bit"):
         return "8 bits packed", 8, 0
     bits, group = config.get("bits"), config.get("group_size")
     if isinstance(bits, int) and method in ("gptq", "awq"):
-        # A float16 scale and a packed zero for a group of weights in a column.
+        # A group of weights in a column shares a float16 scale and a packed zero.
         grouped = isinstance(group, int) and group > 0
         return f"{bits} bits packed", bits, (2 + bits / 8) / group if grouped else 0  # type: ignore[operator]
     notes.append(f"The quantization {method or 'of the model'!r} is not known here: counted without it.")
@@ -284,7 +283,7 @@ def _packing(config: Mapping[str, Any], notes: list[str]) -> tuple[str, float, f
 
 
 def _packed_weights(model: Any) -> set[int]:
-    """Ids of the linear weights that quantization packs."""
+    """The ids of the linear weights that quantization packs."""
     from torch import nn
 
     skipped = _quantization(model)
@@ -300,7 +299,7 @@ def _packed_weights(model: Any) -> set[int]:
 
 # --- what trains -------------------------------------------------------------------------------------------------
 
-# Numbers of state for each trained number, by the beginning of the optimizer's name in Transformers.
+# The numbers in an optimizer's state per trained parameter, by the beginning of its name in Transformers.
 _STATES = {
     "adamw_torch": 2,
     "adamw_bnb": 2,
@@ -320,22 +319,22 @@ _STATES = {
     "schedule_free": 2,
 }
 _BLOCK = 256  # packed numbers that share a float32 scale
-_SMALLEST_PACKED = 4096  # smaller tensors' state stays in float32, in bitsandbytes as in torchao
+_SMALLEST_PACKED = 4096  # the state of smaller tensors stays in float32, in bitsandbytes and in torchao
 
 
 def optimizer_bytes(optim: str, shapes: Iterable[tuple[int, ...]]) -> int | None:
-    """Bytes of an optimizer's state for float32 parameters, or None if the optimizer is not known.
+    """The bytes of an optimizer's state for float32 parameters, or None if the optimizer is unknown.
 
     Args:
-        optim: its name in Transformers, as in a recipe's ``training.optim``.
-        shapes: of the parameters that train.
+        optim: the optimizer's name in Transformers, as in a recipe's ``training.optim``.
+        shapes: the shapes of the trained parameters.
 
     Example:
         >>> optimizer_bytes("adamw_torch", [(64, 128)]), optimizer_bytes("sgd", [(64, 128)])
         (65536, 0)
-        >>> optimizer_bytes("adafactor", [(64, 128)])  # a number for each row and column
+        >>> optimizer_bytes("adafactor", [(64, 128)])  # one number for each row and each column
         768
-        >>> optimizer_bytes("paged_adamw_8bit", [(64, 128), (10,)])  # a byte, and scales; small ones in float32
+        >>> optimizer_bytes("paged_adamw_8bit", [(64, 128), (10,)])  # small tensors keep float32 state
         16720
     """
     if optim == "adafactor":
@@ -361,7 +360,7 @@ def _optimizer_bytes(optim: str, shapes: Sequence[tuple[int, ...]], notes: list[
 
 
 def _factored(shape: tuple[int, ...]) -> int:
-    """Numbers of state in Adafactor: those of rows and columns for matrices, one each for the rest."""
+    """The numbers in Adafactor's state: one for each row and column of a matrix, one for each element otherwise."""
     count = math.prod(shape)
     return count // shape[-1] + count // shape[-2] if len(shape) >= 2 and count else count
 

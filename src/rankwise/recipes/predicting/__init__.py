@@ -1,5 +1,5 @@
-"""What ``rankwise predict`` and ``rankwise evaluate`` do: predictions or metrics of an adapter on new data.
+"""The functions behind ``rankwise predict`` and ``rankwise evaluate``: an adapter's predictions or metrics on new data.
 
-`saved` makes a recipe and a model of an adapter's folder, `measure` runs the task's own metric, and `predict` makes a
-table, with a module for each kind of model: `texts`, `words`, `writing`, `files`.
+`saved` makes a recipe and a model from an adapter's folder. `measure` computes the task's metrics. `predict` makes a
+table of predictions, with one module for each kind of model: `texts`, `words`, `writing` and `files`.
 """

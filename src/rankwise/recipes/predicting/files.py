@@ -1,4 +1,4 @@
-"""Labels for pictures, and transcripts of audio files."""
+"""Predicting labels of pictures, and transcripts of audio files."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ CLIPS = Kind(
 
 
 def picture_columns(recipe: Any) -> dict[str, str]:
-    """The recipe's key of the column that is read, and the column."""
+    """The name of the column to read, by its key in the recipe."""
     return {"data.image": recipe.data.image}
 
 
 def clip_columns(recipe: Any) -> dict[str, str]:
-    """The recipe's key of the column that is read, and the column."""
+    """The name of the column to read, by its key in the recipe."""
     return {"data.audio": recipe.data.audio}
 
 
 def label_pictures(job: Job) -> list[dict[str, Any] | None]:
-    """For each picture its label, the label's probability and all probabilities."""
+    """The label, its probability and all labels' probabilities, for each picture. None for pictures left out."""
 
     def of_batch(images: list[Any]) -> Sequence[dict[str, Any]]:
         found = job.processor(images=images, return_tensors="pt")
@@ -46,7 +46,7 @@ def label_pictures(job: Job) -> list[dict[str, Any] | None]:
 
 
 def write_down(job: Job) -> list[dict[str, Any] | None]:
-    """For each clip what is said in it."""
+    """The transcript of each clip. None for clips left out."""
     from rankwise.recipes.tasks.speech_recognition import task
     from rankwise.recipes.tasks.speech_recognition.trainer import SpeechCollator
 
@@ -73,15 +73,15 @@ def _predict(
     of_batch: Callable[[list[Any]], Sequence[dict[str, Any]]],
     longest: float | None = None,
 ) -> list[dict[str, Any] | None]:
-    """Predict files, decoded batch by batch; those that can't be used get no prediction.
+    """Predict files, which are decoded batch by batch. Bad files get None.
 
     Args:
-        job: the rows.
-        kind: of files.
-        look: finds out whether a file can be used, and a clip's seconds.
-        decode: a file.
-        of_batch: predicts decoded files.
-        longest: seconds that are heard of a clip.
+        job: the rows to predict.
+        kind: the kind of files.
+        look: a function that checks a path or contents. For a clip it returns the seconds.
+        decode: a function that decodes a path or contents.
+        of_batch: a function that predicts a list of decoded files.
+        longest: the most seconds of a clip that are read. None: the files are not clips.
     """
     table = job.table
     policy, count = job.recipe.data.bad_files, len(table.rows)
@@ -89,7 +89,7 @@ def _predict(
     long = sum(longest is not None and size > longest for size in sizes.values())
     if long:
         job.notes.append(
-            f"{long:,} of {count:,} clips are longer than {longest:g} seconds, which is what is heard."
+            f"{long:,} of {count:,} clips are longer than {longest:g} seconds; the rest of them is not heard."
         )
     rows = list(sizes)
     column = table.rows.column_names[0]
@@ -105,7 +105,7 @@ def _of_files(
     of_batch: Callable[[list[Any]], Sequence[dict[str, Any]]],
     batch: list[str | bytes],
 ) -> list[dict[str, Any] | str]:
-    """The predictions of a batch of files; the reason, as text, where the header was fine and the rest is not."""
+    """The predictions of a batch of files. For a file that can't be decoded, the reason as text."""
     found: list[dict[str, Any] | str] = []
     decoded = []
     for source in batch:

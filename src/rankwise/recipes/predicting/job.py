@@ -1,4 +1,4 @@
-"""What every kind of prediction shares: the rows, the batches, and where they run."""
+"""A job of predicting rows: the rows, the model and the batches. All kinds of predictions use it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Found = TypeVar("Found")
 
 @dataclass
 class Job:
-    """Rows to predict, and the model that does it.
+    """Rows to predict, and the model to predict them with.
 
     Args:
         saved: the adapter's folder and recipe.
         table: the rows, with the columns that the task reads.
-        model: with its adapter, on its device.
-        processor: the task's.
-        batch_size: examples at a time.
-        max_new_tokens: that a model which writes may write; None for the recipe's number.
-        notes: what the user should know, a sentence each.
+        model: the model with its adapter, on its device.
+        processor: the task's tokenizer, feature extractor or image processor.
+        batch_size: the number of examples per batch.
+        max_new_tokens: the most tokens that a model writes per example. None: the recipe's number.
+        notes: notes for the user, one sentence each.
     """
 
     saved: SavedAdapter
@@ -41,24 +41,26 @@ class Job:
 
     @property
     def recipe(self) -> Any:
-        """The recipe, of the task's own class."""
+        """The recipe, as an instance of the task's class."""
         return self.saved.recipe
 
     def run(
         self, items: Sequence[Item], sizes: Sequence[int], predict: Callable[[list[Item]], Sequence[Found]]
     ) -> list[Found]:
-        """Predict items in batches of like size, and put the results back in the items' order.
+        """Predict items in batches of similar sizes.
 
         Args:
-            items: what ``predict`` takes a list of.
-            sizes: the size of each: batches of one size hold little padding.
-            predict: gives a result for each item of a batch.
+            items: the items to predict.
+            sizes: the size of each item. Similar sizes in a batch save padding.
+            predict: a function that returns a result for each item of a batch.
+
+        Returns:
+            The results, in the order of ``items``.
         """
         import torch
 
-        order = sorted(
-            range(len(items)), key=lambda i: -sizes[i]
-        )  # the largest first: what won't fit shows at once
+        # The largest items come first, so that a lack of memory shows at once.
+        order = sorted(range(len(items)), key=lambda i: -sizes[i])
         batches = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
         found: dict[int, Found] = {}
         with torch.no_grad(), precision(self.recipe, self.model.device):
@@ -67,19 +69,19 @@ class Job:
         return [found[i] for i in range(len(items))]
 
     def spread(self, rows: Sequence[int], results: Sequence[Found]) -> list[Found | None]:
-        """The results of ``rows`` among all rows of the table; None for the others."""
+        """A list with the results of ``rows`` for all rows of the table, with None for other rows."""
         at = dict(zip(rows, results, strict=True))
         return [at.get(row) for row in range(len(self.table.rows))]
 
     def note_skipped(self, rows: Sequence[int], why: str) -> None:
-        """Say which rows get no prediction."""
+        """Note which rows get no prediction."""
         if rows:
             self.notes.append(
                 f"{count_rows(len(rows))} {why}: no prediction ({listed_rows(self.table, rows)})."
             )
 
     def usable_texts(self, column: str) -> list[int]:
-        """The rows with a text; the others are noted."""
+        """The numbers of the rows with a text. A note lists the others."""
         values = self.table.rows[column]
         rows = [row for row, text in enumerate(values) if isinstance(text, str) and text.strip()]
         self.note_skipped(sorted(set(range(len(values))) - set(rows)), f"without text in {column!r}")
@@ -88,7 +90,7 @@ class Job:
 
 @contextlib.contextmanager
 def precision(recipe: BaseRecipe, device: Any) -> Iterator[None]:
-    """The mixed precision that the recipe trains in, where the device is one that trains."""
+    """A context with the recipe's mixed precision. On the CPU it has no effect."""
     import torch
 
     training = recipe.training
@@ -100,7 +102,7 @@ def precision(recipe: BaseRecipe, device: Any) -> Iterator[None]:
 
 
 def likeliest(logits: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """For each row of logits (n, labels) the likeliest label, how likely it is, and how likely each one is."""
+    """The likeliest label, its probability and all labels' probabilities, for each row of logits (n, labels)."""
     chances = logits.float().softmax(dim=-1)
     for row, best in zip(chances.tolist(), chances.argmax(dim=-1).tolist(), strict=True):
         yield {

@@ -1,4 +1,4 @@
-"""The task's own metrics on new data."""
+"""Measuring an adapter on new data with its task's metrics."""
 
 from __future__ import annotations
 
@@ -23,17 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Args:
         adapter: the adapter's folder.
         file: the data.
-        examples: how many examples were evaluated, after those that can't be used were left out.
-        values: the metrics by key.
-        metrics: how to show them.
-        notes: what the user should know about the data, a sentence each.
-        details: what is behind the metrics; see `rankwise.recipes.details`. None if the task has none.
-        samples: what a model that writes writes to a few of the examples.
+        examples: the number of evaluated examples, without those that can't be used.
+        values: the values of the metrics, by key.
+        metrics: the metrics' titles and formats.
+        notes: notes for the user about the data, one sentence each.
+        details: details behind the metrics (see `rankwise.recipes.details`). None: the task has none.
+        samples: texts that the model writes for a few of the examples. Empty: the task has none.
+
+    Example:
+        >>> accuracy = Metric("accuracy", "accuracy", ".2%")
+        >>> Measured("output/reviews", "new.csv", 100, {"accuracy": 0.9}, [accuracy], []).to_dict()["metrics"]
+        {'accuracy': 0.9}
     """
 
     adapter: str
@@ -46,7 +51,7 @@ class Measured:
     samples: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """The result as data for JSON."""
         return {
             "adapter": self.adapter,
             "file": self.file,
@@ -58,7 +63,7 @@ class Measured:
         }
 
     def table(self) -> Any:
-        """The metrics for a terminal: a table of ``rich``."""
+        """The metrics as a table of ``rich``."""
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
@@ -76,18 +81,34 @@ def evaluate(
     batch_size: int | None = None,
     console: Console | None = None,
 ) -> Measured:
-    """Measure an adapter on new data with its task's metrics, as ``rankwise train`` does on held-out data.
+    r"""Measure an adapter on new data with its task's metrics, as ``rankwise train`` does on held-out data.
 
     Args:
-        adapter: the adapter's folder, of ``rankwise train`` or of PEFT.
+        adapter: the adapter's folder, written by ``rankwise train`` or by PEFT.
         file: the data, with the columns that the adapter was trained on.
-        overrides: ``key=value`` for the recipe in the folder.
-        recipe: a recipe in place of the folder's.
-        batch_size: examples in a batch; None for the recipe's.
-        console: where to show how far it is; None for the standard error.
+        overrides: ``key=value`` strings for the recipe in the folder.
+        recipe: a recipe to use instead of the folder's.
+        batch_size: the number of examples per batch. None: the recipe's.
+        console: the console that shows the progress. None: the standard error.
+
+    Returns:
+        The metrics, with details and samples where the task has them.
 
     Raises:
         RecipeError: the folder, the data or the model can't be used.
+
+    Example:
+        >>> import tempfile
+        >>> from rich.console import Console
+        >>> from rankwise.recipes import load_recipe, train
+        >>> quietly = Console(quiet=True)
+        >>> small = ["data.train_size=32", "data.held_out=16", "training.max_steps=2", f"output={tempfile.mkdtemp()}"]
+        >>> adapter = train(load_recipe("recipes/quickstart.yaml", small), console=quietly).folder
+        >>> file = adapter / "new.csv"
+        >>> _ = file.write_text("text,label\nShares fell in Tokyo.,business\nThe striker scored twice.,sports\n")
+        >>> measured = evaluate(adapter, file, console=quietly)
+        >>> measured.examples, sorted(measured.values)
+        (2, ['accuracy', 'loss', 'macro_f1'])
     """
     from rich.console import Console
     from transformers import PrinterCallback, Trainer

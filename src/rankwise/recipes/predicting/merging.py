@@ -1,4 +1,4 @@
-"""A whole model of an adapter and its base, with its task's head and settings, for Transformers alone."""
+"""Merging an adapter into its base model. Transformers loads the result, with head and settings, without rankwise."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 def needs_loading(adapter: Path, base: Path | None = None) -> bool:
     """Whether merging must load the model: it has a new head, settings of its task, or a base in a ``.gguf`` file.
 
-    Of other models `rankwise.storage.export` changes the files, which takes little memory.
+    For other models, `rankwise.storage.export` merges within the files, which takes little memory.
 
     Args:
         adapter: the adapter's folder.
-        base: the base model, if it is not where the adapter says.
+        base: the base model's folder or file. None: the adapter's configuration names it.
     """
     if not (adapter / "recipe.yaml").is_file():
         return False
@@ -36,20 +36,23 @@ def needs_loading(adapter: Path, base: Path | None = None) -> bool:
 def merge_adapter(
     adapter: str | Path, output: str | Path, *, base: str | Path | None = None, overwrite: bool = False
 ) -> Exported:
-    """Write a model folder with the adapter merged in: head, labels, tokenizer and settings of writing included.
+    """Write a model folder with the adapter merged in. It holds head, labels, tokenizer and generation settings, too.
 
-    It is in the dtype of the recipe's ``dtype``, in which the adapter was trained.
+    The model's dtype is the recipe's ``dtype``.
 
     Args:
-        adapter: the adapter's folder, of ``rankwise train`` or of PEFT.
+        adapter: the adapter's folder, written by ``rankwise train`` or by PEFT.
         output: the folder to write.
-        base: the base model, if it is not where the adapter says.
-        overwrite: replace the model in ``output``.
+        base: the base model's folder or file. None: the adapter's configuration names it.
+        overwrite: whether to replace the model in ``output``.
+
+    Returns:
+        The folder, and notes for the user.
 
     Raises:
-        RecipeError: the adapter and the model do not belong together, or what the adapter does can't be told.
-        FileExistsError: there is something at ``output``, and ``overwrite`` is False.
-        OSError: it can't be written; what was there before is whole.
+        RecipeError: the adapter does not fit the model, or its task is unknown.
+        FileExistsError: ``output`` exists, and ``overwrite`` is False.
+        OSError: the model can't be written. Files that were there before are unchanged.
     """
     output = Path(output)
     if not overwrite:

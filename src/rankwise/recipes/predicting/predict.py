@@ -1,4 +1,4 @@
-"""Predict every row of a file with an adapter."""
+"""Predicting every row of a file with an adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Way:
-    """How a task predicts: the columns that it reads, what it does, and the kind of its files if it reads files."""
+    """The way a task predicts: the columns to read, the function, and the kind of files if it reads files."""
 
     columns: Callable[[Any], dict[str, str]]
     predict: Callable[[Job], list[dict[str, Any] | None]]
@@ -44,18 +44,23 @@ _WAYS: Mapping[str, _Way] = {
 
 @dataclass(frozen=True)
 class Predictions:
-    """What `predict` found.
+    """The result of `predict`.
 
     Args:
-        columns: the data's own columns, then what was predicted; all of the same length.
-        notes: what the user should know, a sentence each.
+        columns: the data's own columns, then the predictions. All have the same length.
+        notes: notes for the user, one sentence each.
+
+    Example:
+        >>> found = Predictions({"text": ["good", "bad"], "prediction": ["positive", "negative"]}, notes=[])
+        >>> found.rows()[1]
+        {'text': 'bad', 'prediction': 'negative'}
     """
 
     columns: Mapping[str, Sequence[Any]]
     notes: Sequence[str]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dictionary a row, in the data's order."""
+        """One dictionary for each row, in the data's order."""
         return [dict(zip(self.columns, row, strict=True)) for row in zip(*self.columns.values(), strict=True)]
 
 
@@ -71,21 +76,37 @@ def predict(
     column: str = "prediction",
     console: Console | None = None,
 ) -> Predictions:
-    """Predict every row of a file. What is to be predicted need not be in it.
+    r"""Predict every row of a file. The file needs no column of labels.
 
     Args:
-        adapter: the adapter's folder, of ``rankwise train`` or of PEFT.
+        adapter: the adapter's folder, written by ``rankwise train`` or by PEFT.
         file: a table, or a folder of files.
-        overrides: ``key=value`` for the recipe in the folder, such as ``data.text=review``.
-        recipe: a recipe in place of the folder's.
-        batch_size: examples in a batch; None for the recipe's size in evaluation.
-        max_new_tokens: that a model which writes may write; None for the recipe's number.
-        probabilities: of labels, give the probability of each.
-        column: the name of the new column; a label's probability goes into ``<column>_score``.
-        console: where to show how far it is; None for the standard error.
+        overrides: ``key=value`` strings for the recipe in the folder, such as ``data.text=review``.
+        recipe: a recipe to use instead of the folder's.
+        batch_size: the number of examples per batch. None: the recipe's batch size in evaluation.
+        max_new_tokens: the most tokens that a model writes per example. None: the recipe's number.
+        probabilities: whether to add a column with the probability of each label.
+        column: the name of the new column. The column ``<column>_score`` holds the predicted label's probability.
+        console: the console that shows the progress. None: the standard error.
+
+    Returns:
+        The file's columns and the predictions. Rows that can't be predicted have None.
 
     Raises:
         RecipeError: the folder, the data or the model can't be used.
+
+    Example:
+        >>> import tempfile
+        >>> from rich.console import Console
+        >>> from rankwise.recipes import load_recipe, train
+        >>> quietly = Console(quiet=True)
+        >>> small = ["data.train_size=32", "data.held_out=16", "training.max_steps=2", f"output={tempfile.mkdtemp()}"]
+        >>> adapter = train(load_recipe("recipes/quickstart.yaml", small), console=quietly).folder
+        >>> file = adapter / "new.csv"
+        >>> _ = file.write_text("text\nShares fell in Tokyo.\nThe striker scored twice.\n")
+        >>> rows = predict(adapter, file, console=quietly).rows()
+        >>> len(rows), list(rows[0])
+        (2, ['text', 'prediction', 'prediction_score'])
     """
     from rich.console import Console
 
@@ -111,7 +132,7 @@ def predict(
 def _columns(
     found: Sequence[dict[str, Any] | None], column: str, probabilities: bool
 ) -> dict[str, list[Any]]:
-    """The predictions by column: ``column`` itself, and what belongs to it under names that begin with it."""
+    """The columns of predictions. Their names are ``column``, and ``column`` with an ending for scores."""
     names = next(list(row) for row in found if row is not None)
     kept = [name for name in names if probabilities or not name.startswith("probability_")]
     return {
@@ -132,7 +153,7 @@ def _check_free(column: str, shown: Mapping[str, Any]) -> None:
 
 
 def _read(saved: SavedAdapter, way: _Way) -> tuple[Table, dict[str, Sequence[Any]]]:
-    """The rows to predict, and the columns to show beside the predictions.
+    """Read the rows to predict, and the columns to return with the predictions.
 
     Raises:
         RecipeError: the file can't be read, or lacks a column.
@@ -159,7 +180,7 @@ def _read(saved: SavedAdapter, way: _Way) -> tuple[Table, dict[str, Sequence[Any
 
 
 def _mended(problems: Any) -> list[Problem]:
-    """Problems about columns, with the argument that names another."""
+    """Add to problems about columns the argument that names another column."""
     return [
         Problem(each.where, f"{each.message} Name the column: {each.where}=NAME")
         if each.where.startswith("data.")
@@ -169,6 +190,6 @@ def _mended(problems: Any) -> list[Problem]:
 
 
 def _file_name(value: Any, row: int, table: Table) -> str:
-    """What to call a file: its path from the table's folder, or the row that holds it."""
+    """The name to show for a file: its path from the table's folder, or the number of its row."""
     path = value.get("path") if isinstance(value, dict) else value
     return shown_path(path, table) if isinstance(path, str) and path else f"row {row + 1}"

@@ -1,4 +1,4 @@
-"""From an adapter's folder to the recipe and the model that it belongs to: rankwise's folders, and PEFT's."""
+"""Finding the recipe and the model for an adapter's folder, written by rankwise or by PEFT."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TASK_OF_CLASS = {
     r"Whisper.*": "speech-recognition",
     r".*(ForCausalLM|LMHeadModel)": "causal-lm",
 }
-# What chooses rows to train on has no meaning where nothing trains.
+# Keys of the data section that choose training rows, which have no meaning where nothing trains.
 _ABOUT_TRAINING = ("eval", "held_out", "train_size", "eval_split", "subset", "train_split")
 _WITH_LABELS = ("text-classification", "token-classification", "image-classification")
 
@@ -40,10 +40,10 @@ class SavedAdapter:
     """An adapter's folder, and a recipe that reads new data instead of training data.
 
     Args:
-        folder: the adapter's.
-        recipe: of its task.
-        labels: the names of its labels by number; None if its task has none.
-        is_own: ``rankwise train`` wrote the folder.
+        folder: the adapter's folder.
+        recipe: the recipe, as an instance of the task's class.
+        labels: the names of the adapter's labels, by number. None: the task has none.
+        is_own: whether ``rankwise train`` wrote the folder.
     """
 
     folder: Path
@@ -52,21 +52,22 @@ class SavedAdapter:
     is_own: bool
 
     def model(self, processor: Any, notes: list[str]) -> Any:
-        """The base model with the adapter, ready to predict.
+        """Load the base model with the adapter, ready to predict.
 
         Args:
-            processor: the task's.
-            notes: gets a sentence about weights that no file holds.
+            processor: the task's tokenizer, feature extractor or image processor.
+            notes: the list to which a note is added if no file holds some of the weights.
 
         Raises:
-            RecipeError: the adapter and the model do not belong together.
+            RecipeError: the adapter does not fit the model.
         """
         from transformers import set_seed
 
         from rankwise.model import PeftModel
 
         data = TaskData(train=(), evaluation=(), labels=self.labels)
-        set_seed(self.recipe.training.seed)  # weights that are random and frozen are then those of the run
+        # Random, frozen weights get the values that they had in the run.
+        set_seed(self.recipe.training.seed)
         base = load_task(self.recipe.task).new_model(self.recipe, data, processor, weights=True)
         random, heads = new_weights(base), head_modules(base)
         try:
@@ -86,7 +87,7 @@ class SavedAdapter:
             modules = dict.fromkeys(name.rpartition(".")[0] for name in missing)
             notes.append(
                 f"No file holds the weights of {', '.join(modules)}, which were random and frozen in training: they "
-                "are made anew from its seed. To keep them, train with them in adapter.modules_to_save."
+                "are drawn again from its seed. To keep them, train with them in adapter.modules_to_save."
             )
         return model.eval()
 
@@ -99,17 +100,17 @@ def open_adapter(
     *,
     truth_needed: bool = True,
 ) -> SavedAdapter:
-    """Find out what an adapter does, and make a recipe that reads ``file``.
+    """Find an adapter's task, and make a recipe that reads ``file``.
 
     Args:
-        folder: written by ``rankwise train``, or by PEFT.
-        file: the new data: whatever ``data.train`` may be in a recipe of the task.
-        overrides: ``key=value`` for the recipe, as in `load_recipe`.
-        recipe: the recipe that the adapter was trained with, if there is none in the folder.
-        truth_needed: the data must hold what is to be predicted.
+        folder: the adapter's folder, written by ``rankwise train`` or by PEFT.
+        file: the new data: anything that ``data.train`` may be in a recipe of the task.
+        overrides: ``key=value`` strings for the recipe, as in `load_recipe`.
+        recipe: the recipe to use. None: the one in the folder or, if there is none, one made from PEFT's configuration.
+        truth_needed: whether the data must have the columns with true labels or texts.
 
     Raises:
-        RecipeError: it is no adapter's folder, what it does can't be told, or the data lacks columns.
+        RecipeError: the folder holds no adapter, its task is unknown, or the data lacks columns.
     """
     folder = Path(folder).expanduser()
     config = _adapter_config(folder)
@@ -122,7 +123,7 @@ def open_adapter(
     section: Any = OmegaConf.to_container(data.get("data") or OmegaConf.create({}))
     kept = {key: value for key, value in section.items() if key not in _ABOUT_TRAINING}
     data["data"] = {**kept, "train": str(file)}
-    data.pop("device", None)  # that trained it: this machine may have another
+    data.pop("device", None)  # the device of the training; this machine may have another
     labels = _labels(folder, data) if data.get("task") in _WITH_LABELS else None
     if labels is not None:
         data["data"]["labels"] = labels
@@ -151,7 +152,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _recipe_of_config(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
-    """A recipe as far as PEFT's configuration tells it; overrides may name what it does not."""
+    """A recipe made from PEFT's configuration. Overrides may give keys that the configuration lacks."""
     given = {key.strip(): value for key, _, value in (override.partition("=") for override in overrides)}
     task = given.get("task") or _task(config)
     base = given.get("model") or config.get("base_model_name_or_path")
@@ -173,7 +174,7 @@ def _recipe_of_config(folder: Path, config: Mapping[str, Any], overrides: Sequen
 
 
 def _task(config: Mapping[str, Any]) -> str | None:
-    """The task by the kind that the adapter was made for, or by the class of its model."""
+    """The task, by the adapter's ``task_type`` or by the class of its model."""
     if config.get("task_type") in _TASK_OF_TYPE:
         return _TASK_OF_TYPE[config["task_type"]]
     name = str((config.get("auto_mapping") or {}).get("base_model_class") or "")
@@ -181,7 +182,7 @@ def _task(config: Mapping[str, Any]) -> str | None:
 
 
 def _labels(folder: Path, data: DictConfig) -> list[str] | None:
-    """The names of the labels that an adapter was trained on; None if a recipe says them, or they are numbers."""
+    """The names of an adapter's labels. None: the recipe gives them, or the task is regression."""
     if data.get("problem_type") == "regression":
         return None
     try:
@@ -196,7 +197,7 @@ def _labels(folder: Path, data: DictConfig) -> list[str] | None:
 
 
 def _base_labels(model: str, count: int) -> list[str] | None:
-    """The base model's own names, if there are as many."""
+    """The base model's own label names, if their number is ``count``."""
     from transformers import AutoConfig
 
     try:
@@ -207,7 +208,7 @@ def _base_labels(model: str, count: int) -> list[str] | None:
 
 
 def _head_rows(folder: Path) -> int | None:
-    """How many outputs the head in an adapter's file has: its last layer is the one with the fewest."""
+    """The number of outputs of the head in an adapter's file, or None. The head's last layer has the fewest rows."""
     rows = [
         shape[0]
         for name, shape in tensor_shapes(folder).items()
@@ -218,7 +219,11 @@ def _head_rows(folder: Path) -> int | None:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes in an adapter's ``adapter_model.safetensors``, from its header; empty if there is none."""
+    """The shapes of the tensors in an adapter's ``adapter_model.safetensors``, by name. Empty: there is no such file.
+
+    Raises:
+        RecipeError: the file can't be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = folder / "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Labels or numbers for texts."""
+"""Predicting labels or numbers for texts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rankwise.recipes.predicting.job import Job, likeliest
 
 
 def columns(recipe: Any) -> dict[str, str]:
-    """The recipe's keys of the columns that are read, and the columns."""
+    """The names of the columns to read, by their keys in the recipe."""
     return {key: name for key, name in recipe.data.columns.items() if key != "data.label"}
 
 
 def predict(job: Job) -> list[dict[str, Any] | None]:
-    """For each row its label, the label's probability and all probabilities; in regression a number."""
+    """The label, its probability and all labels' probabilities, for each row. In regression, the number."""
     data, rows = job.recipe.data, job.usable_texts(job.recipe.data.text)
     kept = job.table.rows.select(rows)
     texts = list(kept[data.text])
@@ -26,7 +26,9 @@ def predict(job: Job) -> list[dict[str, Any] | None]:
     sizes = [len(example["input_ids"]) for example in examples]
     cut = sum(size >= limit for size in sizes)
     if cut:
-        job.notes.append(f"{cut:,} of {len(rows):,} texts reach {limit} tokens; what is beyond is not read.")
+        job.notes.append(
+            f"{cut:,} of {len(rows):,} texts reach {limit} tokens; the rest of them is not read."
+        )
 
     def of_batch(batch: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         inputs = job.processor.pad(batch, return_tensors="pt").to(job.model.device)

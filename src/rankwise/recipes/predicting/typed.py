@@ -1,4 +1,4 @@
-"""Texts that are typed, or come in on the standard input, as a file to predict."""
+"""Writing texts from the command line or the standard input to a file to predict."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ def write_typed(
     overrides: Sequence[str],
     recipe: str | Path | None,
 ) -> Path:
-    """Write texts as JSON lines with the column that the adapter's recipe reads.
+    """Write texts as JSON lines, in the column that the adapter's recipe reads.
 
     Args:
-        texts: one for each row; words to tag are parted by spaces.
-        folder: to write to.
+        texts: one text for each row. Words to tag are separated by spaces.
+        folder: the folder to write to.
         adapter: the adapter's folder.
-        overrides: ``key=value`` for its recipe.
-        recipe: a recipe in place of the folder's.
+        overrides: ``key=value`` strings for the adapter's recipe.
+        recipe: a recipe to use instead of the folder's.
+
+    Returns:
+        The file.
 
     Raises:
-        RecipeError: the adapter does not read single texts, or one is empty.
+        RecipeError: the adapter does not read single texts, or a text is empty.
     """
     if not texts or not all(text.strip() for text in texts):
-        raise RecipeError(
-            "There is an empty text. Give what is to be predicted." if texts else "There is no text."
-        )
+        raise RecipeError("There is an empty text. Give a text to predict." if texts else "There is no text.")
     data: Any = open_adapter(adapter, str(adapter), overrides, recipe, truth_needed=False).recipe
     task, section = data.task, data.data
     if task == "text-classification" and section.text_pair is None:

@@ -1,4 +1,4 @@
-"""A tag for each word."""
+"""Predicting a tag for each word."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rankwise.recipes.predicting.job import Job
 
 
 def columns(recipe: Any) -> dict[str, str]:
-    """The recipe's key of the column that is read, and the column."""
+    """The name of the column to read, by its key in the recipe."""
     return {"data.tokens": recipe.data.tokens}
 
 
 def predict(job: Job) -> list[dict[str, Any] | None]:
-    """For each row a list of tags, one for each of its words. Long sentences are read part by part."""
+    """A list of tags for each row, one tag for each word. Long sentences are read in parts."""
     rows = _rows_with_words(job)
     sentences = list(job.table.rows.select(rows)[job.recipe.data.tokens])
     limit = token_limit(job.recipe.data.max_length, job.processor, job.model.config)
@@ -37,7 +37,7 @@ def predict(job: Job) -> list[dict[str, Any] | None]:
     results = job.run(parts, [len(part["input_ids"]) for part in parts], of_batch)
     for part, found in zip(parts, results, strict=True):
         for word, tag in found:
-            # A word that two parts share is tagged where it begins.
+            # A word that two parts share gets its tag from the part where it begins.
             tags[part["sentence"]][word] = tags[part["sentence"]][word] or tag
     return job.spread(rows, [{"": each} for each in tags])
 
@@ -65,7 +65,7 @@ def _rows_with_words(job: Job) -> list[int]:
 
 
 def _parts(job: Job, sentence: int, words: list[str], limit: int) -> list[dict[str, Any]]:
-    """The tokens of a sentence, in as many parts as the model's length asks for, and where each word begins."""
+    """The parts of a sentence that fit the model's length: their tokens, and the position where each word begins."""
     encoded = job.processor(
         words, is_split_into_words=True, truncation=True, max_length=limit, return_overflowing_tokens=True
     )

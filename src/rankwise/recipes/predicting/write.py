@@ -1,4 +1,4 @@
-"""Write a table of predictions as CSV or as JSON lines, whole or not at all."""
+"""Writing a table of predictions as CSV or JSON lines. An incomplete file is never left behind."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _LINES = (".jsonl", ".ndjson", ".json")
 def check_free(
     path: Path, endings: Sequence[str], *, overwrite: bool, reads: Sequence[str | Path] = ()
 ) -> None:
-    """Refuse, before anything long begins, a file that could not be written in the end.
+    """Refuse a file that can't be written, before the work begins.
 
     Args:
-        path: the file.
-        endings: that it may have.
-        overwrite: it may be there already.
-        reads: files that the command reads, and so must not write.
+        path: the file to write.
+        endings: the endings that the file may have.
+        overwrite: whether the file may exist.
+        reads: files that the command reads, and so must not overwrite.
 
     Raises:
-        RecipeError: naming what to mend.
+        RecipeError: the file can't be written. The message says why.
     """
     name = str(path)
     if path.suffix.lower() not in endings:
@@ -49,10 +49,14 @@ TABLE_ENDINGS = (*_SEPARATOR, *_LINES)
 def write_table(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
     """Write columns of the same length to a file of one of `TABLE_ENDINGS`.
 
-    CSV has lists and objects as JSON in their cells, and nothing in the cells of None.
+    In CSV, lists and objects are written as JSON, and None as an empty cell.
+
+    Args:
+        columns: the values of each column, by name.
+        path: the file to write.
 
     Raises:
-        OSError: it can't be written; what was there before stays.
+        OSError: the file can't be written. An earlier file stays unchanged.
 
     Example:
         >>> import tempfile
@@ -76,7 +80,7 @@ def write_table(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """A row as a line of JSON; what JSON has no word for, such as a date, as text."""
+    """A row as a line of JSON. Values that JSON can't hold, such as dates, are written as text."""
     return json.dumps({name: _known(value) for name, value in row.items()}, ensure_ascii=False, default=str)
 
 
@@ -87,5 +91,5 @@ def _cell(value: Any) -> Any:
 
 
 def _known(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     return None if isinstance(value, float) and not abs(value) < float("inf") else value

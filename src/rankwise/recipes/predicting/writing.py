@@ -1,4 +1,4 @@
-"""What a language model writes after prompts, in chats, or to go on with a text."""
+"""Predicting with a language model: it completes prompts, answers chats, or continues texts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _LENGTH = 1024
 
 
 def columns(recipe: Any) -> dict[str, str]:
-    """The recipe's key of the column that is read, and the column."""
+    """The name of the column to read, by its key in the recipe."""
     return {key: name for key, name in recipe.data.columns.items() if key != "data.completion"}
 
 
 def predict(job: Job) -> list[dict[str, Any] | None]:
-    """For each row what the model writes, the likeliest token each time."""
+    """The text that the model writes for each row. Each token is the likeliest one."""
     recipe, tokenizer = job.recipe, job.processor
     (column,) = columns(recipe).values()
     values = job.table.rows[column]
@@ -36,7 +36,7 @@ def predict(job: Job) -> list[dict[str, Any] | None]:
     ends = _ends(job.model, tokenizer)
 
     def of_batch(batch: list[list[int]]) -> Sequence[dict[str, Any]]:
-        # On the left, so that what is written follows the prompt.
+        # Padding is on the left, so that the new tokens follow the prompt.
         inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt").to(
             job.model.device
         )
@@ -51,7 +51,7 @@ def predict(job: Job) -> list[dict[str, Any] | None]:
 
 
 def _prompt(recipe: Any, tokenizer: Any, value: Any) -> list[int]:
-    """The tokens of a prompt; of a chat those up to where the assistant's last turn begins."""
+    """The tokens of a prompt. Those of a chat end where the assistant's last turn begins."""
     if not recipe.data.is_chat:
         return prompt_ids(tokenizer, value)
     turns: list[Mapping[str, str]] = (
@@ -64,6 +64,6 @@ def _prompt(recipe: Any, tokenizer: Any, value: Any) -> list[int]:
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end what is written: those of the model, and the tokenizer's."""
+    """The tokens that end a text: the model's and the tokenizer's."""
     ends = model.generation_config.eos_token_id
     return sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})

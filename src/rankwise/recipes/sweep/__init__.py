@@ -1,6 +1,7 @@
-"""``rankwise sweep``: many short runs of one recipe, to find learning rate and rank, beside LoRA of the same size.
+"""``rankwise sweep``: many short runs of a recipe that find the learning rate and the rank, compared with LoRA.
 
-`space` is what is varied, `study` the trials in Optuna's storage, `run` trains them, `outcome` is what they came to.
+`space` says which keys vary, `study` keeps the trials in Optuna's storage, `run` trains them, and `outcome` is the
+result.
 """
 
 from rankwise.recipes.sweep.outcome import Outcome

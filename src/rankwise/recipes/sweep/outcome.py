@@ -1,4 +1,4 @@
-"""What a sweep came to: its trials, the frontier of loss against parameters, and the smallest adapter good enough."""
+"""The result of a sweep: its trials, the frontier of loss against parameters, and the smallest good adapter."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Point:
     """A trial of a sweep.
 
     Args:
-        name: of the trial, and of its folder among the sweep's ``trials``.
+        name: the name of the trial, and of its folder in the sweep's ``trials``.
         method: ``adalora`` or ``lora``.
-        values: what was varied, by key.
+        values: the values of the varied keys.
         state: ``complete``, ``pruned``, ``failed`` or ``running``.
-        value: of the metric; of a pruned trial where it was stopped; None if there is none.
-        parameters: that the adapter keeps; None if it was not trained to its end.
-        seconds: that it took; None while it runs.
-        reason: why it failed.
+        value: the value of the metric, or None. For a pruned trial, the last value before it was stopped.
+        parameters: the number of parameters that the adapter keeps. None: the trial is not complete.
+        seconds: the time that the trial took, in seconds. None: it is still running.
+        reason: the reason why the trial failed. None: it did not fail.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Point:
 
     @property
     def counts(self) -> bool:
-        """Whether it was trained to its end, with a result that can be compared."""
+        """Whether the trial is complete, with a result that can be compared."""
         return (
             self.state == "complete"
             and self.parameters is not None
@@ -51,17 +51,26 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep came to.
+    """The result of a sweep.
 
     Args:
-        folder: of the sweep.
-        metric: by which trials are compared.
-        title: of the metric, for people.
-        style: how to format it.
-        grows: whether it is to be large.
-        within: by which share of the best value a smaller adapter may be worse.
+        folder: the sweep's folder.
+        metric: the key of the metric that compares trials.
+        title: the metric's name to show.
+        style: the format specification of the metric's values.
+        grows: whether larger values of the metric are better.
+        within: the share of the best value, from 0 to below 1, by which a smaller adapter may be worse.
         points: all trials.
-        interrupted: the number of the signal that stopped it, or None.
+        interrupted: the number of the signal that stopped the sweep, or None.
+
+    Example:
+        >>> points = [
+        ...     Point("adalora-0", "adalora", {"adapter.target_r": 4}, "complete", 0.500, 40_000, 60.0),
+        ...     Point("adalora-1", "adalora", {"adapter.target_r": 2}, "complete", 0.504, 20_000, 60.0),
+        ... ]
+        >>> outcome = Outcome(Path("sweep"), "loss", "held-out loss", ".4f", False, 0.01, points)
+        >>> outcome.best().name, outcome.smallest.name
+        ('adalora-0', 'adalora-1')
     """
 
     folder: Path
@@ -74,7 +83,7 @@ class Outcome:
     interrupted: int | None = None
 
     def best(self, method: str | None = None) -> Point | None:
-        """The best trial, of a method or of all; of equals the smallest."""
+        """The best trial of a method, or of all methods. Among equals, the smallest. None: no trial is complete."""
         of = [point for point in self.points if point.counts and method in (None, point.method)]
         return min(of, key=lambda point: (self._loss(point), point.parameters), default=None)
 
@@ -90,7 +99,7 @@ class Outcome:
 
     @property
     def frontier(self) -> list[Point]:
-        """The trials that no other one beats with as few parameters, the smallest first."""
+        """The trials that no trial with as few or fewer parameters beats, the smallest first."""
         counted = [point for point in self.points if point.counts]
         found: list[Point] = []
         for point in sorted(counted, key=lambda each: (each.parameters, self._loss(each))):
@@ -110,7 +119,7 @@ class Outcome:
         return -value if self.grows else value
 
     def to_dict(self) -> dict[str, Any]:
-        """As data for JSON: what a report reads."""
+        """The result as data for JSON, which `rankwise report` reads."""
         best, smallest = self.best(), self.smallest
         return {
             "metric": self.metric,
@@ -133,14 +142,14 @@ class Outcome:
             "smallest": smallest and smallest.name,
         }
 
-    # --- for people ------------------------------------------------------------------------------------------------
+    # --- showing it --------------------------------------------------------------------------------------------------
 
     def table(self, running: Mapping[str, str] | None = None, most: int | None = None) -> Table:
-        """The trials as a table of ``rich``, the best first; those that run with what they say.
+        """The trials as a table of ``rich``: running trials first, then the best ones.
 
         Args:
-            running: by the names of running trials, where they are.
-            most: rows to show; None for all.
+            running: the progress of each running trial, as text, by the trial's name.
+            most: the number of rows to show. None: all.
         """
         from rich.table import Table
 
@@ -171,7 +180,7 @@ class Outcome:
         return table
 
     def lines(self) -> Iterator[str]:
-        """What it comes to, in sentences."""
+        """The result in sentences."""
         best, smallest = self.best(), self.smallest
         if best is None or smallest is None:
             yield "No trial was trained to its end."
@@ -196,7 +205,7 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value for people.
+    """A value as text.
 
     Example:
         >>> _shown(0.00123456), _shown(8), _shown(None), _shown("cosine")

@@ -1,4 +1,4 @@
-"""Run a sweep: trial after trial of the recipe and of LoRA beside it, until there are as many as asked for."""
+"""Running a sweep: trials of the recipe in turn with trials of LoRA, until there are as many as asked for."""
 
 from __future__ import annotations
 
@@ -65,29 +65,44 @@ def sweep(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Outcome:
-    """Search for the settings with which a recipe's held-out metric is best, beside LoRA at the same parameters.
+    """Search for the settings that give a recipe's best held-out metric.
 
-    Started again, it goes on where it was. Several processes that share a storage share the trials.
+    By default, every second trial is LoRA with as many parameters. A sweep that is started again continues where it
+    stopped. Processes that share a storage share the trials.
 
     Args:
         recipe: the YAML file.
-        overrides: ``key=value`` for it, as in `load_recipe`.
-        over: what to vary, each ``key=low..high`` or ``key=value,value``; left out, learning rate and rank.
-        trials: how many trials there are to be, those of LoRA included.
-        metric: of the task; ``loss`` is the held-out loss.
-        beside: ``lora`` to give every second trial to LoRA of the same ranks; ``none`` for the recipe's method alone.
-        within: the share of the best value by which a smaller adapter may be worse.
-        storage: URL of a storage of Optuna's, which other processes may share: then the sampler is not seeded. None
-            for a SQLite file in the output folder.
-        name: of the study; None for the output folder's name.
-        output: the folder to write; None for the recipe's ``output`` with ``-sweep``.
-        sampler: which of Optuna's samplers, one of ``tpe``, ``gp``, ``random``, ``qmc``, ``grid``.
-        pruner: which of its pruners, one of ``median``, ``halving``, ``hyperband``, ``none``.
-        overwrite: begin anew where there was a sweep of this name.
-        console: where to show the trials; None for the standard output.
+        overrides: ``key=value`` strings for the recipe, as in `load_recipe`.
+        over: the keys to vary, each ``key=low..high`` or ``key=value,value``. Empty: learning rate and rank.
+        trials: the number of trials in total, those of LoRA included, 1 or more.
+        metric: the metric to compare by: ``loss``, which is the held-out loss, or a metric of the task.
+        beside: ``lora`` to make every second trial LoRA with the same average rank, or ``none``.
+        within: the share of the best value by which a smaller adapter may be worse, from 0 to below 1.
+        storage: the URL of an Optuna storage, which other processes may share. The sampler then has no seed. None: a
+            SQLite file in the output folder.
+        name: the study's name. None: the output folder's name.
+        output: the folder to write. None: the recipe's ``output`` with ``-sweep`` appended.
+        sampler: the name of Optuna's sampler: ``tpe``, ``gp``, ``random``, ``qmc`` or ``grid``.
+        pruner: the name of Optuna's pruner: ``median``, ``halving``, ``hyperband`` or ``none``.
+        overwrite: whether to delete an earlier sweep of this name and start over.
+        console: the console that shows the trials. None: the standard output.
+
+    Returns:
+        The result: all trials, the best one, and the smallest good one.
 
     Raises:
-        RecipeError: the recipe, or something that was asked for, can't be used.
+        RecipeError: the recipe or an argument can't be used, or several trials in a row failed.
+
+    Example:
+        >>> import tempfile
+        >>> from rich.console import Console
+        >>> small = ["data.train_size=32", "data.held_out=16", "training.max_steps=2"]
+        >>> over, folder = ["training.learning_rate=1e-3..1e-2"], tempfile.mkdtemp()
+        >>> outcome = sweep(
+        ...     "recipes/quickstart.yaml", small, over=over, trials=1, output=folder, console=Console(quiet=True)
+        ... )
+        >>> [point.name for point in outcome.points]
+        ['adalora-0']
     """
     from rich.console import Console
 
@@ -122,7 +137,7 @@ class _Sweep:
             raise refusal("--within", f"must be from 0 to below 1 (100%), but is {within:g}.")
         if beside not in ("lora", "none"):
             raise refusal("--beside", f"there is no {beside!r}. {did_you_mean(beside, ('lora', 'none'))}")
-        # A metric of the sweep is the one by which each trial keeps its best adapter.
+        # Each trial keeps its best adapter by the sweep's metric.
         self.recipe = load_recipe(path, overrides)
         self.metric = _metric(self.recipe, metric)
         self.overrides = [*overrides, f"training.metric_for_best_model={metric}"]
@@ -139,11 +154,11 @@ class _Sweep:
         if beside == "lora" and self.recipe.method == "adalora" and trials > 1:
             self.methods.append("lora")
         self.studies: dict[str, Study] = {}
-        self.now: dict[str, str] = {}  # what running trials say
+        self.now: dict[str, str] = {}  # the progress of running trials, by name
         self._refresh: Callable[[], None] = lambda: None
 
     def open(self, storage: str | None, name: str | None, sampler: str, pruner: str, overwrite: bool) -> None:
-        """Open the studies, or go on with them."""
+        """Open new studies, or those of an earlier start of the sweep."""
         self.folder.mkdir(parents=True, exist_ok=True)
         opened = studies.open_storage(storage or f"sqlite:///{self.folder / 'sweep.db'}")
         name = name or self.folder.resolve().name
@@ -170,16 +185,16 @@ class _Sweep:
                 study.enqueue_trial(own_values)
 
     def share(self, method: str) -> int:
-        """How many of the trials a method has."""
+        """The number of a method's trials."""
         place = self.methods.index(method)
         return (self.trials - place + len(self.methods) - 1) // len(self.methods)
 
     def _dimensions(self, method: str) -> list[Dimension]:
-        """What is searched over with a method."""
+        """The dimensions to search for a method."""
         return self.dimensions if method == self.recipe.method else beside_dimensions(self.dimensions)
 
     def _own_values(self, method: str) -> dict[str, Any]:
-        """The recipe's own values, with which each method begins; empty if one is not among those searched."""
+        """The recipe's own values, for each method's first trial. Empty: the search does not include one of them."""
         settings = dict(flat(self.recipe.plain()))
         if self.recipe.method == "adalora":
             from rankwise.config import AdaLoraConfig
@@ -192,7 +207,7 @@ class _Sweep:
     # --- the trials --------------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
-        """Run trials until there are enough, or a signal comes."""
+        """Run trials until there are enough or a signal comes."""
         with self._shown():
             failures = 0
             while (method := self._next()) is not None:
@@ -216,7 +231,7 @@ class _Sweep:
         return self._done(None)
 
     def _next(self) -> str | None:
-        """The method whose trial is next; "" to wait for those elsewhere; None if all are done."""
+        """The method of the next trial; "" to wait for trials of other processes; None if all trials are done."""
         waits = False
         wanted: list[tuple[int, int, str]] = []
         for place, (method, study) in enumerate(self.studies.items()):
@@ -230,7 +245,7 @@ class _Sweep:
         return "" if waits else None
 
     def _train(self, trial: Trial, method: str) -> float:
-        """One trial: the value of its metric."""
+        """Train one trial, and return the value of its metric."""
         import optuna
 
         trial.set_user_attr("runner", studies.runner())
@@ -256,11 +271,11 @@ class _Sweep:
         except Exception as error:
             trial.set_user_attr("reason", (" ".join(str(error).split()) or type(error).__name__)[:500])
             if not isinstance(error, (RecipeError, RuntimeError, ValueError, OSError)):
-                raise  # a fault of ours
+                raise  # a fault of rankwise
             raise _Failed(str(error)) from error
         finally:
             self.now.pop(name, None)
-            gc.collect()  # of a model that refers to itself
+            gc.collect()  # frees the model, which refers to itself
         if result.interrupted is not None:
             raise Interrupted(result.interrupted)
         trial.set_user_attr("seconds", round(time.monotonic() - began, 1))
@@ -274,17 +289,17 @@ class _Sweep:
             return [*self.overrides, *(override(key, value) for key, value in values.items())]
         return [*self.overrides, *beside_overrides(self.recipe, values)]
 
-    # --- what is left and shown --------------------------------------------------------------------------------------
+    # --- the result --------------------------------------------------------------------------------------------------
 
     def outcome(self, interrupted: int | None = None) -> Outcome:
-        """What it has come to by now."""
+        """The result so far."""
         points = [
             _point(trial, method)
             for method, study in self.studies.items()
             for trial in study.get_trials(deepcopy=False)
             if "name" in trial.user_attrs and (trial.state.is_finished() or trial.state.name == "RUNNING")
         ]
-        # One that was left behind is tried again, under its name.
+        # A trial that fails without a reason was left behind. It is tried again under the same name.
         points = [point for point in points if point.state != "failed" or point.reason]
         metric = self.metric
         return Outcome(
@@ -298,7 +313,7 @@ class _Sweep:
         return outcome
 
     def _tidy(self) -> None:
-        """Write what there is, and remove the adapters that another one beats; their recipes and results stay."""
+        """Write the result so far, and remove adapters that others beat. Their recipes and results stay."""
         outcome = self.outcome()
         self._write(outcome)
         kept = {point.name for point in outcome.kept}
@@ -315,7 +330,7 @@ class _Sweep:
         smallest = outcome.smallest
         if smallest is None:
             return
-        with contextlib.suppress(OSError):  # of a trial that ran on another machine
+        with contextlib.suppress(OSError):  # the trial may have run on another machine
             made = yaml.safe_load((self.folder / "trials" / smallest.name / "recipe.yaml").read_text("utf-8"))
             made["output"] = self.recipe.output
             text = yaml.safe_dump(made, sort_keys=False, allow_unicode=True, width=100)
@@ -325,7 +340,7 @@ class _Sweep:
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[None]:
-        """A live table in a terminal; a line for each trial elsewhere."""
+        """Show a live table in a terminal. In a file or a pipe, each trial prints a line."""
         from rich.live import Live
 
         if not self.console.is_terminal:
@@ -352,16 +367,16 @@ class _Sweep:
 
 
 class _Failed(Exception):
-    """A trial that can't be trained, for a reason that is noted."""
+    """A trial failed, for a reason that was noted."""
 
 
 class _Follow(TrainerCallback):
-    """Tells Optuna of each evaluation, and stops a trial that falls behind the others.
+    """Reports each evaluation to Optuna, and stops a trial that falls behind the others.
 
     Args:
-        trial: of Optuna.
-        metric: its name in an evaluation.
-        say: shows where the trial is.
+        trial: Optuna's trial.
+        metric: the metric's key.
+        say: a function that shows the trial's progress.
     """
 
     def __init__(self, trial: Trial, metric: str, say: Callable[[str], None]) -> None:
@@ -369,13 +384,13 @@ class _Follow(TrainerCallback):
         self._shown = -math.inf
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the step, from time to time."""
+        """Show the step, at most twice per second."""
         if time.monotonic() - self._shown > 0.5:
             self._shown = time.monotonic()
             self._say(f"step {state.global_step:,} of {state.max_steps:,}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Report where the metric is, at a share of the run: trials may differ in steps."""
+        """Report the metric at a percentage of the run, because trials may have different numbers of steps."""
         import optuna
 
         value = (metrics or {}).get(f"eval_{self.metric}")

@@ -1,4 +1,4 @@
-"""What a sweep varies: keys of a recipe with ranges or lists of values, and the same for LoRA beside it."""
+"""The search space of a sweep: keys of a recipe, with ranges or lists of values, for AdaLoRA and for LoRA."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 Value = None | bool | int | float | str
 
-# What can't be varied, and why: keys, or sections.
+# Keys and sections that can't be varied, with the reasons.
 _FIXED: Mapping[str, str] = {
     "data": "results on other data can't be compared.",
     "task": "results of other tasks can't be compared.",
     "problem_type": "results of other tasks can't be compared.",
     "model": "results of other models can't be compared by their loss alone. Sweep a recipe for each.",
-    "output": "every trial has a folder of its own in that of the sweep.",
+    "output": "every trial has its own folder in the sweep's.",
     "device": "it changes no result.",
     "samples": "it changes no result.",
     "sample_tokens": "it changes no result.",
@@ -47,14 +47,14 @@ _NO_RESULT = "it changes no result."
 
 @dataclass(frozen=True)
 class Dimension:
-    """One key that is varied: between two numbers, or over a list.
+    """One key to vary, over a range or a list of values.
 
     Args:
-        key: of the recipe, dotted.
-        low: the least value of a range; None for a list.
-        high: the greatest one.
-        log: whether a range is searched by orders of magnitude.
-        choices: the values of a list; text that is no plain value is YAML.
+        key: the recipe's dotted key.
+        low: the lowest value of a range. None: the values are a list.
+        high: the highest value of a range. None: the values are a list.
+        log: whether to search the range by orders of magnitude.
+        choices: the values of a list. Values that are lists or sections are given as YAML strings.
 
     Example:
         >>> parse_dimension("training.learning_rate=1e-4..1e-2")
@@ -71,11 +71,11 @@ class Dimension:
 
     @property
     def ends(self) -> tuple[Value, ...]:
-        """Values that all must be right if any is."""
+        """The values to check: all values of a list, or both ends of a range."""
         return self.choices or (self.low, self.high)
 
     def suggest(self, trial: Trial) -> Value:
-        """The value of a trial of Optuna's."""
+        """Let Optuna choose the value for a trial."""
         if self.choices:
             chosen: Value = trial.suggest_categorical(self.key, self.choices)
             return chosen
@@ -84,7 +84,7 @@ class Dimension:
         return trial.suggest_float(self.key, float(self.low or 0), float(self.high or 0), log=self.log)
 
     def holds(self, value: Any) -> bool:
-        """Whether a value is one of those that are searched."""
+        """Whether the search includes a value."""
         if self.choices:
             return any(value == each and type(value) is type(each) for each in self.choices)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -99,11 +99,18 @@ class Dimension:
 def parse_dimension(text: str) -> Dimension:
     """Read ``key=low..high`` or ``key=value,value,...``.
 
-    A range of two whole numbers is one of whole numbers. A range of positive numbers that spans a factor of 10 or more
-    is searched by orders of magnitude.
+    A range between two whole numbers holds only whole numbers. A range of positive numbers that spans a factor of 10
+    or more is searched by orders of magnitude.
+
+    Args:
+        text: the key and its values.
 
     Raises:
-        RecipeError: it is neither, or the range is empty.
+        RecipeError: the text has neither form, the range is empty, the list has one value, or the key can't be varied.
+
+    Example:
+        >>> parse_dimension("training.num_train_epochs=1..3").log
+        False
     """
     key, equals, values = text.partition("=")
     key = key.strip()
@@ -134,7 +141,7 @@ def parse_dimension(text: str) -> Dimension:
 
 
 def _as_number(value: Any) -> Value:
-    """A value as Optuna takes it. YAML takes 1e-4 for text, and lists and sections become text again."""
+    """A value as Optuna accepts it. YAML reads 1e-4 as text, so it is converted. Lists and sections become text."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -162,11 +169,11 @@ def _range(key: str, low: int | float, high: int | float, text: str) -> Dimensio
 
 
 def usual_dimensions(recipe: BaseRecipe) -> list[Dimension]:
-    """Learning rate and rank, around the recipe's own: what is searched if nothing else is said."""
+    """The default search: learning rate and rank, around the recipe's own."""
     rate = recipe.training.learning_rate
     dimensions = [Dimension("training.learning_rate", rate / 10, rate * 10, log=True)]
     if recipe.adapter_fields.get("plan") or recipe.adapter_fields.get("rank_pattern"):
-        return dimensions  # the ranks are given, layer by layer
+        return dimensions  # the recipe gives the rank of each layer
     key = "target_r" if recipe.method == "adalora" else "r"
     most = recipe.adapter_fields.get("init_r", math.inf)
     own = recipe.adapter_fields.get(key, AdaLoraConfig().target_r)
@@ -180,7 +187,7 @@ def check_dimensions(path: Path, overrides: Sequence[str], dimensions: Sequence[
     """Refuse keys and values that the recipe can't have.
 
     Raises:
-        RecipeError: naming what was asked for.
+        RecipeError: a key is given twice, or a value can't be used. The message names it.
     """
     twice = [each.key for each in dimensions]
     for key in dict.fromkeys(twice):
@@ -196,7 +203,7 @@ def check_dimensions(path: Path, overrides: Sequence[str], dimensions: Sequence[
 
 
 def override(key: str, value: Value) -> str:
-    """``key=value`` for `load_recipe`.
+    """The string ``key=value`` for `load_recipe`.
 
     Example:
         >>> override("training.learning_rate", 1e-05), override("adapter.target_modules", '["query"]')
@@ -208,17 +215,17 @@ def override(key: str, value: Value) -> str:
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
-# --- beside ------------------------------------------------------------------------------------------------------
+# --- LoRA's trials -----------------------------------------------------------------------------------------------
 
 
 def beside_overrides(recipe: BaseRecipe, values: Mapping[str, Value]) -> list[str]:
-    """The overrides that make of a recipe for AdaLoRA one for LoRA with as many parameters in the end.
+    """The overrides that turn a recipe for AdaLoRA into one for LoRA with as many parameters after training.
 
-    The scale of the updates is the same, as is all else that both have.
+    The scale of the updates stays the same, and so do all settings that both methods have.
 
     Args:
-        recipe: for AdaLoRA.
-        values: what the trial varies; keys that LoRA does not have are left out.
+        recipe: a recipe for AdaLoRA.
+        values: the values that the trial varies. Keys that LoRA does not have are left out.
     """
     fields = dict(recipe.adapter_fields)
     target = values.get("adapter.target_r", fields.get("target_r", AdaLoraConfig().target_r))
@@ -243,7 +250,7 @@ def beside_overrides(recipe: BaseRecipe, values: Mapping[str, Value]) -> list[st
 
 
 def beside_dimensions(dimensions: Sequence[Dimension]) -> list[Dimension]:
-    """What is varied for LoRA: all but what it does not have. The rank stays, as it becomes LoRA's."""
+    """The dimensions that LoRA has. ``adapter.target_r`` is one of them, because it becomes LoRA's rank."""
     known = {f"adapter.{key}" for key in adapter_keys("lora")} | {"adapter.target_r"}
     return [
         each

@@ -1,7 +1,7 @@
 """The trials of a sweep in Optuna's storage, which several processes and machines may share.
 
-A trial that a process left behind when it was killed is tried again with the same values, under the same name, so that
-its run goes on from its checkpoint. One that failed for a reason of its own is not.
+A trial whose process was killed is tried again with the same values and the same name, so that its run continues from
+its checkpoint. A trial that failed with an error is not tried again.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-_HEARTBEAT, _GRACE = 15, 60  # seconds: how often a process says that it lives, and how long it may be silent
-_ATTEMPTS, _PAUSE = 5, 0.5  # to open a storage, and the seconds between two attempts
-_PATIENCE = 300  # seconds to wait for a SQLite file that another process writes to; 5, the default, is short
+# Seconds between a process's heartbeats, and seconds without one after which the process counts as dead.
+_HEARTBEAT, _GRACE = 15, 60
+# Attempts to open a storage, and seconds between two attempts.
+_ATTEMPTS, _PAUSE = 5, 0.5
+# Seconds to wait for a SQLite file that another process writes to. The default of 5 is too short.
+_PATIENCE = 300
 
 
 def open_storage(url: str) -> Any:
-    """Optuna's storage at a URL, such as ``sqlite:///sweep.db`` or ``postgresql://user@host/name``.
+    """Open Optuna's storage at a URL, such as ``sqlite:///sweep.db`` or ``postgresql://user@host/name``.
 
     Raises:
-        RecipeError: it is no URL, a driver is missing, or nobody answers there.
+        RecipeError: the text is no URL, a driver is missing, or the database does not answer.
     """
     import sqlalchemy.exc
 
@@ -44,8 +47,8 @@ def open_storage(url: str) -> Any:
         try:
             return _storage(url)
         except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-            # Two processes may make the tables of a new storage at once. The second one fails, and finds the tables
-            # when it tries again.
+            # Two processes may create the tables of a new storage at the same time. The second one fails. When it
+            # tries again, it finds the tables.
             clash = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)
             if clash and attempt < _ATTEMPTS:
                 time.sleep(_PAUSE)
@@ -80,21 +83,21 @@ def open_study(
     trials: int,
     overwrite: bool,
 ) -> Study:
-    """The study of a name: the one that is there, if it is of the same sweep.
+    """Open the study of a name, or create it.
 
     Args:
-        storage: of `open_storage`.
-        name: of the study.
-        settings: all that trials depend on, by names; a study of other settings is refused.
-        grows: whether the metric is to be large.
-        sampler: one of those that `_sampler` makes.
-        pruner: one of those that `_pruner` makes.
-        seed: of the sampler; None for one that differs in each process, so that two do not draw the same values.
-        trials: how many there are to be.
-        overwrite: begin anew.
+        storage: the storage that `open_storage` returned.
+        name: the study's name.
+        settings: all settings that trials depend on, by name. A study with other settings is refused.
+        grows: whether larger values of the metric are better.
+        sampler: the name of a sampler in `_sampler`.
+        pruner: the name of a pruner in `_pruner`.
+        seed: the sampler's seed. None: a different seed in each process, so that two processes draw different values.
+        trials: the number of trials that the study will have.
+        overwrite: whether to delete an earlier study of this name.
 
     Raises:
-        RecipeError: the study is of another sweep.
+        RecipeError: the study belongs to a sweep with other settings.
     """
     import optuna
 
@@ -123,7 +126,7 @@ def open_study(
             )
     else:
         study.set_user_attr("settings", dict(settings))
-    # A sweep that goes on must not draw the same values again.
+    # A sweep that continues must not draw the same values again.
     study.sampler = _sampler(sampler, None if seed is None else seed + len(study.trials), trials)
     return study
 
@@ -131,7 +134,7 @@ def open_study(
 def _sampler(name: str, seed: int | None, trials: int) -> Any:
     import optuna
 
-    first = max(3, min(10, trials // 4))  # trials before the sampler has something to go by
+    first = max(3, min(10, trials // 4))  # random trials before the sampler uses earlier results
     made: Mapping[str, Callable[[], Any]] = {
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=first, multivariate=True),
         "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=first),
@@ -147,7 +150,7 @@ def _sampler(name: str, seed: int | None, trials: int) -> Any:
 def _pruner(name: str) -> Any:
     import optuna
 
-    # Steps are percent of a run.
+    # The pruners' steps are percents of a run.
     made: Mapping[str, Callable[[], Any]] = {
         "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=20),
         "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=10),
@@ -159,7 +162,7 @@ def _pruner(name: str) -> Any:
 
 def _chosen(made: Mapping[str, Any], name: str, option: str) -> Any:
     if name not in made:
-        raise refusal(f"{option} {name}", f"there is none of this name. {did_you_mean(name, made)}")
+        raise refusal(f"{option} {name}", f"there is no such name. {did_you_mean(name, made)}")
     return made[name]
 
 
@@ -167,19 +170,19 @@ def _chosen(made: Mapping[str, Any], name: str, option: str) -> Any:
 
 
 def runner() -> dict[str, Any]:
-    """Who runs a trial: this process, told apart from a later one of the same number."""
+    """The identity of this process: host, number and start time. A later process may get the same number."""
     import psutil
 
     return {"host": socket.gethostname(), "pid": os.getpid(), "began": psutil.Process().create_time()}
 
 
 def left_behind(trial: FrozenTrial) -> bool:
-    """Whether a trial that counts as running was one of a process of this machine that is gone."""
+    """Whether a trial is marked as running, but its process on this machine is gone."""
     import psutil
 
     who = trial.user_attrs.get("runner")
     if not who or who.get("host") != socket.gethostname():
-        return False  # another machine's, whose heart stops beating if it dies
+        return False  # another machine runs it; if that dies, its heartbeat stops
     try:
         return bool(psutil.Process(who["pid"]).create_time() != who["began"])
     except psutil.NoSuchProcess:
@@ -187,7 +190,7 @@ def left_behind(trial: FrozenTrial) -> bool:
 
 
 def try_again(study: Study) -> None:
-    """Queue the trials anew that a process left behind, under their names."""
+    """Queue again, under the same names, the trials whose processes were killed."""
     import optuna
     from optuna.trial import TrialState
 
@@ -206,7 +209,7 @@ def try_again(study: Study) -> None:
 
 
 def finished(study: Study) -> list[FrozenTrial]:
-    """The trials that are done: complete, pruned, or failed for a reason of their own."""
+    """The trials that are done: complete, pruned, or failed with an error."""
     from optuna.trial import TrialState
 
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -218,7 +221,7 @@ def finished(study: Study) -> list[FrozenTrial]:
 
 
 def running(study: Study) -> list[FrozenTrial]:
-    """The trials that run now, here or elsewhere."""
+    """The trials that are running, in this process or in others."""
     from optuna.trial import TrialState
 
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

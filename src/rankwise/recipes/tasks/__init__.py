@@ -1,8 +1,8 @@
-"""The tasks that a recipe can name. A task is one module with the members of `Task`, registered in `TASKS`.
+"""The tasks that a recipe can name. A task is a module with the members of `Task`, registered in `TASKS`.
 
-To add a task, write such a module and add its line to `TASKS`; the command line, checking, planning, progress,
-checkpoints and reports then work for it as they are. A task of several files is a package whose module ``task`` has
-the members.
+To add a task, write such a module and add its line to `TASKS`. The command line, checking, planning, progress,
+checkpoints and reports then work for the task without changes. A task of several files is a package. Its module
+``task`` has the members.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ TASKS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class TaskData:
-    """What was read and checked of a recipe's data.
+    """A recipe's data, read and checked.
 
     Args:
-        train: the training examples; has a length.
-        evaluation: the held-out examples; has a length.
-        notes: what the user should know about them, a sentence each.
-        labels: the names of the labels, by number; None if the task has none.
+        train: the training examples, with a length.
+        evaluation: the held-out examples, with a length.
+        notes: notes for the user about the data, one sentence each.
+        labels: the names of the labels, by number. None: the task has none.
     """
 
     train: Any
@@ -44,7 +44,7 @@ class TaskData:
     labels: Sequence[str] | None = None
 
 
-# What stands for a recipe's data where there is none: no examples, and labels so that a head can be made.
+# Stands for a recipe's data where there is none. It has no examples, but labels, so that a head can be made.
 NO_DATA = TaskData(train=(), evaluation=(), labels=("0", "1"))
 
 
@@ -53,10 +53,10 @@ class Metric:
     """A number that tells how good a model is.
 
     Args:
-        key: its name in ``Trainer.evaluate()``'s result, without ``eval_``.
-        title: its name for people.
-        style: how to format it.
-        greater_is_better: whether a better model has more of it.
+        key: the metric's name in the result of ``Trainer.evaluate()``, without ``eval_``.
+        title: the name to show.
+        style: the format specification for its values.
+        greater_is_better: whether larger values are better.
     """
 
     key: str
@@ -68,9 +68,12 @@ class Metric:
 class Task(Protocol):
     """The members of a task's module.
 
-    A task whose model writes may also have ``samples(recipe, data, processor, model)``: what it writes to a few
-    prompts, each a dictionary with ``prompt``, ``written`` and maybe ``expected``, to show before and after. And any
-    task may have ``details(recipe, data, processor, examples, prediction)``; see `rankwise.recipes.details`.
+    Two more members are optional:
+
+    - ``samples(recipe, data, processor, model)`` returns texts that the model writes after a few prompts, to compare
+      before and after training. Each is a dictionary with ``prompt``, ``written`` and optionally ``expected``.
+    - ``details(recipe, data, processor, examples, prediction)`` returns details of predictions (see
+      `rankwise.recipes.details`).
     """
 
     # The recipe's class, with the task's own keys.
@@ -80,37 +83,38 @@ class Task(Protocol):
 
     @staticmethod
     def check(recipe: Any) -> Iterable[Problem]:
-        """What can be known to be wrong without reading all the data: files and columns that are missing."""
+        """The problems that can be found without reading all the data, such as missing files and columns."""
 
     @staticmethod
     def read_data(recipe: Any) -> TaskData:
         """Read and check all rows.
 
         Raises:
-            RecipeError: naming files and lines.
+            RecipeError: some rows can't be used. The message names files and lines.
         """
 
     @staticmethod
     def processor(recipe: Any) -> Any:
-        """The tokenizer or feature extractor, which is saved beside the adapter."""
+        """The tokenizer, feature extractor or image processor. It is saved with the adapter."""
 
     @staticmethod
     def new_model(recipe: Any, data: TaskData, processor: Any, *, weights: bool) -> Any:
-        """The model to adapt; without ``weights``, on the meta device and in an instant."""
+        """The model to adapt. Without ``weights`` it is on the meta device, which takes no time."""
 
     @staticmethod
     def largest_batch(recipe: Any, config: Any) -> Mapping[str, Tensor]:
-        """A training batch of one process as large as batches get, labels included, from the configuration alone.
+        """The largest training batch of one process, labels included, from the configuration alone.
 
-        It is how `rankwise.recipes.memory` measures activations: what the collator gives to the model's forward, by
-        name, with the shapes and dtypes of ``training.per_device_train_batch_size`` examples of the greatest length.
-        Values do not matter (``memory.batches`` makes such tensors), nor does the device: nothing is computed.
+        `rankwise.recipes.memory` measures activations with this batch. It holds the arguments of the model's forward
+        that the collator makes, by name. Their shapes and dtypes are those of ``training.per_device_train_batch_size``
+        examples of the greatest length. Values and devices do not matter, because nothing is computed.
+        ``memory.batches`` makes such tensors.
 
-        ``rankwise plan --memory`` has neither data nor tokenizer: then `new_model` gets `NO_DATA` and None as its
-        processor, and this function, which must not read files, gives the batch for the model that it makes.
+        This function must not read files: ``rankwise plan --memory`` has neither data nor a tokenizer. There,
+        `new_model` gets `NO_DATA` as its data and None as its processor.
 
         Args:
-            recipe: the recipe.
+            recipe: the run's recipe.
             config: the configuration of the model that `new_model` made.
         """
 
@@ -118,14 +122,15 @@ class Task(Protocol):
     def trainer_arguments(
         recipe: Any, data: TaskData, processor: Any, model: Any
     ) -> tuple[dict[str, Any], list[str]]:
-        """The arguments of Transformers' ``Trainer`` that depend on the task (data, collator, metrics), and notes.
+        """The arguments of Transformers' ``Trainer`` that depend on the task, and notes for the user.
 
-        Under ``trainer`` there may be a class to take in place of ``Trainer``.
+        These arguments are data, collator and metrics. The key ``trainer`` may hold a class to use instead of
+        ``Trainer``.
         """
 
     @staticmethod
     def metrics(recipe: Any) -> Sequence[Metric]:
-        """The metrics to show before and after."""
+        """The metrics to show before and after training."""
 
     @staticmethod
     def usage(recipe: Any, data: TaskData, base: str, folder: str) -> str:

@@ -39,19 +39,19 @@ from rankwise.recipes.tasks.usage import pipeline_lines
 if TYPE_CHECKING:
     from torch import Tensor
 
-TASK_TYPE = None  # PEFT has no wrapper of its own for it
+TASK_TYPE = None  # PEFT has no task type for it
 
 
 class ImageData(FilesSection):
-    """Where the pictures are.
+    """The data section of image classification.
 
     Args:
-        train: a folder with a sub-folder of pictures for each label, or with a metadata.csv. Or a CSV, JSON lines or
-            Parquet file whose rows name pictures; a folder that ``datasets`` saved; a path in a PyPI package
-            (``pypi:NAME/path``); or a dataset's name on the hub.
-        image: the column with the picture. Paths count from the table's folder.
+        train: the training examples: a folder with a sub-folder of pictures for each label, or with a metadata.csv; a
+            CSV, JSON lines or Parquet file whose rows name pictures; a folder that ``datasets`` saved; a path in a
+            PyPI package (``pypi:NAME/path``); or a hub dataset's name.
+        image: the column with the picture. Paths are relative to the table's folder.
         label: the column with the label.
-        labels: the names of the labels in the order wanted; left out, those of the training data, sorted.
+        labels: the names of the labels, by number. None: the labels in the training data, sorted.
     """
 
     image: str = "image"
@@ -60,7 +60,7 @@ class ImageData(FilesSection):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The recipe's keys that name columns, and the columns; the files first."""
+        """The names of the columns, by their keys in the recipe. The pictures' column comes first."""
         return {"data.image": self.image, "data.label": self.label}
 
 
@@ -69,7 +69,7 @@ class Recipe(RowsRecipe):
 
     Args:
         task: ``image-classification``.
-        data: where the pictures are.
+        data: the section about the pictures.
     """
 
     task: Literal["image-classification"]
@@ -80,7 +80,7 @@ class Recipe(RowsRecipe):
 
 
 def _pictures_by_folder(folder: Path) -> dict[str, list[Any]]:
-    """The pictures in the sub-folders of a folder, labelled with their names."""
+    """The pictures in the sub-folders of a folder. Their labels are the sub-folders' names."""
     files = [file for file in beside(folder, pictures.SUFFIXES) if file.parent != folder]
     return {"image": files, "label": [file.relative_to(folder).parts[0] for file in files]}
 
@@ -94,14 +94,14 @@ KIND = Kind(
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """Files, columns and packages that are missing, and a model that is."""
+    """The problems of a recipe: missing packages, files, columns or model."""
     if importlib.util.find_spec("PIL") is None:
         yield Problem("task", 'needs Pillow. Install the extra `vision`: pip install ".[vision]"')
     yield from check_sources(recipe, functools.partial(files_problems, KIND))
 
 
 def read_data(recipe: Recipe) -> TaskData:
-    """Find all pictures, check that they can be opened, number the labels, and hold examples out."""
+    """Find all pictures, check that they can be opened, number the labels, and hold out examples."""
     data = recipe.data
     with quiet_datasets():
         tables = read_tables(recipe, functools.partial(read_files, KIND))
@@ -135,7 +135,7 @@ def processor(recipe: Recipe) -> Any:
 
 
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
-    """The model with a new head of the data's labels."""
+    """The model with a new head for the data's labels."""
     config = model_config(recipe)
     name_labels(config, data.labels or ())
     config.problem_type = "single_label_classification"
@@ -143,14 +143,14 @@ def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) 
 
 
 def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
-    """Pictures of the model's size."""
+    """A batch of pictures of the model's size."""
     return image_batch(recipe.training.per_device_train_batch_size, config)
 
 
 def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """Pictures that are decoded when they are needed, and the metrics."""
+    """The pictures, the collator and the metrics. Pictures are decoded when they are needed."""
     from rankwise.recipes.data.file_examples import FileExamples
 
     strict = recipe.data.bad_files == "error"
@@ -168,7 +168,7 @@ def trainer_arguments(
 
 
 def _batch(processor: Any, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """``pixel_values`` of shape (batch, channels, height, width) and ``labels`` of shape (batch,)."""
+    """A batch: ``pixel_values``, shape (batch, channels, height, width), and ``labels``, shape (batch,)."""
     import torch
 
     found = processor(images=[example["pixel_values"] for example in examples], return_tensors="pt")
@@ -189,7 +189,7 @@ def metrics(recipe: Recipe) -> Sequence[Metric]:
 
 
 def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, prediction: Any) -> dict[str, Any]:
-    """Which labels are taken for which, and the mistakes that the model was surest of."""
+    """The confusion matrix of labels, and the mistakes with the highest probabilities."""
 
     def name(at: int) -> str:
         value = examples.rows[at]["image"]
@@ -200,7 +200,7 @@ def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, predi
 
 
 def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:
-    """Lines that classify a picture with the saved adapter."""
+    """Python lines that classify a picture with the saved adapter."""
     value = data.evaluation[0]["image"]
     file = value if isinstance(value, str) else (value.get("path") or "your-picture.jpg")
     model, processor = "AutoModelForImageClassification", ("image_processor", "AutoImageProcessor")

@@ -1,4 +1,4 @@
-"""Text classification: one label for each text, or one number (``problem_type: regression``).
+"""Text classification: one label for each text. With ``problem_type: regression``, one number for each text.
 
 task: text-classification
 data:
@@ -41,14 +41,14 @@ TASK_TYPE = "SEQ_CLS"
 
 
 class TextData(DataSection):
-    """Where the texts and their labels are.
+    """The data section of text classification.
 
     Args:
         text: the column with the text.
         text_pair: the column with a second text, for tasks on pairs.
-        label: the column with the label or number.
-        labels: the names of the labels in the order wanted; left out, those of the training data, sorted.
-        max_length: tokens to read of a text; left out, as many as the model takes.
+        label: the column with the label or the number.
+        labels: the names of the labels, by number. None: the labels in the training data, sorted.
+        max_length: the most tokens to read of a text, 4 or more. None: as many as the model takes.
     """
 
     text: str = "text"
@@ -59,7 +59,7 @@ class TextData(DataSection):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The recipe's keys that name columns, and the columns."""
+        """The names of the columns, by their keys in the recipe."""
         names = {"data.text": self.text, "data.text_pair": self.text_pair, "data.label": self.label}
         return {key: name for key, name in names.items() if name is not None}
 
@@ -70,7 +70,7 @@ class Recipe(RowsRecipe):
     Args:
         task: ``text-classification``.
         problem_type: ``classification``, or ``regression`` for a column of numbers.
-        data: where the examples are.
+        data: the section about the examples.
     """
 
     task: Literal["text-classification"]
@@ -87,14 +87,14 @@ class Recipe(RowsRecipe):
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """Files and columns that are missing, and a model that is."""
+    """The problems of a recipe: missing files, columns or model, or labels in regression."""
     yield from check_sources(recipe)
     if recipe.is_regression and recipe.data.labels:
         yield Problem("data.labels", "is for classification; in regression the label is a number.")
 
 
 def read_data(recipe: Recipe) -> TaskData:
-    """Read all rows, check texts and labels, and hold examples out."""
+    """Read all rows, check texts and labels, and hold out examples."""
     tables = read_tables(recipe)
     notes = [note for table in tables for note in table.notes]
     kept = [rows_with_text(table, recipe.data.text, notes) for table in tables]
@@ -166,7 +166,7 @@ def processor(recipe: Recipe) -> Any:
 
 
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
-    """The model with a new head of the data's labels."""
+    """The model with a new head for the data's labels."""
     config = padding_config(recipe, processor)
     if data.labels is None:
         config.num_labels, config.problem_type = 1, "regression"
@@ -177,7 +177,7 @@ def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) 
 
 
 def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
-    """Texts of ``data.max_length`` tokens, or of as many as the model takes."""
+    """A batch of texts with ``data.max_length`` tokens, or with as many as the model takes."""
     size = recipe.training.per_device_train_batch_size
     labels = "numbers" if recipe.is_regression else "classes"
     return text_batch(size, longest(recipe.data.max_length, config), labels)
@@ -186,13 +186,13 @@ def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
 def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """Tokens for the trainer, padded batch by batch, and the metrics."""
+    """The tokens and the metrics. The trainer pads tokens batch by batch."""
     length = token_limit(recipe.data.max_length, processor, model.config)
     train, cut_in_train = _tokens(data.train, processor, length)
     evaluation, cut_in_evaluation = _tokens(data.evaluation, processor, length)
     cut, all_rows = cut_in_train + cut_in_evaluation, len(train) + len(evaluation)
     notes = (
-        [f"{cut:,} of {all_rows:,} texts reach {length} tokens; what is beyond is not read."] if cut else []
+        [f"{cut:,} of {all_rows:,} texts reach {length} tokens; the rest of them is not read."] if cut else []
     )
     return {
         "train_dataset": train,
@@ -203,7 +203,7 @@ def trainer_arguments(
 
 
 def _tokens(rows: Any, tokenizer: Any, length: int) -> tuple[Any, int]:
-    """Token numbers of texts, and how many texts fill the whole length."""
+    """The tokens of texts, and the number of texts that fill the whole length."""
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         pair = [batch["text_pair"]] if "text_pair" in batch else []
@@ -219,7 +219,7 @@ def _tokens(rows: Any, tokenizer: Any, length: int) -> tuple[Any, int]:
 
 
 def metrics(recipe: Recipe) -> Sequence[Metric]:
-    """Accuracy and macro F1, or squared error and correlations; and the loss."""
+    """Accuracy, macro F1 and loss; in regression, squared error and correlations."""
     if recipe.is_regression:
         return (
             Metric("mse", "mean squared error", greater_is_better=False),
@@ -234,9 +234,10 @@ def metrics(recipe: Recipe) -> Sequence[Metric]:
 
 
 def classification_metrics(prediction: Any) -> dict[str, float]:
-    """Accuracy and macro F1 of ``prediction``: ``predictions`` of shape (n, labels), ``label_ids`` of shape (n,).
+    """Accuracy and macro F1. Macro F1 averages over the labels that occur or are predicted.
 
-    F1 is averaged over the labels that occur, or are predicted.
+    Args:
+        prediction: the trainer's ``predictions``, shape (n, labels), and ``label_ids``, shape (n,).
     """
     import numpy as np
     from sklearn.metrics import accuracy_score, f1_score
@@ -249,9 +250,10 @@ def classification_metrics(prediction: Any) -> dict[str, float]:
 
 
 def regression_metrics(prediction: Any) -> dict[str, float]:
-    """Mean squared error and correlations of ``prediction``: both arrays hold n numbers.
+    """The mean squared error and the correlations. A correlation is 0 if either side is constant.
 
-    A correlation is 0 where either side is constant.
+    Args:
+        prediction: the trainer's ``predictions`` and ``label_ids``, n numbers each.
     """
     import numpy as np
     from scipy.stats import pearsonr, spearmanr
@@ -268,13 +270,13 @@ def regression_metrics(prediction: Any) -> dict[str, float]:
 
 
 def _values(prediction: Any) -> Any:
-    """The model's first output, where it has several."""
+    """The model's output or, if it has several, its first one."""
     values = prediction.predictions
     return values[0] if isinstance(values, tuple) else values
 
 
 def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, prediction: Any) -> dict[str, Any]:
-    """Which labels are taken for which, or numbers side by side; and the worst mistakes."""
+    """The confusion matrix, or true and predicted numbers, and the worst mistakes."""
     import numpy as np
 
     def text(at: int) -> str:
@@ -290,7 +292,7 @@ def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, predi
 
 
 def label_details(names: Sequence[str], prediction: Any, example: Callable[[int], str]) -> dict[str, Any]:
-    """The confusion of labels, from logits of shape (n, labels) and labels of shape (n,)."""
+    """The confusion matrix and the worst mistakes, from logits of shape (n, labels) and labels of shape (n,)."""
     import numpy as np
     from scipy.special import softmax
 
@@ -305,7 +307,7 @@ def label_details(names: Sequence[str], prediction: Any, example: Callable[[int]
 
 
 def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:
-    """Lines that classify a text with the saved adapter."""
+    """Python lines that classify a text with the saved adapter."""
     extra = ', function_to_apply="none"' if recipe.is_regression else ""
     model, tokenizer = "AutoModelForSequenceClassification", ("tokenizer", "AutoTokenizer")
     text = str(data.evaluation[0]["text"])[:60]

@@ -2,7 +2,7 @@
 
 task: token-classification
 data:
-train: entities.conll     # CoNLL-style, JSON lines, Parquet, or a hub name
+train: entities.conll     # CoNLL, JSON lines, Parquet, or a hub name
 tokens: tokens            # the column with lists of words
 tags: ner_tags            # the column with a tag for each word
 """
@@ -58,17 +58,18 @@ _ENTITY_TAG = re.compile(r"[BIES]-.+")
 
 
 class TaggedData(DataSection):
-    """Where the words and their tags are.
+    """The data section of token classification.
 
     Args:
-        train: a CoNLL-style file (``.conll``, ``.iob``, ``.bio``: a word a line, its tag in the last column, a blank
-            line after each sentence), a JSON lines or Parquet file, or a dataset's name on the hub.
-        tokens: the column with lists of words; a CoNLL-style file needs no names.
+        train: the training examples: a CoNLL file (``.conll``, ``.iob``, ``.bio``), a JSON lines or Parquet file, or a
+            hub dataset's name. In a CoNLL file, each line has a word and, in its last column, a tag. A blank line ends
+            a sentence.
+        tokens: the column with lists of words. A CoNLL file needs no names of columns.
         tags: the column with lists of tags, one for each word.
-        labels: the names of the tags in the order wanted, and of those that are numbers in the data; left out, those
-            of the training data, ``O`` first.
-        max_length: tokens to read of a sentence; left out, as many as the model takes.
-        too_long: ``truncate`` longer sentences, ``drop`` them, or take them for an ``error``.
+        labels: the names of the tags, by number. Tags in the data may be these numbers. None: the tags in the training
+            data, ``O`` first.
+        max_length: the most tokens to read of a sentence, 4 or more. None: as many as the model takes.
+        too_long: how to treat longer sentences: ``truncate`` them, ``drop`` them, or raise an ``error``.
     """
 
     tokens: str = "tokens"
@@ -79,7 +80,7 @@ class TaggedData(DataSection):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The recipe's keys that name columns, and the columns."""
+        """The names of the columns, by their keys in the recipe."""
         return {"data.tokens": self.tokens, "data.tags": self.tags}
 
 
@@ -88,7 +89,7 @@ class Recipe(RowsRecipe):
 
     Args:
         task: ``token-classification``.
-        data: where the words and tags are.
+        data: the section about the words and tags.
     """
 
     task: Literal["token-classification"]
@@ -99,7 +100,7 @@ class Recipe(RowsRecipe):
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """Files and columns that are missing, a model that is, and labels that are there twice."""
+    """The problems of a recipe: missing files, columns or model, or repeated labels."""
     yield from check_sources(recipe, _place_problems)
     labels = recipe.data.labels or []
     if twice := next((name for name in labels if labels.count(name) > 1), None):
@@ -117,7 +118,7 @@ def _read(place: Place, key: str, columns: Sequence[str], split: str, subset: st
 
 
 def read_data(recipe: Recipe) -> TaskData:
-    """Read all sentences, check words and tags, hold sentences out, and split words into tokens."""
+    """Read all sentences, check words and tags, split words into tokens, and hold out sentences."""
     data, tokenizer = recipe.data, processor(recipe)
     limit = token_limit(data.max_length, tokenizer, model_config(recipe))
     tables = read_tables(recipe, _read)
@@ -138,7 +139,11 @@ def read_data(recipe: Recipe) -> TaskData:
 
 
 def _rows_with_words(data: TaggedData, table: Table, notes: list[str]) -> list[int]:
-    """The rows with words, as many as tags; empty ones are left out, and noted."""
+    """The numbers of the rows with words. A note says which empty rows are left out.
+
+    Raises:
+        RecipeError: a row has not as many tags as words, or no row has words.
+    """
     wrong: dict[int, str] = {}
     empty = []
     for row, (words, tags) in enumerate(zip(table.rows[data.tokens], table.rows[data.tags], strict=True)):
@@ -163,7 +168,7 @@ def _is_list_of(value: Any, kind: Any) -> bool:
 
 
 def _words_of_tags(data: TaggedData, table: Table, rows: Sequence[int]) -> dict[int, list[str]]:
-    """The tags of each row by name; numbers are looked up in the dataset's own names, or the recipe's."""
+    """The names of each row's tags. Tags that are numbers get their names from the dataset or from the recipe."""
     column = table.rows[data.tags]
     feature = getattr(table.rows.features[data.tags], "feature", None)
     names = getattr(feature, "names", None) or data.labels
@@ -182,7 +187,7 @@ def _words_of_tags(data: TaggedData, table: Table, rows: Sequence[int]) -> dict[
 
 
 def _tag_names(table: Table, tags: Iterable[Sequence[str]]) -> list[str]:
-    """The tags that occur, by kind of entity: first ``O``, then ``B-LOC``, ``I-LOC``, ``B-PER`` and so on."""
+    """The tags in the data, sorted by the kind of entity: ``O``, then ``B-LOC``, ``I-LOC``, ``B-PER`` and so on."""
     found = {tag for row in tags for tag in row}
     if len(found) < 2:
         raise refusal(
@@ -216,7 +221,7 @@ def _tokens(
     tags: Mapping[int, Sequence[int]],
     notes: list[str],
 ) -> Any:
-    """A dataset with token numbers, and the label of each word at its first token."""
+    """A dataset with the tokens of sentences, and the label of each word at the word's first token."""
     import datasets
 
     column = table.rows[data.tokens]
@@ -235,11 +240,11 @@ def _tokens(
 
 
 def labels_of_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
-    """The labels of tokens: at the first token of each word its tag, elsewhere none.
+    """The labels of tokens: the word's tag at the first token of each word, `IGNORED` elsewhere.
 
     Args:
-        words: for each token the number of its word; None for tokens of no word.
-        tags: of each word.
+        words: the number of each token's word, or None for tokens outside words.
+        tags: the number of each word's tag.
 
     Example:
         >>> labels_of_tokens([None, 0, 1, 1, None], tags=[7, 8])
@@ -256,39 +261,43 @@ def labels_of_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[i
 
 
 def processor(recipe: Recipe) -> Any:
-    """The model's tokenizer, which knows the word that a token belongs to."""
+    """The model's tokenizer, which can tell the word of each token.
+
+    Raises:
+        RecipeError: the tokenizer can't tell the words.
+    """
     tokenizer = load_tokenizer(recipe)
     if not tokenizer.is_fast:
         message = "its tokenizer is a slow one, which can't tell the words that its tokens belong to."
         raise refusal("model", f"{message} Take a model with a tokenizer.json.")
     if getattr(tokenizer, "add_prefix_space", None) is False:
-        # Such as RoBERTa's: a word alone is another one than the same word after a space.
+        # For tokenizers such as RoBERTa's, a word alone differs from the same word after a space.
         tokenizer = load_processor(recipe, "AutoTokenizer", add_prefix_space=True)
     return tokenizer
 
 
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
-    """The model with a new head of the data's tags."""
+    """The model with a new head for the data's tags."""
     config = padding_config(recipe, processor)
     name_labels(config, data.labels or ())
     return load_model(recipe, "AutoModelForTokenClassification", config, weights=weights)
 
 
 def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
-    """Sentences of ``data.max_length`` tokens, or of as many as the model takes."""
+    """A batch of sentences with ``data.max_length`` tokens, or with as many as the model takes."""
     return text_batch(recipe.training.per_device_train_batch_size, longest(recipe.data.max_length, config))
 
 
 def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """Tokens for the trainer, padded batch by batch, and the metrics."""
+    """The tokens and the metrics. The trainer pads tokens batch by batch."""
     from transformers import DataCollatorForTokenClassification
 
     names = list(data.labels or ())
     notes = []
     if not has_entities(names):
-        notes = ["The tags are no beginnings and insides of entities (B-…, I-…): only accuracy is measured."]
+        notes = ["The tags do not mark entities (B-…, I-…), so only accuracy is measured."]
     return {
         "train_dataset": data.train,
         "eval_dataset": shortest_first(data.evaluation),
@@ -300,7 +309,7 @@ def trainer_arguments(
 
 
 def _likeliest(logits: Any, labels: Tensor) -> Any:
-    """The tags that are predicted: all of the logits that the metrics need."""
+    """The predicted tags. The metrics need nothing else of the logits."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
 
 
@@ -308,7 +317,7 @@ def _likeliest(logits: Any, labels: Tensor) -> Any:
 
 
 def metrics(recipe: Recipe) -> Sequence[Metric]:
-    """F1, precision and recall of whole entities, accuracy of words, and the loss."""
+    """F1, precision and recall of whole entities, accuracy of words, and loss."""
     return (
         Metric("f1", "entity F1", ".2%"),
         Metric("precision", "entity precision", ".2%"),
@@ -319,7 +328,7 @@ def metrics(recipe: Recipe) -> Sequence[Metric]:
 
 
 def has_entities(names: Sequence[str]) -> bool:
-    """Whether tags mark entities: ``O``, and beginnings and insides (``B-``, ``I-``), ends and single ones.
+    """Whether all tags are ``O`` or mark entities by ``B-`` (begin), ``I-`` (inside), ``E-`` (end) or ``S-`` (single).
 
     Example:
         >>> has_entities(["O", "B-PER", "I-PER"]), has_entities(["NOUN", "VERB"])
@@ -329,13 +338,14 @@ def has_entities(names: Sequence[str]) -> bool:
 
 
 def tag_metrics(names: Sequence[str], prediction: Any) -> dict[str, float]:
-    """Accuracy, and if the tags mark entities, F1, precision and recall of those.
+    """Accuracy and, if the tags mark entities, F1, precision and recall of entities.
 
-    An entity counts as found if its kind, its first and its last word are right (as in CoNLL's own script).
+    An entity counts as found if its kind, its first word and its last word are right, as in CoNLL's script.
 
     Args:
-        names: the tags by number.
-        prediction: ``predictions`` and ``label_ids``, both (n, length); words are where a label is.
+        names: the names of the tags, by number.
+        prediction: the trainer's ``predictions`` and ``label_ids``, both of shape (n, length). Each label that is not
+            `IGNORED` stands for a word.
     """
     import numpy as np
 
@@ -356,7 +366,7 @@ def tag_metrics(names: Sequence[str], prediction: Any) -> dict[str, float]:
 
 
 def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, prediction: Any) -> dict[str, Any]:
-    """Which tags words get in place of theirs; mistakes are sentences, those with the most wrong words first."""
+    """The confusion matrix of tags, and the sentences with the most wrong words."""
     import numpy as np
 
     guess, truth = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
@@ -376,7 +386,7 @@ def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, predi
 
 
 def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:
-    """Lines that tag a text with the saved adapter."""
+    """Python lines that tag a text with the saved adapter."""
     extra = ', aggregation_strategy="first"' if has_entities(list(data.labels or ())) else ""
     text = processor(recipe).decode(data.evaluation[0]["input_ids"], skip_special_tokens=True)
     model, tokenizer = "AutoModelForTokenClassification", ("tokenizer", "AutoTokenizer")

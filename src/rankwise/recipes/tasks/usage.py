@@ -1,4 +1,4 @@
-"""Python lines that use a trained adapter, for tasks that Transformers has a pipeline for."""
+"""Python lines that use a trained adapter with a pipeline of Transformers."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from __future__ import annotations
 def pipeline_lines(
     task: str, model: str, processor: tuple[str, str], base: str, folder: str, value: str, options: str = ""
 ) -> str:
-    """Lines that load the adapter in ``folder`` onto the model ``base``, and put ``value`` in.
+    """Lines that load the adapter in ``folder`` onto the model ``base``, and predict for ``value``.
 
     Args:
         task: the pipeline's name.
-        model: the class that loads the model.
-        processor: the pipeline's argument for the tokenizer or image processor, and the class that loads it.
-        base: the model.
-        folder: the adapter's folder, with the configuration and the processor.
-        value: what to predict for.
-        options: more arguments of the pipeline, as source that begins with a comma.
+        model: the name of the class that loads the model.
+        processor: the name of the pipeline's argument for the tokenizer or image processor, and the name of its class.
+        base: the base model's folder or hub name.
+        folder: the adapter's folder, which also holds the configuration and the processor.
+        value: the example to predict.
+        options: more arguments of the pipeline, as source code that begins with a comma.
     """
     argument, loader = processor
     lines = (

@@ -5,7 +5,7 @@
     return;
   }
 
-  /** The text that an element holds as gzip in base64. */
+  /** Unpacks the text of an element, which is gzip in base64. */
   function unpacked(id) {
     const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (each) => each.charCodeAt(0));
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
@@ -28,7 +28,7 @@
   const coarse = matchMedia("(pointer: coarse)").matches; // fingers scroll the page, they don't zoom charts
   const options = { displayModeBar: false, responsive: true, scrollZoom: false };
 
-  /** The page's colours, as they are now: light, dark or print. */
+  /** The page's current colours: light, dark or print. */
   function colours() {
     const style = getComputedStyle(document.documentElement);
     return (name) => style.getPropertyValue(`--${name}`).trim();
@@ -54,13 +54,13 @@
     };
   }
 
-  /** The cells of a heat map by the colour that their numbers are legible in: on rank 0, on dark and on light colours. */
+  /** Splits a heat map's cells by the text colour that can be read on them: rank 0, dark colours, light colours. */
   function byInk(trace, z) {
     const inks = [(rank) => rank === 0, (rank) => rank > 0 && rank <= trace.meta.white, (rank) => rank > trace.meta.white];
     return inks.map((has) => z.map((row) => row.map((rank) => (rank !== null && has(rank) ? rank : null))));
   }
 
-  /** Rank 0 takes the page's grey, which recedes on light and on dark. A heat map becomes one for each ink. */
+  /** Gives rank 0 the page's own grey, and splits each heat map into one for each text colour. */
   function dataOf(figure) {
     const colour = colours();
     return figure.data.flatMap((trace) => {
@@ -80,7 +80,7 @@
     }
   }
 
-  /** The newest record of a run at a step; its first, before it began. */
+  /** The index of a run's last record up to a step; 0 before its first record. */
   function recordAt(frame, step) {
     let at = 0;
     while (at + 1 < frame.steps.length && frame.steps[at + 1] <= step) at++;

@@ -1,4 +1,4 @@
-"""How ranks are chosen: what is observed in a step, and what follows at a cut. One implementation for each form."""
+"""The interface for choosing ranks: what is observed in a step, and what follows at a cut. Each form implements it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rankwise.run.gradient_checks import GradientChecks
 
 
 class Candidates(NamedTuple):
-    """What a cut chooses from.
+    """The ranks that a cut chooses from.
 
     Args:
-        scores: (ranks,), the higher the better.
-        acts: (ranks,), bool: those that may stay.
-        unchanged: numbers of layers that keep the ranks that they have, beside those that don't train.
+        scores: the score of each rank, (ranks,); a higher one is better.
+        acts: the ranks that may stay, (ranks,), bool.
+        unchanged: the indices of layers that keep their ranks, in addition to those that don't train.
     """
 
     scores: Tensor
@@ -30,29 +30,31 @@ class Choice(Protocol):
     """A way to choose ranks."""
 
     checks: GradientChecks
-    counts_parameters: ClassVar[bool]  # a rank costs its numbers in A and B; else one
-    entries: int  # of each of the run's statistics
+    counts_parameters: ClassVar[
+        bool
+    ]  # a rank's cost is its number of parameters in A and B; otherwise it is 1
+    entries: int  # the length of each of the run's statistics
 
     def observe(self, step: Step, number: int) -> None:
-        """Take in the gradients of a step, which is the run's step ``number``."""
+        """Observe the gradients of a step, which is the run's step ``number``."""
 
     def candidates(self) -> Candidates:
-        """What to choose from now; all processes call it together."""
+        """The ranks to choose from now. All processes must call it together."""
 
     def apply(
         self, mask: Tensor, unchanged: Sequence[bool], final: bool, optimizers: Sequence[Optimizer]
     ) -> None:
-        """Keep the ranks in ``mask``, (ranks,), bool, and switch off the others. Follows `candidates`.
+        """Keep the ranks in ``mask``, and switch off the others. Must follow a call of `candidates`.
 
         Args:
-            mask: the choice.
-            unchanged: which layers stay as they are.
-            final: the budget has reached its target.
-            optimizers: those that may train any of the factors.
+            mask: the ranks to keep, (ranks,), bool.
+            unchanged: for each layer, whether it stays as it is.
+            final: whether the budget has reached its target.
+            optimizers: the optimizers that may train any of the factors.
         """
 
     def restore(self, scales: Sequence[float]) -> None:
-        """Take up a run whose layers had these ``scales``, and whose tensors are loaded; empty: they are not known."""
+        """Continue a run whose tensors are loaded and whose layers had these ``scales``; empty if unknown."""
 
     def rank_importance(self) -> Tensor:
-        """What each rank that is kept is worth, (ranks,); 0 for the others."""
+        """The worth of each kept rank, (ranks,); 0 for the others."""

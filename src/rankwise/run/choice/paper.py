@@ -1,4 +1,4 @@
-"""The paper's choice: every triplet is scored by weight times gradient, and the lowest scores are switched off."""
+"""The paper's choice: triplets are scored by weight times gradient, and those with low scores are switched off."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from rankwise.run.gradient_checks import GradientChecks
 
 
 class PaperChoice:
-    """Keeps the running averages of what the paper's form scores, and sets E to 0 where a triplet is switched off.
+    """Keeps running averages of the paper's scores, and sets E to 0 in triplets that are switched off.
 
-    A triplet that is off still gets a gradient, so it may come back at a later cut.
+    A triplet that is off still gets a gradient, so a later cut may switch it on again.
 
     Args:
-        factors: of the run, with E.
-        importance: what is scored.
+        factors: the factors of the run, including E.
+        importance: the quantity that is scored.
         betas: ``beta1`` and ``beta2``.
-        warn: gives a warning once.
+        warn: a function that gives each warning once.
     """
 
     counts_parameters: ClassVar[bool] = False
@@ -67,7 +67,7 @@ class PaperChoice:
         self._factors.write_rows("E", new)
 
     def restore(self, scales: Sequence[float]) -> None:
-        """The scale never changes."""
+        """Do nothing: the scale never changes."""
 
     def rank_importance(self) -> Tensor:
         return self._scores() * self._factors.mask

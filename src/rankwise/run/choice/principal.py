@@ -1,4 +1,4 @@
-"""The default form's choice: directions are cut that are worth least, in each layer's principal basis."""
+"""The default form's choice: in each layer's principal basis, the directions that are worth least are cut."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from rankwise.run.pairs import KEYS
 
 
 class PrincipalChoice:
-    """Sums up, for every block, the norm of its gradient in each step; at a cut, weighs directions with it.
+    """Sums the norm of every block's gradient over the steps. At a cut, these sums weigh the directions.
 
-    The gradient is that of the factor that starts at 0 and carries the update (B, or A in embeddings): its root mean
-    square over the block's acting ranks. The sums are the run's ``sensitivity``, (blocks,). Steps with NaN or infinite
-    gradients are left out.
+    The gradient is that of the factor that starts at 0 and carries the update: B, or A in embeddings. Its norm is the
+    root mean square over the block's ranks that are on. The sums are the run's ``sensitivity``, (blocks,). Steps with
+    NaN or infinite gradients are left out.
 
-    All layers have one pace: their scale is that of the end of the run, times ``target_r / k`` while k ranks act on
-    average. So Adam moves the average layer equally far at any time.
+    All layers have one pace. Their scale is the scale at the end of the run, times ``target_r / k`` while the average
+    rank is k. Adam therefore moves the average layer equally far throughout the run.
 
     Args:
-        factors: of the run.
-        target_r: average rank in the end.
-        use_rslora: scales go by the square root of the rank.
-        end_scales: of every layer, in the end.
-        warn: gives a warning once.
+        factors: the factors of the run.
+        target_r: the average rank at the end.
+        use_rslora: whether scales are divided by the square root of the rank.
+        end_scales: the scale of every layer at the end.
+        warn: a function that gives each warning once.
     """
 
     counts_parameters: ClassVar[bool] = True
@@ -55,11 +55,11 @@ class PrincipalChoice:
         self._bases: PrincipalBases | None = None
         self._before_start: list[
             tuple[str, int, Tensor, int]
-        ] = []  # factors that `start` changed, as they were
+        ] = []  # the original values of factors that `start` changed
 
     @torch.no_grad()
     def start(self) -> None:
-        """Give all layers the scale that they start with; what they compute stays as it is."""
+        """Give all layers their initial scale, and divide factors by the change, so that outputs stay the same."""
         scales, pairs = self._scales(final=False), self._factors.pairs
         for key in KEYS:
             carrying = [n for n, pair in enumerate(pairs) if pair.starts_at_zero == key]
@@ -77,7 +77,7 @@ class PrincipalChoice:
         return local(self._factors.pairs[layer].parameter(key))._version
 
     def _undo_start(self) -> None:
-        """Bring back factors that `start` changed, unless somebody has changed them since."""
+        """Restore the factors that `start` changed, unless they have been changed since."""
         for key, n, old, version in self._before_start:
             if self._version(key, n) == version:
                 self._factors.write_rows(key, {n: old})
@@ -109,7 +109,7 @@ class PrincipalChoice:
         bases = self._bases = PrincipalBases(self._factors)
         if bases.off_ones_moved():
             self._warn(
-                "The optimizer has moved ranks that are off and have no gradient, as optimizers do that add noise. "
+                "The optimizer has moved ranks that are off and have no gradient, as optimizers that add noise do. "
                 "They are switched off again at each cut; in between they act."
             )
         acts, unchanged = bases.acts(), bases.undecomposed()
@@ -124,7 +124,7 @@ class PrincipalChoice:
         return Candidates(scores, acts, unchanged)
 
     def _worth(self, strengths: Tensor) -> Tensor:
-        """What directions are worth for what they cost, (ranks,), by their strengths in B A."""
+        """The worth of directions per cost, (ranks,), from their strengths in B A."""
         factors, device = self._factors, strengths.device
         sums = factors.tensors.get("sensitivity")
         norms = factors.spread(torch.where(sums.any(), sums, 1.0))

@@ -1,4 +1,4 @@
-"""An adapter in the form that a server reads, one file for each."""
+"""Exports an adapter in the format that a server reads, with one module for each format."""
 
 from __future__ import annotations
 
@@ -32,31 +32,38 @@ def export_adapter(
     component: str | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a LoRA or AdaLoRA adapter in the form that a server reads; exactly, up to rounding to ``dtype``.
+    """Write a LoRA or AdaLoRA adapter in the format that a server reads. It is exact up to rounding to ``dtype``.
 
     Args:
         output: the folder to write; for "gguf" the file.
-        adapter: an adapted model, or an adapter folder that rankwise or PEFT wrote. Of an AdaLoRA folder, only linear
-            layers and embeddings can be exported, because it doesn't say which layers are convolutions.
-        to: "peft-lora" (plain LoRA with a rank for each layer), "vllm", "sglang" (and LoRAX: one rank, with zeros),
-            "gguf" (llama.cpp and Ollama), "diffusers" (for ``pipe.load_lora_weights``) or "merged" (a whole model in
-            the base's dtype).
-        base: the base model's folder, or for "gguf" also its ``.gguf`` file; where the adapter says that it is if None.
-            "sglang" needs it only where the adapter lacks layers that the server expects.
-        adapter_name: which adapter of the model.
-        dtype: of the written factors, such as ``torch.bfloat16``; as they are if None. Not for "merged".
-        component: for "diffusers", what the pipeline calls the adapted model, such as "unet" or "transformer"; told by
-            its layers if None.
-        overwrite: replace what is at ``output``.
+        adapter: an adapted model, or an adapter folder that rankwise or PEFT wrote. From a folder in PEFT's AdaLoRA
+            format, only linear layers and embeddings can be exported, because it does not mark convolutions.
+        to: the format:
+
+            - "peft-lora": plain LoRA with its own rank for each layer.
+            - "vllm": for vLLM.
+            - "sglang": for SGLang and LoRAX. All layers have one rank, padded with zeros.
+            - "gguf": for llama.cpp and Ollama.
+            - "diffusers": for ``pipe.load_lora_weights``.
+            - "merged": a whole model in the base's dtype.
+
+        base: the base model's folder; for "gguf" also its ``.gguf`` file. By default it is read from the adapter's
+            configuration. "sglang" needs it only if the adapter lacks layers that the server expects.
+        adapter_name: the adapter's name in the model.
+        dtype: the dtype of the written factors, such as ``torch.bfloat16``. By default they keep their own. Not allowed
+            for "merged".
+        component: for "diffusers", the adapted model's name in the pipeline, such as "unet" or "transformer". It is
+            recognized by its layers by default.
+        overwrite: whether to replace ``output`` if it exists.
 
     Returns:
-        What was written, and what the server has to be told.
+        The path that was written, and how to use it with the server.
 
     Raises:
-        FileNotFoundError: there is no such adapter folder, or no base model where one is needed.
-        FileExistsError: there is something at ``output``, and ``overwrite`` is False.
-        ValueError: the server can't take this adapter; the message says why, and what to do instead.
-        OSError: it can't be written; what was there before is whole.
+        FileNotFoundError: the adapter folder does not exist, or a base model is needed and not found.
+        FileExistsError: ``output`` exists and is not empty, and ``overwrite`` is False.
+        ValueError: the server can't load this adapter. The message says why, and what to do instead.
+        OSError: ``output`` can't be written. Its previous contents are then unchanged.
 
     Example:
         >>> import tempfile, torch, rankwise as rw
@@ -78,7 +85,7 @@ def export_adapter(
     if not overwrite:
         refuse_existing(path)
     updates = read_updates(adapter, adapter_name)
-    # Each target's own file is read when it is asked for, so that `import rankwise` stays fast.
+    # Each format's module is imported only when it is used, so that `import rankwise` stays fast.
     if to == "vllm":
         from rankwise.storage.export.vllm import export_for_vllm
 

@@ -1,4 +1,4 @@
-"""What exports need to know of the base model, from its folder's ``config.json`` or a ``.gguf`` file."""
+"""Facts about the base model that exports need, from its folder's ``config.json`` or a ``.gguf`` file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DECODERS = {
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
-}  # Transformers' model_type -> llama.cpp's architecture
+}  # by Transformers' model_type: llama.cpp's architecture
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class BaseShape:
     """The shape of a decoder.
 
     Args:
-        source: where it was read.
-        architecture: as llama.cpp calls it; None if that is not known here.
-        layers: how many there are.
-        heads: of attention.
-        kv_heads: heads of keys and values.
-        head_width: numbers in a head.
-        tied: whether the output layer is the input embedding.
+        source: the folder or file that it was read from.
+        architecture: llama.cpp's name of the architecture; None if it is unknown.
+        layers: the number of layers.
+        heads: the number of attention heads.
+        kv_heads: the number of heads of keys and values.
+        head_width: the width of a head.
+        tied: whether the output layer shares the input embedding's weight.
     """
 
     source: str
@@ -45,20 +45,20 @@ class BaseShape:
 
     @property
     def q_width(self) -> int:
-        """Rows of q's weight."""
+        """The number of rows in q's weight."""
         return self.heads * self.head_width
 
     @property
     def kv_width(self) -> int:
-        """Rows of k's and of v's weight."""
+        """The number of rows in k's and in v's weight."""
         return self.kv_heads * self.head_width
 
 
 def base_path(updates: Updates, base: Path | None, what_for: str) -> Path:
-    """Where the base model is: as given, or as the adapter says.
+    """The path of the base model: the given one, or the one in the adapter's configuration.
 
     Raises:
-        FileNotFoundError: it is neither a folder nor a file here.
+        FileNotFoundError: it is neither a local folder nor a local file.
     """
     named = str(base) if base is not None else updates.config.base_model_name_or_path
     if named is None:
@@ -68,7 +68,7 @@ def base_path(updates: Updates, base: Path | None, what_for: str) -> Path:
         )
     if not Path(named).exists():
         raise FileNotFoundError(
-            f"The base model {named!r} is no folder here, and {what_for} needs it. Download it (`hf download "
+            f"The base model {named!r} is not a local folder, and {what_for} needs it. Download it (`hf download "
             f"{named} --local-dir DIR`) and name the folder: `--base DIR`."
         )
     return Path(named)
@@ -79,7 +79,7 @@ def read_base_shape(path: Path) -> BaseShape:
 
     Raises:
         FileNotFoundError: the folder has no ``config.json``.
-        ValueError: it is no decoder with the usual fields.
+        ValueError: the model is not a decoder with the usual fields.
     """
     if path.suffix.lower() == ".gguf" and path.is_file():
         return _from_gguf(path)
@@ -103,11 +103,11 @@ def read_base_shape(path: Path) -> BaseShape:
 
 
 def read_base_config(folder: Path) -> dict[str, Any]:
-    """The content of a model folder's ``config.json``.
+    """Read a model folder's ``config.json``.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not valid.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not valid JSON.
     """
     path = folder / "config.json"
     if not path.is_file():

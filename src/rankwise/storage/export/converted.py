@@ -1,8 +1,8 @@
-"""Where a model's parameters are in files that hold them under other names, or in pieces.
+"""Finds a model's parameters in files that store them under other names or in pieces.
 
-Transformers renames weights when it loads them, and puts the experts of a mixture of experts together: Mixtral's files
-have ``block_sparse_moe.experts.3.w1.weight``, its model one ``mlp.experts.gate_up_proj`` of all experts. How it does,
-its own table of conversions says, for a model of the folder's class without weights.
+Transformers renames weights when it loads them, and joins the experts of a mixture. For example, Mixtral's files have
+``block_sparse_moe.experts.3.w1.weight``, but the model has one ``mlp.experts.gate_up_proj`` for all experts.
+Transformers' own table of conversions describes this. It is read for a model of the folder's class without weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rankwise.storage.export.places import Place, same_weight
 
 @dataclass(frozen=True)
 class Piece:
-    """A matrix in a file that is some rows of a matrix of the model, from ``first`` on."""
+    """A matrix in a file that holds some rows of a matrix of the model, beginning with row ``first``."""
 
     place: Place
     first: int
@@ -32,11 +32,11 @@ class Converted:
     """The parameters of the model in a folder, as Transformers loads it.
 
     Args:
-        folder: of the model.
-        places: of the tensors in its files.
+        folder: the model's folder.
+        places: the places of the tensors in its files, by name.
 
     Raises:
-        ValueError: Transformers is not installed, too old, or does not know the model.
+        ValueError: Transformers is not installed, is too old, or does not know the model.
     """
 
     def __init__(self, folder: Path, places: Mapping[str, Place]) -> None:
@@ -62,17 +62,17 @@ class Converted:
             self._sources[parameter][pattern].append(place)
 
     def renamed(self, name: str) -> Place | None:
-        """The tensor that is the parameter ``name``, whatever the files call it; None if none is as it stands."""
+        """The tensor in the files that is the parameter ``name``, whatever its name there; None if there is none."""
         found = same_weight(self._sources, name)
         sources = self._sources[found] if found is not None else {}
         (place,) = sources[None] if sources.keys() == {None} and len(sources[None]) == 1 else (None,)
         return place
 
     def sharing(self, name: str) -> list[str]:
-        """Which other parameters of the model are the same as this one.
+        """The other parameters of the model that share this one's weight.
 
-        Those are that the model ties when it is made, and those of its shape that the files don't hold: Transformers
-        gives these the weight of another one when it loads the files, whatever the configuration says.
+        These are the parameters that the model ties when it is built, and those of the same shape that the files lack:
+        on loading, Transformers gives them another parameter's weight, whatever the configuration says.
         """
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         found = same_weight(parameters, name)
@@ -91,7 +91,7 @@ class Converted:
         ]
 
     def output_weight(self) -> str | None:
-        """The name of the output layer's weight, if the model has such a layer."""
+        """The name of the output layer's weight, if the model has an output layer."""
         weight = getattr(next(output_embeddings(self._model), None), "weight", None)
         parameters = self._model.named_parameters(remove_duplicate=False)
         names = [name for name, each in parameters if each is weight]
@@ -110,10 +110,10 @@ class Converted:
         return found == sorted(found)
 
     def pieces(self, name: str, number: int) -> list[Piece]:
-        """Where the files hold a matrix of the parameter ``name``.
+        """The pieces of a matrix of the parameter ``name`` in the files.
 
         Raises:
-            ValueError: the model has no such parameter, or its files hold it in a form that is not known here.
+            ValueError: the model has no such parameter, or its files store it in an unknown form.
         """
         parameter = self._parameter(name)
         sources, shape = self._sources[parameter], self._state[parameter].shape
@@ -151,7 +151,7 @@ class Converted:
 
 
 def _without_weights(folder: Path) -> Any:
-    """The model on the meta device, where it takes no memory. No code that comes with a model is run."""
+    """Build the model on the meta device, where it takes no memory. Code that comes with a model is not run."""
     import transformers
 
     try:
@@ -167,12 +167,12 @@ def _without_weights(folder: Path) -> Any:
 
 
 def stacks_and_joins(operations: list[Any]) -> bool:
-    """Whether a converter stacks matrices, and then at most puts the rows of one kind below those of another."""
+    """Whether a converter only stacks matrices, and perhaps joins the rows of several kinds."""
     known = [("MergeModulelist", 0), ("Concatenate", 1)]
     found = [(type(each).__name__, getattr(each, "dim", None)) for each in operations]
     return bool(found) and found == known[: len(found)]
 
 
 def _by_number(place: Place) -> list[int]:
-    """Expert 2 before expert 10, of names that differ in nothing else."""
+    """A sort key that puts expert 2 before expert 10, for names that differ only in numbers."""
     return [int(part) for part in place.name.split(".") if part.isdigit()]

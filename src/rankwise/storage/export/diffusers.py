@@ -1,8 +1,8 @@
-"""For diffusers, as run with 0.42: a file that ``pipe.load_lora_weights`` applies.
+"""The export for diffusers (tested with 0.42): a file that ``pipe.load_lora_weights`` applies.
 
-A pipeline has several models, so each tensor's name begins with the name of the model in it that is adapted, such as
-``unet.`` or ``transformer.``. Alpha equals the rank in every layer, so that the scale is 1 for every version of
-diffusers that knows ranks of layers; versions since 0.34 read the configuration in the file's metadata.
+A pipeline has several models, so each tensor's name begins with the adapted model's name in the pipeline, such as
+``unet.`` or ``transformer.``. Alpha equals the rank in every layer, so the scale is 1 in every version of diffusers
+that supports ranks per layer. Versions since 0.34 read the configuration in the file's metadata.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rankwise.storage.updates import Updates, acting
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 _METADATA_KEY = "lora_adapter_metadata"
-# Where the layers of diffusers' models lie, by which a component can be told.
+# The first parts of layers' paths in diffusers' models, by which a component is recognized.
 _STARTS = {
     "unet": (
         "down_blocks",
@@ -55,15 +55,15 @@ def export_for_diffusers(
     """Write a folder that ``pipe.load_lora_weights`` applies.
 
     Args:
-        folder: made if need be.
-        updates: of the adapter.
-        dtype: of the written factors; as they are if None.
-        component: what the pipeline calls the adapted model, such as "unet", "transformer" or "text_encoder_2". None:
-            told by the names of its layers.
+        folder: the folder to write. It is created if it does not exist.
+        updates: the adapter's updates.
+        dtype: the dtype of the written factors; by default they keep their own.
+        component: the adapted model's name in the pipeline, such as "unet", "transformer" or "text_encoder_2". By
+            default it is recognized by its layers.
 
     Raises:
-        ValueError: the adapter holds something that diffusers cannot load, or its layers don't tell the component.
-        OSError: it can't be written; what was there before is whole.
+        ValueError: the adapter holds something that diffusers cannot load, or its layers match no component.
+        OSError: the folder can't be written. Its previous contents are then unchanged.
     """
     refuse_whole_tensors(updates, "diffusers' `load_lora_weights`")
     layers = acting(updates)
@@ -86,7 +86,7 @@ def export_for_diffusers(
 
 
 def _config(layers: Mapping[str, Update]) -> dict[str, Any]:
-    """Fields of PEFT's LoraConfig. Each pattern is anchored, as the end of one path may be another's path."""
+    """The fields of PEFT's LoraConfig. Patterns are anchored, because a path may be the end of another one."""
     ranks = {path: update.rank for path, update in layers.items()}
     top = max(ranks.values())
     others = {f"^{path}": rank for path, rank in ranks.items() if rank != top}
@@ -104,12 +104,12 @@ def _check(updates: Updates, path: str, update: Update) -> None:
         raise ValueError(f"{updates.source} adapts the experts {path!r}, which diffusers has no place for.")
     if update.grouped:
         raise ValueError(
-            f"{updates.source} adapts the grouped convolution {path!r}, of which diffusers can't tell the rank. Train "
+            f"{updates.source} adapts the grouped convolution {path!r}, whose rank diffusers can't determine. Train "
             "without it (`exclude_modules`)."
         )
     if not any(key.endswith("lora_B.weight") for key in named_tensors(path, update)):
         raise ValueError(
-            f"{updates.source} adapts the embedding {path!r}, and diffusers' `load_lora_weights` takes none. Train "
+            f"{updates.source} adapts the embedding {path!r}, which diffusers' `load_lora_weights` can't load. Train "
             "without it (`exclude_modules`)."
         )
 
@@ -117,7 +117,7 @@ def _check(updates: Updates, path: str, update: Update) -> None:
 def _checked(component: str) -> str:
     if not component.isidentifier():
         raise ValueError(
-            f"`component` must be what the pipeline calls the adapted model, such as 'unet', but is {component!r}."
+            f"`component` must be the adapted model's name in the pipeline, such as 'unet', but is {component!r}."
         )
     return component
 
@@ -127,7 +127,7 @@ def _component(updates: Updates, paths: Iterable[str]) -> str:
     found = [name for name, known in _STARTS.items() if starts & set(known)]
     if len(found) != 1:
         raise ValueError(
-            f"{updates.source} adapts layers under {', '.join(sorted(starts)[:6])}, which don't tell what a pipeline "
-            "calls the model. Say it: `component='unet'` (`--component unet`), or 'transformer', 'text_encoder', ..."
+            f"{updates.source} adapts layers under {', '.join(sorted(starts)[:6])}, which don't show the model's name "
+            "in a pipeline. Give it: `component='unet'` (`--component unet`), or 'transformer', 'text_encoder', ..."
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""What an export came to, and the refusals that several targets share."""
+"""The result of an export, and the checks that several formats share."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ IN_PYTHON = "In Python: load base and adapter, `model.merge_and_unload().save_pr
 
 
 class NotInBase(ValueError):
-    """The adapter changes or holds a weight that the base model's files have not, such as a new head's."""
+    """The adapter changes or holds a weight that the base model's files lack, such as a new head's."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how to use it.
+    """The result of an export.
 
     Args:
-        path: the folder or file.
-        notes: what the server has to be told, one line each.
+        path: the folder or file that was written.
+        notes: how to use it with the server, one line each.
+
+    Example:
+        >>> Exported(Path("adapter"), ("vllm serve BASE --enable-lora",)).notes
+        ('vllm serve BASE --enable-lora',)
     """
 
     path: Path
@@ -33,41 +37,43 @@ class Exported:
 
 
 def base_in_command(updates: Updates) -> str:
-    """What a command line calls the base model; BASE where the adapter does not say it."""
+    """The base model's name on a command line; BASE if the adapter does not record it."""
     return shlex.quote(updates.config.base_model_name_or_path or "BASE")
 
 
 def refuse_whole_tensors(updates: Updates, server: str, heads: Iterable[str] = ()) -> None:
-    """Refuse biases and modules saved whole, other than the base weights of adapted embeddings.
+    """Refuse biases and modules saved whole, except the base weights of adapted embeddings.
 
     Args:
-        updates: of the adapter.
-        server: which takes none.
-        heads: names of modules that it takes all the same.
+        updates: the adapter's updates.
+        server: the name of the server, which can't load them.
+        heads: the names of modules that it can load.
 
     Raises:
-        ValueError: there is one; the message names it.
+        ValueError: the adapter holds such a tensor. The message names it.
     """
     for name in updates.others:
         module, _, parameter = name.rpartition(".")
         if name.removesuffix(".base_layer.weight") in updates.layers:
-            continue  # an adapted embedding's own weight, which PEFT writes along
+            continue  # the weight of an adapted embedding, which PEFT saves as well
         if module.rpartition(".")[2] in heads and parameter in ("weight", "bias"):
             continue
         saved = saved_module_of(name, updates.config.modules_to_save or (), lambda path: True)
         whole = saved is not None or not name.endswith("bias")
         what = "part of a module that was trained whole" if whole else "a trained bias"
-        raise ValueError(f"{updates.source} holds {name!r}, {what}, and {server} takes none. {MERGE_INSTEAD}")
+        raise ValueError(
+            f"{updates.source} holds {name!r}, {what}, which {server} can't load. {MERGE_INSTEAD}"
+        )
 
 
 def refuse_convolutions(updates: Updates, layers: Mapping[str, Update], server: str) -> None:
     """Refuse adapters of convolutions.
 
     Raises:
-        ValueError: there is one; the message names it.
+        ValueError: the adapter adapts a convolution. The message names it.
     """
     for path, update in layers.items():
         if update.kernel:
             raise ValueError(
-                f"{updates.source} adapts the convolution {path!r}, and {server} takes none. {MERGE_INSTEAD}"
+                f"{updates.source} adapts the convolution {path!r}, which {server} can't load. {MERGE_INSTEAD}"
             )

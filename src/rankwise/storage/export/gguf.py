@@ -1,8 +1,9 @@
-"""For llama.cpp and Ollama: an adapter in a GGUF file, as read in llama.cpp's loader and converter.
+"""The export for llama.cpp and Ollama: an adapter in a GGUF file, by the source of llama.cpp's loader and converter.
 
-llama.cpp divides alpha by each tensor's own rank, and takes a scale of 1 where alpha is 0. So alpha is 0 here, with all
-scales multiplied into the factors: mixed ranks are exact without padding. Names are the ``gguf`` package's. Llama's
-converter reorders the rows of q and k, two halves of a head becoming pairs, and so must B's rows be.
+llama.cpp divides alpha by each tensor's own rank, and uses a scale of 1 if alpha is 0. Here alpha is therefore 0, and
+the scales are multiplied into the factors: mixed ranks are exact without padding. The ``gguf`` package gives the names.
+For Llama, the converter reorders the rows of q and k so that the two halves of a head become pairs. The rows of B are
+reordered in the same way.
 """
 
 from __future__ import annotations
@@ -26,27 +27,29 @@ from rankwise.storage.finite import converted
 from rankwise.storage.lora_layout import Update
 from rankwise.storage.updates import Updates, acting
 
-_PAIRED = ("llama",)  # architectures whose q and k have the halves of each head as pairs
-_TIED = "Its base model has one matrix for input embedding and output layer, of which llama.cpp can't adapt only one."
+_PAIRED = ("llama",)  # architectures whose q and k store the halves of each head as pairs
+_TIED = (
+    "Its base model has one matrix for input embedding and output layer, and llama.cpp can't adapt one alone."
+)
 
 
 def export_for_llama_cpp(
     file: Path, updates: Updates, dtype: torch.dtype | None = None, base: Path | None = None
 ) -> Exported:
-    """Write a GGUF file that llama.cpp and Ollama load beside the base model.
+    """Write a GGUF file that llama.cpp and Ollama load in addition to the base model.
 
     Args:
-        file: ends in ``.gguf``.
-        updates: of the adapter.
-        dtype: of the written factors, float32 if None.
-        base: the base model's folder, or its ``.gguf`` file; None for where the adapter says that it is.
+        file: the file to write. Its name ends in ``.gguf``.
+        updates: the adapter's updates.
+        dtype: the dtype of the written factors; float32 by default.
+        base: the base model's folder or ``.gguf`` file. By default it is read from the adapter's configuration.
 
     Raises:
-        FileNotFoundError: the base model is not there.
+        FileNotFoundError: the base model does not exist.
         ImportError: the package gguf is not installed.
-        ValueError: the adapter holds something that llama.cpp cannot load, or it is not known how the base model's
-            architecture is reordered.
-        OSError: it can't be written; what was there before is whole.
+        ValueError: the adapter holds something that llama.cpp cannot load, or llama.cpp's layout of the base model's
+            architecture is unknown here.
+        OSError: the file can't be written. Its previous contents are then unchanged.
     """
     if file.suffix.lower() != ".gguf":
         raise ValueError(f"{str(file)!r} should end in .gguf: llama.cpp takes an adapter as one file.")
@@ -77,10 +80,10 @@ def export_for_llama_cpp(
 def tensor_names(
     updates: Updates, layers: dict[str, Update], base: BaseShape, architecture: str
 ) -> dict[str, str]:
-    """What llama.cpp calls the weights of layers.
+    """llama.cpp's names for the weights of layers.
 
     Raises:
-        ValueError: it has no such weight, or one that stands for two.
+        ValueError: llama.cpp has no such weight, or one that two layers share.
     """
     import gguf
 
@@ -101,10 +104,10 @@ def tensor_names(
 
 
 def _in_layout(path: str, update: Update, base: BaseShape) -> tuple[Tensor, Tensor]:
-    """The factors as llama.cpp multiplies with them."""
+    """The factors in the layout in which llama.cpp multiplies with them."""
     A, B = update.A, update.B
     if issubclass(update.kind, EmbeddingAdapters):
-        return A.T, B  # rows of A are looked up
+        return A.T, B  # llama.cpp looks up rows of A
     projection = path.rpartition(".")[2]
     if base.architecture in _PAIRED and projection in ("q_proj", "k_proj"):
         heads = base.heads if projection == "q_proj" else base.kv_heads
@@ -127,7 +130,7 @@ def _gguf(architecture: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> 
     }
     if dtype not in kinds:
         raise ValueError(f"`dtype` must be one of {', '.join(map(str, kinds))}, but is {dtype}.")
-    with tempfile.TemporaryDirectory() as folder:  # the package writes to a path only
+    with tempfile.TemporaryDirectory() as folder:  # the package writes only to a path
         path = Path(folder, "adapter.gguf")
         writer = gguf.GGUFWriter(path, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -1,8 +1,8 @@
-"""A whole model folder with the updates added to the base weights, in the base's dtype.
+"""The export of a merged model: the base model's folder with the updates added to its weights, in the base's dtype.
 
-Each file of weights is copied, and in the copy only the adapted weights are changed, some rows at a time: what it takes
-of memory is the adapter and those rows, whatever the size of the model. That needs the places of tensors in the file,
-which the safetensors library does not tell; its format has them in a JSON header, documented for such use.
+Each file of weights is copied. In the copy, only the adapted weights are changed, some rows at a time. So the memory
+needed is that of the adapter and those rows, whatever the size of the model. This requires the positions of tensors in
+a file, which the safetensors library does not give. They are in the file's JSON header, whose format is documented.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from rankwise.storage.nesting import by_owner, named_by_targets
 from rankwise.storage.updates import Updates
 
 _NOT_COPIED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
-_CONV1D = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  # their weights are (d_in, d_out)
-_AT_ONCE = 2**20  # numbers of a weight
+_CONV1D = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  # models whose weights are (d_in, d_out)
+_AT_ONCE = 2**20  # numbers of a weight that are changed at once
 
 
 @dataclass(frozen=True)
 class _Change:
-    """What is added to a weight in a file: left (rows, rank) @ right (rank, columns)."""
+    """The change of a weight in a file: left (rows, rank) @ right (rank, columns) is added."""
 
     place: Place
     left: Tensor
@@ -49,15 +49,15 @@ def export_merged(folder: Path, updates: Updates, base: Path | None = None) -> E
     """Write the base model's folder with the adapter merged into it.
 
     Args:
-        folder: made if need be.
-        updates: of the adapter.
-        base: the base model's folder; None for where the adapter says that it is.
+        folder: the folder to write. It is created if it does not exist.
+        updates: the adapter's updates.
+        base: the base model's folder. By default it is read from the adapter's configuration.
 
     Raises:
-        FileNotFoundError: the base model is not there.
-        ValueError: the base is quantized or of another kind of file, or lacks a weight that the adapter changes; or a
-            weight would not be finite.
-        OSError: it can't be written; what was there before is whole.
+        FileNotFoundError: the base model does not exist.
+        ValueError: the base model is quantized, has other kinds of files, or lacks a weight that the adapter changes;
+            or a weight would not be finite.
+        OSError: the folder can't be written. Its previous contents are then unchanged.
     """
     source = base_path(updates, base, "a merged model")
     config = read_base_config(source)
@@ -100,7 +100,7 @@ def export_merged(folder: Path, updates: Updates, base: Path | None = None) -> E
 
 
 class _Weights:
-    """The weights of the base model by the names that the adapter has for them."""
+    """The weights of the base model, by the adapter's names for them."""
 
     def __init__(self, source: Path, config: Mapping[str, Any], updates: Updates) -> None:
         self.source, self.config, self.updates = source, config, updates
@@ -108,18 +108,18 @@ class _Weights:
 
     @cached_property
     def converted(self) -> Converted:
-        """As Transformers loads them; it takes seconds to import."""
+        """The parameters as Transformers loads them. Importing it takes seconds."""
         return Converted(self.source, self.places)
 
     def find(self, name: str) -> Place:
-        """Where a parameter is that the files hold as one tensor."""
+        """The place of a parameter that the files store as one tensor."""
         found = same_weight(self.places, name)
         if found is not None:
             return self.places[found]
         try:
             place = self.converted.renamed(name)
         except ValueError:
-            place = None  # what is said below holds all the same
+            place = None  # the message below is still right
         if place is None:
             raise NotInBase(
                 f"{self.updates.source} changes {name!r}, which {self.source} does not hold as one weight: it is "
@@ -134,25 +134,25 @@ class _Weights:
             return False
 
     def refuse_shared(self, path: str, name: str, embeds: bool = False) -> None:
-        """Refuse to change the parameter ``name`` of the module at ``path`` if another module has the same one."""
+        """Refuse to change the parameter ``name`` of the module at ``path`` if another module shares it."""
         try:
             shared = self.converted.sharing(name)
             output = self.converted.output_weight()
-            # What the files don't hold is filled with the embedding's weight, whatever the configuration says.
+            # On loading, weights that the files lack are taken from the embedding, whatever the configuration says.
             if embeds and not shared and output is not None and not self._holds(output):
                 shared = [output]
-        except ValueError:  # without Transformers, an embedding can be judged by names and shapes alone
+        except ValueError:  # without Transformers, only names and shapes tell
             shared = self._output_layer_like(name)
         if shared:
             whole = "trains" if name in self.updates.others else "adapts"
             raise ValueError(
                 f"{self.updates.source} {whole} {path!r}, whose weight {self.source} shares with {shared[0]!r}: "
-                "merged, it would change both. Load the adapter beside the base model instead, or train on a base "
-                "that is untied."
+                "merged, it would change both. Load the adapter on top of the base model instead, or train on an "
+                "untied base."
             )
 
     def _output_layer_like(self, name: str) -> list[str]:
-        """The output layer that has an embedding's weight: a language model whose files hold no such layer."""
+        """The output layer, if it shares an embedding's weight, as in language models whose files lack that layer."""
         found = same_weight(self.places, name)
         shape = None if found is None else self.places[found].shape
         alike = [other for other, place in self.places.items() if other != found and place.shape == shape]
@@ -165,13 +165,13 @@ class _Weights:
 
 
 def _refuse_shared(updates: Updates, weights: _Weights) -> None:
-    """Refuse weights that one module would get a value of its own for, while another one has the same weight.
+    """Refuse to change a weight that belongs to an embedding or a whole module and is shared with another module.
 
-    They are those of adapted embeddings and of modules that train whole: any other layer that shares its weight is
-    called several times, and its update belongs to all calls.
+    Other kinds of layers may share a weight. They act as one layer that is called several times, and its update belongs
+    to all calls.
 
     Raises:
-        ValueError: there is such a weight.
+        ValueError: the adapter changes a shared weight.
     """
     for path, update in updates.layers.items():
         if issubclass(update.kind, EmbeddingAdapters):
@@ -189,21 +189,21 @@ def _of_layers(updates: Updates, weights: _Weights) -> Iterator[_Change]:
         if path in in_stacks:
             continue
         if update.grouped:
-            raise ValueError(f"{path!r} is a grouped convolution, whose LoRA is no change of its weight.")
+            raise ValueError(f"{path!r} is a grouped convolution, whose LoRA is not a change of its weight.")
         place = weights.find(f"{path}.weight")
         yield _Change(place, *_factors(update, place, weights.config))
 
 
 def _of_stacks(updates: Updates, weights: _Weights) -> Iterator[_Change]:
-    """Of adapted parameters, such as experts: each matrix of a stack by itself."""
+    """The changes of adapted parameters, such as experts: one for each matrix of a stack."""
     if not isinstance(
         updates.config, AdaLoraConfig
-    ):  # LoRA's files tell parameters of a module by their order
+    ):  # LoRA's files tell a module's parameters apart only by their order
         for owner in by_owner(updates.stacks):
             names = named_by_targets(updates.config.target_parameters or [])(owner)
             if not weights.converted.in_order([f"{owner}.{name}" for name in names]):
                 raise ValueError(
-                    f"{updates.source} tells {' and '.join(names)} of {owner!r} apart by their order, which is another "
+                    f"{updates.source} distinguishes {' and '.join(names)} of {owner!r} by their order, which differs "
                     f"in the base model. {IN_PYTHON}"
                 )
     for path, names in updates.stacks.items():
@@ -230,7 +230,7 @@ def _check_place(
 
 
 def _factors(update: Update, place: Place, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """(rows, rank) and (rank, columns), whose product has the layout of the weight."""
+    """Factors (rows, rank) and (rank, columns), whose product has the layout of the weight."""
     embedding = issubclass(update.kind, EmbeddingAdapters)
     conv1d = config.get("model_type") in _CONV1D and len(place.shape) == 2 and not embedding
     return (update.A.T, update.B.T) if embedding or conv1d else (update.B, update.A)
@@ -240,7 +240,7 @@ def _add(file: BinaryIO, change: _Change) -> None:
     """Add to a weight in a file, some rows at a time, in single precision or better.
 
     Raises:
-        ValueError: the sum is not finite, or too large for the dtype of the file.
+        ValueError: the sum is not finite, or out of range of the file's dtype.
     """
     place, left = change.place, change.left
     dtype = DTYPES[place.dtype]

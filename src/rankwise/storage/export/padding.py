@@ -1,4 +1,4 @@
-"""One rank for all layers, by triplets of zeros, for servers that take only one."""
+"""Gives all layers one rank by adding triplets of zeros, for servers that need it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rankwise.storage.updates import Updates, acting
 
 
 def padded(updates: Updates, rank: int | None = None) -> dict[str, Update]:
-    """Every layer at one rank, those at rank 0 too: servers that stack layers miss one that is left out.
+    """Pad every layer to one rank. Layers at rank 0 are included, because servers that stack layers expect them.
 
     Args:
-        updates: of layers that are no grouped convolutions.
-        rank: at least the largest rank; None for that.
+        updates: updates without grouped convolutions.
+        rank: the rank to pad to; by default the largest rank of any layer.
 
     Raises:
         ValueError: all layers are at rank 0, or one is a grouped convolution.

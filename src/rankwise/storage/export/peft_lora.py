@@ -1,4 +1,4 @@
-"""An adapter as a plain LoRA adapter with a rank for each layer, which PEFT and most LoRA servers load."""
+"""The export as plain LoRA with its own rank for each layer, which PEFT and most LoRA servers load."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ def save_as_lora(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> LoraConfig:
-    """Write any adapter as a plain LoRA adapter whose scale is 1 in every layer, exactly.
+    """Write any adapter as a plain LoRA adapter whose scale is 1 in every layer. This is exact.
 
-    What the default form of AdaLoRA saves is plain LoRA already. This is for the paper's form, whose files have a third
-    factor; and for servers that take one rank only, or factors of another dtype. Layers at rank 0 are left out; with
-    ``pad`` those of the paper's form stay, as zeros.
+    AdaLoRA's default form saves plain LoRA already. This function is for the paper's form, whose files have a third
+    factor; and for servers that need one rank, or factors of another dtype. Layers at rank 0 are left out. With
+    ``pad``, those of the paper's form are written as zeros instead.
 
     Args:
-        save_directory: the folder to write; made if need be.
-        adapter: an adapted model, or an adapter folder. Of a folder in PEFT's AdaLoRA format, only linear layers and
-            embeddings can be exported, because it doesn't say which layers are convolutions.
-        adapter_name: which adapter of the model.
-        pad: give all layers the same rank, for servers that take only one.
-        dtype: of the written factors, such as ``torch.bfloat16``; as they are if None.
-        overwrite: replace what is in the folder.
+        save_directory: the folder to write. It is created if it does not exist.
+        adapter: an adapted model, or an adapter folder. From a folder in PEFT's AdaLoRA format, only linear layers and
+            embeddings can be exported, because it does not mark convolutions.
+        adapter_name: the adapter's name in the model.
+        pad: whether to give all layers the same rank, for servers that need it.
+        dtype: the dtype of the written factors, such as ``torch.bfloat16``. By default they keep their own.
+        overwrite: whether to replace the contents of the folder.
 
     Returns:
         The configuration that was written.
 
     Raises:
-        FileNotFoundError: there is no such adapter folder.
+        FileNotFoundError: the adapter folder does not exist.
         FileExistsError: ``save_directory`` is not empty, and ``overwrite`` is False.
         ValueError: the adapter has rank 0 in all layers.
-        OSError: it can't be written; what was there before is whole.
+        OSError: the folder can't be written. Its previous contents are then unchanged.
 
     Example:
         >>> import tempfile, torch, rankwise as rw

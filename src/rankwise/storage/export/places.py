@@ -1,4 +1,4 @@
-"""Where the files of a model folder hold its weights, from the JSON headers of its safetensors files."""
+"""Finds the weights in the files of a model folder by the JSON headers of its safetensors files."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's numbers are.
+    """The place of a tensor in a model's files.
 
     Args:
-        name: what the file calls it.
-        file: which file.
-        dtype: as safetensors calls it, such as ``"BF16"``.
-        shape: of the tensor.
-        start: its first byte in the file.
-        size: how many bytes it has.
+        name: the tensor's name in the file.
+        file: the file's name.
+        dtype: safetensors' name of the dtype, such as ``"BF16"``.
+        shape: the tensor's shape.
+        start: the position of its first byte in the file.
+        size: its size in bytes.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Place:
 
     @property
     def flat(self) -> tuple[int, int]:
-        """Rows and columns: the first dimension, and all others."""
+        """The rows and columns of the tensor as a matrix: its first dimension, and the product of the others."""
         return self.shape[0], math.prod(self.shape[1:])
 
     def matrix(self, number: int) -> Place:
-        """One of the matrices that are stacked in it; itself, if it is one."""
+        """The place of one matrix in a stack; of the tensor itself if it is a matrix."""
         if len(self.shape) == 2:
             return self
         size = self.size // self.shape[0]
@@ -50,10 +50,10 @@ class Place:
 
 
 def read_places(folder: Path) -> dict[str, Place]:
-    """All tensors of a model folder, by their names in the files.
+    """The places of all tensors in a model folder, by name.
 
     Raises:
-        ValueError: it has no safetensors files.
+        ValueError: the folder has no safetensors files.
     """
     index = folder / _INDEX
     if index.is_file():
@@ -78,7 +78,7 @@ def read_places(folder: Path) -> dict[str, Place]:
 
 
 def same_weight(names: Iterable[str], name: str) -> str | None:
-    """The one of ``names`` that is ``name``, or is it once a prefix is taken from either: a body has no head's."""
+    """The only one of ``names`` that equals ``name`` up to a prefix, as between a model's body and the whole model."""
     names = list(names)
     if name in names:
         return name

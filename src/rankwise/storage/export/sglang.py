@@ -1,9 +1,9 @@
-"""For SGLang and LoRAX, as read in their main branches of 2026.
+"""The export for SGLang and LoRAX, by the source of their main branches in 2026.
 
-Both scale every layer by ``lora_alpha / r`` and stack the layers of a kind, so that every tensor must have rank ``r``.
-SGLang joins q, k and v of a layer, and gate and up, and expects the others where it finds one. LoRAX drops a kind of
-projection in all layers if it is missing in one. So all layers get one rank, and layers that are missing get factors
-of zeros, which change nothing.
+Both scale every layer by ``lora_alpha / r`` and stack the layers of a kind, so every tensor must have rank ``r``.
+SGLang joins q, k and v of a layer, and gate and up. If it finds one of them, it expects the others. LoRAX drops a kind
+of projection from all layers if it is missing in one layer. The export therefore gives all layers one rank, and missing
+layers get factors of zeros, which change nothing.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def export_for_sglang(
     """Write a folder that SGLang and LoRAX load.
 
     Args:
-        folder: made if need be.
-        updates: of the adapter.
-        dtype: of the written factors; as they are if None.
-        base: the base model's shape, where known: how many layers there are, and how wide q and v.
+        folder: the folder to write. It is created if it does not exist.
+        updates: the adapter's updates.
+        dtype: the dtype of the written factors; by default they keep their own.
+        base: the base model's shape, if it is known: the number of layers and the widths of q and v are used.
 
     Raises:
         ValueError: the adapter holds something that SGLang cannot load, or lacks something that only ``base`` can add.
-        OSError: it can't be written; what was there before is whole.
+        OSError: the folder can't be written. Its previous contents are then unchanged.
     """
     refuse_whole_tensors(updates, _SERVER)
     layers = padded(updates)
@@ -68,7 +68,7 @@ def export_for_sglang(
 
 
 def _with_all_layers(layers: Mapping[str, Update], base: BaseShape | None) -> dict[str, Update]:
-    """With zeros for every layer that lacks a projection that another has."""
+    """Add zeros for projections that are adapted in some layers, but not in all."""
     numbered = {path: match for path in layers if (match := _LAYER.fullmatch(path))}
     count = base.layers if base else 1 + max((int(match[2]) for match in numbered.values()), default=-1)
     complete = dict(layers)
@@ -81,7 +81,7 @@ def _with_all_layers(layers: Mapping[str, Update], base: BaseShape | None) -> di
 def _with_companions(
     layers: Mapping[str, Update], updates: Updates, base: BaseShape | None
 ) -> dict[str, Update]:
-    """With zeros for the projections that SGLang joins with those that are there."""
+    """Add zeros for the projections that SGLang joins with adapted ones."""
     complete = dict(layers)
     for path in layers:
         parent, _, name = path.rpartition(".")
@@ -99,7 +99,7 @@ def _with_companions(
             width = width or (len(twin.B) if twin else None)
             if width is None:
                 raise ValueError(
-                    f"{updates.source} adapts {path!r} without its {other}, which {_SERVER} expects beside it. Name "
+                    f"{updates.source} adapts {path!r} without its {other}, which {_SERVER} expects with it. Name "
                     "the base model's folder with `--base`, so that zeros of its size can be added; or adapt "
                     f"{other}, too."
                 )
@@ -108,7 +108,7 @@ def _with_companions(
 
 
 def _companions(name: str, base: BaseShape | None) -> dict[str, Any]:
-    """What SGLang expects beside a projection: name -> rows of its weight, None where unknown."""
+    """The projections that SGLang joins with this one, with the number of rows of their weights, if it is known."""
     if name in ("q_proj", "k_proj", "v_proj"):
         return {"q_proj": base and base.q_width, "v_proj": base and base.kv_width}
     return {"gate_proj": None, "up_proj": None} if name in ("gate_proj", "up_proj") else {}

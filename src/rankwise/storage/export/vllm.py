@@ -1,9 +1,8 @@
-"""For vLLM, as read in 0.32.
+"""The export for vLLM, by the source of 0.32.
 
-It scales every layer by ``lora_alpha / r``; versions since about 0.30 also follow ``rank_pattern`` and
-``alpha_pattern``, older ones drop them without a word. With alpha equal to the rank in every layer, the scale is 1
-however it is read. Factors of different ranks are padded by vLLM itself to ``--max-lora-rank``, which must be one of
-`MAX_LORA_RANKS`.
+vLLM scales every layer by ``lora_alpha / r``. Versions since about 0.30 also follow ``rank_pattern`` and
+``alpha_pattern``; older ones ignore them silently. Alpha equals the rank in every layer here, so the scale is 1 either
+way. vLLM pads factors of different ranks to ``--max-lora-rank``, which must be one of `MAX_LORA_RANKS`.
 """
 
 from __future__ import annotations
@@ -28,15 +27,20 @@ _HEADS = ("classifier", "score")
 def export_for_vllm(folder: Path, updates: Updates, dtype: torch.dtype | None = None) -> Exported:
     """Write a folder that vLLM loads.
 
+    Args:
+        folder: the folder to write. It is created if it does not exist.
+        updates: the adapter's updates.
+        dtype: the dtype of the written factors; by default they keep their own.
+
     Raises:
         ValueError: the adapter holds something that vLLM cannot load.
-        OSError: it can't be written; what was there before is whole.
+        OSError: the folder can't be written. Its previous contents are then unchanged.
     """
     refuse_whole_tensors(updates, "vLLM", _HEADS)
     if updates.stacks:
         path = next(iter(updates.stacks))
         raise ValueError(
-            f"{updates.source} adapts the experts {path!r}, which is not tried with vLLM. {MERGE_INSTEAD}"
+            f"{updates.source} adapts the experts {path!r}, which has not been tried with vLLM. {MERGE_INSTEAD}"
         )
     layers = acting(updates)
     refuse_convolutions(updates, layers, "vLLM")
@@ -51,5 +55,5 @@ def export_for_vllm(folder: Path, updates: Updates, dtype: torch.dtype | None = 
     base = base_in_command(updates)
     notes = [f"vllm serve {base} --enable-lora --max-lora-rank {least} --lora-modules NAME={folder}"]
     if updates.others:
-        notes.append("The trained head goes along, which older versions of vLLM refuse.")
+        notes.append("The trained head is included, which older versions of vLLM refuse.")
     return Exported(folder, tuple(notes))

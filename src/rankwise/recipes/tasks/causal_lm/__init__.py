@@ -1,1 +1,1 @@
-"""Language models that write on; `rankwise.recipes.tasks.causal_lm.task` has the members of `Task`."""
+"""The task of language models. `rankwise.recipes.tasks.causal_lm.task` has the members of `Task`."""

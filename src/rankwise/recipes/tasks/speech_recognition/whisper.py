@@ -1,4 +1,4 @@
-"""What is Whisper's own in training it: its window of time, its language tokens, its way to compare texts."""
+"""Functions that only Whisper needs: its window, its language tokens, and comparing transcripts."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Whisper hears 100 frames a second, and halves them: its encoder has 50 positions a second.
+# Whisper's features have 100 frames per second. Its encoder halves them to 50 positions per second.
 _FRAMES = 100
 _POSITIONS = 50
-# Written without spaces between words: errors are counted in characters.
+# Languages without spaces between words, for which errors are counted in characters.
 _NO_SPACES = frozenset({"zh", "yue", "ja", "th", "lo", "my"})
 
 
 def window_positions(seconds: float | None, config: Any) -> int:
-    """Encoder positions of a window of time.
+    """The number of encoder positions of a window.
 
     Args:
-        seconds: its length; None for all that the model takes.
-        config: the configuration of a Whisper model.
+        seconds: the window's length in seconds. None: the model's own window.
+        config: a Whisper model's configuration.
 
     Raises:
-        ValueError: it is longer than what the model takes.
+        ValueError: the window is longer than the model's own.
 
     Example:
         >>> from types import SimpleNamespace
@@ -37,21 +37,21 @@ def window_positions(seconds: float | None, config: Any) -> int:
 
 
 def shorten_window(model: Any, positions: int) -> None:
-    """Let a Whisper model's encoder hear only the first ``positions`` of its window, so that it computes no more.
+    """Shorten the window of a Whisper model's encoder to its first ``positions``, which saves time and memory.
 
-    No weight changes, and neither does the configuration that is saved: whatever is trained in a short window serves
-    the whole one. Longer input is cut, as ``generate`` fills it up to the whole window with silence.
+    Weights and saved configuration do not change, so an adapter that was trained with a short window works with the
+    whole one. Longer input is cut, because ``generate`` pads input to the whole window with silence.
 
     Args:
-        model: a ``WhisperForConditionalGeneration``, changed in place.
-        positions: 50 a second.
+        model: a ``WhisperForConditionalGeneration``, which is changed in place.
+        positions: the number of positions, 50 per second.
     """
     encoder = model.get_encoder()
     if positions >= encoder.embed_positions.num_embeddings:
         return
     frames = positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
 
-    # The encoder compares the length of its input with its configuration, which it else shares with the model.
+    # The encoder compares the length of its input with its configuration, so it needs its own copy.
     encoder.config = copy.deepcopy(encoder.config)
     encoder.config.max_source_positions = positions
     encoder.embed_positions.num_embeddings = positions
@@ -59,17 +59,17 @@ def shorten_window(model: Any, positions: int) -> None:
 
 
 def accept_any_dtype(model: Any) -> None:
-    """Let a Whisper model in half precision take float32 features, as ``generate`` runs outside of autocast.
+    """Let a Whisper model in half precision accept float32 features, because ``generate`` runs without autocast.
 
     Args:
-        model: a ``WhisperForConditionalGeneration``, changed in place.
+        model: a ``WhisperForConditionalGeneration``, which is changed in place.
     """
     encoder = model.get_encoder()
     _before_encoding(encoder, lambda features: features.to(encoder.conv1.weight.dtype))
 
 
 def _before_encoding(encoder: Any, change: Callable[[Any], Any]) -> None:
-    """Change the features that come into an encoder, by name or by position."""
+    """Apply ``change`` to an encoder's input features, given by name or by position."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if "input_features" in kwargs:
@@ -80,18 +80,18 @@ def _before_encoding(encoder: Any, change: Callable[[Any], Any]) -> None:
 
 
 def is_multilingual(config: Any, generation_config: Any = None) -> bool:
-    """Whether a Whisper model knows languages other than English, and so wants to be told which.
+    """Whether a Whisper model knows languages other than English, and so requires a language.
 
     Args:
         config: the model's configuration.
-        generation_config: its configuration for generating, which may say so.
+        generation_config: the model's generation configuration, or None.
     """
     said = getattr(generation_config, "is_multilingual", None)
     return bool(said) if said is not None else config.vocab_size >= 51865
 
 
 def language_code(language: str) -> str | None:
-    """The code of a language by its English name or its code; None if Whisper does not know it.
+    """The code of a language that is given by English name or by code. None: Whisper does not know it.
 
     Example:
         >>> language_code("German"), language_code("de"), language_code("klingon")
@@ -112,19 +112,19 @@ def languages() -> list[str]:
 
 
 def counts_characters(code: str | None) -> bool:
-    """Whether errors in a language are counted in characters, since it puts no spaces between words."""
+    """Whether errors in a language are counted in characters, because it has no spaces between words."""
     return code in _NO_SPACES
 
 
 def transcript_tokens(tokenizer: Any, texts: Sequence[str], code: str | None) -> list[list[int]]:
-    """The labels of transcripts: language and task, the text, and its end.
+    """The labels of transcripts: the tokens of language and task, the text, and the end token.
 
-    The model puts the token of the start before them by itself, so that it is not among them.
+    The start token is not among them, because the model adds it.
 
     Args:
-        tokenizer: Whisper's, with its prefix set.
+        tokenizer: Whisper's tokenizer, set to the language and the task.
         texts: the transcripts.
-        code: of the language; a text begins with a space where words are parted by spaces, as in Whisper's training.
+        code: the language's code. As in Whisper's training, each text gets a leading space if the language has spaces.
     """
     space = "" if counts_characters(code) else " "
     found = tokenizer([space + text.strip() for text in texts]).input_ids
@@ -133,11 +133,11 @@ def transcript_tokens(tokenizer: Any, texts: Sequence[str], code: str | None) ->
 
 
 def normalizer(tokenizer: Any, code: str | None) -> Callable[[str], str]:
-    """What makes two transcripts comparable: case, punctuation and, in English, spellings and numbers aside.
+    """A function that normalizes transcripts for comparison: case, punctuation and, in English, spellings and numbers.
 
     Args:
-        tokenizer: Whisper's; brings a table of English spellings, if its folder has one.
-        code: of the language; None for English.
+        tokenizer: Whisper's tokenizer, which may have a table of English spellings.
+        code: the language's code. None: English.
     """
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
@@ -152,7 +152,7 @@ def normalizer(tokenizer: Any, code: str | None) -> Callable[[str], str]:
 def word_error_rate(
     references: Sequence[str], guesses: Sequence[str], normalize: Callable[[str], str]
 ) -> float:
-    """Words put in, left out or wrong, for each word of the references; texts without a word are left out.
+    """The number of inserted, missing or wrong words per word of the references. Empty references are left out.
 
     Example:
         >>> word_error_rate(["It is.", "..."], ["it was", "yes"], lambda text: text.lower().strip("."))
