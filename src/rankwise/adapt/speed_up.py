@@ -77,7 +77,19 @@ def speed_up(model: nn.Module) -> SpedUp:
 
 
 class SpedUp:
-    """The handle of layers that compute fast; `speed_up` makes it."""
+    """The handle of layers that compute fast; `speed_up` makes it.
+
+    As a context, it calls `undo` at the end.
+
+    Example:
+        >>> import peft, torch, rankwise as rw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"]))
+        >>> with rw.speed_up(model) as fast:
+        ...     _ = model(torch.randn(3, 8))
+        >>> fast
+        SpedUp(layers=0)
+    """
 
     def __init__(self, model: nn.Module, layers: list[Any]) -> None:
         self._model, self._layers = model, layers
