@@ -26,7 +26,9 @@ from typing import Any
 
 import torch
 from between_steps import bookkeeping, saving
+from compiled import compiled
 from costs import Operations, saved_for_backward
+from launches import launches
 from operators import operators
 from trainings import ALL, FLOOR, MAIN, MODELS, PRECISIONS, Model, Setting, Training, small, training_of
 
@@ -163,11 +165,10 @@ def growth(asked: argparse.Namespace, setting: Setting) -> None:
 
 
 def settings(asked: argparse.Namespace, setting: Setting) -> None:
-    """Measure with both kinds of checkpointing, compiled, and in two processes."""
+    """Measure with both kinds of checkpointing, and in two processes."""
     bfloat16 = replace(setting, precision="bfloat16")
     for kind in ("re-entrant", "not re-entrant"):
         show(f"Checkpointing, {kind}", small(), replace(bfloat16, checkpointing=kind), MAIN, asked.rounds)
-    show("Compiled", small(2), replace(setting, compiled=True), MAIN, asked.rounds)
     if setting.device == "cpu" or torch.cuda.device_count() > 1:
         torch.multiprocessing.spawn(_process, (asked, setting), nprocs=2)
 
@@ -187,7 +188,9 @@ TABLES = {
     "models": models,
     "growth": growth,
     "settings": settings,
+    "compiled": compiled,
     "operators": operators,
+    "launches": launches,
     "bookkeeping": bookkeeping,
     "saving": saving,
 }

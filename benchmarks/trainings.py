@@ -207,6 +207,15 @@ def peft_lora(model: Any, batch: Batch, targets: list[str], setting: Setting) ->
     return Training(peft.get_peft_model(model, config), batch, setting)
 
 
+def peft_lora_sped_up(model: Any, batch: Batch, targets: list[str], setting: Setting) -> Training:
+    """PEFT's LoRA with rankwise's computation under its layers."""
+    import rankwise
+
+    training = peft_lora(model, batch, targets, setting)
+    rankwise.speed_up(training.model)
+    return training
+
+
 def peft_adalora(model: Any, batch: Batch, targets: list[str], setting: Setting) -> Training:
     """PEFT's AdaLoRA."""
     import peft
@@ -258,6 +267,7 @@ FLOOR = "frozen model"
 MAIN: dict[str, Callable[..., Training]] = {
     FLOOR: frozen,
     "PEFT LoRA": peft_lora,
+    "PEFT LoRA, speed_up": peft_lora_sped_up,
     "rankwise LoRA": rankwise_lora,
     "rankwise AdaLoRA, pruning": rankwise_adalora,
     "rankwise AdaLoRA, final phase": partial(rankwise_adalora, final=True),

@@ -23,6 +23,7 @@ import rankwise
 # Classes whose parameters are not described, and why.
 WITHOUT_PARAMETERS = {
     "AdaptiveRanks": "`adapt_ranks` makes it, and describes the parameters",
+    "SpedUp": "`speed_up` makes it, and describes the parameters",
     "AutoPeftModel": "its constructor accepts all arguments, and always raises an error",
 }
 # Subclasses of `AutoPeftModel` that only fix Transformers' class of the base model. `AutoPeftModel` has the example.

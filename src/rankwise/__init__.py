@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rankwise.adapt import AdaptiveRanks, adapt_ranks
+from rankwise.adapt import AdaptiveRanks, SpedUp, adapt_ranks, speed_up
 from rankwise.attach.prepare import prepare_model_for_kbit_training
 from rankwise.attach.probe import LayerSpectrum, Probe, probe
 from rankwise.attach.rank_plan import RankPlan
@@ -73,6 +73,7 @@ __all__ = [
     "RankPlan",
     "RankRecord",
     "RankSummary",
+    "SpedUp",
     "TaskType",
     "adapt_ranks",
     "compress_adapter",
@@ -89,6 +90,7 @@ __all__ = [
     "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "speed_up",
 ]
 
 

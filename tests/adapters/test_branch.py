@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rankwise as rw
+from rankwise.adapters.linear import reference
 from tiny import llama, token_batches
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -88,7 +89,7 @@ def test_operations_and_saved_bytes_of_a_step_stay_within_bounds(precision: str)
     }
     operations = {each: (count - made[frozen][0]) / LAYERS for each, (count, _) in made.items()}
     saved = {each: size - made[frozen][1] for each, (_, size) in made.items()}
-    most = 7.0 if precision == "float32" else 9.5
+    most = {"float32": 7.0, "float32, autocast": 8.0}.get(precision, 9.0)
     assert max(operations.values()) <= most
     assert operations[final] <= operations[pruning] and operations[lora] <= operations[pruning]
     assert saved[final] <= saved[pruning]
@@ -138,6 +139,91 @@ def test_layers_with_the_same_input_save_it_once_and_layers_at_rank_0_nothing() 
     assert run() == 0
 
 
+class Steps(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes each cast of a tensor of this many numbers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.casts = size, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.casts += "_to_copy" in str(function) and args[0].numel() == self.size
+        return function(*args, **(kwargs or {}))
+
+
+def three(x: Tensor) -> tuple[nn.ModuleList, Any]:
+    """Three layers that read one input, as q, k and v do, and a model that calls them."""
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(x.shape[-1], 8) for _ in range(3))
+            self.between: Any = lambda x: x
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = self.layers[0](x) + self.layers[1](x)
+            return made + self.layers[2](self.between(x))
+
+    torch.manual_seed(2)
+    model = rw.get_peft_model(
+        Three(), rw.LoraConfig(r=2, target_modules=["0", "1", "2"], init_lora_weights=False)
+    )
+    return model.layers, model
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_under_autocast_layers_with_the_same_input_cast_it_once_for_themselves_and_their_adapters(
+    evaluates: bool,
+) -> None:
+    x = torch.randn(7, 33)
+    _, model = three(x)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.set_grad_enabled(not evaluates),
+        Steps(x.numel()) as steps,
+    ):
+        model(x)
+    assert steps.casts == 1
+
+
+def test_under_autocast_an_input_that_changes_between_two_layers_is_read_as_it_is_then() -> None:
+    x = torch.randn(7, 33)
+    layers, model = three(x)
+    model.between = lambda x: x.mul_(-1)
+    before = x.clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = model(x)
+        expected = layers[0](before) + layers[1](before) + layers[2](-before)
+    torch.testing.assert_close(made, expected, rtol=0.02, atol=0.05)
+
+
+def test_under_autocast_training_and_evaluation_compute_the_same() -> None:
+    x = torch.randn(7, 33)
+    _, model = three(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = model(x.requires_grad_())
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), trained, rtol=0, atol=0)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(x.clone()), trained, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_autocast_checkpointed_layers_give_the_same_gradients(reentrant: bool) -> None:
+    x = torch.randn(7, 33)
+    layers, model = three(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = gradients(model, x)
+        forward = layers[1].forward
+        layers[1].forward = lambda x: checkpoint(forward, x, use_reentrant=reentrant)
+        made = gradients(model, x)
+    assert (made[1] - expected[1]).norm() < 0.02 * expected[
+        1
+    ].norm()  # the shares in it are added in another order
+    del made[1], expected[1]
+    torch.testing.assert_close(made, expected, rtol=0, atol=0)
+
+
 # --- results -------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +261,39 @@ def gradients(model: Any, x: Tensor, compute: Any = None) -> list[Tensor]:
     made = [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
     model.zero_grad()
     return [output.detach(), *made]
+
+
+@KINDS
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_output_gradients_and_second_derivatives_are_those_of_the_reference(
+    kind: type[nn.Linear], gated: bool, rate: float
+) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(kind(6, 5)).double()
+    config: Any = rw.LoraConfig(r=3, target_modules=["0"], lora_dropout=rate, init_lora_weights=False)
+    if gated:
+        model = layer_of(kind=kind, lora_dropout=rate)
+    else:
+        rw.get_peft_model(model, config)
+    layer, x = model[0], torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    if rate:  # the reference has none
+        model.eval()
+    held = [layer.factor(key, "default") for key in ("lora_A", "lora_E", "lora_B")]
+    factors = [each for each in held if each is not None]
+
+    def composed(x: Tensor) -> Tensor:
+        return reference(x, layer.weight, layer.bias, *held, layer.scaling["default"])
+
+    made, expected = model(x), composed(x)
+    torch.testing.assert_close(made, expected)
+    direction = torch.randn_like(made)
+    found = []
+    for output in (made, expected):
+        first = torch.autograd.grad((output * direction).tanh().sum(), [x, *factors], create_graph=True)
+        second = torch.autograd.grad(sum(each.square().sum() for each in first), [x, *factors])
+        found.append([*first, *second])
+    torch.testing.assert_close(*found)
 
 
 @KINDS

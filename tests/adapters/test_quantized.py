@@ -186,6 +186,91 @@ def dense(layer: Any) -> torch.Tensor:
         return layer.train()(torch.eye(layer.in_features)).T.float()
 
 
+def packed_layer(kind: str, dtype: torch.dtype, **options: Any) -> Any:
+    """A packed layer of 64 by 32 on the CPU, with an adapter of random factors."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(3)
+    if kind == "8-bit":
+        layer = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    else:
+        layer = bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=dtype, quant_type="nf4", **options)
+    model = nn.Sequential(layer.to("cpu"))
+    config = rw.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=100, tfinal=10, init_lora_weights=True, target_modules=["0"]
+    )
+    rw.get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def nodes(output: torch.Tensor) -> set[str]:
+    """The kinds of steps in the graph of a tensor."""
+    found, todo = {}, [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and id(node) not in found:
+            found[id(node)] = node
+            todo += [each for each, _ in node.next_functions]
+    return {type(node).__name__ for node in found.values()} - {"AccumulateGrad"}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", BNB)
+def test_a_packed_layer_and_its_adapter_are_one_step_with_the_same_output_and_gradients(
+    kind: str, given: torch.dtype, autocast: bool
+) -> None:
+    model = packed_layer(kind, torch.bfloat16)
+    layer, x = model[0], torch.randn(2, 20, 64).to(given).requires_grad_()
+    factors = [layer.factor(key, "default") for key in ("lora_A", "lora_E", "lora_B")]
+    A, E, B = factors
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output = model(x)
+        assert len([name for name in nodes(output) if not name.startswith("ToCopy")]) == 1
+        assert output.dtype == layer.base_forward(x).dtype
+        composed = layer.base_forward(x).float() + layer.scaling["default"] * x.float() @ (B @ (E * A)).T
+    direction = torch.randn_like(composed)
+    torch.testing.assert_close(output.float(), composed, rtol=0.03, atol=0.3)
+    made = torch.autograd.grad(output, [x, *factors], direction.to(output.dtype))
+    expected = torch.autograd.grad(composed, [x, *factors], direction)
+    for one, other in zip(made, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert (one.float() - other.float()).norm() < 0.02 * other.float().norm()
+
+
+@pytest.mark.parametrize("kind", BNB)
+def test_the_output_of_a_packed_layer_and_the_gradient_of_its_input_are_exactly_its_own(kind: str) -> None:
+    model = packed_layer(kind, torch.float32)
+    layer, x = model[0], torch.randn(20, 64, requires_grad=True)
+    model(x)  # after which the layer is as it stays
+    layer.lora_B["default"].data.zero_()
+    for output in (model(x), layer.base_forward(x)):
+        (gradient,) = torch.autograd.grad(output.square().sum(), x)
+        assert output.equal(layer.base_forward(x))
+        assert gradient.equal(torch.autograd.grad(layer.base_forward(x).square().sum(), x)[0])
+
+
+@pytest.mark.parametrize("kind", BNB)
+def test_second_derivatives_reach_through_a_packed_layer(kind: str) -> None:
+    model = packed_layer(kind, torch.float32)
+    layer, x = model[0], torch.randn(20, 64, requires_grad=True)
+    factors = [layer.factor(key, "default") for key in ("lora_A", "lora_E", "lora_B")]
+    A, E, B = factors
+    weight = layer.base_weight().float()
+
+    def penalty(output: torch.Tensor) -> Any:
+        (gradient,) = torch.autograd.grad(output.tanh().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [x, *factors])
+
+    update = layer.scaling["default"] * x @ (B @ (E * A)).T
+    made = penalty(model(x))
+    expected = penalty(nn.functional.linear(x, weight, layer.bias) + update)
+    for one, other in zip(made, expected, strict=True):
+        assert (one - other).norm() < 0.01 * other.norm()
+
+
 def test_gradients_reach_through_4_bit_layers_after_evaluation(folder: Path) -> None:
     """In evaluation on some CPUs, bitsandbytes repacks 4-bit weights, and no gradient flows through these."""
     runs = []

@@ -31,8 +31,12 @@ MESH = init_device_mesh("cpu", (2,))
 # DistributedDataParallel.
 
 
-def ddp(reentrant: bool | None = None, finish: str = "", **options: Any) -> dict[str, Any]:
+def ddp(
+    reentrant: bool | None = None, finish: str = "", fast: bool = False, **options: Any
+) -> dict[str, Any]:
     model, ranks = adapting()
+    if fast:
+        rw.speed_up(model)
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
@@ -72,16 +76,21 @@ def save(model: Any, folder: str) -> None:
     dist.barrier()
 
 
-def fsdp(adapt_first: bool) -> dict[str, Any]:
+def fsdp(adapt_first: bool, fast: bool = False) -> dict[str, Any]:
     if adapt_first:
         model, ranks = adapting()
+        if fast:
+            rw.speed_up(model)
         sharded(model)
     else:
         model = sharded(with_lora())
         ranks = rw.adapt_ranks(model, target_r=TARGET, **SCHEDULE)
+        if fast:
+            rw.speed_up(model)
     losses = train(model, optimizer_for(model), batches(RANK, 2))
     ranks.finalize_ranks()
-    save(model, f"fsdp-{adapt_first}")
+    if not fast:
+        save(model, f"fsdp-{adapt_first}")
     return of_ranks(model, ranks, losses)
 
 
@@ -114,6 +123,11 @@ cases: dict[str, Any] = {
     "ddp, not re-entrant, find_unused_parameters": functools.partial(ddp, False, find_unused_parameters=True),
     "ddp, gradients are views": functools.partial(ddp, gradient_as_bucket_view=True),
     "ddp, no_sync": accumulating,
+    "ddp, sped up": functools.partial(ddp, fast=True),
+    "ddp, re-entrant, sped up": functools.partial(ddp, True, fast=True, static_graph=True),
+    "ddp, not re-entrant, sped up": functools.partial(ddp, False, fast=True),
+    "fsdp, adapted before, sped up": functools.partial(fsdp, True, fast=True),
+    "fsdp, adapted after, sped up": functools.partial(fsdp, False, fast=True),
     "fsdp, adapted before": functools.partial(fsdp, True),
     "fsdp, adapted after": functools.partial(fsdp, False),
     "fsdp, resumed while pruning": functools.partial(fsdp_resumed, 4),

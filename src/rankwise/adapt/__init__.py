@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from rankwise.adapt.ranks import AdaptiveRanks, adapt_ranks
+from rankwise.adapt.speed_up import SpedUp, speed_up
 
-__all__ = ["AdaptiveRanks", "adapt_ranks"]
+__all__ = ["AdaptiveRanks", "SpedUp", "adapt_ranks", "speed_up"]

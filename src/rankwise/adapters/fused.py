@@ -1,4 +1,4 @@
-"""A linear layer whose weight is frozen, and its adapter's branch, as one step of autograd.
+"""A linear layer whose weight is frozen, dense or packed, and its adapter's branch, as one step of autograd.
 
 It computes what `Down`, the base layer and `Up` compute one after the other (see `rankwise.adapters.branch`), with the
 same operations, and saves the same. But a step of autograd that is written in Python takes as long as several
@@ -8,6 +8,7 @@ takes none of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,20 @@ from rankwise.adapters.branch import (
     factor_gradients,
     flat,
     hidden_of,
-    scaled_product,
 )
+
+
+class Packed(NamedTuple):
+    """A base layer whose weight is packed: there is no dense weight to save.
+
+    Args:
+        forward: the base layer's own.
+        dense: makes the dense weight, (d_out, d_in), from what the layer held in its forward pass. It is asked for
+            after ``forward``, which may repack the weight, and called in the backward pass.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    dense: Callable[[], Callable[[], Tensor]]
 
 
 class How(NamedTuple):
@@ -41,6 +54,7 @@ class How(NamedTuple):
         scaling: of the branch.
         rate: of its dropout.
         dtype: what autocast computes the base layer in; None without autocast.
+        packed: the base layer, where its weight is packed.
     """
 
     kept: Kept
@@ -50,6 +64,7 @@ class How(NamedTuple):
     scaling: float
     rate: float
     dtype: torch.dtype | None
+    packed: Packed | None = None
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -62,22 +77,38 @@ class _AdaptedLinear(torch.autograd.Function):
         A: Tensor,
         E: Tensor | None,
         B: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         how: How,
     ) -> Tensor:
-        hidden, mask = hidden_of(x, how.folded, how.rate)
-        if how.dtype is not None:
-            weight = weight.to(how.dtype)
-        output = F.linear(x, weight, bias)
-        hidden = cast(hidden, output.dtype)
-        # Detached, so that it stays what it is here if the parameter's data are exchanged before the backward pass.
-        saved_weight = weight.detach() if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, A, E, B, saved_weight, hidden, mask, how.folded, how.gates, how.up)
+        rows, mask = flat(x), None
+        if how.rate or how.dtype not in (None, x.dtype):
+            hidden, mask = hidden_of(x, how.folded, how.rate)
+        else:
+            hidden = F.linear(rows, how.folded)
+        saved_weight = ctx.dense = None
+        if how.packed is not None:
+            output = how.packed.forward(x)
+            ctx.dense = how.packed.dense() if ctx.needs_input_grad[0] else None
+        else:
+            if how.dtype is not None:
+                weight = cast(weight, how.dtype)  # type: ignore[arg-type]
+            output = F.linear(rows, weight, bias)  # type: ignore[arg-type]
+            if ctx.needs_input_grad[0]:
+                # Detached: it stays what it is here if the parameter's data are exchanged before the backward pass.
+                saved_weight = weight.detach()  # type: ignore[union-attr]
+        hidden, up = cast(hidden, output.dtype), cast(how.up, output.dtype)
+        ctx.save_for_backward(x, A, E, B, saved_weight, hidden, mask, how.folded, how.gates, up)
         ctx.kept, ctx.scaling, ctx.shape, ctx.in_place = how.kept, how.scaling, x.shape, True
         ctx.upscale = 1 / (1 - how.rate) if how.rate < 1 else 0.0
         ctx.set_materialize_grads(False)
-        return add_up(output, hidden, how.up, how.kept, how.scaling, in_place=True)
+        if how.packed is not None:
+            return add_up(output, hidden, up, how.kept, how.scaling, in_place=True)
+        if isinstance(how.kept, int):
+            hidden, up = hidden.narrow(1, 0, how.kept), up.narrow(1, 0, how.kept)  # as slices, in less time
+        output.addmm_(hidden, up.t(), alpha=how.scaling)
+        # Detached: to autograd a tensor of its own and no view, which following layers may change in place.
+        return output if x.dim() == 2 else output.view(*x.shape[:-1], output.shape[1]).detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
@@ -87,20 +118,34 @@ class _AdaptedLinear(torch.autograd.Function):
         x, A, E, B, weight, hidden, mask, folded, gates, up = ctx.saved_tensors
         to_x, to_A, to_E, to_B = ctx.needs_input_grad[:4]
         rows = flat(gradient)
+        if ctx.dense is not None:
+            weight = ctx.dense()
         if torch.is_grad_enabled():  # for a second derivative
 
             def output(x: Tensor, A: Tensor, E: Tensor | None, B: Tensor) -> Tensor:
                 hidden = composed_hidden(ctx, x, A, E, mask)
                 added = composed_update(ctx, hidden.to(rows.dtype), B)
-                return added if weight is None else added + flat(x).to(rows.dtype) @ weight.T
+                return added if weight is None else added + flat(x).to(rows.dtype) @ weight.to(rows.dtype).T
 
             return *differentiated(output, (x, A, E, B), (to_x, to_A, to_E, to_B), rows), *nothing
+        # With beta=0 the first argument of `addmm` does not count, but for its shape.
+        from_hidden = torch.addmm(hidden, rows, up, beta=0, alpha=ctx.scaling)
+        gradient_B = torch.addmm(up, rows.t(), hidden, beta=0, alpha=ctx.scaling) if to_B else None
+        from_hidden = cast(from_hidden, x.dtype)
         gradient_x = None
-        from_hidden = cast(scaled_product(rows, up, ctx.scaling, up[:1]), x.dtype)
-        gradient_B = scaled_product(rows.T, hidden, ctx.scaling, up[:1]) if to_B else None
         if to_x:
-            from_base = cast(rows @ weight, x.dtype).view(x.shape)
-            gradient_x = add_share(ctx, from_base, from_hidden, folded, mask)
+            from_base = cast(torch.mm(cast(rows, weight.dtype), weight), x.dtype)
+            if mask is None:
+                acting, A_acting = from_hidden, folded
+                if isinstance(ctx.kept, int):
+                    acting, A_acting = acting.narrow(1, 0, ctx.kept), A_acting.narrow(0, 0, ctx.kept)
+                from_base.addmm_(acting, A_acting)
+            gradient_x = from_base if x.dim() == 2 else from_base.view(x.shape)
+            if mask is not None:
+                gradient_x = add_share(ctx, gradient_x, from_hidden, folded, mask)
+        if gates is None and mask is None and E is None:  # plain LoRA
+            gradient_A = torch.mm(from_hidden.t(), flat(x)) if to_A else None
+            return gradient_x, gradient_A, None, gradient_B, *nothing
         return gradient_x, *factor_gradients(ctx, from_hidden, x, A, gates, mask), gradient_B, *nothing
 
 

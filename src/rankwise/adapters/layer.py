@@ -172,8 +172,9 @@ class AdapterLayer(InPlace, nn.Module):
         Asked for by every layer in every pass: this way of looking them up takes a fraction of the usual one's time.
         """
         held: Any = self._modules[key]
-        if name in held._parameters:
-            return held._parameters[name]  # not `get`: where DeepSpeed has it, asking so brings it here
+        parameters = held.__dict__["_parameters"]
+        if name in parameters:
+            return parameters[name]  # not `get`: where DeepSpeed has it, asking so brings it here
         return held[name] if name in held else None
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -196,7 +197,10 @@ class AdapterLayer(InPlace, nn.Module):
         A = self.factor("lora_A", name)
         if A is None or not A.numel():
             return False
-        if torch.compiler.is_compiling() and name not in self.lora_E:
+        if torch.compiler.is_compiling():
+            if name not in self.lora_E:
+                return True
+        elif not self.kept:
             return True
         kept = self.kept.get(name, 1)
         return kept > 0 if isinstance(kept, int) else kept.numel() > 0

@@ -11,13 +11,39 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rankwise.adapters.branch import Down, Up, add_up, apply_of, hidden_of
-from rankwise.adapters.fused import How, adapted_linear
+from rankwise.adapters.fused import How, Packed, adapted_linear
 from rankwise.adapters.layer import AdapterLayer
-from rankwise.adapters.ready import ready
+from rankwise.adapters.ready import ready, ready_cast, shared_cast
 from rankwise.parallel.ddp import keep_in_graph, note_use
 
 _down, _up = apply_of(Down), apply_of(Up)
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what it casts
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, E: Tensor | None, B: Tensor, scaling: float
+) -> Tensor:
+    """What an adapted linear layer computes, without dropout. All the rest is about computing it fast.
+
+    Args:
+        x: (..., d_in).
+        weight: the base layer's, (d_out, d_in).
+        bias: the base layer's, (d_out,), or None.
+        A: (r, d_in).
+        E: AdaLoRA's gates, (r, 1); None for plain LoRA.
+        B: (d_out, r).
+        scaling: of the adapter.
+
+    Returns:
+        (..., d_out).
+
+    Example:
+        >>> x, weight, A, B = torch.ones(4), torch.ones(3, 4), torch.ones(2, 4), torch.ones(3, 2)
+        >>> reference(x, weight, None, A, None, B, scaling=0.5)
+        tensor([8., 8., 8.])
+    """
+    hidden = x @ (A if E is None else E * A).T
+    return F.linear(x, weight, bias) + scaling * hidden @ B.T
 
 
 class LinearAdapters(AdapterLayer):
@@ -46,11 +72,15 @@ class LinearAdapters(AdapterLayer):
         names = self._active_unmerged()
         if not names or not self._by_hand(names):
             return super().forward(x, *args, **kwargs)
-        acting = [name for name in names if self.acts(name)]
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        acting = names if len(names) == 1 and self.acts(names[0]) else [n for n in names if self.acts(n)]
+        if dtype is not None and acting and x.dtype != dtype:
+            x = self._as_autocast_reads(x, dtype)
         if len(names) == len(acting) == 1 and not args and not kwargs:
             A = self.factor("lora_A", acting[0])
-            if self._in_one_step(x, A):
-                return self._adapted(x, A, acting[0])
+            if self._in_one_step(x, A, dtype):
+                return self._adapted(x, A, acting[0], dtype)
         hidden = {}
         for name in acting:
             x, hidden[name] = self._down(x, name)
@@ -62,6 +92,14 @@ class LinearAdapters(AdapterLayer):
                 output = keep_in_graph(output, self._trained_here(name))
         return output
 
+    def _as_autocast_reads(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The input in autocast's ``dtype`` if the base layer reads it so, for the adapter to read the same."""
+        return shared_cast(x, dtype) if x.dtype in _AUTOCAST and self._reads_under_autocast(dtype) else x
+
+    def _reads_under_autocast(self, dtype: torch.dtype) -> bool:
+        """Whether the base layer makes the same of its input in autocast's ``dtype``, into which it casts it."""
+        return self._original_class is nn.Linear
+
     def _by_hand(self, names: list[str]) -> bool:
         """Whether `Down` and `Up` compute, and no composition that compilers and transforms can take apart."""
         if torch.compiler.is_compiling():
@@ -70,36 +108,47 @@ class LinearAdapters(AdapterLayer):
             return False
         return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
-    def _in_one_step(self, x: Tensor, A: Tensor) -> bool:
+    def _in_one_step(self, x: Tensor, A: Tensor, autocast: torch.dtype | None) -> bool:
         """Whether nothing but x and the factors takes part in the backward pass, and nothing is unusual."""
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         return (
-            self._original_class is nn.Linear
-            and torch.is_grad_enabled()
+            torch.is_grad_enabled()
             and type(x) is Tensor
-            and type(weight) is nn.Parameter
+            and weight is not None
             and not weight.requires_grad
             and not (bias is not None and bias.requires_grad)
             and A.requires_grad  # or x need not be saved
             and not hasattr(weight, "ds_id")  # in pieces, by DeepSpeed ZeRO
-            and (
-                x.dtype in _AUTOCAST
-                and weight.dtype in _AUTOCAST
-                or not torch.is_autocast_enabled(x.device.type)
-            )
+            and self._takes_one_step(x, weight, autocast)
         )
 
-    def _adapted(self, x: Tensor, A: Tensor, name: str) -> Tensor:
+    def _takes_one_step(self, x: Tensor, weight: nn.Parameter, autocast: torch.dtype | None) -> bool:
+        """Whether the base layer can be a part of such a step."""
+        if self._original_class is not nn.Linear or type(weight) is not nn.Parameter:
+            return False
+        return autocast is None or x.dtype in _AUTOCAST and weight.dtype in _AUTOCAST
+
+    def _packed(self, x: Tensor) -> Packed | None:
+        """The base layer, if its weight is packed."""
+        return None
+
+    def _adapted(self, x: Tensor, A: Tensor, name: str, autocast: torch.dtype | None) -> Tensor:
         """The output with the adapter's, in one step of autograd."""
         weight: Any = self._parameters["weight"]
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        packed, kept = self._packed(x), self.kept.get(name)
         rate = self.dropout_rate[name] if self.training else 0.0
-        folded, gates = ready(self, name, "A", x.dtype)
-        up = ready(self, name, "B", dtype or weight.dtype).factor
-        how = How(self.kept.get(name), folded, gates, up, self.scaling[name], rate, dtype)
         E, B = self.factor("lora_E", name), self.factor("lora_B", name)
-        output: Tensor = adapted_linear(x, A, E, B, weight, self._parameters.get("bias"), how)
+        goes_up = x.dtype if packed else autocast or weight.dtype
+        gates = None
+        if E is None:
+            folded = ready_cast(self, name, "lora_A", A, x.dtype)
+            up = ready_cast(self, name, "lora_B", B, goes_up)
+        else:
+            folded, gates = ready(self, name, "A", x.dtype)
+            up = ready(self, name, "B", goes_up).factor
+        how = How(kept, folded, gates, up, self.scaling[name], rate, autocast, packed)
+        bias = self._parameters["bias"]
+        output: Tensor = adapted_linear(x, A, E, B, *((None, None) if packed else (weight, bias)), how)
         return output
 
     def _down(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -136,6 +185,8 @@ class LinearAdapters(AdapterLayer):
                 added = F.linear(hidden * scaling, B.to(dtype))
                 return (output + added).to(output.dtype)  # rounded once
         hidden, width = hidden.to(output.dtype), output.shape[-1]
+        if torch.compiler.is_compiling():  # which computes this together with what comes before or after it
+            return output + F.linear(hidden, B.to(output.dtype)) * scaling
         added = torch.addmm(
             output.reshape(-1, width), hidden.reshape(-1, B.shape[1]), B.to(output.dtype).T, alpha=scaling
         )

@@ -7,11 +7,13 @@ packings merging is refused, and the message says what to do instead.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapters.fused import Packed
 from rankwise.adapters.layer import cant_merge_into
 from rankwise.adapters.linear import LinearAdapters
 
@@ -29,7 +31,22 @@ class Bnb4bitAdapters(LinearAdapters):
 
     @property
     def makes_new_tensors(self) -> bool:
-        return _is_of_bitsandbytes(self._original_class)
+        return is_of_bitsandbytes(self._original_class)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = super().forward(x, *args, **kwargs)
+        # The layer has the dtype of its input, which under autocast it may have read in another.
+        return output.to(x.dtype) if self.makes_new_tensors and output.dtype != x.dtype else output
+
+    def _reads_under_autocast(self, dtype: torch.dtype) -> bool:
+        layer: Any = self
+        return self.makes_new_tensors and layer.compute_type_is_set and layer.compute_dtype == dtype
+
+    def _takes_one_step(self, x: Tensor, weight: nn.Parameter, autocast: torch.dtype | None) -> bool:
+        return self.makes_new_tensors and packs_4_bit(self, x)
+
+    def _packed(self, x: Tensor) -> Packed:
+        return Packed(self.base_forward, lambda: dense_4_bit(self, x.dtype))
 
     def base_weight(self) -> Tensor:
         import bitsandbytes
@@ -72,7 +89,13 @@ class Bnb8bitAdapters(LinearAdapters):
 
     @property
     def makes_new_tensors(self) -> bool:
-        return _is_of_bitsandbytes(self._original_class)
+        return is_of_bitsandbytes(self._original_class)
+
+    def _takes_one_step(self, x: Tensor, weight: nn.Parameter, autocast: torch.dtype | None) -> bool:
+        return self.makes_new_tensors and packs_8_bit(self, x)
+
+    def _packed(self, x: Tensor) -> Packed:
+        return Packed(self.base_forward, lambda: dense_8_bit(self, x.dtype))
 
     def base_weight(self) -> Tensor:
         import bitsandbytes
@@ -139,9 +162,51 @@ def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
 
 
 @functools.cache  # asked twice by every layer in every pass
-def _is_of_bitsandbytes(cls: type) -> bool:
+def is_of_bitsandbytes(cls: type) -> bool:
     """Whether a class is bitsandbytes' own, and none that was derived from it."""
     return cls.__module__.startswith("bitsandbytes.")
+
+
+# What the backward pass reads of a layer of bitsandbytes: the same numbers as in the layer's own backward pass.
+
+
+def packs_4_bit(layer: Any, x: Tensor) -> bool:
+    """Whether a ``Linear4bit`` holds its weight packed, as the training of ``x`` reads it."""
+    weight = layer.weight
+    state = getattr(weight, "quant_state", None) or layer.quant_state
+    return (
+        state is not None
+        and not getattr(state, "packing_format_for_cpu", False)
+        and tuple(state.shape) == (layer.out_features, x.shape[-1])
+        and x.is_floating_point()
+    )
+
+
+def dense_4_bit(layer: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """What makes the dense weight of a ``Linear4bit`` that has just read an input of ``dtype``."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = layer.weight
+    data, state, computes = weight.data, weight.quant_state, layer.compute_dtype or dtype
+    return lambda: dequantize_4bit(data, state).to(computes)
+
+
+def packs_8_bit(layer: Any, x: Tensor) -> bool:
+    """Whether a ``Linear8bitLt`` holds its weight packed, as the training of ``x`` reads it."""
+    weight, state = layer.weight, layer.state
+    held = state.CB if weight.CB is None else weight.CB
+    return (
+        weight.dtype == torch.int8
+        and not state.has_fp16_weights
+        and held is not None
+        and x.is_floating_point()
+    )
+
+
+def dense_8_bit(layer: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """What makes the dense weight of a ``Linear8bitLt`` that has just read an input of ``dtype``."""
+    whole, scales = layer.state.CB, layer.state.SCB
+    return lambda: whole.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
 
 
 # On CPUs with AVX512-BF16, evaluation makes bitsandbytes lay 4-bit weights out in another way, through which no

@@ -1,8 +1,8 @@
 """Factors made ready for computing, once in a forward pass of the whole model.
 
-The factors are float32 parameters, the layers may compute in bfloat16, and A is used with its gates folded in. Layer
-by layer that would be three small operations each. Here it is a handful for all of them: what one pass has asked for
-is made in one go when the next begins.
+The factors are float32 parameters, the layers may compute in bfloat16, and the paper's form of AdaLoRA uses A with its
+gates folded in. Layer by layer that would be two to six small operations each. Here it is a handful for all of them:
+what one pass has asked for is made in one go when the next begins.
 
 What is made lives as long as the pass, and no longer. To keep it until the factors change one would have to know when
 they do, and nobody can tell: fused and 8-bit optimizers, DeepSpeed and ``.data`` change parameters without counting
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from rankwise.adapters.layer import AdapterLayer
 
 
-# A layer, by its id, uses "A" or "B" of an adapter in a dtype.
+# A layer, by its id, uses "A" or "B" of an adapter in a dtype: with gates, or as it is but for its dtype.
 Use = tuple[int, str, str, torch.dtype]
 
 
@@ -47,8 +48,12 @@ class Ready(NamedTuple):
 
 Uses = dict[Use, "AdapterLayer"]
 
-_now = threading.local()  # .made and .asked: of the pass that this thread is in
-_last: WeakKeyDictionary[nn.Module, Uses] = WeakKeyDictionary()  # what a model's last pass has asked for
+# Of the pass that this thread is in: .made and .asked of factors with gates; .casts and .asked_casts of all others;
+# .cast, the input that was cast last.
+_now = threading.local()
+_last: WeakKeyDictionary[nn.Module, tuple[Uses, Uses]] = (
+    WeakKeyDictionary()
+)  # .asked and .asked_casts of a model
 _acting = WeakIdKeyDictionary()  # indices of triplets -> what `_where` made of them
 
 
@@ -65,11 +70,12 @@ class OncePerPass:
 @contextmanager
 def _pass(model: nn.Module) -> Iterator[None]:
     around = vars(_now).copy()
-    here = {use: layer for use, layer in _last.get(model, {}).items() if _is_here(layer, use[1])}
-    _now.made, _now.asked = _made(here), {}
+    gated, plain = _last.get(model, ({}, {}))
+    here = {use: layer for use, layer in gated.items() if _is_here(layer, use[1])}
+    _now.made, _now.casts, _now.asked, _now.asked_casts, _now.cast = _made(here), _cast(plain), {}, {}, None
     try:
         yield
-        _last[model] = _now.asked
+        _last[model] = (_now.asked, _now.asked_casts)
     finally:
         vars(_now).clear()
         vars(_now).update(around)
@@ -77,12 +83,14 @@ def _pass(model: nn.Module) -> Iterator[None]:
 
 def ready(layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) -> Ready:
     """Factor "A" or "B" of an adapter in ``dtype``, ready to compute with."""
+    parameter = layer.factor("lora_" + factor, adapter)
+    if layer.factor("lora_E", adapter) is None:
+        return Ready(ready_cast(layer, adapter, "lora_" + factor, parameter, dtype), None)
     use = (id(layer), adapter, factor, dtype)
     now = vars(_now)
     in_pass = "asked" in now
     found: Ready | None = now["made"].get(use) if in_pass else None
     if found is None:
-        parameter = layer.factor("lora_" + factor, adapter)
         if parameter.dtype == dtype and _is_as_it_is(layer, adapter, factor):
             return Ready(parameter.detach(), None)
         found = _made({use: layer})[use]
@@ -91,15 +99,58 @@ def ready(layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) ->
     return found
 
 
+def ready_cast(layer: AdapterLayer, adapter: str, key: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Factor ``key`` of an adapter without gates, which is ``parameter``, in ``dtype``; in no graph."""
+    if parameter.dtype == dtype:
+        return parameter.detach()
+    now = vars(_now)
+    if "asked_casts" in now:
+        now["asked_casts"][id(layer), adapter, key, dtype] = layer
+        found = now["casts"].get((id(parameter), dtype))
+        if found is not None and found[0] is parameter:
+            return found[1]  # type: ignore[no-any-return]
+    return parameter.detach().to(dtype)
+
+
+@torch.no_grad()
+def _cast(uses: Uses) -> dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]:
+    """The factors that are here, each with what it is in the dtype that was asked for, by its id and the dtype."""
+    alike: dict[Any, list[Tensor]] = {}
+    for (_, adapter, key, dtype), layer in uses.items():
+        parameter = layer.factor(key, adapter)
+        if type(parameter) is nn.Parameter and not (parameter.is_meta or hasattr(parameter, "ds_id")):
+            alike.setdefault((parameter.shape, parameter.device, parameter.dtype, dtype), []).append(
+                parameter
+            )
+    made = {}
+    for (_, _, _, dtype), parameters in alike.items():
+        for parameter, copy in zip(parameters, torch.stack(parameters).to(dtype).unbind(), strict=True):
+            made[id(parameter), dtype] = (parameter, copy)
+    return made
+
+
+def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, the same tensor for layers that follow each other with the same input, as q, k and v do."""
+    now = vars(_now)
+    if "asked" not in now or x.is_inference():  # such a tensor does not count its changes
+        return x.to(dtype)
+    key = (x._version, torch.is_grad_enabled(), x.requires_grad, dtype)
+    last = now["cast"]
+    if last is not None and last[0]() is x and last[1] == key:
+        return last[2]  # type: ignore[no-any-return]
+    made = x.to(dtype)
+    now["cast"] = weakref.ref(x), key, made
+    return made
+
+
 def _is_as_it_is(layer: AdapterLayer, adapter: str, factor: str) -> bool:
-    """Whether a factor itself is what to compute with, but for its dtype."""
-    kept, E = layer.kept.get(adapter), layer.factor("lora_E", adapter)
-    return E is None if factor == "A" else not _cuts_B(kept, E)
+    """Whether a factor of an adapter with gates is what to compute with, but for its dtype."""
+    return factor == "B" and not _cuts_B(layer.kept.get(adapter), layer.factor("lora_E", adapter))
 
 
-def _cuts_B(kept: Kept, E: Tensor | None) -> bool:
+def _cuts_B(kept: Kept, E: Tensor) -> bool:
     """Whether columns of B are set to 0: see `Ready`."""
-    return kept is not None and E is not None and E.requires_grad
+    return kept is not None and E.requires_grad
 
 
 def _is_here(layer: AdapterLayer, adapter: str) -> bool:
@@ -114,7 +165,7 @@ class _Asked:
 
     def __init__(self, layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) -> None:
         self.parameter: Tensor = layer.factor("lora_" + factor, adapter)
-        self.E: Tensor | None = layer.factor("lora_E", adapter)
+        self.E: Tensor = layer.factor("lora_E", adapter)
         self.kept = layer.kept.get(adapter)
         self.dtype = dtype
         self.is_A = factor == "A"
@@ -147,8 +198,6 @@ def _set_gates(every: Sequence[_Asked]) -> None:
     """Find what the rows of every A are multiplied by."""
     first, some = [], []
     for each in every:
-        if each.E is None:  # ranks that are off are 0 in A and in B
-            continue
         if isinstance(each.kept, Tensor):
             some.append((each, each.E, _where(each.kept, each.parameter)))
         elif (

@@ -1,0 +1,184 @@
+"""PEFT's LoRA layers of linear maps, computed as rankwise computes its own: a layer and its adapter in one step.
+
+`FastLoraLayer` goes on top of a layer's class in place. It computes what PEFT computes for one plain adapter that is
+active and not merged. For anything else it calls PEFT's own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from rankwise.adapters.branch import add_up, hidden_of
+from rankwise.adapters.fused import How, Packed, adapted_linear
+from rankwise.adapters.inplace import InPlace
+from rankwise.adapters.quantized import (
+    dense_4_bit,
+    dense_8_bit,
+    is_of_bitsandbytes,
+    packs_4_bit,
+    packs_8_bit,
+)
+from rankwise.adapters.ready import ready_cast, shared_cast
+
+_FACTORS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes
+_AUTOCAST = _FACTORS[1:]
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Parts(NamedTuple):
+    """What one pass through a layer reads."""
+
+    name: str
+    base: Any
+    A: nn.Parameter
+    B: nn.Parameter
+    rate: float
+    scaling: float
+
+
+class FastLoraLayer(InPlace):
+    """Mixin for PEFT's ``Linear``, ``Linear4bit`` and ``Linear8bitLt`` with LoRA."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs and _is_ordinary(x):
+            parts = self._parts()
+            if parts is not None:
+                made = self._computed(x, parts)
+                if made is not None:
+                    return made
+        output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return output
+
+    def factor(self, key: str, name: str) -> Any:
+        """`lora_A` or `lora_B` of adapter ``name``, as rankwise's own layers give it; None if it has none."""
+        held: Any = self._modules[key]._modules.get(name)  # type: ignore[attr-defined]
+        return None if held is None else held._parameters.get("weight")
+
+    # One pass.
+
+    def _parts(self) -> _Parts | None:
+        """The base layer and the one adapter that acts on it; None where PEFT's own forward is needed."""
+        layer: Any = self
+        modules = layer._modules
+        if layer._disable_adapters or layer.merged_adapters:
+            return None
+        active = layer._active_adapter
+        names = [active] if isinstance(active, str) else active
+        held = modules["lora_A"]._modules
+        acting = [name for name in names if name in held]
+        if len(acting) != 1 or acting[0] in layer.lora_variant:
+            return None
+        name = acting[0]
+        base, down, up = modules["base_layer"], held[name], modules["lora_B"]._modules[name]
+        dropout, scaling = modules["lora_dropout"]._modules[name], layer.scaling[name]
+        if not (_is_bare(base) and _is_bare(down, nn.Linear) and _is_bare(up, nn.Linear)):
+            return None
+        if not (_is_bare(dropout, nn.Identity) or _is_bare(dropout, nn.Dropout) and not dropout.inplace):
+            return None
+        A, B = down._parameters["weight"], up._parameters["weight"]
+        if down._parameters["bias"] is not None or up._parameters["bias"] is not None:
+            return None
+        if not (_is_whole(A) and _is_whole(B) and A.numel() and type(scaling) in (float, int)):
+            return None
+        rate = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        return _Parts(name, base, A, B, rate, scaling)
+
+    def _computed(self, x: Tensor, parts: _Parts) -> Tensor | None:
+        """The output with the adapter's; None where PEFT's own forward is needed."""
+        layer: Any = self
+        name, base, A, B, rate, scaling = parts
+        kind, dtype = x.device.type, x.dtype
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if weight is None or weight.requires_grad or hasattr(weight, "ds_id"):
+            return None
+        if bias is not None and (bias.requires_grad or hasattr(bias, "ds_id")):
+            return None
+        packed = None
+        casts = autocast is not None and dtype != autocast
+        if type(base) is nn.Linear:
+            if type(weight) is not nn.Parameter or weight.dtype not in _FACTORS:
+                return None
+            if autocast is None and weight.dtype != dtype:
+                return None
+            if autocast is not None and not (dtype in _AUTOCAST and weight.dtype in _AUTOCAST):
+                return None
+        else:
+            packed = _packed(base, x)
+            if packed is None:
+                return None
+            # What else than this a 4-bit layer makes of its input does not change with its dtype.
+            casts = casts and _computes_in(base, autocast)
+        if torch.is_grad_enabled():
+            if not A.requires_grad:
+                return None
+            if casts:
+                x = shared_cast(x, autocast)  # type: ignore[arg-type]
+                packed = packed and _packed(base, x)
+            up = ready_cast(layer, name, "lora_B", B, x.dtype if packed else autocast or weight.dtype)
+            folded = ready_cast(layer, name, "lora_A", A, x.dtype)
+            how = How(None, folded, None, up, scaling, rate, autocast, packed)
+            output: Tensor = adapted_linear(x, A, None, B, *((None, None) if packed else (weight, bias)), how)
+        else:
+            if casts:
+                x = shared_cast(x, autocast)  # type: ignore[arg-type]
+            hidden = hidden_of(x, ready_cast(layer, name, "lora_A", A, x.dtype), rate)[0]
+            output = base.forward(x)
+            up = ready_cast(layer, name, "lora_B", B, output.dtype)
+            output = add_up(output, hidden.to(output.dtype), up, None, scaling, in_place=True)
+        return output.to(dtype) if packed and casts else output
+
+
+def _is_ordinary(x: Any) -> bool:
+    """Whether an input is a plain tensor, and no compiler or transform takes the computation apart."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and x.dtype in _FACTORS
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not nn_module._has_any_global_hook()
+    )
+
+
+def _is_bare(module: Any, kind: type | None = None) -> bool:
+    """Whether calling a module runs the forward of its class ``kind`` and nothing else."""
+    held = vars(module)
+    return (
+        (kind is None or type(module) is kind)
+        and "forward" not in held
+        and held.get("_compiled_call_impl") is None
+        and not any(map(held.__getitem__, _HOOKS))
+    )
+
+
+def _is_whole(factor: Any) -> bool:
+    """Whether a factor is an ordinary parameter, and no share of one."""
+    return type(factor) is nn.Parameter and factor.dtype in _FACTORS and not hasattr(factor, "ds_id")
+
+
+def _packed(base: Any, x: Tensor) -> Packed | None:
+    """A base layer of bitsandbytes that holds its weight packed, as the training of ``x`` reads it."""
+    cls: type = type(base)
+    if not is_of_bitsandbytes(cls):
+        return None
+    if any(each.__name__ == "Linear4bit" for each in cls.__mro__):
+        repacks = base.support_avx512bf16_for_cpu if hasattr(base, "support_avx512bf16_for_cpu") else False
+        if not packs_4_bit(base, x) or (
+            repacks and not base.training
+        ):  # evaluation lays it out in another way
+            return None
+        return Packed(base.forward, lambda: dense_4_bit(base, x.dtype))
+    if cls.__name__ == "Linear8bitLt" and packs_8_bit(base, x):
+        return Packed(base.forward, lambda: dense_8_bit(base, x.dtype))
+    return None
+
+
+def _computes_in(base: Any, dtype: torch.dtype | None) -> bool:
+    """Whether a layer of bitsandbytes casts whatever it reads to ``dtype``."""
+    return bool(getattr(base, "compute_type_is_set", False)) and base.compute_dtype == dtype
