@@ -302,6 +302,26 @@ def test_what_a_method_saves_is_the_least_rank_at_which_it_is_level_with_loras_l
     assert "tuned in no cell yet" in quality.report.forgiving({}, 0)
 
 
+def test_the_page_tells_runs_of_the_default_before_from_those_of_todays(quality: Any):
+    report, run = quality.report, quality.results.Run
+
+    def tried(method: str, rank: float, *losses: float) -> dict[Any, dict[str, Any]]:
+        return {
+            run("task", method, rank, 2e-3, seed): {"loss": loss, "parameters": 1, "seconds": 1.0}
+            for seed, loss in enumerate(losses)
+        }
+
+    found = tried("PEFT LoRA", 1, 1.0) | tried("PEFT LoRA", 4, 0.6) | tried("rankwise", 0.5, 0.9)
+    assert report.of_the_default_before(found) == found
+    found |= tried(report.BEFORE, 1, 0.9, 0.94) | tried("rankwise", 1, 0.8)
+    earlier = report.of_the_default_before(found)
+    assert [row["loss"] for run, row in earlier.items() if run.method == "rankwise"] == [0.9, 0.9, 0.94]
+    line = "| task | 1 | 1.0000 (1) | 0.9200 ± 0.0200 (2) | 0.8000 (1) | 0.6000 (1) | 50% |"
+    assert report.now(found, 0).splitlines()[2:] == [line]
+    no_more = {run: row for run, row in found.items() if run.rank != 4}
+    assert report.now(no_more, 0).endswith("| 0.8000 (1) | - | - |")
+
+
 def test_runs_of_one_rate_are_compared_at_bad_rates_too(quality: Any):
     nan = float("nan")
     found = losses(quality, rankwise={1e-3: [0.5, 1.2], 4e-3: [0.6], 8e-3: [0.9], 1.6e-2: [nan]})
