@@ -10,7 +10,8 @@ from dataclasses import replace
 from results import Results, at_best, best_rate, curve, error, finite, parameters_at_best
 
 LORA, OURS = "PEFT LoRA", "rankwise"
-BEFORE = "rankwise, the default before"  # other ranks to start with, another worth; most runs are of it
+# Costs counted more then; below an average rank of 1 nothing has changed, and such runs are of both.
+BEFORE = "rankwise, the default before"
 _ENOUGH = 8  # the rank of LoRA whose quality is to be had for fewer parameters
 
 
@@ -255,7 +256,7 @@ def of_the_default_before(results: Results) -> Results:
     """The results with the default before in the place of today's, if there are any of it."""
     if not any(run.method == BEFORE for run in results):
         return results
-    others = {run: row for run, row in results.items() if run.method != OURS}
+    others = {run: row for run, row in results.items() if run.method != OURS or run.rank < 1}
     return {replace(run, method=OURS) if run.method == BEFORE else run: row for run, row in others.items()}
 
 
@@ -271,7 +272,7 @@ def now(results: Results, seed: int) -> str:
     for task, rank, mine in _cells(results):
         found = {method: _at_best_tried(mine, task, method, rank, seed) for method in (LORA, BEFORE, OURS)}
         more = _at_best_tried(results, task, LORA, 4 * rank, seed)
-        if not found[OURS]:
+        if rank < 1 or not found[OURS]:
             continue
         cells = [task, f"{rank:g}", *(with_error(each) if each else "-" for each in (*found.values(), more))]
         if found[LORA] and more:
