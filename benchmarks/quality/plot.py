@@ -9,7 +9,7 @@ from pathlib import Path
 import results as saved
 from results import Results
 
-from report import LORA, OURS
+from report import LORA, OURS, of_the_default_before
 
 _ABREAST = 3  # plots side by side
 _LOOKS = {
@@ -31,6 +31,7 @@ def draw(found: Results, seed: int, file: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import NullFormatter
 
+    found = of_the_default_before(found)
     curves = {task: _curves(found, task, seed) for task in dict.fromkeys(run.task for run in found)}
     shown = [
         task

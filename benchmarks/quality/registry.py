@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import language
+import letters
 import names
 import pairs
 import sentences
@@ -22,6 +23,10 @@ TASKS: dict[str, Callable[[str, Sources], Task]] = {
     "news-topic": sentences.make,
     "review-language": language.make,
     "review-language-long": language.make,
+    "chichewa": language.make,
+    "indonesian": language.make,
+    "chichewa-letters": letters.make,
+    "indonesian-letters": letters.make,
     "speech": speech.make,
     "names": names.make,
     "pairs": pairs.make,
@@ -38,6 +43,8 @@ NEEDS = {
     "review-language": "reviews",
     "review-language-long": "reviews",
     "speech": "speech",
+    "chichewa-letters": "reviews",
+    "indonesian-letters": "reviews",
     "pairs": "reviews",
     "pairs-long": "reviews",
 }

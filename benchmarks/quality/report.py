@@ -10,6 +10,8 @@ from dataclasses import replace
 from results import Results, at_best, best_rate, curve, error, finite, parameters_at_best
 
 LORA, OURS = "PEFT LoRA", "rankwise"
+# Costs counted more then; below an average rank of 1 nothing has changed, and such runs are of both.
+BEFORE = "rankwise, the default before"
 _ENOUGH = 8  # the rank of LoRA whose quality is to be had for fewer parameters
 
 
@@ -229,20 +231,71 @@ def at_the_same_rate(results: Results) -> str:
 
 
 def report(results: Results, seed: int) -> dict[str, str]:
-    """All that is said of the results, in Markdown, by what it is about; ``seed`` is the one rates were chosen on."""
+    """All that is said of the results, in Markdown, by what it is about; ``seed`` is the one rates were chosen on.
+
+    All but "now", "all" and "time" is of the default before, where there are runs of it.
+    """
     hours = sum(row["seconds"] for row in results.values()) / 3600
     on_gpu = sum("device" in row for row in results.values())
+    earlier = of_the_default_before(results)
     return {
-        "scarce": summary(results, seed, scarce=True),
-        "elsewhere": summary(results, seed, scarce=False),
-        "one by one": one_by_one(results, seed),
-        "forgiving": forgiving(results, seed),
-        "at the same rate": at_the_same_rate(results),
-        "fewest": fewest(results, seed),
+        "now": now(results, seed),
+        "scarce": summary(earlier, seed, scarce=True),
+        "elsewhere": summary(earlier, seed, scarce=False),
+        "one by one": one_by_one(earlier, seed),
+        "forgiving": forgiving(earlier, seed),
+        "at the same rate": at_the_same_rate(earlier),
+        "fewest": fewest(earlier, seed),
         "all": tables(results, seed),
         "time": f"{len(results)} runs trained for {hours:.1f} hours in all, each with one thread of a processor"
         + (f", {on_gpu} of them on a GPU." if on_gpu else "."),
     }
+
+
+def of_the_default_before(results: Results) -> Results:
+    """The results with the default before in the place of today's, if there are any of it."""
+    if not any(run.method == BEFORE for run in results):
+        return results
+    others = {run: row for run, row in results.items() if run.method != OURS or run.rank < 1}
+    return {replace(run, method=OURS) if run.method == BEFORE else run: row for run, row in others.items()}
+
+
+def now(results: Results, seed: int) -> str:
+    """Markdown: today's default beside LoRA and the default before, wherever it has been tried.
+
+    Each method is at the best of the rates that it was tried at, be it at their edge or not.
+    """
+    lines = [
+        "| task | average rank | LoRA | the default before | the default | LoRA, 4 times the rank | of the way |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task, rank, mine in _cells(results):
+        found = {method: _at_best_tried(mine, task, method, rank, seed) for method in (LORA, BEFORE, OURS)}
+        more = _at_best_tried(results, task, LORA, 4 * rank, seed)
+        if rank < 1 or not found[OURS]:
+            continue
+        cells = [task, f"{rank:g}", *(with_error(each) if each else "-" for each in (*found.values(), more))]
+        if found[LORA] and more:
+            lora, ours, goal = map(statistics.mean, (found[LORA], found[OURS], more))
+            cells.append(f"{(lora - ours) / (lora - goal):.0%}")
+        else:
+            cells.append("-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _at_best_tried(results: Results, task: str, method: str, rank: float, seed: int) -> list[float]:
+    """The losses of all seeds at the rate that has most seeds, and of these the least mean."""
+    rates = curve(results, task, method, rank, seed)
+    rows = {
+        rate: [
+            finite(row["loss"])
+            for run, row in results.items()
+            if (run.task, run.method, run.rank, run.rate) == (task, method, rank, rate)
+        ]
+        for rate in rates
+    }
+    return min(rows.values(), key=lambda losses: (-len(losses), statistics.mean(losses)), default=[])
 
 
 def _cells(results: Results) -> Iterator[tuple[str, float, Results]]:

@@ -151,6 +151,7 @@ def make(runs: Sequence[Run], sources: Sources, device: str, workers: int, deadl
 def main() -> None:
     """Make what is missing, then print the tables."""
     from methods import METHODS
+    from packages import why_not
     from registry import NEEDS, TASKS
 
     parser = argparse.ArgumentParser(
@@ -168,6 +169,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="image file for the loss against the parameters")
     asked = parser.parse_args()
     sources = sources_of(asked)
+    left_out = {} if asked.tables else {task: why_not(task) for task in asked.tasks if why_not(task)}
+    for task, why in left_out.items():
+        print(f"The task {task} is left out: {why}")
+    asked.tasks = [task for task in asked.tasks if task not in left_out]
     for name in () if asked.tables else dict.fromkeys(NEEDS[task] for task in asked.tasks if task in NEEDS):
         place, kind = getattr(asked, name), "folder" if name == "snippets" else "file"
         if place is None or not (place.is_dir() if kind == "folder" else place.is_file()):

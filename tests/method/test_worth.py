@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from rankwise.method.worth import worth
 
 
-def test_it_is_the_root_of_strength_times_gradient_for_each_parameter() -> None:
+def test_it_is_strength_times_gradient_by_a_power_of_the_parameters() -> None:
     strengths, gradients = torch.tensor([3.0, 0.5, 0.0]).double(), torch.tensor([2.0, 8.0, 5.0]).double()
     found = worth(strengths, gradients, torch.tensor([7, 4, 3]), target_r=1)
-    assert found.tolist() == pytest.approx([math.sqrt(6) / 7, math.sqrt(4) / 4, 0.0], rel=1e-12)
+    assert found.square().tolist() == pytest.approx([6 / 7 ** (4 / 3), 4 / 4 ** (4 / 3), 0.0], rel=1e-12)
 
 
 def test_below_an_average_rank_of_1_costs_count_more() -> None:
     strengths, gradients = torch.tensor([3.0, 0.5, 0.0]).double(), torch.tensor([2.0, 8.0, 5.0]).double()
     costs = torch.tensor([7, 4, 3])
     found = worth(strengths, gradients, costs, target_r=0.5)
-    assert found.tolist() == pytest.approx([6 ** (1 / 3) / 7, 4 ** (1 / 3) / 4, 0.0])
+    assert found.square().tolist() == pytest.approx([6 / 7**3, 4 / 4**3, 0.0], rel=1e-12)
     strong_and_wide = torch.tensor([9.0, 1.0]), torch.ones(2), torch.tensor([5, 2])
     assert worth(*strong_and_wide, target_r=1).argmax() == 0
     assert worth(*strong_and_wide, target_r=0.9).argmax() == 1

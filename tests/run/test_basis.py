@@ -240,7 +240,7 @@ def test_the_mean_strength_needs_no_singular_values(pruned: list[int]) -> None:
     torch.testing.assert_close(found, means * acts)
     importance = [row.importance for row in model.rank_summary().layers]
     scale = model[0].scaling["default"]
-    assert importance == pytest.approx(((scale * found).sqrt().sum(1) / 16).tolist())
+    assert importance == pytest.approx(((scale * found).sqrt().sum(1) / 16 ** (2 / 3)).tolist())
 
 
 def test_a_layer_that_is_not_finite_is_worth_nothing() -> None:

@@ -1,0 +1,77 @@
+"""The next letter of texts in another language, with a Llama that first learnt to read movie reviews in English.
+
+The Llama has 4 layers of width 128 and reads letter by letter. It is trained on the reviews when it is first asked for,
+which takes some minutes, and kept beside the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from language import spread_out, texts_in
+from readers import read_blocks
+from sentences import read_reviews
+from tasks import Batch, Sources, Task, placed, shuffled
+from torch import Tensor, nn
+
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_FEWER = {0.25: _LINEAR[0:3:2], 0.5: _LINEAR[:4]}
+_LETTERS = "\n" + "".join(
+    map(chr, range(32, 127))
+)  # the number of a letter is its place; of all others it is 0
+_LENGTH, _SIZE, _HELD_OUT, _STEPS = 64, 8, 128, 300
+_LANGUAGES = {"chichewa-letters": "chichewa", "indonesian-letters": "indonesian"}
+_READER = Path(__file__).with_name("letters.pt")
+
+
+def _new() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model: nn.Module = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(_LETTERS), hidden_size=128, intermediate_size=320, num_hidden_layers=4,
+            num_attention_heads=4, max_position_embeddings=_LENGTH, tie_word_embeddings=True, initializer_range=0.04,
+        )
+    )  # fmt: skip
+    return model
+
+
+def _blocks(texts: Iterable[str], most: int | None = None) -> Tensor:
+    """The letters of the first texts, at most so many, as numbers, (blocks, 64)."""
+    numbers = {letter: number for number, letter in enumerate(_LETTERS)}
+    joined = "\n".join(texts)[:most]
+    ids = torch.tensor([numbers.get(letter, 0) for letter in joined])
+    return ids[: len(ids) // _LENGTH * _LENGTH].view(-1, _LENGTH)
+
+
+def reader(sources: Sources, steps: int = 3000) -> Path:
+    """The file with the weights of the Llama, which is made if there is none."""
+    return read_blocks(_new, lambda: _blocks(text for text, _ in read_reviews(sources)), _READER, steps)
+
+
+def make(name: str, sources: Sources) -> Task:
+    """``chichewa-letters`` or ``indonesian-letters``. No letter is read twice."""
+    weights = torch.load(reader(sources), weights_only=True)
+    held_out, training = spread_out(_blocks(texts_in(_LANGUAGES[name]), most=1_000_000), _HELD_OUT)
+
+    def load(seed: int) -> nn.Module:
+        model = _new()
+        model.load_state_dict(weights)
+        return model
+
+    def batches(seed: int) -> Iterator[Batch]:
+        order = shuffled(len(training), seed)
+        for step in range(_STEPS):
+            rows = training[order[step * _SIZE : (step + 1) * _SIZE]]
+            yield {"input_ids": rows, "labels": rows}
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        value: Tensor = model(**placed(batch, model)).loss
+        return value
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return {"loss": float(loss(model, {"input_ids": held_out, "labels": held_out}))}
+
+    return Task(name, _STEPS, _LINEAR, [], load, batches, loss, evaluate, _FEWER)
