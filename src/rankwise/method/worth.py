@@ -1,4 +1,4 @@
-"""What a direction of a layer's update is worth to keep, for what it costs: the score of the default form."""
+"""The score of the default form: what a direction of a layer's update is worth, relative to its cost."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ def worth(strengths: Tensor, gradient_norms: Tensor, costs: Tensor, target_r: fl
 
     Below an average rank of 1 the power of the cost is 3 / 2.
 
-    The product is, to first order and but for the angle between the two, what the direction's movement did for the
-    loss: AdaLoRA's sensitivity ``|weight * gradient|`` (Zhang et al., 2023, equation 8), of a direction instead of
-    an element. Neither factor will do alone: Adam moves all layers about equally far, however small their gradients
-    are, and a large gradient is no use where nothing moves. The gradient is taken from the whole block, since that of
-    a single direction is mostly noise. How much costs count is found by measurement (benchmarks/quality/choices.md): the
-    power of the cost decides between wide layers and narrow ones. The root changes no order. It keeps numbers of any
-    size inside of what the dtype can hold.
+    The product of strength and gradient norm is, to first order and up to the angle between the two, what the
+    direction's movement did for the loss. It is AdaLoRA's sensitivity ``|weight * gradient|`` (Zhang et al., 2023,
+    equation 8), of a direction instead of an element. Neither factor is enough alone. Adam moves all layers about
+    equally far, however small their gradients are, and a large gradient is of no use where nothing moves. The gradient
+    is that of the whole block, because the gradient of a single direction is mostly noise.
+
+    The power of the cost decides between wide and narrow layers. It was found by measurement
+    (benchmarks/quality/choices.md). The square root changes no order. It keeps numbers of any size within the range of
+    the dtype.
 
     Args:
         strengths: singular values of the updates, (triplets,), floating point, at least 0.
-        gradient_norms: how large the gradients of their blocks were, (triplets,), in any unit.
-        costs: the numbers that each has in A and B, (triplets,).
-        target_r: the average rank in the end, greater than 0.
+        gradient_norms: norms of the gradients of the directions' blocks, (triplets,), in any unit, at least 0.
+        costs: number of parameters of each direction in A and B, (triplets,).
+        target_r: the average rank at the end, greater than 0.
 
     Example:
         >>> import torch
