@@ -159,6 +159,7 @@ def test_train_then_inspect(world: Path, tiny_model: Path) -> None:
     assert (world / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_printed_command_goes_on(world: Path, tiny_model: Path) -> None:
     recipe = write_recipe(world, tiny_model, training__max_steps=150, schedule=None)
     process = start("train", recipe, "training.seed=5")

@@ -122,10 +122,8 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "order",
-    [pytest.param(each, marks=[pytest.mark.slow] if each != "trainers first" else []) for each in ORDERS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
 def test_the_order_of_imports_makes_no_difference(order: str, tmp_path: Path) -> None:
     tests = Path(__file__).parents[1]
     path = [str(Path(rw.__file__).parents[1]), str(tests), str(tests / "integrations")]

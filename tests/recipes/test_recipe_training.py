@@ -127,6 +127,7 @@ def test_both_names_of_gradient_checkpointing_mean_the_same(world: Path, tiny_mo
         assert read.training.gradient_checkpointing and not read.training.others
 
 
+@pytest.mark.slow
 def test_a_run_with_many_of_them_trains(world: Path, tiny_model: Path) -> None:
     given = ["label_smoothing_factor=0.1", "use_cpu=true", "run_name=mine", "torch_compile=true",
              "torch_compile_backend=eager", "adam_beta2=0.98", "logging_first_step=true", "save_strategy=epoch",

@@ -217,6 +217,7 @@ def open_at_once(together: Any, urls: Sequence[str]) -> None:
         open_storage(url)
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_can_all_open_a_new_storage(tmp_path: Path) -> None:
     """Each process finds the file empty, and only one can create its tables."""
     context = multiprocessing.get_context("spawn")

@@ -293,6 +293,7 @@ rw.compress_adapter(sys.argv[1] + "/cut", model, keep=0.9)
 """
 
 
+@pytest.mark.slow
 def test_saved_again_or_by_another_process_an_adapter_has_the_same_bytes(tmp_path: Path) -> None:
     written = []
     for seed in ("0", "3"):

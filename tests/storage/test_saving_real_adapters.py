@@ -216,6 +216,7 @@ def check_told(told: list[Any], code: str, reason: str, folder: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_is_reported_and_keeps_the_earlier_checkpoint_and_the_model(
     tmp_path: Path,
 ) -> None:
