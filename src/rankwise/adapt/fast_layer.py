@@ -55,7 +55,7 @@ class FastLoraLayer(InPlace):
         return output
 
     def factor(self, key: str, name: str) -> Any:
-        """`lora_A` or `lora_B` of adapter ``name``, in the form of rankwise's own layers. None if it has no such factor."""
+        """`lora_A` or `lora_B` of adapter ``name``, as in rankwise's own layers. None if it has no such factor."""
         held: Any = self._modules[key]._modules.get(name)  # type: ignore[attr-defined]
         return None if held is None else held._parameters.get("weight")
 

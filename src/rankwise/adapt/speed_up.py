@@ -28,9 +28,9 @@ def speed_up(model: nn.Module) -> SpedUp:
     computes in float32.
 
     It acts where one plain LoRA adapter is active in a layer and not merged. In all other cases the layer calls PEFT's
-    own forward: disabled, merged and several adapters, ``adapter_names``, DoRA and other variants, ``lora_bias``, modules
-    with hooks, base weights that train, kinds of layers other than ``nn.Linear`` and bitsandbytes' 4-bit and 8-bit
-    layers, ``torch.compile``, ``torch.func`` and forward-mode derivatives.
+    own forward: disabled, merged and several adapters, ``adapter_names``, DoRA and other variants, ``lora_bias``,
+    modules with hooks, base weights that train, kinds of layers other than ``nn.Linear`` and bitsandbytes' 4-bit and
+    8-bit layers, ``torch.compile``, ``torch.func`` and forward-mode derivatives.
 
     Args:
         model: a model with a LoRA adapter of PEFT. DDP or ``torch.compile`` may have wrapped it. Call this again after

@@ -167,7 +167,7 @@ def ungrouped(A: Tensor, groups: int) -> Tensor:
     own = A if groups == 1 else A.view(groups, len(A) // groups, groups, -1)[0, :, 0]
     if not _for_each_group(own, groups).equal(A):
         raise ValueError(
-            f"its factors are no change of the weight of a convolution with groups={groups}, but those of plain LoRA, "
+            f"its factors are not a change of the weight of a convolution with groups={groups}. They are plain LoRA's, "
             "which reads the channels of all groups."
         )
     return own
