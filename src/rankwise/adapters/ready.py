@@ -115,7 +115,7 @@ def ready_cast(layer: AdapterLayer, adapter: str, key: str, parameter: Tensor, d
 
 @torch.no_grad()
 def _cast(uses: Uses) -> dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]:
-    """Each factor that is here and its cast, by the factor's id and the dtype of the cast."""
+    """The factors that are here, each with what it is in the dtype that was asked for, by its id and the dtype."""
     alike: dict[Any, list[Tensor]] = {}
     for (_, adapter, key, dtype), layer in uses.items():
         parameter = layer.factor(key, adapter)

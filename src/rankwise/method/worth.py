@@ -35,5 +35,5 @@ def worth(strengths: Tensor, gradient_norms: Tensor, costs: Tensor, target_r: fl
         (tensor([1.0000, 0.8889]), tensor([0.1768, 0.0570]))
     """
     power = _POWER_OF_COSTS if target_r >= 1 else _BELOW_ONE
-    # The root is taken of each factor, because the product might overflow or vanish.
+    # The root of each factor, and not of the product, which might overflow or vanish.
     return strengths.sqrt() * gradient_norms.sqrt() / costs.to(strengths.dtype).pow(power)
