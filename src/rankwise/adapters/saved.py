@@ -63,7 +63,7 @@ class SavedModule(InPlace, nn.Module):
         self._refuse_to_set("bias")
 
     def _refuse_to_set(self, name: str) -> None:
-        """Refuse a plain tensor. FullyShardedDataParallel would set one, a view of its flat parameter."""
+        """A parameter can be set; only FullyShardedDataParallel sets a mere tensor, a view of its flat parameter."""
         raise ValueError(
             f"`{name}` of a {type(self).__name__} in `modules_to_save` can't become a plain tensor. "
             "FullyShardedDataParallel (FSDP version 1) would make it one: use `fully_shard` (FSDP version 2), or leave "

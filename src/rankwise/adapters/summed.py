@@ -2,7 +2,7 @@
 
 Models that hold weights as parameters read them inside a forward of their own: one expert at a time
 (``linear(x, weight[i])``), gathered for every token (``bmm(weight[ids], x)``), or grouped (``grouped_mm(x, weight)``).
-A `SummedWeight` stands in for such a parameter. What reads it sees a tensor, and each of these products becomes
+A `SummedWeight` stands in for such a parameter. The forward sees a tensor, and each of these products becomes
 
     x @ (W + L R) = x @ W + (x @ L) @ R
 
@@ -156,7 +156,7 @@ def _aligned(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _added(output: Tensor, update: Tensor) -> Tensor:
-    """In place: products keep no output for the backward pass."""
+    """Add in place, which is safe because products don't save their output for the backward pass."""
     return output.add_(update.to(output.dtype))
 
 
