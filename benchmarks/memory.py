@@ -278,7 +278,7 @@ def print_large() -> None:
     """Print tables of the memory that large models take."""
     from rankwise.recipes.memory.estimate import readable
 
-    columns = ("settings", "weights", "what trains", "activations", "together", "in evaluation")
+    columns = ("settings", "weights", "training state", "activations", "together", "in evaluation")
     for model, cases in LARGE.items():
         print(f"\n{model}\n\n| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
         for settings, case in cases.items():

@@ -36,7 +36,7 @@ def start(*words: object, **options: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], ["train", "plan", "inspect", "Exit codes: 0 done, 2 for errors that you must mend"]),
+        ([], ["train", "plan", "inspect", "Exit codes: 0 done, 2 for mistakes that you can correct"]),
         (
             ["train"],
             ["RECIPE.yaml", "KEY=VALUE", "--resume", "--overwrite", "text-classification", "torchrun"],

@@ -474,7 +474,7 @@ def test_files_that_cannot_be_written_or_read_are_reported_before_anything_runs(
         (["predict", out, new, "-o", taken], "is there already. To replace it, add --overwrite"),
         (["predict", out, new, "-o", new, "--overwrite"], "is read by this very command"),
         (["predict", out, new, "-o", tmp_path / "no" / "p.csv"], "Make it first"),
-        (["predict", tmp_path, new], "holds no adapter_config.json, so it is no adapter's folder"),
+        (["predict", tmp_path, new], "holds no adapter_config.json, so it is not an adapter's folder"),
         (["predict", out, tmp_path / "nothing.csv"], "there is no file or folder"),
         (
             ["predict", out, table],

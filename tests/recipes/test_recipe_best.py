@@ -100,8 +100,8 @@ def test_the_best_of_those_with_final_ranks_is_kept_and_the_folder_says_its_step
     assert expected < STEPS, "the test needs a run whose last step is not its best"
     assert results["best"]["step"] == expected and result.best is not None
     assert results["best"]["value"] == results["after"]["loss"] == pytest.approx(final[expected])
-    assert f"It is the adapter of step {expected} of {STEPS}, the best by held-out loss" in said
-    assert f"{expected}, the best by loss" in (world / "out" / "README.md").read_text()
+    assert f"It is the adapter of step {expected} of {STEPS}, which has the best held-out loss" in said
+    assert f"{expected}, which has the best loss" in (world / "out" / "README.md").read_text()
     head = watch.seen[expected][2]["classifier.modules_to_save.default.weight"]
     torch.testing.assert_close(
         weights(world / "out")["base_model.model.classifier.weight"], head, rtol=0, atol=0
@@ -109,7 +109,7 @@ def test_the_best_of_those_with_final_ranks_is_kept_and_the_folder_says_its_step
     assert evaluate(world / "out", world / "reviews.csv").values  # it can be loaded
     shown = Console(file=StringIO(), width=200)
     render_terminal(inspect_adapter(world / "out"), shown)
-    assert f"step {expected} of {STEPS}, the best by loss" in shown.file.getvalue()  # type: ignore[attr-defined]
+    assert f"step {expected} of {STEPS}, which has the best loss" in shown.file.getvalue()  # type: ignore[attr-defined]
     assert not list(best_folders(world / "out"))
     assert not (world / "out" / "training_state.safetensors").exists()
 

@@ -103,7 +103,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(world: Path)
         ("schedule.total_step=5", "comes from training.max_steps or training.num_train_epochs"),
         ("adapter.total_step=5", "comes from training.max_steps or training.num_train_epochs"),
         ("adapter.tinit=5", "belongs into the section `schedule`"),
-        ("adapter.r=8", "Say init_r (at the start) and target_r (in the end)"),
+        ("adapter.r=8", "Set init_r (at the start) and target_r (at the end)"),
         ("adapter.target_r=9", "adapter.target_r: "),
         ("adapter.lora_dropout=2", "adapter.lora_dropout: "),
         ("adapter.method=adalor", "there is no method 'adalor'. Did you mean 'adalora'?"),
@@ -155,12 +155,12 @@ def test_missing_columns_are_refused_with_key_file_and_nearest_name(world: Path)
 
 def test_a_table_with_other_separators_is_recognised(world: Path) -> None:
     (world / "reviews.csv").write_text("text;label\na;b\n")
-    assert "its columns are parted by ';'" in problems(world)
+    assert "its columns are separated by ';'" in problems(world)
 
 
 def test_files_that_are_not_tables_are_refused(world: Path) -> None:
     (world / "notes.txt").write_text("x")
-    assert "is no kind of file that can be read" in problems(world, f"data.train={world}/notes.txt")
+    assert "is a kind of file that can't be read" in problems(world, f"data.train={world}/notes.txt")
     (world / "empty.csv").write_text("")
     assert "is empty" in problems(world, f"data.train={world}/empty.csv")
     (world / "latin.csv").write_bytes("text,läbel\n".encode("latin-1"))
@@ -194,7 +194,7 @@ def test_an_override_can_take_a_key_out(world: Path) -> None:
 def test_broken_yaml_says_where(world: Path) -> None:
     path = world / "broken.yaml"
     for text, said in (
-        ("model: [a", "no valid YAML"),
+        ("model: [a", "not valid YAML"),
         ("model: a\nmodel: b\n", "duplicate key"),
         ("- a\n- b\n", "a recipe is a list of `key: value` lines"),
         ("", "a recipe is a list of `key: value` lines"),

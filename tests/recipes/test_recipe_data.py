@@ -106,13 +106,13 @@ def test_an_unknown_label_is_refused_with_the_nearest(world: Path) -> None:
 def test_a_rating_that_is_not_a_number_is_named(world: Path) -> None:
     (world / "reviews.csv").write_text("text,rating\na,1\nb,two\nc,nan\n")
     said = message(world, problem_type="regression", data__label="rating")
-    assert "reviews.csv, line 3 'rating' is no number: 'two'." in said
+    assert "reviews.csv, line 3 'rating' is not a number: 'two'." in said
     assert "reviews.csv, line 4" in said
 
 
 def test_numbers_as_labels_lead_to_regression(world: Path) -> None:
     (world / "reviews.csv").write_text("text,label\n" + "".join(f"t{i},{i / 7}\n" for i in range(60)))
-    assert "say problem_type: regression" in message(world)
+    assert "set problem_type: regression" in message(world)
 
 
 def test_whole_numbers_are_labels_in_their_own_order(world: Path) -> None:
@@ -164,7 +164,7 @@ def test_broken_rows_are_named_by_line(world: Path) -> None:
     assert "reviews.csv, line 3: 3 values for 2 columns" in message(world)
     broken = world / "reviews.jsonl"
     broken.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": \n')
-    assert "reviews.jsonl, line 2: no valid JSON" in message(world, data__train=str(broken))
+    assert "reviews.jsonl, line 2: not valid JSON" in message(world, data__train=str(broken))
 
 
 def test_texts_in_another_encoding_are_read_and_reported(world: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_dataset_from_the_hub_keeps_the_names_of_its_labels(
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub_says_both(world: Path) -> None:
-    assert "is no file or folder here, and as a hub dataset it can't be loaded" in message(
+    assert "is not a file or folder here, and it can't be loaded as a hub dataset" in message(
         world, data__train="nobody/nothing"
     )
 
@@ -273,7 +273,7 @@ def test_a_table_without_rows_is_refused_before_it_is_read(world: Path, kind: st
     with pytest.raises(RecipeError) as error:
         load_recipe(write_recipe(world, world / "model", data__train=str(path)))
     assert f"{path.name}' has no rows" in str(error.value)
-    assert kind == "json" or "only the names of its columns, text, label" in str(error.value)
+    assert kind == "json" or "only the names of its columns: text, label" in str(error.value)
 
 
 @pytest.mark.parametrize(

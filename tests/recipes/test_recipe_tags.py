@@ -209,7 +209,7 @@ def test_missing_columns_and_double_labels_are_refused(world: Path, model: Path)
     with pytest.raises(RecipeError) as error:
         load_recipe(write_recipe(world, model, {"tags": "ner_tag", "labels": ["O", "O"]}))
     assert "data.tags: people.jsonl has no column 'ner_tag'" in str(error.value)
-    assert "data.labels: 'O' is there twice." in str(error.value)
+    assert "data.labels: 'O' appears twice." in str(error.value)
 
 
 # --- metrics -----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class _Parts(NamedTuple):
-    """What one pass through a layer reads."""
+    """The inputs of one pass through a layer."""
 
     name: str
     base: Any
@@ -55,14 +55,14 @@ class FastLoraLayer(InPlace):
         return output
 
     def factor(self, key: str, name: str) -> Any:
-        """`lora_A` or `lora_B` of adapter ``name``, as rankwise's own layers give it; None if it has none."""
+        """`lora_A` or `lora_B` of adapter ``name``, as in rankwise's own layers. None if it has no such factor."""
         held: Any = self._modules[key]._modules.get(name)  # type: ignore[attr-defined]
         return None if held is None else held._parameters.get("weight")
 
     # One pass.
 
     def _parts(self) -> _Parts | None:
-        """The base layer and the one adapter that acts on it; None where PEFT's own forward is needed."""
+        """The base layer and the one adapter that acts on it. None: PEFT's own forward is needed."""
         layer: Any = self
         modules = layer._modules
         if layer._disable_adapters or layer.merged_adapters:
@@ -89,7 +89,7 @@ class FastLoraLayer(InPlace):
         return _Parts(name, base, A, B, rate, scaling)
 
     def _computed(self, x: Tensor, parts: _Parts) -> Tensor | None:
-        """The output with the adapter's; None where PEFT's own forward is needed."""
+        """The layer's output with the adapter's update. None: PEFT's own forward is needed."""
         layer: Any = self
         name, base, A, B, rate, scaling = parts
         kind, dtype = x.device.type, x.dtype
@@ -112,7 +112,7 @@ class FastLoraLayer(InPlace):
             packed = _packed(base, x)
             if packed is None:
                 return None
-            # What else than this a 4-bit layer makes of its input does not change with its dtype.
+            # Besides this, a 4-bit layer's output does not depend on the dtype of its input.
             casts = casts and _computes_in(base, autocast)
         if torch.is_grad_enabled():
             if not A.requires_grad:
@@ -135,7 +135,7 @@ class FastLoraLayer(InPlace):
 
 
 def _is_ordinary(x: Any) -> bool:
-    """Whether an input is a plain tensor, and no compiler or transform takes the computation apart."""
+    """Whether an input is a plain tensor, and no compiler or transform is at work."""
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()
@@ -158,20 +158,18 @@ def _is_bare(module: Any, kind: type | None = None) -> bool:
 
 
 def _is_whole(factor: Any) -> bool:
-    """Whether a factor is an ordinary parameter, and no share of one."""
+    """Whether a factor is an ordinary parameter, not a share of one."""
     return type(factor) is nn.Parameter and factor.dtype in _FACTORS and not hasattr(factor, "ds_id")
 
 
 def _packed(base: Any, x: Tensor) -> Packed | None:
-    """A base layer of bitsandbytes that holds its weight packed, as the training of ``x`` reads it."""
+    """A base layer of bitsandbytes, if its weight is packed in the layout that training on ``x`` needs."""
     cls: type = type(base)
     if not is_of_bitsandbytes(cls):
         return None
     if any(each.__name__ == "Linear4bit" for each in cls.__mro__):
         repacks = base.support_avx512bf16_for_cpu if hasattr(base, "support_avx512bf16_for_cpu") else False
-        if not packs_4_bit(base, x) or (
-            repacks and not base.training
-        ):  # evaluation lays it out in another way
+        if not packs_4_bit(base, x) or (repacks and not base.training):  # evaluation uses another layout
             return None
         return Packed(base.forward, lambda: dense_4_bit(base, x.dtype))
     if cls.__name__ == "Linear8bitLt" and packs_8_bit(base, x):
@@ -180,5 +178,5 @@ def _packed(base: Any, x: Tensor) -> Packed | None:
 
 
 def _computes_in(base: Any, dtype: torch.dtype | None) -> bool:
-    """Whether a layer of bitsandbytes casts whatever it reads to ``dtype``."""
+    """Whether a layer of bitsandbytes casts every input to ``dtype``."""
     return bool(getattr(base, "compute_type_is_set", False)) and base.compute_dtype == dtype

@@ -1,4 +1,4 @@
-"""Narrowing PEFT's layers, and the state that optimizers keep of them, to the ranks that are left."""
+"""Narrowing PEFT's layers, and their state in optimizers, to the ranks that are left."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def narrow(
         The layers that still hold the adapter, and the layers that do not.
     """
     ranks = [int(own.view(pair.blocks, -1).sum(1).max()) for pair, own in zip(pairs, kept, strict=True)]
-    if not any(ranks):  # PEFT has no adapter without layers: the first keeps a rank that is 0
+    if not any(ranks):  # PEFT has no adapter without layers, so the first layer keeps a rank that is 0
         ranks[0] = 1
     for inner, outer in same_ranks(list(pairs)).items():
         ranks[inner] = ranks[outer] = max(ranks[inner], ranks[outer])
@@ -102,10 +102,10 @@ def _narrow_layer(pair: PeftPair, kept: Tensor, rank: int, optimizers: Sequence[
 
 
 def _replace_data(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give a parameter values of another shape, also while a graph that was made with the old shape lives.
+    """Give a parameter values of another shape, even if a graph with the old shape still exists.
 
-    A script's variable ``loss`` keeps the graph of its last step. The node in it that takes up the gradient knows the
-    shape, and PyTorch would use it again; it makes a new one where the dtype changes.
+    A script's variable ``loss`` keeps the graph of its last step. The node in it that accumulates the gradient knows
+    the old shape, and PyTorch would use it again. PyTorch makes a new node if the dtype changes.
     """
     parameter.data = values.new_empty(0, dtype=torch.half if values.dtype != torch.half else torch.float)
     parameter.data = values

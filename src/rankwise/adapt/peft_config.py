@@ -61,7 +61,7 @@ def _write_targets(config: Any, pairs: Sequence[PeftPair], others: Iterable[str]
 
 
 def _any_ends_with(paths: Iterable[str], ends: set[str]) -> bool:
-    """Whether any of ``paths`` ends with whole parts that are one of ``ends``.
+    """Whether one of ``paths`` ends with a dot and one of ``ends``.
 
     Example:
         >>> _any_ends_with(["encoder.layers.0.fc"], {"layers.0.fc"}), _any_ends_with(["my_fc"], {"fc"})

@@ -113,7 +113,7 @@ def lora_model(model: Any) -> nn.Module | None:
     if not isinstance(model, nn.Module):
         return None
     for module in model.modules():
-        if "_orig_mod" in module._modules:  # a compiled model passes on what it is asked for
+        if "_orig_mod" in module._modules:  # a compiled model passes attribute lookups on
             continue
         if getattr(module, "peft_config", None) and next(lora_layers(module), None) is not None:
             return module

@@ -392,7 +392,7 @@ class AdaptiveRanks:
         stay, dropped = narrow(self._model, self._peft_pairs(), kept, optimizers)
         write_config(self._peft_config, stay, dropped, other_paths(self._model, stay))
         self._peft_config.init_lora_weights = (
-            True  # others than the plain start may not take the ranks that are left
+            True  # PEFT may refuse the ranks that are left with any other start
         )
         if stay:
             self._tensors.follow(stay[0].device)

@@ -13,35 +13,35 @@ from rankwise.adapters.inplace import InPlace, add_methods, has_forward_of_its_o
 from rankwise.adapters.ready import OncePerPass
 
 _KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
-_INNER = ("module", "_orig_mod")  # where DDP and torch.compile keep what they wrap
+_INNER = ("module", "_orig_mod")  # the attributes in which DDP and torch.compile keep the wrapped model
 
 
 class _FastModel(InPlace, OncePerPass):
-    """Mixin for the model: its factors are cast once in a call of it."""
+    """Mixin for the model: each call casts all factors once, at its start."""
 
 
 def speed_up(model: nn.Module) -> SpedUp:
     """Compute the linear LoRA layers of a PEFT model as rankwise computes its own: each in one step of autograd.
 
-    The layers, their class names, the state dictionary and all that PEFT can do stay as they are. Outputs and
+    The layers, their class names, the state dictionary and all functions of PEFT stay as they are. Outputs and
     gradients are equal to rounding. With a half-precision base the adapter computes in half precision, where PEFT
     computes in float32.
 
-    It acts where one plain LoRA adapter is active in a layer and not merged. For all else the layer calls PEFT's own
-    forward: disabled, merged and several adapters, ``adapter_names``, DoRA and other variants, ``lora_bias``, modules
-    with hooks, base weights that train, kinds of layers other than ``nn.Linear`` and bitsandbytes' 4-bit and 8-bit
-    layers, ``torch.compile``, ``torch.func`` and forward-mode derivatives.
+    It acts where one plain LoRA adapter is active in a layer and not merged. In all other cases the layer calls PEFT's
+    own forward: disabled, merged and several adapters, ``adapter_names``, DoRA and other variants, ``lora_bias``,
+    modules with hooks, base weights that train, kinds of layers other than ``nn.Linear`` and bitsandbytes' 4-bit and
+    8-bit layers, ``torch.compile``, ``torch.func`` and forward-mode derivatives.
 
     Args:
-        model: a model with a LoRA adapter of PEFT, or in what DDP or ``torch.compile`` wraps one. Call it again after
+        model: a model with a LoRA adapter of PEFT. DDP or ``torch.compile`` may have wrapped it. Call this again after
             an adapter was added to layers that had none.
 
     Returns:
-        A handle, which need not be kept. Its ``undo()`` gives PEFT's layers their own forward back, as does leaving
-        the handle as a context.
+        A handle, which need not be kept. Its ``undo()`` gives PEFT's layers their own forward back. A ``with`` block on
+        the handle calls ``undo()`` at its end.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: it has no layer that can be sped up.
 
     Example:

@@ -1,14 +1,14 @@
-"""The adapter's branch of a linear layer, ``scaling * (x A^T) B^T``, in as few passes over wide tensors as it takes.
+"""The adapter's branch of a linear layer, ``scaling * (x A^T) B^T``, computed in few passes over wide tensors.
 
-It is cut in two, with the base layer between: `Down` goes from the layer's input to ``hidden`` (tokens, r) and hands
-the input on to the base layer, `Up` adds ``hidden B^T`` to what the base layer makes. So in the backward pass `Down`
-receives what the base layer has computed for the input, and adds its own share to that. Written as a composition,
-the output and the input's gradient would each be made twice and added. Where the base layer's weight is frozen, as
-mostly, all three are one step: `rankwise.adapters.fused`.
+The branch has two parts, and the base layer runs between them. `Down` computes ``hidden`` (tokens, r) from the layer's
+input, and hands the input on to the base layer. `Up` adds ``hidden B^T`` to the base layer's output. So in the backward
+pass `Down` receives the base layer's gradient of the input, and adds its own share in place. Written as a composition,
+the output and the input's gradient would each be made twice and added. The base layer's weight is mostly frozen. Then
+all three are one step of autograd: `rankwise.adapters.fused`.
 
-Every product is computed in the dtype of the wide tensor that it reads, so that none is copied: under autocast x may
-be float32 and the output bfloat16. What is saved for the backward pass is x itself, which layers with the same input
-share, and ``hidden``.
+Every product is computed in the dtype of the wide tensor that it reads, so that no wide tensor is copied: under
+autocast x may be float32 and the output bfloat16. The backward pass needs ``hidden`` and x. Layers with the same input
+share x.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float
     if isinstance(kept, int):
         hidden, B = hidden[:, :kept], B[:, :kept]
     if in_place and output.is_contiguous():
-        # To autograd a tensor of its own and no view, which following layers may change in place.
+        # Autograd sees a tensor, not a view, so that the following layers may change it in place.
         added = output.detach()
         added.view(-1, output.shape[-1]).addmm_(hidden, B.T, alpha=scaling)
         return added
@@ -130,32 +130,32 @@ def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float
 
 
 def how_many_act(kept: Kept, rank: int) -> int:
-    """How many of the first of ``rank`` triplets to compute with; those between them that don't act are zeros."""
+    """The number of first triplets, of ``rank``, to compute with. Those among them that don't act are zeros."""
     return kept if isinstance(kept, int) else rank
 
 
 def gates_of(A: Tensor, E: Tensor | None, kept: Kept) -> Tensor | None:
-    """What A's rows are multiplied by, (r, 1): E, with zeros for triplets that don't act. None: they all act."""
+    """The gates, (r, 1), that multiply A's rows: E, with zeros for triplets that don't act. None: all gates are 1."""
     if kept is None:
         return E
     acts = torch.zeros(A.shape[0], 1, dtype=A.dtype, device=A.device)
     if isinstance(kept, int):
         acts[:kept] = 1
     else:
-        acts.index_fill_(0, kept.to(A.device), 1)  # assigning would wait for a GPU
+        acts.index_fill_(0, kept.to(A.device), 1)  # assigning in place would wait for the GPU
     return acts if E is None else E * acts
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` without what it does for function transforms, which takes as long as an operation or two."""
+    """``function.apply`` without its support of function transforms, which takes as long as an operation or two."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
 
 
 class WithoutAutocast:
-    """What is computed on a tensor's device keeps its dtype within, as with ``torch.autocast(device, enabled=False)``.
+    """Turn autocast off on a tensor's device, as ``torch.autocast(device, enabled=False)`` does.
 
-    Compilers know that one; this one takes a fraction of its time.
+    This context takes a fraction of that one's time, but compilers don't know it.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -172,19 +172,19 @@ class WithoutAutocast:
 
 
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values.to(dtype)``, which takes time even where there is nothing to do."""
+    """``values.to(dtype)``, but at no cost if the dtype is the same."""
     return values if values.dtype == dtype else values.to(dtype)
 
 
 def flat(x: Tensor) -> Tensor:
-    """The rows of x, (..., d): (tokens, d)."""
+    """Reshape x (..., d) to (tokens, d)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def add_share(
     ctx: Any, from_base: Tensor | None, from_hidden: Tensor, A: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """The input's gradient: what comes from the base layer, plus the branch's own."""
+    """The input's gradient: the base layer's, plus the branch's."""
     if isinstance(ctx.kept, int):
         from_hidden, A = from_hidden[:, : ctx.kept], A[: ctx.kept]
     if mask is not None:
@@ -201,7 +201,7 @@ def add_share(
 def factor_gradients(
     ctx: Any, from_hidden: Tensor, x: Tensor, A: Tensor, gates: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of A and E, the second and third of what has one."""
+    """The gradients of A and E, the second and third input."""
     to_A, to_E = ctx.needs_input_grad[1:3]
     if not (to_A or to_E):
         return None, None
@@ -217,7 +217,7 @@ def factor_gradients(
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float, row: Tensor) -> Tensor:
-    """``scaling * left @ right`` in one operation: with beta=0 ``row``, any of the width, does not count."""
+    """``scaling * left @ right`` in one operation. With beta=0, ``row`` may be any row of the result's width."""
     return torch.addmm(row, left, right, beta=0, alpha=scaling)
 
 
@@ -233,7 +233,7 @@ def composed_hidden(ctx: Any, x: Tensor, A: Tensor, E: Tensor | None, mask: Tens
 
 
 def composed_update(ctx: Any, hidden: Tensor, B: Tensor) -> Tensor:
-    """What `add_up` adds, (tokens, d_out), as a composition."""
+    """The update that `add_up` adds, (tokens, d_out), as a composition."""
     acting = how_many_act(ctx.kept, B.shape[1])
     update: Tensor = ctx.scaling * hidden[:, :acting] @ B[:, :acting].to(hidden.dtype).T
     return update
@@ -242,7 +242,7 @@ def composed_update(ctx: Any, hidden: Tensor, B: Tensor) -> Tensor:
 def differentiated(
     compute: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], gradient: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of ``compute(*inputs)``, themselves in a graph; None where none is needed."""
+    """Gradients of ``compute(*inputs)``, which can be differentiated again. None for inputs that need no gradient."""
     wanted = [each for each, need in zip(inputs, needs, strict=True) if need and each is not None]
     found = iter(torch.autograd.grad(compute(*inputs), wanted, gradient, create_graph=True))
     return [next(found) if need else None for need in needs]

@@ -89,11 +89,11 @@ class ConvAdapters(AdapterLayer):
         super().check_merge(names, finite)
 
     def _changes_weight(self, name: str) -> bool:
-        """Whether the factors are those of a change of the weight, and not in plain LoRA's layout for groups."""
+        """Whether the product of the factors changes the weight. It does not in plain LoRA's layout for groups."""
         return bool(self.lora_B[name].shape[1] == len(self.lora_A[name]))
 
     def _of_weight(self, name: str) -> tuple[Tensor, Tensor]:
-        """The factors, if their product changes the weight, or a ValueError."""
+        """Return the factors if their product changes the weight, and raise a ValueError otherwise."""
         A, B = self.factors(name)
         if self._changes_weight(name):
             return A, B
@@ -144,7 +144,7 @@ class Conv3dAdapters(ConvAdapters):
 
 
 def _for_each_group(A: Tensor, groups: int) -> Tensor:
-    """A (k, d_in) of a change of the weight as plain LoRA has it, (groups * k, groups * d_in)."""
+    """Return plain LoRA's A, (groups * k, groups * d_in), for the factor A (k, d_in) of a weight's change."""
     if groups == 1:
         return A
     dense = A.new_zeros(groups, len(A), groups, A.shape[1])
@@ -154,10 +154,10 @@ def _for_each_group(A: Tensor, groups: int) -> Tensor:
 
 
 def ungrouped(A: Tensor, groups: int) -> Tensor:
-    """A (k, d_in) of the change of the weight that plain LoRA's A, (groups * k, groups * d_in), was made of.
+    """Return the factor A (k, d_in) from which plain LoRA's A, (groups * k, groups * d_in), was made.
 
     Raises:
-        ValueError: it is none, as it reads the channels of other groups, too.
+        ValueError: plain LoRA's A was not made from such a factor, because it reads channels of other groups, too.
 
     Example:
         >>> import torch
@@ -167,7 +167,7 @@ def ungrouped(A: Tensor, groups: int) -> Tensor:
     own = A if groups == 1 else A.view(groups, len(A) // groups, groups, -1)[0, :, 0]
     if not _for_each_group(own, groups).equal(A):
         raise ValueError(
-            f"its factors are no change of the weight of a convolution with groups={groups}, but those of plain LoRA, "
+            f"its factors are not a change of the weight of a convolution with groups={groups}. They are plain LoRA's, "
             "which reads the channels of all groups."
         )
     return own

@@ -42,6 +42,6 @@ class EmbeddingAdapters(AdapterLayer):
 
     @classmethod
     def reset_factors(cls, A: Tensor, B: Tensor, gaussian: bool) -> None:
-        """An embedding starts with A = 0 and B normal, as its A is looked up and not multiplied."""
+        """An embedding starts with A = 0 and B normal, because its A is looked up, not multiplied."""
         nn.init.zeros_(A)
         nn.init.normal_(B)

@@ -1,9 +1,9 @@
 """A linear layer whose weight is frozen, dense or packed, and its adapter's branch, as one step of autograd.
 
 It computes what `Down`, the base layer and `Up` compute one after the other (see `rankwise.adapters.branch`), with the
-same operations, and saves the same. But a step of autograd that is written in Python takes as long as several
-operations to launch, which is what small batches on a GPU wait for: here it is one instead of two, and the base layer
-takes none of its own.
+same operations, and saves the same tensors. A step of autograd that is written in Python takes as long as launching
+several operations, and small batches on a GPU wait for that. Here there is one such step instead of two, and the base
+layer needs none of its own.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Packed(NamedTuple):
 
     Args:
         forward: the base layer's own.
-        dense: makes the dense weight, (d_out, d_in), from what the layer held in its forward pass. It is asked for
-            after ``forward``, which may repack the weight, and called in the backward pass.
+        dense: returns the function that makes the dense weight, (d_out, d_in), in the backward pass. It is called
+            after ``forward``, which may repack the weight.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -44,17 +44,17 @@ class Packed(NamedTuple):
 
 
 class How(NamedTuple):
-    """What the branch computes with, to which no gradients go.
+    """The branch's inputs that get no gradients.
 
     Args:
         kept: which triplets act.
         folded: A with the gates folded in, (r, d_in), in the dtype of the input.
-        gates: of A, as `gates_of` has them.
+        gates: the gates of A, as `gates_of` returns them.
         up: B, (d_out, r), in the dtype of the output.
-        scaling: of the branch.
-        rate: of its dropout.
-        dtype: what autocast computes the base layer in; None without autocast.
-        packed: the base layer, where its weight is packed.
+        scaling: the scale of the branch.
+        rate: the rate of dropout.
+        dtype: the dtype in which autocast computes the base layer. None: no autocast.
+        packed: the base layer, if its weight is packed.
     """
 
     kept: Kept
@@ -95,7 +95,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 weight = cast(weight, how.dtype)  # type: ignore[arg-type]
             output = F.linear(rows, weight, bias)  # type: ignore[arg-type]
             if ctx.needs_input_grad[0]:
-                # Detached: it stays what it is here if the parameter's data are exchanged before the backward pass.
+                # Detached, so that it stays the same if the parameter's data are exchanged before the backward pass.
                 saved_weight = weight.detach()  # type: ignore[union-attr]
         hidden, up = cast(hidden, output.dtype), cast(how.up, output.dtype)
         ctx.save_for_backward(x, A, E, B, saved_weight, hidden, mask, how.folded, how.gates, up)
@@ -107,7 +107,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if isinstance(how.kept, int):
             hidden, up = hidden.narrow(1, 0, how.kept), up.narrow(1, 0, how.kept)  # as slices, in less time
         output.addmm_(hidden, up.t(), alpha=how.scaling)
-        # Detached: to autograd a tensor of its own and no view, which following layers may change in place.
+        # Detached, so that autograd sees a tensor, not a view: the following layers may change it in place.
         return output if x.dim() == 2 else output.view(*x.shape[:-1], output.shape[1]).detach()
 
     @staticmethod
@@ -128,7 +128,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 return added if weight is None else added + flat(x).to(rows.dtype) @ weight.to(rows.dtype).T
 
             return *differentiated(output, (x, A, E, B), (to_x, to_A, to_E, to_B), rows), *nothing
-        # With beta=0 the first argument of `addmm` does not count, but for its shape.
+        # With beta=0 only the shape of `addmm`'s first argument matters.
         from_hidden = torch.addmm(hidden, rows, up, beta=0, alpha=ctx.scaling)
         gradient_B = torch.addmm(up, rows.t(), hidden, beta=0, alpha=ctx.scaling) if to_B else None
         from_hidden = cast(from_hidden, x.dtype)

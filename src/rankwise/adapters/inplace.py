@@ -64,9 +64,9 @@ def remove_methods(obj: Any) -> None:
 
 
 def has_forward_of_its_own(obj: Any) -> bool:
-    """Whether the object, not its class, says what ``forward`` does, so that a new class would change nothing.
+    """Whether the object has its own ``forward``, so that changing its class would change nothing.
 
-    Accelerate's hooks do that too, but call the class's ``forward``, which they keep as ``_old_forward``.
+    Accelerate's hooks set one, too, but call the class's ``forward``, which they keep as ``_old_forward``.
     """
     return "forward" in vars(obj) and not any(_is_of_class(obj, name, type(obj)) for name in _FORWARDS)
 
@@ -81,7 +81,7 @@ def _is_of_class(obj: Any, name: str, cls: Any) -> bool:
 
 
 def _rebind_forward(obj: Any, before: type) -> None:
-    """Where the object holds the ``forward`` of its class ``before``, let it hold that of its present class."""
+    """If the object holds the ``forward`` of its class ``before``, replace it by that of its present class."""
     for name in _FORWARDS:
         if _is_of_class(obj, name, before):
             vars(obj)[name] = MethodType(type(obj).forward, obj)

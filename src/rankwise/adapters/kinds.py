@@ -14,7 +14,7 @@ from rankwise.adapters.linear import Conv1DAdapters, LinearAdapters
 from rankwise.adapters.parameter import ParameterAdapters
 from rankwise.adapters.quantized import Bnb4bitAdapters, Bnb8bitAdapters, PackedLinearAdapters
 
-# The first that takes a layer has it: quantized layers come before the linear ones that they are, too.
+# The first kind that fits a layer adapts it. Quantized layers come first, because they are linear layers, too.
 KINDS: tuple[type[AdapterLayer], ...] = (
     Bnb4bitAdapters,
     Bnb8bitAdapters,
@@ -30,7 +30,7 @@ KINDS: tuple[type[AdapterLayer], ...] = (
 
 def adapters_for(layer: nn.Module) -> type[AdapterLayer] | None:
     """The mixin that adapts this kind of layer, or None if there is none."""
-    if ParameterAdapters.adapts(layer):  # no kind of layer: found by the names of parameters
+    if ParameterAdapters.adapts(layer):  # not a kind of layer: it is recognized by the names of parameters
         return ParameterAdapters
     return next((kind for kind in KINDS if kind.adapts(layer)), None)
 
@@ -42,14 +42,14 @@ def in_all_linear(layer: nn.Module) -> bool:
 
 
 def kinds_in_words() -> str:
-    """What can be adapted, for messages: "Linear, Conv2d and Embedding"."""
+    """The kinds that can be adapted, for messages: "Linear, Conv2d and Embedding"."""
     *most, last = dict.fromkeys(kind.called for kind in KINDS)
     return f"{', '.join(most)} and {last}"
 
 
 @dataclass(frozen=True)
 class FactorName:
-    """What the name of a factor in a file says.
+    """Parse the name of a factor in a file.
 
     Args:
         path: of the layer.

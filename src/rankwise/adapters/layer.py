@@ -1,4 +1,4 @@
-"""What every adapted layer has: the factors of its adapters, and which of them act.
+"""The base of all adapted layers: the factors of their adapters, and which of them act.
 
 An adapted layer is the base layer itself, given a subclass in place: its weights keep their names, and
 ``isinstance(layer, nn.Linear)`` still holds. For each adapter name it holds
@@ -9,8 +9,8 @@ and its output is that of the base layer plus ``scaling * B diag(E) A`` applied 
 d_in is ``in_channels * kernel height * kernel width``, for an embedding the number of entries.
 
 A new kind of base layer is a subclass of `AdapterLayer` in a file of its own, and a line in ``KINDS``. The class says
-which layers it adapts, which shapes their factors have, what they are called in a file, and how they act. What is
-asked of layers that are not adapted yet takes the layer as an argument.
+which layers it adapts, which shapes and names their factors have in a file, and how they act. Methods for layers that
+are not adapted yet take the layer as an argument.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ class AdapterLayer(InPlace, nn.Module):
     lora_E: nn.ParameterDict
     scaling: dict[str, float]
     dropout_rate: dict[str, float]
-    # Once some triplets are gone for good: the first n act, or those with these indices.
+    # The triplets that act, once some were cut for good: the first n, or those with these indices.
     kept: dict[str, int | Tensor]
-    adapter_compute_dtype: dict[str, torch.dtype]  # where it is not that of input and output
+    adapter_compute_dtype: dict[str, torch.dtype]  # if it differs from the dtypes of input and output
     active_adapters: list[str]
     merged_adapters: list[str]
     adapters_enabled: bool
     before_merge: Any  # the packed weight that `unmerge` puts back, while something is merged into it
 
-    called: ClassVar[str]  # what messages call such layers
-    in_all_linear: ClassVar[bool] = False  # whether `target_modules="all-linear"` means it
+    called: ClassVar[str]  # the name of such layers in messages
+    in_all_linear: ClassVar[bool] = False  # whether `target_modules="all-linear"` includes it
     starts_at_zero: ClassVar[str] = "lora_B"  # the factor that makes LoRA's update 0 at the start
     requantizes: ClassVar[bool] = False  # merging unpacks the base weight and packs it again, which rounds it
-    file_prefix: ClassVar[str] = "lora_"  # of A and B in a file
+    file_prefix: ClassVar[str] = "lora_"  # the prefix of A and B in a file
     file_dims: ClassVar[int] = 2  # dimensions of plain LoRA's A and B in a file
-    base_in_file: ClassVar[bool] = False  # whether a file may hold its base weight, too
+    base_in_file: ClassVar[bool] = False  # whether a file may also hold the base weight
 
     _own_attributes: ClassVar[tuple[str, ...]] = (
         *("lora_A", "lora_B", "lora_E", "scaling", "dropout_rate", "kept", "adapter_compute_dtype"),
@@ -55,7 +55,7 @@ class AdapterLayer(InPlace, nn.Module):
     )
 
     def prepare(self) -> None:
-        """Make the attributes, empty; the first adapter is added after it."""
+        """Make the attributes, empty. Call this before the first adapter is added."""
         for name in ("lora_A", "lora_B", "lora_E"):
             setattr(self, name, nn.ParameterDict())
         self.scaling, self.dropout_rate, self.kept, self.adapter_compute_dtype = {}, {}, {}, {}
@@ -64,11 +64,11 @@ class AdapterLayer(InPlace, nn.Module):
         self.before_merge = None
 
     def clean(self) -> None:
-        """Remove what `prepare` made."""
-        for name in AdapterLayer._own_attributes:  # the layer may have its own class back already
+        """Remove the attributes that `prepare` made."""
+        for name in AdapterLayer._own_attributes:  # the layer may already have its own class again
             delattr(self, name)
 
-    # What a kind of base layer says of itself.
+    # Facts about a kind of base layer.
 
     @classmethod
     def adapts(cls, layer: nn.Module) -> bool:
@@ -91,7 +91,7 @@ class AdapterLayer(InPlace, nn.Module):
 
     @classmethod
     def blocks(cls, layer: Any) -> int:
-        """How many matrices of its own rank the layer holds: rows of A and columns of B lie block by block."""
+        """The number of matrices in the layer, each with its own rank. A's rows and B's columns lie block by block."""
         return 1
 
     def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
@@ -111,7 +111,7 @@ class AdapterLayer(InPlace, nn.Module):
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         nn.init.zeros_(B)
 
-    # What a file in PEFT's format calls the factors, and how it lays them out.
+    # Names and layout of the factors in a file of PEFT's format.
 
     @classmethod
     def file_name(cls, path: str, factor: str, adalora: bool) -> str:
@@ -119,12 +119,12 @@ class AdapterLayer(InPlace, nn.Module):
         return f"{path}.lora_{factor}" if adalora else f"{path}.lora_{factor}.weight"
 
     def to_file(self, factor: str, tensor: Tensor, adalora: bool) -> Tensor:
-        """A factor as a file has it."""
+        """A factor in the file's layout."""
         return tensor
 
     @classmethod
     def from_file(cls, layer: Any, factor: str, tensor: Tensor, adalora: bool) -> Tensor:
-        """A factor as ``layer`` has it: what `to_file` was given."""
+        """A factor in the layout of ``layer``. This undoes `to_file`."""
         return tensor
 
     @classmethod
@@ -137,7 +137,7 @@ class AdapterLayer(InPlace, nn.Module):
         """Undo `as_lora`.
 
         Raises:
-            ValueError: they are no such update in plain LoRA's layout.
+            ValueError: `as_lora` can't have made these factors.
         """
         return A, B
 
@@ -167,14 +167,14 @@ class AdapterLayer(InPlace, nn.Module):
         return {key: factors[name] for key, factors in held.items() if name in factors}
 
     def factor(self, key: str, name: str) -> Any:
-        """`lora_A`, `lora_E` or `lora_B` of adapter ``name``; None if it has none: for E of plain LoRA.
+        """`lora_A`, `lora_E` or `lora_B` of adapter ``name``. None if it has no such factor, as plain LoRA has no E.
 
-        Asked for by every layer in every pass: this way of looking them up takes a fraction of the usual one's time.
+        Every layer calls this in every pass. Reading ``_modules`` takes a fraction of an attribute's time.
         """
         held: Any = self._modules[key]
         parameters = held.__dict__["_parameters"]
         if name in parameters:
-            return parameters[name]  # not `get`: where DeepSpeed has it, asking so brings it here
+            return parameters[name]  # not `get`: under DeepSpeed, indexing gathers the parameter
         return held[name] if name in held else None
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ class AdapterLayer(InPlace, nn.Module):
         A, B = self.lora_A[name], self.lora_B[name]
         E = self.lora_E[name] if name in self.lora_E else None
         if E is None and torch.compiler.is_compiling():
-            return A, B  # ranks that are off are 0; without a look at which, the graph stays the same
+            return A, B  # ranks that are off are 0, so the graph need not depend on which ones they are
         if name in self.kept:
             kept = self.kept[name]
             chosen = slice(kept) if isinstance(kept, int) else kept.to(A.device)
@@ -193,7 +193,7 @@ class AdapterLayer(InPlace, nn.Module):
         return (A if E is None else A * E), B
 
     def acts(self, name: str) -> bool:
-        """Whether adapter ``name`` has any triplet here: a layer at rank 0 is its base layer."""
+        """Whether adapter ``name`` has any triplet here. At rank 0 the layer is its base layer."""
         A = self.factor("lora_A", name)
         if A is None or not A.numel():
             return False
@@ -206,13 +206,13 @@ class AdapterLayer(InPlace, nn.Module):
         return kept > 0 if isinstance(kept, int) else kept.numel() > 0
 
     def block_ranks(self, name: str) -> list[int]:
-        """Triplets of adapter ``name`` that act in each of the layer's `blocks`."""
+        """The number of triplets of adapter ``name`` that act in each of the layer's `blocks`."""
         kept = self.kept_ranks_of_stack(name)
         acts = torch.ones(len(self.lora_A[name]), dtype=torch.bool) if kept is None else kept
         return [int(part.sum()) for part in acts.tensor_split(self.blocks(self))]
 
     def kept_ranks_of_stack(self, name: str) -> Tensor | None:
-        """Which triplets act, (r,), bool, on the CPU, of a layer of several blocks that has lost some; else None."""
+        """The mask of acting triplets, (r,), bool, on the CPU. None: all act, or the layer is one block."""
         if self.blocks(self) == 1 or name not in self.kept:
             return None
         mask = torch.zeros(len(self.lora_A[name]), dtype=torch.bool)
@@ -235,7 +235,7 @@ class AdapterLayer(InPlace, nn.Module):
         return output
 
     def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the layer makes of ``x`` without adapters."""
+        """The base layer's output for ``x``, without adapters."""
         output: Tensor = super().forward(x, *args, **kwargs)
         return output
 
@@ -281,7 +281,7 @@ class AdapterLayer(InPlace, nn.Module):
 
     @torch.no_grad()
     def merge(self, names: list[str], for_good: bool = False) -> None:
-        """Add the adapters' updates to the base weight; `check_merge` should have passed.
+        """Add the adapters' updates to the base weight. Call `check_merge` first.
 
         ``for_good``: it will not be unmerged, so that a packed weight need not be remembered.
         """
@@ -333,20 +333,20 @@ class AdapterLayer(InPlace, nn.Module):
         return self.weight  # type: ignore[return-value]
 
     def set_base_weight(self, weight: Tensor) -> None:
-        """Put a dense tensor in the base weight's place."""
+        """Replace the base weight by a dense tensor."""
         self.weight.data.copy_(weight)  # type: ignore[operator]
 
     def packed_weight(self) -> Any:
-        """What `set_packed_weight` needs to put a packed base weight back, bit for bit."""
+        """The packed base weight, from which `set_packed_weight` restores it bit for bit."""
         raise NotImplementedError
 
     def set_packed_weight(self, packed: Any) -> None:
-        """Put back what `packed_weight` gave."""
+        """Restore the weight that `packed_weight` returned."""
         raise NotImplementedError
 
 
 def cant_merge_into(what: str) -> str:
-    """Why merging is refused into weights packed as ``what``, and the way round it."""
+    """The message that refuses merging into weights packed as ``what``, and names another way."""
     return (
         f"nothing can be merged into a packed weight ({what}). Keep the adapter unmerged; or load the base model "
         "without quantization, load the adapter into that, merge, and quantize the result."

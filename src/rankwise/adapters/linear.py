@@ -17,13 +17,13 @@ from rankwise.adapters.ready import ready, ready_cast, shared_cast
 from rankwise.parallel.ddp import keep_in_graph, note_use
 
 _down, _up = apply_of(Down), apply_of(Up)
-_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what it casts
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that it casts
 
 
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, E: Tensor | None, B: Tensor, scaling: float
 ) -> Tensor:
-    """What an adapted linear layer computes, without dropout. All the rest is about computing it fast.
+    """The output of an adapted linear layer, without dropout. All the rest of this file is about computing it fast.
 
     Args:
         x: (..., d_in).
@@ -32,7 +32,7 @@ def reference(
         A: (r, d_in).
         E: AdaLoRA's gates, (r, 1); None for plain LoRA.
         B: (d_out, r).
-        scaling: of the adapter.
+        scaling: the adapter's scale.
 
     Returns:
         (..., d_out).
@@ -65,7 +65,7 @@ class LinearAdapters(AdapterLayer):
 
     @property
     def makes_new_tensors(self) -> bool:
-        """Whether nobody else holds what the base layer gives out: its output, and the gradient of its input."""
+        """Whether nobody else holds the base layer's output and the gradient of its input."""
         return self._original_class is nn.Linear
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -93,15 +93,15 @@ class LinearAdapters(AdapterLayer):
         return output
 
     def _as_autocast_reads(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The input in autocast's ``dtype`` if the base layer reads it so, for the adapter to read the same."""
+        """The input, cast to autocast's ``dtype`` if the base layer casts it, too. Both then share the cast."""
         return shared_cast(x, dtype) if x.dtype in _AUTOCAST and self._reads_under_autocast(dtype) else x
 
     def _reads_under_autocast(self, dtype: torch.dtype) -> bool:
-        """Whether the base layer makes the same of its input in autocast's ``dtype``, into which it casts it."""
+        """Whether the base layer casts its input to autocast's ``dtype``. Casting before it then changes nothing."""
         return self._original_class is nn.Linear
 
     def _by_hand(self, names: list[str]) -> bool:
-        """Whether `Down` and `Up` compute, and no composition that compilers and transforms can take apart."""
+        """Whether to compute with `Down` and `Up`. Compilers and transforms need an ordinary composition instead."""
         if torch.compiler.is_compiling():
             return False
         if self.adapter_compute_dtype and any(name in self.adapter_compute_dtype for name in names):
@@ -109,7 +109,7 @@ class LinearAdapters(AdapterLayer):
         return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
     def _in_one_step(self, x: Tensor, A: Tensor, autocast: torch.dtype | None) -> bool:
-        """Whether nothing but x and the factors takes part in the backward pass, and nothing is unusual."""
+        """Whether only x and the factors need gradients, and nothing is unusual."""
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         return (
             torch.is_grad_enabled()
@@ -118,7 +118,7 @@ class LinearAdapters(AdapterLayer):
             and not weight.requires_grad
             and not (bias is not None and bias.requires_grad)
             and A.requires_grad  # or x need not be saved
-            and not hasattr(weight, "ds_id")  # in pieces, by DeepSpeed ZeRO
+            and not hasattr(weight, "ds_id")  # DeepSpeed ZeRO holds it in pieces
             and self._takes_one_step(x, weight, autocast)
         )
 
@@ -133,7 +133,7 @@ class LinearAdapters(AdapterLayer):
         return None
 
     def _adapted(self, x: Tensor, A: Tensor, name: str, autocast: torch.dtype | None) -> Tensor:
-        """The output with the adapter's, in one step of autograd."""
+        """The layer's output with the adapter's update, in one step of autograd."""
         weight: Any = self._parameters["weight"]
         packed, kept = self._packed(x), self.kept.get(name)
         rate = self.dropout_rate[name] if self.training else 0.0
@@ -185,7 +185,7 @@ class LinearAdapters(AdapterLayer):
                 added = F.linear(hidden * scaling, B.to(dtype))
                 return (output + added).to(output.dtype)  # rounded once
         hidden, width = hidden.to(output.dtype), output.shape[-1]
-        if torch.compiler.is_compiling():  # which computes this together with what comes before or after it
+        if torch.compiler.is_compiling():  # a compiler, which fuses this with the operations around it
             return output + F.linear(hidden, B.to(output.dtype)) * scaling
         added = torch.addmm(
             output.reshape(-1, width), hidden.reshape(-1, B.shape[1]), B.to(output.dtype).T, alpha=scaling
@@ -210,12 +210,12 @@ class Conv1DAdapters(LinearAdapters):
 
     @property
     def makes_new_tensors(self) -> bool:
-        return True  # this class and no subclass of it is adapted
+        return True  # only this class is adapted, not its subclasses
 
     def shape_like_weight(self, delta: Tensor) -> Tensor:
         return delta.T
 
 
 def _places(kept: int | Tensor) -> slice | Tensor:
-    """Where the triplets that act are."""
+    """The slice or the indices of the triplets that act."""
     return slice(kept) if isinstance(kept, int) else kept

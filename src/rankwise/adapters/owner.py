@@ -15,18 +15,18 @@ from rankwise.parallel.ddp import keep_in_graph
 
 SLOTS = "adapted_parameters"  # where the module holds a slot for each of its adapted parameters
 
-# Transformers' ways through the experts that read the weights with PyTorch's products. Others, such as kernels from
+# Transformers' implementations of experts that use PyTorch's products. Others, such as kernels from
 # the hub, see only memory.
 _READ_BY_PRODUCTS = ("eager", "batched_mm", "grouped_mm", None)
 
 
 class Slot(Protocol):
-    """What the owner asks of one of its adapted parameters; `rankwise.adapters.parameter` has it."""
+    """The owner's view of one of its adapted parameters. `rankwise.adapters.parameter` implements it."""
 
     parameter_name: str
 
     def summed(self) -> SummedWeight | None:
-        """The parameter with all that acts on it, for one forward pass; None if nothing does."""
+        """The parameter with the updates that act on it, for one forward pass. None if no update acts."""
 
     def idle_parameters(self) -> list[nn.Parameter]:
         """The factors of active adapters that have no rank here."""
@@ -37,7 +37,7 @@ class ParameterOwner(InPlace, nn.Module):
 
     adapted_parameters: nn.ModuleDict
     _uncompiled: ClassVar[Callable[..., Any]]  # `_with_updates`, out of the compiler's sight
-    _summed: dict[str, Tensor]  # what `__getattr__` gives, while the forward runs
+    _summed: dict[str, Tensor]  # the parameters that `__getattr__` returns while the forward runs
 
     def __getattr__(self, name: str) -> Any:
         summed = self.__dict__.get("_summed")
@@ -70,7 +70,7 @@ class ParameterOwner(InPlace, nn.Module):
 
 def add_slot(owner: nn.Module, name: str, slot: nn.Module) -> None:
     """Let ``owner`` read its parameter ``name`` through ``slot``."""
-    if not hasattr(ParameterOwner, "_uncompiled"):  # not before, as importing the compiler takes time
+    if not hasattr(ParameterOwner, "_uncompiled"):  # imported late, because importing the compiler takes time
         ParameterOwner._uncompiled = torch.compiler.disable(ParameterOwner._with_updates)
     if not isinstance(owner, ParameterOwner):
         owner._modules[SLOTS] = nn.ModuleDict()

@@ -8,9 +8,9 @@ forward. A parameter (n, d1, d2) is a stack of n matrices, and its adapter has a
 The matrices are (d_out, d_in), or (d_in, d_out) where the module says ``is_transposed``, as PEFT reads them. A
 parameter of two dimensions is a stack of one.
 
-What is adapted is a `ParameterSlot`, which stands for the parameter as a layer stands for its weight. The module that
+The adapted object is a `ParameterSlot`. It stands for the parameter as a layer stands for its weight. The module that
 owns the parameter keeps it, frozen, under its own name. While its forward runs, it reads the parameter as a
-`SummedWeight`, which adds what the adapter says where the weight is multiplied.
+`SummedWeight`, which adds the adapter's update where the weight is multiplied.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from rankwise.parallel.ddp import note_use
 
 
 class ParameterSlot(nn.Module):
-    """Stands for one parameter of a module, as something that adapters can be added to.
+    """Stands for one parameter of a module, so that adapters can be added to it.
 
     Args:
         owner: the module that holds the parameter.
         name: the parameter's name in it.
 
     Raises:
-        ValueError: the parameter is no stack of matrices.
+        ValueError: the parameter is not a stack of matrices.
 
     Example:
         >>> owner = nn.Module()
@@ -73,7 +73,7 @@ class ParameterSlot(nn.Module):
 
     @property
     def matrices(self) -> int:
-        """How many matrices are stacked."""
+        """The number of stacked matrices."""
         return self.weight.shape[0] if self.weight.dim() == 3 else 1
 
     @property
@@ -90,10 +90,10 @@ class ParameterSlot(nn.Module):
 
 
 def slot_of(owner: nn.Module, name: str) -> ParameterSlot:
-    """The slot of a parameter: the one that the module has, or else a new one, which it does not have yet.
+    """The slot of a parameter. If the module has none, a new slot is returned, which is not attached yet.
 
     Raises:
-        ValueError: the parameter is no stack of matrices.
+        ValueError: the parameter is not a stack of matrices.
     """
     slots = owner._modules.get(SLOTS)
     held = None if slots is None else slots._modules.get(name)
@@ -112,7 +112,7 @@ class ParameterAdapters(AdapterLayer):
     parameter_name: str
     _places: dict[
         str, tuple[Tensor, Tensor, Tensor]
-    ]  # adapter -> its `kept`, and what `_stacked_places` made of it
+    ]  # adapter -> its `kept`, and the result of `_stacked_places` for it
 
     @classmethod
     def adapts(cls, layer: nn.Module) -> bool:
@@ -148,10 +148,10 @@ class ParameterAdapters(AdapterLayer):
     def held_weight(self) -> nn.Parameter | None:
         return self.weight  # type: ignore[no-any-return]
 
-    # How it acts: the owner asks for what its forward reads.
+    # How it acts: the owner's forward reads the summed weight.
 
     def summed(self) -> SummedWeight | None:
-        """The parameter with all that acts on it, for one forward pass; None if nothing does."""
+        """The parameter with the updates that act on it, for one forward pass. None if no update acts."""
         sides = [self._sides(name) for name in self._acting()]
         if not sides:
             return None
@@ -192,7 +192,7 @@ class ParameterAdapters(AdapterLayer):
         return (A * self.scaling[name] if gate is None else A * (gate * self.scaling[name])), B
 
     def _stacked_places(self, name: str) -> tuple[Tensor, Tensor]:
-        """Where the kept triplets are, (n, k), filled up with any; and which are no filling, (n, k, 1), bool."""
+        """The indices of the kept triplets, padded to (n, k), and a mask, (n, k, 1), that is False for the padding."""
         kept = self.kept[name]
         if isinstance(kept, int):  # one matrix, whose first triplets these are
             kept = self.kept[name] = torch.arange(kept)
@@ -216,7 +216,7 @@ class ParameterAdapters(AdapterLayer):
         left, right = self._sides(name)
         return left @ right
 
-    # What a file has. Plain LoRA's B is laid out by rank first and matrix second, as in PEFT.
+    # The file's layout. Plain LoRA's B is laid out by rank first and matrix second, as in PEFT.
 
     def to_file(self, factor: str, tensor: Tensor, adalora: bool) -> Tensor:
         if factor != "B" or adalora:

@@ -19,7 +19,7 @@ from rankwise.adapters.linear import LinearAdapters
 
 
 class Bnb4bitAdapters(LinearAdapters):
-    """For bitsandbytes' ``Linear4bit``: two weights of (d_out, d_in) in a byte."""
+    """For bitsandbytes' ``Linear4bit``: weight (d_out, d_in), two numbers in a byte."""
 
     weight: Any
 
@@ -71,7 +71,7 @@ class Bnb4bitAdapters(LinearAdapters):
     def set_packed_weight(self, packed: Any) -> None:
         weight, state = packed
         device = self.weight.device
-        weight.quant_state = state  # its module has been given another
+        weight.quant_state = state  # its module has another weight now
         self.weight = weight if weight.device == device else weight.to(device)
         self.quant_state = self.weight.quant_state
 
@@ -101,7 +101,7 @@ class Bnb8bitAdapters(LinearAdapters):
         import bitsandbytes
 
         weight = self.weight
-        if weight.dtype != torch.int8:  # has_fp16_weights: packed anew in every forward pass
+        if weight.dtype != torch.int8:  # with has_fp16_weights it is packed in every forward pass
             return super().base_weight()
         dense: Tensor = bitsandbytes.functional.int8_vectorwise_dequant(weight.data, self._scales())
         return dense
@@ -131,7 +131,7 @@ class Bnb8bitAdapters(LinearAdapters):
         state: Any = self.state
         scales: Tensor = (
             weight.SCB if weight.SCB is not None else state.SCB
-        )  # moved by the first forward pass
+        )  # the first forward pass moves it
         return scales
 
     def _take(self, weight: Any) -> None:
@@ -142,7 +142,7 @@ class Bnb8bitAdapters(LinearAdapters):
 
 
 class PackedLinearAdapters(LinearAdapters):
-    """For linear layers that hold no ``weight`` but packed numbers in ``qweight``, as GPTQ's and AWQ's do."""
+    """For linear layers with packed numbers in ``qweight`` instead of a ``weight``, such as GPTQ's and AWQ's."""
 
     @classmethod
     def adapts(cls, layer: nn.Module) -> bool:
@@ -161,17 +161,17 @@ def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
     )
 
 
-@functools.cache  # asked twice by every layer in every pass
+@functools.cache  # every layer calls this twice in every pass
 def is_of_bitsandbytes(cls: type) -> bool:
-    """Whether a class is bitsandbytes' own, and none that was derived from it."""
+    """Whether a class is bitsandbytes' own, not derived from it."""
     return cls.__module__.startswith("bitsandbytes.")
 
 
-# What the backward pass reads of a layer of bitsandbytes: the same numbers as in the layer's own backward pass.
+# The weight for the backward pass of bitsandbytes' layers: the same numbers as in the layer's own backward pass.
 
 
 def packs_4_bit(layer: Any, x: Tensor) -> bool:
-    """Whether a ``Linear4bit`` holds its weight packed, as the training of ``x`` reads it."""
+    """Whether a ``Linear4bit`` holds its weight packed, in the layout that training on ``x`` needs."""
     weight = layer.weight
     state = getattr(weight, "quant_state", None) or layer.quant_state
     return (
@@ -183,7 +183,7 @@ def packs_4_bit(layer: Any, x: Tensor) -> bool:
 
 
 def dense_4_bit(layer: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """What makes the dense weight of a ``Linear4bit`` that has just read an input of ``dtype``."""
+    """Return a function that makes the dense weight of a ``Linear4bit``, whose last input has ``dtype``."""
     from bitsandbytes.functional import dequantize_4bit
 
     weight = layer.weight
@@ -192,7 +192,7 @@ def dense_4_bit(layer: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 def packs_8_bit(layer: Any, x: Tensor) -> bool:
-    """Whether a ``Linear8bitLt`` holds its weight packed, as the training of ``x`` reads it."""
+    """Whether a ``Linear8bitLt`` holds its weight packed, in the layout that training on ``x`` needs."""
     weight, state = layer.weight, layer.state
     held = state.CB if weight.CB is None else weight.CB
     return (
@@ -204,13 +204,13 @@ def packs_8_bit(layer: Any, x: Tensor) -> bool:
 
 
 def dense_8_bit(layer: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """What makes the dense weight of a ``Linear8bitLt`` that has just read an input of ``dtype``."""
+    """Return a function that makes the dense weight of a ``Linear8bitLt``, whose last input has ``dtype``."""
     whole, scales = layer.state.CB, layer.state.SCB
     return lambda: whole.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
 
 
-# On CPUs with AVX512-BF16, evaluation makes bitsandbytes lay 4-bit weights out in another way, through which no
-# gradient flows: after it, nothing below such a layer would train.
+# On CPUs with AVX512-BF16, bitsandbytes changes the layout of 4-bit weights in evaluation. No gradient flows through
+# the new layout, so layers below would not train afterwards.
 
 
 def hold_layout(model: nn.Module) -> None:

@@ -1,13 +1,14 @@
-"""Factors made ready for computing, once in a forward pass of the whole model.
+"""Makes factors ready for computing, once in each forward pass of the whole model.
 
-The factors are float32 parameters, the layers may compute in bfloat16, and the paper's form of AdaLoRA uses A with its
-gates folded in. Layer by layer that would be two to six small operations each. Here it is a handful for all of them:
-what one pass has asked for is made in one go when the next begins.
+The factors are float32 parameters, and the layers may compute in bfloat16. The paper's form of AdaLoRA uses A with its
+gates folded in. If each layer prepared its own factors, that would take two to six small operations for each layer.
+Here a handful of operations prepares the factors of all layers. A pass records which factors its layers use; when the
+next pass begins, these are prepared together.
 
-What is made lives as long as the pass, and no longer. To keep it until the factors change one would have to know when
-they do, and nobody can tell: fused and 8-bit optimizers, DeepSpeed and ``.data`` change parameters without counting
-their versions up. Outside of a pass (a part of the model is called, a checkpoint computes again), and for factors
-that are not here when it begins (sharded ones), a layer makes its own.
+Prepared factors are dropped at the end of the pass. They can't be kept until the parameters change, because nothing
+tells when that happens: fused and 8-bit optimizers, DeepSpeed and ``.data`` change parameters without raising their
+version counters. A layer prepares its own factors outside of a pass (a part of the model is called, a checkpoint
+computes again), and if they are sharded when the pass begins.
 """
 
 from __future__ import annotations
@@ -31,37 +32,37 @@ if TYPE_CHECKING:
     from rankwise.adapters.layer import AdapterLayer
 
 
-# A layer, by its id, uses "A" or "B" of an adapter in a dtype: with gates, or as it is but for its dtype.
+# One use of a factor: the layer's id, the adapter, the factor ("A" or "B", or the key of one without gates), the dtype.
 Use = tuple[int, str, str, torch.dtype]
 
 
 class Ready(NamedTuple):
-    """A factor to compute with; nothing of it is in a graph.
+    """A factor to compute with. It is outside the graph.
 
-    Of triplets that don't act, A's rows and gates are 0, and so are B's columns where E trains: then all gradients
-    have zeros there without anybody putting them in.
+    For triplets that don't act, A's rows and gates are 0. B's columns are 0, too, where E trains. All gradients are
+    then 0 there without further work.
     """
 
     factor: Tensor  # A with the gates folded in, or B
-    gates: Tensor | None  # of A: what its rows were multiplied by, (r, 1), in the dtype of the parameter
+    gates: Tensor | None  # the gates of A's rows, (r, 1), in the dtype of the parameter; None for B
 
 
 Uses = dict[Use, "AdapterLayer"]
 
-# Of the pass that this thread is in: .made and .asked of factors with gates; .casts and .asked_casts of all others;
-# .cast, the input that was cast last.
+# The state of this thread's pass. For factors with gates: .made (prepared ones) and .asked (uses). For all others:
+# .casts and .asked_casts. For inputs: .cast, the last one that was cast.
 _now = threading.local()
 _last: WeakKeyDictionary[nn.Module, tuple[Uses, Uses]] = (
     WeakKeyDictionary()
 )  # .asked and .asked_casts of a model
-_acting = WeakIdKeyDictionary()  # indices of triplets -> what `_where` made of them
+_acting = WeakIdKeyDictionary()  # indices of triplets -> the result of `_where`
 
 
 class OncePerPass:
     """Mixin of adapted models: a call of the model is a pass."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # which sees all layers at once anyway
+        if torch.compiler.is_compiling():  # the compiler sees all layers at once anyway
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with _pass(self):  # type: ignore[arg-type]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -100,7 +101,7 @@ def ready(layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) ->
 
 
 def ready_cast(layer: AdapterLayer, adapter: str, key: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Factor ``key`` of an adapter without gates, which is ``parameter``, in ``dtype``; in no graph."""
+    """``parameter``, which is factor ``key`` of an adapter without gates, in ``dtype`` and outside the graph."""
     if parameter.dtype == dtype:
         return parameter.detach()
     now = vars(_now)
@@ -144,7 +145,7 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_as_it_is(layer: AdapterLayer, adapter: str, factor: str) -> bool:
-    """Whether a factor of an adapter with gates is what to compute with, but for its dtype."""
+    """Whether a factor of an adapter with gates needs no preparation except a cast."""
     return factor == "B" and not _cuts_B(layer.kept.get(adapter), layer.factor("lora_E", adapter))
 
 
@@ -161,7 +162,7 @@ def _is_here(layer: AdapterLayer, adapter: str) -> bool:
 
 
 class _Asked:
-    """A factor that is asked for, on its way to `Ready`."""
+    """A factor that is being prepared. The result is a `Ready`."""
 
     def __init__(self, layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) -> None:
         self.parameter: Tensor = layer.factor("lora_" + factor, adapter)
@@ -176,7 +177,7 @@ class _Asked:
 
 @torch.no_grad()
 def _made(uses: Mapping[Use, AdapterLayer]) -> dict[Use, Ready]:
-    """What is asked for, in a few operations for all together."""
+    """Prepare factors with gates, all together in a few operations."""
     every = [_Asked(layer, *use[1:]) for use, layer in uses.items()]
     _set_gates([each for each in every if each.is_A])
     _cut([each for each in every if each.cut_B])
@@ -195,7 +196,7 @@ def _made(uses: Mapping[Use, AdapterLayer]) -> dict[Use, Ready]:
 
 
 def _set_gates(every: Sequence[_Asked]) -> None:
-    """Find what the rows of every A are multiplied by."""
+    """Find the gates by which the rows of every A are multiplied."""
     first, some = [], []
     for each in every:
         if isinstance(each.kept, Tensor):
@@ -227,7 +228,7 @@ def _cut(every: Sequence[_Asked]) -> None:
 
 
 def _where(kept: Tensor, A: Tensor) -> Tensor:
-    """1 for triplets that act, 0 for the others, (r, 1), like A (r, d_in); made once for the indices ``kept``."""
+    """1 for triplets that act and 0 for others: (r, 1), with A's dtype and device. Made once for each ``kept``."""
     known = _acting.get(kept)
     if known is None or known.device != A.device or known.dtype != A.dtype:
         known = _acting[kept] = gates_of(A, None, kept)
@@ -235,7 +236,7 @@ def _where(kept: Tensor, A: Tensor) -> Tensor:
 
 
 def _copies(wanted: Sequence[tuple[Tensor, torch.Size, torch.dtype]]) -> list[Tensor]:
-    """Copies of matrices, each in the upper left corner of one of a shape and dtype that has zeros elsewhere."""
+    """Copies of matrices, each padded with zeros on the right and below to a shape, in a dtype."""
     made: dict[int, Tensor] = {}
     groups: dict[Any, list[int]] = {}
     for place, (source, _, dtype) in enumerate(wanted):
@@ -255,6 +256,6 @@ def _copies(wanted: Sequence[tuple[Tensor, torch.Size, torch.dtype]]) -> list[Te
 
 
 def _parts(together: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """What lies one after the other in a vector, in its shapes."""
+    """Split a vector into matrices of the given shapes, as views."""
     pieces = together.split(list(map(math.prod, shapes)))
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -1,4 +1,4 @@
-"""Whole modules that train beside the adapters: ``modules_to_save``."""
+"""Whole modules that train together with the adapters: ``modules_to_save``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rankwise.parallel.ddp import note_use
 
 
 class SavedModule(InPlace, nn.Module):
-    """Mixin for a module that is replaced, adapter by adapter, by a copy of its own that trains.
+    """Mixin for a module that has a trained copy for each adapter. The active adapter's copy replaces it.
 
     The module's own parameters stay frozen under their own names; the copies are at
-    ``modules_to_save.<adapter>``. Whoever reads ``weight`` and ``bias`` without calling the module, as fused losses
-    do with an output layer, gets those of the copy that acts.
+    ``modules_to_save.<adapter>``. Code that reads ``weight`` and ``bias`` without calling the module, as fused
+    losses do with an output layer, gets those of the copy that acts.
     """
 
     modules_to_save: nn.ModuleDict
@@ -115,7 +115,7 @@ class SavedModule(InPlace, nn.Module):
                 )
 
     def _run(self, made: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a copy in its own precision, and give its output the one that the model around it works in."""
+        """Call a copy in its own precision, and convert its output to the precision of the model around it."""
         own, wide = _dtype(self), _dtype(made)
         if own is None or wide is None or own == wide:
             return made(*args, **kwargs)
@@ -125,7 +125,7 @@ class SavedModule(InPlace, nn.Module):
 
 @contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
-    """Within it, Accelerate's hooks are off a module and all in it: a copy must not hold what they hold."""
+    """Take Accelerate's hooks off a module and its parts for a while, so that a copy does not hold the hooks' data."""
     names = ("forward", "_old_forward", "_hf_hook")
     taken = [
         (each, {name: vars(each).pop(name) for name in names if name in vars(each)})

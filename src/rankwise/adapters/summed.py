@@ -2,12 +2,12 @@
 
 Models that hold weights as parameters read them inside a forward of their own: one expert at a time
 (``linear(x, weight[i])``), gathered for every token (``bmm(weight[ids], x)``), or grouped (``grouped_mm(x, weight)``).
-A `SummedWeight` stands in for such a parameter. What reads it sees a tensor, and each of these products becomes
+A `SummedWeight` stands in for such a parameter. The forward sees a tensor, and each of these products becomes
 
     x @ (W + L R) = x @ W + (x @ L) @ R
 
-through PyTorch's ``__torch_function__``, whatever the model's forward looks like around it. Whatever else is done with
-it works on the formed sum, and it is said what that was.
+through PyTorch's ``__torch_function__``, whatever the model's forward looks like around it. All other operations
+work on the formed sum, and a message names them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-_ALIGNMENT = 16  # bytes: grouped products take rows of a multiple of it only
+_ALIGNMENT = 16  # bytes: grouped products need rows whose size is a multiple of this
 
 _NOTHING = torch.empty(0)
 
@@ -45,8 +45,8 @@ class SummedWeight(Tensor):
 
     @staticmethod
     def make(base: Tensor, left: Tensor, right: Tensor) -> SummedWeight:
-        """The sum of ``base`` and ``left @ right``, all of one number of dimensions, 2 or 3."""
-        # Of its own it has nothing: the base weight may be of a kind that takes no subclass, as fake tensors are.
+        """The sum of ``base`` and ``left @ right``. All three have 2 dimensions, or all have 3."""
+        # It owns no data. The base weight may be of a type that can't be subclassed, such as a fake tensor.
         made: SummedWeight = Tensor._make_subclass(SummedWeight, _NOTHING)
         made.base, made.left, made.right, made._pieces = base, left, right, None
         return made
@@ -147,7 +147,7 @@ def _as_input(weight: SummedWeight, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _aligned(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors with zeros for as many ranks as grouped products need."""
+    """The factors, padded with zeros to a rank that grouped products accept."""
     k, step = left.shape[-1], max(_ALIGNMENT // left.element_size(), 1)
     if k % step == 0:
         return left, right
@@ -156,7 +156,7 @@ def _aligned(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _added(output: Tensor, update: Tensor) -> Tensor:
-    """In place: products keep no output for the backward pass."""
+    """Add in place, which is safe because products don't save their output for the backward pass."""
     return output.add_(update.to(output.dtype))
 
 
@@ -166,7 +166,7 @@ def _added(output: Tensor, update: Tensor) -> Tensor:
 def _item(weight: Any, index: Any) -> Any:
     if not _is_sum(weight):
         return NotImplemented
-    if weight.base.dim() == 2:  # rows, such as biases: as small as what asks for them
+    if weight.base.dim() == 2:  # rows, such as biases, which are small
         rows = weight.left[index]
         return weight.base[index] + (rows @ weight.right).to(weight.base.dtype)
     if isinstance(index, tuple):
@@ -180,7 +180,7 @@ def _item(weight: Any, index: Any) -> Any:
 
 
 def _unbind(weight: Any, dim: int = 0) -> Any:
-    """All pieces at once: the gradients of as many single ones would each be as large as the factors."""
+    """All pieces at once. If they were taken one by one, the gradient of each would be as large as the factors."""
     if dim != 0 or weight.base.dim() != 3:
         return NotImplemented
     if weight._pieces is None:

@@ -39,7 +39,7 @@ def matcher(names: Sequence[str] | str) -> Callable[[str], bool]:
 
 
 def names_of_exactly(paths: Sequence[str], others: Iterable[str] | None) -> list[str] | str:
-    r"""``target_modules`` that mean ``paths`` and none of ``others``.
+    r"""``target_modules`` that match ``paths`` and none of ``others``.
 
     A list of names also matches the ends of paths. An expression matches whole paths only.
 

@@ -180,7 +180,7 @@ class Probe:
         """Return a table of all layers: the norm of the gradient, its effective rank, and the rank in ``plan``.
 
         Args:
-            plan: ranks to show, with a line on what they hold. None: the table has no ranks.
+            plan: ranks to show, with a line on the share that they hold. None: the table has no ranks.
         """
         widest = max(len(layer.path) for layer in self.layers)
         head = f"{'layer':<{widest}}  {'|gradient|':>10}  effective rank"

@@ -1,8 +1,8 @@
-"""Finds the modules of a model that a configuration means.
+"""Finds the modules of a model that a configuration names.
 
 Names match as in PEFT: a name in a list is a whole path or its last parts, and a string is a regular expression for
-whole paths. A name that matches nothing is a warning or an error here, while PEFT ignores it. So is a layer on which an
-adapter would do nothing, because the model reads the layer's weight without calling the layer.
+whole paths. PEFT ignores a name that matches nothing. Here it is a warning or an error. A layer is also refused if the
+model reads its weight without calling the layer, because an adapter on it would do nothing.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """Find the layers that ``config`` adapts, by path in the model's order, and then the slots of adapted parameters.
+    """Find the layers and the parameters that ``config`` adapts.
 
     A layer with several paths is found once, under the first. Layers in ``modules_to_save`` and in the heads that
     ``task_type`` implies are never among them.
+
+    Returns:
+        The layers by path, in the model's order, and after them the slots of adapted parameters.
 
     Raises:
         ValueError: no layer matches, or a matching layer cannot be adapted. The message says what to write instead.
 
     Warns:
-        UserWarning: a selector selects nothing, while others do; see `tell_of_idle_selectors`. Or a layer has several
+        UserWarning: one of several selectors selects nothing; see `tell_of_idle_selectors`. Or a layer has several
             names; see `tell_of_second_names`.
 
     Example:
@@ -76,7 +79,7 @@ def parameter_targets(model: nn.Module, config: LoraConfig) -> dict[str, Paramet
 
 
 def _only_parameters(model: nn.Module, config: LoraConfig) -> bool:
-    """Whether the configuration means parameters alone: by an empty list, or for lack of default layers."""
+    """Whether only parameters are adapted: the list of layers is empty, or the model has no default layers."""
     unknown = config.target_modules is None and (_model_type(model) or "") not in _defaults(config)
     return bool(config.target_parameters) and (config.target_modules == [] or unknown)
 
@@ -143,7 +146,7 @@ def modules_to_save_paths(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def find_tied(model: nn.Module, targets: Iterable[str]) -> dict[str, list[str]]:
-    """For each target whose parameters other modules share, the paths of those modules.
+    """Find the paths of the modules that share parameters with a target, by the target's path.
 
     Example:
         >>> model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
@@ -168,7 +171,7 @@ def find_tied(model: nn.Module, targets: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _with_shared_weight(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, str]:
-    """For each target whose weight another module shares, the path of that module."""
+    """The path of a module that shares the target's weight, by the path of each target that has such a module."""
     others = find_tied(model, targets)
     return {
         path: next(each for each in tied if _has_weight(model, each, targets[path]))

@@ -23,7 +23,7 @@ except ImportError as missing:
 app = typer.Typer(
     name="rankwise",
     help="Fine-tune models with low-rank adapters whose ranks are found, not guessed.",
-    epilog="Exit codes: 0 done, 2 for errors that you must mend, 1 for a fault of rankwise, 130 after Ctrl-C.",
+    epilog="Exit codes: 0 done, 2 for mistakes that you can correct, 1 for a fault of rankwise, 130 after Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,7 +50,7 @@ def one_of(*names: str) -> Callable[[str], str]:
             return value
         near = nearest(value, names, or_part=True)
         raise typer.BadParameter(
-            f"there is no {value!r}, but {', '.join(names)}." + (f" Did you mean {near!r}?" if near else "")
+            f"{value!r} is not one of {', '.join(names)}." + (f" Did you mean {near!r}?" if near else "")
         )
 
     return parse

@@ -59,7 +59,7 @@ def export(
             "--dtype",
             parser=one_of(*PRECISIONS),
             metavar="DTYPE",
-            help=f"The dtype of the written factors: {', '.join(PRECISIONS)}. Left out: the adapter's own.",
+            help=f"The dtype of the written factors: {', '.join(PRECISIONS)}. Default: the adapter's own.",
             show_default=False,
         ),
     ] = None,

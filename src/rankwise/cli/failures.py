@@ -3,7 +3,7 @@
 Exit codes:
 
 - 0: done.
-- 2: something that the user must mend. One message says what, without a traceback.
+- 2: a mistake that the user can correct. One message names it, without a traceback.
 - 1: a fault of rankwise itself, with a traceback.
 - 130, 143 and 129: SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal).
 """
@@ -28,7 +28,7 @@ def failures(*mendable: type[Exception]) -> Iterator[None]:
     """Turn the exceptions of a ``with`` block into messages and exit codes.
 
     Args:
-        mendable: exception types, in addition to `RecipeError`, whose messages tell the user what to mend.
+        mendable: exception types, in addition to `RecipeError`, whose messages tell the user what to correct.
     """
     try:
         yield
@@ -52,7 +52,7 @@ def failures(*mendable: type[Exception]) -> Iterator[None]:
 
 
 def _mendable_message(error: Exception, mendable: tuple[type[Exception], ...]) -> str | None:
-    """Return the message that tells the user what to mend, or None if the error is a fault of rankwise."""
+    """Return the message that tells the user what to correct, or None if the error is a fault of rankwise."""
     recipes = sys.modules.get("rankwise.recipes.errors")
     if isinstance(error, mendable) or (recipes is not None and isinstance(error, recipes.RecipeError)):
         return str(error)

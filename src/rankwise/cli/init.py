@@ -31,7 +31,7 @@ def init(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The model to start from. Left out: a small one for the task.",
+            help="The model to start from. Default: a small one for the task.",
             show_default=False,
         ),
     ] = None,

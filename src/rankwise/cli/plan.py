@@ -38,7 +38,9 @@ def plan(
         from rankwise import recipes
 
         if measure and memory:
-            raise recipes.RecipeError("--time needs data and weights, and --memory neither: choose one.")
+            raise recipes.RecipeError(
+                "--time reads data and weights, and --memory reads neither: choose one."
+            )
         read = recipes.load_recipe(recipe, overrides or (), data_needed=not memory)
         planned = recipes.plan_memory(read) if memory else recipes.plan(read)
         timing = None

@@ -34,7 +34,7 @@ def predict(
             "-o",
             "--output",
             metavar="OUT",
-            help="The table to write: `.csv`, `.tsv` or `.jsonl`. Left out: JSON lines on the standard output.",
+            help="The table to write: `.csv`, `.tsv` or `.jsonl`. Default: JSON lines on the standard output.",
             show_default=False,
         ),
     ] = None,

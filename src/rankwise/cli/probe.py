@@ -43,7 +43,7 @@ def probe(
         float | None,
         typer.Option(
             metavar="R",
-            help="As many parameters as LoRA of this rank has. Left out: the recipe's rank.",
+            help="The plan gets as many parameters as LoRA of this rank has. Default: the recipe's rank.",
             show_default=False,
         ),
     ] = None,

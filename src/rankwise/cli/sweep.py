@@ -24,7 +24,7 @@ def _share(text: str) -> float:
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no share: say 1% or 0.01.") from None
+        raise typer.BadParameter(f"{text!r} is not a share: write 1% or 0.01.") from None
 
 
 @app.command(
@@ -39,7 +39,7 @@ def sweep(
         typer.Option(
             "--over",
             metavar="KEY=LOW..HIGH",
-            help="A key to vary: a range or a list KEY=A,B,C. Left out: learning rate and rank, around the recipe's.",
+            help="A key to vary: a range or a list KEY=A,B,C. Default: learning rate and rank, around the recipe's.",
             show_default=False,
         ),
     ] = None,
@@ -50,7 +50,7 @@ def sweep(
         typer.Option(
             parser=one_of("lora", "none"),
             metavar="METHOD",
-            help="lora: every second trial is LoRA with as many parameters. none: no trial is.",
+            help="lora: every second trial is LoRA with as many parameters. none: no trial is LoRA.",
         ),
     ] = "lora",
     within: Annotated[
@@ -58,7 +58,7 @@ def sweep(
         typer.Option(
             parser=_share,
             metavar="SHARE",
-            help="How much worse than the best the smallest adapter may be, such as 1%.",
+            help="The smallest adapter may be this much worse than the best one, such as 1%.",
         ),
     ] = "1%",  # type: ignore[assignment]  # a text, which the parser reads
     output: Annotated[
@@ -67,7 +67,7 @@ def sweep(
             "-o",
             "--output",
             metavar="OUT",
-            help="The folder to write. Left out: the recipe's `output` with `-sweep` appended.",
+            help="The folder to write. Default: the recipe's `output` with `-sweep` appended.",
             show_default=False,
         ),
     ] = None,
@@ -75,13 +75,13 @@ def sweep(
         str | None,
         typer.Option(
             metavar="URL",
-            help="An Optuna storage that several machines share. Left out: a SQLite file in OUT.",
+            help="An Optuna storage that several machines share. Default: a SQLite file in OUT.",
             show_default=False,
         ),
     ] = None,
     study: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The study's name. Left out: OUT's name.", show_default=False),
+        typer.Option(metavar="NAME", help="The study's name. Default: OUT's name.", show_default=False),
     ] = None,
     sampler: Annotated[
         str,
@@ -131,6 +131,6 @@ def sweep(
         raise typer.Exit(128 + outcome.interrupted)
     folder = shlex.quote(str(outcome.folder))
     if not as_json and outcome.smallest is not None:
-        said = f"\nThe smallest adapter: {folder}/trials/{outcome.smallest.name}. To repeat it, and to look at all:\n"
+        said = f"\nThe smallest adapter: {folder}/trials/{outcome.smallest.name}. Repeat its run, or see all trials:\n"
         commands = (f"rankwise train {folder}/recipe.yaml", f"rankwise report {folder} -o sweep.html")
         console.print("\n  ".join([said, *commands]), markup=False, highlight=False, soft_wrap=True)

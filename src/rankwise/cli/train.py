@@ -11,7 +11,7 @@ from rankwise.cli.failures import failures
 
 
 @app.command(
-    epilog="Exit codes: 0 done, 2 for errors that you must mend and for a run that has diverged, 1 for a fault of "
+    epilog="Exit codes: 0 done, 2 for mistakes that you can correct and for a run that has diverged, 1 for a fault of "
     "rankwise, 130 after Ctrl-C."
 )
 def train(

@@ -262,7 +262,7 @@ class Stage:
 
 
 def clean(folder: Path) -> None:
-    """Settle and remove the stages that killed processes left in ``folder``, as far as possible."""
+    """Settle and remove the stages that killed processes left in ``folder``. Those that can't be removed stay."""
     for path in stages(folder):
         with suppress(OSError):
             stage = Stage.take_over(path)

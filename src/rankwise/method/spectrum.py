@@ -3,7 +3,7 @@
 For a layer y = W x the gradient of a batch is G = sum over tokens of (dL/dy) x^T, a matrix of W's size. Two passes over
 the same batches find its first directions (Halko, Martinsson and Tropp, 2011). The first pass sums Y = G Omega, where
 Omega is random and has only k columns. Q is an orthonormal basis of Y. The second pass sums Q^T G. Its singular values
-are those of G, as far as Q spans G's directions. Both are sums over tokens, so no matrix of W's size is formed, and the
+are those of G in the directions that Q spans. Both are sums over tokens, so no matrix of W's size is formed, and the
 sketch takes about as much memory as an adapter. Where W is so small that G takes no more room than the sketch, G itself
 is summed, and the result is exact.
 """

@@ -12,11 +12,11 @@ def worth(strengths: Tensor, gradient_norms: Tensor, costs: Tensor, target_r: fl
 
     Below an average rank of 1 the power of the cost is 3 / 2.
 
-    The product of strength and gradient norm is, to first order and up to the angle between the two, what the
-    direction's movement did for the loss. It is AdaLoRA's sensitivity ``|weight * gradient|`` (Zhang et al., 2023,
-    equation 8), of a direction instead of an element. Neither factor is enough alone. Adam moves all layers about
-    equally far, however small their gradients are, and a large gradient is of no use where nothing moves. The gradient
-    is that of the whole block, because the gradient of a single direction is mostly noise.
+    The product of strength and gradient norm estimates, to first order, how much the direction's movement has lowered
+    the loss. It leaves out the angle between movement and gradient. It is AdaLoRA's sensitivity ``|weight * gradient|``
+    (Zhang et al., 2023, equation 8), for a direction instead of an element. Neither factor is enough alone. Adam moves
+    all layers about equally far, however small their gradients are, and a large gradient is of no use where nothing
+    moves. The gradient is that of the whole block, because the gradient of a single direction is mostly noise.
 
     The power of the cost decides between wide and narrow layers. It was found by measurement
     (benchmarks/quality/choices.md). The square root changes no order. It keeps numbers of any size within the range of

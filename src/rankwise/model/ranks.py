@@ -60,13 +60,15 @@ class AllocatesRanks(HoldsAdapters):
 
     @property
     def rank_history(self) -> RankHistory | None:
-        """The budget and every layer's rank at each allocation, also of an adapter that was loaded with its history."""
+        """The budget and every layer's rank at each allocation. A loaded adapter has its folder's history."""
         if self._rankwise_controller:
             return self._rankwise_controller.history
         return self._rankwise_histories.get(next(iter(self.active_adapters), ""))
 
     def rank_summary(self) -> RankSummary:
-        """Return rank, importance and parameters of every adapted layer, of the adapter that trains or acts.
+        """Return the rank, the importance and the number of parameters of every adapted layer.
+
+        They are those of the adapter that trains. If none trains, they are those of the active adapter.
 
         ``print`` shows the result as a table. If the parameters are sharded over processes (``fully_shard``, ZeRO-3),
         all processes must call this together.

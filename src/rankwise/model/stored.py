@@ -75,7 +75,7 @@ class StoresAdapters(NamesAdapters):
                 being saved, which needs whole models. Or a tensor holds NaN or infinite values, which nothing could
                 load: the message then names the last good checkpoint nearby. Nothing is written, so that a trainer
                 stops at its next checkpoint.
-            OSError: the folder cannot be written. Its old content is whole.
+            OSError: the folder cannot be written. Its old content is then unchanged.
         """
         if variant is not _NOT_GIVEN and _of_diffusers(self):
             raise ValueError(
@@ -134,7 +134,7 @@ class StoresAdapters(NamesAdapters):
     ) -> None:
         controller = self._controller_of(name)
         state = plain_state(self.state_dict() if state_dict is None else state_dict)
-        if storage.EXTRA_STATE not in state:  # DeepSpeed leaves it out of what it gathers
+        if storage.EXTRA_STATE not in state:  # DeepSpeed does not gather it
             state[storage.EXTRA_STATE] = self.get_extra_state()
         checkpoint = storage.checkpoint_step(folder) is not None
         if controller is not None and not checkpoint:

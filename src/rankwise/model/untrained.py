@@ -42,7 +42,7 @@ class TellsOfNoTraining(HoldsAdapters):
 
 
 def watch(model: nn.Module) -> None:
-    """Warn from now on of optimizers that were made before ``model`` was adapted, and so train none of its adapters."""
+    """Warn from now on of optimizers that were made before ``model`` was adapted. They train none of its adapters."""
     _watched.add(model)
 
 

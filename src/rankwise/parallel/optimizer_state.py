@@ -74,9 +74,9 @@ def _is_quantized(value: Tensor) -> bool:
 
 
 def forget_all_together(optimizer: Optimizer) -> None:
-    """Let an optimizer begin anew whose memory is not that of single parameters.
+    """Reset an optimizer whose state is not stored by parameter.
 
-    ``LBFGS`` remembers all parameters in one vector; PEFT's LoRA-FA has names in the place of parameters.
+    ``LBFGS`` stores the state of all parameters in one vector. PEFT's LoRA-FA stores it by name.
     """
     if isinstance(optimizer, LBFGS):
         optimizer.state.clear()
@@ -108,7 +108,7 @@ def _made_in_constructor(optimizer: Optimizer, parameter: nn.Parameter) -> dict[
     try:
         takes = inspect.signature(
             type(optimizer)
-        ).parameters  # bitsandbytes has defaults of its base class besides
+        ).parameters  # in bitsandbytes, `defaults` also has arguments that only the base class takes
         settings = {name: group[name] for name in optimizer.defaults if name in group and name in takes}
         return dict(type(optimizer)([stand_in], **settings).state.get(stand_in, {}))
     except Exception:  # a constructor that needs other arguments may raise anything

@@ -58,7 +58,7 @@ def card_of(
     settings = {
         "method": recipe.method,
         "optimizer steps": f"{steps:,}",
-        **({} if best is None else {"kept from step": f"{best.step:,}, the best by {best.metric}"}),
+        **({} if best is None else {"kept from step": f"{best.step:,}, which has the best {best.metric}"}),
         "examples in a step": f"{batch:,} for each process",
         "learning rate": f"{own.learning_rate:g}, {own.lr_scheduler_type}",
         "optimizer": own.optim,

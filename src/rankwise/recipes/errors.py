@@ -1,4 +1,4 @@
-"""Errors for the user to mend. One message shows all problems, each with its place."""
+"""Mistakes that the user can correct. One message shows all problems, each with its place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rankwise.config.suggest import nearest
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend.
+    """One mistake to correct.
 
     Args:
         where: the place of the problem: a recipe's dotted key, a file, or a file and a line.

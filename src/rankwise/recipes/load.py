@@ -121,7 +121,7 @@ def parse_recipe(text: str, path: Path) -> tuple[DictConfig, dict[str, int]]:
         data = OmegaConf.create(text)
         lines = dict(_key_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
     except yaml.YAMLError as error:
-        raise RecipeError(f"is no valid YAML: {_one_line(error)}", str(path)) from error
+        raise RecipeError(f"is not valid YAML: {_one_line(error)}", str(path)) from error
     if not isinstance(data, DictConfig) or not lines:
         raise RecipeError("a recipe is a list of `key: value` lines, beginning with `model:`.", str(path))
     return data, lines

@@ -130,7 +130,7 @@ def find_in_package(reference: str, key: str) -> Path:
         raise refusal(key, f"the package {name!r} has no single path {inside!r}. {hint}")
     hint = "It holds no model's config.json and no .gguf file."
     if found:
-        hint = f"It has {_listed(found)}: say pypi:{name}/{found[0]}"
+        hint = f"It has {_listed(found)}: write pypi:{name}/{found[0]}"
     raise refusal(key, f"the package {name!r} is not one model. {hint}")
 
 

@@ -115,7 +115,9 @@ class Plan:
         if self.schedule is not None:
             from rankwise.report.terminal import budget_chart
 
-            yield Text("\nbudget: ranks, of average size, that all layers may have together", style="bold")
+            yield Text(
+                "\nbudget: the sum of all layers' ranks, counted in ranks of average size", style="bold"
+            )
             yield budget_chart(self.schedule, self.initial, self.target)
         if self.memory is not None:
             yield Text("")
@@ -174,7 +176,7 @@ class Plan:
         ranks = (
             f"rank {before:g}{'' if before.is_integer() else ' on average'}"
             if self.schedule is None
-            else f"rank {before:g} each at the start, {after:g} on average in the end"
+            else f"rank {before:g} in each layer at the start, {after:g} on average at the end"
         )
         whole = f"; trained whole: {', '.join(self.modules_to_save)}" if self.modules_to_save else ""
         return f"{name} on {self.layers} layers, {ranks}{whole}"
@@ -186,7 +188,7 @@ class Plan:
         if self.schedule is None:
             return f"{share(self.trainable_at_start)} parameters"
         end = share(self.trainable_at_end)
-        return f"{share(self.trainable_at_start)} parameters at the start, about {end} in the end"
+        return f"{share(self.trainable_at_start)} parameters at the start, about {end} at the end"
 
 
 def make_plan(

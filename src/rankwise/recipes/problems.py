@@ -127,7 +127,7 @@ def adapter_problems(adapter: Any) -> Iterator[Problem]:
             yield Problem("adapter.total_step", _special_hint(("schedule", "total_step")) or "")
         elif key == "r" and method == "adalora":
             yield Problem(
-                "adapter.r", "has no effect in AdaLoRA. Say init_r (at the start) and target_r (in the end)."
+                "adapter.r", "has no effect in AdaLoRA. Set init_r (at the start) and target_r (at the end)."
             )
         elif method == "lora" and key in _ADALORA_RANKS:
             yield Problem(f"adapter.{key}", f"{_ADALORA_RANKS[key]} {_take_out(f'adapter.{key}')}")

@@ -166,7 +166,7 @@ class KeepResults(TrainerCallback):
 class KeepGoodCheckpoints(TrainerCallback):
     """Skips checkpoints while the loss is far too large, because each would replace an earlier, good one.
 
-    It also stops a run whose weights have become NaN or infinite, because no step can mend them.
+    It also stops a run whose weights have become NaN or infinite, because no step can repair them.
 
     Args:
         say: a function that prints a line.

@@ -447,7 +447,10 @@ def _show_result(
     if best is not None:
         of = "the last step" if best.step == steps else f"step {best.step:,} of {steps:,}"
         title = next((metric.title for metric in metrics if metric.key == best.metric), best.metric)
-        _say(console, f"It is the adapter of {of}, the best by {title} of those with final ranks.")
+        _say(
+            console,
+            f"It is the adapter of {of}, which has the best {title} of all evaluations with final ranks.",
+        )
     summary = model.rank_summary()
     for part in (rank_table(summary), rank_picture(summary)):
         console.print()

@@ -383,7 +383,7 @@ def _training(guess: Guess) -> list[str]:
     rate = "2.0e-3" if steps < 1500 else "5.0e-4"
     return [
         f"  num_train_epochs: {epochs:<9}# about {max(1, round(steps)):,} steps; the best epoch is kept",
-        f"  learning_rate: {rate:<12}# for some hundred steps 2.0e-3, for thousands 5.0e-4; `rankwise sweep` finds it",
+        f"  learning_rate: {rate:<12}# for a few hundred steps 2.0e-3, for thousands 5.0e-4; `rankwise sweep` finds it",
         "  early_stopping_patience: 3",
     ]
 

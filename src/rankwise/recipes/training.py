@@ -28,10 +28,10 @@ _COMMAND = "`rankwise train` evaluates and trains by itself."
 # Arguments of Transformers that a recipe can't set, and what to do instead.
 NOT_TAKEN: Mapping[str, str] = {
     "output_dir": "the folder is the recipe's `output`.",
-    "resume_from_checkpoint": "say --resume on the command line.",
+    "resume_from_checkpoint": "use --resume on the command line.",
     "do_train": _COMMAND,
     "do_eval": _COMMAND,
-    "do_predict": "say `rankwise predict`.",
+    "do_predict": "use `rankwise predict`.",
     "disable_tqdm": "rankwise shows its own progress.",
     "local_rank": "torchrun sets it.",
     "predict_with_generate": "the task sets it.",

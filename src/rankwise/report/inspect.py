@@ -86,7 +86,7 @@ class AdapterReport:
         target_parameters: parameters that the configuration adapts in addition to modules, such as experts.
         saved_modules: the modules that were trained and saved whole.
         bias_parameters: the number of parameters in trained biases.
-        gate_parameters: the number of parameters in AdaLoRA's E. A LoRA of the same ranks has none of them.
+        gate_parameters: the number of parameters in AdaLoRA's E. Plain LoRA has no E.
         other_parameters: the number of parameters in tensors whose purpose is unknown.
         dtypes: the number of parameters in the file by dtype, such as ``{"float32": 1024}``.
         files: the size of each file in the folder, in bytes.

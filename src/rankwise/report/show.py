@@ -92,7 +92,10 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
     results = json_object(Path(report.folder) / "results.json")
     best = results.get("best")
     if isinstance(best, dict) and {"step", "metric"} <= best.keys():
-        yield "kept", f"step {best['step']:,} of {results.get('steps', 0):,}, the best by {best['metric']}"
+        yield (
+            "kept",
+            f"step {best['step']:,} of {results.get('steps', 0):,}, which has the best {best['metric']}",
+        )
     yield "base model", report.base_model or "not recorded"
     details = ", ".join(
         filter(

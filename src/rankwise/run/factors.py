@@ -87,7 +87,7 @@ class Factors:
         return [parameter.requires_grad for parameter in self.parameters(key)]
 
     def base_weights(self) -> set[int]:
-        """The ids of the weights that the layers adapt, as far as they are known."""
+        """The ids of the weights that the layers adapt. Weights that are not known are left out."""
         return {id(weight) for pair in self.pairs if (weight := pair.base_weight()) is not None}
 
     @property

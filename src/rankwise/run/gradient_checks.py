@@ -30,7 +30,7 @@ class GradientChecks:
         return [not trains for trains in self._factors.trains(self._decisive)]
 
     def has_gradients(self, step: Step, numbers: Sequence[int]) -> bool:
-        """Whether any of the factors ``numbers``, in layer order, has a gradient in ``step``. Warns if none has."""
+        """Whether any of the factors ``numbers``, in layer order, has a gradient in ``step``. Warns if not."""
         has = step.has_gradients(numbers)
         if not any(has):
             self._warn(

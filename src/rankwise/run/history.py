@@ -232,13 +232,13 @@ class RankHistory:
             raise ValueError(f"The packed rank history has layout {layout}; this version reads {_LAYOUT}.")
         if width != len(history.layers):
             raise ValueError(
-                f"The packed rank history is of {width} layers, but {len(history.layers)} are named."
+                f"The packed rank history has {width} layers, but {len(history.layers)} are named."
             )
         stride = 2 + width
         if count < 0 or len(flat) != 3 + count * stride:
             raise ValueError(
-                f"The packed rank history is cut off: {count} records of {stride} values announced, "
-                f"{len(flat) - 3} values there."
+                f"The packed rank history is cut off: it announces {count} records of {stride} values, but has "
+                f"{len(flat) - 3} values."
             )
         if min(flat) < 0:
             raise ValueError(f"The packed rank history holds {min(flat)}, but nothing in it is below 0.")

@@ -28,7 +28,7 @@ class Listener(Protocol):
         """Whether the listener wants to know of this optimizer's steps."""
 
     def before_step(self, optimizer: Optimizer, closure: Closure | None) -> Closure | None:
-        """Called before the optimizer steps. Returns the closure to step with; None without one."""
+        """Called before the optimizer steps. Returns the closure to step with, or None if there is none."""
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Called after the optimizer has stepped. The gradients are still there."""

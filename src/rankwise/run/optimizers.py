@@ -1,4 +1,4 @@
-"""Finds the optimizers that hold an adapter's factors, and the steps of theirs that are steps of the run."""
+"""Finds the optimizers that hold an adapter's factors, and tells which of their steps are steps of the run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Optimizers:
         return bool(self._held_by(optimizer) or self._in_parts(optimizer, prunes))
 
     def moves_zeros(self, optimizer: Optimizer) -> bool:
-        """Whether ``optimizer`` keeps what it remembers in few bits, so that it moves ranks that have no gradient."""
+        """Whether ``optimizer`` quantizes its state. It then moves ranks that have no gradient."""
         known = self._quantized.get(optimizer)
         if known is None:
             own = (optimizer.state.get(self._factors.parameter(n)) for n in self._held_by(optimizer))
@@ -171,11 +171,15 @@ class Optimizers:
         return found
 
     def _explain_why_not(self, trained: set[int]) -> None:
-        """Warn if an optimizer without factors was meant to train the adapter; ``trained``: its parameters' ids."""
+        """Warn if an optimizer without factors was meant to train the adapter.
+
+        Args:
+            trained: the ids of the optimizer's parameters.
+        """
         if trained & self._factors.base_weights():
             self._warn(
-                "An optimizer steps that holds weights of the adapted layers but none of the adapter's, so it "
-                "doesn't train the adapter. Build the optimizer after the adapter is attached."
+                "An optimizer holds weights of the adapted layers but no weights of the adapter, so it doesn't train "
+                "the adapter. Build the optimizer after the adapter is attached."
             )
         model = self._factors.tensors.model
         frozen = not any(parameter.requires_grad for parameter in self._factors.all_parameters())

@@ -62,7 +62,7 @@ def _warn_of_unused_penalty(config: AdaLoraConfig, warn: WarnOnce) -> None:
 
 
 def kept_ranks(controller: Controller, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The ranks that a saved adapter holds: for each module path, (r,), bool, on the CPU.
+    """Return the masks of the ranks that a saved adapter holds, by module path. A mask is bool, (r,), on the CPU.
 
     In the paper's form, a triplet may have grown back since the last cut. Its E is then not 0.
 

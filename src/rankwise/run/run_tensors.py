@@ -156,7 +156,7 @@ class OwnTensors(RunTensors):
                 has = "no tensor" if saved is None else f"{saved.dtype} of shape {tuple(saved.shape)}"
                 raise ValueError(
                     f"The state of the run has {has} as {name!r}, but this run needs {own.dtype} of shape "
-                    f"{tuple(own.shape)}: it is of a run on other layers or ranks."
+                    f"{tuple(own.shape)}: it belongs to a run on other layers or ranks."
                 )
         for name in NAMES:
             self.get(name).copy_(state[name])

@@ -1,4 +1,4 @@
-"""Sorts the tensors of an adapter's file by purpose, as far as their names and shapes tell it.
+"""Sorts the tensors of an adapter's file by purpose, which their names and shapes tell.
 
 This works on a file's header, in which tensors have no values, and on loaded tensors.
 """
@@ -99,7 +99,7 @@ def common_rank(source: str, path: str, factors: Mapping[str, T], kind: type[Ada
         source: the file's name, for messages.
         path: the layer's path.
         factors: the layer's factors.
-        kind: the layer's kind, as far as the names of its factors tell it.
+        kind: the layer's kind, by the names of its factors.
 
     Raises:
         ValueError: a factor has an impossible shape, or the factors' ranks differ.

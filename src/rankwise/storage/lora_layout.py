@@ -129,7 +129,7 @@ def lora_config(
         layers: the rank and the scale of each layer, by path.
         parameters: those of ``layers`` that are parameters, in the order in which their modules hold them.
         left_out: the paths that ``config`` adapts and ``layers`` lacks.
-        modules: the paths of all modules in the base model, as far as they are known. Names in ``target_modules`` are
+        modules: the paths of all known modules in the base model. Names in ``target_modules`` are
             then chosen so that they match none of them except ``layers``. If None, nothing is known, and a regular
             expression names the layers.
     """

@@ -49,8 +49,8 @@ def read_run_config(folder: Path, adapter: Mapping[str, Tensor]) -> AdaLoraConfi
     config = AdaLoraConfig.from_dict(content["config"], source=str(path))
     if config.form.has_E:
         raise ValueError(
-            f"{path} is of a run with `init_lora_weights`={config.init_lora_weights!r}, whose adapter is not saved as "
-            "plain LoRA. It is another run's: copy all files from one place."
+            f"{path} belongs to a run with `init_lora_weights`={config.init_lora_weights!r}, whose adapter is not "
+            "saved as plain LoRA. It is another run's: copy all files from one place."
         )
     # A state that somebody changed on purpose has no checksum of its own.
     state = stored_checksum(folder / TRAINING_STATE_NAME) or content["state"] or "none"

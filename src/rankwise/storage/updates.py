@@ -160,7 +160,7 @@ def padded_config(updates: Updates, layers: Iterable[str], rank: int) -> LoraCon
     if inner is not None:
         raise ValueError(
             f"{updates.source} adapts experts ({inner!r}), for which this format has no place. `save_as_lora` without "
-            "`pad` writes what PEFT reads; or export the merged model (`--to merged`), and serve that."
+            "`pad` writes a folder that PEFT reads; or export the merged model (`--to merged`), and serve that."
         )
     return lora_config(
         updates.config, dict.fromkeys(layers, (rank, 1.0)), left_out=_all_paths(updates) - set(layers)

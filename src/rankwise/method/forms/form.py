@@ -1,4 +1,4 @@
-"""What a form of the method decides. Every other file asks the form, and none asks which form it is."""
+"""The decisions that a form of the method makes. Other files ask the form for a decision, never for its name."""
 
 from __future__ import annotations
 

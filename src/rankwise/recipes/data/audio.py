@@ -24,7 +24,7 @@ def seconds(source: str | bytes) -> float:
         source: the file's path, or its contents.
 
     Raises:
-        AudioError: the file does not exist, is no audio, or holds no sound.
+        AudioError: the file does not exist, is not audio, or holds no sound.
     """
     import soundfile
 

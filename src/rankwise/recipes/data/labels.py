@@ -60,7 +60,7 @@ def label_names(
         names = [str(name) for name in wanted]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise refusal("data.labels", f"{twice!r} is there twice.")
+            raise refusal("data.labels", f"{twice!r} appears twice.")
         return names
     named = getattr(table.rows.features[column], "names", None)
     names = list(named or set(words))

@@ -26,7 +26,7 @@ def size(source: str | bytes) -> tuple[int, int]:
         source: the picture's path, or its contents.
 
     Raises:
-        PictureError: the file does not exist, or is no picture.
+        PictureError: the file does not exist, or is not a picture.
     """
     with _opened(source) as picture:
         return int(picture.width), int(picture.height)

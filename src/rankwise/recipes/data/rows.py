@@ -99,7 +99,7 @@ def check_sources(
             yield from problems(place, key, data.columns)
         if key == "data.train" and place.path is not None and data.eval_split and not data.evaluation:
             yield Problem(
-                "data.eval_split", "is for datasets from the hub; for files, say `eval` or `held_out`."
+                "data.eval_split", "is for datasets from the hub; for files, set `eval` or `held_out`."
             )
 
 
@@ -279,7 +279,7 @@ def _without_repeats(rows: Any, columns: Sequence[str], notes: list[str]) -> Any
     if len(first) < len(rows):
         repeats = count_rows(len(rows) - len(first))
         notes.append(
-            f"{repeats} left out that repeat another's text, so that none is both trained on and held out."
+            f"{repeats} left out that repeat another's text, so that no text is both trained on and held out."
         )
     return rows.select(sorted(first.values()))
 

@@ -74,7 +74,7 @@ def columns_of(place: Place, key: str) -> list[str] | None:
     kind = SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise refusal(
-            key, f"{place.name!r} is no kind of file that can be read. {_KINDS}, a folder, or a hub name."
+            key, f"{place.name!r} is a kind of file that can't be read. {_KINDS}, a folder, or a hub name."
         )
     try:
         columns = {"csv": _csv_columns, "json": _json_columns, "parquet": _parquet_columns}[kind](path)
@@ -83,13 +83,13 @@ def columns_of(place: Place, key: str) -> list[str] | None:
     if columns is not None and not columns:
         raise refusal(key, f"{place.name!r} is empty.")
     if not _has_rows(path, kind):
-        named = f": only the names of its columns, {', '.join(columns[:20])}" if columns else ""
+        named = f", only the names of its columns: {', '.join(columns[:20])}" if columns else ""
         raise refusal(key, f"{place.name!r} has no rows{named}.")
     return columns
 
 
 def _has_rows(path: Path, kind: str) -> bool:
-    """Whether a file has at least one row, as far as its head tells."""
+    """Whether a file has at least one row. Only the head of the file is read."""
     if kind == "csv":
         # Reading the rows will report these errors with their lines.
         with contextlib.suppress(csv.Error, UnicodeDecodeError):
@@ -129,7 +129,10 @@ def missing_column(name: str, place: Place, columns: Sequence[str]) -> str:
     """The message about a column that is missing in a source."""
     shown = ", ".join(columns[:20])
     if len(columns) == 1 and (sign := next((sign for sign in ";\t|" if sign in columns[0]), None)):
-        return f"{_short(place)} has no column {name!r}: its columns are parted by {sign!r}, not by commas ({shown})."
+        return (
+            f"{_short(place)} has no column {name!r}: its columns are separated by {sign!r}, not by commas "
+            f"({shown})."
+        )
     return f"{_short(place)} has no column {name!r}; it has {shown}. {_only_near(name, columns)}".rstrip()
 
 
@@ -207,7 +210,7 @@ def _unreadable(place: Place, error: Exception) -> str:
     """The reason why ``datasets`` could not read a source, with the line where it is cheap to find."""
     path = place.path
     if path is None:
-        return f"{place.name!r} is no file or folder here, and as a hub dataset it can't be loaded: {_root(error)}"
+        return f"{place.name!r} is not a file or folder here, and it can't be loaded as a hub dataset: {_root(error)}"
     kind = SUFFIXES.get(path.suffix.lower())
     line = None
     with contextlib.suppress(OSError, ValueError, csv.Error):
@@ -273,7 +276,7 @@ def _csv_columns(path: Path) -> list[str]:
         raise ValueError(str(error)) from error
     twice = next((name for name in columns if columns.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"the column {twice!r} is there twice")
+        raise ValueError(f"the column {twice!r} appears twice")
     return columns
 
 
@@ -334,7 +337,7 @@ def _broken_json_line(path: Path) -> str | None:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                return f"{number}: no valid JSON: {error}."
+                return f"{number}: not valid JSON: {error}."
             if not isinstance(row, dict):
                 return f"{number}: must be an object, but is {line.strip()[:50]!r}."
             for name, value in row.items():

@@ -297,7 +297,7 @@ def _packed_weights(model: Any) -> set[int]:
     } - kept
 
 
-# --- what trains -------------------------------------------------------------------------------------------------
+# --- the training state ------------------------------------------------------------------------------------------
 
 # The numbers in an optimizer's state per trained parameter, by the beginning of its name in Transformers.
 _STATES = {

@@ -140,7 +140,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = "" if folder.is_dir() else " There is no such folder."
         raise RecipeError(
-            f"{str(folder)!r} holds no {_CONFIG}, so it is no adapter's folder.{hint} Give the `output` of a run."
+            f"{str(folder)!r} holds no {_CONFIG}, so it is not an adapter's folder.{hint} Give the `output` of a run."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

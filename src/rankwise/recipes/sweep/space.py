@@ -130,7 +130,7 @@ def parse_dimension(text: str) -> Dimension:
     try:
         found = yaml.safe_load(f"[{values}]")
     except yaml.YAMLError as error:
-        raise refusal(f"--over {text}", f"is no list of values: {' '.join(str(error).split())}") from error
+        raise refusal(f"--over {text}", f"is not a list of values: {' '.join(str(error).split())}") from error
     choices = tuple(_as_number(each) for each in found)
     if len({repr(each) for each in choices}) < 2:
         raise refusal(
@@ -158,7 +158,7 @@ def _number(text: str, whole: str) -> int | float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise refusal(f"--over {whole}", f"{text.strip()!r} is no number. A range is LOW..HIGH.")
+        raise refusal(f"--over {whole}", f"{text.strip()!r} is not a number. A range is LOW..HIGH.")
     return int(text) if text.strip().lstrip("+-").isdecimal() else number
 
 

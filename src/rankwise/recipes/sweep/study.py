@@ -40,7 +40,7 @@ def open_storage(url: str) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if "://" not in url:
-        raise refusal(f"--storage {url}", "is no URL. Say for instance sqlite:///sweep.db, for a file here.")
+        raise refusal(f"--storage {url}", "is not a URL. A file here is, for example, sqlite:///sweep.db.")
     if url.startswith("sqlite:///"):
         path = Path(url.removeprefix("sqlite:///").partition("?")[0])
         if not path.parent.is_dir():

@@ -124,7 +124,7 @@ def _words(recipe: Recipe, table: Table, rows: Sequence[int]) -> list[str]:
     found = label_words(table, recipe.data.label, rows)
     if not recipe.data.labels and too_many(found) and all(map(_is_number, found)):
         message = f"{table.place.name} has {len(set(found))} different numbers in {recipe.data.label!r}."
-        raise refusal("data.label", f"{message} To learn numbers, say problem_type: regression.")
+        raise refusal("data.label", f"{message} To learn numbers, set problem_type: regression.")
     return found
 
 
@@ -134,7 +134,7 @@ def _numbers(recipe: Recipe, table: Table, rows: Sequence[int]) -> list[float]:
     bad = [row for row in rows if not _is_number(column[row])]
     name = recipe.data.label
     raise_problems(
-        bad_rows("data.label", table, bad, lambda row: f"{name!r} is no number: {column[row]!r:.50}")
+        bad_rows("data.label", table, bad, lambda row: f"{name!r} is not a number: {column[row]!r:.50}")
     )
     return [float(column[row]) for row in rows]
 

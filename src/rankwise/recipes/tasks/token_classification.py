@@ -104,7 +104,7 @@ def check(recipe: Recipe) -> Iterator[Problem]:
     yield from check_sources(recipe, _place_problems)
     labels = recipe.data.labels or []
     if twice := next((name for name in labels if labels.count(name) > 1), None):
-        yield Problem("data.labels", f"{twice!r} is there twice.")
+        yield Problem("data.labels", f"{twice!r} appears twice.")
 
 
 def _place_problems(place: Place, key: str, columns: dict[str, str]) -> Iterator[Problem]:

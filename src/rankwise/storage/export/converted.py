@@ -62,7 +62,7 @@ class Converted:
             self._sources[parameter][pattern].append(place)
 
     def renamed(self, name: str) -> Place | None:
-        """The tensor in the files that is the parameter ``name``, whatever its name there; None if there is none."""
+        """The tensor in the files that becomes the parameter ``name``, under any name. None: no single tensor does."""
         found = same_weight(self._sources, name)
         sources = self._sources[found] if found is not None else {}
         (place,) = sources[None] if sources.keys() == {None} and len(sources[None]) == 1 else (None,)

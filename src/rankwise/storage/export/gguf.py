@@ -59,7 +59,7 @@ def export_for_llama_cpp(
     shape = read_base_shape(base_path(updates, base, "an adapter for llama.cpp"))
     if shape.architecture is None:
         raise ValueError(
-            f"{shape.source} is of an architecture whose layout in llama.cpp is not known here; known are Llama, "
+            f"{shape.source} has an architecture whose layout in llama.cpp is not known here; known are Llama, "
             f"Mistral, Qwen 2 and 3, Gemma 1 to 3 and Phi 3. {MERGE_INSTEAD}"
         )
     names = tensor_names(updates, layers, shape, shape.architecture)

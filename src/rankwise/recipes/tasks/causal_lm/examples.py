@@ -127,7 +127,7 @@ def check_tokenizer(data: LanguageData, tokenizer: Any) -> None:
     """
     if data.is_chat and not tokenizer.chat_template:
         key = "data.chat" if data.chat else "data.messages"
-        message = "the model's tokenizer has no chat template. Take a model that was trained on chats"
+        message = "the model's tokenizer has no chat template. Choose a model that was trained on chats"
         raise refusal(key, f"{message}, or name the columns `prompt` and `completion`.")
     if (
         data.is_chat
@@ -135,7 +135,7 @@ def check_tokenizer(data: LanguageData, tokenizer: Any) -> None:
         and not tokenizer.is_fast
         and not marks_answers(tokenizer)
     ):
-        message = "the model's tokenizer is a slow one, which can't tell the turns of a chat apart. Say loss_on: all"
+        message = "the model's tokenizer is a slow one, which can't tell the turns of a chat apart. Set loss_on: all"
         raise refusal("data.loss_on", f"{message}.")
 
 
