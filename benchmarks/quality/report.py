@@ -253,7 +253,7 @@ def report(results: Results, seed: int) -> dict[str, str]:
 
 
 def of_the_default_before(results: Results) -> Results:
-    """The results with the default before in the place of today's, if there are any of it."""
+    """The results with the default before instead of the default now, if there are any of it."""
     if not any(run.method == BEFORE for run in results):
         return results
     others = {run: row for run, row in results.items() if run.method != OURS or run.rank < 1}
