@@ -72,7 +72,9 @@ def _pass(model: nn.Module) -> Iterator[None]:
     around = vars(_now).copy()
     gated, plain = _last.get(model, ({}, {}))
     here = {use: layer for use, layer in gated.items() if _is_here(layer, use[1])}
-    _now.made, _now.casts, _now.asked, _now.asked_casts, _now.cast = _made(here), _cast(plain), {}, {}, None
+    places = {use: _place(layer.factor("lora_" + use[2], use[1])) for use, layer in here.items()}
+    _now.made = {use: (places[use], found) for use, found in _made(here).items()}
+    _now.casts, _now.asked, _now.asked_casts, _now.cast = _cast(plain), {}, {}, None
     try:
         yield
         _last[model] = (_now.asked, _now.asked_casts)
@@ -89,13 +91,13 @@ def ready(layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) ->
     use = (id(layer), adapter, factor, dtype)
     now = vars(_now)
     in_pass = "asked" in now
-    found: Ready | None = now["made"].get(use) if in_pass else None
-    if found is None:
+    place, found = now["made"].get(use, (None, None)) if in_pass else (None, None)
+    if found is None or place != _place(parameter):
         if parameter.dtype == dtype and _is_as_it_is(layer, adapter, factor):
             return Ready(parameter.detach(), None)
         found = _made({use: layer})[use]
     if in_pass:
-        now["made"][use], now["asked"][use] = found, layer
+        now["made"][use], now["asked"][use] = (_place(parameter), found), layer
     return found
 
 
@@ -107,17 +109,20 @@ def ready_cast(layer: AdapterLayer, adapter: str, key: str, parameter: Tensor, d
     if "asked_casts" in now:
         now["asked_casts"][id(layer), adapter, key, dtype] = layer
         found = now["casts"].get((id(parameter), dtype))
-        if found is not None and found[0] is parameter:
-            return found[1]  # type: ignore[no-any-return]
+        if found is not None and found[0] is parameter and found[1] == parameter.data_ptr():
+            return found[2]  # type: ignore[no-any-return]
     return parameter.detach().to(dtype)
 
 
 @torch.no_grad()
-def _cast(uses: Uses) -> dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]:
-    """The factors that are here, each with what it is in the dtype that was asked for, by its id and the dtype."""
+def _cast(uses: Uses) -> dict[tuple[int, torch.dtype], tuple[Tensor, int, Tensor]]:
+    """The factors that are here, each with its place and its cast to the dtype that was asked for.
+
+    They are found by the factor's id and the dtype.
+    """
     alike: dict[Any, list[Tensor]] = {}
     for (_, adapter, key, dtype), layer in uses.items():
-        parameter = layer.factor(key, adapter)
+        parameter = layer.factor(key, adapter) if _is_adapted(layer) else None
         if type(parameter) is nn.Parameter and not (parameter.is_meta or hasattr(parameter, "ds_id")):
             alike.setdefault((parameter.shape, parameter.device, parameter.dtype, dtype), []).append(
                 parameter
@@ -125,16 +130,19 @@ def _cast(uses: Uses) -> dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]:
     made = {}
     for (_, _, _, dtype), parameters in alike.items():
         for parameter, copy in zip(parameters, torch.stack(parameters).to(dtype).unbind(), strict=True):
-            made[id(parameter), dtype] = (parameter, copy)
+            made[id(parameter), dtype] = (parameter, parameter.data_ptr(), copy)
     return made
 
 
 def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``, the same tensor for layers that follow each other with the same input, as q, k and v do."""
+    """``x.to(dtype)``, the same tensor for layers that follow each other with the same input, as q, k and v do.
+
+    A change of x that autograd does not count (through ``.data``) is not seen.
+    """
     now = vars(_now)
     if "asked" not in now or x.is_inference():  # such a tensor does not count its changes
         return x.to(dtype)
-    key = (x._version, torch.is_grad_enabled(), x.requires_grad, dtype)
+    key = (x._version, torch.is_grad_enabled(), x.requires_grad, x.is_leaf, dtype)
     last = now["cast"]
     if last is not None and last[0]() is x and last[1] == key:
         return last[2]  # type: ignore[no-any-return]
@@ -153,8 +161,18 @@ def _cuts_B(kept: Kept, E: Tensor) -> bool:
     return kept is not None and E.requires_grad
 
 
+def _place(parameter: Tensor) -> int | None:
+    """Where a parameter's numbers are. Hooks that offload a model give it others in the middle of a pass."""
+    return parameter.data_ptr() if type(parameter) is nn.Parameter else None
+
+
+def _is_adapted(layer: nn.Module) -> bool:
+    """Whether a layer that the last pass used still has adapters: they may have been removed since."""
+    return hasattr(type(layer), "factor")
+
+
 def _is_here(layer: AdapterLayer, adapter: str) -> bool:
-    if not layer.acts(adapter):
+    if not _is_adapted(layer) or not layer.acts(adapter) or layer.factor("lora_E", adapter) is None:
         return False
     A = layer.factor("lora_A", adapter)
     return not (A.is_meta or is_sharded(A))
