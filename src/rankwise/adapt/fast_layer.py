@@ -94,7 +94,7 @@ class FastLoraLayer(InPlace):
         name, base, A, B, rate, scaling = parts
         kind, dtype = x.device.type, x.dtype
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if weight is None or weight.requires_grad or hasattr(weight, "ds_id"):
             return None
         if bias is not None and (bias.requires_grad or hasattr(bias, "ds_id")):
