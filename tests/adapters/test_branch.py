@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from costs import Operations, saved_for_backward
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rankwise as rw
 from rankwise.adapters.linear import reference
@@ -388,6 +390,45 @@ def test_checkpointing_with_dropout_gives_the_same_gradients(dtype: torch.dtype,
     torch.manual_seed(7)
     again = gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=reentrant))
     torch.testing.assert_close(straight, again, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kept", ["mm", "_to_copy", ""], ids=["products", "casts", "everything"])
+@pytest.mark.parametrize("adapted", ["own", "speed_up"])
+def test_selective_checkpointing_may_keep_what_any_operation_makes(adapted: str, kept: str) -> None:
+    def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saves = kept in str(operation)
+        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(33, 33) for _ in range(3))
+            self.checkpointed = False
+
+        def inner(self, x: Tensor) -> Tensor:
+            return self.q(x).tanh() * self.k(x) + self.v(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.checkpointed:
+                return self.inner(x)
+            contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+            made: Tensor = checkpoint(self.inner, x, use_reentrant=False, context_fn=contexts)
+            return made
+
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(2, 7, 33)
+    library: Any = rw if adapted == "own" else peft
+    config = library.LoraConfig(r=2, target_modules=["q", "k", "v"], init_lora_weights=False)
+    model = library.get_peft_model(nn.Sequential(block), config)
+    if adapted == "speed_up":
+        rw.speed_up(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients(model, x)
+        expected = gradients(model, x)
+        block.checkpointed = True
+        made = gradients(model, x)
+    for one, other in zip(made, expected, strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
 
 
 def test_dropout_saves_only_its_input_and_its_mask() -> None:

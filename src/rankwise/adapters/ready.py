@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rankwise.adapters.branch import Kept, gates_of
+from rankwise.adapters.branch import Kept, gates_of, results_are_kept
 from rankwise.parallel.sharded import is_sharded
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def ready(layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) ->
         return Ready(ready_cast(layer, adapter, "lora_" + factor, parameter, dtype), None)
     use = (id(layer), adapter, factor, dtype)
     now = vars(_now)
-    in_pass = "asked" in now
+    in_pass = "asked" in now and not results_are_kept()
     place, found = now["made"].get(use, (None, None)) if in_pass else (None, None)
     if found is None or place != _place(parameter):
         if parameter.dtype == dtype and _is_as_it_is(layer, adapter, factor):
@@ -106,7 +106,7 @@ def ready_cast(layer: AdapterLayer, adapter: str, key: str, parameter: Tensor, d
     if parameter.dtype == dtype:
         return parameter.detach()
     now = vars(_now)
-    if "asked_casts" in now:
+    if "asked_casts" in now and not results_are_kept():
         now["asked_casts"][id(layer), adapter, key, dtype] = layer
         found = now["casts"].get((id(parameter), dtype))
         if found is not None and found[0] is parameter and found[1] == parameter.data_ptr():
@@ -140,7 +140,8 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     A change of x that autograd does not count (through ``.data``) is not seen.
     """
     now = vars(_now)
-    if "asked" not in now or x.is_inference():  # such a tensor does not count its changes
+    # A tensor of inference mode does not count its changes.
+    if "asked" not in now or x.is_inference() or results_are_kept():
         return x.to(dtype)
     key = (x._version, torch.is_grad_enabled(), x.requires_grad, x.is_leaf, dtype)
     last = now["cast"]
