@@ -173,10 +173,10 @@ def _is_adapted(layer: nn.Module) -> bool:
 
 
 def _is_here(layer: AdapterLayer, adapter: str) -> bool:
-    if not _is_adapted(layer) or not layer.acts(adapter) or layer.factor("lora_E", adapter) is None:
+    if not _is_adapted(layer) or not layer.acts(adapter):
         return False
     A = layer.factor("lora_A", adapter)
-    return not (A.is_meta or is_sharded(A))
+    return not (A.is_meta or is_sharded(A)) and layer.factor("lora_E", adapter) is not None
 
 
 class _Asked:
