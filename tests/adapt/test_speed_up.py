@@ -323,6 +323,36 @@ def test_hooks_on_the_modules_inside_a_layer_run(kind: str, part: str, fast_pass
     assert seen == [1] and len(fast_passes) == 5
 
 
+class Buffered(nn.Linear):
+    """A linear layer whose weight is a buffer, and which has no bias."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__(*widths)
+        weight = self.weight.detach()
+        del self.weight, self.bias
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def test_layers_without_the_parameters_of_a_linear_layer_are_pefts_own(fast_passes: list[str]) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model, x = peft.get_peft_model(nn.Sequential(Buffered(6, 5), nn.Linear(5, 2)), config), torch.randn(3, 6)
+    expected = model(x)
+    rw.speed_up(model)
+    assert torch.equal(model(x), expected) and not fast_passes
+
+
+def test_a_model_whose_layers_are_undone_through_another_handle_computes_on() -> None:
+    model, x = random_lora().float(), examples("linear")[0].float()
+    rw.speed_up(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = [model(x) for _ in range(2)][0]
+        rw.speed_up(model.base_model).undo()
+        torch.testing.assert_close(model(x), expected, rtol=0.02, atol=0.02)
+
+
 def test_transforms_and_forward_derivatives_see_pefts_own_forward(fast_passes: list[str]) -> None:
     model, (x, _) = random_lora(), examples("linear")
     rw.speed_up(model)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
+from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from costs import Operations, saved_for_backward
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rankwise as rw
 from rankwise.adapters.linear import reference
@@ -197,6 +200,20 @@ def test_under_autocast_an_input_that_changes_between_two_layers_is_read_as_it_i
     torch.testing.assert_close(made, expected, rtol=0.02, atol=0.05)
 
 
+def test_under_autocast_an_input_that_is_detached_between_two_layers_gets_the_gradient_of_the_second() -> (
+    None
+):
+    x = torch.randn(7, 33)
+    layers, model = three(x)
+    model.between = lambda x: x.detach_().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = x.requires_grad_() * 1
+        model(hidden).sum().backward()
+        alone = x.detach().clone().requires_grad_()
+        layers[2](alone).sum().backward()
+    torch.testing.assert_close(hidden.grad, alone.grad, rtol=0, atol=0)
+
+
 def test_under_autocast_training_and_evaluation_compute_the_same() -> None:
     x = torch.randn(7, 33)
     _, model = three(x)
@@ -375,6 +392,45 @@ def test_checkpointing_with_dropout_gives_the_same_gradients(dtype: torch.dtype,
     torch.testing.assert_close(straight, again, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kept", ["mm", "_to_copy", ""], ids=["products", "casts", "everything"])
+@pytest.mark.parametrize("adapted", ["own", "speed_up"])
+def test_selective_checkpointing_may_keep_what_any_operation_makes(adapted: str, kept: str) -> None:
+    def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saves = kept in str(operation)
+        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(33, 33) for _ in range(3))
+            self.checkpointed = False
+
+        def inner(self, x: Tensor) -> Tensor:
+            return self.q(x).tanh() * self.k(x) + self.v(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.checkpointed:
+                return self.inner(x)
+            contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+            made: Tensor = checkpoint(self.inner, x, use_reentrant=False, context_fn=contexts)
+            return made
+
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(2, 7, 33)
+    library: Any = rw if adapted == "own" else peft
+    config = library.LoraConfig(r=2, target_modules=["q", "k", "v"], init_lora_weights=False)
+    model = library.get_peft_model(nn.Sequential(block), config)
+    if adapted == "speed_up":
+        rw.speed_up(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients(model, x)
+        expected = gradients(model, x)
+        block.checkpointed = True
+        made = gradients(model, x)
+    for one, other in zip(made, expected, strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
 def test_dropout_saves_only_its_input_and_its_mask() -> None:
     model, x = layer_of(torch.float32, lora_dropout=0.4).train(), torch.randn(500, 6, requires_grad=True)
     saved: dict[int, Tensor] = {}
@@ -489,6 +545,44 @@ def test_a_changed_factor_acts_at_once_however_it_was_changed(how: str) -> None:
     exact = model[0].base_forward(x) + model[0].scaling["default"] * x.float() @ (B @ (E * A)).T
     torch.testing.assert_close(after.float(), exact, atol=0.3, rtol=0.05)
     assert (after - before).norm() > 0.1 * before.norm()
+
+
+FORMS = [
+    rw.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False),
+    rw.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=100, tfinal=10, target_modules=["0"], init_lora_weights=True
+    ),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "gates"])
+def test_factors_that_a_hook_exchanges_when_the_pass_has_begun_act_at_once(form: Any) -> None:
+    """Accelerate's hooks move a model to the GPU there, and its parameters stay the same objects."""
+    torch.manual_seed(0)
+    model, x = (
+        rw.get_peft_model(nn.Sequential(nn.Linear(6, 5)).bfloat16(), form),
+        torch.randn(50, 6).bfloat16(),
+    )
+    for factor in model[0].adapter_parameters("default").values():
+        nn.init.normal_(factor)
+    before = [model(x) for _ in range(2)][0]
+    B = model[0].lora_B["default"]
+    other = -B.detach()
+    model.register_forward_pre_hook(lambda *_: setattr(B, "data", other))
+    torch.testing.assert_close(before + model(x), 2 * model[0].base_forward(x), atol=0.3, rtol=0.05)
+
+
+@pytest.mark.parametrize("first", FORMS, ids=["plain", "gates"])
+@pytest.mark.parametrize("second", FORMS, ids=["plain", "gates"])
+def test_a_model_may_lose_its_adapters_and_get_others_between_two_passes(first: Any, second: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).bfloat16(), torch.randn(3, 6).bfloat16()
+    base = model(x)
+    for form, targets in ((first, ["0", "1"]), (second, ["1"]), (first, ["1"])):
+        model = rw.get_peft_model(model, replace(form, target_modules=targets))
+        for _ in range(2):
+            model(x)
+        model = model.unload()
+    assert torch.equal(model(x), base)
 
 
 def test_a_failed_pass_leaves_nothing_behind() -> None:

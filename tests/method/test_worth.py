@@ -24,6 +24,13 @@ def test_below_an_average_rank_of_1_costs_count_more() -> None:
     assert worth(*strong_and_wide, target_r=0.9).argmax() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    values = torch.tensor([6e4, 1.0]), torch.tensor([6e4, 3.0]), torch.tensor([100_000_000, 20_000])
+    found = worth(values[0].to(dtype), values[1].to(dtype), values[2], target_r=0.25)
+    torch.testing.assert_close(found, worth(*values, target_r=0.25), rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("target_r", [8, 0.25])
 def test_the_unit_of_gradients_changes_no_order(target_r: float) -> None:
     torch.manual_seed(0)

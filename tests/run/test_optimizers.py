@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import rankwise as rw
+from rankwise.run.factors import Factors
 from tiny import told
 
 STEPS = 40
@@ -363,3 +364,18 @@ def test_a_compiled_model_compiles_at_most_twice_in_a_run_of_many_cuts() -> None
     assert len(compiled.rank_history.records) > 10
     assert counter.frame_count <= 2
     assert compiled.rank_history == plain.rank_history
+
+
+def test_an_optimizer_without_state_is_not_searched_for_it_after_each_step(monkeypatch: Any) -> None:
+    asked = []
+    parameter = Factors.parameter
+    monkeypatch.setattr(Factors, "parameter", lambda self, n: asked.append(n) or parameter(self, n))
+    counts = []
+    for optimizer in (torch.optim.SGD, torch.optim.AdamW):
+        model = adapted()
+        steps = optimizer(factors(model), lr=1e-3)
+        train(model, steps, steps=30)
+        asked.clear()
+        train(model, steps, steps=5, first=31)
+        counts.append(len(asked))
+    assert counts[0] == counts[1]

@@ -236,3 +236,14 @@ def test_a_finished_adapter_of_many_narrow_ranks_is_not_pruned_again(tmp_path: A
     _train_the_narrow_ones(again)
     assert [row.rank for row in again.rank_summary().layers] == [0, 4, 4, 4]
     assert again.allocation_state is None  # plain LoRA, whose ranks are fixed
+
+
+@pytest.mark.parametrize("start", [True, "principal"])
+def test_a_target_that_leaves_no_rank_is_refused_and_the_model_stays_as_it_is(start: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    form = {"total_step": 9, "target_modules": ["0", "1"], "init_lora_weights": start}
+    with pytest.raises(
+        ValueError, match=r"`target_r`=0.2 leaves no rank at all for 2 layers: .* at least 0.5"
+    ):
+        rw.get_peft_model(model, rw.AdaLoraConfig(init_r=2, target_r=0.2, tinit=1, tfinal=2, **form))
+    assert type(model) is nn.Sequential and type(model[0]) is nn.Linear and not list(model.buffers())

@@ -80,8 +80,8 @@ class FastLoraLayer(InPlace):
             return None
         if not (_is_bare(dropout, nn.Identity) or _is_bare(dropout, nn.Dropout) and not dropout.inplace):
             return None
-        A, B = down._parameters["weight"], up._parameters["weight"]
-        if down._parameters["bias"] is not None or up._parameters["bias"] is not None:
+        A, B = down._parameters.get("weight"), up._parameters.get("weight")
+        if down._parameters.get("bias") is not None or up._parameters.get("bias") is not None:
             return None
         if not (_is_whole(A) and _is_whole(B) and A.numel() and type(scaling) in (float, int)):
             return None
@@ -94,7 +94,7 @@ class FastLoraLayer(InPlace):
         name, base, A, B, rate, scaling = parts
         kind, dtype = x.device.type, x.dtype
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if weight is None or weight.requires_grad or hasattr(weight, "ds_id"):
             return None
         if bias is not None and (bias.requires_grad or hasattr(bias, "ds_id")):

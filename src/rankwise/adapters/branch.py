@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+_KEEPERS = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
 
 Kept = int | Tensor | None  # which triplets act: the first n, those with these indices, all
 
@@ -119,7 +122,7 @@ def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float
     """``output + scaling * hidden B^T``; hidden (tokens, r) and B (d_out, r) are in the output's dtype."""
     if isinstance(kept, int):
         hidden, B = hidden[:, :kept], B[:, :kept]
-    if in_place and output.is_contiguous():
+    if in_place and output.is_contiguous() and not results_are_kept():
         # Autograd sees a tensor, not a view, so that the following layers may change it in place.
         added = output.detach()
         added.view(-1, output.shape[-1]).addmm_(hidden, B.T, alpha=scaling)
@@ -150,6 +153,16 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without its support of function transforms, which takes as long as an operation or two."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
+
+
+def results_are_kept() -> bool:
+    """Whether selective checkpointing keeps the results of single operations, or reuses kept ones.
+
+    It needs the same operations in both passes, and none that change their arguments.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(type(mode).__name__ in _KEEPERS for mode in _get_current_dispatch_mode_stack())
 
 
 class WithoutAutocast:

@@ -27,6 +27,7 @@ from rankwise.adapters.branch import (
     factor_gradients,
     flat,
     hidden_of,
+    results_are_kept,
 )
 
 
@@ -104,6 +105,9 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if how.packed is not None:
             return add_up(output, hidden, up, how.kept, how.scaling, in_place=True)
+        if results_are_kept():
+            output = output.view(*x.shape[:-1], output.shape[1])
+            return add_up(output, hidden, up, how.kept, how.scaling, in_place=False)
         if isinstance(how.kept, int):
             hidden, up = hidden.narrow(1, 0, how.kept), up.narrow(1, 0, how.kept)  # as slices, in less time
         output.addmm_(hidden, up.t(), alpha=how.scaling)

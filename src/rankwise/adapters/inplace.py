@@ -30,6 +30,17 @@ class InPlace:
     def _from_scratch(cls, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{cls.__name__} gives methods to an object that exists: it makes none.")
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """A replica for ``nn.DataParallel``, which would make it by `__new__`."""
+        cls = type(self)
+        self.__class__ = self._original_class
+        try:
+            replica: Any = self._replicate_for_data_parallel()
+        finally:
+            self.__class__ = cls
+        replica.__class__ = cls
+        return replica
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: tuple[Any, ...] = super().__reduce_ex__(max(protocol, 2))  # type: ignore[assignment]
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]

@@ -147,7 +147,7 @@ class LinearAdapters(AdapterLayer):
             folded, gates = ready(self, name, "A", x.dtype)
             up = ready(self, name, "B", goes_up).factor
         how = How(kept, folded, gates, up, self.scaling[name], rate, autocast, packed)
-        bias = self._parameters["bias"]
+        bias = self._parameters.get("bias")
         output: Tensor = adapted_linear(x, A, E, B, *((None, None) if packed else (weight, bias)), how)
         return output
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rankwise.adapters.branch import Kept, gates_of
+from rankwise.adapters.branch import Kept, gates_of, results_are_kept
 from rankwise.parallel.sharded import is_sharded
 
 if TYPE_CHECKING:
@@ -73,7 +73,9 @@ def _pass(model: nn.Module) -> Iterator[None]:
     around = vars(_now).copy()
     gated, plain = _last.get(model, ({}, {}))
     here = {use: layer for use, layer in gated.items() if _is_here(layer, use[1])}
-    _now.made, _now.casts, _now.asked, _now.asked_casts, _now.cast = _made(here), _cast(plain), {}, {}, None
+    places = {use: _place(layer.factor("lora_" + use[2], use[1])) for use, layer in here.items()}
+    _now.made = {use: (places[use], found) for use, found in _made(here).items()}
+    _now.casts, _now.asked, _now.asked_casts, _now.cast = _cast(plain), {}, {}, None
     try:
         yield
         _last[model] = (_now.asked, _now.asked_casts)
@@ -89,14 +91,14 @@ def ready(layer: AdapterLayer, adapter: str, factor: str, dtype: torch.dtype) ->
         return Ready(ready_cast(layer, adapter, "lora_" + factor, parameter, dtype), None)
     use = (id(layer), adapter, factor, dtype)
     now = vars(_now)
-    in_pass = "asked" in now
-    found: Ready | None = now["made"].get(use) if in_pass else None
-    if found is None:
+    in_pass = "asked" in now and not results_are_kept()
+    place, found = now["made"].get(use, (None, None)) if in_pass else (None, None)
+    if found is None or place != _place(parameter):
         if parameter.dtype == dtype and _is_as_it_is(layer, adapter, factor):
             return Ready(parameter.detach(), None)
         found = _made({use: layer})[use]
     if in_pass:
-        now["made"][use], now["asked"][use] = found, layer
+        now["made"][use], now["asked"][use] = (_place(parameter), found), layer
     return found
 
 
@@ -105,20 +107,23 @@ def ready_cast(layer: AdapterLayer, adapter: str, key: str, parameter: Tensor, d
     if parameter.dtype == dtype:
         return parameter.detach()
     now = vars(_now)
-    if "asked_casts" in now:
+    if "asked_casts" in now and not results_are_kept():
         now["asked_casts"][id(layer), adapter, key, dtype] = layer
         found = now["casts"].get((id(parameter), dtype))
-        if found is not None and found[0] is parameter:
-            return found[1]  # type: ignore[no-any-return]
+        if found is not None and found[0] is parameter and found[1] == parameter.data_ptr():
+            return found[2]  # type: ignore[no-any-return]
     return parameter.detach().to(dtype)
 
 
 @torch.no_grad()
-def _cast(uses: Uses) -> dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]:
-    """The factors that are here, each with what it is in the dtype that was asked for, by its id and the dtype."""
+def _cast(uses: Uses) -> dict[tuple[int, torch.dtype], tuple[Tensor, int, Tensor]]:
+    """The factors that are here, each with its place and its cast to the dtype that was asked for.
+
+    They are found by the factor's id and the dtype.
+    """
     alike: dict[Any, list[Tensor]] = {}
     for (_, adapter, key, dtype), layer in uses.items():
-        parameter = layer.factor(key, adapter)
+        parameter = layer.factor(key, adapter) if _is_adapted(layer) else None
         if type(parameter) is nn.Parameter and not (parameter.is_meta or hasattr(parameter, "ds_id")):
             alike.setdefault((parameter.shape, parameter.device, parameter.dtype, dtype), []).append(
                 parameter
@@ -126,16 +131,20 @@ def _cast(uses: Uses) -> dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]:
     made = {}
     for (_, _, _, dtype), parameters in alike.items():
         for parameter, copy in zip(parameters, torch.stack(parameters).to(dtype).unbind(), strict=True):
-            made[id(parameter), dtype] = (parameter, copy)
+            made[id(parameter), dtype] = (parameter, parameter.data_ptr(), copy)
     return made
 
 
 def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``, the same tensor for layers that follow each other with the same input, as q, k and v do."""
+    """``x.to(dtype)``, the same tensor for layers that follow each other with the same input, as q, k and v do.
+
+    A change of x that autograd does not count (through ``.data``) is not seen.
+    """
     now = vars(_now)
-    if "asked" not in now or x.is_inference():  # such a tensor does not count its changes
+    # A tensor of inference mode does not count its changes.
+    if "asked" not in now or x.is_inference() or results_are_kept():
         return x.to(dtype)
-    key = (x._version, torch.is_grad_enabled(), x.requires_grad, dtype)
+    key = (x._version, torch.is_grad_enabled(), x.requires_grad, x.is_leaf, dtype)
     last = now["cast"]
     if last is not None and last[0]() is x and last[1] == key:
         return last[2]  # type: ignore[no-any-return]
@@ -154,11 +163,21 @@ def _cuts_B(kept: Kept, E: Tensor) -> bool:
     return kept is not None and E.requires_grad
 
 
+def _place(parameter: Tensor) -> int | None:
+    """Where a parameter's numbers are. Hooks that offload a model give it others in the middle of a pass."""
+    return parameter.data_ptr() if type(parameter) is nn.Parameter else None
+
+
+def _is_adapted(layer: nn.Module) -> bool:
+    """Whether a layer that the last pass used still has adapters: they may have been removed since."""
+    return hasattr(type(layer), "factor")
+
+
 def _is_here(layer: AdapterLayer, adapter: str) -> bool:
-    if not layer.acts(adapter):
+    if not _is_adapted(layer) or not layer.acts(adapter):
         return False
     A = layer.factor("lora_A", adapter)
-    return not (A.is_meta or is_sharded(A))
+    return not (A.is_meta or is_sharded(A)) and layer.factor("lora_E", adapter) is not None
 
 
 class _Asked:

@@ -63,11 +63,11 @@ class SavedModule(InPlace, nn.Module):
         self._refuse_to_set("bias")
 
     def _refuse_to_set(self, name: str) -> None:
-        """A parameter can be set; only FullyShardedDataParallel sets a mere tensor, a view of its flat parameter."""
+        """A parameter can be set; only FullyShardedDataParallel and nn.DataParallel set mere tensors."""
         raise ValueError(
             f"`{name}` of a {type(self).__name__} in `modules_to_save` can't become a plain tensor. "
-            "FullyShardedDataParallel (FSDP version 1) would make it one: use `fully_shard` (FSDP version 2), or leave "
-            "`modules_to_save` out."
+            "FullyShardedDataParallel (FSDP version 1) and nn.DataParallel would make it one: use `fully_shard` (FSDP "
+            "version 2) or DistributedDataParallel (`torchrun`), or leave `modules_to_save` out."
         )
 
     def _of_what_acts(self, name: str) -> Any:

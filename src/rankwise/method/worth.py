@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _POWER_OF_COSTS, _BELOW_ONE = 2 / 3, 3 / 2
@@ -28,6 +29,9 @@ def worth(strengths: Tensor, gradient_norms: Tensor, costs: Tensor, target_r: fl
         costs: number of parameters of each direction in A and B, (triplets,).
         target_r: the average rank at the end, greater than 0.
 
+    Returns:
+        The worth of every direction, (triplets,), in the dtype of the strengths, but at least in float32.
+
     Example:
         >>> import torch
         >>> values = torch.tensor([4.0, 1.0]), torch.tensor([4.0, 64.0]), torch.tensor([8, 27])
@@ -36,4 +40,6 @@ def worth(strengths: Tensor, gradient_norms: Tensor, costs: Tensor, target_r: fl
     """
     power = _POWER_OF_COSTS if target_r >= 1 else _BELOW_ONE
     # The root of each factor, and not of the product, which might overflow or vanish.
-    return strengths.sqrt() * gradient_norms.sqrt() / costs.to(strengths.dtype).pow(power)
+    # Powers of costs are too large for float16.
+    wide = torch.promote_types(strengths.dtype, torch.float32)
+    return strengths.to(wide).sqrt() * gradient_norms.to(wide).sqrt() / costs.to(wide).pow(power)

@@ -29,7 +29,8 @@ class KeepsPlaces(HoldsAdapters):
     _rankwise_input_hooks: list[RemovableHandle]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training and not torch.compiler.is_compiling():
+        is_replica = "_is_replica" in self.__dict__  # of nn.DataParallel, with modules of its own
+        if self.training and not is_replica and not torch.compiler.is_compiling():
             self._check_in_place(in_pass=True)
             self._let_gradients_through_checkpoints()
         return super().__call__(*args, **kwargs)

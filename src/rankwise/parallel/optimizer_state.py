@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
@@ -91,8 +92,11 @@ def start_anew(optimizer: Optimizer, parameter: nn.Parameter) -> None:
     Most optimizers make their state in the first step, so the state is removed. Some make it in their constructor and
     fail without it, so another optimizer of the same class is made and its state taken. If the constructor needs other
     arguments, the state is set to 0 in place. A state of few bits is removed even then, since its zeros stand for
-    other numbers.
+    other numbers. The 8-bit state of bitsandbytes is set to that of its first step in place, because the memory of its
+    paged optimizers is never freed.
     """
+    if _restart_blocks(optimizer.state.get(parameter, {}), parameter):
+        return
     fresh = _made_in_constructor(optimizer, parameter)
     if fresh is None and not is_quantized(optimizer.state.get(parameter, {})):
         _become_zero(optimizer.state.get(parameter, {}), parameter)
@@ -100,6 +104,22 @@ def start_anew(optimizer: Optimizer, parameter: nn.Parameter) -> None:
         optimizer.state[parameter] = fresh
     else:
         optimizer.state.pop(parameter, None)
+
+
+def _restart_blocks(state: dict[str, Any], parameter: nn.Parameter) -> bool:
+    """Restart a state that bitsandbytes keeps in 8 bits and blocks, and return whether it is one.
+
+    Each block is the product of its numbers and their largest one, which is 0 at the start.
+    """
+    held, largest = ([state[key + n] for n in "12" if key + n in state] for key in ("state", "absmax"))
+    if not largest or len(largest) != len(held):
+        return False
+    if any(each.dtype != torch.uint8 or each.shape != parameter.shape for each in held):
+        return False
+    for each in [*held, *largest, *(state[key] for key in ("unorm_vec",) if key in state)]:
+        each.zero_()
+    state["step"] = 0
+    return True
 
 
 def _made_in_constructor(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:

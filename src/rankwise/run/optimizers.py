@@ -68,6 +68,8 @@ class Optimizers:
         """Whether ``optimizer`` quantizes its state. It then moves ranks that have no gradient."""
         known = self._quantized.get(optimizer)
         if known is None:
+            if not optimizer.state:  # as with SGD without momentum
+                return False
             own = (optimizer.state.get(self._factors.parameter(n)) for n in self._held_by(optimizer))
             states = [state for state in own if state]
             if not states:

@@ -32,10 +32,20 @@ def own_controller(
         layers: the adapted layers by module path, in model order.
         adapter: the adapter's name.
         config: the adapter's configuration.
+
+    Raises:
+        ValueError: ``target_r`` leaves no rank at all.
     """
     pairs, warn = own_pairs(layers, adapter), WarnOnce()
     has_E = config.form.has_E
+    chosen = any(adapter in layer.kept for layer in layers.values())  # before the adapter was loaded
     factors = Factors(pairs, ModelBuffers(model, pairs[0].device), ("E", *KEYS) if has_E else KEYS)
+    blocks = len(factors.layout.block_ranks)
+    if not chosen and factors.layout.target(config.target_r, counts_parameters=not has_E) < 1:
+        raise ValueError(
+            f"`target_r`={config.target_r:g} leaves no rank at all for {blocks} layers: set it to at least "
+            f"{1 / blocks:.3g}."
+        )
     _warn_of_unused_penalty(config, warn)
     choice: Choice
     if has_E:
@@ -44,8 +54,7 @@ def own_controller(
         end = lora_scale(config.lora_alpha, config.target_r, config.use_rslora)
         choice = PrincipalChoice(factors, config.target_r, config.use_rslora, [end] * len(pairs), warn)
     controller = Controller(adapter, factors, choice, config, warn)
-    # the ranks were chosen before the adapter was loaded
-    if any(adapter in layer.kept for layer in layers.values()):
+    if chosen:
         factors.mask.copy_(torch.cat([pair.acting() for pair in pairs]))
         controller.fix()
     return controller
