@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import peft
+import pytest
 import torch
 from torch import Tensor, nn
 
 STEPS = 40
+
+
+def _saved(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = [  # ways to copy a model
+    pytest.param(copy.deepcopy, id="deepcopy"),
+    pytest.param(lambda model: pickle.loads(pickle.dumps(model)), id="pickle"),
+    pytest.param(_saved, id="torch.save"),
+]
 
 
 class Images(nn.Module):

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 import rankwise as rw
-from lora_world import STEPS, train, with_lora
+from lora_world import COPIES, STEPS, train, with_lora
 from rankwise.adapt.ranks import HANDLES
 
 
-def saved(model: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved],
-    ids=["deepcopy", "pickle", "torch.save"],
-)  # fmt: skip
+@pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_goes_on_as_the_original_does_and_neither_touches_the_other(
     copied: Callable[[Any], Any],
 ) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rankwise as rw
-from lora_world import STEPS, base, examples, train, with_lora
+from lora_world import COPIES, STEPS, base, examples, train, with_lora
 from rankwise.adapt import fast_layer
 from tiny import llama, token_batches
 
@@ -235,17 +233,7 @@ def test_classes_state_and_files_stay_and_undoing_gives_everything_back(tmp_path
     assert torch.equal(model(x), expected)
 
 
-def saved(model: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved],
-    ids=["deepcopy", "pickle", "torch.save"],
-)  # fmt: skip
+@pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_is_fast_too_and_is_undone_by_itself(
     copied: Callable[[Any], Any], fast_passes: list[str]
 ) -> None:
