@@ -106,7 +106,11 @@ def test_no_embeddings_are_saved_if_the_vocabulary_is_that_of_the_checkpoint_or_
 ) -> None:
     gone = LlamaForCausalLM.from_pretrained(base)
     gone.config._name_or_path = str(tmp_path / "not there")
-    for number, model in enumerate((LlamaForCausalLM.from_pretrained(base), llama(), gone)):
+    # A GGUF file stands in a folder without a configuration, for which Transformers gives its defaults.
+    packed = LlamaForCausalLM.from_pretrained(base)
+    packed.config._name_or_path = str(tmp_path / "packed")
+    (tmp_path / "packed").mkdir()
+    for number, model in enumerate((LlamaForCausalLM.from_pretrained(base), llama(), gone, packed)):
         adapted = rw.get_peft_model(model, lora())
         with told() as messages:
             adapted.save_pretrained(tmp_path / str(number))

@@ -75,12 +75,11 @@ def resized_vocabulary(model: Any) -> tuple[int, int] | None:
         return None if resized == here else (resized, here)  # type: ignore[return-value]
     if here is None or not isinstance(place, str) or not place:
         return None
+    options = {"local_files_only": True, "revision": getattr(config, "_commit_hash", None) or "main"}
     try:
-        before = _vocabulary(
-            type(config).from_pretrained(
-                place, local_files_only=True, revision=getattr(config, "_commit_hash", None) or "main"
-            )
-        )
+        if not type(config).get_config_dict(place, **options)[0]:
+            return None  # a folder without a configuration, such as one with a GGUF file
+        before = _vocabulary(type(config).from_pretrained(place, **options))
     except Exception:  # the checkpoint was removed, was never cached, or is of another kind of model
         return None
     return None if before is None or before == here else (before, here)
