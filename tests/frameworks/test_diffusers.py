@@ -75,7 +75,9 @@ def test_pefts_adapter_trains_to_the_target_and_a_pipeline_loads_its_mixed_ranks
     assert len({layer.rank for layer in ranks.rank_summary().layers}) > 1
     factors = peft.get_peft_model_state_dict(model)
     held = sum(value.numel() for value in factors.values())
-    assert 1.4 * of_one_rank < held <= 1.5 * of_one_rank
+    layers = len(ranks.rank_summary().layers)
+    most = round(1.5 * layers) / layers  # the budget is a whole number of ranks of average size
+    assert 1.4 * of_one_rank < held <= most * of_one_rank
 
     more = {
         f"{kind}_lora_layers": factors,
