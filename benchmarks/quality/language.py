@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -76,19 +76,30 @@ def make(name: str, sources: Sources) -> Task:
     else:
         held_out, training = blocks[:_HELD_OUT], blocks[_HELD_OUT:]
 
-    def batches(seed: int) -> Iterator[Batch]:
-        order = shuffled(len(training), seed)
-        for step in range(steps):
-            rows = training[order[step * size : (step + 1) * size]]
-            yield {"input_ids": rows, "labels": rows}
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        value: Tensor = model(**placed(batch, model)).loss
-        return value
-
     def evaluate(model: nn.Module) -> dict[str, float]:
         parts = held_out.split(16)
-        losses = [float(loss(model, {"input_ids": part, "labels": part})) for part in parts]
+        losses = [float(next_token_loss(model, {"input_ids": part, "labels": part})) for part in parts]
         return {"loss": sum(losses) / len(losses)}
 
-    return Task(name, steps, _LINEAR, [], lambda seed: copy.deepcopy(base), batches, loss, evaluate, _FEWER)
+    batches = in_batches(training, steps, size)
+    return Task(
+        name, steps, _LINEAR, [], lambda seed: copy.deepcopy(base), batches, next_token_loss, evaluate, _FEWER
+    )
+
+
+def in_batches(blocks: Tensor, steps: int, size: int) -> Callable[[int], Iterator[Batch]]:
+    """A function of a seed that gives ``steps`` batches of ``size`` blocks, no block twice."""
+
+    def batches(seed: int) -> Iterator[Batch]:
+        order = shuffled(len(blocks), seed)
+        for step in range(steps):
+            rows = blocks[order[step * size : (step + 1) * size]]
+            yield {"input_ids": rows, "labels": rows}
+
+    return batches
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's loss on a batch, a 0-dim tensor."""
+    value: Tensor = model(**placed(batch, model)).loss
+    return value

@@ -6,14 +6,14 @@ which takes some minutes, and kept beside the results.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from language import spread_out, texts_in
+from language import in_batches, next_token_loss, spread_out, texts_in
 from readers import read_blocks
 from sentences import read_reviews
-from tasks import Batch, Sources, Task, placed, shuffled
+from tasks import Sources, Task
 from torch import Tensor, nn
 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -61,17 +61,8 @@ def make(name: str, sources: Sources) -> Task:
         model.load_state_dict(weights)
         return model
 
-    def batches(seed: int) -> Iterator[Batch]:
-        order = shuffled(len(training), seed)
-        for step in range(_STEPS):
-            rows = training[order[step * _SIZE : (step + 1) * _SIZE]]
-            yield {"input_ids": rows, "labels": rows}
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        value: Tensor = model(**placed(batch, model)).loss
-        return value
-
     def evaluate(model: nn.Module) -> dict[str, float]:
-        return {"loss": float(loss(model, {"input_ids": held_out, "labels": held_out}))}
+        return {"loss": float(next_token_loss(model, {"input_ids": held_out, "labels": held_out}))}
 
-    return Task(name, _STEPS, _LINEAR, [], load, batches, loss, evaluate, _FEWER)
+    batches = in_batches(training, _STEPS, _SIZE)
+    return Task(name, _STEPS, _LINEAR, [], load, batches, next_token_loss, evaluate, _FEWER)
