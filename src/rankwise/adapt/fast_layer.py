@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-from rankwise.adapters.branch import add_up, hidden_of
-from rankwise.adapters.fused import How, Packed, adapted_linear
+from rankwise.adapters.branch import add_up, by_hand, hidden_of
+from rankwise.adapters.fused import How, Packed, adapted_linear, is_frozen
 from rankwise.adapters.inplace import InPlace
+from rankwise.adapters.linear import AUTOCAST
 from rankwise.adapters.quantized import (
+    computes_in,
     dense_4_bit,
     dense_8_bit,
     is_of_bitsandbytes,
@@ -26,7 +27,6 @@ from rankwise.adapters.quantized import (
 from rankwise.adapters.ready import ready_cast, shared_cast
 
 _FACTORS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes
-_AUTOCAST = _FACTORS[1:]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -95,9 +95,7 @@ class FastLoraLayer(InPlace):
         kind, dtype = x.device.type, x.dtype
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-        if weight is None or weight.requires_grad or hasattr(weight, "ds_id"):
-            return None
-        if bias is not None and (bias.requires_grad or hasattr(bias, "ds_id")):
+        if not is_frozen(weight, bias):
             return None
         packed = None
         casts = autocast is not None and dtype != autocast
@@ -106,14 +104,14 @@ class FastLoraLayer(InPlace):
                 return None
             if autocast is None and weight.dtype != dtype:
                 return None
-            if autocast is not None and not (dtype in _AUTOCAST and weight.dtype in _AUTOCAST):
+            if autocast is not None and not (dtype in AUTOCAST and weight.dtype in AUTOCAST):
                 return None
         else:
             packed = _packed(base, x)
             if packed is None:
                 return None
             # Besides this, a 4-bit layer's output does not depend on the dtype of its input.
-            casts = casts and _computes_in(base, autocast)
+            casts = casts and computes_in(base, autocast)
         if torch.is_grad_enabled():
             if not A.requires_grad:
                 return None
@@ -136,14 +134,7 @@ class FastLoraLayer(InPlace):
 
 def _is_ordinary(x: Any) -> bool:
     """Whether an input is a plain tensor, and no compiler or transform is at work."""
-    return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and x.dtype in _FACTORS
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not nn_module._has_any_global_hook()
-    )
+    return type(x) is Tensor and x.dtype in _FACTORS and by_hand() and not nn_module._has_any_global_hook()
 
 
 def _is_bare(module: Any, kind: type | None = None) -> bool:
@@ -175,8 +166,3 @@ def _packed(base: Any, x: Tensor) -> Packed | None:
     if cls.__name__ == "Linear8bitLt" and packs_8_bit(base, x):
         return Packed(base.forward, lambda: dense_8_bit(base, x.dtype))
     return None
-
-
-def _computes_in(base: Any, dtype: torch.dtype | None) -> bool:
-    """Whether a layer of bitsandbytes casts every input to ``dtype``."""
-    return bool(getattr(base, "compute_type_is_set", False)) and base.compute_dtype == dtype

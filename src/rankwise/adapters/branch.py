@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _KEEPERS = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
@@ -153,6 +154,13 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without its support of function transforms, which takes as long as an operation or two."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
+
+
+def by_hand() -> bool:
+    """Whether derivatives may be written by hand: no compiler, ``torch.func`` or forward mode is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
 def results_are_kept() -> bool:

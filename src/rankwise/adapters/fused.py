@@ -31,6 +31,16 @@ from rankwise.adapters.branch import (
 )
 
 
+def is_frozen(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a base layer has a weight that is here as a whole, and neither the weight nor the bias trains.
+
+    DeepSpeed ZeRO holds weights in pieces.
+    """
+    if weight is None or weight.requires_grad or hasattr(weight, "ds_id"):
+        return False
+    return bias is None or not (bias.requires_grad or hasattr(bias, "ds_id"))
+
+
 class Packed(NamedTuple):
     """A base layer whose weight is packed: there is no dense weight to save.
 

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from rankwise.adapters.branch import Down, Up, add_up, apply_of, hidden_of
-from rankwise.adapters.fused import How, Packed, adapted_linear
+from rankwise.adapters.branch import Down, Up, add_up, apply_of, by_hand, hidden_of
+from rankwise.adapters.fused import How, Packed, adapted_linear, is_frozen
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.ready import ready, ready_cast, shared_cast
 from rankwise.parallel.ddp import keep_in_graph, note_use
 
 _down, _up = apply_of(Down), apply_of(Up)
-_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that it casts
+AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that autocast casts
 
 
 def reference(
@@ -94,7 +93,7 @@ class LinearAdapters(AdapterLayer):
 
     def _as_autocast_reads(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The input, cast to autocast's ``dtype`` if the base layer casts it, too. Both then share the cast."""
-        return shared_cast(x, dtype) if x.dtype in _AUTOCAST and self._reads_under_autocast(dtype) else x
+        return shared_cast(x, dtype) if x.dtype in AUTOCAST and self._reads_under_autocast(dtype) else x
 
     def _reads_under_autocast(self, dtype: torch.dtype) -> bool:
         """Whether the base layer casts its input to autocast's ``dtype``. Casting before it then changes nothing."""
@@ -102,23 +101,18 @@ class LinearAdapters(AdapterLayer):
 
     def _by_hand(self, names: list[str]) -> bool:
         """Whether to compute with `Down` and `Up`. Compilers and transforms need an ordinary composition instead."""
-        if torch.compiler.is_compiling():
+        if not by_hand():
             return False
-        if self.adapter_compute_dtype and any(name in self.adapter_compute_dtype for name in names):
-            return False
-        return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+        return not (self.adapter_compute_dtype and any(name in self.adapter_compute_dtype for name in names))
 
     def _in_one_step(self, x: Tensor, A: Tensor, autocast: torch.dtype | None) -> bool:
         """Whether only x and the factors need gradients, and nothing is unusual."""
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        weight: Any = self._parameters.get("weight")
         return (
             torch.is_grad_enabled()
             and type(x) is Tensor
-            and weight is not None
-            and not weight.requires_grad
-            and not (bias is not None and bias.requires_grad)
+            and is_frozen(weight, self._parameters.get("bias"))
             and A.requires_grad  # or x need not be saved
-            and not hasattr(weight, "ds_id")  # DeepSpeed ZeRO holds it in pieces
             and self._takes_one_step(x, weight, autocast)
         )
 
@@ -126,7 +120,7 @@ class LinearAdapters(AdapterLayer):
         """Whether the base layer can be a part of such a step."""
         if self._original_class is not nn.Linear or type(weight) is not nn.Parameter:
             return False
-        return autocast is None or x.dtype in _AUTOCAST and weight.dtype in _AUTOCAST
+        return autocast is None or x.dtype in AUTOCAST and weight.dtype in AUTOCAST
 
     def _packed(self, x: Tensor) -> Packed | None:
         """The base layer, if its weight is packed."""

@@ -110,9 +110,8 @@ class ParameterAdapters(AdapterLayer):
     matrices: int
     is_transposed: bool
     parameter_name: str
-    _places: dict[
-        str, tuple[Tensor, Tensor, Tensor]
-    ]  # adapter -> its `kept`, and the result of `_stacked_places` for it
+    # Adapter -> its `kept`, and the result of `_stacked_places` for it.
+    _places: dict[str, tuple[Tensor, Tensor, Tensor]]
 
     @classmethod
     def adapts(cls, layer: nn.Module) -> bool:

@@ -39,8 +39,7 @@ class Bnb4bitAdapters(LinearAdapters):
         return output.to(x.dtype) if self.makes_new_tensors and output.dtype != x.dtype else output
 
     def _reads_under_autocast(self, dtype: torch.dtype) -> bool:
-        layer: Any = self
-        return self.makes_new_tensors and layer.compute_type_is_set and layer.compute_dtype == dtype
+        return self.makes_new_tensors and computes_in(self, dtype)
 
     def _takes_one_step(self, x: Tensor, weight: nn.Parameter, autocast: torch.dtype | None) -> bool:
         return self.makes_new_tensors and packs_4_bit(self, x)
@@ -129,9 +128,8 @@ class Bnb8bitAdapters(LinearAdapters):
     def _scales(self) -> Tensor:
         weight = self.weight
         state: Any = self.state
-        scales: Tensor = (
-            weight.SCB if weight.SCB is not None else state.SCB
-        )  # the first forward pass moves it
+        # The first forward pass moves the scales.
+        scales: Tensor = weight.SCB if weight.SCB is not None else state.SCB
         return scales
 
     def _take(self, weight: Any) -> None:
@@ -180,6 +178,11 @@ def packs_4_bit(layer: Any, x: Tensor) -> bool:
         and tuple(state.shape) == (layer.out_features, x.shape[-1])
         and x.is_floating_point()
     )
+
+
+def computes_in(layer: Any, dtype: torch.dtype | None) -> bool:
+    """Whether a layer of bitsandbytes casts every input to ``dtype``."""
+    return bool(getattr(layer, "compute_type_is_set", False)) and layer.compute_dtype == dtype
 
 
 def dense_4_bit(layer: Any, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -52,9 +52,8 @@ Uses = dict[Use, "AdapterLayer"]
 # The state of this thread's pass. For factors with gates: .made (prepared ones) and .asked (uses). For all others:
 # .casts and .asked_casts. For inputs: .cast, the last one that was cast.
 _now = threading.local()
-_last: WeakKeyDictionary[nn.Module, tuple[Uses, Uses]] = (
-    WeakKeyDictionary()
-)  # .asked and .asked_casts of a model
+# .asked and .asked_casts of a model.
+_last: WeakKeyDictionary[nn.Module, tuple[Uses, Uses]] = WeakKeyDictionary()
 _acting = WeakIdKeyDictionary()  # indices of triplets -> the result of `_where`
 
 
@@ -220,9 +219,8 @@ def _set_gates(every: Sequence[_Asked]) -> None:
     for each in every:
         if isinstance(each.kept, Tensor):
             some.append((each, each.E, _where(each.kept, each.parameter)))
-        elif (
-            each.kept is not None and each.E.requires_grad
-        ):  # the optimizer's momentum moves gates that were closed
+        # The optimizer's momentum moves gates that were closed.
+        elif each.kept is not None and each.E.requires_grad:
             first.append((each, each.E, each.kept))
         else:
             each.gates = each.E

@@ -91,10 +91,11 @@ class SavedModule(InPlace, nn.Module):
         """Call adapter ``name``'s copy, or the module itself where it has none."""
         if name is not None and name in self.modules_to_save:
             return self._run(self.modules_to_save[name], args, kwargs)
+        # Otherwise `weight` would be that of the copy that acts.
         enabled, self.adapters_enabled = (
             self.adapters_enabled,
             False,
-        )  # or `weight` would be that of the copy that acts
+        )
         try:
             return super().forward(*args, **kwargs)
         finally:

@@ -223,9 +223,8 @@ def _make_peft_model(model: Any) -> PeftModel:
     model._rankwise_to_train = set()
     add_methods(model, PeftModelThatGenerates if callable(getattr(model, "generate", None)) else PeftModel)
     inner = model.base_model
-    if inner is not model and isinstance(
-        inner, nn.Module
-    ):  # PEFT scripts call model.base_model.update_and_allocate
+    # PEFT scripts call model.base_model.update_and_allocate.
+    if inner is not model and isinstance(inner, nn.Module):
         inner.__dict__["update_and_allocate"] = _UpdateAndAllocate(model)
         model.__dict__["_rankwise_inner"] = inner
     watch(model)

@@ -14,13 +14,14 @@ from rankwise.parallel.sharded import local
 
 # Names of the state tensors of a parameter's shape in PyTorch's optimizers, bitsandbytes and schedule-free.
 _MEANS = ("exp_avg", "momentum_buffer", "grad_avg", "state1")  # means of gradients
+# Means or sums of squared gradients.
 _SQUARES = (
     "exp_avg_sq",
     "max_exp_avg_sq",
     "square_avg",
     "sum",
     "state2",
-)  # means or sums of squared gradients
+)
 _WEIGHTS = ("z", "ax")  # other points in the space of weights
 KINDS = {
     **dict.fromkeys(_MEANS, "gradient"),
@@ -126,9 +127,8 @@ def _made_in_constructor(optimizer: Optimizer, parameter: nn.Parameter) -> dict[
     group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
     stand_in = nn.Parameter(parameter.detach().clone())
     try:
-        takes = inspect.signature(
-            type(optimizer)
-        ).parameters  # in bitsandbytes, `defaults` also has arguments that only the base class takes
+        # In bitsandbytes, `defaults` also has arguments that only the base class takes.
+        takes = inspect.signature(type(optimizer)).parameters
         settings = {name: group[name] for name in optimizer.defaults if name in group and name in takes}
         return dict(type(optimizer)([stand_in], **settings).state.get(stand_in, {}))
     except Exception:  # a constructor that needs other arguments may raise anything

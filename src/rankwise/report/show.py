@@ -40,10 +40,11 @@ def render_terminal(report: AdapterReport, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    # Imported first, for its own message if rich is missing.
     from rankwise.report.terminal import (
         rank_picture,
         rank_table,
-    )  # imported first, for its own message if rich is missing
+    )
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)

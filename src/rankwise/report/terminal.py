@@ -124,9 +124,8 @@ class _RankTable:
         yield Text(head, "bold", no_wrap=True)
         for line, layer in zip(lines, self.summary.layers, strict=True):
             text = Text(line, "" if layer.rank else "dim", no_wrap=True)
-            red, green, blue = rank_colour(
-                max(layer.rank, largest // 3), largest
-            )  # the darkest colours are lost on black
+            # The darkest colours are lost on black.
+            red, green, blue = rank_colour(max(layer.rank, largest // 3), largest)
             text.highlight_regex("█+", f"rgb({red},{green},{blue})")
             text.highlight_regex("░+", "dim")
             yield text

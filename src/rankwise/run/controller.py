@@ -264,9 +264,8 @@ class Controller:
         unreached = unreached_ranks(factors)
         tie_order = factors.index("tie_order", layout.round_robin, device)
         acts = found.acts
-        if (
-            costs is not None
-        ):  # a rank that the last cut can't afford would take budget from those that it can
+        # A rank that the last cut can't afford would take budget from those that it can.
+        if costs is not None:
             acts = acts & (costs <= self.target * layout.cost // self.initial)
             acts = acts if held is None else acts | held
         mask = choose(found.scores, acts, budget, tie_order, costs, reserved, held, unreached)

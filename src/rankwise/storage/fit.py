@@ -29,10 +29,11 @@ from rankwise.files.tensors import check_finite
 from rankwise.storage.adapter_file import AdapterFile, kept_by_pattern, name_parameters
 from rankwise.storage.nesting import by_owner
 
+# With PEFT's bias="all", the biases of whole modules are stored a second time.
 _DOUBLES = (
     "original_module.",
     "modules_to_save.",
-)  # with PEFT's bias="all", the biases of whole modules are stored a second time
+)
 
 
 def fit_all(

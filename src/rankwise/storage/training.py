@@ -96,9 +96,8 @@ def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) 
     check_factors(uncut, cut=False)
     in_file = fit_all(model, file, file.config)[2]
     changes: dict[str, Any] = {"inference_mode": False}
-    if isinstance(
-        file.config, AdaLoraConfig
-    ):  # PEFT's format, which has a schedule even for a run of unknown length
+    # PEFT's format has a schedule even for a run of unknown length.
+    if isinstance(file.config, AdaLoraConfig):
         changes["rank_pattern"] = None
         blocks = [name for path in uncut.factors for name in names_of_blocks(file, path)]
         if _run_state(file, blocks).schedule is None:
@@ -106,9 +105,8 @@ def plan_from_training_state(model: nn.Module, file: AdapterFile, adapter: str) 
     uncut.config = replace(run_config, **changes)
     layers, heads, rest = fit_all(model, uncut, uncut.config, all_parameters=True)
     config = with_all_heads(uncut.config, heads)
-    frozen = {
-        name: tensor for name, tensor in in_file.items() if name not in rest
-    }  # such as a resized vocabulary
+    # Tensors that don't train, such as those of a resized vocabulary.
+    frozen = {name: tensor for name, tensor in in_file.items() if name not in rest}
     return Attachment(adapter, config, layers, heads, rest, frozen)  # type: ignore[arg-type]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rankwise.storage.updates import Updates
 
+# By Transformers' model_type: llama.cpp's architecture.
 _DECODERS = {
     "gemma": "gemma",
     "gemma2": "gemma2",
@@ -18,7 +19,7 @@ _DECODERS = {
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
-}  # by Transformers' model_type: llama.cpp's architecture
+}
 
 
 @dataclass(frozen=True)

@@ -196,9 +196,8 @@ def _of_layers(updates: Updates, weights: _Weights) -> Iterator[_Change]:
 
 def _of_stacks(updates: Updates, weights: _Weights) -> Iterator[_Change]:
     """The changes of adapted parameters, such as experts: one for each matrix of a stack."""
-    if not isinstance(
-        updates.config, AdaLoraConfig
-    ):  # LoRA's files tell a module's parameters apart only by their order
+    # LoRA's files tell a module's parameters apart only by their order.
+    if not isinstance(updates.config, AdaLoraConfig):
         for owner in by_owner(updates.stacks):
             names = named_by_targets(updates.config.target_parameters or [])(owner)
             if not weights.converted.in_order([f"{owner}.{name}" for name in names]):
