@@ -5,7 +5,6 @@ Options are fields of TrainingArguments.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -93,4 +92,3 @@ if __name__ == "__main__":
         deepspeed_on_cpu.prepare()
     dist.init_process_group("gloo")
     run({"whole": whole, "resumed": resumed, "alone": alone})
-    os._exit(0)  # DeepSpeed's own threads may not let the process end

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import deepspeed
@@ -76,4 +75,3 @@ cases["shared out"] = functools.partial(whole_run, 3, zero={"stage3_param_persis
 
 if __name__ == "__main__":
     run(cases)
-    os._exit(0)  # DeepSpeed's own threads may not let the process end

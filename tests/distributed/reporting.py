@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -64,8 +64,11 @@ def of_ranks(model: Any, ranks: Any, losses: list[float]) -> dict[str, Any]:
     }
 
 
-def run(cases: dict[str, Callable[[], dict[str, Any]]]) -> None:
-    """Run all cases in this process and write what they return."""
+def run(cases: dict[str, Callable[[], dict[str, Any]]]) -> NoReturn:
+    """Run all cases in this process, write what they return, and end the process.
+
+    The process ends without Python's shutdown, in which threads of Gloo or DeepSpeed may abort it or keep it waiting.
+    """
     results: dict[str, Any] = {}
     for name, case in cases.items():
         try:
@@ -78,3 +81,6 @@ def run(cases: dict[str, Callable[[], dict[str, Any]]]) -> None:
         dist.barrier()
     (FOLDER / f"process-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

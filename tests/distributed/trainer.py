@@ -6,7 +6,6 @@ Options are fields of TrainingArguments.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -85,4 +84,3 @@ if __name__ == "__main__":
         deepspeed_on_cpu.prepare()
     dist.init_process_group("gloo")
     run({"whole": whole, "resumed": resumed})
-    os._exit(0)  # DeepSpeed's own threads may not let the process end

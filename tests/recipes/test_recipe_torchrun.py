@@ -51,6 +51,17 @@ def test_a_model_that_was_evaluated_before_is_connected_for_training(
     assert for_training and not any(for_training)
 
 
+AND_TELL_OF_THE_GROUP = """\
+import atexit
+import runpy
+
+import torch
+
+atexit.register(lambda: print("in a process group:", torch.distributed.is_initialized()))
+runpy.run_module("rankwise", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_after_measuring_how_good_the_model_is_before(
     recipe: Path, tmp_path: Path
@@ -61,12 +72,15 @@ def test_two_processes_train_as_one_after_measuring_how_good_the_model_is_before
     overrides = [f"output={together}", "training.per_device_train_batch_size=4"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = tmp_path / "command.py"
+    command.write_text(AND_TELL_OF_THE_GROUP)
     done = subprocess.run(
-        [*launcher, "-m", "rankwise", "train", str(recipe), *overrides],
+        [*launcher, str(command), "train", str(recipe), *overrides],
         capture_output=True, text=True, env=environment, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Saved to") == 1
+    assert done.stdout.count("in a process group: False") == 2, "a process may abort if it ends in its group"
 
     def read(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / "results.json").read_text(encoding="utf-8")))

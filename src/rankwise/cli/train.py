@@ -48,9 +48,11 @@ def train(
         output: output/reviews
     """
     with failures():
+        from rankwise.parallel.processes import leave_group
         from rankwise.recipes import load_recipe
         from rankwise.recipes import train as train_recipe
 
         result = train_recipe(load_recipe(recipe, overrides or ()), resume=resume, overwrite=overwrite)
+        leave_group()  # every process gets here together, also after Ctrl-C
     if result.interrupted is not None:
         raise typer.Exit(128 + result.interrupted)

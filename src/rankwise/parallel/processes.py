@@ -21,6 +21,12 @@ def writes_files() -> bool:
     return not many_processes() or torch.distributed.get_rank() == 0
 
 
+def leave_group() -> None:
+    """Leave the process group, if there is one. A process that ends inside its group may abort at exit."""
+    if many_processes():
+        torch.distributed.destroy_process_group()
+
+
 @contextmanager
 def all_wait_for_this() -> Iterator[None]:
     """Let all processes enter together and leave once every one has finished the block. If one fails, all fail."""
