@@ -21,19 +21,19 @@ class _Group(NamedTuple):
 
     Args:
         layers: the layers' indices. All these layers have the same number of blocks.
-        A: the rows of A in every block, (n, r, d_in).
-        B: the rows of B, (n, r, d_out).
-        acted: the ranks that are on, (n, r), bool.
+        decomposes: whether the layers have ranks and both A and B train. Other layers keep their basis.
         swapped: whether A and B swap roles, because the layers start with A = 0, as embeddings do.
-        found: the principal bases of all blocks. None: A or B does not train in these layers, so they keep their basis.
+        acted: the ranks that are on, (n, r), bool.
+        moved: the ranks that are not 0 in A or B, (n, r), bool.
+        found: the bases of all blocks.
     """
 
     layers: list[int]
-    A: Tensor
-    B: Tensor
-    acted: Tensor
+    decomposes: bool
     swapped: bool
-    found: Principal | None
+    acted: Tensor
+    moved: Tensor
+    found: Principal
 
     def by_layer(self, values: Tensor) -> Iterable[tuple[int, Tensor]]:
         """Pair each layer's index with its part of ``values``, (n, r, ...), as (ranks, ...)."""
@@ -43,18 +43,12 @@ class _Group(NamedTuple):
 
     def acts(self) -> Tensor:
         """The ranks that are on in the new bases, (n, r), bool: the first ones of each decomposed block."""
-        if self.found is None:
-            return self.acted
         places = torch.arange(self.acted.shape[1], device=self.acted.device)
         first = places < self.acted.sum(1, keepdim=True)
         return torch.where(self.found.finite[:, None], first, self.acted)
 
     def turned(self) -> tuple[tuple[Tensor, BasisChange], tuple[Tensor, BasisChange]]:
         """The rows of A and of B in the new bases, each with its change of basis."""
-        if self.found is None:
-            rank = self.A.shape[1]
-            same = torch.eye(rank, device=self.A.device, dtype=self.A.dtype).expand(len(self.A), -1, -1)
-            return (self.A, BasisChange(same, same)), (self.B, BasisChange(same, same))
         turn, inverse = self.found.turn, self.found.inverse.mT
         first = self.found.A, BasisChange(turn, inverse)
         second = self.found.B.mT, BasisChange(inverse, turn)
@@ -87,10 +81,11 @@ class PrincipalBases:
             swapped = pair.starts_at_zero == "A"
             A, B = (_in_blocks([rows[n] for n in layers], pair.blocks) for rows in (all_A, all_B))
             acts = _in_blocks([acted[n] for n in layers], pair.blocks).to(A.device)
-            found = None
-            if trains[layers[0]] and A.shape[1]:
-                found = principal_directions(*((B, A.mT) if swapped else (A, B.mT)), acts)
-            yield _Group(layers, A, B, acts, swapped, found)
+            first, second = (B, A) if swapped else (A, B)
+            decomposes = trains[layers[0]] and A.shape[1] > 0
+            found = (principal_directions if decomposes else _unchanged)(first, second.mT, acts)
+            moved = (A != 0).any(2) | (B != 0).any(2)
+            yield _Group(layers, decomposes, swapped, acts, moved, found)
 
     def _in_order(self, values: Iterable[Tensor]) -> Tensor:
         """Put the groups' values, each (n, r), into the order of the run's ranks, (ranks,)."""
@@ -102,12 +97,7 @@ class PrincipalBases:
 
     def strengths(self) -> Tensor:
         """The norm of each rank's part of ``B A``, (ranks,): a singular value in layers that were decomposed."""
-        return self._in_order(
-            group.A.norm(dim=2) * group.B.norm(dim=2) * group.acted
-            if group.found is None
-            else group.found.strengths
-            for group in self._groups
-        )
+        return self._in_order(group.found.strengths for group in self._groups)
 
     def acts(self) -> Tensor:
         """The ranks that are on in the new bases, (ranks,), bool: the first ones of each decomposed block."""
@@ -115,19 +105,14 @@ class PrincipalBases:
 
     def off_ones_moved(self) -> bool:
         """Whether any rank that was switched off is no longer 0."""
-        device = self._factors.mask.device
-        moved = [
-            ((rows != 0).any(2) & ~group.acted).any().to(device)
-            for group in self._groups
-            for rows in (group.A, group.B)
-        ]
+        moved = [(group.moved & ~group.acted).any().to(self._factors.mask.device) for group in self._groups]
         return bool(torch.stack(moved).any())
 
     def undecomposed(self) -> list[int]:
         """The indices of the layers that could not be decomposed because they hold NaN or infinite values."""
         found = []
         for group in self._groups:  # each waits for the device once
-            if group.found is not None:
+            if group.decomposes:
                 whole = group.found.finite.view(len(group.layers), -1).all(1).tolist()
                 found += [n for n, finite in zip(group.layers, whole, strict=True) if not finite]
         return sorted(found)
@@ -161,6 +146,13 @@ class PrincipalBases:
             self._factors.write_rows(key, {n: rows[key][n] for n in written})
         for key in KEYS:
             rewrite_memory(self._factors, key, written, changes[key], optimizers)
+
+
+def _unchanged(A: Tensor, B: Tensor, acts: Tensor) -> Principal:
+    """The bases of layers that keep the one they have, for the arguments of `principal_directions`."""
+    same = torch.eye(A.shape[1], device=A.device, dtype=A.dtype).expand(len(A), -1, -1)
+    strengths = A.norm(dim=2) * B.norm(dim=1) * acts
+    return Principal(A, B, strengths, same, same, acts.new_zeros(len(A)))
 
 
 def mean_strengths(factors: Factors) -> Tensor:
