@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trainings import MODELS, Model, Setting, Training, rankwise_adalora, small, training_of
+from trainings import MODELS, Setting, Training, peft_lora_adapting, rankwise_adalora, small, training_of
 
 RUN, CUTS = 1000, 20  # optimizer steps of a run, and the number of cuts in it by default
 # target_r, and the init_r that it gives by default
@@ -29,7 +29,7 @@ class Watched:
 
     def __init__(self, training: Training) -> None:
         self.training, self._spent = training, 0.0
-        controller = training.model._rankwise_controller
+        controller = self.controller = (training.ranks or training.model)._rankwise_controller
         for name in ("before_step", "after_step"):
             setattr(controller, name, self._timed(getattr(controller, name)))
 
@@ -57,22 +57,32 @@ class Watched:
         return self._now() - started, self._spent
 
 
+# the default form on rankwise's layers and on PEFT's, and the paper's form
+RUNS: dict[str, Callable[..., Training]] = {
+    "rankwise": partial(rankwise_adalora, deltaT=2),
+    "PEFT's layers": partial(peft_lora_adapting, deltaT=2),
+    "the paper's form": partial(rankwise_adalora, deltaT=2, init_lora_weights=True),
+}
+
+
 def bookkeeping(asked: argparse.Namespace, setting: Setting) -> None:
-    """Time the default form's work around steps with and without a cut, in the pruning phase."""
+    """Time the run's own work around steps with and without a cut, in the pruning phase."""
     print(
         f"\n### Bookkeeping\n\nA run is {RUN:,} steps with {CUTS} cuts.\n\n"
-        "| | layers | a step, ms | books, ms | with a cut, ms | books of a run, share of its time |\n"
-        "| --- | --- | --- | --- | --- | --- |"
+        "| | layers | a step, ms | books, ms | with a cut, ms | a cut, in steps | books of a run, share of its time |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
     )
     for name in asked.models:
-        print(_row(MODELS[name], name, setting, asked.rounds), flush=True)
+        for kind, attach in RUNS.items():
+            print(_row(f"{MODELS[name].title}, {kind}", name, attach, setting, asked.rounds), flush=True)
 
 
-def _row(model: Model, name: str, setting: Setting, rounds: int) -> str:
+def _row(title: str, name: str, attach: Callable[..., Training], setting: Setting, rounds: int) -> str:
     rank, spare = SPARE[name]
-    setting = replace(setting, rank=rank, spare=spare)
-    watched = Watched(training_of(partial(rankwise_adalora, deltaT=2), model, setting))
-    layers = len(watched.training.model._rankwise_controller.factors.pairs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        watched = Watched(training_of(attach, MODELS[name], replace(setting, rank=rank, spare=spare)))
+    layers = len(watched.controller.factors.pairs)
     measured = [watched.step() for _ in range(4 + 2 * rounds)][4:]  # the first steps allocate memory
     plain, cut = measured[0::2], measured[1::2]
     books, with_cut = (statistics.median(books for _, books in each) for each in (plain, cut))
@@ -82,9 +92,10 @@ def _row(model: Model, name: str, setting: Setting, rounds: int) -> str:
         f"{1000 * step:.0f}",
         f"{1000 * books:.2f}",
         f"{1000 * with_cut:.1f}",
+        f"{(with_cut - books) / (step + books):.2f}",
         f"{share / (step + share):.2%}",
     )
-    return f"| {model.title}, rank {spare} at first | {layers} | {' | '.join(cells)} |"
+    return f"| {title}, rank {spare} at first | {layers} | {' | '.join(cells)} |"
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------

@@ -6,9 +6,7 @@ import argparse
 import re
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch._inductor.utils import run_and_get_code
@@ -34,20 +32,19 @@ def compiled(asked: argparse.Namespace, setting: Setting) -> None:
         trainings, counts = {}, {}
         for name, attach in MAIN.items():
             torch._dynamo.reset()
-            trainings[name], counts[name] = _kernels(attach, model, chosen)
+            trainings[name] = training_of(attach, model, chosen)
+            counts[name] = kernels(trainings[name])
         seconds = _seconds(trainings, asked.rounds)
         for name in MAIN:
             ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[FLOOR], strict=True))
             print(f"| {name} | {ratio:.3f} | {counts[name][0]} | {counts[name][1]} |", flush=True)
 
 
-def _kernels(
-    attach: Callable[..., Training], model: Any, setting: Setting
-) -> tuple[Training, tuple[int, int]]:
-    training = training_of(attach, model, setting)
+def kernels(training: Training) -> tuple[int, int]:
+    """Compile a training, and count the kernels that a forward and backward pass calls, and the products in them."""
     _, sources = run_and_get_code(training.gradients)
     calls = [call for source in sources for call in _CALL.findall(source)]
-    return training, (len(calls), sum(bool(_PRODUCT.search(call)) for call in calls))
+    return len(calls), sum(bool(_PRODUCT.search(call)) for call in calls)
 
 
 def _seconds(trainings: dict[str, Training], rounds: int) -> dict[str, list[float]]:

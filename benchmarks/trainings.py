@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -155,6 +155,8 @@ PRECISIONS = ("float32", "bfloat16", "float32, autocast", "4-bit")
 class Training:
     """A model in training."""
 
+    ranks: Any = None  # the handle of `rankwise.adapt_ranks`, if it adapts the model's ranks
+
     def __init__(self, adapted: Any, batch: Batch, setting: Setting, trains: bool = True) -> None:
         self.model, self.setting = adapted, setting
         self.batch = {name: tensor.to(setting.device) for name, tensor in batch.items()}
@@ -213,6 +215,18 @@ def peft_lora_sped_up(model: Any, batch: Batch, targets: list[str], setting: Set
 
     training = peft_lora(model, batch, targets, setting)
     rankwise.speed_up(training.model)
+    return training
+
+
+def peft_lora_adapting(
+    model: Any, batch: Batch, targets: list[str], setting: Setting, **schedule: Any
+) -> Training:
+    """PEFT's LoRA, whose ranks rankwise adapts, in the pruning phase with all spare ranks."""
+    import rankwise
+
+    training = peft_lora(model, batch, targets, replace(setting, rank=setting.spare))
+    schedule = {"tinit": 1, "tfinal": 10, "deltaT": 10, "total_step": LONG, **schedule}
+    training.ranks = rankwise.adapt_ranks(training.model, target_r=setting.rank, **schedule)
     return training
 
 

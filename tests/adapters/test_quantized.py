@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from costs import Operations
 from torch import nn
+from trainings import Setting, frozen, rankwise_lora, small, training_of
 
 import rankwise as rw
 from tiny import bert, llama, token_batches
@@ -240,16 +242,32 @@ def test_a_packed_layer_and_its_adapter_are_one_step_with_the_same_output_and_gr
         assert (one.float() - other.float()).norm() < 0.02 * other.float().norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", BNB)
-def test_the_output_of_a_packed_layer_and_the_gradient_of_its_input_are_exactly_its_own(kind: str) -> None:
-    model = packed_layer(kind, torch.float32)
-    layer, x = model[0], torch.randn(20, 64, requires_grad=True)
+def test_the_output_of_a_packed_layer_and_the_gradient_of_its_input_are_exactly_its_own(
+    kind: str, dtype: torch.dtype
+) -> None:
+    model = packed_layer(kind, dtype)
+    layer, x = model[0], torch.randn(20, 64, dtype=dtype, requires_grad=True)
     model(x)  # after which the layer is as it stays
     layer.lora_B["default"].data.zero_()
     for output in (model(x), layer.base_forward(x)):
         (gradient,) = torch.autograd.grad(output.square().sum(), x)
         assert output.equal(layer.base_forward(x))
         assert gradient.equal(torch.autograd.grad(layer.base_forward(x).square().sum(), x)[0])
+
+
+def test_operations_of_4_bit_layers_stay_within_bounds() -> None:
+    """Above the frozen model's. Its weights are packed from float32, and unpacked in bfloat16 without a cast."""
+    pytest.importorskip("bitsandbytes")
+    model, counts = small(2, 64), []
+    for attach in (frozen, rankwise_lora):
+        training = training_of(attach, model, Setting(precision="4-bit"))
+        training.step()  # the first pass prepares what later passes reuse
+        with Operations() as operations:
+            training.gradients()
+        counts.append(operations.count)
+    assert (counts[1] - counts[0]) / (2 * len(model.targets)) <= 6
 
 
 @pytest.mark.parametrize("kind", BNB)

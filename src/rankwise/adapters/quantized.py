@@ -6,6 +6,7 @@ packings merging is refused, and the message says what to do instead.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -167,6 +168,12 @@ def is_of_bitsandbytes(cls: type) -> bool:
 
 # The weight for the backward pass of bitsandbytes' layers: the same numbers as in the layer's own backward pass.
 
+_UNPACKED = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+)  # the dtypes in which bitsandbytes unpacks 4-bit weights
+
 
 def packs_4_bit(layer: Any, x: Tensor) -> bool:
     """Whether a ``Linear4bit`` holds its weight packed, in the layout that training on ``x`` needs."""
@@ -191,6 +198,10 @@ def dense_4_bit(layer: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
 
     weight = layer.weight
     data, state, computes = weight.data, weight.quant_state, layer.compute_dtype or dtype
+    if computes in _UNPACKED and state.dtype != computes:
+        # It is unpacked in this dtype at once. Otherwise the whole dense weight would be cast.
+        state = copy.copy(state)
+        state.dtype = computes
     return lambda: dequantize_4bit(data, state).to(computes)
 
 

@@ -13,32 +13,52 @@ from rankwise.method.magnitude import largest, power_below
 from rankwise.method.principal import Principal, principal_directions
 from rankwise.run.factors import Factors
 from rankwise.run.moments import BasisChange, rewrite_memory
+from rankwise.run.pairs import KEYS
 
 
 class _Group(NamedTuple):
-    """Layers of one shape, which are decomposed in one batch.
+    """Layers of one shape, which are computed in one batch of n blocks.
 
     Args:
         layers: the layers' indices. All these layers have the same number of blocks.
-        blocks: the number of blocks in each layer.
+        decomposes: whether the layers have ranks and both A and B train. Other layers keep their basis.
         swapped: whether A and B swap roles, because the layers start with A = 0, as embeddings do.
-        found: the principal bases of all blocks.
+        acted: the ranks that are on, (n, r), bool.
+        moved: the ranks that are not 0 in A or B, (n, r), bool.
+        found: the bases of all blocks.
     """
 
     layers: list[int]
-    blocks: int
+    decomposes: bool
     swapped: bool
+    acted: Tensor
+    moved: Tensor
     found: Principal
 
-    def by_layer(self) -> Iterator[tuple[int, Principal]]:
-        """Yield each layer's index with the bases of its own blocks."""
-        pieces = zip(*(values.split(self.blocks) for values in self.found), strict=True)
-        for n, own in zip(self.layers, pieces, strict=True):
-            yield n, Principal(*own)
+    def by_layer(self, values: Tensor) -> Iterable[tuple[int, Tensor]]:
+        """Pair each layer's index with its part of ``values``, (n, r, ...), as (ranks, ...)."""
+        blocks, rank = len(values) // len(self.layers), values.shape[1]
+        parts = values.reshape(len(self.layers), blocks * rank, *values.shape[2:]).unbind()
+        return zip(self.layers, parts, strict=True)
+
+    def acts(self) -> Tensor:
+        """The ranks that are on in the new bases, (n, r), bool: the first ones of each decomposed block."""
+        places = torch.arange(self.acted.shape[1], device=self.acted.device)
+        first = places < self.acted.sum(1, keepdim=True)
+        return torch.where(self.found.finite[:, None], first, self.acted)
+
+    def turned(self) -> tuple[tuple[Tensor, BasisChange], tuple[Tensor, BasisChange]]:
+        """The rows of A and of B in the new bases, each with its change of basis."""
+        turn, inverse = self.found.turn, self.found.inverse.mT
+        first = self.found.A, BasisChange(turn, inverse)
+        second = self.found.B.mT, BasisChange(inverse, turn)
+        return (second, first) if self.swapped else (first, second)
 
 
 class PrincipalBases:
     """The principal bases of all layers whose A and B both train. `write` writes them into the layers.
+
+    The number of tensor operations depends on the number of different shapes, and not on the number of layers.
 
     Args:
         factors: the factors of the run.
@@ -46,64 +66,56 @@ class PrincipalBases:
 
     def __init__(self, factors: Factors) -> None:
         self._factors = factors
-        self._A, self._B = factors.rows("A"), factors.rows("B")
-        self._acted = list(factors.mask.split(factors.layout.ranks))
-        self._groups = list(self._decompose())
+        self._groups = list(self._grouped())
 
-    def _decompose(self) -> Iterator[_Group]:
+    def _grouped(self) -> Iterator[_Group]:
+        all_A, all_B = self._factors.rows("A"), self._factors.rows("B")
         trains = [a and b for a, b in zip(*map(self._factors.trains, "AB"), strict=True)]
+        acted = self._factors.mask.split(self._factors.layout.ranks)
         alike: dict[tuple[object, ...], list[int]] = {}
-        for n, (A, B, pair) in enumerate(zip(self._A, self._B, self._factors.pairs, strict=True)):
-            if trains[n] and len(A):
-                key = (A.shape, B.shape, pair.blocks, A.device, A.dtype, pair.starts_at_zero)
-                alike.setdefault(key, []).append(n)
+        for n, (A, B, pair) in enumerate(zip(all_A, all_B, self._factors.pairs, strict=True)):
+            key = (A.shape, B.shape, pair.blocks, A.device, A.dtype, pair.starts_at_zero, trains[n])
+            alike.setdefault(key, []).append(n)
         for layers in alike.values():
             pair = self._factors.pairs[layers[0]]
             swapped = pair.starts_at_zero == "A"
-            A = torch.cat([_in_blocks(self._A[n], pair.blocks) for n in layers])
-            B = torch.cat([_in_blocks(self._B[n], pair.blocks) for n in layers])
-            acts = torch.cat([self._acted[n].view(pair.blocks, -1) for n in layers]).to(A.device)
-            found = principal_directions(*((B, A.mT) if swapped else (A, B.mT)), acts)
-            yield _Group(layers, pair.blocks, swapped, found)
+            A, B = (_in_blocks([rows[n] for n in layers], pair.blocks) for rows in (all_A, all_B))
+            acts = _in_blocks([acted[n] for n in layers], pair.blocks).to(A.device)
+            first, second = (B, A) if swapped else (A, B)
+            decomposes = trains[layers[0]] and A.shape[1] > 0
+            found = (principal_directions if decomposes else _unchanged)(first, second.mT, acts)
+            moved = (A != 0).any(2) | (B != 0).any(2)
+            yield _Group(layers, decomposes, swapped, acts, moved, found)
 
-    def _by_layer(self) -> Iterator[tuple[int, Principal]]:
-        for group in self._groups:
-            yield from group.by_layer()
+    def _in_order(self, values: Iterable[Tensor]) -> Tensor:
+        """Put the groups' values, each (n, r), into the order of the run's ranks, (ranks,)."""
+        device = self._factors.mask.device
+        parts: dict[int, Tensor] = {}
+        for group, own in zip(self._groups, values, strict=True):
+            parts.update(group.by_layer(own.to(device)))
+        return torch.cat([parts[n] for n in range(len(parts))])
 
     def strengths(self) -> Tensor:
         """The norm of each rank's part of ``B A``, (ranks,): a singular value in layers that were decomposed."""
-        device = self._factors.mask.device
-        found = {n: part.strengths.flatten().to(device) for n, part in self._by_layer()}
-        for n, (A, B, acts) in enumerate(zip(self._A, self._B, self._acted, strict=True)):
-            if n not in found:
-                found[n] = A.norm(dim=1).to(device) * B.norm(dim=1).to(device) * acts
-        return torch.cat([found[n] for n in range(len(self._A))])
+        return self._in_order(group.found.strengths for group in self._groups)
 
     def acts(self) -> Tensor:
         """The ranks that are on in the new bases, (ranks,), bool: the first ones of each decomposed block."""
-        acts = list(self._acted)
-        for n, part in self._by_layer():
-            blocks = acts[n].view(len(part.finite), -1)
-            first = torch.arange(blocks.shape[1], device=blocks.device) < blocks.sum(1, keepdim=True)
-            acts[n] = torch.where(part.finite.to(blocks.device)[:, None], first, blocks).flatten()
-        return torch.cat(acts)
+        return self._in_order(group.acts() for group in self._groups)
 
     def off_ones_moved(self) -> bool:
         """Whether any rank that was switched off is no longer 0."""
-        moved = [
-            (rows[~acted.to(rows.device)] != 0).any().to(self._factors.mask.device)
-            for factor in (self._A, self._B)
-            for rows, acted in zip(factor, self._acted, strict=True)
-        ]
+        moved = [(group.moved & ~group.acted).any().to(self._factors.mask.device) for group in self._groups]
         return bool(torch.stack(moved).any())
 
     def undecomposed(self) -> list[int]:
         """The indices of the layers that could not be decomposed because they hold NaN or infinite values."""
         found = []
         for group in self._groups:  # each waits for the device once
-            whole = group.found.finite.view(-1, group.blocks).all(1).tolist()
-            found += [n for n, finite in zip(group.layers, whole, strict=True) if not finite]
-        return found
+            if group.decomposes:
+                whole = group.found.finite.view(len(group.layers), -1).all(1).tolist()
+                found += [n for n, finite in zip(group.layers, whole, strict=True) if not finite]
+        return sorted(found)
 
     def write(self, kept: Tensor, louder: Mapping[int, float], optimizers: Sequence[Optimizer]) -> None:
         """Write the bases into the layers, with 0 in A and B for every rank that is not ``kept``.
@@ -117,35 +129,30 @@ class PrincipalBases:
                 divided by it. Layers that are not named stay as they are.
             optimizers: the optimizers that may train any of the factors.
         """
-        A, B = dict(enumerate(self._A)), dict(enumerate(self._B))
-        decomposed = {n for group in self._groups for n in group.layers}
-        changes_A = self._unchanged(n for n in louder if n not in decomposed)
-        changes_B = dict(changes_A)
+        kept_of, written = kept.split(self._factors.layout.ranks), list(louder)
+        rows: dict[str, dict[int, Tensor]] = {key: {} for key in KEYS}
+        changes: dict[str, list[tuple[list[int], BasisChange]]] = {key: [] for key in KEYS}
         for group in self._groups:
-            for n, part in group.by_layer():
-                A[n], B[n] = part.A.flatten(0, 1), part.B.mT.flatten(0, 1)
-                changes_A[n] = BasisChange(part.turn, part.inverse.mT)
-                changes_B[n] = BasisChange(part.inverse.mT, part.turn)
-                if group.swapped:
-                    A[n], B[n] = B[n], A[n]
-                    changes_A[n], changes_B[n] = changes_B[n], changes_A[n]
-        by_layer = kept.split(self._factors.layout.ranks)
-        stays = {n: by_layer[n].to(A[n].device)[:, None] for n in louder}
-        self._factors.write_rows("A", {n: torch.where(stays[n], A[n], 0.0) for n in louder})
-        self._factors.write_rows("B", {n: torch.where(stays[n], B[n] / by, 0.0) for n, by in louder.items()})
-        changes_A = {n: changes_A[n].cut(stays[n]) for n in louder}
-        changes_B = {n: changes_B[n].scaled(1 / by).cut(stays[n]) for n, by in louder.items()}
-        rewrite_memory(self._factors, "A", changes_A, optimizers)
-        rewrite_memory(self._factors, "B", changes_B, optimizers)
+            (A, change_A), (B, change_B) = group.turned()
+            blocks = len(A) // len(group.layers)
+            stays = _in_blocks([kept_of[n] for n in group.layers], blocks).to(A.device)[:, :, None]
+            each = [louder.get(n, 1.0) for n in group.layers for _ in range(blocks)]
+            by = torch.tensor(each, dtype=A.dtype, device=A.device)[:, None, None]
+            new = {"A": (A, change_A), "B": (B / by, change_B.scaled(1 / by))}
+            for key, (values, change) in new.items():
+                rows[key].update(group.by_layer(torch.where(stays, values, 0.0)))
+                changes[key].append((group.layers, change.cut(stays)))
+        for key in KEYS:
+            self._factors.write_rows(key, {n: rows[key][n] for n in written})
+        for key in KEYS:
+            rewrite_memory(self._factors, key, written, changes[key], optimizers)
 
-    def _unchanged(self, layers: Iterable[int]) -> dict[int, BasisChange]:
-        changes = {}
-        for n in layers:
-            A, blocks = self._A[n], self._factors.pairs[n].blocks
-            size = len(A) // blocks
-            same = torch.eye(size, device=A.device, dtype=A.dtype).expand(blocks, -1, -1)
-            changes[n] = BasisChange(same, same)
-        return changes
+
+def _unchanged(A: Tensor, B: Tensor, acts: Tensor) -> Principal:
+    """The bases of layers that keep the one they have, for the arguments of `principal_directions`."""
+    same = torch.eye(A.shape[1], device=A.device, dtype=A.dtype).expand(len(A), -1, -1)
+    strengths = A.norm(dim=2) * B.norm(dim=1) * acts
+    return Principal(A, B, strengths, same, same, acts.new_zeros(len(A)))
 
 
 def mean_strengths(factors: Factors) -> Tensor:
@@ -159,7 +166,7 @@ def mean_strengths(factors: Factors) -> Tensor:
     for A, B, acts, pair in zip(factors.rows("A"), factors.rows("B"), acting, factors.pairs, strict=True):
         products, sizes = [], []
         for each in (A, B):
-            rows = _in_blocks(each.masked_fill(~acts.to(each.device)[:, None], 0), pair.blocks)
+            rows = _in_blocks([each.masked_fill(~acts.to(each.device)[:, None], 0)], pair.blocks)
             # a power of two, so that products don't over- or underflow
             power = power_below(largest(rows, (1, 2)))
             rows = rows / power
@@ -171,6 +178,8 @@ def mean_strengths(factors: Factors) -> Tensor:
     return factors.spread(torch.cat(found) / counts.sqrt()) * factors.mask
 
 
-def _in_blocks(rows: Tensor, count: int) -> Tensor:
-    """Split rows into blocks: (n r, d) -> (n, r, d)."""
-    return rows.reshape(count, rows.shape[0] // count, rows.shape[1])
+def _in_blocks(layers: Sequence[Tensor], blocks: int) -> Tensor:
+    """Stack layers of one shape, (ranks, ...), and split their ranks into blocks: (n, r, ...)."""
+    stacked = torch.stack(list(layers))
+    count, ranks, *widths = stacked.shape
+    return stacked.view(count * blocks, ranks // blocks, *widths)

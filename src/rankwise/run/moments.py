@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +26,12 @@ class BasisChange(NamedTuple):
     gradient: Tensor
 
     def cut(self, kept: Tensor) -> BasisChange:
-        """The same change, followed by setting all rows to 0 that are not in ``kept``, (n r, 1), bool."""
-        blocks, rank = self.weight.shape[:2]
-        rows = kept.to(self.weight.device).view(blocks, rank, 1)
-        return BasisChange(*(torch.where(rows, each, torch.zeros_like(each)) for each in self))
+        """The same change, followed by setting all rows to 0 that are not in ``kept``, (n, r, 1), bool."""
+        return BasisChange(*(torch.where(kept, each, 0.0) for each in self))
 
-    def scaled(self, by: float) -> BasisChange:
-        """The same change, followed by multiplying the factor by ``by``."""
-        return self if by == 1 else BasisChange(self.weight * by, self.gradient / by)
+    def scaled(self, by: Tensor) -> BasisChange:
+        """The same change, followed by multiplying each block of the factor by ``by``, (n, 1, 1)."""
+        return BasisChange(self.weight * by, self.gradient / by)
 
     def of(self, kind: str) -> Tensor:
         """The matrices for tensors that change like a "weight", a "gradient", or the "square" of a gradient."""
@@ -42,8 +40,12 @@ class BasisChange(NamedTuple):
         return self.gradient if kind == "gradient" else self.gradient.square()
 
 
+# For each shape, the layers of that shape and the change of basis of all their blocks, one after the other.
+Changes = Sequence[tuple[Sequence[int], BasisChange]]
+
+
 def rewrite_memory(
-    factors: Factors, key: str, changes: Mapping[int, BasisChange], optimizers: Iterable[Optimizer]
+    factors: Factors, key: str, layers: Sequence[int], changes: Changes, optimizers: Iterable[Optimizer]
 ) -> None:
     """Rewrite pending gradients and optimizers' states for the factors ``key`` of some layers.
 
@@ -53,13 +55,14 @@ def rewrite_memory(
     Args:
         factors: the factors of the run.
         key: "A" or "B".
-        changes: the change of basis, by layer index.
+        layers: the indices of the layers to rewrite.
+        changes: the changes of basis of these layers, and perhaps of others.
         optimizers: the optimizers that may hold the factors.
     """
     holder, own = factors.holder, factors.numbers(key)
-    numbers = [own[n] for n in changes]
+    numbers = [own[n] for n in layers]
     waiting = holder.gradients(numbers)
-    holder.write_gradients(_rewritten(factors, key, changes, waiting, "gradient"))
+    holder.write_gradients(_rewritten(factors, key, layers, changes, waiting, "gradient"))
     done: set[int] = set()  # an optimizer and its copy can share one state
     for optimizer in optimizers:
         forget_all_together(optimizer)
@@ -68,7 +71,7 @@ def rewrite_memory(
         with _centered(states):
             for name in names:
                 kind = kind_of(optimizer, name, names)
-                states[name] = _rewritten(factors, key, changes, states[name], kind)
+                states[name] = _rewritten(factors, key, layers, changes, states[name], kind)
         for name, values in states.items():
             holder.write_states(optimizer, name, values)
 
@@ -90,20 +93,23 @@ def _centered(states: dict[str, dict[int, Tensor]]) -> Iterator[None]:
 
 
 def _rewritten(
-    factors: Factors, key: str, changes: Mapping[int, BasisChange], held: Mapping[int, Tensor], kind: str
+    factors: Factors, key: str, layers: Sequence[int], changes: Changes, held: Mapping[int, Tensor], kind: str
 ) -> dict[int, Tensor]:
-    """Rewrite tensors in the shapes of factors, by factor number. Tensors of one shape take one batched product."""
+    """Rewrite tensors in the shapes of factors, by factor number. Layers of one shape take one batched product."""
 
     def change(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        alike: dict[Any, list[int]] = {}
-        for n, own in rows.items():
-            alike.setdefault((own.shape, own.device, changes[n].weight.shape), []).append(n)
         changed: dict[int, Tensor] = {}
-        for layers in alike.values():
-            matrices = torch.cat([changes[n].of(kind) for n in layers])
-            stacked = torch.cat([rows[n] for n in layers]).to(matrices)
+        for alike, change in changes:
+            own = [n for n in alike if n in rows]
+            if not own:
+                continue
+            matrices = change.of(kind)
+            if len(own) < len(alike):
+                parts = zip(alike, matrices.chunk(len(alike)), strict=True)
+                matrices = torch.cat([part for n, part in parts if n in rows])
+            stacked = torch.stack([rows[n].to(matrices) for n in own])
             new = matrices @ stacked.view(*matrices.shape[:2], -1)
-            changed |= zip(layers, new.flatten(0, 1).split(len(stacked) // len(layers)), strict=True)
+            changed |= zip(own, new.view(stacked.shape).unbind(), strict=True)
         return changed
 
-    return factors.rewrite(key, list(changes), held, change)
+    return factors.rewrite(key, layers, held, change)

@@ -7,13 +7,11 @@ on any layer for which a `FactorPair` tells where these three are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 KEYS = ("A", "B")
-_RANK_DIM = {"A": 0, "E": 0, "B": 1}  # the dimension that counts ranks
 
 
 class FactorsGone(LookupError):
@@ -126,7 +124,7 @@ class FactorPair(ABC):
         Returns:
             The values as a matrix, (ranks, width), with one row for each rank, block by block.
         """
-        matrix = values.transpose(0, _RANK_DIM[key]).flatten(1)
+        matrix = (values.transpose(0, 1) if key == "B" else values).flatten(1)
         order = self.order(key, len(matrix))
         return matrix if order is None else matrix[order.to(matrix.device)]
 
@@ -144,10 +142,9 @@ class FactorPair(ABC):
         order = self.order(key, len(rows))
         if order is not None:
             rows = rows[order.argsort().to(rows.device)]
-        dim = _RANK_DIM[key]
-        lengths: list[Any] = list(shape)
-        lengths[0], lengths[dim] = lengths[dim], lengths[0]
-        return rows.reshape(-1, *lengths[1:]).transpose(0, dim)
+        if key == "B":
+            return rows.reshape(-1, shape[0], *shape[2:]).transpose(0, 1)
+        return rows.reshape(-1, *shape[1:])
 
 
 def block_names(path: str, blocks: int) -> list[str]:

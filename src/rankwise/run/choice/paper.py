@@ -58,13 +58,9 @@ class PaperChoice:
     def apply(
         self, mask: Tensor, unchanged: Sequence[bool], final: bool, optimizers: Sequence[Optimizer]
     ) -> None:
-        by_layer = mask[:, None].split(self._factors.layout.ranks)
-        rows = self._factors.rows("E")
-        new = {
-            n: torch.where(own.to(e.device), e, 0.0)
-            for n, (e, own) in enumerate(zip(rows, by_layer, strict=True))
-        }
-        self._factors.write_rows("E", new)
+        gates = torch.cat([rows.to(mask.device) for rows in self._factors.rows("E")])
+        parts = torch.where(mask[:, None], gates, 0.0).split(self._factors.layout.ranks)
+        self._factors.write_rows("E", dict(enumerate(parts)))
 
     def keep_off(self, moves_zeros: bool) -> None:
         """Ranks that are off have E = 0 here, and may come back."""
