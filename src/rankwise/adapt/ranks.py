@@ -184,6 +184,7 @@ class AdaptiveRanks:
         peft_config: Any = None,
     ) -> None:
         self._model, self._peft_config = model, peft_config
+        self._phases = (tinit, tfinal, deltaT)
         self._narrow_when_over = True  # False if a trainer decides when the run is over
         self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # set once layers are narrowed
         warn = WarnOnce()
@@ -247,6 +248,12 @@ class AdaptiveRanks:
             )
         ]
         return RankSummary(rows, budget=sum(row.init_r for row in rows))
+
+    def has_settings(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the run was begun with these values of ``target_r``, ``tinit``, ``tfinal`` and ``deltaT``."""
+        target = check_target(settings["target_r"], self._controller.factors)
+        same_phases = self._phases == tuple(settings[name] for name in ("tinit", "tfinal", "deltaT"))
+        return same_phases and target == self._controller.config.target_r
 
     # Controlling the run.
 
