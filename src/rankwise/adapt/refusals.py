@@ -123,6 +123,7 @@ def _check_layer(pair: PeftPair, adapter: str) -> None:
             f"{pair.path!r} uses {type(variant).__name__}, a variant of LoRA that reads A or B in its own way, so "
             "its ranks can't be cut. Leave that option of LoraConfig out."
         )
+    _check_scale(pair, "the adapter's scale, which `lora_alpha` or `alpha_pattern` sets,")
     if layer.merged_adapters:
         raise ValueError(
             f"The adapters {layer.merged_adapters} are merged into {pair.path!r}: call `unmerge_adapter` first."
@@ -155,10 +156,14 @@ def check_pairs(pairs: Sequence[FactorPair]) -> None:
             raise ValueError(
                 f"{pair.path!r}: `starts_at_zero` is 'A' or 'B', but is {pair.starts_at_zero!r}."
             )
-        scale = pair.scale
-        if not math.isfinite(scale) or scale == 0:
-            raise ValueError(f"{pair.path!r}: `scale` must be finite and not 0, but is {scale}.")
+        _check_scale(pair, "`scale`")
     _check_shared(pairs)
+
+
+def _check_scale(pair: FactorPair, called: str) -> None:
+    scale = pair.scale
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"{pair.path!r}: {called} must be finite and not 0, but is {scale:g}.")
 
 
 def _check_shared(pairs: Sequence[FactorPair]) -> None:

@@ -171,12 +171,18 @@ class Controller:
             The closure that the optimizer must use; None if there was none.
 
         Raises:
-            ValueError: the length of the run is unknown, or the optimizer can't be combined with the penalty.
+            ValueError: the length of the run is unknown, a backward pass is under way, or the optimizer can't be
+                combined with the penalty.
         """
         if self.schedule is None and self.automatic and self.prunes and not self.fixed:
             raise ValueError(
                 "The length of the run is not known: pass `total_step`, or call `set_total_step(n)` with the number of "
                 "optimizer steps before the first one."
+            )
+        if self.prunes and not self.fixed and torch._C._current_graph_task_id() >= 0:
+            raise ValueError(
+                "An optimizer steps inside the backward pass. A cut there would change factors that the rest of the "
+                "pass reads: call `optimizer.step()` after `loss.backward()`."
             )
         self._penalty.refuse_unfit(optimizer)
         if self.optimizers.overdue(optimizer):
