@@ -383,3 +383,39 @@ def test_a_file_in_the_place_of_the_output_is_refused(world: Path, tiny_model: P
     (world / "out").write_text("")
     with pytest.raises(RecipeError, match="which is a file"):
         run(world, tiny_model)
+
+
+# --- two processes, one output -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_a_second_process_does_not_train_into_the_same_output(
+    how: dict[str, bool], world: Path, tiny_model: Path
+) -> None:
+    recipe = load_recipe(write_recipe(world, tiny_model))
+    with Output(recipe).claimed(resume=False, overwrite=False):
+        before = sorted(Output(recipe).folder.iterdir())
+        with pytest.raises(RecipeError, match="Another process is training into the output folder"):
+            train(recipe, console=Console(file=StringIO()), **how)
+        assert sorted(Output(recipe).folder.iterdir()) == before
+    result = train(recipe, console=Console(file=StringIO()), **how)
+    assert Output(recipe).finished and not (result.folder / ".rankwise-training").exists()
+
+
+def test_a_run_that_ended_while_another_one_began_is_not_replaced(
+    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankwise.recipes import run as module
+
+    recipe, real, runs = load_recipe(write_recipe(world, tiny_model)), module.attach, []
+
+    def attach(*args: Any) -> Any:
+        if not runs:
+            runs.append(1)
+            train(recipe, console=Console(file=StringIO()))
+        return real(*args)
+
+    monkeypatch.setattr(module, "attach", attach)
+    with pytest.raises(RecipeError, match="holds a finished adapter"):
+        train(recipe, console=Console(file=StringIO()))
+    assert Output(recipe).finished

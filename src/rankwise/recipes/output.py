@@ -14,12 +14,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rankwise.files.atomic import write_file
+from rankwise.files.locks import lock_file
 from rankwise.recipes.errors import RecipeError
 from rankwise.recipes.places import find_place
 from rankwise.recipes.recipe import BaseRecipe
@@ -34,6 +36,7 @@ _NEEDED = (
     "scheduler.pt",
 )
 _RECIPE, _RESULTS = "recipe.yaml", "results.json"
+_LOCK = ".rankwise-training"  # exists and is locked while a process trains into the folder
 # Files of an earlier run, which --overwrite removes. Other files in the folder stay.
 _OWN_FILES = (_RECIPE, _RESULTS, "config.json", *(name for name in OWNED if name != PICKLE_NAME))
 
@@ -83,6 +86,28 @@ class Output:
                 f"The output folder {str(self.folder)!r} holds an unfinished run. To continue it, add --resume; "
                 "to start again, add --overwrite."
             )
+
+    @contextmanager
+    def claimed(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Keep other processes from training into the folder, which is made if it does not exist.
+
+        Args:
+            resume: as in `check`.
+            overwrite: as in `check`.
+
+        Raises:
+            RecipeError: another process trains into the folder; or as in `check`, because another process has trained
+                into it since.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock_file(self.folder / _LOCK) as free:
+            if not free:
+                raise RecipeError(
+                    f"Another process is training into the output folder {str(self.folder)!r}; `rankwise watch` shows "
+                    "its run. Wait for its end or stop it. Or choose another `output`."
+                )
+            self.check(resume=resume, overwrite=overwrite)
+            yield
 
     def begin(self) -> None:
         """Prepare the folder for a new run: remove earlier checkpoints and results, and write the recipe."""
