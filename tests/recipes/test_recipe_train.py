@@ -419,3 +419,35 @@ def test_a_run_that_ended_while_another_one_began_is_not_replaced(
     with pytest.raises(RecipeError, match="holds a finished adapter"):
         train(recipe, console=Console(file=StringIO()))
     assert Output(recipe).finished
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_whole_model_in_the_output_folder_is_not_replaced(
+    overwrite: bool, world: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(RecipeError, match=r"holds a whole model \(model.safetensors\).*another `output`"):
+        run(world, base, f"output={base}", overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_recipe_of_the_user_in_the_output_folder_is_not_replaced(
+    overwrite: bool, world: Path, tiny_model: Path
+) -> None:
+    path = write_recipe(world, tiny_model, output=str(world))
+    path.write_text(path.read_text() + "# a note of the user\n")
+    before = path.read_text()
+    with pytest.raises(RecipeError, match="is where a run writes its whole recipe"):
+        train(load_recipe(path), console=Console(file=StringIO()), overwrite=overwrite)
+    assert path.read_text() == before
+
+
+def test_a_run_can_be_repeated_from_the_recipe_that_it_wrote(world: Path, tiny_model: Path) -> None:
+    result, _ = run(world, tiny_model)
+    again = load_recipe(result.folder / "recipe.yaml")
+    assert train(again, console=Console(file=StringIO()), overwrite=True).after == result.after

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ _NEEDED = (
     "scheduler.pt",
 )
 _RECIPE, _RESULTS = "recipe.yaml", "results.json"
+_RECIPE_HEAD = "# The whole recipe of this run"
+# Transformers' names for the weights of a whole model, which no run writes.
+_OF_WHOLE_MODELS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _LOCK = ".rankwise-training"  # exists and is locked while a process trains into the folder
 # Files of an earlier run, which --overwrite removes. Other files in the folder stay.
 _OWN_FILES = (_RECIPE, _RESULTS, "config.json", *(name for name in OWNED if name != PICKLE_NAME))
@@ -64,6 +72,7 @@ class Output:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise RecipeError(f"`output` is {str(self.folder)!r}, which is a file. Choose another name.")
+        self._refuse_others_files()
         if resume and overwrite:
             raise RecipeError("--resume continues a run, --overwrite starts it again: choose one.")
         if overwrite:
@@ -85,6 +94,23 @@ class Output:
             raise RecipeError(
                 f"The output folder {str(self.folder)!r} holds an unfinished run. To continue it, add --resume; "
                 "to start again, add --overwrite."
+            )
+
+    def _refuse_others_files(self) -> None:
+        """Refuse a folder with files that the run would replace, though no run has written them."""
+        model = next((name for name in _OF_WHOLE_MODELS if (self.folder / name).exists()), None)
+        if model is not None:
+            raise RecipeError(
+                f"The output folder {str(self.folder)!r} holds a whole model ({model}), whose configuration a run "
+                "would replace. Choose another `output`."
+            )
+        recipe, head = self.folder / _RECIPE, _RECIPE_HEAD
+        with suppress(OSError, ValueError):
+            head = recipe.read_text(encoding="utf-8")
+        if not head.startswith(_RECIPE_HEAD) and "finished" not in self.results:
+            raise RecipeError(
+                f"{str(recipe)!r} is where a run writes its whole recipe, and would be replaced. Move or rename it, or "
+                "choose another `output`."
             )
 
     @contextmanager
@@ -118,7 +144,7 @@ class Output:
         for name in _OWN_FILES:
             (self.folder / name).unlink(missing_ok=True)
         text = yaml.safe_dump(settled(self.recipe), sort_keys=False, allow_unicode=True, width=100)
-        write_file(self.folder / _RECIPE, f"# The whole recipe of this run, defaults included.\n{text}")
+        write_file(self.folder / _RECIPE, f"{_RECIPE_HEAD}, defaults included.\n{text}")
 
     def clear_best(self) -> None:
         """Remove the best adapters that were kept during the run."""
