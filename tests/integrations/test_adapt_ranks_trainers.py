@@ -446,6 +446,22 @@ def test_a_callback_adapts_the_active_adapter_and_not_another_whose_run_has_not_
     assert ranks_of(first).allocation_state.step == step and not ranks_of(first).is_over
 
 
+@pytest.mark.parametrize("whole", [None, ["lm_head"]], ids=str)
+def test_an_adapter_that_is_frozen_is_named_when_training_begins(
+    whole: list[str] | None, tmp_path: Path
+) -> None:
+    with_lora(task_type="CAUSAL_LM", modules_to_save=whole).save_pretrained(tmp_path / "own")
+    model = peft.PeftModel.from_pretrained(llama(), tmp_path / "own")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".modules_to_save." in name)
+    with pytest.raises(ValueError, match=r"'default' is frozen.*is_trainable=True"):
+        trainer_for(tmp_path, rw.AdaptRanks(target_r=2), model).train()
+    model = peft.PeftModel.from_pretrained(llama(), tmp_path / "own", is_trainable=True)
+    callback = rw.AdaptRanks(target_r=2)
+    trainer_for(tmp_path, callback, model).train()
+    assert ranks_of(callback).is_over
+
+
 def test_every_trial_of_a_search_is_a_run_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     from transformers import Trainer, TrainingArguments

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rankwise.adapt.peft_pairs import PeftPair, lora_layers
+from rankwise.adapt.peft_pairs import PeftPair, lora_layers, peft_pairs
 from rankwise.parallel.zero import shape_of
 from rankwise.run.pairs import KEYS, FactorPair
 
@@ -65,6 +65,20 @@ def chosen_adapter(model: Any, adapter: str | None) -> str:
     if len(active) != 1:
         raise ValueError(f"The adapters {sorted(active)} are active: say which one to adapt, `adapter=...`.")
     return str(active[0])
+
+
+def check_trains(model: nn.Module, adapter: str) -> None:
+    """Check that an adapter trains.
+
+    Raises:
+        ValueError: all its factors are frozen.
+    """
+    pairs = peft_pairs(model, adapter)
+    if pairs and not any(pair.parameter(key).requires_grad for pair in pairs for key in KEYS):
+        raise ValueError(
+            f"The adapter {adapter!r} is frozen, so its ranks can't adapt. If you loaded it, pass "
+            "`is_trainable=True` to `PeftModel.from_pretrained`. Otherwise activate it with `model.set_adapter(...)`."
+        )
 
 
 def check_adapter(config: Any, adapter: str, pairs: Sequence[PeftPair]) -> None:

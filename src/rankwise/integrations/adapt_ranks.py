@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from rankwise.adapt.peft_pairs import lora_model
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
-from rankwise.adapt.refusals import check_model, chosen_adapter
+from rankwise.adapt.refusals import check_model, check_trains, chosen_adapter
 from rankwise.config import AdaLoraConfig
 from rankwise.integrations.common import own_model
 from rankwise.integrations.transformers import add_metrics, install
@@ -99,6 +99,10 @@ class AdaptRanks(TrainerCallback, ExportableState):
                 return
             ranks.detach()
             ranks = None
+        if found is not None:
+            check_trains(
+                found, chosen_adapter(found, self._settings["adapter"]) if ranks is None else ranks.adapter
+            )
         if ranks is None:
             ranks = adapt_ranks(target, total_step=state.max_steps, **self._settings)
         elif not state.global_step:
