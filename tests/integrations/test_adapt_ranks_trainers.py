@@ -462,6 +462,21 @@ def test_an_adapter_that_is_frozen_is_named_when_training_begins(
     assert ranks_of(callback).is_over
 
 
+def test_a_run_that_is_detached_while_it_trains_goes_on_as_plain_lora(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Detach(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+            if state.global_step == 4:
+                ranks_of(callback).detach()
+
+    callback = rw.AdaptRanks(target_r=2, **PHASES)
+    trainer = trainer_for(tmp_path, callback, callbacks=[Detach()], save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert ranks_of(callback).allocation_state.step == 4
+    assert peft.PeftConfig.from_pretrained(tmp_path / f"checkpoint-{STEPS}").r == 4
+
+
 def test_every_trial_of_a_search_is_a_run_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     from transformers import Trainer, TrainingArguments

@@ -177,7 +177,7 @@ def check_pairs(pairs: Sequence[FactorPair]) -> None:
 def _check_scale(pair: FactorPair, called: str) -> None:
     scale = pair.scale
     if not math.isfinite(scale) or scale == 0:
-        raise ValueError(f"{pair.path!r}: {called} must be finite and not 0, but is {scale:g}.")
+        raise ValueError(f"{pair.path!r}: {called} must be finite and not 0, but is {scale}.")
 
 
 def _check_shared(pairs: Sequence[FactorPair]) -> None:
