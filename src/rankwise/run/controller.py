@@ -55,6 +55,7 @@ class Controller:
         self.history.record(0, self.initial, list(factors.layout.block_ranks))
         self._penalty = AddedPenalty(factors, config.orth_reg_weight)
         self.optimizers = Optimizers(factors, warn)
+        self._stopped = False
         self._heard = False  # hooks have reported a step, so steps are observed without a call by hand
         self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
         self.finished_by = "model.finalize_ranks()"  # the call that a warning recommends to the user
@@ -67,7 +68,8 @@ class Controller:
         self.factors.tensors.remove()
 
     def stop(self) -> None:
-        """Stop listening. Steps no longer count."""
+        """Stop listening. Steps no longer count, also in copies."""
+        self._stopped = True
         stop_listening(self)
 
     def known_optimizers(self) -> list[Optimizer]:
@@ -79,7 +81,8 @@ class Controller:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        listen(self)
+        if not self._stopped:
+            listen(self)
 
     # Budget and schedule.
 
