@@ -451,3 +451,18 @@ def test_a_run_can_be_repeated_from_the_recipe_that_it_wrote(world: Path, tiny_m
     result, _ = run(world, tiny_model)
     again = load_recipe(result.folder / "recipe.yaml")
     assert train(again, console=Console(file=StringIO()), overwrite=True).after == result.after
+
+
+def test_an_output_folder_that_can_not_be_written_is_refused_before_anything_is_read(
+    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    (world / "file").write_text("")
+    with pytest.raises(RecipeError, match=r"/file' is read-only, or no folder. Choose another `output`"):
+        run(world, tiny_model, f"output={world / 'file' / 'out'}")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != world and real(path, mode))
+    with pytest.raises(RecipeError, match="can't be written"):
+        run(world, tiny_model, f"output={world / 'deep' / 'out'}")
+    assert not (world / "deep").exists()

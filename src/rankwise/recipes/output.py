@@ -12,6 +12,7 @@ best-450/              the best adapter so far, removed when training is done
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -68,13 +69,19 @@ class Output:
             overwrite: whether to replace the run in the folder.
 
         Raises:
-            RecipeError: the folder is taken, or holds a run of another recipe.
+            RecipeError: the folder is taken, can't be written, or holds a run of another recipe.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise RecipeError(f"`output` is {str(self.folder)!r}, which is a file. Choose another name.")
         self._refuse_others_files()
         if resume and overwrite:
             raise RecipeError("--resume continues a run, --overwrite starts it again: choose one.")
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not (resume and self.finished) and not os.access(there, os.W_OK | os.X_OK):
+            raise RecipeError(
+                f"The output folder {str(self.folder)!r} can't be written: {str(there)!r} is read-only, or no folder. "
+                "Choose another `output`."
+            )
         if overwrite:
             return
         if resume:
