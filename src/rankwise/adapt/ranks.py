@@ -250,7 +250,7 @@ class AdaptiveRanks:
         ]
         return RankSummary(rows, budget=sum(row.init_r for row in rows))
 
-    def has_settings(self, settings: Mapping[str, Any]) -> bool:
+    def _has_settings(self, settings: Mapping[str, Any]) -> bool:
         """Whether the run was begun with these values of ``target_r``, ``tinit``, ``tfinal`` and ``deltaT``."""
         target = check_target(settings["target_r"], self._controller.factors)
         same_phases = self._phases == tuple(settings[name] for name in ("tinit", "tfinal", "deltaT"))

@@ -124,7 +124,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
         if not handles or self.ranks in handles.values():
             return self.ranks if handles else None
         handle = handles.get(chosen_adapter(model, self._settings["adapter"]))
-        if handle is not None and not handle.is_over and not handle.has_settings(self._settings):
+        if handle is not None and not handle.is_over and not handle._has_settings(self._settings):
             raise ValueError(
                 f"The ranks of adapter {handle.adapter!r} adapt already, in a run that has not ended and has other "
                 "settings than this `AdaptRanks`. End that run first: call `finalize_ranks()` of its handle, which "
