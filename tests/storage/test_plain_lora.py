@@ -201,3 +201,19 @@ def test_peft_and_exports_keep_the_trained_biases_of_layers_at_rank_0(bias: str,
         for load in (peft.PeftModel.from_pretrained, rw.PeftModel.from_pretrained):
             loaded = load(nested(), tmp_path / folder).eval()
             torch.testing.assert_close(output(loaded), output(model), rtol=1e-5, atol=1e-6)
+
+
+def test_peft_keeps_the_new_rows_of_an_adapted_embedding_that_ended_at_rank_0(tmp_path: Path) -> None:
+    def resized(seed: int) -> Any:
+        model = llama()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(model.config.vocab_size + 4, mean_resizing=False)
+        return model.eval()
+
+    config = rw.AdaLoraConfig(init_r=4, target_r=1, total_step=9, target_modules=["embed_tokens", "q_proj"])
+    model = rw.get_peft_model(resized(1), config).eval()
+    mix_ranks(model, lambda _, path: 0 if "embed" in path else 2)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    last = torch.tensor([[model.config.vocab_size - 1, 1]])
+    for load in (peft.PeftModel.from_pretrained, rw.PeftModel.from_pretrained):
+        torch.testing.assert_close(load(resized(2), tmp_path).eval()(last).logits, model(last).logits)
