@@ -212,6 +212,20 @@ def test_dora_keeps_its_magnitudes_even_in_layers_at_rank_0(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_saved_even_in_layers_at_rank_0(bias: str, tmp_path: Path) -> None:
+    model = with_lora("linear", bias=bias)
+    ranks = rw.adapt_ranks(model, target_r=1 / 3, **SCHEDULE)
+    train(model, "linear")
+    x, _ = examples("linear")
+    assert ranks.is_over and ranks.rank_summary().total_rank < 3
+
+    model.save_pretrained(tmp_path)
+
+    again = peft.PeftModel.from_pretrained(base("linear"), tmp_path)
+    assert torch.allclose(again(x), model(x), rtol=1e-6, atol=1e-7)
+
+
 def test_one_of_several_adapters_adapts_and_the_others_stay(tmp_path: Path) -> None:
     model = with_lora("linear")
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False))
@@ -404,6 +418,45 @@ def test_after_detach_ranks_stay_as_they_are() -> None:
     train(model, "linear", steps=STEPS)
     assert ranks.rank_history.records[-1].ranks == before
     rw.adapt_ranks(model, target_r=1, **SCHEDULE)  # a new run may begin
+
+
+def test_the_handle_can_be_asked_after_detach_and_refuses_to_go_on() -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    train(model, "linear", steps=8)
+    saved, state, summary = ranks.state_dict(), ranks.allocation_state, ranks.rank_summary()
+    ranks.detach()
+    assert ranks.is_over and (ranks.allocation_state, ranks.rank_summary()) == (state, summary)
+    ranks.update_and_allocate(9)
+    ranks.end()
+    ranks.detach()
+    assert "default" in model.base_model.model[0].lora_A and ranks.allocation_state == state
+    for call in (ranks.finalize_ranks, ranks.state_dict, lambda: ranks.load_state_dict(saved)):
+        with pytest.raises(ValueError, match=r"detach\(\)"):
+            call()
+
+
+def test_a_state_is_not_loaded_into_narrowed_layers() -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    train(model, "linear", steps=8)
+    saved = ranks.state_dict()
+    train(model, "linear", steps=STEPS - 8)
+    with pytest.raises(ValueError, match=r"layers are narrowed.*attach the adapter anew"):
+        ranks.load_state_dict(saved)
+
+
+def test_resuming_with_another_scale_is_told(tmp_path: Path) -> None:
+    model = with_lora("linear")
+    saved = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    train(model, "linear", steps=8)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base("linear"), tmp_path, is_trainable=True)
+    for other in (with_lora("linear"), again):  # no warning
+        rw.adapt_ranks(other, target_r=1, **SCHEDULE).load_state_dict(saved.state_dict())
+    louder = rw.adapt_ranks(with_lora("linear", lora_alpha=80), target_r=1, **SCHEDULE)
+    with pytest.warns(UserWarning, match=r"scale that it began with, 2 .* give 20, which is not used"):
+        louder.load_state_dict(saved.state_dict())
 
 
 # A user's own LoRA.

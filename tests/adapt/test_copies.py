@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,3 +28,17 @@ def test_a_copy_goes_on_as_the_original_does_and_neither_touches_the_other(
     assert again.allocation_state.step == 12
     assert train(other, "linear", STEPS - 12) == losses
     assert again.is_over and again.rank_history == ranks.rank_history
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_of_a_model_whose_run_is_over_trains_on_without_a_warning(
+    copied: Callable[[Any], Any],
+) -> None:
+    model = with_lora("linear")
+    rw.adapt_ranks(model, target_r=1.5, total_step=STEPS, tfinal=15)
+    train(model, "linear")
+    other = copied(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = train(other, "linear", steps=5)
+    assert losses[-1] < losses[0]

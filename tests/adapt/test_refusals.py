@@ -25,6 +25,8 @@ def untouched(model: Any, before: dict[str, torch.Tensor]) -> bool:
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"lora_bias": True}, "lora_bias"),
+        ({"lora_alpha": 0}, "'0': the adapter's scale, which `lora_alpha`"),
+        ({"alpha_pattern": {"2": float("inf")}}, "'2': the adapter's scale, which `lora_alpha`"),
     ],
 )
 def test_adapters_whose_meaning_would_change_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
@@ -33,7 +35,7 @@ def test_adapters_whose_meaning_would_change_are_refused_by_name(changes: dict[s
     with pytest.raises(ValueError, match=named):
         rw.adapt_ranks(model, target_r=2, total_step=10)
     assert untouched(model, before)
-    assert model.base_model.model[0].scaling["default"] == 2.0
+    assert model.base_model.model[0].scaling["default"] == (2.0 if changes.get("lora_alpha", 8) else 0.0)
 
 
 def test_loftq_is_refused() -> None:
@@ -195,3 +197,15 @@ def test_the_state_of_another_run_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="total_step"):
         one.load_state_dict(longer.state_dict())
     assert one.allocation_state.total_step == 10
+
+
+def test_an_optimizer_that_steps_inside_the_backward_pass_is_refused() -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=2, total_step=10, tinit=1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            optimizer = torch.optim.SGD([parameter], lr=0.1)
+            parameter.register_post_accumulate_grad_hook(lambda _, own=optimizer: own.step())  # type: ignore[misc]
+    with pytest.raises(ValueError, match="inside the backward pass"):
+        model(torch.randn(4, 8, dtype=torch.float64)).sum().backward()
+    assert ranks.allocation_state.step == 0

@@ -124,7 +124,23 @@ def test_a_full_disk_is_reported_as_the_users_problem(
     monkeypatch.setattr("rankwise.recipes.run.save", full)
     code, _, err = call("train", write_recipe(world, tiny_model))
     assert code == 2
-    assert "No space left on device: adapter_model.safetensors" in err
+    assert "No space left on device: adapter_model.safetensors. Complete checkpoints are kept" in err
+
+
+@pytest.mark.parametrize("largest", [4_000, 8_000, 12_000])
+def test_a_checkpoint_that_can_not_be_written_is_the_users_problem_and_the_run_resumes(
+    world: Path, tiny_model: Path, largest: int
+) -> None:
+    """PyTorch's writer has errors of its own for optimizer.pt."""
+    resource = pytest.importorskip("resource")
+    recipe = write_recipe(world, tiny_model, training__save_steps=3)
+    limits = (largest, resource.RLIM_INFINITY)
+    process = start("train", recipe, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "Traceback" not in err, err
+    assert "Complete checkpoints are kept: continue with --resume." in err
+    code, _, err = call("train", recipe, "--resume")
+    assert code == 0, err
 
 
 def test_a_missing_extra_is_named_with_its_install_command(

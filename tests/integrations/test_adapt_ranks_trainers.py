@@ -396,6 +396,87 @@ def test_a_new_trainer_with_a_new_callback_adapts_the_narrowed_adapter_further(t
     assert_loads_in_peft(trainer.model, tmp_path / "saved", llama())
 
 
+def stopped_early(folder: Path, target_r: float | None = 2) -> tuple[Any, rw.AdaptRanks]:
+    """A trainer that stopped before the last cut, and its callback."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    callback = rw.AdaptRanks(target_r=target_r, **PHASES)
+    trainer = trainer_for(folder, callback, callbacks=[Stop()])
+    with pytest.warns(UserWarning, match="finalize_ranks"):
+        trainer.train()
+    assert not ranks_of(callback).is_over
+    return trainer, callback
+
+
+@pytest.mark.parametrize("changes", [{"target_r": 1}, {"tinit": 0}, {"tfinal": None}, {"deltaT": 2}], ids=str)
+def test_a_new_callback_with_other_settings_is_not_ignored_while_a_run_has_not_ended(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    trainer, first = stopped_early(tmp_path)
+    before = {name: value.clone() for name, value in trained(trainer.model).items()}
+    settings = {"target_r": 2, **PHASES, **changes}
+    with pytest.raises(ValueError, match="adapt already, in a run that has not ended and has other settings"):
+        trainer_for(tmp_path, rw.AdaptRanks(**settings), trainer.model)
+    assert all(torch.equal(before[name], value) for name, value in trained(trainer.model).items())
+    ranks_of(first).finalize_ranks()
+    again = rw.AdaptRanks(target_r=1)
+    trainer_for(tmp_path, again, trainer.model).train()
+    assert ranks_of(again) is not ranks_of(first) and ranks_of(again).is_over
+
+
+def test_a_new_callback_with_the_same_settings_continues_a_run_that_has_not_ended(tmp_path: Path) -> None:
+    trainer, first = stopped_early(tmp_path, target_r=None)
+    again = rw.AdaptRanks(target_r=2, **PHASES)
+    trainer_for(tmp_path, again, trainer.model).train()
+    assert ranks_of(again) is ranks_of(first) and ranks_of(again).is_over
+
+
+def test_a_callback_adapts_the_active_adapter_and_not_another_whose_run_has_not_ended(tmp_path: Path) -> None:
+    trainer, first = stopped_early(tmp_path)
+    trainer.model.add_adapter("other", lora())
+    trainer.model.set_adapter("other")
+    step = ranks_of(first).allocation_state.step
+    callback = rw.AdaptRanks(target_r=1)
+    trainer_for(tmp_path, callback, trainer.model).train()
+    assert ranks_of(callback).adapter == "other" and ranks_of(callback).is_over
+    assert ranks_of(first).allocation_state.step == step and not ranks_of(first).is_over
+
+
+@pytest.mark.parametrize("whole", [None, ["lm_head"]], ids=str)
+def test_an_adapter_that_is_frozen_is_named_when_training_begins(
+    whole: list[str] | None, tmp_path: Path
+) -> None:
+    with_lora(task_type="CAUSAL_LM", modules_to_save=whole).save_pretrained(tmp_path / "own")
+    model = peft.PeftModel.from_pretrained(llama(), tmp_path / "own")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".modules_to_save." in name)
+    with pytest.raises(ValueError, match=r"'default' is frozen.*is_trainable=True"):
+        trainer_for(tmp_path, rw.AdaptRanks(target_r=2), model).train()
+    model = peft.PeftModel.from_pretrained(llama(), tmp_path / "own", is_trainable=True)
+    callback = rw.AdaptRanks(target_r=2)
+    trainer_for(tmp_path, callback, model).train()
+    assert ranks_of(callback).is_over
+
+
+def test_a_run_that_is_detached_while_it_trains_goes_on_as_plain_lora(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Detach(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+            if state.global_step == 4:
+                ranks_of(callback).detach()
+
+    callback = rw.AdaptRanks(target_r=2, **PHASES)
+    trainer = trainer_for(tmp_path, callback, callbacks=[Detach()], save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert ranks_of(callback).allocation_state.step == 4
+    assert peft.PeftConfig.from_pretrained(tmp_path / f"checkpoint-{STEPS}").r == 4
+
+
 def test_every_trial_of_a_search_is_a_run_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     from transformers import Trainer, TrainingArguments

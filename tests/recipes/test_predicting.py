@@ -298,6 +298,10 @@ def test_llama_cpps_refusal_of_a_classifier_names_a_command_that_works(reviews: 
     code, said, error = call("export", reviews / "out", "--to", "merged", "-o", tmp_path / "merged")
     assert code == 0, error
     assert "BertForSequenceClassification.from_pretrained" in said
+    code, _, error = call("export", reviews / "out", "--to", "merged", "-o", reviews / "out", "--overwrite")
+    assert (
+        code == 2 and "holds an adapter" in error and (reviews / "out" / "adapter_model.safetensors").exists()
+    )
 
 
 def test_a_classifier_of_pefts_is_merged_with_its_head(bert: Path, tmp_path: Path) -> None:

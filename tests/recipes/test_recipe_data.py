@@ -89,6 +89,14 @@ def test_a_row_without_a_label_is_named_by_file_and_line(world: Path) -> None:
     assert "reviews.jsonl, line 3 has no label" in message(world, data__train=str(world / "reviews.jsonl"))
 
 
+@pytest.mark.parametrize("value", [["a", "b"], ["a"], {"a": 1}], ids=str)
+def test_a_row_with_several_labels_is_named_by_file_and_line(world: Path, value: object) -> None:
+    texts = [json.dumps({"text": f"some {i} words", "label": value}) for i in range(6)]
+    (world / "reviews.jsonl").write_text("\n".join(texts))
+    said = message(world, data__train=str(world / "reviews.jsonl"))
+    assert f"reviews.jsonl, line 1 holds {value} in 'label', where one label is expected." in said
+
+
 def test_many_bad_rows_are_counted(world: Path) -> None:
     (world / "reviews.csv").write_text("text,label\n" + "some,a\n" + "word,\n" * 10)
     said = message(world)

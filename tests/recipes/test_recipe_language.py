@@ -221,6 +221,22 @@ def test_texts_need_not_be_packed(world: Path, model: Path) -> None:
     assert len(data.train) == 54 and len({len(ids) for ids in data.train["input_ids"]}) > 1
 
 
+def test_chats_without_an_answer_to_learn_are_refused_with_the_reason(world: Path, model: Path) -> None:
+    data = form(world, "messages")
+    names = {"user": "human", "assistant": "gpt"}
+    renamed = [
+        {"messages": [{**turn, "role": names[turn["role"]]} for turn in chat["messages"]]} for chat in chats()
+    ]
+    write_lines(world / "chats.jsonl", renamed)
+    said = refusal(world, model, data)
+    assert "what the role 'assistant' says, but the roles are 'gpt', 'human'. Rename them" in said
+    long = [
+        {"messages": [{"role": "user", "content": "what " * 90}, chat["messages"][1]]} for chat in chats()
+    ]
+    write_lines(world / "chats.jsonl", long)
+    assert "No answer begins in the first 64 tokens. Raise `data.max_length`" in refusal(world, model, data)
+
+
 def test_long_examples_are_cut_dropped_or_refused_as_the_recipe_says(world: Path, model: Path) -> None:
     rows = questions()
     rows[4]["answer"] = rows[9]["answer"] = "cold " * 90

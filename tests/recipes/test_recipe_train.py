@@ -383,3 +383,86 @@ def test_a_file_in_the_place_of_the_output_is_refused(world: Path, tiny_model: P
     (world / "out").write_text("")
     with pytest.raises(RecipeError, match="which is a file"):
         run(world, tiny_model)
+
+
+# --- two processes, one output -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_a_second_process_does_not_train_into_the_same_output(
+    how: dict[str, bool], world: Path, tiny_model: Path
+) -> None:
+    recipe = load_recipe(write_recipe(world, tiny_model))
+    with Output(recipe).claimed(resume=False, overwrite=False):
+        before = sorted(Output(recipe).folder.iterdir())
+        with pytest.raises(RecipeError, match="Another process is training into the output folder"):
+            train(recipe, console=Console(file=StringIO()), **how)
+        assert sorted(Output(recipe).folder.iterdir()) == before
+    result = train(recipe, console=Console(file=StringIO()), **how)
+    assert Output(recipe).finished and not (result.folder / ".rankwise-training").exists()
+
+
+def test_a_run_that_ended_while_another_one_began_is_not_replaced(
+    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankwise.recipes import run as module
+
+    recipe, real, runs = load_recipe(write_recipe(world, tiny_model)), module.attach, []
+
+    def attach(*args: Any) -> Any:
+        if not runs:
+            runs.append(1)
+            train(recipe, console=Console(file=StringIO()))
+        return real(*args)
+
+    monkeypatch.setattr(module, "attach", attach)
+    with pytest.raises(RecipeError, match="holds a finished adapter"):
+        train(recipe, console=Console(file=StringIO()))
+    assert Output(recipe).finished
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_whole_model_in_the_output_folder_is_not_replaced(
+    overwrite: bool, world: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(RecipeError, match=r"holds a whole model \(model.safetensors\).*another `output`"):
+        run(world, base, f"output={base}", overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_recipe_of_the_user_in_the_output_folder_is_not_replaced(
+    overwrite: bool, world: Path, tiny_model: Path
+) -> None:
+    path = write_recipe(world, tiny_model, output=str(world))
+    path.write_text(path.read_text() + "# a note of the user\n")
+    before = path.read_text()
+    with pytest.raises(RecipeError, match="is where a run writes its whole recipe"):
+        train(load_recipe(path), console=Console(file=StringIO()), overwrite=overwrite)
+    assert path.read_text() == before
+
+
+def test_a_run_can_be_repeated_from_the_recipe_that_it_wrote(world: Path, tiny_model: Path) -> None:
+    result, _ = run(world, tiny_model)
+    again = load_recipe(result.folder / "recipe.yaml")
+    assert train(again, console=Console(file=StringIO()), overwrite=True).after == result.after
+
+
+def test_an_output_folder_that_can_not_be_written_is_refused_before_anything_is_read(
+    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    (world / "file").write_text("")
+    with pytest.raises(RecipeError, match=r"/file' is read-only, or no folder. Choose another `output`"):
+        run(world, tiny_model, f"output={world / 'file' / 'out'}")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != world and real(path, mode))
+    with pytest.raises(RecipeError, match="can't be written"):
+        run(world, tiny_model, f"output={world / 'deep' / 'out'}")
+    assert not (world / "deep").exists()

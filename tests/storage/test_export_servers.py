@@ -403,6 +403,19 @@ def test_merging_takes_less_memory_than_the_model_has(tmp_path: Path) -> None:
     assert torch.equal(made[:, 7], torch.arange(10_000.0)) and made.shape == weight.shape
 
 
+@pytest.mark.parametrize("place", ["own", "other", "base"])
+def test_no_merged_model_replaces_an_adapter_or_its_base(tmp_path: Path, place: str) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    for name in ("own", "other"):
+        of_peft(tmp_path / name, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    before = {path.name: path.read_bytes() for path in (tmp_path / place).iterdir()}
+    with pytest.raises(ValueError, match="Give another place"):
+        rw.export_adapter(
+            tmp_path / place, tmp_path / "own", "merged", base=tmp_path / "base", overwrite=True
+        )
+    assert {path.name: path.read_bytes() for path in (tmp_path / place).iterdir()} == before
+
+
 def test_merged_refuses_bases_that_it_would_spoil(tmp_path: Path) -> None:
     of_peft(tmp_path / "own", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     of_peft(tmp_path / "embedding", peft.LoraConfig(r=2, target_modules=["embed_tokens"]))

@@ -182,3 +182,38 @@ def test_training_goes_on_from_a_finished_folder_with_its_ranks(tmp_path: Path) 
         optimizer.zero_grad()
     assert not torch.allclose(output(model), before)
     assert {row.path: row.rank for row in model.rank_summary().layers} == ranks
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_peft_and_exports_keep_the_trained_biases_of_layers_at_rank_0(bias: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules="all-linear", bias=bias)  # type: ignore[arg-type]
+    model = rw.get_peft_model(nested(), config).eval()
+    mix_ranks(model, lambda _, path: 0 if path.startswith("block") else 2)
+    with torch.no_grad():
+        for layer in model.block.children():
+            if isinstance(layer, nn.Linear):
+                layer.bias += 1
+    model.save_pretrained(tmp_path / "own")
+    rw.save_as_lora(tmp_path / "lora", model)
+    rw.save_as_lora(tmp_path / "again", tmp_path / "own")
+    for folder in ("own", "lora", "again"):
+        for load in (peft.PeftModel.from_pretrained, rw.PeftModel.from_pretrained):
+            loaded = load(nested(), tmp_path / folder).eval()
+            torch.testing.assert_close(output(loaded), output(model), rtol=1e-5, atol=1e-6)
+
+
+def test_peft_keeps_the_new_rows_of_an_adapted_embedding_that_ended_at_rank_0(tmp_path: Path) -> None:
+    def resized(seed: int) -> Any:
+        model = llama()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(model.config.vocab_size + 4, mean_resizing=False)
+        return model.eval()
+
+    config = rw.AdaLoraConfig(init_r=4, target_r=1, total_step=9, target_modules=["embed_tokens", "q_proj"])
+    model = rw.get_peft_model(resized(1), config).eval()
+    mix_ranks(model, lambda _, path: 0 if "embed" in path else 2)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    last = torch.tensor([[model.config.vocab_size - 1, 1]])
+    for load in (peft.PeftModel.from_pretrained, rw.PeftModel.from_pretrained):
+        torch.testing.assert_close(load(resized(2), tmp_path).eval()(last).logits, model(last).logits)

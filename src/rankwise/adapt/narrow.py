@@ -51,7 +51,7 @@ def narrow(
     for inner, outer in same_ranks(list(pairs)).items():
         ranks[inner] = ranks[outer] = max(ranks[inner], ranks[outer])
     for n, pair in enumerate(pairs):
-        if not ranks[n] and pair.adapter in pair.layer.lora_variant:  # DoRA's magnitudes act without any rank
+        if not ranks[n] and _acts_without_ranks(model, pair):
             ranks[n] = 1
     for optimizer in optimizers:
         forget_all_together(optimizer)
@@ -66,6 +66,14 @@ def narrow(
     for pair in sorted(dropped, key=lambda each: each.name.count("."), reverse=True):
         _drop_layer(model, pair, optimizers)
     return stay, dropped
+
+
+def _acts_without_ranks(model: Any, pair: PeftPair) -> bool:
+    """Whether PEFT saves more of an adapted layer than A and B: DoRA's magnitudes, or its bias."""
+    if pair.adapter in pair.layer.lora_variant:
+        return True
+    saves_bias = model.peft_config[pair.adapter].bias == "lora_only"
+    return saves_bias and getattr(pair.layer.get_base_layer(), "bias", None) is not None
 
 
 def _narrow_layer(pair: PeftPair, kept: Tensor, rank: int, optimizers: Sequence[Optimizer]) -> None:

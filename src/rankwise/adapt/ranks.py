@@ -184,8 +184,10 @@ class AdaptiveRanks:
         peft_config: Any = None,
     ) -> None:
         self._model, self._peft_config = model, peft_config
+        self._phases = (tinit, tfinal, deltaT)
         self._narrow_when_over = True  # False if a trainer decides when the run is over
-        self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # set once layers are narrowed
+        self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # set once the run is over
+        self._detached = False
         warn = WarnOnce()
         self._tensors = OwnTensors(pairs[0].device)
         factors = Factors(pairs, self._tensors)
@@ -248,6 +250,12 @@ class AdaptiveRanks:
         ]
         return RankSummary(rows, budget=sum(row.init_r for row in rows))
 
+    def _has_settings(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the run was begun with these values of ``target_r``, ``tinit``, ``tfinal`` and ``deltaT``."""
+        target = check_target(settings["target_r"], self._controller.factors)
+        same_phases = self._phases == tuple(settings[name] for name in ("tinit", "tfinal", "deltaT"))
+        return same_phases and target == self._controller.config.target_r
+
     # Controlling the run.
 
     def leave_the_end_to(self, trainer: bool = True, handle: str = "ranks") -> None:
@@ -269,7 +277,7 @@ class AdaptiveRanks:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run is over, so that the layers are narrowed and no rank changes any more."""
+        """Whether no rank changes any more: the layers are narrowed, or `detach` was called."""
         return self._in_the_end is not None
 
     def begin_anew(self, total_step: int) -> None:
@@ -300,7 +308,8 @@ class AdaptiveRanks:
         Args:
             global_step: optimizer step, from 1.
         """
-        self._controller.update_and_allocate(global_step)
+        if not self.is_over:
+            self._controller.update_and_allocate(global_step)
 
     @torch.inference_mode(False)
     def finalize_ranks(self) -> None:
@@ -310,12 +319,20 @@ class AdaptiveRanks:
         processes train together, call it in all of them, once the model is out of its wrapper. If the parameters are
         sharded over processes (``fully_shard``, ZeRO), the layers are not narrowed. The ranks that are off then stay
         in the factors as zeros, and the outputs are the same.
+
+        Raises:
+            ValueError: `detach` was called.
         """
+        if self._detached:
+            raise ValueError("`detach()` has ended this run: begin another one with `adapt_ranks`.")
         self._controller.finalize_ranks()
         self._narrow()
 
     def detach(self) -> None:
         """Stop adapting ranks. The adapter stays as it is, and trains as plain LoRA from here on."""
+        if not self.is_over:
+            self._in_the_end = (self.allocation_state, self.rank_summary())
+            self._detached = True
         self._controller.detach()
         if self._model is not None:
             vars(self._model).get(HANDLES, {}).pop(self.adapter, None)
@@ -330,8 +347,7 @@ class AdaptiveRanks:
         Raises:
             ValueError: the run is over, so there is nothing to resume.
         """
-        if self.is_over:
-            raise ValueError("The run is over and its layers are narrowed: there is nothing to resume.")
+        self._refuse_if_over()
         ends = torch.tensor(self._choice.end_scales, dtype=torch.float64)
         return {**self._tensors.state_dict(), "run": packed_state(self._controller), "end_scales": ends}
 
@@ -342,23 +358,42 @@ class AdaptiveRanks:
             state: result of `state_dict`.
 
         Raises:
-            ValueError: the state is damaged, or belongs to another run.
+            ValueError: the state is damaged or belongs to another run, or this run is over.
         """
+        self._refuse_if_over()
         ends, packed = state.get("end_scales"), state.get("run")
         if ends is None or packed is None or len(ends) != len(self._choice.end_scales):
             raise ValueError(
                 "This is not the state of a run on these layers. Pass what `state_dict()` of the interrupted run gave, "
                 "on a model with the same LoRA layers and ranks."
             )
-        before = self._tensors.state_dict()
+        before, mine = self._tensors.state_dict(), self._choice.end_scales
         self._tensors.load_state_dict(dict(state))
         try:
             load_packed_state(self._controller, packed)
         except ValueError:
             self._tensors.load_state_dict(before)
             raise
+        self._warn_of_scales(mine, ends.tolist())
         self._choice.end_scales = ends.tolist()
         self._sync()
+
+    def _refuse_if_over(self) -> None:
+        if self.is_over:
+            what = "was ended by `detach()`" if self._detached else "is over and its layers are narrowed"
+            raise ValueError(
+                f"The run {what}: there is nothing to resume. To go on from an earlier state, load the base model, "
+                "attach the adapter anew and call `adapt_ranks`."
+            )
+
+    def _warn_of_scales(self, mine: Sequence[float], ends: Sequence[float]) -> None:
+        """Warn if the configuration gives other scales than the loaded run has, now or at its end."""
+        now = [pair.scale for pair in self._controller.factors.pairs]  # those of an adapter saved in mid-run
+        if not any(torch.allclose(torch.tensor(mine), torch.tensor(each)) for each in (ends, now)):
+            self._controller.warn(
+                f"The run goes on with the scale that it began with, {ends[0]:g} in the first layer at the end. "
+                f"`lora_alpha` and `r` here give {mine[0]:g}, which is not used."
+            )
 
     # After a cut, and at the end.
 

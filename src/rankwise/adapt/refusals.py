@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rankwise.adapt.peft_pairs import PeftPair, lora_layers
+from rankwise.adapt.peft_pairs import PeftPair, lora_layers, peft_pairs
 from rankwise.parallel.zero import shape_of
 from rankwise.run.pairs import KEYS, FactorPair
 
@@ -67,6 +67,20 @@ def chosen_adapter(model: Any, adapter: str | None) -> str:
     return str(active[0])
 
 
+def check_trains(model: nn.Module, adapter: str) -> None:
+    """Check that an adapter trains.
+
+    Raises:
+        ValueError: all its factors are frozen.
+    """
+    pairs = peft_pairs(model, adapter)
+    if pairs and not any(pair.parameter(key).requires_grad for pair in pairs for key in KEYS):
+        raise ValueError(
+            f"The adapter {adapter!r} is frozen, so its ranks can't adapt. If you loaded it, pass "
+            "`is_trainable=True` to `PeftModel.from_pretrained`. Otherwise activate it with `model.set_adapter(...)`."
+        )
+
+
 def check_adapter(config: Any, adapter: str, pairs: Sequence[PeftPair]) -> None:
     """Check that the ranks of an adapter can be adapted.
 
@@ -123,6 +137,7 @@ def _check_layer(pair: PeftPair, adapter: str) -> None:
             f"{pair.path!r} uses {type(variant).__name__}, a variant of LoRA that reads A or B in its own way, so "
             "its ranks can't be cut. Leave that option of LoraConfig out."
         )
+    _check_scale(pair, "the adapter's scale, which `lora_alpha` or `alpha_pattern` sets,")
     if layer.merged_adapters:
         raise ValueError(
             f"The adapters {layer.merged_adapters} are merged into {pair.path!r}: call `unmerge_adapter` first."
@@ -155,10 +170,14 @@ def check_pairs(pairs: Sequence[FactorPair]) -> None:
             raise ValueError(
                 f"{pair.path!r}: `starts_at_zero` is 'A' or 'B', but is {pair.starts_at_zero!r}."
             )
-        scale = pair.scale
-        if not math.isfinite(scale) or scale == 0:
-            raise ValueError(f"{pair.path!r}: `scale` must be finite and not 0, but is {scale}.")
+        _check_scale(pair, "`scale`")
     _check_shared(pairs)
+
+
+def _check_scale(pair: FactorPair, called: str) -> None:
+    scale = pair.scale
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"{pair.path!r}: {called} must be finite and not 0, but is {scale}.")
 
 
 def _check_shared(pairs: Sequence[FactorPair]) -> None:

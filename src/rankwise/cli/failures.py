@@ -23,12 +23,16 @@ EXTRAS = 'pip install "rankwise[train,report]"'
 _EXTRA_OF = dict.fromkeys(("optuna", "psutil", "sqlalchemy"), 'pip install "rankwise[sweep]"')
 
 
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+
+
 @contextlib.contextmanager
-def failures(*mendable: type[Exception]) -> Iterator[None]:
+def failures(*mendable: type[Exception], kept: str = "") -> Iterator[None]:
     """Turn the exceptions of a ``with`` block into messages and exit codes.
 
     Args:
         mendable: exception types, in addition to `RecipeError`, whose messages tell the user what to correct.
+        kept: what is left of the work, and how to continue, if a file can't be written.
     """
     try:
         yield
@@ -45,10 +49,24 @@ def failures(*mendable: type[Exception]) -> Iterator[None]:
             f"The Python package {name!r} is missing. Install: {extra}" if name else str(error)
         ) from error
     except Exception as error:
-        message = _mendable_message(error, mendable)
+        message = _unwritten_message(error, kept) or _mendable_message(error, mendable)
         if message is None:
             raise _fault() from error
         raise _mend(message) from error
+
+
+def _unwritten_message(error: Exception, kept: str) -> str | None:
+    """Return the message for a file that could not be written, or None if the error is another one."""
+    from rankwise.files.explain import is_of_torch_save
+
+    if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
+        where = f": {error.filename}" if error.filename else ""
+        said = f"{error.strerror}{where}".rstrip(".")
+    elif is_of_torch_save(error):
+        said = f"A file could not be written ({error}): the disk is probably full"
+    else:
+        return None
+    return f"{said}. {kept}".strip()
 
 
 def _mendable_message(error: Exception, mendable: tuple[type[Exception], ...]) -> str | None:
@@ -56,9 +74,6 @@ def _mendable_message(error: Exception, mendable: tuple[type[Exception], ...]) -
     recipes = sys.modules.get("rankwise.recipes.errors")
     if isinstance(error, mendable) or (recipes is not None and isinstance(error, recipes.RecipeError)):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}. Earlier checkpoints are complete: continue with --resume."
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "The GPU's memory is too small. Lower training.per_device_train_batch_size (and raise "

@@ -47,7 +47,7 @@ def train(
           learning_rate: 5e-4
         output: output/reviews
     """
-    with failures():
+    with failures(kept="Complete checkpoints are kept: continue with --resume."):
         from rankwise.parallel.processes import leave_group
         from rankwise.recipes import load_recipe
         from rankwise.recipes import train as train_recipe

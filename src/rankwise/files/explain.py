@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +28,18 @@ def explained(path: Path) -> Iterator[None]:
         raise OSError(number, _message(path, number, error, kept)) from error
 
 
+def is_of_torch_save(error: Exception) -> bool:
+    """Whether PyTorch could not write a file. Its writer does not give the system's error; usually the disk is full."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    in_writer = any(each.filename.endswith("serialization.py") and each.name == "__exit__" for each in last)
+    return isinstance(error, RuntimeError) and in_writer
+
+
 def _errno_of(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno or errno.EIO
+    if is_of_torch_save(error):
+        return errno.ENOSPC
     # safetensors writes in Rust, and keeps only the text of the system's error.
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found.group(1)) if found else None

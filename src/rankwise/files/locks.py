@@ -65,3 +65,19 @@ def only_one(folder: Path, patience: float) -> Iterator[None]:
         yield
     finally:
         unlock(handle)
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[bool]:
+    """Hold a lock file, and remove it in the end. Gives False if another process holds it."""
+    file = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    if try_lock(file) is False:
+        os.close(file)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        unlock(file)

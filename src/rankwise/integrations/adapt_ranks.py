@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from rankwise.adapt.peft_pairs import lora_model
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
-from rankwise.adapt.refusals import check_model
+from rankwise.adapt.refusals import check_model, check_trains, chosen_adapter
 from rankwise.config import AdaLoraConfig
 from rankwise.integrations.common import own_model
 from rankwise.integrations.transformers import add_metrics, install
@@ -99,6 +99,10 @@ class AdaptRanks(TrainerCallback, ExportableState):
                 return
             ranks.detach()
             ranks = None
+        if found is not None:
+            check_trains(
+                found, chosen_adapter(found, self._settings["adapter"]) if ranks is None else ranks.adapter
+            )
         if ranks is None:
             ranks = adapt_ranks(target, total_step=state.max_steps, **self._settings)
         elif not state.global_step:
@@ -111,9 +115,22 @@ class AdaptRanks(TrainerCallback, ExportableState):
         state.stateful_callbacks.setdefault(type(self).__name__, {})
 
     def _handle_of(self, model: Any) -> AdaptiveRanks | None:
+        """The run of the adapter, if it has one.
+
+        Raises:
+            ValueError: the run has not ended, and has other settings than this callback.
+        """
         handles = vars(model).get(HANDLES, {}) if isinstance(model, nn.Module) else {}
-        name = self._settings["adapter"]
-        return handles.get(name) if name is not None else next(iter(handles.values()), None)
+        if not handles or self.ranks in handles.values():
+            return self.ranks if handles else None
+        handle = handles.get(chosen_adapter(model, self._settings["adapter"]))
+        if handle is not None and not handle.is_over and not handle._has_settings(self._settings):
+            raise ValueError(
+                f"The ranks of adapter {handle.adapter!r} adapt already, in a run that has not ended and has other "
+                "settings than this `AdaptRanks`. End that run first: call `finalize_ranks()` of its handle, which "
+                "after a trainer is `callback.ranks`. Or continue it: give this trainer the same callback."
+            )
+        return handle
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **unused: Any

@@ -12,14 +12,17 @@ best-450/              the best adapter so far, removed when training is done
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rankwise.files.atomic import write_file
+from rankwise.files.locks import lock_file
 from rankwise.recipes.errors import RecipeError
 from rankwise.recipes.places import find_place
 from rankwise.recipes.recipe import BaseRecipe
@@ -34,6 +37,15 @@ _NEEDED = (
     "scheduler.pt",
 )
 _RECIPE, _RESULTS = "recipe.yaml", "results.json"
+_RECIPE_HEAD = "# The whole recipe of this run"
+# Transformers' names for the weights of a whole model, which no run writes.
+_OF_WHOLE_MODELS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_LOCK = ".rankwise-training"  # exists and is locked while a process trains into the folder
 # Files of an earlier run, which --overwrite removes. Other files in the folder stay.
 _OWN_FILES = (_RECIPE, _RESULTS, "config.json", *(name for name in OWNED if name != PICKLE_NAME))
 
@@ -57,12 +69,19 @@ class Output:
             overwrite: whether to replace the run in the folder.
 
         Raises:
-            RecipeError: the folder is taken, or holds a run of another recipe.
+            RecipeError: the folder is taken, can't be written, or holds a run of another recipe.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise RecipeError(f"`output` is {str(self.folder)!r}, which is a file. Choose another name.")
+        self._refuse_others_files()
         if resume and overwrite:
             raise RecipeError("--resume continues a run, --overwrite starts it again: choose one.")
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not (resume and self.finished) and not os.access(there, os.W_OK | os.X_OK):
+            raise RecipeError(
+                f"The output folder {str(self.folder)!r} can't be written: {str(there)!r} is read-only, or no folder. "
+                "Choose another `output`."
+            )
         if overwrite:
             return
         if resume:
@@ -84,6 +103,45 @@ class Output:
                 "to start again, add --overwrite."
             )
 
+    def _refuse_others_files(self) -> None:
+        """Refuse a folder with files that the run would replace, though no run has written them."""
+        model = next((name for name in _OF_WHOLE_MODELS if (self.folder / name).exists()), None)
+        if model is not None:
+            raise RecipeError(
+                f"The output folder {str(self.folder)!r} holds a whole model ({model}), whose configuration a run "
+                "would replace. Choose another `output`."
+            )
+        recipe, head = self.folder / _RECIPE, _RECIPE_HEAD
+        with suppress(OSError, ValueError):
+            head = recipe.read_text(encoding="utf-8")
+        if not head.startswith(_RECIPE_HEAD) and "finished" not in self.results:
+            raise RecipeError(
+                f"{str(recipe)!r} is where a run writes its whole recipe, and would be replaced. Move or rename it, or "
+                "choose another `output`."
+            )
+
+    @contextmanager
+    def claimed(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Keep other processes from training into the folder, which is made if it does not exist.
+
+        Args:
+            resume: as in `check`.
+            overwrite: as in `check`.
+
+        Raises:
+            RecipeError: another process trains into the folder; or as in `check`, because another process has trained
+                into it since.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock_file(self.folder / _LOCK) as free:
+            if not free:
+                raise RecipeError(
+                    f"Another process is training into the output folder {str(self.folder)!r}; `rankwise watch` shows "
+                    "its run. Wait for its end or stop it. Or choose another `output`."
+                )
+            self.check(resume=resume, overwrite=overwrite)
+            yield
+
     def begin(self) -> None:
         """Prepare the folder for a new run: remove earlier checkpoints and results, and write the recipe."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +151,7 @@ class Output:
         for name in _OWN_FILES:
             (self.folder / name).unlink(missing_ok=True)
         text = yaml.safe_dump(settled(self.recipe), sort_keys=False, allow_unicode=True, width=100)
-        write_file(self.folder / _RECIPE, f"# The whole recipe of this run, defaults included.\n{text}")
+        write_file(self.folder / _RECIPE, f"{_RECIPE_HEAD}, defaults included.\n{text}")
 
     def clear_best(self) -> None:
         """Remove the best adapters that were kept during the run."""

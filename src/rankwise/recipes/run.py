@@ -7,7 +7,7 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -174,16 +174,22 @@ def train(
         output.check(resume=resume, overwrite=overwrite)
     if resume and output.finished:
         return _nothing_left(output, console)
-    with Interruption() as interruption, quiet(), warnings.catch_warnings():
+    with Interruption() as interruption, quiet(), warnings.catch_warnings(), contextlib.ExitStack() as at_end:
         # Checkpoints during a run need not be at the target, so the warning about that is silenced.
         warnings.filterwarnings("ignore", message=r"At step \d+ .*finalize_ranks")
-        return _train(recipe, console, output, resume, interruption, callbacks, compare)
+
+        def claim() -> None:
+            if is_main_process():
+                at_end.enter_context(output.claimed(resume=resume, overwrite=overwrite))
+
+        return _train(recipe, console, output, claim, resume, interruption, callbacks, compare)
 
 
 def _train(
     recipe: BaseRecipe,
     console: Console,
     output: Output,
+    claim: Callable[[], None],
     resume: bool,
     interruption: Interruption,
     more_callbacks: Sequence[Any],
@@ -214,6 +220,7 @@ def _train(
         _say(console, note)
     trainer_class = for_task.pop("trainer", Trainer)
     arguments = training_arguments(recipe, planned.total_step, output.folder, trainer_class)
+    claim()
     checkpoint = _checkpoint(output, console) if resume else None
     if checkpoint is None and is_main_process():
         output.begin()

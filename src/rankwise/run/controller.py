@@ -55,6 +55,7 @@ class Controller:
         self.history.record(0, self.initial, list(factors.layout.block_ranks))
         self._penalty = AddedPenalty(factors, config.orth_reg_weight)
         self.optimizers = Optimizers(factors, warn)
+        self._stopped = False
         self._heard = False  # hooks have reported a step, so steps are observed without a call by hand
         self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
         self.finished_by = "model.finalize_ranks()"  # the call that a warning recommends to the user
@@ -67,7 +68,8 @@ class Controller:
         self.factors.tensors.remove()
 
     def stop(self) -> None:
-        """Stop listening. Steps no longer count."""
+        """Stop listening. Steps no longer count, also in copies."""
+        self._stopped = True
         stop_listening(self)
 
     def known_optimizers(self) -> list[Optimizer]:
@@ -79,7 +81,8 @@ class Controller:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        listen(self)
+        if not self._stopped:
+            listen(self)
 
     # Budget and schedule.
 
@@ -171,12 +174,18 @@ class Controller:
             The closure that the optimizer must use; None if there was none.
 
         Raises:
-            ValueError: the length of the run is unknown, or the optimizer can't be combined with the penalty.
+            ValueError: the length of the run is unknown, a backward pass is under way, or the optimizer can't be
+                combined with the penalty.
         """
         if self.schedule is None and self.automatic and self.prunes and not self.fixed:
             raise ValueError(
                 "The length of the run is not known: pass `total_step`, or call `set_total_step(n)` with the number of "
                 "optimizer steps before the first one."
+            )
+        if self.prunes and not self.fixed and torch._C._current_graph_task_id() >= 0:
+            raise ValueError(
+                "An optimizer steps inside the backward pass. A cut there would change factors that the rest of the "
+                "pass reads: call `optimizer.step()` after `loss.backward()`."
             )
         self._penalty.refuse_unfit(optimizer)
         if self.optimizers.overdue(optimizer):

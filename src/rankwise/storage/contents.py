@@ -70,6 +70,28 @@ def sort_by_use(source: str, tensors: Mapping[str, T]) -> Contents[T]:
     return contents
 
 
+def named_by_use(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Name the base weights and biases of layers that have no factors in a file as those of plain modules.
+
+    Inside an adapted layer PEFT looks for ``path.base_layer.bias``, and elsewhere for ``path.bias``. It ignores other
+    names.
+
+    Args:
+        tensors: all tensors of a file, by PEFT's names.
+
+    Example:
+        >>> sorted(named_by_use({"q.lora_A.weight": 1, "q.base_layer.bias": 2, "k.base_layer.bias": 3}))
+        ['k.bias', 'q.base_layer.bias', 'q.lora_A.weight']
+    """
+    adapted = {found.path for name in tensors if (found := factor_name(name)) is not None}
+    renamed: dict[str, T] = {}
+    for name, tensor in tensors.items():
+        path, inner, parameter = name.rpartition(".base_layer.")
+        plain = inner and factor_name(name) is None and path not in adapted
+        renamed[f"{path}.{parameter}" if plain else name] = tensor
+    return renamed
+
+
 def check_complete(source: str, config: str, peft_type: str, factors: Mapping[str, Mapping[str, T]]) -> None:
     """Check that each layer has all factors of the method that the file ``config`` names.
 

@@ -27,6 +27,7 @@ from rankwise.files.atomic import write_folder
 from rankwise.run.pairs import block_names
 from rankwise.storage import OWNED, PREFIX, WEIGHTS_NAME, AdapterFile, read_adapter, read_model_adapter
 from rankwise.storage.adapter_file import kept_by_pattern, matrices_of
+from rankwise.storage.contents import named_by_use
 from rankwise.storage.finite import near
 from rankwise.storage.lora_layout import Update, in_file_order, lora_config, plain_lora
 
@@ -122,7 +123,7 @@ def write_lora(
     left_out = _all_paths(updates) - plain.keys() - stacks.keys()
     config, factors = plain_lora(updates.config, plain, stacks, left_out, dtype=dtype)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in updates.others.items()}
-    write_lora_folder(folder, config, {**tensors, **factors}, companions)
+    write_lora_folder(folder, config, named_by_use({**tensors, **factors}), companions)
     return config
 
 

@@ -29,6 +29,7 @@ from rankwise.parallel.sharded import gather
 from rankwise.run.controller import Controller
 from rankwise.run.own import kept_ranks
 from rankwise.storage.adapter_file import AdapterFile, sort_tensors, without_E
+from rankwise.storage.contents import named_by_use
 from rankwise.storage.finite import refuse_broken
 from rankwise.storage.lora_layout import Update, plain_lora, with_a_rank
 from rankwise.storage.names import (
@@ -80,6 +81,7 @@ def write_adapter(
     refuse_broken(folder, model, adapter, factors)
     saved_config, tensors = adapter_content(model, adapter, config, controller, state)
     tensors |= {PREFIX + name: portable(state[key]) for key, name in (more or {}).items()}
+    tensors = named_by_use(tensors)
 
     keys = training_keys(model, adapter) if training_state else {}
     own = {name: portable(state[key]) for key, name in keys.items()}
@@ -119,7 +121,7 @@ def adapter_content(
     else:
         saved = config_to_save(config, controller, kept, layers)
         tensors = _factors(adapter, config, layers, state, kept)
-    return saved, {**tensors, **_others(model, adapter, config, list(layers), state)}
+    return saved, named_by_use({**tensors, **_others(model, adapter, config, list(layers), state)})
 
 
 def _plain_lora(

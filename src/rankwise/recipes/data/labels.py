@@ -18,9 +18,18 @@ def label_words(table: Table, column: str, rows: Sequence[int]) -> list[str]:
     """The label of each of ``rows``, as text.
 
     Raises:
-        RecipeError: a row has no label.
+        RecipeError: a row has no label, or several.
     """
     values = table.rows[column]
+    several = [row for row in rows if isinstance(values[row], (list, dict))]
+    raise_problems(
+        bad_rows(
+            "data.label",
+            table,
+            several,
+            lambda row: f"holds {values[row]!r:.50} in {column!r}, where one label is expected",
+        )
+    )
     names = getattr(table.rows.features[column], "names", None)
     words = [_word(values[row], names) for row in rows]
     missing = [row for row, word in zip(rows, words, strict=True) if word is None]

@@ -12,7 +12,7 @@ from rankwise.recipes.models import is_gguf, quiet
 from rankwise.recipes.places import find_place
 from rankwise.recipes.predicting.saved import open_adapter
 from rankwise.recipes.tasks import load_task
-from rankwise.storage.export.exported import Exported
+from rankwise.storage.export.exported import Exported, check_place_of_model
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
@@ -51,6 +51,7 @@ def merge_adapter(
 
     Raises:
         RecipeError: the adapter does not fit the model, or its task is unknown.
+        ValueError: ``output`` holds an adapter or the base model.
         FileExistsError: ``output`` exists, and ``overwrite`` is False.
         OSError: the model can't be written. Files that were there before are unchanged.
     """
@@ -61,6 +62,7 @@ def merge_adapter(
     notes: list[str] = []
     with quiet():
         saved = open_adapter(adapter, str(adapter), given, truth_needed=False)
+        check_place_of_model(output, find_place(saved.recipe.model, "model", saved.recipe.folder).path)
         task = load_task(saved.recipe.task)
         processor = task.processor(saved.recipe)
         model = saved.model(processor, notes)

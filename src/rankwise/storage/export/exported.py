@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.attach.matching import saved_module_of
+from rankwise.config import CONFIG_NAME
 from rankwise.storage.lora_layout import Update
 from rankwise.storage.updates import Updates
 
@@ -34,6 +35,24 @@ class Exported:
 
     path: Path
     notes: tuple[str, ...] = ()
+
+
+def check_place_of_model(folder: Path, base: Path | None) -> None:
+    """Check that a merged model may be written into a folder.
+
+    Args:
+        folder: the folder to write.
+        base: the base model's folder or file, if it is known.
+
+    Raises:
+        ValueError: the folder holds an adapter, or is the base model's.
+    """
+    if (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{folder} holds an adapter, which Transformers would add to the merged model. Give another place."
+        )
+    if base is not None and base.exists() and folder.exists() and folder.samefile(base):
+        raise ValueError(f"{folder} is the base model, which other adapters may need. Give another place.")
 
 
 def base_in_command(updates: Updates) -> str:

@@ -24,7 +24,7 @@ from rankwise.files.atomic import write_folder
 from rankwise.files.tensors import is_finite
 from rankwise.storage.export.base import base_path, read_base_config
 from rankwise.storage.export.converted import Converted
-from rankwise.storage.export.exported import IN_PYTHON, Exported, NotInBase
+from rankwise.storage.export.exported import IN_PYTHON, Exported, NotInBase, check_place_of_model
 from rankwise.storage.export.places import DTYPES, Place, read_places, same_weight
 from rankwise.storage.finite import refuse_overflow
 from rankwise.storage.lora_layout import Update
@@ -56,10 +56,11 @@ def export_merged(folder: Path, updates: Updates, base: Path | None = None) -> E
     Raises:
         FileNotFoundError: the base model does not exist.
         ValueError: the base model is quantized, has other kinds of files, or lacks a weight that the adapter changes;
-            or a weight would not be finite.
+            a weight would not be finite; or ``folder`` holds an adapter or the base model.
         OSError: the folder can't be written. Its previous contents are then unchanged.
     """
     source = base_path(updates, base, "a merged model")
+    check_place_of_model(folder, source)
     config = read_base_config(source)
     if config.get("quantization_config"):
         raise ValueError(

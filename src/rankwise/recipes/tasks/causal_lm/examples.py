@@ -233,9 +233,24 @@ def split_into_tokens(
         for row in silent:
             del labels[row]
     if not labels:
-        raise refusal("data", f"nothing of {table.place.name} is left to learn from.")
+        raise refusal(
+            "data", f"nothing of {table.place.name} is left to learn from.{_why_silent(data, rows, limit)}"
+        )
     ids = [encoded[row].ids for row in labels]
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": list(labels.values())})
+
+
+def _why_silent(data: LanguageData, rows: Any, limit: int) -> str:
+    """Why no example has a token to learn, and what to do. Empty if every token is learned."""
+    if data.loss_on == "all":
+        return ""
+    roles = sorted({message["role"] for row in rows for message in row.get("messages") or ()})
+    if data.form == "messages" and "assistant" not in roles:
+        return (
+            f" `loss_on: completion` learns what the role 'assistant' says, but the roles are "
+            f"{', '.join(map(repr, roles))}. Rename them, or set `loss_on: all`."
+        )
+    return f" No answer begins in the first {limit:,} tokens. Raise `data.max_length`, or set `loss_on: all`."
 
 
 def _encode(data: LanguageData, tokenizer: Any, limit: int, rows: Any, table: Table) -> dict[int, Encoded]:
