@@ -23,6 +23,7 @@ MODULES = (
     "names",
     "packages",
     "pairs",
+    "plot",
     "readers",
     "registry",
     "report",
@@ -318,6 +319,32 @@ def test_the_page_tells_runs_of_the_default_before_from_those_of_todays(quality:
     assert report.now(found, 0).splitlines()[2:] == [line]
     no_more = {run: row for run, row in found.items() if run.rank != 4}
     assert report.now(no_more, 0).endswith("| 0.8000 (1) | - | - |")
+
+
+def test_the_rivals_are_shown_at_their_best_rates_and_the_ceilings_come_last(quality: Any, tmp_path: Path):
+    run = quality.results.Run
+
+    def tried(method: str, rank: float, parameters: int, **rates: float) -> dict[Any, dict[str, Any]]:
+        return {
+            run("chichewa", method, rank, float(rate[1:]) / 1000, 0): {"loss": loss, "parameters": parameters}
+            for rate, loss in rates.items()
+        }
+
+    found = tried("PEFT LoRA", 1, 10, _1=0.8, _2=0.7, _4=0.9) | tried("PEFT LoRA", 4, 40, _2=0.4)
+    found |= tried("full fine-tuning", 1, 1000, _1=0.2) | tried("rankwise", 1, 10, _1=0.6, _2=0.5, _4=0.6)
+    found |= tried("PEFT DoRA", 1, 15, _2=0.6) | tried(quality.report.BEFORE, 1, 10, _2=0.9)
+    assert quality.report.rivals(found, 0).splitlines()[2:] == [
+        "| PEFT DoRA | 1.50 | 0.6000 (1) * | - | - | - |",
+        "| PEFT LoRA | 1.00 | 0.7000 (1) | - | - | - |",
+        "| rankwise | 1.00 | 0.5000 (1) | - | - | - |",
+        "| PEFT LoRA, 4 times the rank | 4.00 | 0.4000 (1) * | - | - | - |",
+        "| full fine-tuning | 100.00 | 0.2000 (1) * | - | - | - |",
+    ]
+    pytest.importorskip("matplotlib")
+    import plot
+
+    plot.draw(found, 0, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_of_one_rate_are_compared_at_bad_rates_too(quality: Any):
