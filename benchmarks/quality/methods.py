@@ -102,7 +102,8 @@ def _lora_plus(model: nn.Module, task: Task, rank: float, batches: Iterable[Batc
 
 def _full(model: nn.Module, task: Task, rank: float, batches: Iterable[Batch]) -> Model:
     """All parameters train, in float32, as the steps of full fine-tuning are lost in bfloat16."""
-    return model.float().requires_grad_(True)
+    # Not `model.float()`, which Transformers refuses for a model that was read from a GGUF file.
+    return nn.Module.float(model).requires_grad_(True)
 
 
 def _to_be_cut(model: nn.Module, task: Task, rank: float, batches: Iterable[Batch]) -> Model:

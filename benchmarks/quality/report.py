@@ -19,6 +19,7 @@ NATURAL = (
     "indonesian-letters",
 )  # where rank is scarce, and no list
 CEILINGS = ("PEFT LoRA, 4 times the rank", "full fine-tuning")
+_PLENTIFUL = "rank is plentiful"
 _ENOUGH = 8  # the rank of LoRA whose quality is to be had for fewer parameters
 
 
@@ -240,7 +241,7 @@ def at_the_same_rate(results: Results) -> str:
 def report(results: Results, seed: int) -> dict[str, str]:
     """All that is said of the results, in Markdown, by what it is about; ``seed`` is the one rates were chosen on.
 
-    All but "now", "rivals", "all" and "time" is of the default before, where there are runs of it.
+    All but "now", "rivals", "plentiful", "all" and "time" is of the default before, where there are runs of it.
     """
     hours = sum(row["seconds"] for row in results.values()) / 3600
     on_gpu = sum("device" in row for row in results.values())
@@ -248,6 +249,7 @@ def report(results: Results, seed: int) -> dict[str, str]:
     return {
         "now": now(results, seed),
         "rivals": rivals(results, seed),
+        "plentiful": plentiful(results, seed),
         "scarce": summary(earlier, seed, scarce=True),
         "elsewhere": summary(earlier, seed, scarce=False),
         "one by one": one_by_one(earlier, seed),
@@ -294,7 +296,7 @@ def _share(lora: Sequence[float], ours: Sequence[float], more: Sequence[float]) 
         return "-"
     less, own, goal = map(statistics.mean, (lora, ours, more))
     uncertain = 2 * math.hypot(*(error(losses) for losses in (lora, more) if len(losses) > 1))
-    return f"{(less - own) / (less - goal):.0%}" if less - goal > uncertain else "rank is plentiful"
+    return f"{(less - own) / (less - goal):.0%}" if less - goal > uncertain else _PLENTIFUL
 
 
 def rivals(results: Results, seed: int, rank: float = 1) -> str:
@@ -328,18 +330,42 @@ def _rival(results: Results, task: str, method: str, rank: float, seed: int) -> 
     return with_error(losses) + ("" if inside else " *")
 
 
+def plentiful(results: Results, seed: int) -> str:
+    """How today's default compares with LoRA where four times the rank is no help, in runs of the same seed."""
+    cells = []
+    for task, rank, mine in _cells(results):
+        lora, more = (at_best_tried(results, task, LORA, each, seed) for each in (rank, 4 * rank))
+        if rank < 1 or task in NATURAL or not (lora and at_best_tried(mine, task, OURS, rank, seed)):
+            continue
+        if more and _share(lora, lora, more) != _PLENTIFUL:
+            continue
+        ours, theirs = (_rows_at_best_tried(mine, task, method, rank, seed) for method in (OURS, LORA))
+        cells.append([(theirs[own] - ours[own]) / theirs[own] for own in ours if own in theirs])
+    much, runs = _lower(cells)
+    return (
+        f"Where four times the rank is no help, or was not tried, the default's loss is {much} than LoRA's, and {runs} "
+        "runs of the same seed."
+    )
+
+
 def at_best_tried(results: Results, task: str, method: str, rank: float, seed: int) -> list[float]:
     """The losses of all seeds at the rate that has most seeds, and of these the least mean."""
+    return list(_rows_at_best_tried(results, task, method, rank, seed).values())
+
+
+def _rows_at_best_tried(results: Results, task: str, method: str, rank: float, seed: int) -> dict[int, float]:
+    """As `at_best_tried`, by seed."""
     rates = curve(results, task, method, rank, seed)
     rows = {
-        rate: [
-            finite(row["loss"])
+        rate: {
+            run.seed: finite(row["loss"])
             for run, row in results.items()
             if (run.task, run.method, run.rank, run.rate) == (task, method, rank, rate)
-        ]
+        }
         for rate in rates
     }
-    return min(rows.values(), key=lambda losses: (-len(losses), statistics.mean(losses)), default=[])
+    none: dict[int, float] = {}
+    return min(rows.values(), key=lambda own: (-len(own), statistics.mean(own.values())), default=none)
 
 
 def _cells(results: Results) -> Iterator[tuple[str, float, Results]]:
