@@ -23,6 +23,7 @@ MODULES = (
     "names",
     "packages",
     "pairs",
+    "plot",
     "readers",
     "registry",
     "report",
@@ -320,6 +321,32 @@ def test_the_page_tells_runs_of_the_default_before_from_those_of_todays(quality:
     assert report.now(no_more, 0).endswith("| 0.8000 (1) | - | - |")
 
 
+def test_the_rivals_are_shown_at_their_best_rates_and_the_ceilings_come_last(quality: Any, tmp_path: Path):
+    run = quality.results.Run
+
+    def tried(method: str, rank: float, parameters: int, **rates: float) -> dict[Any, dict[str, Any]]:
+        return {
+            run("chichewa", method, rank, float(rate[1:]) / 1000, 0): {"loss": loss, "parameters": parameters}
+            for rate, loss in rates.items()
+        }
+
+    found = tried("PEFT LoRA", 1, 10, _1=0.8, _2=0.7, _4=0.9) | tried("PEFT LoRA", 4, 40, _2=0.4)
+    found |= tried("full fine-tuning", 1, 1000, _1=0.2) | tried("rankwise", 1, 10, _1=0.6, _2=0.5, _4=0.6)
+    found |= tried("PEFT DoRA", 1, 15, _2=0.6) | tried(quality.report.BEFORE, 1, 10, _2=0.9)
+    assert quality.report.rivals(found, 0).splitlines()[2:] == [
+        "| PEFT DoRA | 1.50 | 0.6000 (1) * | - | - | - |",
+        "| PEFT LoRA | 1.00 | 0.7000 (1) | - | - | - |",
+        "| rankwise | 1.00 | 0.5000 (1) | - | - | - |",
+        "| PEFT LoRA, 4 times the rank | 4.00 | 0.4000 (1) * | - | - | - |",
+        "| full fine-tuning | 100.00 | 0.2000 (1) * | - | - | - |",
+    ]
+    pytest.importorskip("matplotlib")
+    import plot
+
+    plot.draw(found, 0, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_runs_of_one_rate_are_compared_at_bad_rates_too(quality: Any):
     nan = float("nan")
     found = losses(quality, rankwise={1e-3: [0.5, 1.2], 4e-3: [0.6], 8e-3: [0.9], 1.6e-2: [nan]})
@@ -347,6 +374,40 @@ def test_names_are_learnt_within_the_parameters_of_the_query_and_value_layers(
         assert 0.8 * 6 * 2 * 768 < measured["parameters"] <= 6 * 2 * 768, method
 
 
+def test_layers_that_are_left_out_have_no_rank_and_the_others_share_their_parameters(quality: Any):
+    from torch import nn
+
+    from tiny import llama
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    task = SimpleNamespace(targets=targets, heads=[], fewer={})
+    for method, left_out in (("the MLP only", targets[:4]), ("without query and key", targets[:2])):
+        model = llama()
+        budget = quality.methods._width(model, targets)
+        adapted = quality.methods.METHODS[f"PEFT LoRA, {method}"](model, task, 1, [])
+        layers = {name: each for name, each in adapted.named_modules() if hasattr(each, "lora_A")}
+        assert {name.split(".")[-1] for name in layers} == set(targets) - set(left_out)
+        assert 0.9 * budget < quality.methods.trained_parameters(adapted) <= budget
+        ranks = {each.lora_A["default"].weight.shape[0] for each in layers.values()}
+        assert ranks <= {1, 2, 3} and {each.scaling["default"] for each in layers.values()} == {2.0}
+        assert all(isinstance(each.base_layer, nn.Linear) for each in layers.values())
+
+
+def test_lora_plus_trains_b_at_sixteen_times_the_rate_of_a(quality: Any):
+    from tiny import llama
+
+    task = SimpleNamespace(targets=["q_proj"], heads=[], fewer={})
+    adapted = quality.methods.METHODS["PEFT LoRA+"](llama(), task, 1, [])
+    rates = {
+        id(parameter): group["lr"]
+        for group in quality.methods.optimizer_for(adapted, 1e-3).param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == pytest.approx(1.6e-2 if "lora_B" in name else 1e-3), name
+
+
 @pytest.mark.slow
 def test_all_methods_train_on_the_same_data_to_the_same_number_of_parameters(
     quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -363,7 +424,8 @@ def test_all_methods_train_on_the_same_data_to_the_same_number_of_parameters(
     sources = quality.run.Sources(reviews)
     parameters = {}
     for method in quality.methods.METHODS:
-        measured = quality.run.train(quality.results.Run("movie-rating", method, 2, 1e-3, 0), sources)
+        rate = quality.results.STARTS.get(method, (1e-3,))[0]
+        measured = quality.run.train(quality.results.Run("movie-rating", method, 2, rate, 0), sources)
         assert 0 < measured["loss"] < 3, method
         parameters[method] = measured["parameters"]
     lora = parameters["PEFT LoRA"]
@@ -374,5 +436,11 @@ def test_all_methods_train_on_the_same_data_to_the_same_number_of_parameters(
             assert lora / 3 < count < 3 * lora, method
         elif method.startswith("rankwise") or "cut" in method:
             assert 0.9 * lora < count <= lora, method
+        elif method in ("PEFT LoRA, the MLP only", "PEFT LoRA, without query and key"):
+            assert 0.98 * lora < count <= lora, method
+        elif method == "PEFT DoRA":
+            assert count == lora + 6 * (5 * 384 + 1536), "it also has a magnitude for each output"
+        elif method == "full fine-tuning":
+            assert count > 20_000_000
         else:
             assert count == lora, method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,6 +17,9 @@ Model = Any
 Method = Callable[[nn.Module, Task, float, Iterable[Batch]], Model]
 _LOOKS_AT = 8  # batches, before training
 _CUT_FROM = 4  # times the rank, where a LoRA is cut when it is trained
+_B_IS_FASTER = 16  # the learning rate of B over that of A in LoRA+, as its paper advises
+_QUERY_KEY = ("query", "key", "q_proj", "k_proj")
+_ATTENTION = (*_QUERY_KEY, "value", "v_proj", "o_proj", "out_proj", "attention.output.dense")
 
 
 def _uniform(task: Task, rank: float) -> tuple[int, list[str]]:
@@ -66,6 +70,40 @@ def _peft(model: nn.Module, task: Task, rank: float, **options: Any) -> Model:
     import peft
 
     return peft.get_peft_model(model, _lora_config(task, rank, **options))
+
+
+def _left_out(model: nn.Module, task: Task, rank: float, names: Iterable[str]) -> Model:
+    """LoRA without some layers. The others have as many parameters together, as evenly as whole ranks allow."""
+    import peft
+
+    linear = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
+    kept = [path for path in linear if _adapts(path, task.targets) and not _adapts(path, names)]
+    budget = _average(model, task, rank) * _width(model, task.targets)
+    average = budget / _width(model, kept)
+    # The sum of the first ranks is the whole part of as many averages.
+    ranks = {path: int((place + 1) * average) - int(place * average) for place, path in enumerate(kept)}
+    ranks = {path: own for path, own in ranks.items() if own}
+    config = peft.LoraConfig(
+        r=max(ranks.values()),
+        target_modules=list(ranks),
+        modules_to_save=list(task.heads) or None,
+        rank_pattern={f"^{re.escape(path)}$": own for path, own in ranks.items()},
+        alpha_pattern={f"^{re.escape(path)}$": 2 * own for path, own in ranks.items()},
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _lora_plus(model: nn.Module, task: Task, rank: float, batches: Iterable[Batch]) -> Model:
+    """LoRA+ trains B at a higher rate than A."""
+    adapted = _peft(model, task, rank)
+    adapted.b_is_faster = _B_IS_FASTER
+    return adapted
+
+
+def _full(model: nn.Module, task: Task, rank: float, batches: Iterable[Batch]) -> Model:
+    """All parameters train, in float32, as the steps of full fine-tuning are lost in bfloat16."""
+    # Not `model.float()`, which Transformers refuses for a model that was read from a GGUF file.
+    return nn.Module.float(model).requires_grad_(True)
 
 
 def _to_be_cut(model: nn.Module, task: Task, rank: float, batches: Iterable[Batch]) -> Model:
@@ -152,6 +190,14 @@ METHODS: dict[str, Method] = {
     "PEFT rsLoRA": lambda model, task, rank, batches: _peft(model, task, rank, use_rslora=True),
     "PEFT EVA": _peft_eva,
     "PEFT LoRA-GA": _peft_lora_ga,
+    "PEFT DoRA": lambda model, task, rank, batches: _peft(model, task, rank, use_dora=True),
+    "PEFT PiSSA": lambda model, task, rank, batches: _peft(model, task, rank, init_lora_weights="pissa"),
+    "PEFT LoRA+": _lora_plus,
+    "PEFT LoRA, the MLP only": lambda model, task, rank, batches: _left_out(model, task, rank, _ATTENTION),
+    "PEFT LoRA, without query and key": lambda model, task, rank, batches: _left_out(
+        model, task, rank, _QUERY_KEY
+    ),
+    "full fine-tuning": _full,
     "PEFT LoRA, 4 times the rank, cut at the end": _to_be_cut,
     "PEFT AdaLoRA": _peft_adalora,
     "rankwise": lambda model, task, rank, batches: by_rankwise(model, task, rank),
@@ -198,6 +244,8 @@ def trained_parameters(model: Model) -> int:
     """The numbers of the adapter that train in the end; heads, which are the same for all, are left out."""
     if hasattr(model, "rank_summary"):
         return int(model.rank_summary().parameters)
+    if not hasattr(model, "peft_config"):
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
     factors = [(name, p) for name, p in model.named_parameters() if ".lora_" in name and p.requires_grad]
     kept = getattr(model.peft_config["default"], "rank_pattern", None) or {}
     if not any(".lora_E." in name for name, _ in factors):
@@ -211,6 +259,19 @@ def _kept(name: str, parameter: Tensor, pattern: dict[str, list[bool]]) -> int:
     rank = min(parameter.shape) if mask is None else sum(mask)
     size = max(parameter.shape) if ".lora_E." not in name else 1
     return int(rank * size)
+
+
+def optimizer_for(model: Model, rate: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay."""
+    if hasattr(model, "b_is_faster"):
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=model.b_is_faster, weight_decay=0.0
+        )
+        return optimizer
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
 
 
 def after_step(model: Model, step: int) -> None:

@@ -12,6 +12,14 @@ from results import Results, at_best, best_rate, curve, error, finite, parameter
 LORA, OURS = "PEFT LoRA", "rankwise"
 # Costs counted more then; below an average rank of 1 nothing has changed, and such runs are of both.
 BEFORE = "rankwise, the default before"
+NATURAL = (
+    "chichewa",
+    "indonesian",
+    "chichewa-letters",
+    "indonesian-letters",
+)  # where rank is scarce, and no list
+CEILINGS = ("PEFT LoRA, 4 times the rank", "full fine-tuning")
+_PLENTIFUL = "rank is plentiful"
 _ENOUGH = 8  # the rank of LoRA whose quality is to be had for fewer parameters
 
 
@@ -233,13 +241,15 @@ def at_the_same_rate(results: Results) -> str:
 def report(results: Results, seed: int) -> dict[str, str]:
     """All that is said of the results, in Markdown, by what it is about; ``seed`` is the one rates were chosen on.
 
-    All but "now", "all" and "time" is of the default before, where there are runs of it.
+    All but "now", "rivals", "plentiful", "all" and "time" is of the default before, where there are runs of it.
     """
     hours = sum(row["seconds"] for row in results.values()) / 3600
     on_gpu = sum("device" in row for row in results.values())
     earlier = of_the_default_before(results)
     return {
         "now": now(results, seed),
+        "rivals": rivals(results, seed),
+        "plentiful": plentiful(results, seed),
         "scarce": summary(earlier, seed, scarce=True),
         "elsewhere": summary(earlier, seed, scarce=False),
         "one by one": one_by_one(earlier, seed),
@@ -270,32 +280,92 @@ def now(results: Results, seed: int) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task, rank, mine in _cells(results):
-        found = {method: _at_best_tried(mine, task, method, rank, seed) for method in (LORA, BEFORE, OURS)}
-        more = _at_best_tried(results, task, LORA, 4 * rank, seed)
+        found = {method: at_best_tried(mine, task, method, rank, seed) for method in (LORA, BEFORE, OURS)}
+        more = at_best_tried(results, task, LORA, 4 * rank, seed)
         if rank < 1 or not found[OURS]:
             continue
         cells = [task, f"{rank:g}", *(with_error(each) if each else "-" for each in (*found.values(), more))]
-        if found[LORA] and more:
-            lora, ours, goal = map(statistics.mean, (found[LORA], found[OURS], more))
-            cells.append(f"{(lora - ours) / (lora - goal):.0%}")
-        else:
-            cells.append("-")
+        cells.append(_share(found[LORA], found[OURS], more))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _at_best_tried(results: Results, task: str, method: str, rank: float, seed: int) -> list[float]:
+def _share(lora: Sequence[float], ours: Sequence[float], more: Sequence[float]) -> str:
+    """How much of what more rank brings comes without it, where it brings more than two standard errors."""
+    if not (lora and more):
+        return "-"
+    less, own, goal = map(statistics.mean, (lora, ours, more))
+    uncertain = 2 * math.hypot(*(error(losses) for losses in (lora, more) if len(losses) > 1))
+    return f"{(less - own) / (less - goal):.0%}" if less - goal > uncertain else _PLENTIFUL
+
+
+def rivals(results: Results, seed: int, rank: float = 1) -> str:
+    """Markdown: every method at one average rank on the natural tasks where rank is scarce, and the ceilings below.
+
+    Each loss is at the best rate that was tried. "*" marks a rate without a worse neighbour on each side.
+    """
+    lines = [
+        f"| method | parameters | {' | '.join(NATURAL)} |",
+        f"| --- | --- |{' --- |' * len(NATURAL)}",
+    ]
+    own = {run: row for run, row in results.items() if run.task in NATURAL and run.rank == rank}
+    more = {replace(run, method=CEILINGS[0]): row for run, row in results.items()
+            if (run.method, run.rank) == (LORA, 4 * rank) and run.task in NATURAL}  # fmt: skip
+    shown = {run: row for run, row in own.items() if run.method not in (*CEILINGS, BEFORE)}
+    lora = {run.task: row["parameters"] for run, row in own.items() if run.method == LORA}
+    below = [name for name in CEILINGS if any(run.method == name for run in own | more)]
+    for method in [*_methods(shown), *below]:
+        rows = own | {replace(run, rank=rank): row for run, row in more.items()}
+        shares = [row["parameters"] / lora[run.task] for run, row in rows.items() if run.method == method]
+        cells = [_rival(rows, task, method, rank, seed) for task in NATURAL]
+        lines.append(f"| {method} | {statistics.mean(shares):.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _rival(results: Results, task: str, method: str, rank: float, seed: int) -> str:
+    losses = at_best_tried(results, task, method, rank, seed)
+    if not losses:
+        return "-"
+    inside = best_rate(results, task, method, rank, seed) is not None
+    return with_error(losses) + ("" if inside else " *")
+
+
+def plentiful(results: Results, seed: int) -> str:
+    """How today's default compares with LoRA where four times the rank is no help, in runs of the same seed."""
+    cells = []
+    for task, rank, mine in _cells(results):
+        lora, more = (at_best_tried(results, task, LORA, each, seed) for each in (rank, 4 * rank))
+        if rank < 1 or task in NATURAL or not (lora and at_best_tried(mine, task, OURS, rank, seed)):
+            continue
+        if more and _share(lora, lora, more) != _PLENTIFUL:
+            continue
+        ours, theirs = (_rows_at_best_tried(mine, task, method, rank, seed) for method in (OURS, LORA))
+        cells.append([(theirs[own] - ours[own]) / theirs[own] for own in ours if own in theirs])
+    much, runs = _lower(cells)
+    return (
+        f"Where four times the rank is no help, or was not tried, the default's loss is {much} than LoRA's, and {runs} "
+        "runs of the same seed."
+    )
+
+
+def at_best_tried(results: Results, task: str, method: str, rank: float, seed: int) -> list[float]:
     """The losses of all seeds at the rate that has most seeds, and of these the least mean."""
+    return list(_rows_at_best_tried(results, task, method, rank, seed).values())
+
+
+def _rows_at_best_tried(results: Results, task: str, method: str, rank: float, seed: int) -> dict[int, float]:
+    """As `at_best_tried`, by seed."""
     rates = curve(results, task, method, rank, seed)
     rows = {
-        rate: [
-            finite(row["loss"])
+        rate: {
+            run.seed: finite(row["loss"])
             for run, row in results.items()
             if (run.task, run.method, run.rank, run.rate) == (task, method, rank, rate)
-        ]
+        }
         for rate in rates
     }
-    return min(rows.values(), key=lambda losses: (-len(losses), statistics.mean(losses)), default=[])
+    none: dict[int, float] = {}
+    return min(rows.values(), key=lambda own: (-len(own), statistics.mean(own.values())), default=none)
 
 
 def _cells(results: Results) -> Iterator[tuple[str, float, Results]]:

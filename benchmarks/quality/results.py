@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 START = (2e-3, 4e-3)  # the rates that are tried first; the next ones are twice and half of these
+STARTS = {"full fine-tuning": (1e-4, 2e-4), "PEFT PiSSA": (1e-3, 2e-3)}  # of methods whose rates are others
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 
@@ -149,7 +150,7 @@ def wanted(results: Results, task: str, method: str, rank: float, seeds: Sequenc
     first, *others = seeds
     losses = curve(results, task, method, rank, first)
     more = next_rate(losses)
-    untried = [rate for rate in START if rate not in losses]
+    untried = [rate for rate in STARTS.get(method, START) if rate not in losses]
     for rate in untried or ([] if more is None else [more]):
         yield Run(task, method, rank, rate, first)
     for rate in good_rates(results, task, method, rank, first):

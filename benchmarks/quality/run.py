@@ -35,6 +35,11 @@ from report import report
 
 LEAST_RANKS = {
     "PEFT rsLoRA": 2,
+    "PEFT DoRA": 1,
+    "PEFT PiSSA": 1,
+    "PEFT LoRA+": 1,
+    "PEFT LoRA, the MLP only": 1,
+    "PEFT LoRA, without query and key": 1,
     "PEFT AdaLoRA": 1,
     "rankwise, the paper's form": 1,
 }  # up to 1, rsLoRA is LoRA
@@ -78,11 +83,11 @@ def train_with(
 def fit(model: Any, task: Any, rate: float, seed: int) -> None:
     """Train an adapted model on a task's batches: the same batches, schedule and clipping for every method."""
     import torch
-    from methods import after_step, penalty
+    from methods import after_step, optimizer_for, penalty
 
     model.eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    optimizer = optimizer_for(model, rate)
     warmup = max(1, task.steps // 20)
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (task.steps - step) / (task.steps - warmup))
