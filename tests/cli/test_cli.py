@@ -127,7 +127,10 @@ def test_a_full_disk_is_reported_as_the_users_problem(
     assert "No space left on device: adapter_model.safetensors. Complete checkpoints are kept" in err
 
 
-@pytest.mark.parametrize("largest", [4_000, 8_000, 12_000])
+@pytest.mark.parametrize(
+    "largest",
+    [4_000, pytest.param(8_000, marks=pytest.mark.slow), pytest.param(12_000, marks=pytest.mark.slow)],
+)
 def test_a_checkpoint_that_can_not_be_written_is_the_users_problem_and_the_run_resumes(
     world: Path, tiny_model: Path, largest: int
 ) -> None:
