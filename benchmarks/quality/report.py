@@ -19,7 +19,6 @@ NATURAL = (
     "indonesian-letters",
 )  # where rank is scarce, and no list
 CEILINGS = ("PEFT LoRA, 4 times the rank", "full fine-tuning")
-_PLENTIFUL = "rank is plentiful"
 _ENOUGH = 8  # the rank of LoRA whose quality is to be had for fewer parameters
 
 
@@ -295,29 +294,41 @@ def _share(lora: Sequence[float], ours: Sequence[float], more: Sequence[float]) 
     if not (lora and more):
         return "-"
     less, own, goal = map(statistics.mean, (lora, ours, more))
+    return f"{(less - own) / (less - goal):.0%}" if _brings_more(lora, more) else "rank is plentiful"
+
+
+def _brings_more(lora: Sequence[float], more: Sequence[float]) -> bool:
+    """Whether more rank lowers the loss by more than two standard errors."""
     uncertain = 2 * math.hypot(*(error(losses) for losses in (lora, more) if len(losses) > 1))
-    return f"{(less - own) / (less - goal):.0%}" if less - goal > uncertain else _PLENTIFUL
+    return statistics.mean(lora) - statistics.mean(more) > uncertain
 
 
 def rivals(results: Results, seed: int, rank: float = 1) -> str:
     """Markdown: every method at one average rank on the natural tasks where rank is scarce, and the ceilings below.
 
-    Each loss is at the best rate that was tried. "*" marks a rate without a worse neighbour on each side.
+    Parameters are multiples of LoRA's, averaged over the tasks. Each loss is at the best rate that was tried. "*" marks
+    a rate without a worse neighbour on each side.
     """
     lines = [
         f"| method | parameters | {' | '.join(NATURAL)} |",
         f"| --- | --- |{' --- |' * len(NATURAL)}",
     ]
-    own = {run: row for run, row in results.items() if run.task in NATURAL and run.rank == rank}
-    more = {replace(run, method=CEILINGS[0]): row for run, row in results.items()
-            if (run.method, run.rank) == (LORA, 4 * rank) and run.task in NATURAL}  # fmt: skip
-    shown = {run: row for run, row in own.items() if run.method not in (*CEILINGS, BEFORE)}
-    lora = {run.task: row["parameters"] for run, row in own.items() if run.method == LORA}
-    below = [name for name in CEILINGS if any(run.method == name for run in own | more)]
-    for method in [*_methods(shown), *below]:
-        rows = own | {replace(run, rank=rank): row for run, row in more.items()}
-        shares = [row["parameters"] / lora[run.task] for run, row in rows.items() if run.method == method]
-        cells = [_rival(rows, task, method, rank, seed) for task in NATURAL]
+    natural = {run: row for run, row in results.items() if run.task in NATURAL}
+    rows = {run: row for run, row in natural.items() if run.rank == rank and run.method != BEFORE}
+    lora = {run.task: row["parameters"] for run, row in rows.items() if run.method == LORA}
+    rows |= {
+        replace(run, method=CEILINGS[0], rank=rank): row
+        for run, row in natural.items()
+        if (run.method, run.rank) == (LORA, 4 * rank)
+    }
+    for method in sorted(_methods(rows), key=CEILINGS.__contains__):
+        found = {run: row for run, row in rows.items() if run.method == method}
+        tasks = dict.fromkeys(run.task for run in found)
+        shares = [
+            statistics.mean(row["parameters"] for run, row in found.items() if run.task == task) / lora[task]
+            for task in tasks
+        ]
+        cells = [_rival(found, task, method, rank, seed) for task in NATURAL]
         lines.append(f"| {method} | {statistics.mean(shares):.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -337,7 +348,7 @@ def plentiful(results: Results, seed: int) -> str:
         lora, more = (at_best_tried(results, task, LORA, each, seed) for each in (rank, 4 * rank))
         if rank < 1 or task in NATURAL or not (lora and at_best_tried(mine, task, OURS, rank, seed)):
             continue
-        if more and _share(lora, lora, more) != _PLENTIFUL:
+        if more and _brings_more(lora, more):
             continue
         ours, theirs = (_rows_at_best_tried(mine, task, method, rank, seed) for method in (OURS, LORA))
         cells.append([(theirs[own] - ours[own]) / theirs[own] for own in ours if own in theirs])
