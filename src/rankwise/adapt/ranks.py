@@ -142,11 +142,7 @@ def check_target(target_r: Any, factors: Factors) -> float:
             f"`target_r`={target:g} is greater than the adapter's rank, which is {start:g} on average, and ranks only "
             f"fall. Set `r` in LoraConfig to at least {target:g} (twice `target_r` is usual), or a smaller `target_r`."
         )
-    blocks = len(factors.layout.block_ranks)
-    if round(target * blocks) < 1:
-        raise ValueError(
-            f"`target_r`={target:g} leaves no rank at all for {blocks} layers: set it to at least {1 / blocks:.3g}."
-        )
+    factors.layout.refuse_no_rank(target)
     return target
 
 

@@ -14,9 +14,9 @@ if sys.platform != "win32":
     import fcntl
 
 
-def open_lock(stage: Path) -> int:
-    """Open the lock file of a stage. It is created if it does not exist."""
-    return os.open(stage / "lock", os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+def open_lock(path: Path) -> int:
+    """Open a lock file. It is created if it does not exist."""
+    return os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def try_lock(file: int) -> bool | None:
@@ -70,7 +70,7 @@ def only_one(folder: Path, patience: float) -> Iterator[None]:
 @contextmanager
 def lock_file(path: Path) -> Iterator[bool]:
     """Hold a lock file, and remove it in the end. Gives False if another process holds it."""
-    file = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    file = open_lock(path)
     if try_lock(file) is False:
         os.close(file)
         yield False

@@ -71,7 +71,7 @@ class Stage:
             path.mkdir()
             # Until the new stage is locked, another process that cleans up may take it for an abandoned one.
             try:
-                lock = open_lock(path)
+                lock = open_lock(path / "lock")
             except FileNotFoundError:
                 continue
             except OSError:
@@ -91,7 +91,7 @@ class Stage:
     @classmethod
     def take_over(cls, path: Path) -> Stage | None:
         """Take over the stage at ``path`` if its process is dead; otherwise return None."""
-        lock = open_lock(path)
+        lock = open_lock(path / "lock")
         # Locks may not work across machines.
         ours = path.name[len(PREFIX) :].rpartition("-")[0] == HOST
         try:

@@ -143,6 +143,22 @@ class TripletLayout:
             return self.triplets
         return min(target, self.triplets)
 
+    def refuse_no_rank(self, target_r: float) -> None:
+        """Refuse an average rank per block that leaves no triplet.
+
+        Args:
+            target_r: average rank per block, greater than 0.
+
+        Raises:
+            ValueError: ``target_r`` leaves no rank at all.
+        """
+        blocks = len(self.block_ranks)
+        if round(target_r * blocks) < 1:
+            raise ValueError(
+                f"`target_r`={target_r:g} leaves no rank at all for {blocks} layers: set it to at least "
+                f"{1 / blocks:.3g}."
+            )
+
     def without(self, left_out: Sequence[bool], target_r: float) -> tuple[int, int]:
         """The triplets of all layers but some: their number at the start, and at an average rank of ``target_r``.
 

@@ -40,12 +40,8 @@ def own_controller(
     has_E = config.form.has_E
     chosen = any(adapter in layer.kept for layer in layers.values())  # before the adapter was loaded
     factors = Factors(pairs, ModelBuffers(model, pairs[0].device), ("E", *KEYS) if has_E else KEYS)
-    blocks = len(factors.layout.block_ranks)
-    if not chosen and factors.layout.target(config.target_r, counts_parameters=not has_E) < 1:
-        raise ValueError(
-            f"`target_r`={config.target_r:g} leaves no rank at all for {blocks} layers: set it to at least "
-            f"{1 / blocks:.3g}."
-        )
+    if not chosen:
+        factors.layout.refuse_no_rank(config.target_r)
     _warn_of_unused_penalty(config, warn)
     choice: Choice
     if has_E:
