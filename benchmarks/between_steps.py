@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from costs import Operations
 from trainings import MODELS, Setting, Training, peft_lora_adapting, rankwise_adalora, small, training_of
 
 RUN, CUTS = 1000, 20  # optimizer steps of a run, and the number of cuts in it by default
@@ -56,6 +57,20 @@ class Watched:
         self.training.step()
         return self._now() - started, self._spent
 
+    def operations_of_a_cut(self) -> int:
+        """Take two steps, one of them with a cut. Return the number of its tensor operations."""
+        cut, counted = self.controller._cut, Operations()
+
+        def count(ranks: int) -> None:
+            with counted:
+                cut(ranks)
+
+        self.controller._cut = count
+        self.training.step()
+        self.training.step()
+        self.controller._cut = cut
+        return counted.count
+
 
 # the default form on rankwise's layers and on PEFT's, and the paper's form
 RUNS: dict[str, Callable[..., Training]] = {
@@ -69,8 +84,9 @@ def bookkeeping(asked: argparse.Namespace, setting: Setting) -> None:
     """Time the run's own work around steps with and without a cut, in the pruning phase."""
     print(
         f"\n### Bookkeeping\n\nA run is {RUN:,} steps with {CUTS} cuts.\n\n"
-        "| | layers | a step, ms | books, ms | with a cut, ms | a cut, in steps | books of a run, share of its time |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |"
+        "| | layers | a step, ms | books, ms | with a cut, ms | a cut, in steps | its operations "
+        "| books of a run, share of its time |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     for name in asked.models:
         for kind, attach in RUNS.items():
@@ -93,6 +109,7 @@ def _row(title: str, name: str, attach: Callable[..., Training], setting: Settin
         f"{1000 * books:.2f}",
         f"{1000 * with_cut:.1f}",
         f"{(with_cut - books) / (step + books):.2f}",
+        f"{watched.operations_of_a_cut():,}",
         f"{share / (step + share):.2%}",
     )
     return f"| {title}, rank {spare} at first | {layers} | {' | '.join(cells)} |"
