@@ -13,24 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 import rankwise
+from command_world import SOURCE, running, wait_for_line
 from rankwise.cli import app
 from recipe_world import write_recipe
-
-SOURCE = Path(rankwise.__file__).parent.parent
 
 
 def call(*words: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, [str(word) for word in words])
     return result.exit_code, result.stdout, result.stderr
-
-
-def start(*words: object, **options: object) -> subprocess.Popen[str]:
-    """Start a real process."""
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "rankwise", *map(str, words)]
-    return subprocess.Popen(
-        command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-    )  # type: ignore[call-overload,no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -137,9 +127,12 @@ def test_a_checkpoint_that_can_not_be_written_is_the_users_problem_and_the_run_r
     """PyTorch's writer has errors of its own for optimizer.pt."""
     resource = pytest.importorskip("resource")
     recipe = write_recipe(world, tiny_model, training__save_steps=3)
-    limits = (largest, resource.RLIM_INFINITY)
-    process = start("train", recipe, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-    _, err = process.communicate(timeout=300)
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+
+    with running("train", recipe, preexec_fn=limit_files) as process:
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in err, err
     assert "Complete checkpoints are kept: continue with --resume." in err
     code, _, err = call("train", recipe, "--resume")
@@ -181,12 +174,10 @@ def test_train_then_inspect(world: Path, tiny_model: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_printed_command_goes_on(world: Path, tiny_model: Path) -> None:
     recipe = write_recipe(world, tiny_model, training__max_steps=150, schedule=None)
-    process = start("train", recipe, "training.seed=5")
-    assert process.stdout is not None
-    while not process.stdout.readline().startswith("step"):
-        pass
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    with running("train", recipe, "training.seed=5") as process:
+        wait_for_line(process, "step")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     command = next(line.strip() for line in out.splitlines() if line.strip().startswith("rankwise train"))
@@ -202,13 +193,11 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(world: Path, tiny_model: P
 
 @pytest.mark.slow
 def test_ctrl_c_before_training_is_reported_and_ends_the_command(world: Path, tiny_model: Path) -> None:
-    process = start("train", write_recipe(world, tiny_model, training__max_steps=100000, schedule=None))
-    assert process.stdout is not None
-    # the plan is printed, and the model is being loaded
-    while not process.stdout.readline().startswith("output"):
-        pass
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    recipe = write_recipe(world, tiny_model, training__max_steps=100000, schedule=None)
+    with running("train", recipe) as process:
+        wait_for_line(process, "output")  # the plan is printed, and the model is being loaded
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in out + err
 

@@ -122,9 +122,12 @@ class Saver:
     def save_until_killed(self, path: Path, mode: str, first: int, meanwhile: Callable[[], object]) -> int:
         """Save in a loop until ``meanwhile`` returns. Return the last version that was surely saved."""
         process = self.start(path, mode, first, die_at=0)
-        meanwhile()
-        os.kill(process, signal.SIGKILL)
-        return max(self.end()[0], default=first - 1)
+        try:
+            meanwhile()
+        finally:
+            os.kill(process, signal.SIGKILL)
+            done = self.end()[0]
+        return max(done, default=first - 1)
 
 
 @pytest.fixture
@@ -304,6 +307,40 @@ def test_a_read_that_a_save_crosses_is_repeated(tmp_path: Path) -> None:
         return config, (folder / WEIGHTS).read_text()
 
     assert read_folder(tmp_path, OWNED, slow) == ('{"version": 5}', '{"version": 5}')
+
+
+def test_a_read_that_fails_while_a_save_ends_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without links, the files are away for a moment, and may be back when the reader looks for the save."""
+    (tmp_path / ".rankwise-stage").mkdir()
+    away = tmp_path / ".rankwise-stage" / CONFIG
+    away.write_text("saved")
+
+    def stages_at_the_end(folder: Path) -> list[Path]:
+        if away.exists():
+            os.replace(away, folder / CONFIG)
+            away.parent.rmdir()
+        return stage.stages(folder)
+
+    monkeypatch.setattr(atomic, "recover", lambda folder: None)
+    monkeypatch.setattr(atomic, "stages", stages_at_the_end)
+    assert read_folder(tmp_path, [CONFIG], lambda folder: (folder / CONFIG).read_text()) == "saved"
+
+
+@needs_signals
+def test_a_read_that_misses_a_file_while_it_takes_the_place_of_a_link_is_repeated(tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    new.write_text("saved")
+    (tmp_path / STATE).symlink_to(new)
+
+    def read_optional(folder: Path) -> str | None:
+        if new.exists():  # what a reader meets that has followed the link just before
+            os.replace(new, folder / STATE)
+            return None
+        return (folder / STATE).read_text()
+
+    assert read_folder(tmp_path, [STATE], read_optional) == "saved"
 
 
 def test_a_reader_gets_an_error_if_files_change_faster_than_it_reads(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-import rankwise
+from command_world import running, wait_for_line
 from rankwise.cli import app
 from rankwise.recipes import RecipeError, load_recipe
 from rankwise.recipes.sweep import Outcome, parse_dimension, sweep
@@ -162,18 +161,6 @@ def test_the_command_prints_trials_frontier_and_what_to_do_next(swept: tuple[Pat
     assert code == 0 and json.loads(out)["best"] == best.name
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(rankwise.__file__).parent.parent),
-        "PYTHONUNBUFFERED": "1",
-    }
-    command = [sys.executable, "-m", "rankwise", *map(str, words)]
-    return subprocess.Popen(
-        command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["killed", "ctrl-c"]
 )
@@ -181,13 +168,12 @@ def test_a_sweep_that_is_stopped_and_started_again_ends_with_the_same_trials(
     recipe: Path, number: signal.Signals
 ) -> None:
     total, at = 4, random.Random(number).randint(2, 4)  # a different trial for each way to stop
-    process = start("sweep", recipe, "--over", RATE, "--trials", total, "training.max_steps=60")
-    assert process.stdout is not None
-    while not process.stdout.readline().startswith(f"trial {at} of {total}"):
-        assert process.poll() is None
-    time.sleep(0.7)  # during the trial
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=120)
+    words = ("sweep", recipe, "--over", RATE, "--trials", total, "training.max_steps=60")
+    with running(*words, stderr=subprocess.STDOUT) as process:
+        wait_for_line(process, f"trial {at} of {total}")
+        time.sleep(0.7)  # during the trial
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=120)
     assert process.returncode == (-9 if number == signal.SIGKILL else 130), out
     storage = open_storage(f"sqlite:///{recipe.parent}/out-sweep/sweep.db")
     before = finished_trials(storage)
@@ -235,8 +221,12 @@ def test_processes_that_start_together_can_all_open_a_new_storage(tmp_path: Path
 def test_two_processes_share_the_trials_of_one_storage(recipe: Path) -> None:
     storage = f"sqlite:///{recipe.parent}/shared.db"
     words = ("sweep", recipe, "--over", RATE, "--trials", 6, "--storage", storage, "--study", "ours")
-    both = [start(*words, "-o", recipe.parent / name) for name in ("one", "two")]
-    said = [process.communicate(timeout=300)[0] for process in both]
+    with ExitStack() as stack:
+        both = [
+            stack.enter_context(running(*words, "-o", recipe.parent / name, stderr=subprocess.STDOUT))
+            for name in ("one", "two")
+        ]
+        said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert (
         6 <= len(finished_trials(open_storage(storage))) <= 7

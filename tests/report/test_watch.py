@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,12 +13,11 @@ from typer.testing import CliRunner
 pytest.importorskip("rich")
 
 import rankwise as rw
+from command_world import running
 from rankwise.cli import app
 from rankwise.report.watch import read_run_now
 from recipe_world import save_tiny_model, write_recipe, write_table
 from tiny import llama
-
-SOURCE = Path(rw.__file__).parent.parent
 
 
 def call(*words: object) -> tuple[int, str, str]:
@@ -38,16 +35,11 @@ def world(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_a_run_is_seen_while_it_goes_on_and_to_its_end(world: Path) -> None:
     recipe = write_recipe(world, world / "model", training__max_steps=100, training__logging_steps=2)
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
-    run = subprocess.Popen(
-        [sys.executable, "-m", "rankwise", "train", str(recipe)], env=environment, stdout=subprocess.DEVNULL
-    )
-    try:
+    with running("train", recipe, stdout=subprocess.DEVNULL, stderr=None) as run:
         while not (world / "out" / "results.json").is_file() or not read_run_now(world / "out").log:
             assert run.poll() is None or (world / "out" / "rank_history.json").is_file()
             time.sleep(0.05)
         code, out, err = call("watch", world / "out", "--every", 0.1)
-    finally:
         assert run.wait(timeout=120) == 0
     assert (code, err) == (0, "")
     lines = [line for line in out.splitlines() if line.startswith("step ")]

@@ -177,8 +177,9 @@ def read_folder(folder: Path, names: Collection[str], read: Callable[[Path], T])
             try:
                 result = read(folder)
             except Exception:
-                unchanged = before == [_identity(folder / name, stack) for name in names]
-                if attempt == _READS - 1 or (unchanged and not stages(folder)):
+                # The save is looked for first: it may end before the files are looked at, but then they have changed.
+                quiet = not stages(folder) and before == [_identity(folder / name, stack) for name in names]
+                if attempt == _READS - 1 or quiet:
                     raise
             else:
                 if before == [_identity(folder / name, stack) for name in names]:
@@ -205,14 +206,18 @@ def _check_files(folder: Path) -> None:
             raise ValueError(f"`write` made {path.name!r}, but names with {PREFIX!r} are kept for saving.")
 
 
-def _identity(path: Path, stack: ExitStack) -> tuple[int, int] | None:
-    """A file's device and inode number, which change when the file is replaced; None if it is missing."""
+def _identity(path: Path, stack: ExitStack) -> tuple[bool, int, int] | None:
+    """Values that change whenever a save touches the file; None if it is missing.
+
+    They are the device and inode number, and whether the path is a link. A file that takes the place of a link to it
+    keeps its inode number. Without hard links, a reader that follows the link at that moment misses the file.
+    """
     try:
         # The stack keeps the file open. Otherwise a new file could get the inode number of a removed one.
         found = os.fstat(stack.enter_context(open(path, "rb", opener=_open_at_once)).fileno())
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return path.is_symlink(), found.st_dev, found.st_ino
 
 
 def _open_at_once(path: str, flags: int) -> int:
