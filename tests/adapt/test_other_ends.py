@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import rankwise as rw
-from lora_world import base, examples, perceptron, train, with_lora
+from lora_world import WORLDS, base, examples, perceptron, train, with_lora
 from rankwise.adapt.ranks import HANDLES
 from tiny import llama, told
 
@@ -120,6 +120,45 @@ def test_a_run_ends_when_its_adapter_is_taken_out_and_other_models_train_on(repl
         if replaced:
             train(model.double(), "linear", 14)
     assert len([each for each in messages if "run of adaptive ranks has ended" in each]) == 1
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding", "experts", "attention"])
+def test_the_handle_of_a_run_whose_adapter_was_deleted_can_be_asked_and_makes_room(name: str) -> None:
+    model = with_lora(name)
+    gone = rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+    train(model, name, 3)
+    cut = [row.rank for row in gone.rank_summary().layers]
+    model.add_adapter("default 2", peft.LoraConfig(r=3, **WORLDS[name][1]))
+    model.delete_adapter("default")
+
+    assert gone.is_over and gone.allocation_state.step == 3 and gone.allocation_state.total_step == 12
+    assert [row.rank for row in gone.rank_summary().layers] == cut
+    with pytest.raises(ValueError, match=r"'default' that it began with was deleted"):
+        gone.finalize_ranks()
+    with pytest.raises(ValueError, match=r"'default' that it began with was deleted"):
+        gone.state_dict()
+    ranks = rw.adapt_ranks(model, target_r=1, adapter="default 2", **SCHEDULE)
+    gone.detach()
+    assert not ranks.is_over
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_adapter_that_was_deleted_and_added_again_has_no_run_until_one_is_begun(asked: bool) -> None:
+    model = with_lora("linear")
+    gone = rw.adapt_ranks(model, target_r=2, **SCHEDULE)
+    train(model, "linear", 3)
+    model.delete_adapter("default")
+    model.add_adapter("default", peft.LoraConfig(r=4, lora_alpha=12, target_modules=["0", "2", "4"]))
+    model.set_adapter("default")
+    model.double()
+    if asked:
+        assert rw.adapt_ranks(model, target_r=1, **SCHEDULE) is not gone and gone.is_over
+    train(model, "linear", 14)
+    config = model.peft_config["default"]
+    assert (config.r < 4) == asked
+    left = [each for each in model.modules() if "default" in getattr(each, "scaling", {})]
+    assert left and all(each.scaling["default"] == pytest.approx(3) for each in left)
+    assert asked or (config.r, config.lora_alpha, config.alpha_pattern) == (4, 12, {})
 
 
 def test_ranks_are_not_cut_while_the_adapter_is_merged() -> None:

@@ -30,6 +30,8 @@ class PeftPair(FactorPair):
         self.blocks = int(layer.num_experts) if self.is_parameter else 1
         self.is_embedding = adapter in layer.lora_embedding_A
         self.starts_at_zero = "A" if self.is_embedding else "B"
+        # An adapter that was deleted and added again has other modules.
+        self._modules = () if self.is_embedding else (self.module("A"), self.module("B"))
 
     def module(self, key: str) -> Any:
         """The module that holds a factor. In embeddings a factor is a parameter of its own, without a module."""
@@ -40,8 +42,11 @@ class PeftPair(FactorPair):
         held: Any = self.layer._modules[("lora_embedding_" if self.is_embedding else "lora_") + key]
         try:
             if self.is_embedding:
-                return held[self.adapter]  # type: ignore[no-any-return]
-            return held._modules[self.adapter]._parameters["weight"]  # type: ignore[no-any-return]
+                return held._parameters[self.adapter]  # type: ignore[no-any-return]
+            module = held._modules[self.adapter]
+            if module is not self._modules[key == "B"]:
+                raise KeyError(self.adapter)
+            return module._parameters["weight"]  # type: ignore[no-any-return]
         except KeyError:
             raise FactorsGone(f"{self.path!r} has no adapter {self.adapter!r} any more.") from None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -27,7 +29,7 @@ from rankwise.run.choice.principal import PrincipalChoice
 from rankwise.run.controller import Controller
 from rankwise.run.factors import Factors
 from rankwise.run.history import RankHistory
-from rankwise.run.pairs import FactorPair
+from rankwise.run.pairs import FactorPair, FactorsGone
 from rankwise.run.run_tensors import OwnTensors
 from rankwise.run.state import AllocationState
 from rankwise.run.summary import LayerRank, RankSummary
@@ -98,10 +100,13 @@ def adapt_ranks(
         whole: Any = lora_model(model) or model
         name, pairs = check_adaptable(whole, adapter, target_r)
         check_values(pairs)
-        if name in vars(whole).get(HANDLES, {}):
-            raise ValueError(
-                f"The ranks of adapter {name!r} adapt already. Call `detach()` on the first handle to start again."
-            )
+        first = vars(whole).get(HANDLES, {}).get(name)
+        if first is not None:
+            if not first.is_over:
+                raise ValueError(
+                    f"The ranks of adapter {name!r} adapt already. Call `detach()` on the first handle to start again."
+                )
+            first.detach()
         # This is a copy, because the caller may use the configuration again, and TRL's copy of an adapter shares it.
         peft_config = copy.deepcopy(whole.peft_config[name])
         handle = AdaptiveRanks(pairs, name, target_r, total_step, tinit, tfinal, deltaT, whole, peft_config)
@@ -183,7 +188,7 @@ class AdaptiveRanks:
         self._phases = (tinit, tfinal, deltaT)
         self._narrow_when_over = True  # False if a trainer decides when the run is over
         self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # set once the run is over
-        self._detached = False
+        self._ended_by: str | None = None  # why the run is over if its layers were not narrowed
         warn = WarnOnce()
         self._tensors = OwnTensors(pairs[0].device)
         factors = Factors(pairs, self._tensors)
@@ -222,6 +227,7 @@ class AdaptiveRanks:
     @property
     def allocation_state(self) -> AllocationState:
         """Step, phase and budget of the run."""
+        self._end_if_gone()
         return self._controller.state() if self._in_the_end is None else self._in_the_end[0]
 
     @property
@@ -234,10 +240,13 @@ class AdaptiveRanks:
 
         If the parameters are sharded over processes, all processes must call it together.
         """
+        self._end_if_gone()
         if self._in_the_end is not None:
             return self._in_the_end[1]
+        return self._summary(self._controller.layer_importance())
+
+    def _summary(self, importance: Sequence[float]) -> RankSummary:
         layout, ranks = self._controller.factors.layout, self._controller.allocated_ranks()
-        importance = self._controller.layer_importance()
         rows = [
             LayerRank(name, rank, first, worth, rank * size)
             for (name, rank), first, worth, size in zip(
@@ -273,8 +282,22 @@ class AdaptiveRanks:
 
     @property
     def is_over(self) -> bool:
-        """Whether no rank changes any more: the layers are narrowed, or `detach` was called."""
+        """Whether no rank changes any more: the layers are narrowed, `detach` was called, or the adapter is deleted."""
+        self._end_if_gone()
         return self._in_the_end is not None
+
+    def _end_if_gone(self) -> None:
+        """End the run if its adapter was deleted, even if another adapter has the name now."""
+        if self._in_the_end is not None:
+            return
+        try:
+            self._controller.factors.all_parameters()
+        except FactorsGone:
+            self._controller.stop()
+            self._tensors.follow(functools.partial(torch.device, "cpu"))
+            unknown = [math.nan] * len(self._controller.factors.names)
+            self._in_the_end = (self._controller.state(), self._summary(unknown))
+            self._ended_by = f"has ended, because the adapter {self.adapter!r} that it began with was deleted"
 
     def begin_anew(self, total_step: int) -> None:
         """Start the run again, after a trainer has given up an attempt.
@@ -317,10 +340,10 @@ class AdaptiveRanks:
         in the factors as zeros, and the outputs are the same.
 
         Raises:
-            ValueError: `detach` was called.
+            ValueError: `detach` was called, or the adapter was deleted.
         """
-        if self._detached:
-            raise ValueError("`detach()` has ended this run: begin another one with `adapt_ranks`.")
+        if self.is_over and self._ended_by:
+            raise ValueError(f"The run {self._ended_by}: begin another one with `adapt_ranks`.")
         self._controller.finalize_ranks()
         self._narrow()
 
@@ -328,7 +351,7 @@ class AdaptiveRanks:
         """Stop adapting ranks. The adapter stays as it is, and trains as plain LoRA from here on."""
         if not self.is_over:
             self._in_the_end = (self.allocation_state, self.rank_summary())
-            self._detached = True
+            self._ended_by = "was ended by `detach()`"
         self._controller.detach()
         if self._model is not None:
             vars(self._model).get(HANDLES, {}).pop(self.adapter, None)
@@ -376,9 +399,9 @@ class AdaptiveRanks:
 
     def _refuse_if_over(self) -> None:
         if self.is_over:
-            what = "was ended by `detach()`" if self._detached else "is over and its layers are narrowed"
+            why = self._ended_by or "is over and its layers are narrowed"
             raise ValueError(
-                f"The run {what}: there is nothing to resume. To go on from an earlier state, load the base model, "
+                f"The run {why}: there is nothing to resume. To go on from an earlier state, load the base model, "
                 "attach the adapter anew and call `adapt_ranks`."
             )
 
