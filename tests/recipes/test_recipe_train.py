@@ -364,6 +364,34 @@ def test_resuming_with_another_recipe_is_refused_by_key(world: Path, tiny_model:
     assert result.after
 
 
+@pytest.mark.parametrize("grows", [True, False])
+def test_resuming_on_other_data_is_refused_because_held_out_rows_would_have_trained(
+    grows: bool, world: Path, tiny_model: Path
+) -> None:
+    interrupted(world, tiny_model, 3)
+    before = (world / "out" / "results.json").read_text()
+    write_table(world / "reviews.csv", 90 if grows else 60, seed=0 if grows else 7)
+    said = r"48 .* 12 held out then, 7\d and 1\d now" if grows else "not the same"
+    with pytest.raises(RecipeError, match=rf"data .* has changed: .*{said}.*--overwrite"):
+        run(world, tiny_model, resume=True)
+    assert (world / "out" / "results.json").read_text() == before
+    write_table(world / "reviews.csv")
+    result, _ = run(world, tiny_model, resume=True)
+    assert result.after
+
+
+def test_a_run_of_an_earlier_version_resumes_though_its_data_is_not_known(
+    world: Path, tiny_model: Path
+) -> None:
+    interrupted(world, tiny_model, 3)
+    file = world / "out" / "results.json"
+    results = json.loads(file.read_text())
+    assert results.pop("data")["train"] == 48
+    file.write_text(json.dumps(results))
+    result, _ = run(world, tiny_model, resume=True)
+    assert result.after and json.loads(file.read_text())["data"]["held_out"] == 12
+
+
 def test_a_checkpoint_that_was_cut_short_is_left_out(world: Path, tiny_model: Path) -> None:
     changes = {"training__save_steps": 3}
     interrupted(world, tiny_model, 7, **changes)

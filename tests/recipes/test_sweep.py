@@ -137,6 +137,17 @@ def test_other_settings_under_the_same_name_are_refused_by_key(swept: tuple[Path
         run(path, RATE, trials=9)
 
 
+def test_a_sweep_does_not_go_on_with_other_data(recipe: Path) -> None:
+    run(recipe, RATE, trials=1)
+    table = recipe.parent / "reviews.csv"
+    same = table.read_text()
+    write_table(table, 120)
+    with pytest.raises(RecipeError, match=r"data of the sweep .* has changed: 72 .*--overwrite"):
+        run(recipe, RATE, trials=2)
+    table.write_text(same)
+    assert len(run(recipe, RATE, trials=2).points) == 2
+
+
 def test_the_report_shows_the_sweep(swept: tuple[Path, Outcome], tmp_path: Path) -> None:
     path, outcome = swept
     code, _, err = call("report", path.parent / "out-sweep", "-o", tmp_path / "sweep.html")

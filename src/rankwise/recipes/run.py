@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.recipes.card import card_of
+from rankwise.recipes.data.identity import facts_of, what_changed
+from rankwise.recipes.data.splits import some_examples
 from rankwise.recipes.details import Details, Keep, details_of
 from rankwise.recipes.divergence import (
     DivergedError,
@@ -222,6 +224,9 @@ def _train(
     arguments = training_arguments(recipe, planned.total_step, output.folder, trainer_class)
     claim()
     checkpoint = _checkpoint(output, console) if resume else None
+    facts = facts_of(data.train, data.evaluation, data.labels)
+    if checkpoint is not None:
+        _refuse_other_data(output, facts)
     if checkpoint is None and is_main_process():
         output.begin()
     metrics = task.metrics(recipe)
@@ -251,7 +256,7 @@ def _train(
             set_seed(recipe.training.seed)
         loss_before = (before or {}).get("loss")
         good.most, keep.diverged = highest_sound_loss(loss_before), partial(has_diverged, loss_before)
-        started = _started(output, before, samples)
+        started = _started(output, before, samples, facts)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except NotFiniteError as error:  # the run was about to write a checkpoint
@@ -285,31 +290,13 @@ def _train(
     kept = trainable - factor_parameters(model) + model.rank_summary().parameters
     result = Result(output.folder, None, before or {}, after, trainable, kept, samples, best)
     if is_main_process():
-        _write_final_results(output, trainer, result, metrics, seconds, behind)
+        _write_final_results(output, trainer, result, metrics, seconds, behind, facts)
         facts = card_of(recipe, metrics, result.before, after, len(data.evaluation), steps, best)
         model.create_or_update_model_card(output.folder, facts)
         output.clear_best()
     _show_result(console, result, model, metrics, len(data.evaluation), seconds, steps)
     _show_next_steps(console, recipe, data, output.folder)
     return result
-
-
-def some_examples(examples: Any, most: int | None) -> Any:
-    """At most ``most`` of a dataset's examples, spread evenly over all. ``most`` None: all examples.
-
-    Example:
-        >>> list(some_examples(range(10), 4)), some_examples(range(3), None)
-        ([0, 2, 5, 7], range(0, 3))
-    """
-    count = len(examples)
-    if most is None or count <= most:
-        return examples
-    chosen = [at * count // most for at in range(most)]
-    if hasattr(examples, "select"):
-        return examples.select(chosen)
-    from torch.utils.data import Subset
-
-    return Subset(examples, chosen)
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
@@ -364,10 +351,22 @@ def _make_ready_to_train(trainer: Any) -> None:
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
 
 
-def _started(output: Output, before: Mapping[str, float] | None, samples: Sequence[Sample]) -> float:
+def _started(
+    output: Output, before: Mapping[str, float] | None, samples: Sequence[Sample], facts: Mapping[str, Any]
+) -> float:
     if is_main_process():
-        output.write_results({"finished": False, "before": before, "samples": samples})
+        output.write_results({"finished": False, "data": facts, "before": before, "samples": samples})
     return time.monotonic()
+
+
+def _refuse_other_data(output: Output, facts: Mapping[str, Any]) -> None:
+    """Refuse to resume on changed data, where rows that were trained on may be held out now."""
+    changed = what_changed(output.results.get("data"), facts)
+    if changed is not None:
+        raise RecipeError(
+            f"The data of the run in {str(output.folder)!r} has changed: {changed}. A resumed run would be measured on "
+            "examples that it was trained on. Restore the data, or train again with --overwrite or another `output`."
+        )
 
 
 def _checkpoint(output: Output, console: Console) -> Path | None:
@@ -404,11 +403,13 @@ def _write_final_results(
     metrics: Sequence[Metric],
     seconds: float,
     behind: Details | None,
+    facts: Mapping[str, Any],
 ) -> None:
     _, everything = trainer.model.get_nb_trainable_parameters()
     output.write_results(
         {
             "finished": True,
+            "data": facts,
             "before": result.before,
             "after": result.after,
             "samples": result.samples,

@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from rankwise.recipes.models import quiet
 from rankwise.recipes.plan import attach, steps_in_an_epoch, total_steps
 from rankwise.recipes.recipe import BaseRecipe
-from rankwise.recipes.run import duration, some_examples
+from rankwise.recipes.data.splits import some_examples
+from rankwise.recipes.run import duration
 from rankwise.recipes.tasks import load_task
 from rankwise.recipes.training import processes, training_arguments
 

@@ -39,6 +39,24 @@ def shortest_first(examples: Any, column: str = "input_ids") -> Any:
     return examples.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
+def some_examples(examples: Any, most: int | None) -> Any:
+    """At most ``most`` of a dataset's examples, spread evenly over all. ``most`` None: all examples.
+
+    Example:
+        >>> list(some_examples(range(10), 4)), some_examples(range(3), None)
+        ([0, 2, 5, 7], range(0, 3))
+    """
+    count = len(examples)
+    if most is None or count <= most:
+        return examples
+    chosen = [at * count // most for at in range(most)]
+    if hasattr(examples, "select"):
+        return examples.select(chosen)
+    from torch.utils.data import Subset
+
+    return Subset(examples, chosen)
+
+
 def split_sizes(rows: int, held_out: float | int | str, train_size: int | None) -> tuple[int, int]:
     """The number of training rows and the number of held-out rows.
 

@@ -17,9 +17,11 @@ import yaml
 from transformers import TrainerCallback
 
 from rankwise.files.atomic import write_file
+from rankwise.recipes.data.identity import facts_of
 from rankwise.recipes.errors import RecipeError, did_you_mean, refusal
 from rankwise.recipes.interrupt import Interrupted
 from rankwise.recipes.load import load_recipe
+from rankwise.recipes.models import quiet
 from rankwise.recipes.output import flat, settled
 from rankwise.recipes.recipe import BaseRecipe
 from rankwise.recipes.run import train
@@ -162,6 +164,9 @@ class _Sweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         opened = studies.open_storage(storage or f"sqlite:///{self.folder / 'sweep.db'}")
         name = name or self.folder.resolve().name
+        with quiet():
+            data = load_task(self.recipe.task).read_data(self.recipe)
+        facts = facts_of(data.train, data.evaluation, data.labels)
         settings = dict(flat(settled(self.recipe)))
         kept = {key: value for key, value in settings.items() if key not in self.recipe.free_when_resuming}
         for method in self.methods:
@@ -171,6 +176,7 @@ class _Sweep:
                 opened,
                 name if method == self.recipe.method else f"{name}, {method}",
                 {**own, "over": "; ".join(map(str, dimensions))},
+                facts,
                 grows=self.metric.greater_is_better,
                 sampler=sampler,
                 pruner=pruner,

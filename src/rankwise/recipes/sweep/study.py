@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.recipes.data.identity import what_changed
 from rankwise.recipes.errors import RecipeError, did_you_mean, refusal
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def open_study(
     storage: Any,
     name: str,
     settings: Mapping[str, Any],
+    data: Mapping[str, Any],
     *,
     grows: bool,
     sampler: str,
@@ -90,6 +92,7 @@ def open_study(
         storage: the storage that `open_storage` returned.
         name: the study's name.
         settings: all settings that trials depend on, by name. A study with other settings is refused.
+        data: the facts about the data that trials depend on (`facts_of`). A study with other data is refused.
         grows: whether larger values of the metric are better.
         sampler: the name of a sampler in `_sampler`.
         pruner: the name of a pruner in `_pruner`.
@@ -98,7 +101,7 @@ def open_study(
         overwrite: whether to delete an earlier study of this name.
 
     Raises:
-        RecipeError: the study belongs to a sweep with other settings.
+        RecipeError: the study belongs to a sweep with other settings or other data.
     """
     import optuna
 
@@ -127,6 +130,13 @@ def open_study(
             )
     else:
         study.set_user_attr("settings", dict(settings))
+    changed_data = what_changed(study.user_attrs.get("data"), data)
+    if changed_data is not None:
+        raise RecipeError(
+            f"The data of the sweep {name!r} has changed: {changed_data}. Trials on different data can't be compared. "
+            "Restore the data, choose another -o, or start again with --overwrite."
+        )
+    study.set_user_attr("data", dict(data))
     # A sweep that continues must not draw the same values again.
     study.sampler = _sampler(sampler, None if seed is None else seed + len(study.trials), trials)
     return study
