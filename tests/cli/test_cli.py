@@ -191,6 +191,30 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(world: Path, tiny_model: P
     assert len(steps) == 150 - int(checkpoint.name.rpartition("-")[2])
 
 
+def test_a_run_whose_output_nobody_reads_any_more_goes_on_to_its_end(world: Path, tiny_model: Path) -> None:
+    recipe = write_recipe(world, tiny_model, training__max_steps=30)
+    with running("train", recipe) as process:
+        wait_for_line(process, "step  1/30")
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.wait(timeout=120) == 0
+        said = process.stderr.read()
+    assert said.count("the run goes on without it") == 1 and "Traceback" not in said
+    results = json.loads((world / "out" / "results.json").read_text())
+    assert results["finished"] and results["steps"] == 30
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(world: Path, tiny_model: Path) -> None:
+    recipe = write_recipe(world, tiny_model)
+    with open("/dev/full", "w") as full, running("train", recipe, stdout=full) as process:
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert process.wait(timeout=120) == 0
+    assert "(No space left on device): the run goes on without it" in said
+    assert (world / "out" / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_ctrl_c_before_training_is_reported_and_ends_the_command(world: Path, tiny_model: Path) -> None:
     recipe = write_recipe(world, tiny_model, training__max_steps=100000, schedule=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import rankwise
+from command_world import running
 from rankwise.cli import app
 from recipe_world import save_tiny_model, write_recipe, write_table
 
@@ -48,6 +50,33 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_command_writes_nothing_of_other_libraries(world: Path, words: tuple[str, ...]) -> None:
     done = real(words[0], *(world / word for word in words[1:]))
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_predictions_of_which_only_the_first_are_read_end_without_a_traceback(world: Path) -> None:
+    write_table(world / "many.csv", 2000)
+    with running("predict", world / "out", world / "many.csv") as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith("{")
+        process.stdout.close()
+        assert (process.wait(timeout=120), process.stderr.read()) == (141, "")
+
+
+def test_a_terminal_that_knows_few_letters_gets_codes_for_the_others(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    done = real("plan", world / "recipe.yaml")
+    assert (done.returncode, done.stderr) == (0, "") and "\\u2502" in done.stdout
+    done = real("predict", world / "out", "--text", "Żółw")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["text"] == "Żółw"
+
+
+def test_a_path_with_brackets_is_printed_whole(world: Path) -> None:
+    page, plot, cut = world / "page [b].html", world / "plot [b].png", world / "cut [b]"
+    assert f"Report: {page}" in call("report", world / "out", "-o", page)[1]
+    assert f"Heat map: {plot}" in call("inspect", world / "out", "--plot", plot)[1]
+    assert f"Saved to {cut}" in call("compress", world / "out", "--rank", "1", "-o", cut)[1]
 
 
 @pytest.fixture

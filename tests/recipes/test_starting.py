@@ -202,3 +202,33 @@ def test_names_that_yaml_takes_for_something_else_stay_names(tmp_path: Path) -> 
     assert code == 0, err
     recipe: Any = load_recipe(tmp_path / "recipe.yaml")
     assert (recipe.data.text, recipe.data.label) == ("no", "y")
+
+
+def test_labels_of_several_lines_or_of_great_length_stay_in_their_comment(tmp_path: Path) -> None:
+    made = [
+        (text, ["training:\n  max_steps: 1", "x" * 5000][at % 2]) for at, (text, *_) in enumerate(rows(30))
+    ]
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *made])
+    model, recipe = save_tiny_model(tmp_path / "model"), tmp_path / "recipe.yaml"
+    code, _, said = call("init", tmp_path / "data.csv", "-o", recipe, "--model", model)
+    assert code == 0, said
+    assert (
+        load_recipe(recipe).training.max_steps is None
+        and max(map(len, recipe.read_text().splitlines())) < 200
+    )
+
+
+def test_a_column_without_values_holds_no_numbers_to_learn(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data.jsonl", [{"text": text, "label": None} for text, *_ in rows(30)])
+    code, _, said = call(
+        "init",
+        tmp_path / "data.jsonl",
+        "-o",
+        tmp_path / "recipe.yaml",
+        "--model",
+        save_tiny_model(tmp_path / "model"),
+    )
+    assert code == 0, said
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.task == "causal-lm"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import warnings
 
-from rankwise.cli.app import app
+from rankwise.cli.app import app, takes_any_text
 
 from rankwise.cli.init import init  # isort: skip
 from rankwise.cli.train import train  # isort: skip
@@ -43,6 +44,9 @@ __all__ = [
 def main() -> None:
     """Run the ``rankwise`` command."""
     quieten_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not takes_any_text(stream):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 from rankwise import __version__
 from rankwise.cli.failures import EXTRAS
@@ -54,6 +54,11 @@ def one_of(*names: str) -> Callable[[str], str]:
         )
 
     return parse
+
+
+def takes_any_text(stream: TextIO) -> bool:
+    """Whether a stream can encode any text. If it can't, `main` lets it write codes for the other letters."""
+    return (stream.encoding or "utf-8").lower().startswith("utf")
 
 
 def _version(asked: bool) -> None:

@@ -143,6 +143,7 @@ def show(compression: Compression, output: Path) -> None:
     console.print(
         f"\n{compression.parameters:,} of {before:,} parameters ({compression.parameters / before:.0%}); lost "
         f"{compression.lost:.2%} of the update's squared norm. Saved to {output}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

@@ -6,6 +6,7 @@ Exit codes:
 - 2: a mistake that the user can correct. One message names it, without a traceback.
 - 1: a fault of rankwise itself, with a traceback.
 - 130, 143 and 129: SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal).
+- 141: the program that read the output has ended, as `head` does.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def failures(*mendable: type[Exception], kept: str = "") -> Iterator[None]:
         raise _mend(
             f"The Python package {name!r} is missing. Install: {extra}" if name else str(error)
         ) from error
+    except BrokenPipeError:
+        # What is still buffered would raise the error again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _exit(141) from None
     except Exception as error:
         message = _unwritten_message(error, kept) or _mendable_message(error, mendable)
         if message is None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from rankwise.cli.adapters import say_notes
 from rankwise.cli.app import app
 from rankwise.cli.failures import failures
 
@@ -40,4 +41,4 @@ def inspect(
             render_terminal(report, Console())
         if plot is not None:
             save_heatmap(report, plot)
-            Console(stderr=as_json).print(f"Heat map: {plot}", highlight=False, soft_wrap=True)
+            say_notes(Console(stderr=as_json), [f"Heat map: {plot}"])

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from rankwise.cli.adapters import Adapter, BatchSize, Overrides, Overwrite, RecipeOption, say_notes
-from rankwise.cli.app import app
+from rankwise.cli.app import app, takes_any_text
 from rankwise.cli.failures import failures
 
 
@@ -86,8 +86,9 @@ def predict(
         )  # fmt: skip
         say_notes(console, found.notes)
         if out is None:
+            only_ascii = not takes_any_text(sys.stdout)
             for row in found.rows():
-                sys.stdout.write(f"{json_line(row)}\n")
+                sys.stdout.write(f"{json_line(row, only_ascii=only_ascii)}\n")
         else:
             write_table(found.columns, out)
             count = len(next(iter(found.columns.values())))

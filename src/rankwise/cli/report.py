@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from rankwise.cli.adapters import say_notes
 from rankwise.cli.app import app
 from rankwise.cli.failures import failures
 
@@ -34,4 +35,4 @@ def report(
         from rankwise.report.html import write_report
 
         write_report(folders, out, overwrite=overwrite)
-        Console().print(f"Report: {out}", highlight=False, soft_wrap=True)
+        say_notes(Console(), [f"Report: {out}"])

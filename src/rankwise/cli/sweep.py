@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from rankwise.cli.adapters import print_whole, say_notes
 from rankwise.cli.app import Overrides, RecipeFile, app, one_of
@@ -110,9 +109,10 @@ def sweep(
     continues the sweep.
     """
     with failures():
+        from rankwise.recipes.console import lasting_console
         from rankwise.recipes.sweep import sweep as run
 
-        console = Console(stderr=as_json)
+        console = lasting_console(stderr=as_json)
         outcome = run(
             recipe, overrides or (), over=over or (), trials=trials, metric=metric, beside=beside, within=within,
             storage=storage, name=study, output=output, sampler=sampler, pruner=pruner, overwrite=overwrite,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.recipes.card import card_of
+from rankwise.recipes.console import lasting_console
 from rankwise.recipes.data.identity import facts_of, what_changed
 from rankwise.recipes.data.splits import some_examples
 from rankwise.recipes.details import Details, Keep, details_of
@@ -224,9 +225,9 @@ def _train(
     arguments = training_arguments(recipe, planned.total_step, output.folder, trainer_class)
     claim()
     checkpoint = _checkpoint(output, console) if resume else None
-    facts = facts_of(data.train, data.evaluation, data.labels)
+    examples = facts_of(data.train, data.evaluation, data.labels)
     if checkpoint is not None:
-        _refuse_other_data(output, facts)
+        _refuse_other_data(output, examples)
     if checkpoint is None and is_main_process():
         output.begin()
     metrics = task.metrics(recipe)
@@ -256,7 +257,7 @@ def _train(
             set_seed(recipe.training.seed)
         loss_before = (before or {}).get("loss")
         good.most, keep.diverged = highest_sound_loss(loss_before), partial(has_diverged, loss_before)
-        started = _started(output, before, samples, facts)
+        started = _started(output, before, samples, examples)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except NotFiniteError as error:  # the run was about to write a checkpoint
@@ -290,7 +291,7 @@ def _train(
     kept = trainable - factor_parameters(model) + model.rank_summary().parameters
     result = Result(output.folder, None, before or {}, after, trainable, kept, samples, best)
     if is_main_process():
-        _write_final_results(output, trainer, result, metrics, seconds, behind, facts)
+        _write_final_results(output, trainer, result, metrics, seconds, behind, examples)
         facts = card_of(recipe, metrics, result.before, after, len(data.evaluation), steps, best)
         model.create_or_update_model_card(output.folder, facts)
         output.clear_best()
@@ -531,7 +532,7 @@ def _nothing_left(output: Output, console: Console) -> Result:
 def _console(console: Console | None) -> Console:
     from rich.console import Console
 
-    return (console or Console()) if is_main_process() else Console(quiet=True)
+    return (console or lasting_console()) if is_main_process() else Console(quiet=True)
 
 
 def _say(console: Console, text: str, style: str = "") -> None:

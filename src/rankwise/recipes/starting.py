@@ -285,7 +285,8 @@ def _label_column(columns: Mapping[str, Sequence[Any]]) -> str | None:
 
 def _said_of_labels(name: str, values: Sequence[Any]) -> str:
     labels = sorted(set(map(str, (value for value in values if value is not None))))
-    shown = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
+    shown = ", ".join(label if len(label) <= 40 else f"{label[:39]}…" for label in labels[:5])
+    shown += ", …" if len(labels) > 5 else ""
     return f"{name!r} holds {len(labels)} labels that repeat: {shown}."
 
 
@@ -327,8 +328,10 @@ def _few(values: Sequence[Any]) -> bool:
 
 
 def _is_number(values: Sequence[Any]) -> bool:
+    """Whether a column holds numbers, and at least two different ones."""
+    numbers = [value for value in values if value is not None]
     try:
-        return all(float(value) == float(value) for value in values if value is not None)
+        return len(set(map(float, numbers))) > 1 and all(float(value) == float(value) for value in numbers)
     except (TypeError, ValueError):
         return False
 
@@ -346,7 +349,7 @@ def _recipe(guess: Guess, data: str, output: Path, model: str | None) -> str:
         name, comment = model, ""
     lines = [
         "# Written by `rankwise init`. What was guessed:",
-        *(f"#   {why}" for why in [f"The task is {guess.task}.", *guess.why]),
+        *(f"#   {' '.join(why.split())}" for why in [f"The task is {guess.task}.", *guess.why]),
         "#",
         f"#   rankwise plan {output.name}     shows what a run would do",
         f"#   rankwise train {output.name}    trains an adapter",

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from rankwise.recipes.data.splits import some_examples
 from rankwise.recipes.models import quiet
 from rankwise.recipes.plan import attach, steps_in_an_epoch, total_steps
 from rankwise.recipes.recipe import BaseRecipe
-from rankwise.recipes.data.splits import some_examples
 from rankwise.recipes.run import duration
 from rankwise.recipes.tasks import load_task
 from rankwise.recipes.training import processes, training_arguments

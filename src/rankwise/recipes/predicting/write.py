@@ -79,9 +79,10 @@ def write_table(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
     write_file(path, text.getvalue())
 
 
-def json_line(row: Mapping[str, Any]) -> str:
+def json_line(row: Mapping[str, Any], *, only_ascii: bool = False) -> str:
     """A row as a line of JSON. Values that JSON can't hold, such as dates, are written as text."""
-    return json.dumps({name: _known(value) for name, value in row.items()}, ensure_ascii=False, default=str)
+    known = {name: _known(value) for name, value in row.items()}
+    return json.dumps(known, ensure_ascii=only_ascii, default=str)
 
 
 def _cell(value: Any) -> Any:

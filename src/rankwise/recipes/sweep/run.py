@@ -17,6 +17,7 @@ import yaml
 from transformers import TrainerCallback
 
 from rankwise.files.atomic import write_file
+from rankwise.recipes.console import lasting_console
 from rankwise.recipes.data.identity import facts_of
 from rankwise.recipes.errors import RecipeError, did_you_mean, refusal
 from rankwise.recipes.interrupt import Interrupted
@@ -106,10 +107,16 @@ def sweep(
         >>> [point.name for point in outcome.points]
         ['adalora-0']
     """
-    from rich.console import Console
-
     started = _Sweep(
-        Path(recipe), list(overrides), over, metric, beside, within, trials, output, console or Console()
+        Path(recipe),
+        list(overrides),
+        over,
+        metric,
+        beside,
+        within,
+        trials,
+        output,
+        console or lasting_console(),
     )
     started.open(storage, name, sampler, pruner, overwrite)
     return started.run()
@@ -369,7 +376,8 @@ class _Sweep:
             self._refresh()
         elif said == "begins":
             done = sum(len(studies.finished(study)) for study in self.studies.values())
-            self.console.print(f"trial {done + 1} of {self.trials}: {name}", highlight=False, soft_wrap=True)
+            said = f"trial {done + 1} of {self.trials}: {name}"
+            self.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Failed(Exception):
