@@ -117,6 +117,21 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(world: Path)
         ("data.held_out=1.5", "must be between 0 and 1, but is 1.5"),
         ("data.held_out=rest", "`held_out: rest` needs `train_size`"),
         ("data.labels=[a]", "data.labels: "),
+        (
+            "data.labels=[no, maybe]",
+            "data.labels.0: must be text, but is False. YAML reads yes, no, on and off",
+        ),
+        ("data.max_length=99999999999999999999", "data.max_length: must be less than 2**63"),
+        ("training.data_seed=99999999999999999999", "training.data_seed: must be less than 2**63"),
+        ("adapter.target_modules={a: 1}", "override adapter.target_modules={a: 1}"),
+        ("training.lr_scheduler_kwargs=abc", "training.lr_scheduler_kwargs: must be a section"),
+        ("training.lr_scheduler_kwargs={a: 1}", "do not fit lr_scheduler_type: linear (get_linear"),
+        ("training.lr_scheduler_type=warmup_stable_decay", "training.lr_scheduler_kwargs: do not fit"),
+        ("training.gradient_checkpointing_kwargs=abc", "gradient_checkpointing_kwargs: must be a section"),
+        ("training.optim_args=abc", "training.optim_args: must be text such as"),
+        ("training.label_smoothing_factor=-1", "label_smoothing_factor: must be at least 0"),
+        ("training.label_smoothing_factor=.nan", "label_smoothing_factor: must be at least 0"),
+        ("training.train_sampling_strategy=length", "must be one of random, sequential"),
     ],
 )
 def test_wrong_values_are_refused_with_the_rule(world: Path, override: str, rule: str) -> None:

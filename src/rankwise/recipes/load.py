@@ -73,6 +73,7 @@ def check_recipe(
         raise refusal(
             _located("task", lines, overrides), f"{message} {did_you_mean(str(name), TASKS)}", str(path)
         )
+    raise_problems(_in_order(list(_too_large(data)), lines, overrides), str(path))
     task = load_task(name)
     try:
         recipe = task.Recipe.model_validate(data)
@@ -94,6 +95,15 @@ def check_recipe(
     ]
     raise_problems(_in_order(problems, lines, overrides), str(path))
     return recipe
+
+
+def _too_large(value: Any, key: str = "") -> Iterator[Problem]:
+    """Whole numbers that no tensor can hold."""
+    if isinstance(value, (dict, list)):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _too_large(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        yield Problem(key, f"must be less than 2**63, but is {value}.")
 
 
 def read_recipe(path: Path) -> tuple[DictConfig, dict[str, int]]:
@@ -157,7 +167,7 @@ def _override(data: Any, overrides: Sequence[str], path: Path) -> Any:
             )
         try:
             data = OmegaConf.merge(data, OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
             raise refusal(f"override {override}", _one_line(error), str(path)) from error
     try:
         return OmegaConf.to_container(data, resolve=True, throw_on_missing=True)

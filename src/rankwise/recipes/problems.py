@@ -63,7 +63,8 @@ def _rule(item: Any, location: Sequence[str | int], recipe: type[BaseRecipe]) ->
     if kind == "string_too_short":
         return "must not be empty."
     rule = _TYPES.get(kind) or _bound(kind, context) or item["msg"]
-    return f"{rule}, but is {value!r}."
+    quotes = " YAML reads yes, no, on and off as true and false: put quotes around the word."
+    return f"{rule}, but is {value!r}.{quotes if rule == 'must be text' and isinstance(value, bool) else ''}"
 
 
 def _bound(kind: str, context: Mapping[str, Any]) -> str | None:

@@ -98,6 +98,42 @@ def training_problems(section: Any) -> Iterator[Problem]:
             except pydantic.ValidationError:
                 kind = getattr(argument_types()[name], "__name__", None) or str(argument_types()[name])
                 yield Problem(where, f"must be of the type {kind.replace('typing.', '')}, but is {value!r}.")
+                continue
+            rule = _broken_rule(name, value)
+            if rule is not None:
+                yield Problem(where, f"{rule}, but is {value!r}.")
+
+
+_SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")
+
+
+def _broken_rule(name: str, value: Any) -> str | None:
+    """The rule that a value of the right type breaks, and that Transformers does not check before training."""
+    if name.endswith("_kwargs") and value and not isinstance(value, dict):
+        return "must be a section of `key: value` lines"
+    if name == "optim_args" and value and any(part.count("=") != 1 for part in value.split(",")):
+        return "must be text such as `alpha=1,beta=2`"
+    if name == "label_smoothing_factor" and not 0 <= value < 1:
+        return "must be at least 0 and less than 1"
+    if name == "train_sampling_strategy" and value not in _SAMPLING:
+        return f"must be one of {', '.join(_SAMPLING)}"
+    return None
+
+
+def _schedule_problem(training: TrainingSection) -> Problem | None:
+    """The problem with the learning rate's schedule and its arguments, which Transformers checks late."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    kwargs = training.others.get("lr_scheduler_kwargs") or {}
+    kind = training.lr_scheduler_type
+    try:
+        get_scheduler(kind, optimizer, 1, 10, scheduler_specific_kwargs=dict(kwargs))
+    except (TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        return Problem("training.lr_scheduler_kwargs", f"do not fit lr_scheduler_type: {kind} ({said}).")
+    return None
 
 
 _SYNONYMS = {
@@ -175,6 +211,9 @@ def run_problems(recipe: BaseRecipe, metrics: Sequence[Metric]) -> Iterator[Prob
             yield Problem(f"training.{name}", f"Transformers has no {value!r}. {did_you_mean(value, valid)}")
     if wrong:
         return
+    problem = _schedule_problem(training)
+    if problem is not None:
+        yield problem
     fields = argument_fields(recipe, 1, Path(tempfile.gettempdir()), TrainingArguments)
     fields |= {"report_to": "none"}  # the tracker may not be installed here
     try:
