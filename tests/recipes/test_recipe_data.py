@@ -158,6 +158,15 @@ def test_rows_without_text_are_left_out_and_reported(world: Path) -> None:
     assert "1 row without text left out (reviews.csv, line 62)." in read(world).notes
 
 
+def test_texts_of_a_held_out_file_that_are_trained_on_are_counted(world: Path) -> None:
+    train = (world / "reviews.csv").read_text().splitlines()
+    (world / "eval.csv").write_text("\n".join([train[0], *train[1:6], "a text of its own,negative,0"]) + "\n")
+    data = read(world, data__eval=str(world / "eval.csv"), data__held_out=None)
+    assert any("5 of 6 rows in `eval` are trained on, too" in note for note in data.notes)
+    few = read(world, data__eval=str(world / "eval.csv"), data__held_out=None, data__train_size=3)
+    assert not any("5 of 6" in note for note in few.notes)
+
+
 def test_repeated_texts_are_never_both_trained_on_and_held_out(world: Path) -> None:
     with (world / "reviews.csv").open("a") as file:
         file.writelines(f"{text},{label},{rating}\n" for text, label, rating in rows(30))

@@ -262,7 +262,9 @@ def hold_out(
             raise refusal(
                 "data.train_size", f"is {data.train_size}, but there are only {count_rows(len(train))}."
             )
-        return train.select(order[: data.train_size]), sets[1]
+        train = train.select(order[: data.train_size])
+        _note_repeats(train, sets[1], text, notes)
+        return train, sets[1]
     try:
         held_out = 0.1 if data.held_out is None else data.held_out
         count, held = split_sizes(len(train), held_out, data.train_size)
@@ -274,14 +276,30 @@ def hold_out(
 
 def _without_repeats(rows: Any, columns: Sequence[str], notes: list[str]) -> Any:
     """Keep each text once, because a held-out repetition of a training text would measure nothing."""
-    texts = zip(*(rows[column] for column in columns), strict=True)
-    first = {tuple(map(_plain, parts)): row for row, parts in reversed(list(enumerate(texts)))}
+    first = {parts: row for row, parts in reversed(list(enumerate(_texts(rows, columns))))}
     if len(first) < len(rows):
         repeats = count_rows(len(rows) - len(first))
         notes.append(
             f"{repeats} left out that repeat another's text, so that no text is both trained on and held out."
         )
     return rows.select(sorted(first.values()))
+
+
+def _note_repeats(train: Any, held_out: Any, columns: Sequence[str], notes: list[str]) -> None:
+    """Note how many held-out examples of a file of their own are trained on, too, because they measure nothing."""
+    if not columns:
+        return
+    trained = set(_texts(train, columns))
+    both = sum(parts in trained for parts in _texts(held_out, columns))
+    if both:
+        notes.append(
+            f"{both:,} of {count_rows(len(held_out))} in `eval` are trained on, too, which makes the result too good."
+        )
+
+
+def _texts(rows: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The values to compare of each row."""
+    return [tuple(map(_plain, parts)) for parts in zip(*(rows[column] for column in columns), strict=True)]
 
 
 def _plain(value: Any) -> str:
