@@ -72,6 +72,11 @@ def test_a_terminal_that_knows_few_letters_gets_codes_for_the_others(
     assert json.loads(done.stdout)["text"] == "Żółw"
 
 
+def test_a_plot_without_an_ending_is_refused_before_a_file_of_another_name_is_written(world: Path) -> None:
+    code, _, err = call("inspect", world / "out", "--plot", world / "ranks")
+    assert code == 2 and "its ending says the format" in err and not (world / "ranks.png").exists()
+
+
 def test_a_path_with_brackets_is_printed_whole(world: Path) -> None:
     page, plot, cut = world / "page [b].html", world / "plot [b].png", world / "cut [b]"
     assert f"Report: {page}" in call("report", world / "out", "-o", page)[1]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -361,6 +362,28 @@ def test_without_a_file_the_rows_go_to_the_standard_output_and_nothing_else_does
     code, out, _ = call("predict", reviews / "out", reviews / "new.csv", "--column", "mood")
     assert code == 0
     assert [json.loads(line)["mood"] in MOODS for line in out.splitlines()] == [True] * 31
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "data.labels=[neutral, negative, positive]",
+            "labels are negative, neutral, positive, in this order",
+        ),
+        pytest.param(
+            "device=cuda",
+            "device: is 'cuda', but PyTorch",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_overrides_that_would_exchange_labels_or_be_ignored_are_refused(
+    reviews: Path, override: str, said: str
+) -> None:
+    for command in ("evaluate", "predict"):
+        code, _, err = call(command, reviews / "out", reviews / "reviews.csv", override)
+        assert code == 2 and said in " ".join(err.split())
 
 
 def test_a_sentence_longer_than_the_model_takes_gets_a_tag_for_every_word(tmp_path: Path, bert: Path) -> None:

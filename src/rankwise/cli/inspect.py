@@ -34,6 +34,8 @@ def inspect(
         from rankwise.report.inspect import inspect_adapter
         from rankwise.report.show import render_terminal, save_heatmap
 
+        if plot is not None and not plot.suffix:
+            raise ValueError(f"--plot {plot}: its ending says the format. Give one such as {plot}.png.")
         report = inspect_adapter(folder)
         if as_json:
             print(json.dumps(report.to_dict(), indent=2))

@@ -16,6 +16,7 @@ from rankwise.recipes.load import check_recipe, read_recipe
 from rankwise.recipes.models import head_modules, new_weights
 from rankwise.recipes.recipe import BaseRecipe
 from rankwise.recipes.tasks import TASKS, TaskData, load_task
+from rankwise.recipes.training import device_problem
 
 _CONFIG, _RECIPE = "adapter_config.json", "recipe.yaml"
 _TASK_OF_TYPE = {
@@ -132,7 +133,19 @@ def open_adapter(
     own.data._nothing_trains = True
     chosen = getattr(own.data, "labels", None)
     names = None if chosen is None else [str(name) for name in chosen]
+    problem = _labels_problem(labels, names) or device_problem(made)
+    if problem is not None and problem.where != "training.fp16":  # half precision is for training
+        raise RecipeError([problem], str(path))
     return SavedAdapter(folder, made, names, is_own=(folder / _RECIPE).is_file())
+
+
+def _labels_problem(known: Sequence[str] | None, given: Sequence[str] | None) -> Problem | None:
+    """The problem with labels in another order than the adapter's, whose meanings would be exchanged."""
+    if known is None or given is None or list(known) == list(given) or sorted(known) != sorted(given):
+        return None
+    return Problem(
+        "data.labels", f"the adapter's labels are {', '.join(known)}, in this order. Take data.labels out."
+    )
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
