@@ -39,8 +39,7 @@ GIVEN = {
     "run_name": "mine",
     "torch_compile": True,
     "adam_beta2": 0.98,
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "lr_scheduler_kwargs": {"min_lr": 1e-5},
+    "lr_scheduler_type": "cosine",
     "optim": "adafactor",
     "optim_args": "scale_parameter=False",
     "logging_first_step": True,
@@ -62,6 +61,14 @@ def test_the_recipes_arguments_reach_transformers(
 ) -> None:
     found = getattr(arguments(world, tiny_model, f"training.{name}={json.dumps(value)}"), name)
     assert getattr(found, "value", found) == value
+
+
+def test_a_schedule_of_the_learning_rate_gets_its_own_arguments(world: Path, tiny_model: Path) -> None:
+    kind, kwargs = "training.lr_scheduler_type=cosine_with_min_lr", {"min_lr": 1e-5}
+    found = arguments(world, tiny_model, kind, f"training.lr_scheduler_kwargs={json.dumps(kwargs)}")
+    assert found.lr_scheduler_kwargs == kwargs
+    with pytest.raises(RecipeError, match=r"lr_scheduler_kwargs: do not fit .*min_lr"):
+        arguments(world, tiny_model, kind)
 
 
 @pytest.mark.parametrize("name", NOT_TAKEN)
