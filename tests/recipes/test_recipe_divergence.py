@@ -54,6 +54,18 @@ def test_a_rate_that_is_too_high_ends_with_an_error_and_no_adapter(world: Path, 
     assert again.count("training.learning_rate=30") == 0
 
 
+def test_a_loss_that_was_never_finite_is_not_put_down_to_the_learning_rate(
+    world: Path, tiny_model: Path
+) -> None:
+    table = world / "reviews.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], *(f"{line}e30" for line in lines[1:])]) + "\n")
+    result = command(world, tiny_model, "problem_type=regression", "data.label=rating")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and "was inf before training" in said
+    assert "no learning rate helps" in said and "Train again with a lower" not in said
+
+
 def test_weights_that_are_not_finite_stop_the_run_and_the_last_good_checkpoint_is_named(
     world: Path, tiny_model: Path
 ) -> None:

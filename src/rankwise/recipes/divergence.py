@@ -147,6 +147,12 @@ def diverged(output: Output, before: float | None, after: float | None, log: Log
         )
     else:
         message += "There is no checkpoint from before that. "
+    if before is not None and not math.isfinite(before):
+        message += (
+            "The loss was not finite before the first step, so no learning rate helps: look for numbers to learn that "
+            "are too large (scale them), or set dtype: float32."
+        )
+        return DivergedError(message, checkpoint)
     lower = recipe.training.learning_rate / 10
     changes = {"training.learning_rate": f"{lower:.3g}", "output": f"{output.folder}-again"}
     kept = [each for each in recipe.overrides if each.partition("=")[0].strip() not in changes]

@@ -83,8 +83,8 @@ def split_sizes(rows: int, held_out: float | int | str, train_size: int | None) 
         wanted = f"`held_out` takes {held}" if held > 0 else "nothing is left to hold out"
         if train_size is not None:
             wanted += f", and `train_size` {train_size}"
+        there = "There is 1 row" if rows == 1 else f"There are {rows} rows"
         raise ValueError(
-            f"There are {rows} rows: {wanted}. At least 1 must train and at least 1 be held out. Change `train_size` "
-            "or `held_out`."
+            f"{there}: {wanted}. At least 1 must train and at least 1 be held out. Change `train_size` or `held_out`."
         )
     return train, held
