@@ -72,6 +72,7 @@ def predict(
         if text and file is not None and "=" in file:
             # With --text, the first argument is an override.
             overrides, file = [file, *(overrides or ())], None
+        from rankwise.recipes.data.rows import count_rows
         from rankwise.recipes.predicting.predict import predict as predict_rows
         from rankwise.recipes.predicting.write import TABLE_ENDINGS, check_free, json_line, write_table
 
@@ -92,7 +93,7 @@ def predict(
         else:
             write_table(found.columns, out)
             count = len(next(iter(found.columns.values())))
-            console.print(f"{count:,} rows: {out}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"{count_rows(count)}: {out}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _source(
