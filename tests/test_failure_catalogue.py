@@ -669,7 +669,7 @@ class TwoHeads(nn.Module):
 
 def test_modules_to_save_classifier_takes_pre_classifier_too(tmp_path: Path) -> None:
     fields = {"r": 2, "target_modules": ["body", "pre_classifier"], "modules_to_save": ["classifier"]}
-    with pytest.warns(UserWarning, match="'pre_classifier' won't train whole, as PEFT would have it"):
+    with pytest.warns(UserWarning, match="'pre_classifier' won't train in full, as PEFT would have it"):
         model = rw.get_peft_model(TwoHeads(), rw.LoraConfig(**fields))
     assert [path for path, module in model.named_modules() if hasattr(module, "lora_A")] == fields[
         "target_modules"

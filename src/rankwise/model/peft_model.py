@@ -160,8 +160,8 @@ def get_peft_model(
         adapter_compute_dtype: floating-point dtype in which linear layers compute the adapter's products. None: the
             dtypes of the layer's input and output. PEFT computes in ``torch.float32``; with it, a bfloat16 base takes
             as much time and memory as in PEFT.
-        options: PEFT's other arguments. ``autocast_adapter_dtype=False`` keeps the adapter, and modules that train
-            whole, in the base model's half precision; otherwise they are float32. ``revision`` is the base model's
+        options: PEFT's other arguments. ``autocast_adapter_dtype=False`` keeps the adapter, and modules that train in
+            full, in the base model's half precision; otherwise they are float32. ``revision`` is the base model's
             revision, which is stored in the configuration. ``low_cpu_mem_usage`` has no effect, and ``mixed`` must be
             False.
 

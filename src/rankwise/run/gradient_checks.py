@@ -50,7 +50,7 @@ class GradientChecks:
             self._warn(
                 f"The adapter on {', '.join(map(repr, idle[:3]))}{' and more' if len(idle) > 3 else ''} has had no "
                 "gradient in any step so far, so it does not train: the loss bypasses the layer, as TRL's bypasses "
-                "`lm_head`. Leave it out of `target_modules`, or train it whole (`modules_to_save`)."
+                "`lm_head`. Leave it out of `target_modules`, or train it in full (`modules_to_save`)."
             )
 
     def count(self, finite: Tensor, step: int) -> None:

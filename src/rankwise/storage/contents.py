@@ -34,7 +34,7 @@ class Contents(Generic[T]):
 
     Args:
         factors: the factors of each layer, by path, as ``{"A": …, "B": …, "E": …}``.
-        others: biases, modules saved whole and all other tensors, by name.
+        others: biases, modules saved in full and all other tensors, by name.
         kinds: the kind of each layer, by path, as the names of its factors tell it.
     """
 
