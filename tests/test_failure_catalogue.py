@@ -447,7 +447,7 @@ def test_training_ends_at_20_of_100_steps_and_the_saved_adapter_is_reported_and_
     with told() as messages:
         model.save_pretrained(tmp_path / "early")
     (message,) = messages
-    assert f"At step 20 the budget is {model.allocation_state.budget} triplets; its target is 12" in message
+    assert f"At step 20 the budget is {model.allocation_state.budget} ranks; its target is 12" in message
     assert "step 70" in message and "`model.finalize_ranks()`" in message
 
     model.finalize_ranks()

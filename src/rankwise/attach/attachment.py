@@ -121,7 +121,7 @@ def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attac
         warnings.warn(
             f"`rank_pattern` is the result of another run and has no effect on adapter {adapter!r}, which is new: all "
             f"of its layers start at rank {config.init_r}. To continue with those ranks, load that run's folder with "
-            "`PeftModel.from_pretrained(model, folder, is_trainable=True)`; else leave it out.",
+            "`PeftModel.from_pretrained(model, folder, is_trainable=True)`. Otherwise, leave it out.",
             UserWarning,
             stacklevel=3,
         )
@@ -318,7 +318,7 @@ def _check_rank(rank: int, d_in: int, d_out: int, path: str) -> None:
     most = max(min(d_in, d_out), _RANK_THAT_NEVER_HURTS)
     if rank > most:
         raise ValueError(
-            f"Rank {rank} is too much for {path!r}, which has {d_in} inputs and {d_out} outputs: set it to at most "
+            f"Rank {rank} is too large for {path!r}, which has {d_in} inputs and {d_out} outputs: set it to at most "
             f"{most}."
         )
 

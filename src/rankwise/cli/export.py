@@ -68,7 +68,7 @@ def export(
         typer.Option(
             "--component",
             metavar="NAME",
-            help="For diffusers: what the pipeline calls the adapted model, such as unet or transformer.",
+            help="For diffusers: the adapted model's name in the pipeline, such as unet or transformer.",
             show_default=False,
         ),
     ] = None,

@@ -15,7 +15,7 @@ from rankwise.cli.app import app
 from rankwise.cli.failures import failures
 
 
-@app.command(epilog="An example: rankwise watch output/reviews")
+@app.command(epilog="Example: `rankwise watch output/reviews`")
 def watch(
     folder: Annotated[
         Path, typer.Argument(metavar="OUTPUT", help="The run's output folder.", show_default=False)

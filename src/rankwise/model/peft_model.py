@@ -150,8 +150,8 @@ def get_peft_model(
     """Attach an adapter to ``model``, in place, and return ``model``.
 
     Only the adapted layers change, and all other parameters are frozen. The model stays an instance of its own class
-    and gets the methods of `PeftModel`. AdaLoRA needs no further call: its ranks are allocated whenever an optimizer
-    that holds the adapter's parameters steps.
+    and gets the methods of `PeftModel`. AdaLoRA needs no further call: ranks are cut when the optimizer that holds the
+    adapter's parameters steps.
 
     Args:
         model: base model or adapted model, any ``nn.Module``.

@@ -347,7 +347,7 @@ def _run(folder: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], li
         content = read_json(path)
         run = AdaLoraConfig.from_dict(content["config"] if isinstance(content, dict) else {}, str(path))
     except (KeyError, TypeError, ValueError) as error:
-        return {}, [f"How it was trained is left out: {error}"]
+        return {}, [f"The settings of the training are left out: {error}"]
     return run.to_dict(), []
 
 

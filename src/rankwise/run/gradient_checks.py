@@ -62,7 +62,7 @@ class GradientChecks:
             self._warned_of_skipped = True
             warnings.warn(
                 f"Step {step}: the adapter's gradients hold NaN or infinite values, so the step is left out of "
-                "the importance scores, if there are any. Further ones are counted, too, in "
+                "the importance scores, if there are any. Further such steps are counted in "
                 "`allocation_state.skipped_steps`. Lower the learning rate or clip gradients if they go on.",
                 stacklevel=2,
             )

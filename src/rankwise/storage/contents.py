@@ -155,8 +155,8 @@ def check_pattern_names(source: str, pattern: Iterable[str], factors: Mapping[st
     missing = sorted(set(pattern) - set(factors))
     if missing:
         raise ValueError(
-            f"{CONFIG_NAME}: `rank_pattern` names {missing[0]!r}, of which {source} has no tensors. The two files are "
-            "not of one adapter: copy both from one place."
+            f"{CONFIG_NAME}: `rank_pattern` names {missing[0]!r}, of which {source} has no tensors. The two files "
+            "belong to different adapters: copy both from one place."
         )
 
 

@@ -207,7 +207,7 @@ def _peaks(
             evaluation = run.evaluation_peak(evaluation_batch)
     except Exception as error:  # a model may do anything in its forward; the rest of the estimate stands
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        notes.append(f"The activations of {type(model).__name__} are not in it: {reason}")
+        notes.append(f"The estimate lacks the activations of {type(model).__name__}: {reason}")
     return peak, evaluation
 
 
@@ -278,7 +278,9 @@ def _packing(config: Mapping[str, Any], notes: list[str]) -> tuple[str, float, f
         # A group of weights in a column shares a float16 scale and a packed zero.
         grouped = isinstance(group, int) and group > 0
         return f"{bits} bits packed", bits, (2 + bits / 8) / group if grouped else 0  # type: ignore[operator]
-    notes.append(f"The quantization {method or 'of the model'!r} is not known here: counted without it.")
+    notes.append(
+        f"The quantization {method or 'of the model'!r} is not known, so the weights are counted without it."
+    )
     return "", 0, 0
 
 
