@@ -335,7 +335,7 @@ def _check_reached(sketches: Mapping[str, GradientSketch]) -> None:
     if not any(sketch.size() for sketch in sketches.values()):
         raise ValueError(
             "No gradient reaches any of the layers. Is the loss computed from the model's output, with gradients "
-            "enabled? Reentrant gradient checkpointing stops them: set use_reentrant=False."
+            "enabled? Re-entrant gradient checkpointing stops them: set use_reentrant=False."
         )
 
 

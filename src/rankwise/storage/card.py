@@ -76,7 +76,7 @@ def adapter_card(
     tags: Sequence[str] = (),
     name: str = "adapter",
 ) -> str:
-    """Write the text of an adapter's card. The licence is left to the user.
+    """Write the text of an adapter's card. The license is left to the user.
 
     Args:
         config: the adapter's configuration.
