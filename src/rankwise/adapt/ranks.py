@@ -387,7 +387,7 @@ class AdaptiveRanks:
         now = [pair.scale for pair in self._controller.factors.pairs]  # those of an adapter saved in mid-run
         if not any(torch.allclose(torch.tensor(mine), torch.tensor(each)) for each in (ends, now)):
             self._controller.warn(
-                f"The run keeps the scale that it began with, which ends at {ends[0]:g} in the first layer. "
+                f"The run keeps the scale that it began with, {ends[0]:g} in the first layer at the end. "
                 f"`lora_alpha` and `r` here give {mine[0]:g}, which is not used."
             )
 
