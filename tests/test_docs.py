@@ -56,10 +56,16 @@ REVIEWS = [
     for addition in ("long", "loud")
 ]
 
+TRAIN_LONGEST = ("language-models", "speech-recognition")
+
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-@pages
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in TRAIN_LONGEST)) for page in PAGES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_every_example_on_the_page_runs(page: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(workspace)
     if page.stem == "diffusers":  # it has an environment of its own: `make test-frameworks`

@@ -447,7 +447,7 @@ def test_training_ends_at_20_of_100_steps_and_the_saved_adapter_is_reported_and_
     with told() as messages:
         model.save_pretrained(tmp_path / "early")
     (message,) = messages
-    assert f"At step 20 the budget is {model.allocation_state.budget} triplets; its target is 12" in message
+    assert f"At step 20 the budget is {model.allocation_state.budget} ranks; its target is 12" in message
     assert "step 70" in message and "`model.finalize_ranks()`" in message
 
     model.finalize_ranks()
@@ -669,7 +669,7 @@ class TwoHeads(nn.Module):
 
 def test_modules_to_save_classifier_takes_pre_classifier_too(tmp_path: Path) -> None:
     fields = {"r": 2, "target_modules": ["body", "pre_classifier"], "modules_to_save": ["classifier"]}
-    with pytest.warns(UserWarning, match="'pre_classifier' won't train whole, as PEFT would have it"):
+    with pytest.warns(UserWarning, match="'pre_classifier' won't train in full, as PEFT would have it"):
         model = rw.get_peft_model(TwoHeads(), rw.LoraConfig(**fields))
     assert [path for path, module in model.named_modules() if hasattr(module, "lora_A")] == fields[
         "target_modules"

@@ -39,7 +39,7 @@ class Task:
         steps: optimizer steps.
         targets: the layers that are adapted.
         fewer: for an average rank below 1, the layers that LoRA of rank 1 is left with, as is usual.
-        heads: modules that are new, and train whole.
+        heads: modules that are new, and train in full.
         load: makes the model; new weights are drawn with the seed.
         batches: the training batches, by seed, the same for every method.
         loss: of a batch.

@@ -124,7 +124,7 @@ def test_biases_are_those_of_the_adapted_layers_or_all(bias: str, expected: list
 
 
 def test_a_rank_that_could_only_fill_the_memory_is_refused_with_the_most_that_is_taken() -> None:
-    with pytest.raises(ValueError, match="Rank 1025 is too much for '0'.*6 inputs and 5 outputs.*1024"):
+    with pytest.raises(ValueError, match="Rank 1025 is too large for '0'.*6 inputs and 5 outputs.*1024"):
         plan_attachment(block(), lora(r=1025, target_modules=["0"]), "one")
 
 

@@ -54,7 +54,7 @@ def told(**fields: Any) -> list[str]:
 def test_a_selector_that_selects_nothing_is_reported_with_the_reason(
     fields: dict[str, Any], said: str | None
 ) -> None:
-    if said is None:  # all modules that the name matches train whole
+    if said is None:  # all modules that the name matches train in full
         with pytest.raises(ValueError, match="in `modules_to_save`"):
             told(**fields)
         return

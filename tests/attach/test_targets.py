@@ -473,7 +473,7 @@ def test_pattern_that_matches_no_adapted_layer_is_reported() -> None:
         find_targets(tiny("llama"), config)
 
 
-# Modules that train whole
+# Modules that train in full
 
 
 @pytest.mark.parametrize(

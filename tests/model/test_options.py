@@ -152,9 +152,7 @@ def test_a_given_configuration_takes_the_place_of_the_folders(folder: Path) -> N
     (folder / "adapter_config.json").unlink()
     again = rw.PeftModel.from_pretrained(layers(), folder, config=given)
     assert torch.equal(again[0].delta_weight("default"), delta)
-    with pytest.raises(
-        ValueError, match=r"rank 2.*`config` was given, and takes the place of .*adapter_config"
-    ):
+    with pytest.raises(ValueError, match=r"rank 2.*`config` was given, and replaces .*adapter_config"):
         rw.PeftModel.from_pretrained(layers(), folder, config=config(r=4, modules_to_save=["2"]))
     with pytest.raises(TypeError, match="`config` must be a rankwise LoraConfig"):
         rw.PeftModel.from_pretrained(layers(), folder, config={"r": 2})

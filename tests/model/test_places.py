@@ -26,8 +26,8 @@ def lora(**changes: Any) -> rw.LoraConfig:
 ON_EMBEDDINGS = {
     "an adapted embedding": (lora(target_modules=["embed_tokens"]), {}),
     "an adapted head": (lora(target_modules=["lm_head", "q_proj"]), {}),
-    "an embedding that trains whole": (lora(modules_to_save=["embed_tokens"]), {}),
-    "a head that trains whole": (lora(modules_to_save=["lm_head"]), {}),
+    "an embedding that trains in full": (lora(modules_to_save=["embed_tokens"]), {}),
+    "a head that trains in full": (lora(modules_to_save=["lm_head"]), {}),
     "a head tied to the embedding": (lora(modules_to_save=["lm_head"]), {"tie_word_embeddings": True}),
     "a whole body with the embedding in it": (
         lora(target_modules=["lm_head"], modules_to_save=["model"]),

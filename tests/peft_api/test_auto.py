@@ -105,7 +105,7 @@ def test_folders_without_a_base_or_a_class_are_refused_with_the_function_to_call
     path = tmp_path / "adapter_config.json"
     data = json.loads(path.read_text()) | {"base_model_name_or_path": "x"}
     path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="no `task_type`, so it does not tell the base model's class"):
+    with pytest.raises(ValueError, match="no `task_type`, so the base model's class is not known"):
         rw.AutoPeftModel.from_pretrained(tmp_path)
     path.write_text(
         json.dumps(data | {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}})

@@ -115,7 +115,7 @@ def test_a_model_whose_forward_cannot_be_traced_still_gets_the_other_estimates()
 
     found = estimate(adapted_on_meta(Stubborn, ["fc"]), text_batch(1, 4))
     assert found.activations is None
-    assert found.notes == ("The activations of Stubborn are not in it: only on Sundays",)
+    assert found.notes == ("The estimate lacks the activations of Stubborn: only on Sundays",)
     assert found.weights == {"float32": 72 * 4}
 
 

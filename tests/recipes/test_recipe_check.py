@@ -102,7 +102,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(world: Path)
         ("schedule.tinit=1.5", "fraction of the run must be in [0, 1), but is 1.5"),
         ("schedule.total_step=5", "comes from training.max_steps or training.num_train_epochs"),
         ("adapter.total_step=5", "comes from training.max_steps or training.num_train_epochs"),
-        ("adapter.tinit=5", "belongs into the section `schedule`"),
+        ("adapter.tinit=5", "belongs in the section `schedule`"),
         ("adapter.r=8", "Set init_r (at the start) and target_r (at the end)"),
         ("adapter.target_r=9", "adapter.target_r: "),
         ("adapter.lora_dropout=2", "adapter.lora_dropout: "),

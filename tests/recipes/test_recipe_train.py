@@ -350,7 +350,7 @@ def test_signals_are_left_as_they_were(world: Path, tiny_model: Path) -> None:
 
 def test_an_unfinished_run_is_not_started_over_by_accident(world: Path, tiny_model: Path) -> None:
     interrupted(world, tiny_model, 3)
-    with pytest.raises(RecipeError, match="holds an unfinished run. To continue it, add --resume"):
+    with pytest.raises(RecipeError, match="holds an unfinished run. To resume it, add --resume"):
         run(world, tiny_model)
 
 
@@ -487,7 +487,7 @@ def test_an_output_folder_that_can_not_be_written_is_refused_before_anything_is_
     import os
 
     (world / "file").write_text("")
-    with pytest.raises(RecipeError, match=r"/file' is read-only, or no folder. Choose another `output`"):
+    with pytest.raises(RecipeError, match=r"/file' is read-only, or not a folder. Choose another `output`"):
         run(world, tiny_model, f"output={world / 'file' / 'out'}")
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != world and real(path, mode))

@@ -172,9 +172,8 @@ def test_the_command_prints_trials_frontier_and_what_to_do_next(swept: tuple[Pat
     assert code == 0 and json.loads(out)["best"] == best.name
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["killed", "ctrl-c"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
 def test_a_sweep_that_is_stopped_and_started_again_ends_with_the_same_trials(
     recipe: Path, number: signal.Signals
 ) -> None:

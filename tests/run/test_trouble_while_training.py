@@ -814,7 +814,7 @@ def test_a_run_that_ends_early_gives_a_warning_on_saving_and_is_finished_by_one_
         model.save_pretrained(tmp_path / "early")
         model.save_pretrained(tmp_path / "early")
     (message,) = messages
-    assert f"At step 4 the budget is {model.allocation_state.budget} triplets; its target is 6" in message
+    assert f"At step 4 the budget is {model.allocation_state.budget} ranks; its target is 6" in message
     assert "reaches at step 9" in message and "`model.finalize_ranks()`" in message
     assert saved_ranks(tmp_path / "early") > TARGET
 

@@ -71,7 +71,7 @@ def test_a_resized_vocabulary_is_saved_with_the_adapter_and_reported(
 ) -> None:
     changes, wanted = OPTIONS[option]
     model = rw.get_peft_model(resized(base), lora(**changes)).eval()
-    for module in model.modules():  # make modules that train whole differ from their originals
+    for module in model.modules():  # make modules that train in full differ from their originals
         if hasattr(module, "modules_to_save"):
             module.modules_to_save["default"].weight.data.mul_(1.5)
     with told() as messages:

@@ -100,7 +100,7 @@ def test_a_component_that_cannot_be_recognized_must_be_given(tmp_path: Path) -> 
         ({"target_modules": ["embedding"]}, "the embedding 'down_blocks.0.embedding'"),
         (
             {"modules_to_save": ["conv"], "target_modules": ["to_q"]},
-            "part of a module that was trained whole",
+            "part of a module that was trained in full",
         ),
         ({"bias": "all", "target_modules": ["to_q"]}, "a trained bias"),
     ],

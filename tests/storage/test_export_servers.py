@@ -128,7 +128,7 @@ def test_adapters_that_a_server_cannot_load_are_refused_with_a_remedy(tmp_path: 
         llama(attention_bias=True),
     )
     of_peft(tmp_path / "new", peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), bert())
-    for name, said in (("head", "lm_head"), ("bias", "a trained bias"), ("new", "trained whole")):
+    for name, said in (("head", "lm_head"), ("bias", "a trained bias"), ("new", "trained in full")):
         if (to, name) == ("vllm", "new"):
             continue  # vLLM accepts classifiers
         with pytest.raises(ValueError, match=rf"{said}.*--to merged"):

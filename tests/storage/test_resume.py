@@ -451,9 +451,11 @@ def in_trainer(model: Any, folder: Path, resumes: bool, **options: Any) -> tuple
     return made, everything(model, [made.optimizer])
 
 
+MANY_STOPS = "adalora, total_step left out"  # this kind is slow, because it resumes after each of them
+
 TRAINER_KINDS: dict[str, tuple[Callable[[], Any], list[int]]] = {
     "adalora": (adalora, [2, 11, 17]),
-    "adalora, total_step left out": (functools.partial(adalora, None), [*STOPS.values()][1:]),
+    MANY_STOPS: (functools.partial(adalora, None), [*STOPS.values()][1:]),
     "adalora with a head and biases": (functools.partial(adalora_with_head, None), [4, 9, 15]),
     "lora": (lora, [9]),
     "lora with a head": (lora_with_head, [9]),
@@ -466,7 +468,10 @@ TRAINER_KINDS: dict[str, tuple[Callable[[], Any], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", TRAINER_KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind == MANY_STOPS)) for kind in TRAINER_KINDS],
+)
 def test_transformers_trainer_resumes(kind: str, tmp_path: Path) -> None:
     make, stops = TRAINER_KINDS[kind]
     never_stopped, last = in_trainer(make(), tmp_path / "whole", resumes=False)

@@ -69,8 +69,8 @@ def adapt_ranks(
         adapter: name of the adapter. None: the active one.
         tinit: length of the warm-up, in optimizer steps (int) or as a fraction of the run (float in [0, 1)). None: 2 %
             of the run.
-        tfinal: length of the last phase, in which no rank changes, in optimizer steps (int) or as a fraction of the run
-            (float in [0, 1)). None: three fifths of the run.
+        tfinal: length of the final phase, in which no rank changes, in optimizer steps (int) or as a fraction of the
+            run (float in [0, 1)). None: 60 % of the run.
         deltaT: optimizer steps between two cuts, at least 1. None: the number that gives twenty cuts.
 
     Returns:
@@ -371,7 +371,7 @@ class AdaptiveRanks:
         return {**self._tensors.state_dict(), "run": packed_state(self._controller), "end_scales": ends}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue the run that a state describes. Load the adapter's factors and the optimizer's state yourself.
+        """Resume the run that a state describes. Load the adapter's factors and the optimizer's state yourself.
 
         Args:
             state: result of `state_dict`.
@@ -383,8 +383,8 @@ class AdaptiveRanks:
         ends, packed = state.get("end_scales"), state.get("run")
         if ends is None or packed is None or len(ends) != len(self._choice.end_scales):
             raise ValueError(
-                "This is not the state of a run on these layers. Pass what `state_dict()` of the interrupted run gave, "
-                "on a model with the same LoRA layers and ranks."
+                "This is not the state of a run on these layers. Pass the result of `state_dict()` of the interrupted "
+                "run, on a model with the same LoRA layers and ranks."
             )
         before, mine = self._tensors.state_dict(), self._choice.end_scales
         self._tensors.load_state_dict(dict(state))
@@ -410,7 +410,7 @@ class AdaptiveRanks:
         now = [pair.scale for pair in self._controller.factors.pairs]  # those of an adapter saved in mid-run
         if not any(torch.allclose(torch.tensor(mine), torch.tensor(each)) for each in (ends, now)):
             self._controller.warn(
-                f"The run goes on with the scale that it began with, {ends[0]:g} in the first layer at the end. "
+                f"The run keeps the scale that it began with, {ends[0]:g} in the first layer at the end. "
                 f"`lora_alpha` and `r` here give {mine[0]:g}, which is not used."
             )
 

@@ -1,4 +1,4 @@
-"""Refuses PEFT adapters whose meaning would change if directions were turned or cut."""
+"""Refuses PEFT adapters whose meaning would change if directions were rotated or cut."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def check_adapter(config: Any, adapter: str, pairs: Sequence[PeftPair]) -> None:
     start = config.init_lora_weights
     if start == "mica":
         raise ValueError(
-            "`init_lora_weights`='mica' keeps B as it is at the start, so no direction of it can be turned or cut. "
+            "`init_lora_weights`='mica' keeps B as it is at the start, so its directions can't be rotated or cut. "
             "Leave `init_lora_weights` out (or take 'gaussian', 'orthogonal' or 'eva')."
         )
     if start not in _STARTS:
@@ -116,7 +116,7 @@ def check_adapter(config: Any, adapter: str, pairs: Sequence[PeftPair]) -> None:
 
 
 def check_values(pairs: Sequence[PeftPair]) -> None:
-    """See that the factors have values.
+    """Check that the factors have values.
 
     Raises:
         ValueError: they are on the meta device.
@@ -152,7 +152,7 @@ def _check_layer(pair: PeftPair, adapter: str) -> None:
 
 
 def check_pairs(pairs: Sequence[FactorPair]) -> None:
-    """See that factors of any library make up products ``scale * B A``.
+    """Check that factors of any library form products ``scale * B A``.
 
     Raises:
         ValueError: they don't; the message names the layer.

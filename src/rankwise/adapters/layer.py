@@ -260,7 +260,7 @@ class AdapterLayer(InPlace, nn.Module):
 
     @torch.no_grad()
     def check_merge(self, names: list[str], finite: bool = False) -> None:
-        """See that `merge` will work; ``finite``: and that the merged weight has no NaN or infinite values.
+        """Check that `merge` will work and, if ``finite``, that the merged weight has no NaN or infinite values.
 
         Raises:
             ValueError: it will not.

@@ -55,10 +55,10 @@ class Attachment:
         adapter: name of the adapter.
         config: configuration of the adapter.
         layers: factors of each layer, by path.
-        saved_modules: state dictionary of each module that trains whole, by path. None: it starts as the base's module.
+        saved_modules: state dictionary of each module that trains in full, by path. None: a copy of the base module.
         biases: new value of each bias of the base that trains with the adapter, by name. None: it keeps its value.
         frozen: new value of each parameter of the base that a run's file replaces but does not train, by name.
-        widens: whether copies of half-precision modules that train whole are float32.
+        widens: whether copies of half-precision modules that train in full are float32.
     """
 
     adapter: str
@@ -80,7 +80,7 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
 
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
-    """The modules that train whole with an adapter, by path."""
+    """The modules that train in full with an adapter, by path."""
     return {
         plain_name(path): module for path, module in model.named_modules() if isinstance(module, SavedModule)
     }
@@ -121,7 +121,7 @@ def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attac
         warnings.warn(
             f"`rank_pattern` is the result of another run and has no effect on adapter {adapter!r}, which is new: all "
             f"of its layers start at rank {config.init_r}. To continue with those ranks, load that run's folder with "
-            "`PeftModel.from_pretrained(model, folder, is_trainable=True)`; else leave it out.",
+            "`PeftModel.from_pretrained(model, folder, is_trainable=True)`. Otherwise, leave it out.",
             UserWarning,
             stacklevel=3,
         )
@@ -155,9 +155,9 @@ def check_adapter_name(model: nn.Module, adapter: str) -> None:
 
 
 def refuse_overlap(model: nn.Module, attachment: Attachment) -> None:
-    """Refuse an adapter that adapts a module which trains whole in another adapter, or the other way round.
+    """Refuse an adapter that adapts a module which trains in full in another adapter, or the other way round.
 
-    A module inside one that trains whole also trains whole.
+    A module inside one that trains in full also trains in full.
 
     Raises:
         ValueError: the two adapters overlap.
@@ -170,7 +170,7 @@ def refuse_overlap(model: nn.Module, attachment: Attachment) -> None:
     for path, other in pairs:
         names = f"{path!r}" if path == other else f"{path!r} and {other!r}, of which one holds the other,"
         raise ValueError(
-            f"{names} would be adapted by one adapter and train whole in another. Let adapter "
+            f"{names} would be adapted by one adapter and train in full in another. Let adapter "
             f"{attachment.adapter!r} treat it as the others do, in `modules_to_save` or `exclude_modules`."
         )
 
@@ -256,7 +256,7 @@ def detach(model: nn.Module, adapter: str) -> None:
 
 
 def detach_all(model: nn.Module, keep_saved: Sequence[str] = ()) -> None:
-    """Remove all adapters. A module that trains whole takes the weights of the first of ``keep_saved`` that it has."""
+    """Remove all adapters. A module that trains in full takes the weights of its first copy in ``keep_saved``."""
     for layer in adapter_layers(model).values():
         restore_layer(layer)
     for module in saved_modules(model).values():
@@ -318,7 +318,7 @@ def _check_rank(rank: int, d_in: int, d_out: int, path: str) -> None:
     most = max(min(d_in, d_out), _RANK_THAT_NEVER_HURTS)
     if rank > most:
         raise ValueError(
-            f"Rank {rank} is too much for {path!r}, which has {d_in} inputs and {d_out} outputs: set it to at most "
+            f"Rank {rank} is too large for {path!r}, which has {d_in} inputs and {d_out} outputs: set it to at most "
             f"{most}."
         )
 

@@ -1,10 +1,10 @@
-"""The default targets of each architecture, and the heads that each task type trains whole."""
+"""The default targets of each architecture, and the heads that each task type trains in full."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Heads that a task type implies. They train whole. DistilBERT's pre_classifier is as new as its classifier.
+# Heads that a task type implies. They train in full. DistilBERT's pre_classifier is as new as its classifier.
 HEADS: Mapping[str, tuple[str, ...]] = {
     "SEQ_CLS": ("pre_classifier", "classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),

@@ -63,7 +63,7 @@ def names_of_exactly(paths: Sequence[str], others: Iterable[str] | None) -> list
 
 
 def saved_module_of(name: str, names: Sequence[str], is_module: Callable[[str], bool]) -> str | None:
-    """The path of the module that trains whole and holds the tensor ``name`` of a file. None if there is none.
+    """The path of the module that trains in full and holds the tensor ``name`` of a file. None if there is none.
 
     If several modules match ``names``, it is the outermost. Names match whole components of a path. PEFT also matches
     the ends of components, so its files may hold more modules.

@@ -58,7 +58,7 @@ def _refuse_shared(model: nn.Module, paths: Iterable[str], inside: str | None = 
             f"The weight of {path!r} is shared with {others[0]!r}, which merging would change too. Keep the "
             f"adapter unmerged, or untie them first: give {others[0]!r} a copy of its own, "
             "`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and set "
-            "`model.config.tie_word_embeddings = False` if there is that."
+            "`model.config.tie_word_embeddings = False` if the configuration has it."
         )
 
 

@@ -34,7 +34,7 @@ def tell_of_new_heads(
         model: the model, which has no adapter of this configuration yet.
         modules: modules of the model, by path.
         config: the configuration.
-        saved: paths of the modules that train whole.
+        saved: paths of the modules that train in full.
         adapted: paths of the adapted layers.
 
     Warns:

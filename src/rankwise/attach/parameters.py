@@ -26,7 +26,7 @@ def find_parameters(
         modules: every module of the model, by path, without the modules that adapters have added.
         config: the configuration.
         adapted: paths of the layers that ``config`` adapts as modules.
-        saved: paths of the modules that train whole. Parameters in them are left out.
+        saved: paths of the modules that train in full. Parameters in them are left out.
 
     Raises:
         ValueError: a name matches a parameter that cannot be adapted, or no name matches any.
@@ -57,7 +57,7 @@ def find_parameters(
             raise ValueError(f"`target_parameters` names {path!r}: {error}") from None
     if not slots:
         raise ValueError(
-            f"`target_parameters`={names}: all that they match is in modules that train whole "
+            f"`target_parameters`={names}: all that they match is in modules that train in full "
             f"({', '.join(map(repr, saved))})."
         )
     return slots

@@ -17,7 +17,7 @@ _HALF = (torch.float16, torch.bfloat16)
 def in_base_dtype(model: nn.Module, attachment: Attachment) -> Attachment:
     """Convert an adapter's values to half precision where the layer's weight has half precision.
 
-    Modules that train whole also keep the precision of the base model.
+    Modules that train in full also keep the precision of the base model.
 
     Args:
         model: model that the adapter was made for.

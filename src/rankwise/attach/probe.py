@@ -334,8 +334,8 @@ def _check_finite(sketches: Mapping[str, GradientSketch]) -> None:
 def _check_reached(sketches: Mapping[str, GradientSketch]) -> None:
     if not any(sketch.size() for sketch in sketches.values()):
         raise ValueError(
-            "No gradient reaches any of the layers. Is the loss made of the model's output, with gradients on? "
-            "Reentrant gradient checkpointing stops them: use_reentrant=False."
+            "No gradient reaches any of the layers. Is the loss computed from the model's output, with gradients "
+            "enabled? Re-entrant gradient checkpointing stops them: set use_reentrant=False."
         )
 
 

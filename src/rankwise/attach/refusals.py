@@ -33,7 +33,7 @@ def check_names(modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
 
 
 def check_heads(modules: Mapping[str, nn.Module], saved: list[str], config: LoraConfig) -> None:
-    """Warn of a task whose head the model lacks, and of modules that train whole in PEFT only."""
+    """Warn of a task whose head the model lacks, and of modules that train in full in PEFT only."""
     if config.inference_mode:
         return
     implied = HEADS.get(config.task_type or "", ())
@@ -41,7 +41,7 @@ def check_heads(modules: Mapping[str, nn.Module], saved: list[str], config: Lora
     more = [path for path in modules if taken_by_peft(path) and not within(path, saved)]
     if saved and more:
         warnings.warn(
-            f"{some(more)} won't train whole, as PEFT would have it: its name only ends with the letters of another "
+            f"{some(more)} won't train in full, as PEFT would have it: its name only ends with the letters of another "
             "in `modules_to_save`. Name it there if it should.",
             UserWarning,
             stacklevel=3,
@@ -131,7 +131,7 @@ def nothing_found(
     shown = repr(names) if isinstance(names, str) else some(names)
     if matched:
         why = [f"`exclude_modules`={config.exclude_modules!r}"] if config.exclude_modules else []
-        why += [f"the modules that train whole ({some(saved)})"] if saved else []
+        why += [f"the modules that train in full ({some(saved)})"] if saved else []
         left = f"{' and '.join(why)} leave nothing of it" if why else "nothing of it can be adapted"
         return f"`target_modules` ({shown}) matches {some(matched)}, but {left}."
     if any(map(matcher(names), modules)):

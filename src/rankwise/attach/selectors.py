@@ -96,7 +96,7 @@ def _what_takes(matched: list[str], names: list[str], config: LoraConfig) -> str
         return f"`layers_to_transform`={config.layers_to_transform!r} leaves it out."
     if any(map(matcher(config.exclude_modules or []), matched)):
         return f"`exclude_modules`={config.exclude_modules!r} leaves it out."
-    return "it lies in a module that trains whole."
+    return "it lies in a module that trains in full."
 
 
 def _idle_exclusions(

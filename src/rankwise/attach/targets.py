@@ -111,7 +111,7 @@ def _find_layers(
 
 
 def modules_to_save_paths(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Paths of the modules that train whole: those in ``modules_to_save``, and the heads that ``task_type`` implies.
+    """Paths of the modules that train in full: those in ``modules_to_save``, and the heads that ``task_type`` implies.
 
     A name is a whole path or its last parts: "classifier" does not match "pre_classifier".
 

@@ -31,12 +31,17 @@ def compress(
     rank: Annotated[
         float | None,
         typer.Option(
-            "--rank", metavar="R", help="As many parameters as LoRA of this rank has.", show_default=False
+            "--rank",
+            metavar="R",
+            help="Keep as many parameters as LoRA of this rank has.",
+            show_default=False,
         ),
     ] = None,
     parameters: Annotated[
         int | None,
-        typer.Option("--parameters", metavar="N", help="At most this many parameters.", show_default=False),
+        typer.Option(
+            "--parameters", metavar="N", help="Keep at most this many parameters.", show_default=False
+        ),
     ] = None,
     keep: Annotated[
         float | None,
@@ -63,7 +68,7 @@ def compress(
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")] = False,
 ) -> None:
-    """Cut an adapter to a size, with the least loss that LoRA of that size can have.
+    """Cut an adapter to a size, and keep as much of its update as LoRA of that size can hold.
 
     Give one of --rank, --parameters and --keep. Each layer gets its own rank: over all layers, the command keeps the
     directions that hold most of the update for their number of parameters. It shows the share of the update's squared

@@ -14,7 +14,7 @@ from rankwise.cli.app import app
 from rankwise.cli.failures import failures
 
 
-@app.command()
+@app.command(epilog="Example: `rankwise evaluate output/reviews new-reviews.csv -o metrics.json`")
 def evaluate(
     adapter: Adapter,
     file: DataFile,
@@ -41,9 +41,6 @@ def evaluate(
     """Measure an adapter on new data with its task's metrics, and show its worst mistakes.
 
     FILE is anything that `data.train` may be in a recipe: a table or a folder, with the true labels or texts.
-
-    Example:
-        rankwise evaluate output/reviews new-reviews.csv -o metrics.json
     """
     with failures(ValueError):
         from rankwise.files.atomic import write_file

@@ -30,7 +30,7 @@ def export(
             "--to",
             parser=one_of(*TARGETS),
             metavar="TARGET",
-            help=f"The form to write: {', '.join(TARGETS)}.",
+            help=f"The format to write: {', '.join(TARGETS)}.",
             show_default=False,
         ),
     ],
@@ -49,7 +49,7 @@ def export(
         typer.Option(
             "--base",
             metavar="MODEL",
-            help="The base model's folder or .gguf file, if it isn't where the adapter says.",
+            help="The base model's folder or .gguf file, if it isn't the one that the adapter names.",
             show_default=False,
         ),
     ] = None,
@@ -68,16 +68,16 @@ def export(
         typer.Option(
             "--component",
             metavar="NAME",
-            help="For diffusers: what the pipeline calls the adapted model, such as unet or transformer.",
+            help="For diffusers: the adapted model's name in the pipeline, such as unet or transformer.",
             show_default=False,
         ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write an adapter in the form that a server reads.
+    """Write an adapter in the format that a server reads.
 
     **peft-lora**: plain LoRA with a rank for each layer. **vllm**: the same, checked against vLLM's limits. **sglang**
-    (for LoRAX, too): one rank for all layers; lower ranks are filled up with zeros. **gguf**: a file for llama.cpp and
+    (for LoRAX, too): one rank for all layers; lower ranks are padded with zeros. **gguf**: a file for llama.cpp and
     Ollama. **diffusers**: a file for `pipe.load_lora_weights`. **merged**: a whole model folder, with its head, that
     Transformers loads by itself. If a server can't load an adapter, the error says what to do instead.
     """

@@ -82,8 +82,8 @@ def _mendable_message(error: Exception, mendable: tuple[type[Exception], ...]) -
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "The GPU's memory is too small. Lower training.per_device_train_batch_size (and raise "
-            "training.gradient_accumulation_steps by as much), set training.gradient_checkpointing: true, or lower "
-            "data.max_length. `rankwise plan` with the recipe shows what takes the memory."
+            "training.gradient_accumulation_steps by the same factor), set training.gradient_checkpointing: true, or "
+            "lower data.max_length. `rankwise plan` with the recipe shows what takes the memory."
         )
     return None
 

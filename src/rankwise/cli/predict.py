@@ -16,7 +16,10 @@ from rankwise.cli.app import app, takes_any_text
 from rankwise.cli.failures import failures
 
 
-@app.command()
+@app.command(
+    epilog="Examples: `rankwise predict output/reviews new-reviews.csv -o predictions.csv`, and "
+    '`rankwise predict output/reviews --text "A film to see twice."`'
+)
 def predict(
     adapter: Adapter,
     file: Annotated[
@@ -63,10 +66,6 @@ def predict(
     FILE is a table (CSV, JSON lines, Parquet) with the columns that the adapter was trained on, or a folder of
     texts, pictures or audio files. It needs no column of labels. The output has all columns of FILE, and a new column
     with the predictions.
-
-    Example:
-        rankwise predict output/reviews new-reviews.csv -o predictions.csv
-        rankwise predict output/reviews --text "A film to see twice."
     """
     with failures(), tempfile.TemporaryDirectory(prefix="rankwise-texts-") as typed:
         if text and file is not None and "=" in file:

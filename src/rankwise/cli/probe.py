@@ -55,7 +55,7 @@ def probe(
     """Show before training which layers will use rank, and plan ranks for a budget.
 
     The command averages the gradient of each target layer over a few batches. It shows how large the gradient is, and
-    in how many directions it acts. A recipe uses the plan by `adapter: {method: lora, plan: PLAN.yaml}`.
+    in how many directions it acts. To use the plan in a recipe, write `adapter: {method: lora, plan: PLAN.yaml}`.
     """
     with failures(ValueError, TypeError):
         from rankwise.recipes import load_recipe
@@ -77,6 +77,6 @@ def probe(
             return
         sys.stdout.write(f"{found.table(planned)}\n")
         if found.left_out:
-            print(f"Left out, being no linear layers: {', '.join(found.left_out)}")
+            print(f"Left out, because they are not linear layers: {', '.join(found.left_out)}")
         if out is not None:
             Console(stderr=True).print(f"Plan: {out}", highlight=False, soft_wrap=True, markup=False)

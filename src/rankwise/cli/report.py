@@ -13,7 +13,7 @@ from rankwise.cli.app import app
 from rankwise.cli.failures import failures
 
 
-@app.command(epilog="An example: rankwise report adapter other-adapter -o report.html")
+@app.command(epilog="Example: `rankwise report adapter other-adapter -o report.html`")
 def report(
     folders: Annotated[
         list[Path],

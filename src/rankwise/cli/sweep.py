@@ -106,7 +106,7 @@ def sweep(
     Optuna chooses the settings of many short runs by their held-out loss. By default every second run is LoRA with as
     many parameters. The command shows the trials, the frontier of loss against parameters, and the smallest adapter
     within a tolerance of the best. It writes a recipe that repeats this adapter's run. After Ctrl-C, the same command
-    continues the sweep.
+    resumes the sweep.
     """
     with failures():
         from rankwise.recipes.console import lasting_console

@@ -18,7 +18,7 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest checkpoint in the output folder.")
+        bool, typer.Option("--resume", help="Resume from the newest checkpoint in the output folder.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
@@ -28,7 +28,8 @@ def train(
 
     The command first checks the whole recipe and shows what it will do. While it trains, it shows loss, phase and
     budget. At the end it shows the metrics before and after, and the rank of every layer. Ctrl-C saves a checkpoint and
-    prints the command that continues. On several GPUs: `torchrun --nproc-per-node 4 -m rankwise train RECIPE.yaml`.
+    prints the command that resumes the run. On several GPUs:
+    `torchrun --nproc-per-node 4 -m rankwise train RECIPE.yaml`.
 
     A recipe:
 

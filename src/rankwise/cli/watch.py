@@ -15,14 +15,17 @@ from rankwise.cli.app import app
 from rankwise.cli.failures import failures
 
 
-@app.command(epilog="An example: rankwise watch output/reviews")
+@app.command(epilog="Example: `rankwise watch output/reviews`")
 def watch(
     folder: Annotated[
         Path, typer.Argument(metavar="OUTPUT", help="The run's output folder.", show_default=False)
     ],
-    once: Annotated[bool, typer.Option("--once", help="Show the run's present state, and exit.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Show the current state of the run, and exit.")
+    ] = False,
     every: Annotated[
-        float, typer.Option("--every", metavar="SECONDS", min=0.1, help="How often to look.")
+        float,
+        typer.Option("--every", metavar="SECONDS", min=0.1, help="Time between two readings of the folder."),
     ] = 2.0,
 ) -> None:
     """Watch a run in another process: its step, losses, budget, and the rank of every layer.

@@ -38,10 +38,10 @@ class AdaLoraConfig(LoraConfig):
             end at rank 0. If it equals ``init_r``, no rank is cut.
         tinit: length of the warm-up, in which no rank is cut, in optimizer steps (int) or as a fraction of the run
             (float in [0, 1)). None: 2 % of the run with "principal", 0 with the paper's form.
-        tfinal: length of the last phase, in which no rank changes, in optimizer steps (int) or as a fraction of the
-            run (float in [0, 1)). None: three fifths of the run with "principal", 0 with the paper's form.
-        deltaT: optimizer steps between two allocations, at least 1. None: with "principal" the number that gives
-            twenty allocations, with the paper's form 1.
+        tfinal: length of the final phase, in which no rank changes, in optimizer steps (int) or as a fraction of the
+            run (float in [0, 1)). None: 60 % of the run with "principal", 0 with the paper's form.
+        deltaT: optimizer steps between two cuts, at least 1. None: with "principal" the number that gives twenty cuts,
+            with the paper's form 1.
         beta1: decay of the running sensitivity, in (0, 1). Only the paper's form uses it.
         beta2: decay of the running uncertainty, in (0, 1). Only the paper's form uses it.
         orth_reg_weight: weight of the orthogonality penalty, at least 0. None: 0 with "principal", 0.5 with the

@@ -39,8 +39,8 @@ class AdaptRanks(TrainerCallback, ExportableState):
         adapter: name of the adapter. None: the active one.
         tinit: length of the warm-up, in optimizer steps (int) or as a fraction of the run (float in [0, 1)). None: 2 %
             of the run.
-        tfinal: length of the last phase, in which no rank changes, in optimizer steps (int) or as a fraction of the run
-            (float in [0, 1)). None: three fifths of the run.
+        tfinal: length of the final phase, in which no rank changes, in optimizer steps (int) or as a fraction of the
+            run (float in [0, 1)). None: 60 % of the run.
         deltaT: optimizer steps between two cuts, at least 1. None: the number that gives twenty cuts.
 
     Raises:
@@ -85,7 +85,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
             check_adaptable(found, self._settings["adapter"], self._settings["target_r"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
-        """Start the run, or continue it from the checkpoint."""
+        """Start the run, or resume it from the checkpoint."""
         found = lora_model(model)
         target = model if found is None else found
         ranks = self._handle_of(target)

@@ -76,8 +76,8 @@ def fit_total_step(run: Run, steps: int, who: str) -> None:
 def rank_metrics(run: Run) -> dict[str, float]:
     """Collect the metrics of a run for a log. Without adaptive ranks there are none.
 
-    They are ``budget`` and ``total_rank`` in triplets, and ``rank_phase`` (0 warm-up, 1 pruning, 2 final). A run with
-    an orthogonality penalty also has ``orth_penalty``, the penalty without its weight.
+    They are ``budget`` and ``total_rank`` in ranks, and ``rank_phase`` (0 warm-up, 1 pruning, 2 final). A run with an
+    orthogonality penalty also has ``orth_penalty``, the penalty without its weight.
     """
     where, controller = run.allocation_state, run._rankwise_controller
     if where is None or controller is None:

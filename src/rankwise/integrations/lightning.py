@@ -61,7 +61,7 @@ class RankwiseHooks:
             checkpoint[_KEY] = run.state_dict()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Continue the run from a checkpoint, after the trainer has loaded the factors.
+        """Resume the run from a checkpoint, after the trainer has loaded the factors.
 
         Raises:
             ValueError: the checkpoint holds no run, or a run on other layers.

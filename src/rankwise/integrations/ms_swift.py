@@ -65,8 +65,8 @@ def adapt_ranks(
         target_r: average rank at the end, greater than 0 and at most ``lora_rank``. None: half of it.
         tinit: length of the warm-up, in optimizer steps (int) or as a fraction of the run (float in [0, 1)). None: 2 %
             of the run.
-        tfinal: length of the last phase, in which no rank changes, in optimizer steps (int) or as a fraction of the run
-            (float in [0, 1)). None: three fifths of the run.
+        tfinal: length of the final phase, in which no rank changes, in optimizer steps (int) or as a fraction of the
+            run (float in [0, 1)). None: 60 % of the run.
         deltaT: optimizer steps between two cuts, at least 1. None: the number that gives twenty cuts.
         unknown: misspelt options. The error names them.
 

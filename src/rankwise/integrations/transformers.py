@@ -38,8 +38,8 @@ from rankwise.storage import WEIGHTS_NAME
 class RankwiseCallback(TrainerCallback):
     """Sets the schedule to the trainer's number of optimizer steps, and logs the state of the ranks.
 
-    The logs get ``budget`` and ``total_rank`` in triplets, and ``rank_phase`` (0 warm-up, 1 pruning, 2 final). A run
-    with an orthogonality penalty also logs ``orth_penalty``, the penalty without its weight.
+    The logs get ``budget`` and ``total_rank`` in ranks, and ``rank_phase`` (0 warm-up, 1 pruning, 2 final). A run with
+    an orthogonality penalty also logs ``orth_penalty``, the penalty without its weight.
     """
 
     _reference_given = False  # whether the caller gave the trainer a reference model
@@ -132,9 +132,9 @@ def _resuming(original: Callable[..., None]) -> Callable[..., None]:
             if not isinstance(run, AdaptiveRanks) or not run.is_over or "size mismatch" not in str(error):
                 raise
             raise ValueError(
-                f"{resume_from_checkpoint} was written before the run of adaptive ranks ended. By now the layers are "
-                "narrowed, and have fewer ranks than it. To go on from it, load the base model and attach the adapter "
-                "anew, as before the first training."
+                f"{resume_from_checkpoint} was written before the run of adaptive ranks ended. The layers have "
+                "been narrowed since, and have fewer ranks. To resume from it, load the base model and attach the "
+                "adapter anew, as before the first training."
             ) from None
 
     return _load_from_checkpoint

@@ -2,7 +2,7 @@
 
 TRL knows PEFT's models. Their reference is the base with the adapter switched off, or a copy of the adapter. For any
 other model TRL's trainers load the reference from ``config._name_or_path``, which is the bare base. That is the wrong
-reference for an adapter that continues earlier training, and it takes the memory of a second model.
+reference for an adapter that is trained further, and it takes the memory of a second model.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _wrong_reference(name: str, is_fsdp: bool, passed: bool) -> str:
         others = "`beta=0.0` in its arguments trains without a reference."
     return (
         f"{name} would load a bare base model as the reference, because the model has rankwise's own layers. That is "
-        "the wrong reference for an adapter that continues earlier training, and a second model in memory. "
+        "the wrong reference for an adapter that is trained further, and a second model in memory. "
         f"{_ROAD} To keep rankwise's layers: {others}"
     )
 

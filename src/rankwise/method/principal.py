@@ -54,10 +54,10 @@ class Principal(NamedTuple):
 
 
 def principal_directions(A: Tensor, B: Tensor, acts: Tensor) -> Principal:
-    """Turn the factors of n layers of one shape into their principal directions.
+    """Rotate the factors of n layers of one shape into their principal directions.
 
     Triplets that do not act are ignored. The result has as many directions as triplets that act; they come first, and
-    the others are 0. A layer that cannot be turned is unchanged, and its ``finite`` is False. No values of A and B
+    the others are 0. A layer that cannot be rotated is unchanged, and its ``finite`` is False. No values of A and B
     cause an error.
 
     Each layer's A and B are first divided by a power of two near their largest number. So neither large nor small

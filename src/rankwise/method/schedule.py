@@ -3,8 +3,8 @@
 AdaLoRA (Zhang et al., 2023, https://arxiv.org/abs/2303.10512, section 3.3) trains in three phases:
 
 - *warm-up*, steps 1 to ``tinit``: every rank trains and none is cut;
-- *pruning*, up to step ``total_step - tfinal``: the budget falls along a cubic curve, and every ``deltaT``
-  steps the triplets with the lowest scores are cut;
+- *pruning*, up to step ``total_step - tfinal``: the budget falls along a cubic curve, and every ``deltaT`` steps the
+  ranks with the lowest scores are cut;
 - *final*, the last ``tfinal`` steps: the choice of ranks is fixed, and the ranks that are left are fine-tuned.
 """
 
@@ -39,7 +39,7 @@ class BudgetSchedule:
         tinit: optimizer steps of warm-up, at least 0.
         tfinal: optimizer steps of the final phase, at least 0.
         total_step: optimizer steps of the whole run, with ``tinit < total_step - tfinal``.
-        deltaT: optimizer steps between two allocations in the pruning phase, at least 1.
+        deltaT: optimizer steps between two cuts in the pruning phase, at least 1.
 
     Raises:
         TypeError: a value is not a whole number.
@@ -82,7 +82,7 @@ class BudgetSchedule:
             tinit: length of the warm-up, in optimizer steps (int) or as a fraction of the run (float in [0, 1)).
             tfinal: length of the final phase, in optimizer steps (int) or as a fraction of the run (float in [0, 1)).
             total_step: optimizer steps of the whole run, at least 1.
-            deltaT: optimizer steps between two allocations, at least 1.
+            deltaT: optimizer steps between two cuts, at least 1.
 
         Raises:
             TypeError: a value is not a number of the right type.
@@ -121,7 +121,7 @@ class BudgetSchedule:
         return {phase: (ends[n] + 1, ends[n + 1]) for n, phase in enumerate(Phase) if ends[n] < ends[n + 1]}
 
     def budget(self, step: int, initial: int, target: int) -> int:
-        """The number of triplets that may stay after an optimizer step.
+        """The number of ranks that may stay after an optimizer step.
 
         In the pruning phase it is
         ``int(target + (initial - target) * (1 - (step - tinit) / (total_step - tfinal - tinit)) ** 3)``. Before that
@@ -140,7 +140,7 @@ class BudgetSchedule:
         return int(target + (initial - target) * left**3)
 
     def allocates(self, step: int) -> bool:
-        """Whether triplets are chosen after an optimizer step.
+        """Whether ranks are cut after an optimizer step.
 
         Args:
             step: optimizer step, from 1.

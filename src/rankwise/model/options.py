@@ -73,7 +73,7 @@ def load_options(function: str, given: Mapping[str, Any]) -> LoadOptions:
         warnings.warn(
             f"{', '.join(f'`{name}`' for name in told)} belongs to loading the base model, and has no effect on "
             f"{function}: the adapter goes where the base model is. Give it to the base model's `from_pretrained`; "
-            "what the adapter computes in is set by `adapter_compute_dtype`.",
+            "`adapter_compute_dtype` sets the dtype in which the adapter computes.",
             UserWarning,
             stacklevel=4,
         )

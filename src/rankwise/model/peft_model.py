@@ -150,8 +150,8 @@ def get_peft_model(
     """Attach an adapter to ``model``, in place, and return ``model``.
 
     Only the adapted layers change, and all other parameters are frozen. The model stays an instance of its own class
-    and gets the methods of `PeftModel`. AdaLoRA needs no further call: its ranks are allocated whenever an optimizer
-    that holds the adapter's parameters steps.
+    and gets the methods of `PeftModel`. AdaLoRA needs no further call: ranks are cut when the optimizer that holds the
+    adapter's parameters steps.
 
     Args:
         model: base model or adapted model, any ``nn.Module``.
@@ -160,8 +160,8 @@ def get_peft_model(
         adapter_compute_dtype: floating-point dtype in which linear layers compute the adapter's products. None: the
             dtypes of the layer's input and output. PEFT computes in ``torch.float32``; with it, a bfloat16 base takes
             as much time and memory as in PEFT.
-        options: PEFT's other arguments. ``autocast_adapter_dtype=False`` keeps the adapter, and modules that train
-            whole, in the base model's half precision; otherwise they are float32. ``revision`` is the base model's
+        options: PEFT's other arguments. ``autocast_adapter_dtype=False`` keeps the adapter, and modules that train in
+            full, in the base model's half precision; otherwise they are float32. ``revision`` is the base model's
             revision, which is stored in the configuration. ``low_cpu_mem_usage`` has no effect, and ``mixed`` must be
             False.
 

@@ -17,10 +17,10 @@ class AllocatesRanks(HoldsAdapters):
     """The part of an adapted model that allocates ranks."""
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Allocate ranks for one optimizer step, as scripts for PEFT do. rankwise does not need this call.
+        """Cut ranks for one optimizer step if the schedule does, as scripts for PEFT do. This call is not needed.
 
-        Without such calls ranks are allocated at each optimizer step. From the first call on, they are allocated only
-        by these calls. Place them between ``optimizer.step()`` and ``zero_grad()``.
+        Without such calls ranks are cut at optimizer steps. From the first call on, they are cut only by these calls.
+        Place them between ``optimizer.step()`` and ``zero_grad()``.
 
         Args:
             global_step: optimizer step, from 1.
@@ -60,7 +60,7 @@ class AllocatesRanks(HoldsAdapters):
 
     @property
     def rank_history(self) -> RankHistory | None:
-        """The budget and every layer's rank at each allocation. A loaded adapter has its folder's history."""
+        """The budget and every layer's rank at each cut. A loaded adapter has its folder's history."""
         if self._rankwise_controller:
             return self._rankwise_controller.history
         return self._rankwise_histories.get(next(iter(self.active_adapters), ""))

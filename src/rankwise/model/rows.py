@@ -140,7 +140,7 @@ def _copies_by_row(
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor) or len(args) + len(kwargs) != 1:
             raise ValueError(
-                f"{path!r} trains whole and takes more than one tensor, so `adapter_names` can't tell rows apart in "
+                f"{path!r} trains in full and takes more than one tensor, so `adapter_names` can't tell rows apart in "
                 "it. Run the model once for each adapter, with `set_adapter`."
             )
         made: list[tuple[Tensor, Any]] = []

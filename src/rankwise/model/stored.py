@@ -197,9 +197,7 @@ class StoresAdapters(NamesAdapters):
         except ValueError as error:
             if options.config is None:
                 raise
-            raise ValueError(
-                f"{error} (`config` was given, and takes the place of {folder / CONFIG_NAME}.)"
-            ) from None
+            raise ValueError(f"{error} (`config` was given, and replaces {folder / CONFIG_NAME}.)") from None
         set_compute_dtype(self, adapter_name, adapter_compute_dtype)
 
     def _attach_file(self, folder: Path, adapter_name: str, is_trainable: bool, options: LoadOptions) -> None:
@@ -268,7 +266,7 @@ class StoresAdapters(NamesAdapters):
         if controller is not None:
             warnings.warn(
                 f"{place} holds no {storage.TRAINING_STATE_NAME}, so the run does not continue: only the adapter's "
-                "values are loaded, and its ranks stay as they are there.",
+                "values are loaded, and its ranks stay as they are in the folder.",
                 stacklevel=3,
             )
         return storage.prepare_values(self, name, file, controller)

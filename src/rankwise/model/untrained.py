@@ -67,7 +67,7 @@ def _tell_of(optimizer: Optimizer, model: Any) -> None:
     trains = any(p.requires_grad for p in own)
     if trains and not any(id(p) in held for p in own) and any(id(p) in held for p in frozen):
         warnings.warn(
-            "An optimizer steps that holds frozen weights of the adapted layers but none of the adapter's, so it "
+            "An optimizer holds frozen weights of the adapted layers but none of the adapter's, so it "
             "doesn't train the adapter. Build the optimizer after `get_peft_model`.",
             UserWarning,
             stacklevel=4,

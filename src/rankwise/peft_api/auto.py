@@ -126,8 +126,8 @@ class AutoPeftModel:
         if {"base_model_class", "parent_library"} <= said.keys():
             return _class_in_transformers(said["parent_library"], said["base_model_class"])
         raise ValueError(
-            "The adapter's configuration has no `task_type`, so it does not tell the base model's class. Use one of "
-            "the classes that say it, such as AutoPeftModelForCausalLM, or load the base model yourself and call "
+            "The adapter's configuration has no `task_type`, so the base model's class is not known. Use a class that "
+            "determines it, such as AutoPeftModelForCausalLM, or load the base model yourself and call "
             "`PeftModel.from_pretrained(base, folder)`."
         )
 

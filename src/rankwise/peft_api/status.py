@@ -17,7 +17,7 @@ Irregular = Literal["irregular"]
 
 @dataclass
 class LayerStatus:
-    """The state of one adapted layer, or of one module that trains whole.
+    """The state of one adapted layer, or of one module that trains in full.
 
     Args:
         name: path of the layer in the model.
@@ -49,7 +49,7 @@ class ModelStatus:
         peft_types: kind of each adapter, "LORA" or "ADALORA".
         trainable_params: number of parameters that train.
         total_params: number of all parameters.
-        num_adapter_layers: number of layers that are adapted or train whole.
+        num_adapter_layers: number of layers that are adapted or train in full.
         enabled: whether adapters are enabled.
         active_adapters: names of the active adapters.
         merged_adapters: names of the merged adapters.
@@ -72,7 +72,7 @@ class ModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
-    """Return the state of each adapted layer and of each module that trains whole.
+    """Return the state of each adapted layer and of each module that trains in full.
 
     Args:
         model: a model, or a part of one.

@@ -92,7 +92,7 @@ class KeepBest(TrainerCallback):
         if self._wanted and shared_out(model):
             self._wanted = False
             self._say(
-                "The processes share out the parameters, so the last adapter is kept instead of the best."
+                "The parameters are sharded over the processes, so the last adapter is kept instead of the best."
             )
         if self._wanted and state.global_step > 0:
             self.best = kept(self.folder)

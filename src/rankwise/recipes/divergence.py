@@ -139,12 +139,10 @@ def diverged(output: Output, before: float | None, after: float | None, log: Log
         "can't be measured now, as weights are NaN or infinite" if after is None else f"is {after:.4g} now"
     )
     message = f"The run has diverged: the loss on held-out examples was {said[0]} and {said[1]}"
-    message += f" (in training it was {loss:.4g} at last). " if loss is not None else ". "
+    message += f" (the last training loss was {loss:.4g}). " if loss is not None else ". "
     checkpoint = last_sound_checkpoint(output, before, log)
     if checkpoint is not None:
-        message += (
-            f"The last good checkpoint is {str(checkpoint)!r}: a complete adapter, to use as any other. "
-        )
+        message += f"The last good checkpoint is {str(checkpoint)!r}: a complete adapter like any other. "
     else:
         message += "There is no checkpoint from before that. "
     if before is not None and not math.isfinite(before):
@@ -158,8 +156,6 @@ def diverged(output: Output, before: float | None, after: float | None, log: Log
     kept = [each for each in recipe.overrides if each.partition("=")[0].strip() not in changes]
     program = ["rankwise", "train", str(recipe.source), *kept, *map("=".join, changes.items())]
     saved = (output.folder / CONFIG_NAME).exists()
-    message += (
-        f"What was saved to {str(output.folder)!r} is of no use. " if saved else "No adapter was saved. "
-    )
+    message += f"The adapter in {str(output.folder)!r} is of no use. " if saved else "No adapter was saved. "
     message += f"Train again with a lower learning rate:\n\n  {shlex.join(program)}\n"
     return DivergedError(message, checkpoint)

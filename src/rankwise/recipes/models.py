@@ -126,7 +126,7 @@ def new_weights(model: Any) -> list[str]:
 def head_modules(model: Any) -> list[str]:
     """The head of a Transformers model: the names of its modules with parameters outside the model's body.
 
-    The head is trained whole and saved with the adapter. A language model's output layer does not count as a head,
+    The head is trained in full and saved with the adapter. A language model's output layer does not count as a head,
     because it was pretrained.
     """
     body = getattr(model, "base_model_prefix", "")

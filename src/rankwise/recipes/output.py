@@ -65,7 +65,7 @@ class Output:
         """Refuse a folder that holds an earlier run, unless the user asked to resume or overwrite it.
 
         Args:
-            resume: whether to continue the run in the folder.
+            resume: whether to resume the run in the folder.
             overwrite: whether to replace the run in the folder.
 
         Raises:
@@ -79,8 +79,8 @@ class Output:
         there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not (resume and self.finished) and not os.access(there, os.W_OK | os.X_OK):
             raise RecipeError(
-                f"The output folder {str(self.folder)!r} can't be written: {str(there)!r} is read-only, or no folder. "
-                "Choose another `output`."
+                f"The output folder {str(self.folder)!r} can't be written: {str(there)!r} is read-only, or not a "
+                "folder. Choose another `output`."
             )
         if overwrite:
             return
@@ -99,7 +99,7 @@ class Output:
             )
         elif any(self.checkpoints()):
             raise RecipeError(
-                f"The output folder {str(self.folder)!r} holds an unfinished run. To continue it, add --resume; "
+                f"The output folder {str(self.folder)!r} holds an unfinished run. To resume it, add --resume; "
                 "to start again, add --overwrite."
             )
 

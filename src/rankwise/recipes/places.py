@@ -84,7 +84,7 @@ def refuse_unreachable(place: Place, key: str, files: Sequence[str], kind: str =
     raise refusal(
         key,
         f"there is no file or folder {place.name!r} here, and the Hugging Face hub ({constants.ENDPOINT}) can't be "
-        f"reached to look for a {kind} of that name. Mend the path, or the connection.",
+        f"reached to look for a {kind} of that name. Correct the path, or check the connection.",
     )
 
 

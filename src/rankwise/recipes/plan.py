@@ -41,7 +41,7 @@ class Plan:
         all_parameters: the number of parameters of the model with its adapters.
         trainable_at_start: the number of trainable parameters at the start.
         trainable_at_end: the number of trainable parameters at the end, if every layer ends at the average rank.
-        modules_to_save: the names of the modules that train whole.
+        modules_to_save: the names of the modules that train in full.
         processes: the number of training processes.
         device: the device and the precision of training, as text.
         notes: notes for the user about the data, one sentence each.
@@ -178,7 +178,7 @@ class Plan:
             if self.schedule is None
             else f"rank {before:g} in each layer at the start, {after:g} on average at the end"
         )
-        whole = f"; trained whole: {', '.join(self.modules_to_save)}" if self.modules_to_save else ""
+        whole = f"; trained in full: {', '.join(self.modules_to_save)}" if self.modules_to_save else ""
         return f"{name} on {self.layers} layers, {ranks}{whole}"
 
     def _trainable_line(self) -> str:
@@ -326,7 +326,7 @@ def attach(recipe: BaseRecipe, model: Any, total_step: int) -> tuple[Any, Any]:
 
     fields = planned_fields(recipe)
     fields["task_type"] = load_task(recipe.task).TASK_TYPE
-    # A task's head is new, so it has to train. The recipe may name other modules to train whole.
+    # A task's head is new, so it has to train. The recipe may name other modules to train in full.
     fields.setdefault("modules_to_save", head_modules(model) or None)
     if recipe.method == "adalora":
         fields |= recipe.schedule.model_dump()

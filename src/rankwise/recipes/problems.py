@@ -93,7 +93,7 @@ def _special_hint(location: Sequence[str | int]) -> str | None:
     if tuple(location) == ("schedule", "total_step"):
         return "The number of steps comes from training.max_steps or training.num_train_epochs."
     if len(location) == 1 and location[0] in TrainingSection.model_fields:
-        return f"It belongs into the section `training`: training.{location[0]}."
+        return f"It belongs in the section `training`: training.{location[0]}."
     return None
 
 
@@ -123,7 +123,7 @@ def adapter_problems(adapter: Any) -> Iterator[Problem]:
     yield from _plan_problems(fields)
     for key in unknown:
         if key in ScheduleSection.model_fields:
-            yield Problem(f"adapter.{key}", f"belongs into the section `schedule`: schedule.{key}.")
+            yield Problem(f"adapter.{key}", f"belongs in the section `schedule`: schedule.{key}.")
         elif key == "total_step":
             yield Problem("adapter.total_step", _special_hint(("schedule", "total_step")) or "")
         elif key == "r" and method == "adalora":

@@ -30,7 +30,7 @@ class ScheduleSection(Section):
     Args:
         tinit: length of the warm-up, in which every rank trains. None: the default of `AdaLoraConfig`.
         tfinal: length of the final phase, in which the choice of ranks is fixed. None: the default of `AdaLoraConfig`.
-        deltaT: optimizer steps between two allocations of ranks, 1 or more. None: the default of `AdaLoraConfig`.
+        deltaT: optimizer steps between two cuts, 1 or more. None: the default of `AdaLoraConfig`.
     """
 
     tinit: int | float | None = None

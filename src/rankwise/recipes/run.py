@@ -144,7 +144,7 @@ def train(
     Args:
         recipe: the recipe that `load_recipe` returned.
         console: the console that shows the run. None: the standard output. Only the main process shows anything.
-        resume: whether to continue from the newest complete checkpoint in the output folder. If there is none, the run
+        resume: whether to resume from the newest complete checkpoint in the output folder. If there is none, the run
             starts from the beginning.
         overwrite: whether to replace an earlier run in the output folder.
         callbacks: callbacks of Transformers to add to the trainer.

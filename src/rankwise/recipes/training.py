@@ -333,12 +333,13 @@ def device_problem(recipe: BaseRecipe) -> Problem | None:
     if recipe.device not in ("auto", device.type):
         what = "no GPU" if device.type == "cpu" else f"only {device.type}"
         return Problem(
-            "device", f"is {recipe.device!r}, but PyTorch {torch.__version__} sees {what} here. Say auto, or "
+            "device", f"is {recipe.device!r}, but PyTorch {torch.__version__} sees {what} here. Set it to auto, or "
             "install the build of PyTorch for this machine."
         )  # fmt: skip
     if recipe.training.fp16 and device.type == "cpu":
         return Problem(
-            "training.fp16", "needs a GPU, and here the CPU trains. Say bf16: true, or take the line out."
+            "training.fp16",
+            "needs a GPU, and here the CPU trains. Set bf16: true instead, or take the line out.",
         )
     return None
 

@@ -282,7 +282,7 @@ def parameters(runs: Sequence[Run]) -> Figure:
 
 
 def kind_parameters(run: Run) -> dict[str, int]:
-    """Count the adapter's parameters by kind of module, in the order of data flow, then by module saved whole."""
+    """Count the adapter's parameters by kind of module, in the order of data flow, then by module saved in full."""
     counts: Counter[str] = Counter()
     for layer in run.adapter.layers:
         counts[_kind(layer.path)] += layer.parameters

@@ -41,7 +41,7 @@ from rankwise.storage import (
 
 @dataclass(frozen=True)
 class SavedModule:
-    """A module that was trained and saved whole, such as a classification head.
+    """A module that was trained and saved in full, such as a classification head.
 
     Args:
         path: the module's path in the base model.
@@ -84,7 +84,7 @@ class AdapterReport:
         layers: the adapted layers. A plain LoRA file has no tensors for layers at rank 0; these are listed if the
             history names them.
         target_parameters: parameters that the configuration adapts in addition to modules, such as experts.
-        saved_modules: the modules that were trained and saved whole.
+        saved_modules: the modules that were trained and saved in full.
         bias_parameters: the number of parameters in trained biases.
         gate_parameters: the number of parameters in AdaLoRA's E. Plain LoRA has no E.
         other_parameters: the number of parameters in tensors whose purpose is unknown.
@@ -267,7 +267,7 @@ class _Rest:
     """The number of parameters outside the factors, by purpose."""
 
     added: Counter[str] = field(default_factory=Counter)  # by path of the layer that they belong to
-    saved: Counter[str] = field(default_factory=Counter)  # by path of the module that was saved whole
+    saved: Counter[str] = field(default_factory=Counter)  # by path of the module that was saved in full
     biases: int = 0
     others: int = 0
 
@@ -347,7 +347,7 @@ def _run(folder: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], li
         content = read_json(path)
         run = AdaLoraConfig.from_dict(content["config"] if isinstance(content, dict) else {}, str(path))
     except (KeyError, TypeError, ValueError) as error:
-        return {}, [f"How it was trained is left out: {error}"]
+        return {}, [f"The settings of the training are left out: {error}"]
     return run.to_dict(), []
 
 

@@ -27,7 +27,7 @@ class InspectedLayer:
     Args:
         path: the module's path in the base model.
         kind: ``"linear"``, ``"conv"``, ``"embedding"``, or ``"parameter"`` for one matrix of a stack (an expert).
-        rank: the number of triplets in the file. If the file still holds triplets that were cut, only those that the
+        rank: the number of ranks in the file. If the file still holds ranks that were cut, only those that the
             configuration keeps are counted.
         init_r: the layer's rank at the start, from the configuration.
         scale: the number that B A, or B diag(E) A, is multiplied by.
@@ -154,7 +154,7 @@ def _kept_rank(folder: Path, path: str, rank: int, flags: list[bool]) -> int:
     if rank not in (sum(flags), len(flags)):
         raise ValueError(
             f"{folder / CONFIG_NAME} keeps {sum(flags)} of {len(flags)} ranks of {path!r}, but {WEIGHTS_NAME} holds "
-            f"{rank}. The two files are not of one adapter: copy both from one place."
+            f"{rank}. The two files belong to different adapters: copy both from one place."
         )
     return sum(flags)
 

@@ -330,7 +330,7 @@ def _scale(figure: Figure, axes: Sequence[Axes], largest: int, zero: bool) -> No
     from matplotlib.cm import ScalarMappable
     from matplotlib.ticker import MaxNLocator
 
-    said = "rank" + ("  (0: pruned away, nothing added to the base layer)" if zero else "")
+    said = "rank" + ("  (0: nothing is added to the base layer)" if zero else "")
     where: dict[str, Any] = {"location": "bottom", "aspect": 40, "shrink": 0.9, "pad": 0.03}
     bar = axes[0].figure.colorbar(ScalarMappable(**_colours(largest)), ax=list(axes), **where)
     bar.ax.xaxis.set_major_locator(MaxNLocator(min(largest, 12), integer=True))

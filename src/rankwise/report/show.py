@@ -118,7 +118,7 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
         yield "history", _history_line(report.history)
     yield "parameters", _parameters_line(report)
     for module in report.saved_modules:
-        yield "saved whole", f"{module.path} ({module.parameters:,} parameters)"
+        yield "saved in full", f"{module.path} ({module.parameters:,} parameters)"
     yield "files", ", ".join(f"{name} {_bytes(size)}" for name, size in report.files.items())
     if report.resumable:
         yield (
@@ -185,7 +185,7 @@ def _parameters_line(report: AdapterReport) -> str:
     parts = [
         (sum(layer.parameters for layer in report.layers) - report.gate_parameters, "in A and B of layers"),
         (report.gate_parameters, "in E"),
-        (sum(module.parameters for module in report.saved_modules), "in modules saved whole"),
+        (sum(module.parameters for module in report.saved_modules), "in modules saved in full"),
         (report.bias_parameters, "in biases"),
         (report.other_parameters, "in other tensors"),
     ]

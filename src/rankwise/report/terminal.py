@@ -91,7 +91,7 @@ class _BudgetChart:
         schedule = self.schedule
         every = "every step" if schedule.deltaT == 1 else f"every {schedule.deltaT:,} steps"
         falls = f"{self.initial:,} → {self.target:,}, chosen again {every}"
-        fixed = f"{self.initial:,}, nothing to prune"
+        fixed = f"{self.initial:,}, nothing to cut"
         said = {
             Phase.WARMUP: f"{self.initial:,}, every rank trains",
             Phase.PRUNING: falls if self.target < self.initial else fixed,
@@ -232,4 +232,4 @@ def _legend(largest: int, empty: bool) -> Text:
     marks = sorted({1 + round(step * (largest - 1) / 5) for step in range(6)})
     for rank in marks:
         line.append(*_cell(LayerRank("", rank, largest, 0.0, 0), len(str(rank)) + 2, largest))
-    return line.append("  (0: nothing is added to the layer)" if empty else "", "dim")
+    return line.append("  (0: nothing is added to the base layer)" if empty else "", "dim")

@@ -98,7 +98,7 @@ class Controller:
 
     @property
     def prunes(self) -> bool:
-        """Whether there is anything to prune."""
+        """Whether there is anything to cut."""
         return self.target < self.initial
 
     def set_total_step(self, total_step: int) -> None:
@@ -146,7 +146,7 @@ class Controller:
         if self.fixed or not self.prunes or not self.step:
             return
         self.warn(
-            f"At step {self.step} the budget is {self._budget()} triplets; its target is {self.target}, which the "
+            f"At step {self.step} the budget is {self._budget()} ranks; its target is {self.target}, which the "
             f"schedule reaches at step {self.schedule.last_allocation if self.schedule else '?'}. If training ends "
             f"here, call `{self.finished_by}`, which brings it to the target, and save (again)."
         )
@@ -321,7 +321,7 @@ class Controller:
         return dict(zip(self.factors.names, self.factors.block_ranks().tolist(), strict=True))
 
     def layer_importance(self) -> list[float]:
-        """The worth of each block's kept ranks together; NaN if nothing can be pruned."""
+        """The worth of each block's kept ranks together; NaN if nothing can be cut."""
         if not self.prunes:
             return [float("nan")] * len(self.factors.names)
         scores = self.choice.rank_importance()

@@ -50,7 +50,7 @@ class GradientChecks:
             self._warn(
                 f"The adapter on {', '.join(map(repr, idle[:3]))}{' and more' if len(idle) > 3 else ''} has had no "
                 "gradient in any step so far, so it does not train: the loss bypasses the layer, as TRL's bypasses "
-                "`lm_head`. Leave it out of `target_modules`, or train it whole (`modules_to_save`)."
+                "`lm_head`. Leave it out of `target_modules`, or train it in full (`modules_to_save`)."
             )
 
     def count(self, finite: Tensor, step: int) -> None:
@@ -62,7 +62,7 @@ class GradientChecks:
             self._warned_of_skipped = True
             warnings.warn(
                 f"Step {step}: the adapter's gradients hold NaN or infinite values, so the step is left out of "
-                "the importance scores, if there are any. Further ones are counted, too, in "
+                "the importance scores, if there are any. Further such steps are counted in "
                 "`allocation_state.skipped_steps`. Lower the learning rate or clip gradients if they go on.",
                 stacklevel=2,
             )

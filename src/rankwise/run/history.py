@@ -1,4 +1,4 @@
-"""The history of a run's ranks: the budget and every layer's rank, one record for each allocation.
+"""The history of a run's ranks: the budget and every layer's rank, one record for each cut.
 
 Recording happens in the training loop, so it is cheap: ranks that arrive as a tensor stay on their device. All of them
 are copied to the CPU at once when somebody reads the history.
@@ -26,12 +26,12 @@ _LAYOUT = 1
 
 @dataclass
 class RankRecord:
-    """The ranks after one allocation.
+    """The ranks after one cut.
 
     Args:
         step: the optimizer step, 0 for the start.
-        budget: the number of triplets that may stay in all layers together.
-        ranks: the number of triplets that stay in each layer, in the order of ``RankHistory.layers``.
+        budget: the number of ranks that may stay in all layers together.
+        ranks: the number of ranks that stay in each layer, in the order of ``RankHistory.layers``.
 
     Example:
         >>> RankRecord(step=100, budget=16, ranks=[11, 5]).budget
@@ -69,15 +69,15 @@ class RankHistory:
         self._pending: list[tuple[int, int, torch.Tensor]] = []  # later than all of _records
 
     def record(self, step: int, budget: int, ranks: Sequence[int] | torch.Tensor) -> None:
-        """Add the ranks after an allocation.
+        """Add the ranks after a cut.
 
         If the step or a later one was recorded before, these records are dropped: the run has gone back to an
         earlier checkpoint.
 
         Args:
             step: the optimizer step, at least 0 (0 is the start).
-            budget: the number of triplets that may stay in all layers together, at least 0.
-            ranks: the number of triplets that stay in each layer: integers, or an integer tensor of shape (layers,)
+            budget: the number of ranks that may stay in all layers together, at least 0.
+            ranks: the number of ranks that stay in each layer: integers, or an integer tensor of shape (layers,)
                 on any device. A tensor is copied on its device, without waiting for it.
 
         Raises:

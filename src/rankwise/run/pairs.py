@@ -74,7 +74,7 @@ class FactorPair(ABC):
     def scale(self, value: float) -> None: ...
 
     def check_writable(self) -> None:  # noqa: B027 - nothing forbids it
-        """Called before a cut: see that the factors may be changed.
+        """Check that the factors may be changed. Called before a cut.
 
         Raises:
             ValueError: they may not; the message says what to do.

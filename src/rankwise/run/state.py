@@ -31,10 +31,10 @@ class AllocationState:
     Args:
         step: the number of optimizer steps taken.
         phase: ``"warm-up"``, ``"pruning"`` or ``"final"``.
-        budget: the number of triplets that may stay after this step. In the default form, whose budget counts
-            parameters, these are triplets of average size.
-        target: the number of triplets that may stay at the end.
-        initial: the number of triplets at the start.
+        budget: the number of ranks that may stay after this step. In the default form, whose budget counts parameters,
+            these are ranks of average size.
+        target: the number of ranks that may stay at the end.
+        initial: the number of ranks at the start.
         skipped_steps: the number of steps with NaN or infinite gradients. They are left out of the scores.
         total_step: the number of optimizer steps in the whole run; None while it is unknown.
 
@@ -88,7 +88,7 @@ class RunState:
         form: the name of the method's form.
         weights: the other settings.
         scales: the current scale of every layer; empty if unknown, as in the states of earlier versions.
-        history: the allocations so far.
+        history: the cuts so far.
     """
 
     step: int
@@ -207,8 +207,8 @@ class RunState:
         if differing:
             raise ValueError(
                 f"This is the state of a run with {', '.join(f'{name}={was[name]}' for name in differing)}, but "
-                f"here the adapter has {', '.join(f'{name}={now[name]}' for name in differing)}. A run goes on "
-                "only with the configuration that it began with."
+                f"here the adapter has {', '.join(f'{name}={now[name]}' for name in differing)}. A run can "
+                "only continue with the configuration that it began with."
             )
 
 

@@ -19,11 +19,11 @@ class LayerRank:
 
     Args:
         path: the module's path in the model.
-        rank: the number of triplets that are left, 0 to ``init_r``.
-        init_r: the number of triplets at the start.
-        importance: the worth of the layer's triplets together. In the default form it is ``rank`` times the worth
-            (see `rankwise.method.worth`) of a direction of average strength; in the paper's form it is the sum of the
-            triplets' scores. It is at least 0, or NaN if nothing can be pruned, as in an adapter loaded for inference.
+        rank: the number of ranks that are left, 0 to ``init_r``.
+        init_r: the number of ranks at the start.
+        importance: the worth of the layer's ranks together. In the default form it is ``rank`` times the worth (see
+            `rankwise.method.worth`) of a direction of average strength; in the paper's form it is the sum of the ranks'
+            scores. It is at least 0, or NaN if nothing can be cut, as in an adapter loaded for inference.
         parameters: the number of parameters in the adapter's tensors at ``rank``.
 
     Example:

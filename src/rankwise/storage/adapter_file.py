@@ -26,7 +26,7 @@ class AdapterFile:
     source: str
     config: LoraConfig
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by path: {"A": …, "B": …, "E": …}
-    others: dict[str, Tensor] = field(default_factory=dict)  # biases and modules that were saved whole
+    others: dict[str, Tensor] = field(default_factory=dict)  # biases and modules that were saved in full
     # by path, as the tensors' names tell it
     kinds: dict[str, type[AdapterLayer]] = field(default_factory=dict)
     nested: dict[str, str] = field(default_factory=dict)  # by a parameter's path: its path in a LoRA file

@@ -76,7 +76,7 @@ def adapter_card(
     tags: Sequence[str] = (),
     name: str = "adapter",
 ) -> str:
-    """Write the text of an adapter's card. The licence is left to the user.
+    """Write the text of an adapter's card. The license is left to the user.
 
     Args:
         config: the adapter's configuration.
@@ -154,7 +154,7 @@ def _body(
         parts += ["## Training", "\n".join(f"- {key}: {value}" for key, value in training.settings.items())]
     parts += [
         "## License",
-        "Not specified yet: add `license: …` to the header of this file. The base model's license holds as well.",
+        "Not specified yet: add `license: …` to the header of this file. The base model's license also applies.",
     ]
     return "\n\n".join(parts)
 
@@ -181,7 +181,7 @@ def _usage(base: str | None, model_class: str | None, num_labels: int | None) ->
 
 def signed(text: str) -> str:
     """Append the line with the checksum, by which later changes are recognized."""
-    rest = "change anything above, and it will never be written over"
+    rest = "change anything above, and it will never be overwritten"
     return f"{text}\n<!-- rankwise wrote this card ({_checksum(text)}): {rest} -->\n"
 
 

@@ -190,7 +190,7 @@ def compress_adapter(
     """Cut a LoRA or AdaLoRA adapter to a size, and write it as plain LoRA with its own rank for each layer.
 
     Each layer keeps the best approximation of its update at its new rank. Ranks are chosen over all layers together.
-    Biases and modules that were saved whole are written unchanged. Other files that the adapter is used with
+    Biases and modules that were saved in full are written unchanged. Other files that the adapter is used with
     (tokenizer, labels, recipe) are copied. Give exactly one of ``rank``, ``parameters`` and ``keep``.
 
     Args:

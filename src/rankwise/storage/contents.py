@@ -34,7 +34,7 @@ class Contents(Generic[T]):
 
     Args:
         factors: the factors of each layer, by path, as ``{"A": …, "B": …, "E": …}``.
-        others: biases, modules saved whole and all other tensors, by name.
+        others: biases, modules saved in full and all other tensors, by name.
         kinds: the kind of each layer, by path, as the names of its factors tell it.
     """
 
@@ -155,8 +155,8 @@ def check_pattern_names(source: str, pattern: Iterable[str], factors: Mapping[st
     missing = sorted(set(pattern) - set(factors))
     if missing:
         raise ValueError(
-            f"{CONFIG_NAME}: `rank_pattern` names {missing[0]!r}, of which {source} has no tensors. The two files are "
-            "not of one adapter: copy both from one place."
+            f"{CONFIG_NAME}: `rank_pattern` names {missing[0]!r}, of which {source} has no tensors. The two files "
+            "belong to different adapters: copy both from one place."
         )
 
 

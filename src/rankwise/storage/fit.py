@@ -39,7 +39,7 @@ _DOUBLES = (
 def fit_all(
     model: nn.Module, file: AdapterFile, config: LoraConfig, all_parameters: bool = False
 ) -> tuple[dict[str, Factors], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The layers, modules saved whole and single parameters in the file. All have been checked to fit the model."""
+    """The layers, modules saved in full and single parameters in the file. All have been checked to fit the model."""
     modules = {plain_name(path): module for path, module in own_modules(model).items()}
     modules |= _slots(model, config, file)
     _check_all_layers(model, config, file)

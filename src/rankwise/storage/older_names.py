@@ -239,7 +239,7 @@ class _Taken:
         return replace(self.old, **changes)
 
     def _heads(self) -> list[str]:
-        """The paths of the modules that train whole and that the model has."""
+        """The paths of the modules that train in full and that the model has."""
         names = [self._module(name) for name in self.old.modules_to_save or ()]
         there = [name for name in names if any(map(matcher([name]), self.modules))]
         if not there:

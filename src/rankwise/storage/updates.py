@@ -44,7 +44,7 @@ class Updates:
         config: the adapter's configuration.
         layers: the update of each layer in the folder, by path. PEFT's AdaLoRA format includes layers at rank 0. Each
             matrix of a stack is a layer of its own, named with its index: ``"mlp.experts.up.3"``.
-        others: biases and modules saved whole, by name in the file.
+        others: biases and modules saved in full, by name in the file.
         stacks: the names of the matrices in each stack, such as experts, by the stack's path.
     """
 

@@ -194,7 +194,7 @@ def _factors(
 def _others(
     model: nn.Module, adapter: str, config: LoraConfig, layers: list[str], state: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """The tensors of modules saved whole, and of biases."""
+    """The tensors of modules saved in full, and of biases."""
     tensors: dict[str, Tensor] = {}
     heads = saved_modules(model)
     for path, module in heads.items():

@@ -37,7 +37,7 @@ class Form(ABC):
 
     @abstractmethod
     def deltaT(self, steps: int) -> int:
-        """Steps between two allocations where it is left out, with ``steps`` of pruning."""
+        """Steps between two cuts where it is left out, with ``steps`` of pruning."""
 
     @abstractmethod
     def start(self, A: Tensor, E: Tensor | None, B: Tensor, as_lora: AsLora) -> None:

@@ -14,14 +14,15 @@ _ENOUGH = 8
 
 
 class PrincipalForm(Form):
-    """B = 0 and A random, as in LoRA; before each cut every layer is turned into its principal directions.
+    """B = 0 and A random, as in LoRA; before each cut every layer is rotated into its principal directions.
 
-    Then the directions go, over all layers, that are worth least for their parameters, by their singular value and by
-    the gradients that their layer has had (see `rankwise.method.principal` and `rankwise.method.worth`).
+    Then the directions of all layers that are worth least for their parameters are cut. Their worth depends on their
+    singular value and on the gradients that their layer has had (see `rankwise.method.principal` and
+    `rankwise.method.worth`).
 
     There is no E. All layers have one scale. It is ``lora_alpha / k`` while k ranks act on average, and from the last
     cut on ``lora_alpha / target_r``. Adam moves a layer in proportion to scale times rank, so the average layer moves
-    as LoRA's do at any time.
+    as in LoRA throughout the run.
 
     Example:
         >>> PrincipalForm().lora_alpha(target_r=8, use_rslora=False)
@@ -33,7 +34,7 @@ class PrincipalForm(Form):
     counts_parameters: ClassVar[bool] = True
     takes_rslora: ClassVar[bool] = True
     orth_reg_weight: ClassVar[float] = 0.0
-    # Early: the sooner a layer is turned and cut, the longer what stays trains as it will be (see
+    # Early: the sooner a layer is rotated and cut, the longer what stays trains as it will be (see
     # benchmarks/quality/choices.md).
     tinit: ClassVar[float] = 0.02
     tfinal: ClassVar[float] = 0.6
@@ -52,7 +53,7 @@ class PrincipalForm(Form):
         return 2 * target_r
 
     def deltaT(self, steps: int) -> int:
-        """Twenty allocations, however long the run is."""
+        """Twenty cuts, however long the run is."""
         return max(1, steps // _CUTS)
 
     def start(self, A: Tensor, E: Tensor | None, B: Tensor, as_lora: AsLora) -> None:

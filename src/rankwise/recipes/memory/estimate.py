@@ -25,7 +25,7 @@ class Memory:
     Args:
         weights: bytes of the frozen base model and its buffers, by dtype or packing.
         adapters: bytes of A, B, E and trained biases, at the ranks of the start.
-        modules_to_save: bytes of the copies of modules that train whole.
+        modules_to_save: bytes of the copies of modules that train in full.
         gradients: bytes of all gradients.
         optimizer: bytes of the optimizer's state.
         run_state: bytes of AdaLoRA's importance scores and masks.
@@ -72,7 +72,7 @@ class Memory:
         yield from ((f"base weights, {dtype}", size) for dtype, size in self.weights.items())
         named = (
             ("adapters", self.adapters),
-            ("modules trained whole", self.modules_to_save),
+            ("modules trained in full", self.modules_to_save),
             ("gradients", self.gradients),
             ("optimizer state", self.optimizer),
             ("importance of ranks", self.run_state),
@@ -207,7 +207,7 @@ def _peaks(
             evaluation = run.evaluation_peak(evaluation_batch)
     except Exception as error:  # a model may do anything in its forward; the rest of the estimate stands
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        notes.append(f"The activations of {type(model).__name__} are not in it: {reason}")
+        notes.append(f"The estimate lacks the activations of {type(model).__name__}: {reason}")
     return peak, evaluation
 
 
@@ -218,7 +218,7 @@ def frozen_bytes(model: Any, notes: list[str] | None = None) -> tuple[dict[str, 
     """The bytes of the frozen weights and buffers, by dtype, after loading.
 
     The model's ``quantization_config`` says how its linear layers will be packed, although they are not packed on the
-    meta device. The output layer and layers that train whole are never packed.
+    meta device. The output layer and layers that train in full are never packed.
 
     Args:
         model: the adapted model.
@@ -278,7 +278,9 @@ def _packing(config: Mapping[str, Any], notes: list[str]) -> tuple[str, float, f
         # A group of weights in a column shares a float16 scale and a packed zero.
         grouped = isinstance(group, int) and group > 0
         return f"{bits} bits packed", bits, (2 + bits / 8) / group if grouped else 0  # type: ignore[operator]
-    notes.append(f"The quantization {method or 'of the model'!r} is not known here: counted without it.")
+    notes.append(
+        f"The quantization {method or 'of the model'!r} is not known, so the weights are counted without it."
+    )
     return "", 0, 0
 
 

@@ -89,7 +89,7 @@ def _predict(
     long = sum(longest is not None and size > longest for size in sizes.values())
     if long:
         job.notes.append(
-            f"{long:,} of {count:,} clips are longer than {longest:g} seconds; the rest of them is not heard."
+            f"{long:,} of {count:,} clips are longer than {longest:g} seconds; the rest of each is not heard."
         )
     rows = list(sizes)
     column = table.rows.column_names[0]

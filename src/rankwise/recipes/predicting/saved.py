@@ -173,7 +173,7 @@ def _recipe_of_config(folder: Path, config: Mapping[str, Any], overrides: Sequen
     if not task:
         kinds = ", ".join(TASKS)
         missing.append(
-            Problem("task", f"{_CONFIG} does not say it. Add task=…, one of {kinds}; or --recipe FILE.")
+            Problem("task", f"{_CONFIG} does not name it. Add task=…, one of {kinds}; or --recipe FILE.")
         )
     if not base:
         missing.append(Problem("model", f"{_CONFIG} names no base model. Add model=…, or --recipe FILE."))

@@ -27,7 +27,7 @@ def predict(job: Job) -> list[dict[str, Any] | None]:
     cut = sum(size >= limit for size in sizes)
     if cut:
         job.notes.append(
-            f"{cut:,} of {len(rows):,} texts reach {limit} tokens; the rest of them is not read."
+            f"{cut:,} of {len(rows):,} texts reach {limit} tokens; the rest of each is not read."
         )
 
     def of_batch(batch: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:

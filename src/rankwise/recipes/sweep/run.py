@@ -70,7 +70,7 @@ def sweep(
 ) -> Outcome:
     """Search for the settings that give a recipe's best held-out metric.
 
-    By default, every second trial is LoRA with as many parameters. A sweep that is started again continues where it
+    By default, every second trial is LoRA with as many parameters. A sweep that is started again resumes where it
     stopped. Processes that share a storage share the trials.
 
     Args:
@@ -137,8 +137,8 @@ class _Sweep:
     ) -> None:
         if processes() > 1:
             raise RecipeError(
-                "A sweep is one process for each GPU, which share a storage: start `rankwise sweep` with the same "
-                "--storage for each, without torchrun."
+                "A sweep has one process for each GPU, and the processes share a storage: start `rankwise sweep` with "
+                "the same --storage for each, without torchrun."
             )
         if trials < 1:
             raise refusal("--trials", f"must be at least 1, but is {trials}.")

@@ -192,7 +192,7 @@ def trainer_arguments(
     evaluation, cut_in_evaluation = _tokens(data.evaluation, processor, length)
     cut, all_rows = cut_in_train + cut_in_evaluation, len(train) + len(evaluation)
     notes = (
-        [f"{cut:,} of {all_rows:,} texts reach {length} tokens; the rest of them is not read."] if cut else []
+        [f"{cut:,} of {all_rows:,} texts reach {length} tokens; the rest of each is not read."] if cut else []
     )
     return {
         "train_dataset": train,

@@ -116,7 +116,7 @@ class PrincipalChoice:
             self._moved = True
             self._warn(
                 "The optimizer has moved ranks that are off and have no gradient. Optimizers that add noise do so, and "
-                "those that keep moments where they can't be found. From now on these ranks are switched off again "
+                "so do optimizers whose moments rankwise can't find. From now on these ranks are switched off again "
                 "after each step."
             )
         acts, unchanged = bases.acts(), bases.undecomposed()

@@ -61,7 +61,7 @@ def base_in_command(updates: Updates) -> str:
 
 
 def refuse_whole_tensors(updates: Updates, server: str, heads: Iterable[str] = ()) -> None:
-    """Refuse biases and modules saved whole, except the base weights of adapted embeddings.
+    """Refuse biases and modules saved in full, except the base weights of adapted embeddings.
 
     Args:
         updates: the adapter's updates.
@@ -79,7 +79,7 @@ def refuse_whole_tensors(updates: Updates, server: str, heads: Iterable[str] = (
             continue
         saved = saved_module_of(name, updates.config.modules_to_save or (), lambda path: True)
         whole = saved is not None or not name.endswith("bias")
-        what = "part of a module that was trained whole" if whole else "a trained bias"
+        what = "part of a module that was trained in full" if whole else "a trained bias"
         raise ValueError(
             f"{updates.source} holds {name!r}, {what}, which {server} can't load. {MERGE_INSTEAD}"
         )
