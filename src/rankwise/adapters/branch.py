@@ -217,7 +217,7 @@ def add_share(
     ctx: Any, from_base: Tensor | None, from_hidden: Tensor, A: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The input's gradient: the base layer's, plus the branch's."""
-    if cuts_off(ctx.kept, len(A), ctx.shape.numel()):
+    if cuts_off(ctx.kept, A.shape[0], ctx.shape.numel()):
         from_hidden, A = from_hidden.narrow(1, 0, ctx.kept), A.narrow(0, 0, ctx.kept)
     if mask is not None:
         own = (from_hidden @ A).mul_(flat(mask)).view(ctx.shape)
