@@ -50,12 +50,13 @@ class _Pass:
     def __init__(self, uses: Uses) -> None:
         whole: dict[Use, Tensor] = {}
         for use, layer in uses.items():
+            _, adapter, key, *_ = use
             # The layer's adapters may have been removed since.
-            parameter = layer.factor(use[2], use[1]) if hasattr(type(layer), "factor") else None
+            parameter = layer.factor(key, adapter) if hasattr(type(layer), "factor") else None
             if type(parameter) is nn.Parameter and not (parameter.is_meta or hasattr(parameter, "ds_id")):
                 whole[use] = parameter
         made, gates = _prepared(whole, uses)
-        # Hooks that offload a model give its parameters other numbers in the middle of a pass.
+        # With the places of the numbers: hooks that offload a model exchange them in the middle of a pass.
         self.made = {use: (each, each.data_ptr(), (made[use], gates.get(use))) for use, each in whole.items()}
         self.used: Uses = {}
         self.cast: tuple[Any, ...] | None = None  # the last input that was cast: see `shared_cast`
@@ -148,19 +149,23 @@ def _prepared(factors: dict[Use, Tensor], layers: Uses) -> tuple[dict[Use, Tenso
 
 
 def _fold_gates(factors: dict[Use, Tensor], layers: Uses) -> dict[Use, Tensor]:
-    """Fold the gates into every A, and set columns of every B to 0, in place of what ``factors`` holds."""
-    own, acts = {}, {}
+    """Exchange every A for A with the gates folded in, and B for B with columns of 0. Returns every A's gates."""
+    gates, acts, cut = {}, {}, {}
     for use in factors:
-        E = layers[use].factor("lora_E", use[1]) if use[4] else None
-        if E is not None:
-            own[use], kept = E, layers[use].kept.get(use[1])
+        _, adapter, key, _, gated = use
+        layer = layers[use]
+        E = layer.factor("lora_E", adapter) if gated else None
+        if E is None:
+            continue
+        kept = layer.kept.get(adapter)
+        if key == "lora_A":
+            gates[use] = E
             if kept is not None:
                 acts[use] = _acts(kept, E)
-    gates = {use: E for use, E in own.items() if use[2] == "lora_A"}
-    cut = {use: each.T for use, each in acts.items() if use[2] == "lora_B" and own[use].requires_grad}
-    _multiply(gates, {use: acts[use] for use in gates if use in acts})
-    _multiply(factors, gates)
-    _multiply(factors, cut)
+        elif kept is not None and E.requires_grad:
+            cut[use] = _acts(kept, E).T
+    _multiply(gates, acts)
+    _multiply(factors, {**gates, **cut})
     return gates
 
 
