@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rankwise as rw
+from rankwise.adapters import branch
 from rankwise.adapters.linear import reference
 from tiny import llama, token_batches
 
@@ -313,12 +314,17 @@ def test_output_gradients_and_second_derivatives_are_those_of_the_reference(
     torch.testing.assert_close(*found)
 
 
+SLICES = pytest.mark.parametrize("least", [0, branch._WORTH_CUTTING], ids=["sliced", "whole"])
+
+
+@SLICES
 @KINDS
 @pytest.mark.parametrize("kept", [1, 3, torch.tensor([1, 3])], ids=["first", "most", "some"])
 @pytest.mark.parametrize("trains", [True, False], ids=["gates train", "gates are frozen"])
 def test_only_the_kept_triplets_act_and_the_others_get_gradients_of_zero(
-    kept: Any, trains: bool, kind: type[nn.Linear]
+    kept: Any, trains: bool, kind: type[nn.Linear], least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(branch, "_WORTH_CUTTING", least)
     model = layer_of(kind=kind)
     layer, x = model[0], torch.randn(7, 6, dtype=torch.float64)
     E = layer.lora_E["default"].requires_grad_(trains)
@@ -338,6 +344,21 @@ def test_only_the_kept_triplets_act_and_the_others_get_gradients_of_zero(
     assert not A.grad[closed].any() and not B.grad[:, closed].any() and A.grad[~closed].all()
     with torch.no_grad():
         torch.testing.assert_close(model(x), composed(x))
+
+
+@pytest.mark.parametrize(("width", "slices"), [(16, 0), (1024, 4)], ids=["narrow", "wide"])
+def test_only_wide_layers_slice_the_factors_in_the_final_phase(
+    width: int, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two slices for the output, and two for the input's gradient. In narrow layers they cost more than they save."""
+    model = rw.get_peft_model(
+        nn.Sequential(nn.Linear(width, width)), rw.LoraConfig(r=12, target_modules=["0"])
+    )
+    model[0].kept["default"] = 8
+    taken, narrow = [], Tensor.narrow
+    monkeypatch.setattr(Tensor, "narrow", lambda *args: taken.append(args) or narrow(*args))
+    model(torch.randn(256, width, requires_grad=True)).sum().backward()
+    assert len(taken) == slices
 
 
 @KINDS
@@ -592,7 +613,7 @@ def test_a_failed_pass_leaves_nothing_behind() -> None:
     model(x)
     with pytest.raises(RuntimeError):
         model(x[:, :2])
-    assert not vars(ready._now)
+    assert ready._now.current is None
 
 
 def test_adapters_may_change_between_two_passes() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from trainings import Setting, frozen, rankwise_lora, small, training_of
 
 import rankwise as rw
+from rankwise.adapters import branch
 from tiny import bert, llama, token_batches
 
 STEPS = 8
@@ -240,6 +241,25 @@ def test_a_packed_layer_and_its_adapter_are_one_step_with_the_same_output_and_gr
     for one, other in zip(made, expected, strict=True):
         assert one.dtype == other.dtype
         assert (one.float() - other.float()).norm() < 0.02 * other.float().norm()
+
+
+@pytest.mark.parametrize("least", [0, branch._WORTH_CUTTING], ids=["sliced", "whole"])
+@pytest.mark.parametrize("kind", BNB)
+def test_a_packed_layer_computes_with_the_kept_triplets(
+    kind: str, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(branch, "_WORTH_CUTTING", least)
+    model = packed_layer(kind, torch.float32)
+    layer, x = model[0], torch.randn(2, 20, 64, requires_grad=True)
+    layer.kept["default"] = 3
+    factors = [layer.factor(key, "default") for key in ("lora_A", "lora_E", "lora_B")]
+    A, E, B = factors
+    output = model(x)
+    composed = layer.base_forward(x) + layer.scaling["default"] * x @ (B[:, :3] @ (E * A)[:3]).T
+    torch.testing.assert_close(output, composed, rtol=1e-3, atol=1e-3)
+    made = torch.autograd.grad(output.square().sum(), [x, *factors])
+    expected = torch.autograd.grad(composed.square().sum(), [x, *factors])
+    torch.testing.assert_close(made, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -24,7 +24,7 @@ from rankwise.adapters.quantized import (
     packs_4_bit,
     packs_8_bit,
 )
-from rankwise.adapters.ready import ready_cast, shared_cast
+from rankwise.adapters.ready import ready, shared_cast
 
 _FACTORS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -56,6 +56,8 @@ class FastLoraLayer(InPlace):
 
     def factor(self, key: str, name: str) -> Any:
         """`lora_A` or `lora_B` of adapter ``name``, as in rankwise's own layers. None if it has no such factor."""
+        if key == "lora_E":
+            return None
         held: Any = self._modules[key]._modules.get(name)  # type: ignore[attr-defined]
         return None if held is None else held._parameters.get("weight")
 
@@ -118,16 +120,16 @@ class FastLoraLayer(InPlace):
             if casts:
                 x = shared_cast(x, autocast)  # type: ignore[arg-type]
                 packed = packed and _packed(base, x)
-            up = ready_cast(layer, name, "lora_B", B, x.dtype if packed else autocast or weight.dtype)
-            folded = ready_cast(layer, name, "lora_A", A, x.dtype)
+            folded, _ = ready(layer, name, "lora_A", A, None, x.dtype)
+            up, _ = ready(layer, name, "lora_B", B, None, x.dtype if packed else autocast or weight.dtype)
             how = How(None, folded, None, up, scaling, rate, autocast, packed)
             output: Tensor = adapted_linear(x, A, None, B, *((None, None) if packed else (weight, bias)), how)
         else:
             if casts:
                 x = shared_cast(x, autocast)  # type: ignore[arg-type]
-            hidden = hidden_of(x, ready_cast(layer, name, "lora_A", A, x.dtype), rate)[0]
+            hidden = hidden_of(x, ready(layer, name, "lora_A", A, None, x.dtype)[0], rate)[0]
             output = base.forward(x)
-            up = ready_cast(layer, name, "lora_B", B, output.dtype)
+            up, _ = ready(layer, name, "lora_B", B, None, output.dtype)
             output = add_up(output, hidden.to(output.dtype), up, None, scaling, in_place=True)
         return output.to(dtype) if packed and casts else output
 

@@ -14,7 +14,7 @@ share x.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _KEEPERS = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+
+_WORTH_CUTTING = 2**19  # multiplications, which take as long as the two views: measured on a CPU
 
 Kept = int | Tensor | None  # which triplets act: the first n, those with these indices, all
 
@@ -121,8 +123,8 @@ def hidden_of(x: Tensor, A: Tensor, rate: float) -> tuple[Tensor, Tensor | None]
 
 def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float, in_place: bool) -> Tensor:
     """``output + scaling * hidden B^T``; hidden (tokens, r) and B (d_out, r) are in the output's dtype."""
-    if isinstance(kept, int):
-        hidden, B = hidden[:, :kept], B[:, :kept]
+    if cuts_off(kept, hidden.shape[1], output.numel()):
+        hidden, B = hidden.narrow(1, 0, kept), B.narrow(1, 0, kept)  # as slices, in less time
     if in_place and output.is_contiguous() and not results_are_kept():
         # Autograd sees a tensor, not a view, so that the following layers may change it in place.
         added = output.detach()
@@ -131,6 +133,15 @@ def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float
     with WithoutAutocast(output):
         moved = torch.addmm(flat(output), hidden, B.T, alpha=scaling)
     return moved.view(output.shape).detach()
+
+
+def cuts_off(kept: Kept, rank: int, size: int) -> TypeGuard[int]:
+    """Whether a product is computed with the first ``kept`` of ``rank`` triplets only. It makes ``size`` numbers.
+
+    The other triplets are zeros, so that computing with them gives the same result. Cutting them off takes two views.
+    For few multiplications, that takes longer than the multiplications do.
+    """
+    return isinstance(kept, int) and (rank - kept) * size >= _WORTH_CUTTING
 
 
 def how_many_act(kept: Kept, rank: int) -> int:
@@ -206,8 +217,8 @@ def add_share(
     ctx: Any, from_base: Tensor | None, from_hidden: Tensor, A: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The input's gradient: the base layer's, plus the branch's."""
-    if isinstance(ctx.kept, int):
-        from_hidden, A = from_hidden[:, : ctx.kept], A[: ctx.kept]
+    if cuts_off(ctx.kept, A.shape[0], ctx.shape.numel()):
+        from_hidden, A = from_hidden.narrow(1, 0, ctx.kept), A.narrow(0, 0, ctx.kept)
     if mask is not None:
         own = (from_hidden @ A).mul_(flat(mask)).view(ctx.shape)
         return own.mul_(ctx.upscale) if from_base is None else from_base.add(own, alpha=ctx.upscale)

@@ -23,6 +23,7 @@ from rankwise.adapters.branch import (
     cast,
     composed_hidden,
     composed_update,
+    cuts_off,
     differentiated,
     factor_gradients,
     flat,
@@ -118,7 +119,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if results_are_kept():
             output = output.view(*x.shape[:-1], output.shape[1])
             return add_up(output, hidden, up, how.kept, how.scaling, in_place=False)
-        if isinstance(how.kept, int):
+        if how.kept is not None and cuts_off(how.kept, hidden.shape[1], output.numel()):
             hidden, up = hidden.narrow(1, 0, how.kept), up.narrow(1, 0, how.kept)  # as slices, in less time
         output.addmm_(hidden, up.t(), alpha=how.scaling)
         # Detached, so that autograd sees a tensor, not a view: the following layers may change it in place.
@@ -151,7 +152,7 @@ class _AdaptedLinear(torch.autograd.Function):
             from_base = cast(torch.mm(cast(rows, weight.dtype), weight), x.dtype)
             if mask is None:
                 acting, A_acting = from_hidden, folded
-                if isinstance(ctx.kept, int):
+                if ctx.kept is not None and cuts_off(ctx.kept, folded.shape[0], x.numel()):
                     acting, A_acting = acting.narrow(1, 0, ctx.kept), A_acting.narrow(0, 0, ctx.kept)
                 from_base.addmm_(acting, A_acting)
             gradient_x = from_base if x.dim() == 2 else from_base.view(x.shape)

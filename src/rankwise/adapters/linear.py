@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rankwise.adapters.branch import Down, Up, add_up, apply_of, by_hand, hidden_of
 from rankwise.adapters.fused import How, Packed, adapted_linear, is_frozen
 from rankwise.adapters.layer import AdapterLayer
-from rankwise.adapters.ready import ready, ready_cast, shared_cast
+from rankwise.adapters.ready import ready, shared_cast
 from rankwise.parallel.ddp import keep_in_graph, note_use
 
 _down, _up = apply_of(Down), apply_of(Up)
@@ -133,13 +133,8 @@ class LinearAdapters(AdapterLayer):
         rate = self.dropout_rate[name] if self.training else 0.0
         E, B = self.factor("lora_E", name), self.factor("lora_B", name)
         goes_up = x.dtype if packed else autocast or weight.dtype
-        gates = None
-        if E is None:
-            folded = ready_cast(self, name, "lora_A", A, x.dtype)
-            up = ready_cast(self, name, "lora_B", B, goes_up)
-        else:
-            folded, gates = ready(self, name, "A", x.dtype)
-            up = ready(self, name, "B", goes_up).factor
+        folded, gates = ready(self, name, "lora_A", A, E, x.dtype)
+        up, _ = ready(self, name, "lora_B", B, E, goes_up)
         how = How(kept, folded, gates, up, self.scaling[name], rate, autocast, packed)
         bias = self._parameters.get("bias")
         output: Tensor = adapted_linear(x, A, E, B, *((None, None) if packed else (weight, bias)), how)
@@ -147,25 +142,22 @@ class LinearAdapters(AdapterLayer):
 
     def _down(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         kept, rate = self.kept.get(name), self.dropout_rate[name] if self.training else 0.0
-        folded, gates = ready(self, name, "A", x.dtype)
+        A, E = self.factor("lora_A", name), self.factor("lora_E", name)
+        folded, gates = ready(self, name, "lora_A", A, E, x.dtype)
         if not torch.is_grad_enabled():
             note_use(self._trained_here(name))
             return x, hidden_of(x, folded if kept is None else folded[_places(kept)], rate)[0]
-        E = self.factor("lora_E", name)
-        down: tuple[Tensor, Tensor] = _down(
-            x, self.factor("lora_A", name), E, kept, folded, gates, rate, self.makes_new_tensors
-        )
+        down: tuple[Tensor, Tensor] = _down(x, A, E, kept, folded, gates, rate, self.makes_new_tensors)
         return down
 
     def _up(self, output: Tensor, hidden: Tensor, name: str) -> Tensor:
         scaling, kept = self.scaling[name], self.kept.get(name)
-        made = ready(self, name, "B", output.dtype).factor
+        B = self.factor("lora_B", name)
+        made, _ = ready(self, name, "lora_B", B, self.factor("lora_E", name), output.dtype)
         if not torch.is_grad_enabled():
             made = made if kept is None else made[:, _places(kept)]
             return add_up(output, hidden.to(output.dtype), made, None, scaling, self.makes_new_tensors)
-        up: Tensor = _up(
-            output, hidden, self.factor("lora_B", name), kept, made, scaling, self.makes_new_tensors
-        )
+        up: Tensor = _up(output, hidden, B, kept, made, scaling, self.makes_new_tensors)
         return up
 
     def add_adapter_output(self, output: Tensor, x: Tensor, name: str) -> Tensor:
