@@ -35,6 +35,7 @@ def shown(notebook: Any, kind: str) -> int:
     return sum(kind in output.get("data", {}) for output in outputs)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(tmp_path / "reviews.csv")
     recipe = write_recipe(tmp_path, save_tiny_model(tmp_path / "model"), training__eval_steps=2)

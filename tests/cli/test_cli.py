@@ -204,6 +204,7 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on_to_its_end(world: Path
     assert results["finished"] and results["steps"] == 30
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(world: Path, tiny_model: Path) -> None:
     recipe = write_recipe(world, tiny_model)

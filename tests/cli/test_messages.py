@@ -52,6 +52,7 @@ def test_a_command_writes_nothing_of_other_libraries(world: Path, words: tuple[s
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_predictions_of_which_only_the_first_are_read_end_without_a_traceback(world: Path) -> None:
     write_table(world / "many.csv", 2000)
     with running("predict", world / "out", world / "many.csv") as process:
@@ -61,6 +62,7 @@ def test_predictions_of_which_only_the_first_are_read_end_without_a_traceback(wo
         assert (process.wait(timeout=120), process.stderr.read()) == (141, "")
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_few_letters_gets_codes_for_the_others(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,7 +125,7 @@ def _schedule_problem(training: TrainingSection) -> Problem | None:
     import torch
     from transformers import get_scheduler
 
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    optimizer = torch.optim.SGD([torch.zeros(1, dtype=torch.float32, requires_grad=True)], lr=1e-3)
     kwargs = training.others.get("lr_scheduler_kwargs") or {}
     kind = training.lr_scheduler_type
     try:
