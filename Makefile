@@ -42,7 +42,7 @@ test: $(VENV)/.test ## run the tests, doctests and the documentation's examples
 	$(PYTEST)
 
 test-slow: $(VENV)/.slow ## run the tests that take minutes
-	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: no test was selected
+	$(PYTEST) -m slow -o faulthandler_timeout=1190 || [ $$? -eq 5 ]  # 5: no test was selected
 
 test-deepspeed: $(VENV)/.deepspeed ## run the tests with DeepSpeed, which is installed separately (Linux)
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) $(PYTEST) tests/parallel/test_deepspeed.py \
