@@ -347,6 +347,23 @@ def test_the_rivals_are_shown_at_their_best_rates_and_the_ceilings_come_last(qua
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_without_tuning_are_shown_at_the_same_usual_settings(quality: Any):
+    run = quality.results.Run
+    found = {
+        run("task", method, 8, rate, 0): {"loss": loss, "parameters": 1}
+        for method, rate, loss in (
+            ("PEFT LoRA", 2e-4, 0.9),
+            ("PEFT LoRA", 1e-3, 0.7),
+            ("rankwise", 1e-3, 0.6),
+        )
+    }
+    found |= {run("other", "PEFT LoRA", 8, 1e-3, 0): {"loss": 0.5, "parameters": 1}}
+    found |= {run("task", "rankwise", 2, 2e-4, 0): {"loss": 0.1, "parameters": 1}}
+    head, _, *lines = quality.report.untuned(found, 0).splitlines()
+    assert head.startswith("| task | LoRA, 0.0002 | AdaLoRA, 0.0002 | rankwise, 0.0002 | LoRA, 0.001 |")
+    assert lines == ["| task | 0.9000 | - | - | 0.7000 | - | 0.6000 |"]
+
+
 def test_runs_of_one_rate_are_compared_at_bad_rates_too(quality: Any):
     nan = float("nan")
     found = losses(quality, rankwise={1e-3: [0.5, 1.2], 4e-3: [0.6], 8e-3: [0.9], 1.6e-2: [nan]})

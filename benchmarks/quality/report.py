@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from results import Results, at_best, best_rate, curve, error, finite, parameters_at_best
+from results import Results, Run, at_best, best_rate, curve, error, finite, parameters_at_best
 
 LORA, OURS = "PEFT LoRA", "rankwise"
 # Costs counted more then; below an average rank of 1 nothing has changed, and such runs are of both.
@@ -19,6 +19,7 @@ NATURAL = (
     "indonesian-letters",
 )  # where rank is scarce, and no list
 CEILINGS = ("PEFT LoRA, 4 times the rank", "full fine-tuning")
+UNTUNED_RANK, UNTUNED_RATES = 8, (2e-4, 1e-3)  # the ends of what is usual with LoRA
 _ENOUGH = 8  # the rank of LoRA whose quality is to be had for fewer parameters
 
 
@@ -240,7 +241,8 @@ def at_the_same_rate(results: Results) -> str:
 def report(results: Results, seed: int) -> dict[str, str]:
     """All that is said of the results, in Markdown, by what it is about; ``seed`` is the one rates were chosen on.
 
-    All but "now", "rivals", "plentiful", "all" and "time" is of the default before, where there are runs of it.
+    All but "now", "rivals", "plentiful", "untuned", "all" and "time" is of the default before, where there are runs of
+    it.
     """
     hours = sum(row["seconds"] for row in results.values()) / 3600
     on_gpu = sum("device" in row for row in results.values())
@@ -249,6 +251,7 @@ def report(results: Results, seed: int) -> dict[str, str]:
         "now": now(results, seed),
         "rivals": rivals(results, seed),
         "plentiful": plentiful(results, seed),
+        "untuned": untuned(results, seed),
         "scarce": summary(earlier, seed, scarce=True),
         "elsewhere": summary(earlier, seed, scarce=False),
         "one by one": one_by_one(earlier, seed),
@@ -272,7 +275,8 @@ def of_the_default_before(results: Results) -> Results:
 def now(results: Results, seed: int) -> str:
     """Markdown: today's default beside LoRA and the default before, wherever it has been tried.
 
-    Each method is at the best of the rates that it was tried at, be it at their edge or not.
+    Each method is at the best of the rates that it was tried at, be it at their edge or not. `untuned` shows the larger
+    ranks.
     """
     lines = [
         "| task | average rank | LoRA | the default before | the default | LoRA, 4 times the rank | of the way |",
@@ -281,7 +285,7 @@ def now(results: Results, seed: int) -> str:
     for task, rank, mine in _cells(results):
         found = {method: at_best_tried(mine, task, method, rank, seed) for method in (LORA, BEFORE, OURS)}
         more = at_best_tried(results, task, LORA, 4 * rank, seed)
-        if rank < 1 or not found[OURS]:
+        if not 1 <= rank < UNTUNED_RANK or not found[OURS]:
             continue
         cells = [task, f"{rank:g}", *(with_error(each) if each else "-" for each in (*found.values(), more))]
         cells.append(_share(found[LORA], found[OURS], more))
@@ -346,7 +350,11 @@ def plentiful(results: Results, seed: int) -> str:
     cells = []
     for task, rank, mine in _cells(results):
         lora, more = (at_best_tried(results, task, LORA, each, seed) for each in (rank, 4 * rank))
-        if rank < 1 or task in NATURAL or not (lora and at_best_tried(mine, task, OURS, rank, seed)):
+        if (
+            not 1 <= rank < UNTUNED_RANK
+            or task in NATURAL
+            or not (lora and at_best_tried(mine, task, OURS, rank, seed))
+        ):
             continue
         if more and _brings_more(lora, more):
             continue
@@ -357,6 +365,19 @@ def plentiful(results: Results, seed: int) -> str:
         f"Where four times the rank is no help, or was not tried, the default's loss is {much} than LoRA's, and {runs} "
         "runs of the same seed."
     )
+
+
+def untuned(results: Results, seed: int) -> str:
+    """Markdown: LoRA, PEFT's AdaLoRA and today's default with usual settings that fit no task, on one seed."""
+    methods = (LORA, "PEFT AdaLoRA", OURS)
+    heads = [f"{method.removeprefix('PEFT ')}, {rate:g}" for rate in UNTUNED_RATES for method in methods]
+    lines = [f"| task | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
+    for task in dict.fromkeys(run.task for run in results):
+        runs = [Run(task, method, UNTUNED_RANK, rate, seed) for rate in UNTUNED_RATES for method in methods]
+        if any(run in results for run in runs if run.method == OURS):
+            cells = [f"{finite(results[run]['loss']):.4f}" if run in results else "-" for run in runs]
+            lines.append(f"| {' | '.join([task, *cells])} |")
+    return "\n".join(lines)
 
 
 def at_best_tried(results: Results, task: str, method: str, rank: float, seed: int) -> list[float]:
