@@ -12,12 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import rankwise
-from command_world import running
+from command_world import SOURCE, running
 from rankwise.cli import app
 from recipe_world import save_tiny_model, write_recipe, write_table
-
-SOURCE = Path(rankwise.__file__).parent.parent
 
 
 def call(*words: object) -> tuple[int, str, str]:

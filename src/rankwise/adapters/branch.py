@@ -14,7 +14,7 @@ share x.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,8 +123,7 @@ def hidden_of(x: Tensor, A: Tensor, rate: float) -> tuple[Tensor, Tensor | None]
 
 def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float, in_place: bool) -> Tensor:
     """``output + scaling * hidden B^T``; hidden (tokens, r) and B (d_out, r) are in the output's dtype."""
-    if cuts_off(kept, hidden.shape[1], output.numel()):
-        hidden, B = hidden.narrow(1, 0, kept), B.narrow(1, 0, kept)  # as slices, in less time
+    hidden, B = without_cut(hidden, B, 1, kept, output.numel())
     if in_place and output.is_contiguous() and not results_are_kept():
         # Autograd sees a tensor, not a view, so that the following layers may change it in place.
         added = output.detach()
@@ -135,13 +134,22 @@ def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float
     return moved.view(output.shape).detach()
 
 
-def cuts_off(kept: Kept, rank: int, size: int) -> TypeGuard[int]:
-    """Whether a product is computed with the first ``kept`` of ``rank`` triplets only. It makes ``size`` numbers.
+def without_cut(hidden: Tensor, factor: Tensor, axis: int, kept: Kept, size: int) -> tuple[Tensor, Tensor]:
+    """The two sides of a product, without the triplets that were cut if that saves time.
 
-    The other triplets are zeros, so that computing with them gives the same result. Cutting them off takes two views.
-    For few multiplications, that takes longer than the multiplications do.
+    Those triplets are zeros, so that computing with them gives the same result. Leaving them out takes two views. For
+    few multiplications, that takes longer than the multiplications do.
+
+    Args:
+        hidden: (tokens, r).
+        factor: A or B, with its r triplets along ``axis``.
+        axis: 0 or 1.
+        kept: the triplets that act.
+        size: how many numbers the product makes.
     """
-    return isinstance(kept, int) and (rank - kept) * size >= _WORTH_CUTTING
+    if isinstance(kept, int) and (hidden.shape[1] - kept) * size >= _WORTH_CUTTING:
+        return hidden.narrow(1, 0, kept), factor.narrow(axis, 0, kept)  # as slices, in less time
+    return hidden, factor
 
 
 def how_many_act(kept: Kept, rank: int) -> int:
@@ -217,8 +225,7 @@ def add_share(
     ctx: Any, from_base: Tensor | None, from_hidden: Tensor, A: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The input's gradient: the base layer's, plus the branch's."""
-    if cuts_off(ctx.kept, A.shape[0], ctx.shape.numel()):
-        from_hidden, A = from_hidden.narrow(1, 0, ctx.kept), A.narrow(0, 0, ctx.kept)
+    from_hidden, A = without_cut(from_hidden, A, 0, ctx.kept, ctx.shape.numel())
     if mask is not None:
         own = (from_hidden @ A).mul_(flat(mask)).view(ctx.shape)
         return own.mul_(ctx.upscale) if from_base is None else from_base.add(own, alpha=ctx.upscale)

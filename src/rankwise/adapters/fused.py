@@ -23,12 +23,12 @@ from rankwise.adapters.branch import (
     cast,
     composed_hidden,
     composed_update,
-    cuts_off,
     differentiated,
     factor_gradients,
     flat,
     hidden_of,
     results_are_kept,
+    without_cut,
 )
 
 
@@ -119,8 +119,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if results_are_kept():
             output = output.view(*x.shape[:-1], output.shape[1])
             return add_up(output, hidden, up, how.kept, how.scaling, in_place=False)
-        if how.kept is not None and cuts_off(how.kept, hidden.shape[1], output.numel()):
-            hidden, up = hidden.narrow(1, 0, how.kept), up.narrow(1, 0, how.kept)  # as slices, in less time
+        hidden, up = without_cut(hidden, up, 1, how.kept, output.numel())
         output.addmm_(hidden, up.t(), alpha=how.scaling)
         # Detached, so that autograd sees a tensor, not a view: the following layers may change it in place.
         return output if x.dim() == 2 else output.view(*x.shape[:-1], output.shape[1]).detach()
@@ -151,10 +150,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if to_x:
             from_base = cast(torch.mm(cast(rows, weight.dtype), weight), x.dtype)
             if mask is None:
-                acting, A_acting = from_hidden, folded
-                if ctx.kept is not None and cuts_off(ctx.kept, folded.shape[0], x.numel()):
-                    acting, A_acting = acting.narrow(1, 0, ctx.kept), A_acting.narrow(0, 0, ctx.kept)
-                from_base.addmm_(acting, A_acting)
+                from_base.addmm_(*without_cut(from_hidden, folded, 0, ctx.kept, x.numel()))
             gradient_x = from_base if x.dim() == 2 else from_base.view(x.shape)
             if mask is not None:
                 gradient_x = add_share(ctx, gradient_x, from_hidden, folded, mask)
