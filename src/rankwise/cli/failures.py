@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+from rankwise.files.streams import discard
+
 MEND, FAULT = 2, 1
 EXTRAS = 'pip install "rankwise[train,report]"'
 _EXTRA_OF = dict.fromkeys(("optuna", "psutil", "sqlalchemy"), 'pip install "rankwise[sweep]"')
@@ -50,8 +52,7 @@ def failures(*mendable: type[Exception], kept: str = "") -> Iterator[None]:
             f"The Python package {name!r} is missing. Install: {extra}" if name else str(error)
         ) from error
     except BrokenPipeError:
-        # What is still buffered would raise the error again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         raise _exit(141) from None
     except Exception as error:
         message = _unwritten_message(error, kept) or _mendable_message(error, mendable)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from typing import Any, TextIO, cast
 
 from rich.console import Console
+
+from rankwise.files.streams import discard
 
 
 def lasting_console(stderr: bool = False) -> Console:
@@ -55,8 +56,4 @@ class _Lasting:
                 f"The output can't be written ({error.strerror}): the run goes on without it.",
                 file=sys.stderr,
             )
-        with contextlib.suppress(OSError, ValueError):
-            # What is still buffered would raise the error again when Python ends.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+        discard(self._stream)
