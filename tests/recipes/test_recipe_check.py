@@ -92,6 +92,10 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(world: Path)
     [
         ("training.max_steps=ten", "training.max_steps: must be a whole number, but is 'ten'."),
         ("training.max_steps=1.5", "training.max_steps: must be a whole number, but is 1.5."),
+        (
+            "training.dataloader_num_workers=999999",
+            "training.dataloader_num_workers: must be at most 1024, but is 999999.",
+        ),
         ("training.max_steps=0", "training.max_steps: must be at least 1, but is 0."),
         ("training.learning_rate=-1", "training.learning_rate: must be more than 0, but is -1."),
         ("training.learning_rate=.nan", "training.learning_rate: must be a finite number"),

@@ -68,7 +68,12 @@ def _rule(item: Any, location: Sequence[str | int], recipe: type[BaseRecipe]) ->
 
 
 def _bound(kind: str, context: Mapping[str, Any]) -> str | None:
-    words = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than"}
+    words = {
+        "greater_than": "more than",
+        "greater_than_equal": "at least",
+        "less_than": "less than",
+        "less_than_equal": "at most",
+    }
     if kind not in words:
         return None
     (limit,) = context.values()

@@ -98,7 +98,7 @@ class TrainingSection(Section):
         fp16: whether to train in float16 mixed precision.
         gradient_checkpointing: whether to save memory by computing activations a second time in the backward pass.
         use_cpu: whether to train on the CPU even if there is a GPU.
-        dataloader_num_workers: processes that prepare batches. 0: the training process prepares them.
+        dataloader_num_workers: processes that prepare batches, at most 1024. 0: the training process prepares them.
         report_to: the trackers that get the metrics, such as ``tensorboard``, or ``none``.
     """
 
@@ -131,7 +131,7 @@ class TrainingSection(Section):
     fp16: bool = False
     gradient_checkpointing: bool = False
     use_cpu: bool = False
-    dataloader_num_workers: int = Field(default=0, ge=0)
+    dataloader_num_workers: int = Field(default=0, ge=0, le=1024)
     report_to: str | list[str] = "none"
 
     @pydantic.model_validator(mode="before")
