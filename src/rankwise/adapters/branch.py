@@ -138,7 +138,7 @@ class ScaledUp(torch.autograd.Function):
         if to_hidden:
             gradient_hidden = scaled_product(rows, up, ctx.scaling, up[:1]).view(hidden.shape)
         if to_B and rows.device.type == "cpu":
-            # On a CPU this takes a fraction of the time of `rows.t() @ narrow`, whose result has few columns.
+            # On a CPU this takes less time than `rows.t() @ narrow`, whose result has few columns.
             gradient_B = scaled_product(narrow.t(), rows, ctx.scaling, rows[:1]).t()
         elif to_B:
             gradient_B = scaled_product(rows.t(), narrow, ctx.scaling, up[:1])
