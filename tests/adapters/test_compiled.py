@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from compiled import kernels
+from torch._dynamo.backends.common import aot_autograd
+from torch.func import functional_call, grad, vmap
 from trainings import Setting, Training, peft_lora, rankwise_adalora, rankwise_lora, small, training_of
 
-pytestmark = pytest.mark.slow
+import rankwise as rw
+from tiny import llama, token_batches
+
 MODEL = small(1, 64)  # a Llama of one layer
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
@@ -30,12 +34,78 @@ def counts(attach: Callable[..., Training], precision: str) -> tuple[int, int]:
     return kernels(training_of(attach, MODEL, Setting(precision=precision, compiled=True)))
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(("precision", "casts"), [("float32", 0), ("float32, autocast", 0), ("bfloat16", 4)])
 def test_a_compiled_model_has_at_most_as_many_kernels_as_pefts(precision: str, casts: int) -> None:
-    """With a bfloat16 base, each layer casts two factors and their gradients. PEFT computes in float32 there."""
+    """With a bfloat16 base, kernels of their own cast factors and gradients. PEFT computes in float32 there."""
     theirs, their_products = counts(peft_lora, precision)
     for attach in (rankwise_lora, rankwise_adalora):
         ours, products = counts(attach, precision)
         assert 0 < products <= their_products
         assert ours <= theirs + casts * len(MODEL.targets)
+
+
+def step(precision: str, compiled: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The logits of a step, and the factors' gradients."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    model = llama(num_hidden_layers=1).to(dtype)
+    rw.get_peft_model(model, rw.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.05)
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    ids = token_batches(1)[0]["input_ids"]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled="autocast" in precision):
+        output = forward(input_ids=ids, labels=ids)
+    output.loss.backward()
+    return output.logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("precision", ["float32", "float32, autocast", "bfloat16"])
+def test_a_compiled_step_has_the_logits_and_gradients_of_an_uncompiled_one(precision: str) -> None:
+    (logits, gradients), (expected, by_hand) = step(precision, True), step(precision, False)
+    bound = 1e-5 if precision == "float32" else 3e-2
+    assert (logits - expected).norm() <= bound * expected.norm()
+    assert gradients.keys() == by_hand.keys() and len(gradients) == 14
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - by_hand[name]).norm() <= bound * by_hand[name].norm(), name
+
+
+def test_no_compiled_step_multiplies_a_wide_gradient_by_the_scaling() -> None:
+    """Only tensors of the adapter's rank are, as a factor of a matrix product."""
+    made: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        made.append(graph)
+        return graph
+
+    layer = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    rw.get_peft_model(layer, rw.LoraConfig(r=4, lora_alpha=12, target_modules=["0"]))
+    x = torch.randn(8, 32, requires_grad=True)
+    torch.compile(layer, backend=aot_autograd(fw_compiler=lambda g, _: g, bw_compiler=keep))(
+        x
+    ).sum().backward()
+    (backward,) = made
+    called = [node.target for node in backward.graph.nodes if node.op == "call_function"]
+    assert torch.ops.aten.mul.Tensor not in called
+    assert called.count(torch.ops.aten.addmm.default) == 2
+
+
+def test_a_compiled_transform_of_torch_func_has_the_uncompiled_ones_result() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    rw.get_peft_model(layer, rw.LoraConfig(r=2, lora_alpha=6, target_modules=["0"]))
+    factors = {name: p.detach() + 0.1 for name, p in layer.named_parameters() if "lora" in name}
+    x = torch.randn(5, 8)
+
+    def loss(factors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(layer, factors, (x,)).square().sum()
+
+    def second(factors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return sum(each.square().sum() for each in grad(loss)(factors, x).values())
+
+    for transform in (vmap(grad(loss), (None, 0)), grad(second)):
+        made = torch.compile(transform, backend="aot_eager")(factors, x)
+        torch.testing.assert_close(made, transform(factors, x), rtol=1e-4, atol=1e-4)

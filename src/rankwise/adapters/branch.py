@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _KEEPERS = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
@@ -112,6 +113,38 @@ class Up(torch.autograd.Function):
         gradient_hidden = scaled_product(rows, ready, ctx.scaling, ready[:1]) if to_hidden else None
         gradient_B = scaled_product(rows.T, hidden, ctx.scaling, ready[:1]) if to_B else None
         return gradient, gradient_hidden, gradient_B, *nothing
+
+
+class ScaledUp(torch.autograd.Function):
+    """``scaling * hidden B^T`` (..., d_out) in hidden's dtype, for compilers.
+
+    The backward pass multiplies narrow tensors by the scaling. The derivatives that a compiler finds by itself multiply
+    the wide gradient, and hold the product as a second wide tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, B: Tensor, scaling: float) -> Tensor:
+        up = B.to(hidden.dtype)
+        ctx.save_for_backward(hidden, up)
+        ctx.scaling, ctx.dtype = scaling, B.dtype
+        return F.linear(hidden, up) * scaling
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, up = ctx.saved_tensors
+        to_hidden, to_B = ctx.needs_input_grad[:2]
+        narrow, rows = flat(hidden), flat(gradient)
+        gradient_hidden = gradient_B = None
+        if to_hidden:
+            gradient_hidden = scaled_product(rows, up, ctx.scaling, up[:1]).view(hidden.shape)
+        if to_B and rows.device.type == "cpu":
+            # On a CPU this takes less time than `rows.t() @ narrow`, whose result has few columns.
+            gradient_B = scaled_product(narrow.t(), rows, ctx.scaling, rows[:1]).t()
+        elif to_B:
+            gradient_B = scaled_product(rows.t(), narrow, ctx.scaling, up[:1])
+        if gradient_B is not None and gradient_B.dtype != ctx.dtype:
+            gradient_B = gradient_B.to(ctx.dtype, memory_format=torch.contiguous_format)
+        return gradient_hidden, gradient_B, None
 
 
 def hidden_of(x: Tensor, A: Tensor, rate: float) -> tuple[Tensor, Tensor | None]:
