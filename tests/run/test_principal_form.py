@@ -156,27 +156,28 @@ def test_rslora_is_refused_in_the_papers_form_only() -> None:
         _config(use_rslora=True, init_lora_weights=True)
 
 
-def test_the_default_lora_alpha_is_twice_the_rank_as_is_usual_for_lora() -> None:
+def test_the_default_lora_alpha_makes_up_for_the_rotation_and_is_twice_the_rank_where_nothing_rotates() -> (
+    None
+):
     left_out = {"lora_alpha": None}
-    assert [_config(init_r=64, target_r=r, **left_out).lora_alpha for r in (0.25, 1, 2, 8, 64)] == [
-        0.5,
-        2,
-        4,
-        16,
-        128,
-    ]
+    ranks = (0.25, 1, 2, 8, 64)
+    alphas = [_config(init_r=65, target_r=r, **left_out).lora_alpha for r in ranks]
+    assert alphas == [0.5, 2, 5, 27, 362]
+    assert [_config(init_r=r, target_r=r, **left_out).lora_alpha for r in (2, 8)] == [4, 16], "plain LoRA"
+    rslora = [_config(init_r=65, target_r=r, use_rslora=True, **left_out).lora_alpha for r in ranks]
+    assert rslora == [0.5, 2, 4, 16, 128]
     assert _config(init_lora_weights=True, **left_out).lora_alpha == 8  # PEFT's default
 
 
 def test_the_default_lora_alpha_follows_a_changed_target_and_a_given_one_stays() -> None:
     config = _config(init_r=8, lora_alpha=None)
-    assert replace(config, target_r=8).lora_alpha == 16
+    assert replace(config, init_r=16, target_r=8).lora_alpha == 27
     config.target_r = 4
-    assert config.lora_alpha == 8
+    assert config.lora_alpha == 11
     assert replace(_config(lora_alpha=8), target_r=4).lora_alpha == 8
     saved = rw.LoraConfig.from_dict(config.to_dict())
     assert type(config.to_dict()["lora_alpha"]) is int
-    assert replace(saved, target_r=8).lora_alpha == 8, "what a run was trained with is no default any more"
+    assert replace(saved, target_r=8).lora_alpha == 11, "what a run was trained with is no default any more"
 
 
 def test_the_penalty_is_off_unless_asked_for() -> None:

@@ -32,8 +32,8 @@ class Form(ABC):
         """``init_r`` where it is left out."""
 
     @abstractmethod
-    def lora_alpha(self, target_r: float, use_rslora: bool) -> float:
-        """``lora_alpha`` where it is left out."""
+    def lora_alpha(self, target_r: float, use_rslora: bool, cuts: bool = True) -> float:
+        """``lora_alpha`` where it is left out. ``cuts``: whether the run cuts any rank."""
 
     @abstractmethod
     def deltaT(self, steps: int) -> int:

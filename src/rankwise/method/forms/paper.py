@@ -36,7 +36,7 @@ class PaperForm(Form):
     def init_r(self, target_r: float) -> int:
         return 12
 
-    def lora_alpha(self, target_r: float, use_rslora: bool) -> float:
+    def lora_alpha(self, target_r: float, use_rslora: bool, cuts: bool = True) -> float:
         return 8
 
     def deltaT(self, steps: int) -> int:

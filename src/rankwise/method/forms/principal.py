@@ -11,6 +11,7 @@ from rankwise.method.forms.form import AsLora, Form
 
 _CUTS = 20
 _ENOUGH = 8
+_POWER_OF_RANK = 5 / 4
 
 
 class PrincipalForm(Form):
@@ -22,11 +23,11 @@ class PrincipalForm(Form):
 
     There is no E. All layers have one scale. It is ``lora_alpha / k`` while k ranks act on average, and from the last
     cut on ``lora_alpha / target_r``. Adam moves a layer in proportion to scale times rank, so the average layer moves
-    as in LoRA throughout the run.
+    equally far throughout the run.
 
     Example:
         >>> PrincipalForm().lora_alpha(target_r=8, use_rslora=False)
-        16
+        27
     """
 
     name: ClassVar[str] = "principal"
@@ -48,9 +49,21 @@ class PrincipalForm(Form):
         """
         return math.ceil(max(_ENOUGH, 2 * target_r))
 
-    def lora_alpha(self, target_r: float, use_rslora: bool) -> float:
-        """Twice the rank, as is usual for LoRA, so that the scale ends at 2."""
-        return 2 * target_r
+    def lora_alpha(self, target_r: float, use_rslora: bool, cuts: bool = True) -> float:
+        """``2 * target_r ** (5 / 4)``, rounded. It is twice ``target_r``, as is usual for LoRA, in three cases.
+
+        In LoRA all r columns of B follow the strongest direction, so r steps of Adam move it together. In the principal
+        basis one column follows it alone, and it moves up to ``sqrt(r)`` times less far. The factor ``r ** (1 / 4)``
+        lies halfway (measured in benchmarks/quality/choices.md). It is not needed below rank 1, for runs without cuts,
+        which rotate nothing, and with rsLoRA, whose scale is already greater by ``sqrt(r)``.
+
+        Example:
+            >>> [PrincipalForm().lora_alpha(target_r, use_rslora=False) for target_r in (0.5, 1, 2, 8, 64)]
+            [1.0, 2, 5, 27, 362]
+        """
+        if target_r <= 1 or use_rslora or not cuts:
+            return 2 * target_r
+        return round(2 * math.pow(target_r, _POWER_OF_RANK))
 
     def deltaT(self, steps: int) -> int:
         """Twenty cuts, however long the run is."""
