@@ -53,7 +53,7 @@ def test_only_the_papers_form_has_a_third_factor_and_counts_ranks_alike() -> Non
 
 def test_omitted_settings_follow_the_target_rank() -> None:
     principal, paper = form_of("principal"), form_of(True)
-    assert [principal.lora_alpha(rank, False) for rank in (0.25, 1, 2, 8, 64)] == [0.5, 2, 5, 27, 362]
+    assert [principal.lora_alpha(rank, False) for rank in (0.25, 1, 2, 8, 64)] == [0.5, 2, 4, 23, 304]
     assert [principal.init_r(r) for r in (0.1, 0.9, 1, 4, 8, 64)] == [8, 8, 8, 8, 16, 128]
     assert [paper.lora_alpha(rank, False) for rank in (1, 64)] == [8, 8]
     assert [paper.init_r(rank) for rank in (1, 8)] == [12, 12]

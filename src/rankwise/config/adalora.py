@@ -49,8 +49,8 @@ class AdaLoraConfig(LoraConfig):
         total_step: optimizer steps of the whole run. None: the trainer or ``model.set_total_step`` sets it.
         lora_alpha: numerator of the scale, greater than 0. With "principal" the scale is ``lora_alpha / k``, where
             ``k`` is the current average rank. With the paper's form it is ``lora_alpha / init_r`` throughout. None:
-            with "principal" ``2 * target_r ** (5 / 4)``, rounded, or ``2 * target_r`` if ``target_r`` is at most 1, no
-            rank is cut or ``use_rslora`` is set; with the paper's form 8.
+            with "principal" ``2 * target_r * (target_r / 2) ** (1 / 4)``, rounded, or ``2 * target_r`` if ``target_r``
+            is at most 2, no rank is cut or ``use_rslora`` is set; with the paper's form 8.
         use_rslora: scale by ``lora_alpha / sqrt(k)`` instead. Only "principal" has this setting.
         init_lora_weights: form of the method and start of the factors: "principal", True, "gaussian" or False. The
             text below describes them.

@@ -11,7 +11,7 @@ from rankwise.method.forms.form import AsLora, Form
 
 _CUTS = 20
 _ENOUGH = 8
-_POWER_OF_RANK = 5 / 4
+_AS_FAST_AS_LORA = 2  # the average rank up to which the rotation slows nothing
 
 
 class PrincipalForm(Form):
@@ -27,7 +27,7 @@ class PrincipalForm(Form):
 
     Example:
         >>> PrincipalForm().lora_alpha(target_r=8, use_rslora=False)
-        27
+        23
     """
 
     name: ClassVar[str] = "principal"
@@ -50,20 +50,21 @@ class PrincipalForm(Form):
         return math.ceil(max(_ENOUGH, 2 * target_r))
 
     def lora_alpha(self, target_r: float, use_rslora: bool, cuts: bool = True) -> float:
-        """``2 * target_r ** (5 / 4)``, rounded. It is twice ``target_r``, as is usual for LoRA, in three cases.
+        """``2 * target_r * (target_r / 2) ** (1 / 4)``, rounded, from rank 2 up; else twice ``target_r``, as for LoRA.
 
         In LoRA all r columns of B follow the strongest direction, so r steps of Adam move it together. In the principal
-        basis one column follows it alone, and it moves up to ``sqrt(r)`` times less far. The factor ``r ** (1 / 4)``
-        lies halfway (measured in benchmarks/quality/choices.md). It is not needed below rank 1, for runs without cuts,
-        which rotate nothing, and with rsLoRA, whose scale is already greater by ``sqrt(r)``.
+        basis one column follows it alone, and it moves up to ``sqrt(r)`` times less far. At rank 2 a run learns as fast
+        as LoRA nevertheless, and ``(r / 2) ** (1 / 4)`` makes up for about half of what is lost above (measured in
+        benchmarks/quality/choices.md). Runs without cuts rotate nothing, and rsLoRA's scale is already greater by
+        ``sqrt(r)``, so they need no such factor.
 
         Example:
             >>> [PrincipalForm().lora_alpha(target_r, use_rslora=False) for target_r in (0.5, 1, 2, 8, 64)]
-            [1.0, 2, 5, 27, 362]
+            [1.0, 2, 4, 23, 304]
         """
-        if target_r <= 1 or use_rslora or not cuts:
+        if target_r <= _AS_FAST_AS_LORA or use_rslora or not cuts:
             return 2 * target_r
-        return round(2 * math.pow(target_r, _POWER_OF_RANK))
+        return round(2 * target_r * math.pow(target_r / _AS_FAST_AS_LORA, 1 / 4))
 
     def deltaT(self, steps: int) -> int:
         """Twenty cuts, however long the run is."""
