@@ -18,6 +18,10 @@ NATURAL = (
     "chichewa-letters",
     "indonesian-letters",
 )  # where rank is scarce, and no list
+PLENTIFUL = (
+    "news-topic",
+    "product-rating",
+)  # where a small rank is enough, with the rivals of the natural tasks
 CEILINGS = ("PEFT LoRA, 4 times the rank", "full fine-tuning")
 UNTUNED_RANK, UNTUNED_RATES = 8, (2e-4, 1e-3)  # the ends of what is usual with LoRA
 _ENOUGH = 8  # the rank of LoRA whose quality is to be had for fewer parameters
@@ -241,8 +245,8 @@ def at_the_same_rate(results: Results) -> str:
 def report(results: Results, seed: int) -> dict[str, str]:
     """All that is said of the results, in Markdown, by what it is about; ``seed`` is the one rates were chosen on.
 
-    All but "now", "rivals", "plentiful", "untuned", "all" and "time" is of the default before, where there are runs of
-    it.
+    All but "now", "rivals", "rivals elsewhere", "plentiful", "untuned", "all" and "time" is of the default before,
+    where there are runs of it.
     """
     hours = sum(row["seconds"] for row in results.values()) / 3600
     on_gpu = sum("device" in row for row in results.values())
@@ -250,6 +254,7 @@ def report(results: Results, seed: int) -> dict[str, str]:
     return {
         "now": now(results, seed),
         "rivals": rivals(results, seed),
+        "rivals elsewhere": rivals(results, seed, 2, PLENTIFUL),
         "plentiful": plentiful(results, seed),
         "untuned": untuned(results, seed),
         "scarce": summary(earlier, seed, scarce=True),
@@ -307,32 +312,31 @@ def _brings_more(lora: Sequence[float], more: Sequence[float]) -> bool:
     return statistics.mean(lora) - statistics.mean(more) > uncertain
 
 
-def rivals(results: Results, seed: int, rank: float = 1) -> str:
-    """Markdown: every method at one average rank on the natural tasks where rank is scarce, and the ceilings below.
+def rivals(results: Results, seed: int, rank: float = 1, tasks: Sequence[str] = NATURAL) -> str:
+    """Markdown: every method at one average rank on some tasks, and the ceilings below.
 
     Parameters are multiples of LoRA's, averaged over the tasks. Each loss is at the best rate that was tried. "*" marks
     a rate without a worse neighbour on each side.
     """
     lines = [
-        f"| method | parameters | {' | '.join(NATURAL)} |",
-        f"| --- | --- |{' --- |' * len(NATURAL)}",
+        f"| method | parameters | {' | '.join(tasks)} |",
+        f"| --- | --- |{' --- |' * len(tasks)}",
     ]
-    natural = {run: row for run, row in results.items() if run.task in NATURAL}
-    rows = {run: row for run, row in natural.items() if run.rank == rank and run.method != BEFORE}
+    mine = {run: row for run, row in results.items() if run.task in tasks}
+    rows = {run: row for run, row in mine.items() if run.rank == rank and run.method != BEFORE}
     lora = {run.task: row["parameters"] for run, row in rows.items() if run.method == LORA}
     rows |= {
         replace(run, method=CEILINGS[0], rank=rank): row
-        for run, row in natural.items()
+        for run, row in mine.items()
         if (run.method, run.rank) == (LORA, 4 * rank)
     }
     for method in sorted(_methods(rows), key=CEILINGS.__contains__):
         found = {run: row for run, row in rows.items() if run.method == method}
-        tasks = dict.fromkeys(run.task for run in found)
         shares = [
             statistics.mean(row["parameters"] for run, row in found.items() if run.task == task) / lora[task]
-            for task in tasks
+            for task in dict.fromkeys(run.task for run in found)
         ]
-        cells = [_rival(found, task, method, rank, seed) for task in NATURAL]
+        cells = [_rival(found, task, method, rank, seed) for task in tasks]
         lines.append(f"| {method} | {statistics.mean(shares):.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
