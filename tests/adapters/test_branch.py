@@ -376,6 +376,54 @@ def test_half_precision_is_as_near_to_the_exact_gradients_as_half_precision_is(
         assert (one - other).norm() < (0.02 if dtype == torch.bfloat16 or autocast else 1e-5) * other.norm()
 
 
+TURNED = {  # dtype, rank, tokens, whether the products with few columns are turned
+    "float32": (torch.float32, 8, 512, True),
+    "few tokens": (torch.float32, 8, 16, False),
+    "rank 1": (torch.float32, 1, 512, False),
+    "rank 16": (torch.float32, 16, 512, False),
+    "bfloat16": (torch.bfloat16, 8, 512, False),
+}
+
+
+@KINDS
+@pytest.mark.parametrize(("dtype", "rank", "tokens", "turned"), TURNED.values(), ids=TURNED.keys())
+def test_products_with_few_columns_are_turned_where_that_saves_time_and_B_gets_its_gradient_in_its_layout(
+    dtype: torch.dtype,
+    rank: int,
+    tokens: int,
+    turned: bool,
+    kind: type[nn.Linear],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The results differ only by rounding. One operation of a layer is added, the copy into B's layout."""
+    monkeypatch.setattr(branch, "_HAS_MKL", True)
+    torch.manual_seed(0)
+    model = rw.get_peft_model(
+        nn.Sequential(kind(64, 48)).to(dtype),
+        rw.LoraConfig(r=rank, target_modules=["0"], init_lora_weights=False),
+    )
+    x, arrived = torch.randn(2, tokens // 2, 64).to(dtype), []
+    B = model[0].lora_B["default"]
+    B.register_hook(lambda gradient: arrived.append(gradient.is_contiguous()))
+
+    def made() -> tuple[list[Tensor], Operations]:
+        with Operations() as operations:
+            found = gradients(model, x)
+        return found, operations
+
+    found, operations = made()
+    model(x).float().sum().backward()
+    assert B.grad.is_contiguous() and B.grad.dtype == torch.float32 and all(arrived)
+    model.zero_grad()
+    monkeypatch.setattr(branch, "_FEW_COLUMNS", range(0))
+    expected, before = made()
+    assert operations.count - before.count == turned
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-4 * float(expected[1].abs().max())} if turned else {"rtol": 0, "atol": 0}
+    )
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
 def test_computing_in_float32_is_asked_for_by_name_and_nearer_to_exact(tmp_path: Any) -> None:
     base, x = nn.Sequential(nn.Linear(64, 64)).bfloat16(), torch.randn(50, 64).bfloat16()
     config = rw.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)

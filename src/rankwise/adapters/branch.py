@@ -25,6 +25,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 _KEEPERS = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
 
 _WORTH_CUTTING = 2**19  # multiplications, which take as long as the two views: measured on a CPU
+_WORTH_TURNING = 2**14  # numbers in the wide matrix, from which on `turns` saves time: measured on a CPU
+_FEW_COLUMNS = range(2, 16)  # ranks for which `turns` saves time: measured on a CPU
+_HAS_MKL = torch.backends.mkl.is_available()
 
 Kept = int | Tensor | None  # which triplets act: the first n, those with these indices, all
 
@@ -111,7 +114,7 @@ class Up(torch.autograd.Function):
 
             return gradient, *differentiated(added, (hidden, B), (to_hidden, to_B), rows), *nothing
         gradient_hidden = scaled_product(rows, ready, ctx.scaling, ready[:1]) if to_hidden else None
-        gradient_B = scaled_product(rows.T, hidden, ctx.scaling, ready[:1]) if to_B else None
+        gradient_B = gradient_of_B(rows, hidden, ctx.scaling, ready[:1]) if to_B else None
         return gradient, gradient_hidden, gradient_B, *nothing
 
 
@@ -137,9 +140,9 @@ class ScaledUp(torch.autograd.Function):
         gradient_hidden = gradient_B = None
         if to_hidden:
             gradient_hidden = scaled_product(rows, up, ctx.scaling, up[:1]).view(hidden.shape)
-        if to_B and rows.device.type == "cpu":
-            # On a CPU this takes less time than `rows.t() @ narrow`, whose result has few columns.
-            gradient_B = scaled_product(narrow.t(), rows, ctx.scaling, rows[:1]).t()
+        if to_B and rows.is_cpu:
+            # This takes less time than `rows.t() @ narrow`. If no cast follows, autograd copies it into B's layout.
+            gradient_B = torch.addmm(rows[:1], narrow.t(), rows, beta=0, alpha=ctx.scaling).t()
         elif to_B:
             gradient_B = scaled_product(rows.t(), narrow, ctx.scaling, up[:1])
         if gradient_B is not None and gradient_B.dtype != ctx.dtype:
@@ -151,7 +154,7 @@ def hidden_of(x: Tensor, A: Tensor, rate: float) -> tuple[Tensor, Tensor | None]
     """``dropout(x) A^T`` (tokens, r), and where dropout has left x as it is: bool, of x's shape, None if nowhere."""
     dropped, mask = torch.native_dropout(x, rate, True) if rate else (x, None)
     with WithoutAutocast(x):
-        return flat(dropped) @ A.T, mask
+        return product_down(flat(dropped), A), mask
 
 
 def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float, in_place: bool) -> Tensor:
@@ -288,9 +291,39 @@ def factor_gradients(
     return gradient_A, gradient_E
 
 
+def turns(wide: Tensor, rank: int) -> bool:
+    """Whether to compute a product of a wide matrix with ``rank`` columns as ``(right^T left^T)^T``.
+
+    In float32, MKL takes up to ten times as long for a result with few columns as for its transpose, which has few
+    rows. In half precision, with other ranks and with small matrices, turning the product saves nothing.
+    """
+    return (
+        (wide.numel() >= _WORTH_TURNING or torch.compiler.is_compiling())  # compilers may not know the size
+        and rank in _FEW_COLUMNS
+        and wide.dtype == torch.float32
+        and wide.is_cpu
+        and _HAS_MKL
+    )
+
+
+def product_down(rows: Tensor, A: Tensor) -> Tensor:
+    """``rows A^T`` (tokens, r), in the layout that takes less time. rows is (tokens, d_in) and A (r, d_in)."""
+    return torch.mm(A, rows.t()).t() if turns(rows, A.shape[0]) else F.linear(rows, A)
+
+
 def scaled_product(left: Tensor, right: Tensor, scaling: float, row: Tensor) -> Tensor:
-    """``scaling * left @ right`` in one operation. With beta=0, ``row`` may be any row of the result's width."""
+    """``scaling * left @ right`` in one operation, for a result with few columns, in the layout that takes less time.
+
+    With beta=0, ``row`` may be any row of the result's width.
+    """
+    if turns(left, right.shape[1]):
+        return torch.addmm(right[:1].t(), right.t(), left.t(), beta=0, alpha=scaling).t()
     return torch.addmm(row, left, right, beta=0, alpha=scaling)
+
+
+def gradient_of_B(rows: Tensor, hidden: Tensor, scaling: float, row: Tensor) -> Tensor:
+    """``scaling * rows^T hidden`` (d_out, r), in B's layout: autograd would copy a gradient in another one."""
+    return scaled_product(rows.t(), hidden, scaling, row).contiguous()
 
 
 def _sums_of_rows(one: Tensor, other: Tensor) -> Tensor:

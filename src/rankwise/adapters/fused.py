@@ -26,8 +26,11 @@ from rankwise.adapters.branch import (
     differentiated,
     factor_gradients,
     flat,
+    gradient_of_B,
     hidden_of,
+    product_down,
     results_are_kept,
+    scaled_product,
     without_cut,
 )
 
@@ -97,7 +100,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if how.rate or how.dtype not in (None, x.dtype):
             hidden, mask = hidden_of(x, how.folded, how.rate)
         else:
-            hidden = F.linear(rows, how.folded)
+            hidden = product_down(rows, how.folded)
         saved_weight = ctx.dense = None
         if how.packed is not None:
             output = how.packed.forward(x)
@@ -142,9 +145,8 @@ class _AdaptedLinear(torch.autograd.Function):
                 return added if weight is None else added + flat(x).to(rows.dtype) @ weight.to(rows.dtype).T
 
             return *differentiated(output, (x, A, E, B), (to_x, to_A, to_E, to_B), rows), *nothing
-        # With beta=0 only the shape of `addmm`'s first argument matters.
-        from_hidden = torch.addmm(hidden, rows, up, beta=0, alpha=ctx.scaling)
-        gradient_B = torch.addmm(up, rows.t(), hidden, beta=0, alpha=ctx.scaling) if to_B else None
+        from_hidden = scaled_product(rows, up, ctx.scaling, hidden)
+        gradient_B = gradient_of_B(rows, hidden, ctx.scaling, up) if to_B else None
         from_hidden = cast(from_hidden, x.dtype)
         gradient_x = None
         if to_x:
