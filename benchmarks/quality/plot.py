@@ -9,7 +9,7 @@ from pathlib import Path
 import results as saved
 from results import Results
 
-from report import CEILINGS, LORA, NATURAL, OURS, at_best_tried
+from report import CEILINGS, LORA, NATURAL, OURS, UNTUNED_RANK, at_best_tried
 
 _LOOKS = {
     LORA: ("PEFT LoRA", "o", "#0072b2"),
@@ -54,8 +54,9 @@ def draw(found: Results, seed: int, file: Path) -> None:
 
 
 def _points(found: Results, task: str, method: str, seed: int) -> Iterator[tuple[float, float, float]]:
-    """Parameters, mean loss and standard error at every rank, each at the best rate that was tried."""
-    for rank in sorted({run.rank for run in found if (run.task, run.method) == (task, method)}):
+    """Parameters, mean loss and standard error at each rank below the untuned one, at the best rate that was tried."""
+    ranks = {run.rank for run in found if (run.task, run.method) == (task, method)}
+    for rank in sorted(rank for rank in ranks if rank < UNTUNED_RANK):
         losses = at_best_tried(found, task, method, rank, seed)
         rows = [row for run, row in found.items() if (run.task, run.method, run.rank) == (task, method, rank)]
         parameters = statistics.mean(row["parameters"] for row in rows)
