@@ -9,6 +9,7 @@ import pytest
 import torch
 from compiled import kernels
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 from trainings import Setting, Training, peft_lora, rankwise_adalora, rankwise_lora, small, training_of
 
@@ -109,3 +110,15 @@ def test_a_compiled_transform_of_torch_func_has_the_uncompiled_ones_result() -> 
     for transform in (vmap(grad(loss), (None, 0)), grad(second)):
         made = torch.compile(transform, backend="aot_eager")(factors, x)
         torch.testing.assert_close(made, transform(factors, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_derivative_in_forward_mode_is_the_uncompiled_one() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    rw.get_peft_model(layer, rw.LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False))
+    x, direction = torch.randn(5, 8), torch.randn(5, 8)
+
+    def along(x: torch.Tensor) -> torch.Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction))).tangent
+
+    torch.testing.assert_close(torch.compile(along, backend="eager")(x), along(x))

@@ -142,7 +142,7 @@ class ScaledUp(torch.autograd.Function):
             gradient_hidden = scaled_product(rows, up, ctx.scaling, up[:1]).view(hidden.shape)
         if to_B and rows.is_cpu:
             # This takes less time than `rows.t() @ narrow`. If no cast follows, autograd copies it into B's layout.
-            gradient_B = torch.addmm(rows[:1], narrow.t(), rows, beta=0, alpha=ctx.scaling).t()
+            gradient_B = _turned_product(rows.t(), narrow, ctx.scaling)
         elif to_B:
             gradient_B = scaled_product(rows.t(), narrow, ctx.scaling, up[:1])
         if gradient_B is not None and gradient_B.dtype != ctx.dtype:
@@ -213,8 +213,11 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 def by_hand() -> bool:
     """Whether derivatives may be written by hand: no compiler, ``torch.func`` or forward mode is at work."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and only_backward()
+
+
+def only_backward() -> bool:
+    """Whether only backward passes ask for derivatives: neither ``torch.func`` nor forward mode is at work."""
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
@@ -317,8 +320,13 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float, row: Tensor) -> 
     With beta=0, ``row`` may be any row of the result's width.
     """
     if turns(left, right.shape[1]):
-        return torch.addmm(right[:1].t(), right.t(), left.t(), beta=0, alpha=scaling).t()
+        return _turned_product(left, right, scaling)
     return torch.addmm(row, left, right, beta=0, alpha=scaling)
+
+
+def _turned_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    wide = left.t()
+    return torch.addmm(wide[:1], right.t(), wide, beta=0, alpha=scaling).t()
 
 
 def gradient_of_B(rows: Tensor, hidden: Tensor, scaling: float, row: Tensor) -> Tensor:

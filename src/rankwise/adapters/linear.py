@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.branch import Down, ScaledUp, Up, add_up, apply_of, by_hand, hidden_of
+from rankwise.adapters.branch import Down, ScaledUp, Up, add_up, apply_of, by_hand, hidden_of, only_backward
 from rankwise.adapters.fused import How, Packed, adapted_linear, is_frozen
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.ready import ready, shared_cast
@@ -172,7 +172,7 @@ class LinearAdapters(AdapterLayer):
                 return (output + added).to(output.dtype)  # rounded once
         hidden, width = hidden.to(output.dtype), output.shape[-1]
         if torch.compiler.is_compiling():  # a compiler, which fuses this with the operations around it
-            if not torch._C._are_functorch_transforms_active():
+            if only_backward():
                 update: Tensor = ScaledUp.apply(hidden, B, scaling)  # type: ignore[no-untyped-call]
             else:
                 update = F.linear(hidden, B.to(output.dtype)) * scaling
