@@ -345,6 +345,9 @@ def test_the_rivals_are_shown_at_their_best_rates_and_the_ceilings_come_last(qua
 
     plot.draw(found, 0, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    untuned = tried("PEFT LoRA", 8, 80, _1=0.9)
+    shown = [parameters for parameters, _, _ in plot._points(found | untuned, "chichewa", "PEFT LoRA", 0)]
+    assert shown == [10, 40], "a rank whose rates were not searched for would bend the curve"
 
 
 def test_runs_without_tuning_are_shown_at_the_same_usual_settings(quality: Any):
