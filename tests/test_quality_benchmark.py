@@ -207,7 +207,7 @@ def test_letters_are_learnt_from_a_model_that_learnt_to_read(
     reviews.write_text("text,rating\n" + "the film was warm and witty,3\n" * 200)
     monkeypatch.setattr(letters, "texts_in", lambda language: ["Pachiyambi Mulungu adalenga kumwamba."] * 900)
     monkeypatch.setattr(letters, "_READER", tmp_path / "letters.pt")
-    monkeypatch.setattr(letters, "_STEPS", 20)
+    monkeypatch.setitem(letters._LANGUAGES_AND_STEPS, "chichewa-letters", ("chichewa", 20))
     monkeypatch.setattr(letters, "reader", functools.partial(letters.reader, steps=60))
     sources = quality.run.Sources(reviews)
     for method in ("PEFT LoRA", "rankwise"):

@@ -21,8 +21,13 @@ _FEWER = {0.25: _LINEAR[0:3:2], 0.5: _LINEAR[:4]}
 _LETTERS = "\n" + "".join(
     map(chr, range(32, 127))
 )  # the number of a letter is its place; of all others it is 0
-_LENGTH, _SIZE, _HELD_OUT, _STEPS = 64, 8, 128, 300
-_LANGUAGES = {"chichewa-letters": "chichewa", "indonesian-letters": "indonesian"}
+_LENGTH, _SIZE, _HELD_OUT = 64, 8, 128
+_LANGUAGES_AND_STEPS = {
+    "chichewa-letters": ("chichewa", 300),
+    "indonesian-letters": ("indonesian", 300),
+    "chichewa-letters-long": ("chichewa", 1800),
+    "indonesian-letters-long": ("indonesian", 1800),
+}
 _READER = Path(__file__).with_name("letters.pt")
 
 
@@ -52,9 +57,10 @@ def reader(sources: Sources, steps: int = 3000) -> Path:
 
 
 def make(name: str, sources: Sources) -> Task:
-    """``chichewa-letters`` or ``indonesian-letters``. No letter is read twice."""
+    """The letters of one language; "-long" has six times as many steps. No letter is read twice."""
+    language, steps = _LANGUAGES_AND_STEPS[name]
     weights = torch.load(reader(sources), weights_only=True)
-    held_out, training = spread_out(_blocks(texts_in(_LANGUAGES[name]), most=1_000_000), _HELD_OUT)
+    held_out, training = spread_out(_blocks(texts_in(language), most=1_000_000), _HELD_OUT)
 
     def load(seed: int) -> nn.Module:
         model = _new()
@@ -64,5 +70,5 @@ def make(name: str, sources: Sources) -> Task:
     def evaluate(model: nn.Module) -> dict[str, float]:
         return {"loss": float(next_token_loss(model, {"input_ids": held_out, "labels": held_out}))}
 
-    batches = in_batches(training, _STEPS, _SIZE)
-    return Task(name, _STEPS, _LINEAR, [], load, batches, next_token_loss, evaluate, _FEWER)
+    batches = in_batches(training, steps, _SIZE)
+    return Task(name, steps, _LINEAR, [], load, batches, next_token_loss, evaluate, _FEWER)

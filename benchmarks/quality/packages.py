@@ -36,6 +36,8 @@ NEEDED = {
     "indonesian": (SMOLLM2, INDONESIAN),
     "chichewa-letters": (CHICHEWA,),
     "indonesian-letters": (INDONESIAN,),
+    "chichewa-letters-long": (CHICHEWA,),
+    "indonesian-letters-long": (INDONESIAN,),
 }
 
 

@@ -27,6 +27,8 @@ TASKS: dict[str, Callable[[str, Sources], Task]] = {
     "indonesian": language.make,
     "chichewa-letters": letters.make,
     "indonesian-letters": letters.make,
+    "chichewa-letters-long": letters.make,
+    "indonesian-letters-long": letters.make,
     "speech": speech.make,
     "names": names.make,
     "pairs": pairs.make,
@@ -45,6 +47,8 @@ NEEDS = {
     "speech": "speech",
     "chichewa-letters": "reviews",
     "indonesian-letters": "reviews",
+    "chichewa-letters-long": "reviews",
+    "indonesian-letters-long": "reviews",
     "pairs": "reviews",
     "pairs-long": "reviews",
 }
