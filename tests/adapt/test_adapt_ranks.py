@@ -226,6 +226,20 @@ def test_trained_biases_are_saved_even_in_layers_at_rank_0(bias: str, tmp_path: 
     assert torch.allclose(again(x), model(x), rtol=1e-6, atol=1e-7)
 
 
+def test_trained_biases_are_saved_where_a_layer_at_rank_0_still_holds_another_adapter(tmp_path: Path) -> None:
+    model = with_lora("linear", bias="all")
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["0", "2", "4"]))
+    ranks = rw.adapt_ranks(model, target_r=1 / 3, adapter="default", **SCHEDULE)
+    train(model, "linear")
+    x, _ = examples("linear")
+    assert ranks.is_over and ranks.rank_summary().total_rank < 3
+
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+
+    again = peft.PeftModel.from_pretrained(base("linear"), tmp_path)
+    assert torch.allclose(again(x), model(x), rtol=1e-6, atol=1e-7)
+
+
 def test_one_of_several_adapters_adapts_and_the_others_stay(tmp_path: Path) -> None:
     model = with_lora("linear")
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False))

@@ -246,6 +246,39 @@ def test_the_best_checkpoint_comes_back_with_its_own_ranks(best: int, fixed: boo
         assert ranks.is_over and ranks.allocation_state.reached_target
 
 
+@pytest.mark.parametrize("others", [(), ("default",)])
+def test_the_best_checkpoint_of_an_adapter_with_a_name_comes_back_with_its_values(
+    others: tuple[str, ...], tmp_path: Path
+) -> None:
+    calls = iter(range(1, 100))
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        return {"score": -abs(next(calls) - 4)}
+
+    torch.manual_seed(5)
+    first, *rest = [*others, "mine"]
+    model = peft.get_peft_model(llama(), lora(), adapter_name=first)
+    for name in rest:
+        model.add_adapter(name, lora())
+    model.set_adapter("mine")
+    callback = rw.AdaptRanks(target_r=2, **PHASES)
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer_for(
+        tmp_path,
+        callback,
+        model,
+        metrics=metrics,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        **every,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert ranks_of(callback).allocation_state.step == 4
+    model.set_adapter("mine")
+    assert_loads_in_peft(model, tmp_path / "checkpoint-4" / "mine", llama())
+
+
 def test_a_best_checkpoint_without_its_ranks_ends_no_run_and_changes_no_factor(tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
