@@ -383,6 +383,52 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(load_first: bool) -> N
     assert end.keys() == its_end.keys() and all(torch.equal(end[key], its_end[key]) for key in end)
 
 
+ALONE = "without the state of the run"
+
+
+def test_values_of_an_earlier_point_are_not_loaded_in_silence_with_the_present_scale() -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    x, _ = examples("linear")
+    train(model, "linear", steps=6)
+    output, run = model(x), ranks.state_dict()
+    best = copy.deepcopy(peft.get_peft_model_state_dict(model))
+    train(model, "linear", steps=6)
+
+    with pytest.warns(UserWarning, match=ALONE):
+        peft.set_peft_model_state_dict(model, best)
+
+    assert not torch.allclose(model(x), output)
+    ranks.load_state_dict(run)
+    assert torch.equal(model(x), output)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_resumed_run_is_warned_at_its_first_step_if_only_its_values_were_loaded(whole: bool) -> None:
+    first = with_lora("embedding")
+    before = rw.adapt_ranks(first, target_r=1, **SCHEDULE)
+    train(first, "embedding", steps=6)
+    model = with_lora("embedding")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    with told() as messages:
+        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(first))
+        if whole:
+            ranks.load_state_dict(before.state_dict())
+        model.load_state_dict(base("embedding").state_dict(), strict=False)  # not the adapter's
+        assert not messages
+        train(model, "embedding", steps=2)
+    assert [ALONE in each for each in messages] == [True] * (not whole)
+
+
+def test_a_run_that_is_over_does_not_watch_what_is_loaded() -> None:
+    model = with_lora("linear")
+    rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    train(model, "linear")
+    with told() as messages:
+        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
+    assert not messages and not model._load_state_dict_pre_hooks
+
+
 def test_a_script_that_cuts_by_hand_keeps_control() -> None:
     runs = []
     for by_hand in (False, True):
