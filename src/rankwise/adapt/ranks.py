@@ -212,7 +212,9 @@ class AdaptiveRanks:
         self._written = (0, False)
         self._choice.start()
         self._sync()
-        self._listening = model and model.register_load_state_dict_pre_hook(self._values_come)
+        self._listening = (
+            None if model is None else model.register_load_state_dict_pre_hook(self._values_come)
+        )
 
     # Reading the ranks.
 
