@@ -263,6 +263,31 @@ def test_one_of_several_adapters_adapts_and_the_others_stay(tmp_path: Path) -> N
     assert torch.allclose(again(x), model(x), rtol=1e-6, atol=1e-7)
 
 
+def test_an_optimizer_of_another_adapter_does_not_delay_cuts_until_this_adapter_is_frozen() -> None:
+    def adapting(names: list[str]) -> tuple[Any, rw.AdaptiveRanks, list[torch.optim.Optimizer]]:
+        model = with_lora("linear")
+        model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["0", "2"]))
+        ranks = rw.adapt_ranks(model, target_r=1, adapter="default", **SCHEDULE)
+        factors = [p for name, p in model.named_parameters() if "lora_" in name]  # of both adapters
+        return model, ranks, [torch.optim.AdamW(factors, lr=2e-2) for _ in names]
+
+    def trained(names: list[str]) -> tuple[Any, rw.AdaptiveRanks]:
+        model, ranks, optimizers = adapting(names)
+        for _ in range(STEPS):
+            for name, optimizer in zip(names, optimizers, strict=True):
+                model.set_adapter(name)
+                train(model, "linear", steps=1, optimizer=optimizer)
+        model.set_adapter("default")
+        return model, ranks
+
+    alone, expected = trained(["default"])
+    model, ranks = trained(["default", "other"])
+
+    assert ranks.rank_history == expected.rank_history and ranks.is_over
+    x, _ = examples("linear")
+    assert torch.equal(model(x), alone(x))
+
+
 def test_adapters_that_were_injected_adapt_too() -> None:
     model = base("linear")
     model = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["0", "2"]), model)
