@@ -21,6 +21,7 @@ from rankwise.adapt.refusals import (
     check_values,
     chosen_adapter,
 )
+from rankwise.attach.unused_layers import check_fast_path
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_positive
 from rankwise.parallel.processes import many_processes
@@ -129,6 +130,8 @@ def check_adaptable(model: Any, adapter: str | None, target_r: float | None) -> 
     name = chosen_adapter(model, adapter)
     pairs = peft_pairs(model, name)
     check_adapter(model.peft_config[name], name, pairs)
+    for pair in pairs:
+        check_fast_path(model, pair.name)
     check_target(target_r, Factors(pairs, OwnTensors(lambda: torch.device("cpu"))))
     return name, pairs
 
