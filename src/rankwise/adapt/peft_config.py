@@ -60,7 +60,8 @@ def _write_targets(config: Any, pairs: Sequence[PeftPair], others: Iterable[str]
         config.target_parameters = parameters or None
     paths = [pair.path for pair in pairs if not pair.is_parameter and not _is_inner(pair)]
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    as_pattern = _any_ends_with(others, set(paths)) or any(map(is_embedding_of_words, paths))
+    inner = [path for path in paths if is_embedding_of_words(path) and path not in _EMBEDDINGS]
+    as_pattern = bool(inner) or _any_ends_with(others, set(paths))
     config.target_modules = "|".join(map(re.escape, paths)) if as_pattern else set(paths)
 
 

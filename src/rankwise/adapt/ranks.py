@@ -227,6 +227,11 @@ class AdaptiveRanks:
         return self._controller.adapter
 
     @property
+    def _trains(self) -> bool:
+        """Whether any factor of the adapter trains now."""
+        return any(each.requires_grad for each in self._controller.factors.all_parameters())
+
+    @property
     def _rankwise_controller(self) -> Controller:
         """The controller of the run. Adapted models have an attribute of the same name, which integrations read."""
         return self._controller

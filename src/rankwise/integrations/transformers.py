@@ -19,7 +19,7 @@ from transformers import trainer as transformers_trainer
 from transformers.trainer_callback import TrainerCallback
 
 from rankwise.adapt.peft_pairs import lora_model
-from rankwise.adapt.ranks import HANDLES, AdaptiveRanks
+from rankwise.adapt.ranks import AdaptiveRanks
 from rankwise.integrations.common import (
     fit_total_step,
     own_model,
@@ -145,7 +145,7 @@ def _loading_best(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _load_best_model(self: Any) -> None:
         folder = self.state.best_model_checkpoint
-        if not (_load(self, folder, self.model) or _load_named_adapters(self, folder, self.model)):
+        if not (_load(self, folder, self.model) or _load_named_adapter(self, folder, self.model)):
             original(self)
 
     return _load_best_model
@@ -162,22 +162,21 @@ def _picturing(original: Callable[..., None]) -> Callable[..., None]:
     return log
 
 
-def _load_named_adapters(trainer: Any, folder: str, model: Any) -> bool:
-    """Load the best checkpoint's values of PEFT adapters whose ranks adapt and whose name is not "default".
+def _load_named_adapter(trainer: Any, folder: str, model: Any) -> bool:
+    """Load the best checkpoint's values of a PEFT adapter whose ranks adapt and whose name is not "default".
 
     PEFT saves such an adapter in a folder of its own. Trainer reads only the file of the adapter "default", and loads
     it into any active adapter.
     """
-    found: Any = lora_model(model)
-    if found is None or _is_sharded(trainer):
+    run = run_of(model)
+    if not isinstance(run, AdaptiveRanks) or run.is_over or not run._trains or _is_sharded(trainer):
         return False
-    places = {name: os.path.join(folder, name) for name in vars(found).get(HANDLES, {})}
-    saved = {
-        name: place for name, place in places.items() if os.path.isfile(os.path.join(place, WEIGHTS_NAME))
-    }
-    for name, place in saved.items():
-        found.load_adapter(place, name)
-    return bool(saved)
+    place = os.path.join(folder, run.adapter)
+    if not os.path.isfile(os.path.join(place, WEIGHTS_NAME)):
+        return False
+    found: Any = lora_model(model)
+    found.load_adapter(place, run.adapter)
+    return True
 
 
 def _is_sharded(trainer: Any) -> bool:
