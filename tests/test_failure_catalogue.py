@@ -595,6 +595,21 @@ def held_out_loss(model: Any) -> float:
 # --- resuming in the pruning phase diverges ------------------------------------------------------------------------
 
 
+def test_only_the_tensors_named_lora_were_kept_and_the_loaded_model_gives_other_results() -> None:
+    model = train(adapted())
+    ids = token_batches(1)[0]["input_ids"]
+    kept = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    loaded = adapted()
+    with told() as messages:
+        loaded.load_state_dict(kept, strict=False)
+    assert not torch.allclose(loaded.eval()(ids).logits, model.eval()(ids).logits)
+    assert len(messages) == 1 and "`model.save_pretrained`" in messages[0]
+
+    with told() as messages:
+        loaded.load_state_dict(model.state_dict())
+    assert torch.equal(loaded(ids).logits, model(ids).logits) and not messages
+
+
 def test_resuming_in_the_pruning_phase_diverges_and_restarts_the_budget(tmp_path: Path) -> None:
     from transformers import TrainerCallback
 

@@ -226,6 +226,20 @@ def test_trained_biases_are_saved_even_in_layers_at_rank_0(bias: str, tmp_path: 
     assert torch.allclose(again(x), model(x), rtol=1e-6, atol=1e-7)
 
 
+def test_trained_biases_are_saved_where_a_layer_at_rank_0_still_holds_another_adapter(tmp_path: Path) -> None:
+    model = with_lora("linear", bias="all")
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["0", "2", "4"]))
+    ranks = rw.adapt_ranks(model, target_r=1 / 3, adapter="default", **SCHEDULE)
+    train(model, "linear")
+    x, _ = examples("linear")
+    assert ranks.is_over and ranks.rank_summary().total_rank < 3
+
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+
+    again = peft.PeftModel.from_pretrained(base("linear"), tmp_path)
+    assert torch.allclose(again(x), model(x), rtol=1e-6, atol=1e-7)
+
+
 def test_one_of_several_adapters_adapts_and_the_others_stay(tmp_path: Path) -> None:
     model = with_lora("linear")
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False))
@@ -247,6 +261,31 @@ def test_one_of_several_adapters_adapts_and_the_others_stay(tmp_path: Path) -> N
     again = peft.PeftModel.from_pretrained(base("linear"), tmp_path)
     model.set_adapter("default")
     assert torch.allclose(again(x), model(x), rtol=1e-6, atol=1e-7)
+
+
+def test_an_optimizer_of_another_adapter_does_not_delay_cuts_until_this_adapter_is_frozen() -> None:
+    def adapting(names: list[str]) -> tuple[Any, rw.AdaptiveRanks, list[torch.optim.Optimizer]]:
+        model = with_lora("linear")
+        model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["0", "2"]))
+        ranks = rw.adapt_ranks(model, target_r=1, adapter="default", **SCHEDULE)
+        factors = [p for name, p in model.named_parameters() if "lora_" in name]  # of both adapters
+        return model, ranks, [torch.optim.AdamW(factors, lr=2e-2) for _ in names]
+
+    def trained(names: list[str]) -> tuple[Any, rw.AdaptiveRanks]:
+        model, ranks, optimizers = adapting(names)
+        for _ in range(STEPS):
+            for name, optimizer in zip(names, optimizers, strict=True):
+                model.set_adapter(name)
+                train(model, "linear", steps=1, optimizer=optimizer)
+        model.set_adapter("default")
+        return model, ranks
+
+    alone, expected = trained(["default"])
+    model, ranks = trained(["default", "other"])
+
+    assert ranks.rank_history == expected.rank_history and ranks.is_over
+    x, _ = examples("linear")
+    assert torch.equal(model(x), alone(x))
 
 
 def test_adapters_that_were_injected_adapt_too() -> None:
@@ -367,6 +406,52 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(load_first: bool) -> N
     assert again.rank_history == ranks.rank_history
     end, its_end = model.state_dict(), other.state_dict()
     assert end.keys() == its_end.keys() and all(torch.equal(end[key], its_end[key]) for key in end)
+
+
+ALONE = "without the state of the run"
+
+
+def test_values_of_an_earlier_point_are_not_loaded_in_silence_with_the_present_scale() -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    x, _ = examples("linear")
+    train(model, "linear", steps=6)
+    output, run = model(x), ranks.state_dict()
+    best = copy.deepcopy(peft.get_peft_model_state_dict(model))
+    train(model, "linear", steps=6)
+
+    with pytest.warns(UserWarning, match=ALONE):
+        peft.set_peft_model_state_dict(model, best)
+
+    assert not torch.allclose(model(x), output)
+    ranks.load_state_dict(run)
+    assert torch.equal(model(x), output)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_resumed_run_is_warned_at_its_first_step_if_only_its_values_were_loaded(whole: bool) -> None:
+    first = with_lora("embedding")
+    before = rw.adapt_ranks(first, target_r=1, **SCHEDULE)
+    train(first, "embedding", steps=6)
+    model = with_lora("embedding")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    with told() as messages:
+        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(first))
+        if whole:
+            ranks.load_state_dict(before.state_dict())
+        model.load_state_dict(base("embedding").state_dict(), strict=False)  # not the adapter's
+        assert not messages
+        train(model, "embedding", steps=2)
+    assert [ALONE in each for each in messages] == [True] * (not whole)
+
+
+def test_a_run_that_is_over_does_not_watch_what_is_loaded() -> None:
+    model = with_lora("linear")
+    rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    train(model, "linear")
+    with told() as messages:
+        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
+    assert not messages and not model._load_state_dict_pre_hooks
 
 
 def test_a_script_that_cuts_by_hand_keeps_control() -> None:

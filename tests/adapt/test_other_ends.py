@@ -105,6 +105,38 @@ def test_what_was_not_adapted_is_not_adapted_when_the_result_is_loaded(tmp_path:
     assert adapted(loaded) == adapted(model) != set()
 
 
+def with_new_words(folder: Path) -> Any:
+    """A saved Llama whose vocabulary was made larger, with other new rows in each call."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(72, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize(("target", "left"), [(0.6, True), (0.2, False)])
+def test_new_words_are_saved_with_the_adapter_of_the_embedding_where_peft_cannot_see_the_base(
+    target: float, left: bool, tmp_path: Path
+) -> None:
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj", "v_proj"])
+    model = peft.get_peft_model(with_new_words(tmp_path / "base"), config)
+    model.peft_config["default"].base_model_name_or_path = ""  # as with the hub's models without a network
+    ranks = rw.adapt_ranks(model, target_r=target, **SCHEDULE)
+    words = torch.arange(24).view(2, 12) * 3
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(12):
+        model(input_ids=words, labels=words).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ranks.is_over and bool(ranks._controller.allocated_ranks()["model.embed_tokens"]) is left
+    model.save_pretrained(tmp_path / "adapter")
+
+    again = peft.PeftModel.from_pretrained(with_new_words(tmp_path / "base"), tmp_path / "adapter")
+
+    torch.testing.assert_close(again(input_ids=words).logits, model.eval()(input_ids=words).logits)
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_run_ends_when_its_adapter_is_taken_out_and_other_models_train_on(replaced: bool) -> None:
     model = with_lora("linear")

@@ -69,6 +69,24 @@ def test_grouped_convolutions_are_refused() -> None:
         rw.adapt_ranks(adapted, target_r=2, total_step=10)
 
 
+def test_an_encoder_whose_fast_path_would_evaluate_without_the_adapter_is_refused() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["linear1", "linear2"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), config)
+    x = torch.randn(2, 5, 16)
+    trained = model(x)
+    assert not torch.allclose(model.eval()(x), trained)
+
+    with pytest.raises(ValueError, match="set_fastpath_enabled"):
+        rw.adapt_ranks(model, target_r=2, total_step=10)
+
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        rw.adapt_ranks(model, target_r=2, total_step=10)
+        torch.testing.assert_close(model(x), trained)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 def test_shared_factors_are_refused() -> None:
     model = with_lora("linear", target_modules=["2", "4"])
     layers = model.base_model.model

@@ -246,6 +246,68 @@ def test_the_best_checkpoint_comes_back_with_its_own_ranks(best: int, fixed: boo
         assert ranks.is_over and ranks.allocation_state.reached_target
 
 
+@pytest.mark.parametrize("others", [(), ("default",)])
+def test_the_best_checkpoint_of_an_adapter_with_a_name_comes_back_with_its_values(
+    others: tuple[str, ...], tmp_path: Path
+) -> None:
+    calls = iter(range(1, 100))
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        return {"score": -abs(next(calls) - 4)}
+
+    torch.manual_seed(5)
+    first, *rest = [*others, "mine"]
+    model = peft.get_peft_model(llama(), lora(), adapter_name=first)
+    for name in rest:
+        model.add_adapter(name, lora())
+    model.set_adapter("mine")
+    callback = rw.AdaptRanks(target_r=2, **PHASES)
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer_for(
+        tmp_path,
+        callback,
+        model,
+        metrics=metrics,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        **every,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert ranks_of(callback).allocation_state.step == 4
+    model.set_adapter("mine")
+    assert_loads_in_peft(model, tmp_path / "checkpoint-4" / "mine", llama())
+
+
+def test_each_of_two_runs_on_one_model_has_its_own_logs_and_its_own_best_values(tmp_path: Path) -> None:
+    calls = iter(range(1, 100))
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        return {"score": -abs(next(calls) % STEPS - 4)}
+
+    model = with_lora()
+    model.add_adapter("other", lora(r=3))
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    for name, target in (("other", 1), ("default", 2)):
+        model.set_adapter(name)
+        callback = rw.AdaptRanks(target_r=target, **PHASES)
+        trainer = trainer_for(
+            tmp_path / name,
+            callback,
+            model,
+            metrics=metrics,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+            **every,
+        )
+        trainer.train()
+        history = ranks_of(callback).rank_history.records
+        assert logged(trainer, "total_rank")[3] == sum(history[-1].ranks)
+        place = tmp_path / name / "checkpoint-4"
+        assert_loads_in_peft(model, place if name == "default" else place / name, llama())
+        ranks_of(callback).finalize_ranks()
+
+
 def test_a_best_checkpoint_without_its_ranks_ends_no_run_and_changes_no_factor(tmp_path: Path) -> None:
     from transformers import TrainerCallback
 

@@ -702,6 +702,20 @@ def test_a_model_that_goes_away_is_freed_at_once_and_nothing_keeps_it() -> None:
     assert len(listening._listeners) == before
 
 
+def test_an_error_that_a_notebook_keeps_does_not_stop_the_next_model_from_training() -> None:
+    model = adapted(total_step=None)
+    optimizer = adamw(model)
+    loss_of(model, 1).backward()
+    with pytest.raises(ValueError, match="length of the run is not known") as kept:
+        optimizer.step()
+    model = adapted()
+    optimizer = adamw(model)
+
+    train(model, optimizer)
+
+    assert finished(model) and kept.tb is not None
+
+
 def test_optimizers_that_come_and_go_leave_nothing_behind() -> None:
     model = adapted(total_step=1000, tfinal=0)
     other = nn.Linear(2, 2)

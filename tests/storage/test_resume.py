@@ -602,6 +602,14 @@ def test_plain_loading_of_another_run_is_refused() -> None:
         lora().load_state_dict(saved)
 
 
+@pytest.mark.parametrize("stop", [11, 17])
+def test_factors_alone_are_not_loaded_in_silence_with_another_scale(stop: int) -> None:
+    saved = reference("adalora").load(stop)["model"]
+    model = adalora()
+    with pytest.warns(UserWarning, match="not the state of the run that made them"):
+        model.load_state_dict({key: each for key, each in saved.items() if "lora_" in key}, strict=False)
+
+
 @pytest.mark.parametrize("name", ["lora_dropout", "beta1", "orth_reg_weight"])
 def test_settings_that_only_affect_later_steps_may_change_and_are_reported(name: str) -> None:
     model = adalora(**{name: 0.3})

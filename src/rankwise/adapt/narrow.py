@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rankwise.adapt.peft_config import is_embedding_of_words
 from rankwise.adapt.peft_pairs import PeftPair, holds, same_ranks
+from rankwise.attach.embeddings import resized_vocabulary
 from rankwise.parallel.optimizer_state import (
     KINDS,
     can_be_rewritten,
@@ -69,11 +71,20 @@ def narrow(
 
 
 def _acts_without_ranks(model: Any, pair: PeftPair) -> bool:
-    """Whether PEFT saves more of an adapted layer than A and B: DoRA's magnitudes, or its bias."""
-    if pair.adapter in pair.layer.lora_variant:
+    """Whether PEFT saves more of an adapted layer than A and B: DoRA's magnitudes, its bias, or resized embeddings.
+
+    With ``bias="all"`` PEFT also saves biases of plain layers. But a layer that holds another adapter does not become a
+    plain layer again, and its bias is then saved under the name that it has in an adapted layer.
+    """
+    layer = pair.layer
+    if pair.adapter in layer.lora_variant:
         return True
-    saves_bias = model.peft_config[pair.adapter].bias == "lora_only"
-    return saves_bias and getattr(pair.layer.get_base_layer(), "bias", None) is not None
+    if is_embedding_of_words(pair.path) and resized_vocabulary(model) is not None:
+        return True
+    held = {*layer.lora_A, *layer.lora_embedding_A}
+    bias = model.peft_config[pair.adapter].bias
+    saves_bias = bias == "lora_only" or (bias == "all" and len(held) > 1)
+    return saves_bias and getattr(layer.get_base_layer(), "bias", None) is not None
 
 
 def _narrow_layer(pair: PeftPair, kept: Tensor, rank: int, optimizers: Sequence[Optimizer]) -> None:

@@ -9,6 +9,10 @@ from typing import Any
 
 from rankwise.adapt.peft_pairs import PeftPair
 
+# If `target_modules` is a pattern that matches a path with one of these ends, PEFT saves the embeddings' base weights
+# with the adapter, as it does for a list with one of these names.
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+
 
 def write_config(
     config: Any, pairs: Sequence[PeftPair], dropped: Sequence[PeftPair], others: Iterable[str] = ()
@@ -56,8 +60,19 @@ def _write_targets(config: Any, pairs: Sequence[PeftPair], others: Iterable[str]
         config.target_parameters = parameters or None
     paths = [pair.path for pair in pairs if not pair.is_parameter and not _is_inner(pair)]
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    ambiguous = _any_ends_with(others, set(paths))
-    config.target_modules = "|".join(map(re.escape, paths)) if ambiguous else set(paths)
+    inner = [path for path in paths if is_embedding_of_words(path) and path not in _EMBEDDINGS]
+    as_pattern = bool(inner) or _any_ends_with(others, set(paths))
+    config.target_modules = "|".join(map(re.escape, paths)) if as_pattern else set(paths)
+
+
+def is_embedding_of_words(path: str) -> bool:
+    """Whether PEFT takes the layer at ``path`` for an embedding whose base weight may belong in an adapter's file.
+
+    Example:
+        >>> is_embedding_of_words("model.embed_tokens"), is_embedding_of_words("layers.0.fc")
+        (True, False)
+    """
+    return path.rpartition(".")[2] in _EMBEDDINGS
 
 
 def _any_ends_with(paths: Iterable[str], ends: set[str]) -> bool:

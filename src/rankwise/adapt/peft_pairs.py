@@ -51,6 +51,12 @@ class PeftPair(FactorPair):
             raise FactorsGone(f"{self.path!r} has no adapter {self.adapter!r} any more.") from None
 
     @property
+    def name_of_A(self) -> str:
+        """The name of A in the state dictionary of the model that the user passed."""
+        inner = f"lora_embedding_A.{self.adapter}" if self.is_embedding else f"lora_A.{self.adapter}.weight"
+        return f"{self.name}.{inner}".removeprefix(".")
+
+    @property
     def scale(self) -> float:
         return float(self.layer.scaling[self.adapter])
 

@@ -21,6 +21,7 @@ from rankwise.adapt.refusals import (
     check_values,
     chosen_adapter,
 )
+from rankwise.attach.unused_layers import check_fast_path
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_positive
 from rankwise.parallel.processes import many_processes
@@ -129,6 +130,8 @@ def check_adaptable(model: Any, adapter: str | None, target_r: float | None) -> 
     name = chosen_adapter(model, adapter)
     pairs = peft_pairs(model, name)
     check_adapter(model.peft_config[name], name, pairs)
+    for pair in pairs:
+        check_fast_path(model, pair.name)
     check_target(target_r, Factors(pairs, OwnTensors(lambda: torch.device("cpu"))))
     return name, pairs
 
@@ -189,6 +192,7 @@ class AdaptiveRanks:
         self._narrow_when_over = True  # False if a trainer decides when the run is over
         self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # set once the run is over
         self._ended_by: str | None = None  # why the run is over if its layers were not narrowed
+        self._values_alone = False  # whether factors were loaded, and the state of their run was not
         warn = WarnOnce()
         self._tensors = OwnTensors(pairs[0].device)
         factors = Factors(pairs, self._tensors)
@@ -211,6 +215,9 @@ class AdaptiveRanks:
         self._written = (0, False)
         self._choice.start()
         self._sync()
+        self._listening = (
+            None if model is None else model.register_load_state_dict_pre_hook(self._values_come)
+        )
 
     # Reading the ranks.
 
@@ -218,6 +225,11 @@ class AdaptiveRanks:
     def adapter(self) -> str:
         """Name of the adapter."""
         return self._controller.adapter
+
+    @property
+    def _trains(self) -> bool:
+        """Whether any factor of the adapter trains now."""
+        return any(each.requires_grad for each in self._controller.factors.all_parameters())
 
     @property
     def _rankwise_controller(self) -> Controller:
@@ -297,6 +309,7 @@ class AdaptiveRanks:
             self._tensors.follow(functools.partial(torch.device, "cpu"))
             unknown = [math.nan] * len(self._controller.factors.names)
             self._in_the_end = (self._controller.state(), self._summary(unknown))
+            self._stop_listening()
             self._ended_by = f"has ended, because the adapter {self.adapter!r} that it began with was deleted"
 
     def begin_anew(self, total_step: int) -> None:
@@ -352,6 +365,7 @@ class AdaptiveRanks:
         if not self.is_over:
             self._in_the_end = (self.allocation_state, self.rank_summary())
             self._ended_by = "was ended by `detach()`"
+        self._stop_listening()
         self._controller.detach()
         if self._model is not None:
             vars(self._model).get(HANDLES, {}).pop(self.adapter, None)
@@ -395,6 +409,7 @@ class AdaptiveRanks:
             raise
         self._warn_of_scales(mine, ends.tolist())
         self._choice.end_scales = ends.tolist()
+        self._values_alone = False
         self._sync()
 
     def _refuse_if_over(self) -> None:
@@ -404,6 +419,32 @@ class AdaptiveRanks:
                 f"The run {why}: there is nothing to resume. To go on from an earlier state, load the base model, "
                 "attach the adapter anew and call `adapt_ranks`."
             )
+
+    def _values_come(self, model: nn.Module, state: Mapping[str, Any], prefix: str, *unused: Any) -> None:
+        """Called before a state dictionary is loaded: note whether it holds the adapter's factors.
+
+        The warning comes at once if the run has made cuts and no trainer controls it. Otherwise it comes at the next
+        step, because trainers and `Accelerator.load_state` load the state of the run a little later.
+        """
+        if self.is_over or not any(prefix + pair.name_of_A in state for pair in self._peft_pairs()):
+            return
+        self._values_alone = True
+        if len(self.rank_history) > 1 and self._narrow_when_over:
+            self._warn_of_values_alone()
+
+    def _warn_of_values_alone(self) -> None:
+        if self._values_alone:
+            self._controller.warn(
+                f"Values were loaded into adapter {self.adapter!r} while its ranks adapt, without the state of the run "
+                "that made them. The adapter keeps the scale and the ranks that it has now, so with these values it "
+                "may compute something else than that run did. Load its state, too: `ranks.load_state_dict(...)`. Or "
+                "load the adapter into a fresh base model."
+            )
+        self._values_alone = False
+
+    def _stop_listening(self) -> None:
+        if self._listening is not None:
+            self._listening.remove()
 
     def _warn_of_scales(self, mine: Sequence[float], ends: Sequence[float]) -> None:
         """Warn if the configuration gives other scales than the loaded run has, now or at its end."""
@@ -418,6 +459,7 @@ class AdaptiveRanks:
 
     def _after_step(self) -> None:
         controller, schedule = self._controller, self._controller.schedule
+        self._warn_of_values_alone()
         now = (len(controller.history), controller.fixed)
         if now != self._written:
             self._written = now
@@ -452,3 +494,4 @@ class AdaptiveRanks:
             self._tensors.follow(stay[0].device)
         self._in_the_end = in_the_end
         self._controller.stop()
+        self._stop_listening()

@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
-from rankwise.adapt.ranks import HANDLES
+from rankwise.adapt.ranks import HANDLES, AdaptiveRanks
 from rankwise.method.schedule import Phase
 from rankwise.run.controller import Controller
 from rankwise.run.state import AllocationState
@@ -37,7 +37,8 @@ def run_of(model: Any) -> Run | None:
     """Find the run in ``model``: the first adapted model, which may be ``model`` itself, or a handle that it keeps.
 
     The adapted model may be inside a wrapper such as DistributedDataParallel. It may also be a part of the model, such
-    as the encoder of a SentenceTransformer.
+    as the encoder of a SentenceTransformer. If a PEFT model has had runs on several adapters, the one that trains now
+    is found, or else the last one.
     """
     if not isinstance(model, nn.Module):
         return None
@@ -47,7 +48,9 @@ def run_of(model: Any) -> Run | None:
             return cast("Run", module)
         handles = vars(module).get(HANDLES)
         if handles:
-            return cast("Run", next(iter(handles.values())))
+            runs: list[AdaptiveRanks] = list(handles.values())
+            under_way = [each for each in runs if not each.is_over]
+            return cast("Run", ([each for each in under_way if each._trains] or under_way or runs)[-1])
     return None
 
 

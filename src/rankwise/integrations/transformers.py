@@ -18,6 +18,7 @@ from typing import Any
 from transformers import trainer as transformers_trainer
 from transformers.trainer_callback import TrainerCallback
 
+from rankwise.adapt.peft_pairs import lora_model
 from rankwise.adapt.ranks import AdaptiveRanks
 from rankwise.integrations.common import (
     fit_total_step,
@@ -143,7 +144,8 @@ def _resuming(original: Callable[..., None]) -> Callable[..., None]:
 def _loading_best(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _load_best_model(self: Any) -> None:
-        if not _load(self, self.state.best_model_checkpoint, self.model):
+        folder = self.state.best_model_checkpoint
+        if not (_load(self, folder, self.model) or _load_named_adapter(self, folder, self.model)):
             original(self)
 
     return _load_best_model
@@ -160,10 +162,30 @@ def _picturing(original: Callable[..., None]) -> Callable[..., None]:
     return log
 
 
+def _load_named_adapter(trainer: Any, folder: str, model: Any) -> bool:
+    """Load the best checkpoint's values of a PEFT adapter whose ranks adapt and whose name is not "default".
+
+    PEFT saves such an adapter in a folder of its own. Trainer reads only the file of the adapter "default", and loads
+    it into any active adapter.
+    """
+    run = run_of(model)
+    if not isinstance(run, AdaptiveRanks) or run.is_over or not run._trains or _is_sharded(trainer):
+        return False
+    place = os.path.join(folder, run.adapter)
+    if not os.path.isfile(os.path.join(place, WEIGHTS_NAME)):
+        return False
+    found: Any = lora_model(model)
+    found.load_adapter(place, run.adapter)
+    return True
+
+
+def _is_sharded(trainer: Any) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
 def _load(trainer: Any, folder: str, model: Any) -> bool:
     adapted = own_model(model)
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if adapted is None or sharded:
+    if adapted is None or _is_sharded(trainer):
         return False
     places = (folder, *(os.path.join(folder, name) for name in adapted.peft_config))
     if not any(os.path.isfile(os.path.join(place, WEIGHTS_NAME)) for place in places):

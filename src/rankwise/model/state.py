@@ -91,7 +91,25 @@ class CarriesRun(HoldsAdapters):
             saved = state_dict.get(prefix + name)
             if held is not None and saved is not None and was_left_empty(name, held, saved):
                 state_dict[prefix + name] = torch.zeros_like(held)
+        self._warn_of_factors_alone(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
         if self._on_meta_device():
             own = {prefix + name for name in (*BUFFERS, EXTRA_STATE)}
             missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def _warn_of_factors_alone(self, state_dict: Any, prefix: str) -> None:
+        """Warn of factors without the run that made them: their scale and ranks are then unknown."""
+        controller = self._rankwise_controller
+        if controller is None or not controller.prunes or prefix + EXTRA_STATE in state_dict:
+            return
+        factor = f".lora_A.{controller.adapter}"
+        if (
+            any(key.startswith(prefix) and key.endswith(factor) for key in state_dict)
+            and not self._on_meta_device()
+        ):
+            controller.warn(
+                f"The state dictionary has the factors of adapter {controller.adapter!r}, but not the state of the run "
+                "that made them. The model keeps the scale and the ranks that it has now, so with these factors it may "
+                "compute something else than in that run. Save and load the whole `model.state_dict()`, or call "
+                "`model.save_pretrained`."
+            )

@@ -160,6 +160,9 @@ class Controller:
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer trains any factor of this adapter."""
+        if self.factors.tensors.are_gone:  # an error that a notebook keeps can hold the run without its model
+            self.stop()
+            return False
         try:
             return self.optimizers.holds(optimizer, self.prunes and not self.fixed)
         except FactorsGone as gone:

@@ -119,7 +119,7 @@ class Optimizers:
             self._expected.discard(optimizer)
             self._incomplete = len(self._expected) > 0
             return self.now(), not self._incomplete
-        if not own_step or not mine:
+        if not own_step or not any(parameter(number).requires_grad for number in mine):
             return None, False
         self._later.add(optimizer)
         if (gradient := self._first_gradient(optimizer)) is not None:

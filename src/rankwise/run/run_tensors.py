@@ -44,6 +44,11 @@ class RunTensors(ABC):
         """The model whose buffers the tensors are; None if the run holds them itself."""
         return None
 
+    @property
+    def are_gone(self) -> bool:
+        """Whether the tensors were buffers of a model that does not exist any more."""
+        return False
+
     def create(self, entries: int, ranks: int) -> None:
         """Make the tensors: all ranks kept, and ``entries`` zeros in each of the statistics."""
         device = self._device()
@@ -108,6 +113,10 @@ class ModelBuffers(RunTensors):
         if model is None:
             raise RuntimeError("The adapted model does not exist any more.")
         return model
+
+    @property
+    def are_gone(self) -> bool:
+        return self._model() is None
 
     def _put(self, name: str, value: Tensor) -> None:
         self.model.register_buffer(f"rankwise_{name}", value)
