@@ -840,6 +840,16 @@ def test_a_run_that_ends_early_gives_a_warning_on_saving_and_is_finished_by_one_
     assert model.rank_summary().total_rank == saved_ranks(tmp_path / "final") == TARGET
 
 
+def test_a_run_that_ends_before_its_last_cut_but_at_its_target_gives_no_warning(tmp_path: Path) -> None:
+    model = adapted()
+    train(model, adamw(model), steps=range(1, 9))
+    state = model.allocation_state
+    assert (state.phase, state.budget) == ("pruning", state.target)
+    with told() as messages:
+        model.save_pretrained(tmp_path / "saved")
+    assert not messages and saved_ranks(tmp_path / "saved") == TARGET
+
+
 def test_a_run_that_ends_when_the_budget_is_low_but_not_final_gives_a_warning(tmp_path: Path) -> None:
     model = adapted(deltaT=5)  # at step 8 the schedule's budget rounds to 6, but no allocation has met it
     train(model, adamw(model), steps=range(1, LAST_ALLOCATION))

@@ -143,7 +143,7 @@ class Controller:
 
     def warn_if_unfinished(self) -> None:
         """Warn, once per step, that the budget has not reached its target yet, in case the run ends here."""
-        if self.fixed or not self.prunes or not self.step:
+        if self.fixed or not self.prunes or not self.step or self._budget() <= self.target:
             return
         self.warn(
             f"At step {self.step} the budget is {self._budget()} ranks; its target is {self.target}, which the "
