@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -420,12 +421,127 @@ def test_values_of_an_earlier_point_are_not_loaded_in_silence_with_the_present_s
     best = copy.deepcopy(peft.get_peft_model_state_dict(model))
     train(model, "linear", steps=6)
 
+    peft.set_peft_model_state_dict(model, best)
     with pytest.warns(UserWarning, match=ALONE):
-        peft.set_peft_model_state_dict(model, best)
+        assert not torch.allclose(model(x), output)
 
-    assert not torch.allclose(model(x), output)
     ranks.load_state_dict(run)
     assert torch.equal(model(x), output)
+
+
+USES: dict[str, Callable[[Any, rw.AdaptiveRanks], object]] = {
+    "step": lambda model, ranks: train(model, "linear", steps=1),
+    "forward of a part": lambda model, ranks: model.base_model.model(examples("linear")[0]),
+    "save": lambda model, ranks: peft.get_peft_model_state_dict(model),
+    "end": lambda model, ranks: ranks.finalize_ranks(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_going_back_in_a_run_is_silent_with_the_state_of_the_run_in_either_order(use: str) -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    train(model, "linear", steps=12)
+    values, run = copy.deepcopy(model.state_dict()), ranks.state_dict()
+    train(model, "linear", steps=3)
+    with told() as messages:
+        model.load_state_dict(values)
+        ranks.load_state_dict(run)
+        train(model, "linear", steps=3)
+        ranks.load_state_dict(run)
+        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model, values))
+        USES[use](model, ranks)
+    assert not messages
+
+
+@pytest.mark.parametrize("use", USES)
+def test_going_back_in_a_run_without_its_state_is_warned_of_when_the_values_are_used(use: str) -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    train(model, "linear", steps=6)
+    values = copy.deepcopy(model.state_dict())
+    train(model, "linear", steps=6)
+    with told() as messages:
+        model.load_state_dict(values)
+    assert not messages
+    with told() as messages:
+        USES[use](model, ranks)
+        model(examples("linear")[0])
+    assert sum(ALONE in each for each in messages) == 1
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_accelerate_goes_back_in_a_run_without_a_warning(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(ranks)
+    train(model, "linear", 12, optimizer)
+    accelerator.save_state(str(tmp_path))
+    with told() as messages:
+        train(model, "linear", 3, optimizer)
+        accelerator.load_state(str(tmp_path))
+        train(model, "linear", 3, optimizer)
+    assert not messages and ranks.allocation_state.step == 15
+
+
+def test_a_model_that_is_filled_with_its_own_values_gives_no_warning() -> None:
+    model = with_lora("linear")
+    rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    with told() as messages:
+        values = model.state_dict()
+        model.to("meta")
+        model.load_state_dict(values, assign=True)
+        model.set_adapter("default")
+        train(model, "linear", steps=2)
+    assert not messages
+
+
+def test_values_load_after_one_of_two_adapters_with_runs_was_deleted() -> None:
+    model = with_lora("linear")
+    model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["0", "2"]))
+    runs = [rw.adapt_ranks(model, target_r=1, adapter=name, **SCHEDULE) for name in ("default", "other")]
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.load_state_dict(model.state_dict())
+    assert [each.is_over for each in runs] == [True, False]
+
+
+def test_a_trainer_that_goes_on_after_its_last_values_were_the_best_gives_no_warning() -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    ranks.leave_the_end_to(trainer=True)
+    train(model, "linear", steps=6)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    ranks.end()
+    assert not ranks.is_over
+    ranks.begin_anew(STEPS)
+    with told() as messages:
+        train(model, "linear", steps=2)
+    assert not messages
+
+
+@pytest.mark.parametrize("steps", [12, 20, 30])
+def test_a_run_that_a_trainer_stops_early_is_narrowed_or_a_warning_says_that_it_is_not(steps: int) -> None:
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, target_r=1, **SCHEDULE)
+    ranks.leave_the_end_to(trainer=True)
+    train(model, "linear", steps=steps)
+    reached, phase = ranks.allocation_state.reached_target, ranks.allocation_state.phase
+    assert (reached, phase) == {12: (False, "pruning"), 20: (True, "pruning"), 30: (True, "final")}[steps]
+    x, _ = examples("linear")
+    output = model(x)
+
+    with told() as messages:
+        ranks.end()
+
+    assert ranks.is_over == reached and bool(messages) == (not reached)
+    torch.testing.assert_close(model(x), output)
+    ranks.finalize_ranks()
+    assert ranks.is_over and ranks.allocation_state.reached_target
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -440,7 +556,8 @@ def test_a_resumed_run_is_warned_at_its_first_step_if_only_its_values_were_loade
         if whole:
             ranks.load_state_dict(before.state_dict())
         model.load_state_dict(base("embedding").state_dict(), strict=False)  # not the adapter's
-        assert not messages
+    assert not messages
+    with told() as messages:
         train(model, "embedding", steps=2)
     assert [ALONE in each for each in messages] == [True] * (not whole)
 
@@ -451,7 +568,7 @@ def test_a_run_that_is_over_does_not_watch_what_is_loaded() -> None:
     train(model, "linear")
     with told() as messages:
         peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
-    assert not messages and not model._load_state_dict_pre_hooks
+    assert not messages and not model._load_state_dict_pre_hooks and not model._state_dict_pre_hooks
 
 
 def test_a_script_that_cuts_by_hand_keeps_control() -> None:

@@ -114,6 +114,14 @@ def with_new_words(folder: Path) -> Any:
     return model
 
 
+def train_on(words: torch.Tensor, model: Any) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(12):
+        model(input_ids=words, labels=words).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize(("target", "left"), [(0.6, True), (0.2, False)])
 def test_new_words_are_saved_with_the_adapter_of_the_embedding_where_peft_cannot_see_the_base(
     target: float, left: bool, tmp_path: Path
@@ -124,17 +132,28 @@ def test_new_words_are_saved_with_the_adapter_of_the_embedding_where_peft_cannot
     model.peft_config["default"].base_model_name_or_path = ""  # as with the hub's models without a network
     ranks = rw.adapt_ranks(model, target_r=target, **SCHEDULE)
     words = torch.arange(24).view(2, 12) * 3
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(12):
-        model(input_ids=words, labels=words).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train_on(words, model)
     assert ranks.is_over and bool(ranks._controller.allocated_ranks()["model.embed_tokens"]) is left
     model.save_pretrained(tmp_path / "adapter")
 
     again = peft.PeftModel.from_pretrained(with_new_words(tmp_path / "base"), tmp_path / "adapter")
 
     torch.testing.assert_close(again(input_ids=words).logits, model.eval()(input_ids=words).logits)
+
+
+@pytest.mark.parametrize("targets", ["embed_tokens", "model.embed_tokens", r".*\.(embed_tokens|q_proj)"])
+def test_pefts_rule_for_saving_an_embeddings_base_weight_holds_after_layers_were_dropped(
+    targets: str, tmp_path: Path
+) -> None:
+    config = peft.LoraConfig(r=4, target_modules=targets if "*" in targets else [targets, "q_proj"])
+    model = peft.get_peft_model(llama(), config)
+    ranks = rw.adapt_ranks(model, target_r=0.5, **SCHEDULE)
+    before = {name for name in peft.get_peft_model_state_dict(model) if "lora" not in name}
+    train_on(torch.arange(24).view(2, 12) * 2, model)
+    left = ranks._controller.allocated_ranks()
+    assert ranks.is_over and left["model.embed_tokens"] and not left["model.layers.0.self_attn.q_proj"]
+    after = {name for name in peft.get_peft_model_state_dict(model) if "lora" not in name}
+    assert after == before and bool(before) == (targets != "model.embed_tokens")
 
 
 @pytest.mark.parametrize("replaced", [False, True])

@@ -87,6 +87,27 @@ def test_an_encoder_whose_fast_path_would_evaluate_without_the_adapter_is_refuse
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_first": False},
+        {"batch_first": True, "activation": nn.functional.silu},
+        {"batch_first": True, "bias": False},
+        {"batch_first": True, "nhead": 1},
+    ],
+)
+def test_an_encoder_without_a_fast_path_is_adapted(settings: dict[str, Any]) -> None:
+    assert torch.backends.mha.get_fastpath_enabled()
+    layer = nn.TransformerEncoderLayer(**{"d_model": 16, "nhead": 4, "dropout": 0.0, **settings})
+    config = peft.LoraConfig(r=4, target_modules=["linear1", "linear2"], init_lora_weights=False)
+    model = peft.get_peft_model(layer, config)
+    x = torch.randn(2, 5, 16)
+    rw.adapt_ranks(model, target_r=2, total_step=10)
+    trained = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), trained)
+
+
 def test_shared_factors_are_refused() -> None:
     model = with_lora("linear", target_modules=["2", "4"])
     layers = model.base_model.model

@@ -407,7 +407,7 @@ def test_layers_that_mambas_kernels_bypass_are_refused(name: str) -> None:
 
 
 def test_fast_path_of_torch_encoder_layers_is_refused_with_the_call_that_turns_it_off() -> None:
-    model = nn.TransformerEncoderLayer(4, 2, 8)
+    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     enabled = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(True)

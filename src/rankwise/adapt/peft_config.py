@@ -9,8 +9,8 @@ from typing import Any
 
 from rankwise.adapt.peft_pairs import PeftPair
 
-# If `target_modules` is a pattern that matches a path with one of these ends, PEFT saves the embeddings' base weights
-# with the adapter, as it does for a list with one of these names.
+# PEFT saves the embeddings' base weights with an adapter if `target_modules` is a list with one of these names, or a
+# pattern that matches a path with one of these ends.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
@@ -58,10 +58,13 @@ def _write_targets(config: Any, pairs: Sequence[PeftPair], others: Iterable[str]
     parameters = [pair.path for pair in pairs if pair.is_parameter]
     if config.target_parameters:
         config.target_parameters = parameters or None
+    given = config.target_modules or ()
+    saves_embeddings = isinstance(given, str) or any(name in given for name in _EMBEDDINGS)
     paths = [pair.path for pair in pairs if not pair.is_parameter and not _is_inner(pair)]
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    inner = [path for path in paths if is_embedding_of_words(path) and path not in _EMBEDDINGS]
-    as_pattern = bool(inner) or _any_ends_with(others, set(paths))
+    # PEFT looks for these names alone in a list, which has whole paths from here on.
+    hidden = any(map(is_embedding_of_words, paths)) and not any(name in paths for name in _EMBEDDINGS)
+    as_pattern = (saves_embeddings and hidden) or _any_ends_with(others, set(paths))
     config.target_modules = "|".join(map(re.escape, paths)) if as_pattern else set(paths)
 
 

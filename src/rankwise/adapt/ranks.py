@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rankwise.adapt.narrow import can_be_narrowed, narrow
 from rankwise.adapt.peft_config import write_config
@@ -192,7 +193,8 @@ class AdaptiveRanks:
         self._narrow_when_over = True  # False if a trainer decides when the run is over
         self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # set once the run is over
         self._ended_by: str | None = None  # why the run is over if its layers were not narrowed
-        self._values_alone = False  # whether factors were loaded, and the state of their run was not
+        # What was loaded since the last step: "values" if it was only factors, "state" if it was the state of a run.
+        self._loaded: str | None = None
         warn = WarnOnce()
         self._tensors = OwnTensors(pairs[0].device)
         factors = Factors(pairs, self._tensors)
@@ -215,9 +217,14 @@ class AdaptiveRanks:
         self._written = (0, False)
         self._choice.start()
         self._sync()
-        self._listening = (
-            None if model is None else model.register_load_state_dict_pre_hook(self._values_come)
-        )
+        self._hooks: list[RemovableHandle] = []
+        # Set while factors are loaded, and the state of their run is not.
+        self._forward_hook: RemovableHandle | None = None
+        if model is not None:
+            self._hooks = [
+                model.register_load_state_dict_pre_hook(self._values_come),
+                model.register_state_dict_pre_hook(self._values_used),
+            ]
 
     # Reading the ranks.
 
@@ -287,9 +294,13 @@ class AdaptiveRanks:
 
     @torch.inference_mode(False)
     def end(self) -> None:
-        """End the run: narrow the layers if the choice of ranks is final, or warn that it is not."""
-        self._controller.warn_if_unfinished()
-        if self._controller.fixed:
+        """End the run: narrow the layers if the budget has reached its target, or warn that it has not."""
+        self._forget_what_was_loaded()  # a trainer's best values, which may be the last ones
+        controller = self._controller
+        controller.warn_if_unfinished()
+        if controller.prunes and controller.reached_target:
+            controller.fix()
+        if controller.fixed:
             self._narrow()
 
     @property
@@ -306,10 +317,10 @@ class AdaptiveRanks:
             self._controller.factors.all_parameters()
         except FactorsGone:
             self._controller.stop()
+            self._forget_what_was_loaded()
             self._tensors.follow(functools.partial(torch.device, "cpu"))
             unknown = [math.nan] * len(self._controller.factors.names)
             self._in_the_end = (self._controller.state(), self._summary(unknown))
-            self._stop_listening()
             self._ended_by = f"has ended, because the adapter {self.adapter!r} that it began with was deleted"
 
     def begin_anew(self, total_step: int) -> None:
@@ -357,6 +368,7 @@ class AdaptiveRanks:
         """
         if self.is_over and self._ended_by:
             raise ValueError(f"The run {self._ended_by}: begin another one with `adapt_ranks`.")
+        self._warn_of_values_alone()
         self._controller.finalize_ranks()
         self._narrow()
 
@@ -365,7 +377,7 @@ class AdaptiveRanks:
         if not self.is_over:
             self._in_the_end = (self.allocation_state, self.rank_summary())
             self._ended_by = "was ended by `detach()`"
-        self._stop_listening()
+        self._remove_hooks()
         self._controller.detach()
         if self._model is not None:
             vars(self._model).get(HANDLES, {}).pop(self.adapter, None)
@@ -409,7 +421,8 @@ class AdaptiveRanks:
             raise
         self._warn_of_scales(mine, ends.tolist())
         self._choice.end_scales = ends.tolist()
-        self._values_alone = False
+        self._forget_what_was_loaded()
+        self._loaded = "state"
         self._sync()
 
     def _refuse_if_over(self) -> None:
@@ -423,28 +436,45 @@ class AdaptiveRanks:
     def _values_come(self, model: nn.Module, state: Mapping[str, Any], prefix: str, *unused: Any) -> None:
         """Called before a state dictionary is loaded: note whether it holds the adapter's factors.
 
-        The warning comes at once if the run has made cuts and no trainer controls it. Otherwise it comes at the next
-        step, because trainers and `Accelerator.load_state` load the state of the run a little later.
+        The warning comes when the factors are used: at the next step, forward pass, save or call of `finalize_ranks`.
+        Until then, scripts, trainers and `Accelerator.load_state` can load the state of the run. They may also load
+        it first.
         """
-        if self.is_over or not any(prefix + pair.name_of_A in state for pair in self._peft_pairs()):
+        if self.is_over or self._loaded is not None:
             return
-        self._values_alone = True
-        if len(self.rank_history) > 1 and self._narrow_when_over:
+        pairs = self._peft_pairs()
+        # To shard a model, Accelerate moves it to the meta device and fills it with its own values.
+        if pairs[0].parameter("A").is_meta:
+            return
+        if any(prefix + pair.name_of_A in state for pair in pairs):
+            self._loaded = "values"
+            self._forward_hook = pairs[0].layer.register_forward_pre_hook(self._values_used)
+
+    def _values_used(self, *unused: Any) -> None:
+        """Called before a forward pass or a save. Before the first cut, and under a trainer, the next step warns."""
+        if self._loaded == "values" and len(self.rank_history) > 1 and self._narrow_when_over:
             self._warn_of_values_alone()
 
     def _warn_of_values_alone(self) -> None:
-        if self._values_alone:
+        if self._loaded == "values":
             self._controller.warn(
                 f"Values were loaded into adapter {self.adapter!r} while its ranks adapt, without the state of the run "
                 "that made them. The adapter keeps the scale and the ranks that it has now, so with these values it "
                 "may compute something else than that run did. Load its state, too: `ranks.load_state_dict(...)`. Or "
                 "load the adapter into a fresh base model."
             )
-        self._values_alone = False
+        self._forget_what_was_loaded()
 
-    def _stop_listening(self) -> None:
-        if self._listening is not None:
-            self._listening.remove()
+    def _forget_what_was_loaded(self) -> None:
+        self._loaded = None
+        if self._forward_hook is not None:
+            self._forward_hook.remove()
+        self._forward_hook = None
+
+    def _remove_hooks(self) -> None:
+        self._forget_what_was_loaded()
+        for hook in self._hooks:
+            hook.remove()
 
     def _warn_of_scales(self, mine: Sequence[float], ends: Sequence[float]) -> None:
         """Warn if the configuration gives other scales than the loaded run has, now or at its end."""
@@ -494,4 +524,4 @@ class AdaptiveRanks:
             self._tensors.follow(stay[0].device)
         self._in_the_end = in_the_end
         self._controller.stop()
-        self._stop_listening()
+        self._remove_hooks()

@@ -47,12 +47,21 @@ def check_fast_path(model: nn.Module, path: str) -> None:
         ValueError: the fast path computes the layer at ``path``.
     """
     parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+    if torch.backends.mha.get_fastpath_enabled() and _has_fast_path(parent):
         raise ValueError(
             f"{path!r} can't be adapted as it is: in evaluation, nn.TransformerEncoderLayer takes a fast path "
             "that reads its weight without calling it. Call `torch.backends.mha.set_fastpath_enabled(False)` "
             "first, also where the adapter is loaded."
         )
+
+
+def _has_fast_path(module: nn.Module) -> bool:
+    """Whether PyTorch has a fast path for a layer of a Transformer encoder with these settings."""
+    if not isinstance(module, nn.TransformerEncoderLayer):
+        return False
+    attention = module.self_attn
+    plain = attention.batch_first and attention.in_proj_bias is not None and attention.num_heads % 2 == 0
+    return plain and bool(module.activation_relu_or_gelu)
 
 
 def why_unlike_linear(path: str, layer: nn.Module, same_numbers: bool) -> str | None:

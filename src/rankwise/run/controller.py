@@ -143,13 +143,18 @@ class Controller:
 
     def warn_if_unfinished(self) -> None:
         """Warn, once per step, that the budget has not reached its target yet, in case the run ends here."""
-        if self.fixed or not self.prunes or not self.step or self._budget() <= self.target:
+        if self.fixed or not self.prunes or not self.step or self.reached_target:
             return
         self.warn(
             f"At step {self.step} the budget is {self._budget()} ranks; its target is {self.target}, which the "
             f"schedule reaches at step {self.schedule.last_allocation if self.schedule else '?'}. If training ends "
             f"here, call `{self.finished_by}`, which brings it to the target, and save (again)."
         )
+
+    @property
+    def reached_target(self) -> bool:
+        """Whether the budget has reached its target. Until the choice is fixed, other ranks may still take it."""
+        return self._budget() <= self.target
 
     def _budget(self) -> int:
         """The budget of the last cut, in ranks of average size. Reading it waits for the device."""
