@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from rankwise.adapt.lone_values import LoneValues
 from rankwise.adapt.narrow import can_be_narrowed, narrow
 from rankwise.adapt.peft_config import write_config
 from rankwise.adapt.peft_pairs import PeftPair, lora_model, other_paths, peft_pairs
@@ -193,8 +193,6 @@ class AdaptiveRanks:
         self._narrow_when_over = True  # False if a trainer decides when the run is over
         self._in_the_end: tuple[AllocationState, RankSummary] | None = None  # set once the run is over
         self._ended_by: str | None = None  # why the run is over if its layers were not narrowed
-        # What was loaded since the last step: "values" if it was only factors, "state" if it was the state of a run.
-        self._loaded: str | None = None
         warn = WarnOnce()
         self._tensors = OwnTensors(pairs[0].device)
         factors = Factors(pairs, self._tensors)
@@ -217,14 +215,9 @@ class AdaptiveRanks:
         self._written = (0, False)
         self._choice.start()
         self._sync()
-        self._hooks: list[RemovableHandle] = []
-        # Set while factors are loaded, and the state of their run is not.
-        self._forward_hook: RemovableHandle | None = None
-        if model is not None:
-            self._hooks = [
-                model.register_load_state_dict_pre_hook(self._values_come),
-                model.register_state_dict_pre_hook(self._values_used),
-            ]
+        self._lone_values = LoneValues(
+            model, adapter, self._pairs_of_the_run, self._waits_for_a_step, self._controller.warn
+        )
 
     # Reading the ranks.
 
@@ -295,7 +288,7 @@ class AdaptiveRanks:
     @torch.inference_mode(False)
     def end(self) -> None:
         """End the run: narrow the layers if the budget has reached its target, or warn that it has not."""
-        self._forget_what_was_loaded()  # a trainer's best values, which may be the last ones
+        self._lone_values.forget()  # a trainer's best values, which may be the last ones
         controller = self._controller
         controller.warn_if_unfinished()
         if controller.prunes and controller.reached_target:
@@ -317,7 +310,7 @@ class AdaptiveRanks:
             self._controller.factors.all_parameters()
         except FactorsGone:
             self._controller.stop()
-            self._forget_what_was_loaded()
+            self._lone_values.forget()
             self._tensors.follow(functools.partial(torch.device, "cpu"))
             unknown = [math.nan] * len(self._controller.factors.names)
             self._in_the_end = (self._controller.state(), self._summary(unknown))
@@ -368,7 +361,7 @@ class AdaptiveRanks:
         """
         if self.is_over and self._ended_by:
             raise ValueError(f"The run {self._ended_by}: begin another one with `adapt_ranks`.")
-        self._warn_of_values_alone()
+        self._lone_values.used()
         self._controller.finalize_ranks()
         self._narrow()
 
@@ -377,7 +370,7 @@ class AdaptiveRanks:
         if not self.is_over:
             self._in_the_end = (self.allocation_state, self.rank_summary())
             self._ended_by = "was ended by `detach()`"
-        self._remove_hooks()
+        self._lone_values.stop()
         self._controller.detach()
         if self._model is not None:
             vars(self._model).get(HANDLES, {}).pop(self.adapter, None)
@@ -421,8 +414,7 @@ class AdaptiveRanks:
             raise
         self._warn_of_scales(mine, ends.tolist())
         self._choice.end_scales = ends.tolist()
-        self._forget_what_was_loaded()
-        self._loaded = "state"
+        self._lone_values.state_came()
         self._sync()
 
     def _refuse_if_over(self) -> None:
@@ -433,48 +425,15 @@ class AdaptiveRanks:
                 "attach the adapter anew and call `adapt_ranks`."
             )
 
-    def _values_come(self, model: nn.Module, state: Mapping[str, Any], prefix: str, *unused: Any) -> None:
-        """Called before a state dictionary is loaded: note whether it holds the adapter's factors.
+    def _pairs_of_the_run(self) -> list[PeftPair]:
+        return [] if self.is_over else self._peft_pairs()
 
-        The warning comes when the factors are used: at the next step, forward pass, save or call of `finalize_ranks`.
-        Until then, scripts, trainers and `Accelerator.load_state` can load the state of the run. They may also load
-        it first.
+    def _waits_for_a_step(self) -> bool:
+        """Whether values may lack the state of their run until the next step.
+
+        Before the first cut, scale and ranks are those of the start. Trainers load the state a little later.
         """
-        if self.is_over or self._loaded is not None:
-            return
-        pairs = self._peft_pairs()
-        # To shard a model, Accelerate moves it to the meta device and fills it with its own values.
-        if pairs[0].parameter("A").is_meta:
-            return
-        if any(prefix + pair.name_of_A in state for pair in pairs):
-            self._loaded = "values"
-            self._forward_hook = pairs[0].layer.register_forward_pre_hook(self._values_used)
-
-    def _values_used(self, *unused: Any) -> None:
-        """Called before a forward pass or a save. Before the first cut, and under a trainer, the next step warns."""
-        if self._loaded == "values" and len(self.rank_history) > 1 and self._narrow_when_over:
-            self._warn_of_values_alone()
-
-    def _warn_of_values_alone(self) -> None:
-        if self._loaded == "values":
-            self._controller.warn(
-                f"Values were loaded into adapter {self.adapter!r} while its ranks adapt, without the state of the run "
-                "that made them. The adapter keeps the scale and the ranks that it has now, so with these values it "
-                "may compute something else than that run did. Load its state, too: `ranks.load_state_dict(...)`. Or "
-                "load the adapter into a fresh base model."
-            )
-        self._forget_what_was_loaded()
-
-    def _forget_what_was_loaded(self) -> None:
-        self._loaded = None
-        if self._forward_hook is not None:
-            self._forward_hook.remove()
-        self._forward_hook = None
-
-    def _remove_hooks(self) -> None:
-        self._forget_what_was_loaded()
-        for hook in self._hooks:
-            hook.remove()
+        return len(self.rank_history) < 2 or not self._narrow_when_over
 
     def _warn_of_scales(self, mine: Sequence[float], ends: Sequence[float]) -> None:
         """Warn if the configuration gives other scales than the loaded run has, now or at its end."""
@@ -489,7 +448,7 @@ class AdaptiveRanks:
 
     def _after_step(self) -> None:
         controller, schedule = self._controller, self._controller.schedule
-        self._warn_of_values_alone()
+        self._lone_values.used()
         now = (len(controller.history), controller.fixed)
         if now != self._written:
             self._written = now
@@ -524,4 +483,4 @@ class AdaptiveRanks:
             self._tensors.follow(stay[0].device)
         self._in_the_end = in_the_end
         self._controller.stop()
-        self._remove_hooks()
+        self._lone_values.stop()
