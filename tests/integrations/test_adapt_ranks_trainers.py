@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,21 @@ def trainer_for(
     )
 
 
+def trainer_for_best(
+    folder: Path, callback: Any, score: Callable[[int], float], *more: Any, **changes: Any
+) -> Any:
+    """A trainer that saves and evaluates at each step, and loads the best checkpoint at the end.
+
+    ``score`` maps the number of the evaluation, from 1, to what the best checkpoint has most of.
+    """
+    calls = itertools.count(1)
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
+    return trainer_for(
+        folder, callback, *more, metrics=lambda _: {"score": score(next(calls))}, **every, **best, **changes
+    )
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, rw.AdaptRanks, Path]:
     """An undisturbed run with a checkpoint at every step."""
@@ -216,21 +232,8 @@ def test_a_checkpoint_without_the_state_of_a_run_is_refused(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("best", "reached"), [(3, False), (4, True), (6, True), (8, True)])
 def test_the_best_checkpoint_comes_back_with_its_own_ranks(best: int, reached: bool, tmp_path: Path) -> None:
-    calls = iter(range(1, 100))
-
-    def metrics(prediction: Any) -> dict[str, float]:
-        return {"score": -abs(next(calls) - best)}
-
     callback = rw.AdaptRanks(target_r=2, **PHASES)
-    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = trainer_for(
-        tmp_path,
-        callback,
-        metrics=metrics,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        **every,
-    )
+    trainer = trainer_for_best(tmp_path, callback, lambda call: -abs(call - best))
     with told() as messages:
         trainer.train()
     checkpoint = tmp_path / f"checkpoint-{best}"
@@ -250,11 +253,6 @@ def test_the_best_checkpoint_comes_back_with_its_own_ranks(best: int, reached: b
 def test_the_best_checkpoint_of_an_adapter_with_a_name_comes_back_with_its_values(
     others: tuple[str, ...], tmp_path: Path
 ) -> None:
-    calls = iter(range(1, 100))
-
-    def metrics(prediction: Any) -> dict[str, float]:
-        return {"score": -abs(next(calls) - 4)}
-
     torch.manual_seed(5)
     first, *rest = [*others, "mine"]
     model = peft.get_peft_model(llama(), lora(), adapter_name=first)
@@ -262,16 +260,7 @@ def test_the_best_checkpoint_of_an_adapter_with_a_name_comes_back_with_its_value
         model.add_adapter(name, lora())
     model.set_adapter("mine")
     callback = rw.AdaptRanks(target_r=2, **PHASES)
-    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = trainer_for(
-        tmp_path,
-        callback,
-        model,
-        metrics=metrics,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        **every,
-    )
+    trainer = trainer_for_best(tmp_path, callback, lambda call: -abs(call - 4), model)
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     assert ranks_of(callback).allocation_state.step == 4
@@ -280,26 +269,12 @@ def test_the_best_checkpoint_of_an_adapter_with_a_name_comes_back_with_its_value
 
 
 def test_each_of_two_runs_on_one_model_has_its_own_logs_and_its_own_best_values(tmp_path: Path) -> None:
-    calls = iter(range(1, 100))
-
-    def metrics(prediction: Any) -> dict[str, float]:
-        return {"score": -abs(next(calls) % STEPS - 4)}
-
     model = with_lora()
     model.add_adapter("other", lora(r=3))
-    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     for name, target in (("other", 1), ("default", 2)):
         model.set_adapter(name)
         callback = rw.AdaptRanks(target_r=target, **PHASES)
-        trainer = trainer_for(
-            tmp_path / name,
-            callback,
-            model,
-            metrics=metrics,
-            load_best_model_at_end=True,
-            metric_for_best_model="score",
-            **every,
-        )
+        trainer = trainer_for_best(tmp_path / name, callback, lambda call: -abs(call - 4), model)
         trainer.train()
         history = ranks_of(callback).rank_history.records
         assert logged(trainer, "total_rank")[3] == sum(history[-1].ranks)
@@ -317,13 +292,8 @@ def test_a_best_checkpoint_without_its_ranks_ends_no_run_and_changes_no_factor(t
             kept = json.loads(file.read_text())
             file.write_text(json.dumps({**kept, "stateful_callbacks": {}}))
 
-    calls = iter(range(1, 100))
     callback = rw.AdaptRanks(target_r=2, **PHASES)
-    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = trainer_for(
-        tmp_path, Forget(), callbacks=[callback], metrics=lambda _: {"score": -abs(next(calls) - 4)},
-        load_best_model_at_end=True, metric_for_best_model="score", **every,
-    )  # fmt: skip
+    trainer = trainer_for_best(tmp_path, Forget(), lambda call: -abs(call - 4), callbacks=[callback])
     with told() as messages:
         trainer.train()
     assert [each for each in messages if "not the ranks that it had" in each]
@@ -383,11 +353,7 @@ def test_a_run_that_stops_early_says_how_to_finish_it(tmp_path: Path) -> None:
     from transformers import EarlyStoppingCallback
 
     callback = rw.AdaptRanks(target_r=2, **PHASES)
-    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = trainer_for(
-        tmp_path, callback, callbacks=[EarlyStoppingCallback(2)], metrics=lambda _: {"score": 0.0},
-        load_best_model_at_end=True, metric_for_best_model="score", **every,
-    )  # fmt: skip
+    trainer = trainer_for_best(tmp_path, callback, lambda call: 0.0, callbacks=[EarlyStoppingCallback(2)])
     with told() as messages:
         trainer.train()
     assert trainer.state.global_step < 5

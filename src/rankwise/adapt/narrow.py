@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.adapt.peft_config import is_embedding_of_words
-from rankwise.adapt.peft_pairs import PeftPair, holds, same_ranks
+from rankwise.adapt.peft_pairs import PeftPair, adapters_of, same_ranks
 from rankwise.attach.embeddings import resized_vocabulary
 from rankwise.parallel.optimizer_state import (
     KINDS,
@@ -81,9 +81,8 @@ def _acts_without_ranks(model: Any, pair: PeftPair) -> bool:
         return True
     if is_embedding_of_words(pair.path) and resized_vocabulary(model) is not None:
         return True
-    held = {*layer.lora_A, *layer.lora_embedding_A}
     bias = model.peft_config[pair.adapter].bias
-    saves_bias = bias == "lora_only" or (bias == "all" and len(held) > 1)
+    saves_bias = bias == "lora_only" or (bias == "all" and len(adapters_of(layer)) > 1)
     return saves_bias and getattr(layer.get_base_layer(), "bias", None) is not None
 
 
@@ -157,7 +156,7 @@ def _drop_layer(model: nn.Module, pair: PeftPair, optimizers: Sequence[Optimizer
     layer._active_adapter = active
     for parameter in layer.parameters():
         parameter.requires_grad_(trains[parameter])
-    if not any(holds(layer, name) for name in (*layer.lora_A, *layer.lora_embedding_A)):
+    if not adapters_of(layer):
         parent, _, last = pair.name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.base_layer)
 

@@ -101,13 +101,13 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[
     except ImportError:
         return
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and (adapter is None or holds(module, adapter)):
+        if isinstance(module, LoraLayer) and (adapter is None or adapter in adapters_of(module)):
             yield name, module
 
 
-def holds(layer: Any, adapter: str) -> bool:
-    """Whether one of PEFT's LoRA layers has factors of ``adapter``."""
-    return adapter in layer.lora_A or adapter in layer.lora_embedding_A
+def adapters_of(layer: Any) -> set[str]:
+    """The names of the adapters that have factors in one of PEFT's LoRA layers."""
+    return {*layer.lora_A, *layer.lora_embedding_A}
 
 
 def peft_pairs(model: nn.Module, adapter: str) -> list[PeftPair]:
