@@ -84,3 +84,16 @@ def words_tokenizer() -> Any:
 
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
     return BertTokenizerFast(vocab=vocabulary, eos_token="[SEP]")
+
+
+def fresh_accelerator(**options: Any) -> Any:
+    """An ``Accelerator`` that knows nothing of those before it in this process.
+
+    A loader that an earlier test left in the middle would otherwise end the accumulation of gradients early.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return Accelerator(cpu=True, **options)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import rankwise as rw
-from tiny import WORDS, bert, llama, token_batches, told, words_tokenizer
+from tiny import WORDS, bert, fresh_accelerator, llama, token_batches, told, words_tokenizer
 from trl_world import ARGUMENTS, NEEDS_A_REFERENCE, STEPS, TRAINERS, base_for, logged, trl_trainer
 
 peft = pytest.importorskip("peft")
@@ -633,11 +633,10 @@ def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def test_accelerate_accumulates_clips_saves_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    accelerate = pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate")
 
     def run(first: int, save_at: int | None = None) -> Any:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        accelerator = fresh_accelerator(gradient_accumulation_steps=2)
         model = with_lora()
         ranks = rw.adapt_ranks(model, target_r=2, total_step=STEPS, **PHASES)
         accelerator.register_for_checkpointing(ranks)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import rankwise as rw
-from tiny import WORDS, bert, llama, token_batches, told, words_tokenizer
+from tiny import WORDS, bert, fresh_accelerator, llama, token_batches, told, words_tokenizer
 
 STEPS = 8
 
@@ -525,11 +525,10 @@ def test_sentence_transformers_trainer_resumes_bit_for_bit(which: str, tmp_path:
 
 
 def test_accelerate_accumulates_clips_saves_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    accelerate = pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate")
 
     def run(first: int, save_at: int | None = None) -> Any:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        accelerator = fresh_accelerator(gradient_accumulation_steps=2)
         model = with_length()
         optimizer = adamw(model)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=STEPS)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import rankwise as rw
 from rankwise.run import hooks as listening
 from rankwise.run.run_tensors import BUFFERS
-from tiny import bert, llama, token_batches, told
+from tiny import bert, fresh_accelerator, llama, token_batches, told
 
 STEPS, LAST_ALLOCATION, TARGET = 12, 9, 6
 
@@ -180,8 +180,8 @@ def test_gradients_that_are_accumulated_make_one_step() -> None:
 
 
 def test_accelerate_accumulating_gradients_makes_one_step_of_several_batches() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=3)
+    pytest.importorskip("accelerate")
+    accelerator = fresh_accelerator(gradient_accumulation_steps=3)
     model, optimizer = accelerator.prepare(model := adapted(), adamw(model))
     for batch in range(3 * STEPS):
         with accelerator.accumulate(model):
