@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_NOTHING = {"aten::_unsafe_view", "aten::detach", "aten::empty", "aten::empty_like"}
+
 
 class Operations(TorchDispatchMode):
-    """Counts tensor operations by name. Views are left out, because they compute nothing."""
+    """Counts tensor operations by name. Views and allocations are left out, because they compute nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +24,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returns = function._schema.returns
         views = any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
-        if not views and function._schema.name not in ("aten::_unsafe_view", "aten::detach"):
+        if not views and function._schema.name not in _NOTHING:
             self.names[function._schema.name.split("::")[1]] += 1
         return function(*args, **(kwargs or {}))
 

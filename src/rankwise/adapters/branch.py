@@ -167,7 +167,7 @@ def add_up(output: Tensor, hidden: Tensor, B: Tensor, kept: Kept, scaling: float
         return added
     with WithoutAutocast(output):
         moved = torch.addmm(flat(output), hidden, B.T, alpha=scaling)
-    return moved.view(output.shape).detach()
+    return moved.view_as(output).detach()
 
 
 def without_cut(hidden: Tensor, factor: Tensor, axis: int, kept: Kept, size: int) -> tuple[Tensor, Tensor]:
@@ -273,7 +273,7 @@ def add_share(
     if ctx.in_place and from_base.is_contiguous():
         from_base.view(-1, A.shape[1]).addmm_(from_hidden, A)
         return from_base
-    return torch.addmm(flat(from_base), from_hidden, A).view(ctx.shape)
+    return torch.addmm(flat(from_base), from_hidden, A).view_as(from_base)
 
 
 def factor_gradients(

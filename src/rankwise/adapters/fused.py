@@ -153,7 +153,7 @@ class _AdaptedLinear(torch.autograd.Function):
             from_base = cast(torch.mm(cast(rows, weight.dtype), weight), x.dtype)
             if mask is None:
                 from_base.addmm_(*without_cut(from_hidden, folded, 0, ctx.kept, x.numel()))
-            gradient_x = from_base if x.dim() == 2 else from_base.view(x.shape)
+            gradient_x = from_base if x.dim() == 2 else from_base.view_as(x)
             if mask is not None:
                 gradient_x = add_share(ctx, gradient_x, from_hidden, folded, mask)
         if gates is None and mask is None and E is None:  # plain LoRA

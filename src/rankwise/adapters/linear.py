@@ -180,7 +180,7 @@ class LinearAdapters(AdapterLayer):
         added = torch.addmm(
             output.reshape(-1, width), hidden.reshape(-1, B.shape[1]), B.to(output.dtype).T, alpha=scaling
         )
-        return added.view(output.shape)
+        return added.view_as(output)
 
 
 class Conv1DAdapters(LinearAdapters):

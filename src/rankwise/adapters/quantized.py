@@ -6,7 +6,6 @@ packings merging is refused, and the message says what to do instead.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -177,11 +176,10 @@ _UNPACKED = (
 
 def packs_4_bit(layer: Any, x: Tensor) -> bool:
     """Whether a ``Linear4bit`` holds its weight packed, in the layout that training on ``x`` needs."""
-    weight = layer.weight
-    state = getattr(weight, "quant_state", None) or layer.quant_state
+    state = getattr(layer._parameters["weight"], "quant_state", None) or layer.quant_state
     return (
         state is not None
-        and not getattr(state, "packing_format_for_cpu", False)
+        and not vars(state).get("packing_format_for_cpu")
         and tuple(state.shape) == (layer.out_features, x.shape[-1])
         and x.is_floating_point()
     )
@@ -196,12 +194,12 @@ def dense_4_bit(layer: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
     """Return a function that makes the dense weight of a ``Linear4bit``, whose last input has ``dtype``."""
     from bitsandbytes.functional import dequantize_4bit
 
-    weight = layer.weight
+    weight = layer._parameters["weight"]
     data, state, computes = weight.data, weight.quant_state, layer.compute_dtype or dtype
     if computes in _UNPACKED and state.dtype != computes:
         # It is unpacked in this dtype at once. Otherwise the whole dense weight would be cast.
-        state = copy.copy(state)
-        state.dtype = computes
+        known, state = vars(state), object.__new__(type(state))  # in a tenth of the time of copy.copy
+        vars(state).update(known, dtype=computes)
     return lambda: dequantize_4bit(data, state).to(computes)
 
 

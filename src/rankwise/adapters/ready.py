@@ -142,8 +142,9 @@ def _prepared(factors: dict[Use, Tensor], layers: Uses) -> tuple[dict[Use, Tenso
     for use, factor in made.items():
         if factor.dtype != use[3]:
             alike.setdefault((factor.shape, factor.device, factor.dtype, use[3]), []).append(use)
-    for (*_, dtype), uses in alike.items():
-        copies = torch.stack([made[use] for use in uses]).to(dtype).unbind()
+    for (shape, device, _, dtype), uses in alike.items():
+        copies = torch.empty(len(uses), *shape, dtype=dtype, device=device).unbind()
+        torch._foreach_copy_(copies, [made[use] for use in uses])
         made.update(zip(uses, copies, strict=True))
     return made, gates
 
