@@ -42,6 +42,8 @@ class AllocationState:
         >>> state = AllocationState(50, "pruning", 80, 64, 96, 0, 100)
         >>> state.reached_target
         False
+        >>> AllocationState(100, "final", 60, 64, 96, 0, 100).reached_target  # fewer ranks than the target allows
+        True
     """
 
     step: int
@@ -54,8 +56,8 @@ class AllocationState:
 
     @property
     def reached_target(self) -> bool:
-        """Whether the budget has reached its target."""
-        return self.budget == self.target
+        """Whether the budget is at its target or below."""
+        return self.budget <= self.target
 
 
 @dataclass(frozen=True)
