@@ -43,6 +43,7 @@ from rankwise.recipes.tasks.causal_lm.examples import (
 from rankwise.recipes.tasks.causal_lm.language import (
     Message,
     Prompt,
+    end_of_prompt,
     perplexity_metrics,
     prompt_ids,
     token_losses,
@@ -202,12 +203,12 @@ def _prompt(recipe: Recipe, tokenizer: Any, limit: int, row: Mapping[str, Any]) 
         return Prompt(tokenizer.decode(ids[:count], skip_special_tokens=True), ids[:count], rest.strip())
     if recipe.data.form == "prompt":
         ids = _prompt_ids(recipe, tokenizer, row["prompt"])
-        return Prompt(row["prompt"], ids[-room:], row["completion"].strip())
+        return Prompt(row["prompt"], end_of_prompt(tokenizer, ids, room), row["completion"].strip())
     turns = turns_of(row)
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
     asked = turns[:last] or turns[:1]
     expected = turns[last]["content"].strip() if 0 < last < len(turns) else None
-    return Prompt(asked[-1]["content"], _asked(tokenizer, asked)[-room:], expected)
+    return Prompt(asked[-1]["content"], end_of_prompt(tokenizer, _asked(tokenizer, asked), room), expected)
 
 
 def samples(recipe: Recipe, data: LanguageTaskData, processor: Any, model: Any) -> list[dict[str, str]]:
