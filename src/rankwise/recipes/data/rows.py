@@ -153,6 +153,30 @@ def rows_with_text(table: Table, column: str, notes: list[str], key: str = "data
     return rows
 
 
+def second_texts(table: Table, column: str, rows: Sequence[int]) -> list[str]:
+    """The second text of each of ``rows``. A missing one is empty.
+
+    Args:
+        table: the table.
+        column: the column with the second texts.
+        rows: the numbers of the rows.
+
+    Raises:
+        RecipeError: a value is not text.
+    """
+    values = table.rows[column]
+    wrong = [row for row in rows if not isinstance(values[row], str | None)]
+    raise_problems(
+        bad_rows(
+            "data.text_pair",
+            table,
+            wrong,
+            lambda row: f"holds {values[row]!r:.50} in {column!r}, where a text is expected",
+        )
+    )
+    return [values[row] or "" for row in rows]
+
+
 def listed_rows(table: Table, rows: Sequence[int]) -> str:
     """The places of the first of ``rows``: ``reviews.csv, line 7, reviews.csv, line 9, …``."""
     shown = ", ".join(table.where(row) for row in rows[:_MOST_SHOWN])

@@ -24,6 +24,7 @@ from rankwise.recipes.data.rows import (
     hold_out,
     read_tables,
     rows_with_text,
+    second_texts,
 )
 from rankwise.recipes.data.splits import shortest_first
 from rankwise.recipes.data.tables import Table, quiet_datasets
@@ -146,7 +147,7 @@ def _examples(recipe: Recipe, table: Table, rows: Sequence[int], targets: Sequen
     kept = table.rows.select(rows)
     columns = {"text": kept[recipe.data.text], "labels": targets}
     if recipe.data.text_pair is not None:
-        columns["text_pair"] = [pair or "" for pair in kept[recipe.data.text_pair]]
+        columns["text_pair"] = second_texts(table, recipe.data.text_pair, rows)
     return datasets.Dataset.from_dict({name: list(column) for name, column in columns.items()})
 
 
