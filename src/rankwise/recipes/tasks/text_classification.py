@@ -116,7 +116,7 @@ def read_data(recipe: Recipe) -> TaskData:
     ]
     text = ["text", "text_pair"] if recipe.data.text_pair is not None else ["text"]
     label = None if recipe.is_regression else "labels"
-    train, evaluation = hold_out(recipe.data, sets, notes, text=text, label=label)
+    train, evaluation = hold_out(recipe.data, sets, notes, unique=text, label=label)
     return TaskData(train, evaluation, notes, names)
 
 

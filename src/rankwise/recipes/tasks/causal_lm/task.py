@@ -113,7 +113,7 @@ def read_data(recipe: Recipe) -> LanguageTaskData:
     notes = [note for table in tables for note in table.notes]
     sets = [read_examples(recipe.data, table, notes) for table in tables]
     columns = [name for name in sets[0].column_names if name != "row"]
-    parts = hold_out(recipe.data, sets, notes, text=columns)
+    parts = hold_out(recipe.data, sets, notes, unique=columns)
     tokens = [
         split_into_tokens(recipe.data, tokenizer, limit, part, table, notes)
         for part, table in zip(parts, (tables[0], tables[-1]), strict=True)
