@@ -38,6 +38,7 @@ NOT_TAKEN: Mapping[str, str] = {
     "save_only_model": "resuming needs whole checkpoints.",
     "batch_eval_metrics": "metrics are of all held-out examples together.",
     "eval_do_concat_batches": "metrics are of all held-out examples together.",
+    "enable_jit_checkpoint": "rankwise saves a checkpoint when a signal stops the run.",
     "label_names": "the task names the labels.",
     "prediction_loss_only": "metrics need the predictions.",
     **dict.fromkeys(
