@@ -498,6 +498,17 @@ def peft_folder(folder: Path, bert: Path, **config: Any) -> Path:
     return folder
 
 
+def test_a_folders_table_may_have_a_column_named_as_the_files(tmp_path: Path, bert: Path) -> None:
+    recipe, _ = photo_world(tmp_path, bert)
+    trained(recipe)
+    photos = sorted(path.relative_to(tmp_path / "new") for path in (tmp_path / "new" / "photos").rglob("*.*"))
+    lines = ["image,file_name", *(f"{number},{path}" for number, path in enumerate(photos))]
+    (tmp_path / "new" / "metadata.csv").write_text("\n".join(lines))
+    found = predict(tmp_path / "out", tmp_path / "new", console=Console(quiet=True)).columns
+    assert found["file_name"] == list(map(str, photos))
+    assert found["image"] == [str(number) for number in range(9)] and None not in found["prediction"]
+
+
 def test_a_folder_of_peft_needs_no_recipe(tmp_path: Path, bert: Path) -> None:
     import peft
     import torch
