@@ -13,13 +13,23 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from image_world import save_tiny_vit, write_image_recipe, write_photos
-from language_world import chats, questions, save_language_model, write_language_recipe, write_lines
+from language_world import (
+    CHAT_TEMPLATE,
+    chats,
+    questions,
+    save_language_model,
+    save_tokenizer,
+    write_language_recipe,
+    write_lines,
+)
 from rankwise.cli import app
 from rankwise.recipes import RecipeError, evaluate, load_recipe, predict, train
 from rankwise.recipes.data import audio
+from rankwise.recipes.predicting.job import Job
 from rankwise.recipes.tasks.causal_lm.language import prompt_ids
 from recipe_world import MOODS, rows, save_tiny_model, write_recipe, write_table
 from speech_world import save_tiny_whisper, write_manifest, write_speech_recipe
@@ -395,6 +405,70 @@ def test_a_sentence_longer_than_the_model_takes_gets_a_tag_for_every_word(tmp_pa
     assert len(long) == 100 and set(long) <= {"B-M", "O"} and empty is None
 
 
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
+    """A folder with an adapter in ``out`` that was trained on chats."""
+    world = tmp_path_factory.mktemp("chatting")
+    trained(chat_world(world, bert)[0])
+    return world
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"role": "user", "content": None}], "line 1 'messages': message 1 has no text under 'content'."),
+        ([{"from": "human", "value": "hot"}], "line 1 'messages': message 1 has no text under 'role'."),
+        ('[{"role": "user"}]', "line 1 'messages': a list of messages is expected, but it holds '[{"),
+        (
+            [{"role": "user", "content": "hot", "function_call": "look"}],
+            "line 1 'messages': message 1 has 'function_call', which are not read.",
+        ),
+    ],
+)
+def test_chats_to_answer_are_checked_as_chats_to_learn(
+    chatting: Path, tmp_path: Path, messages: Any, said: str
+) -> None:
+    write_lines(tmp_path / "asked.jsonl", [{"messages": messages}])
+    with pytest.raises(RecipeError) as error:
+        predict(chatting / "out", tmp_path / "asked.jsonl", console=Console(quiet=True))
+    assert said in str(error.value)
+
+
+def test_an_answer_at_the_end_of_a_chat_is_not_read(chatting: Path, tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "what is not hot?"}]
+    answered = [*asked, {"role": "assistant", "content": "cold"}]
+    write_lines(tmp_path / "asked.jsonl", [{"messages": asked}, {"messages": answered}])
+    found = predict(chatting / "out", tmp_path / "asked.jsonl", console=Console(quiet=True))
+    assert len(set(found.columns["prediction"])) == 1
+
+
+def test_a_chat_to_answer_that_the_template_refuses_is_named(tmp_path: Path, bert: Path) -> None:
+    trained(chat_world(tmp_path, bert)[0])
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
+    save_tokenizer(tmp_path / "llama", strict + CHAT_TEMPLATE)
+    rows = [chats()[0]["messages"], [{"role": "system", "content": "be short"}, *chats()[1]["messages"]]]
+    write_lines(tmp_path / "asked.jsonl", [{"messages": turns} for turns in rows])
+    with pytest.raises(RecipeError, match=r"asked.jsonl, line 2 can't be rendered: begin with the user\."):
+        predict(tmp_path / "out", tmp_path / "asked.jsonl", console=Console(quiet=True))
+
+
+def test_prompts_that_are_cut_are_counted_and_begin_as_texts_do(
+    chatting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [[{"role": "user", "content": "what is not hot? " * count}] for count in (100, 1)]
+    write_lines(tmp_path / "asked.jsonl", [{"messages": turns} for turns in rows])
+    read: list[list[int]] = []
+    monkeypatch.setattr(
+        Job, "run", lambda job, items, sizes, predict: read.extend(items) or [{"": ""} for _ in items]
+    )
+    found = predict(
+        chatting / "out", tmp_path / "asked.jsonl", max_new_tokens=56, console=Console(quiet=True)
+    )
+    assert "1 of 2 prompts are longer than 200 tokens; the beginning of each is not read." in found.notes
+    begin = AutoTokenizer.from_pretrained(chatting / "llama").bos_token_id
+    assert [len(ids) for ids in read][0] == 200 and {ids[0] for ids in read} == {begin}
+
+
 def test_broken_pictures_get_no_prediction_and_a_folder_needs_no_labels(tmp_path: Path, bert: Path) -> None:
     recipe, _ = photo_world(tmp_path, bert)
     trained(recipe)
@@ -422,6 +496,17 @@ def peft_folder(folder: Path, bert: Path, **config: Any) -> Path:
     lora = peft.LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False, **config)
     peft.get_peft_model(base, lora).save_pretrained(folder)
     return folder
+
+
+def test_a_folders_table_may_have_a_column_named_as_the_files(tmp_path: Path, bert: Path) -> None:
+    recipe, _ = photo_world(tmp_path, bert)
+    trained(recipe)
+    photos = sorted(path.relative_to(tmp_path / "new") for path in (tmp_path / "new" / "photos").rglob("*.*"))
+    lines = ["image,file_name", *(f"{number},{path}" for number, path in enumerate(photos))]
+    (tmp_path / "new" / "metadata.csv").write_text("\n".join(lines))
+    found = predict(tmp_path / "out", tmp_path / "new", console=Console(quiet=True)).columns
+    assert found["file_name"] == list(map(str, photos))
+    assert found["image"] == [str(number) for number in range(9)] and None not in found["prediction"]
 
 
 def test_a_folder_of_peft_needs_no_recipe(tmp_path: Path, bert: Path) -> None:

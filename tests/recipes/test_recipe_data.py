@@ -176,6 +176,19 @@ def test_repeated_texts_are_never_both_trained_on_and_held_out(world: Path) -> N
     assert any("left out that repeat another's text" in note for note in data.notes)
 
 
+def test_a_column_may_begin_in_a_later_line_of_json(world: Path) -> None:
+    lines = [
+        {"text": "a b", "label": "x"},
+        *({"text": f"a {i}", "label": "xy"[i % 2], "other": "b"} for i in range(9)),
+    ]
+    (world / "reviews.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    changes = {"data__train": str(world / "reviews.jsonl")}
+    data = read(world, **changes, data__text_pair="other")
+    assert len(data.train) + len(data.evaluation) == 10
+    said = message(world, **changes, data__label="lable")
+    assert "has no column 'lable'; it has text, label, other. Did you mean 'label'?" in said
+
+
 def test_broken_rows_are_named_by_line(world: Path) -> None:
     (world / "reviews.csv").write_text("text,label\na,x\nb, and more,y\n")
     assert "reviews.csv, line 3: 3 values for 2 columns" in message(world)

@@ -121,6 +121,47 @@ def test_a_picture_that_is_cut_short_gives_its_place_to_the_next(world: Path, ti
         arguments["train_dataset"][index]
 
 
+def test_a_picture_in_two_rows_is_not_both_trained_on_and_held_out(world: Path, tiny_vit: Path) -> None:
+    first, *rows = (world / "photos.csv").read_text().splitlines()
+    again = [row.replace("photos/", "photos/../photos/") for row in rows[:5]]
+    (world / "photos.csv").write_text("\n".join([first, *rows, *again]))
+    data = read(world, tiny_vit, data__train=str(world / "photos.csv"))
+    assert len(data.train) + len(data.evaluation) == COUNT
+    assert (
+        "5 rows left out that repeat another's file, so that no file is both trained on and held out."
+        in data.notes
+    )
+    (world / "few.csv").write_text("\n".join([first, *rows[:3]]))
+    tables = {"data__train": str(world / "photos.csv"), "data__eval": str(world / "few.csv")}
+    notes = read(world, tiny_vit, **tables, data__held_out=None).notes
+    assert "3 of 3 rows in `eval` are trained on, too, which makes the result too good." in notes
+
+
+def test_contents_of_pictures_are_compared_too(world: Path, tiny_vit: Path) -> None:
+    import datasets
+
+    files = sorted((world / "photos" / "red").iterdir())[:6]
+    rows = {
+        "image": [{"bytes": file.read_bytes(), "path": None} for file in [*files, *files]],
+        "label": ["a", "b"] * 6,
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(world / "saved"))
+    data = read(world, tiny_vit, data__train=str(world / "saved"), data__held_out=2)
+    assert len(data.train) + len(data.evaluation) == 6
+
+
+@pytest.mark.parametrize("kind", ["uint16", "float32"])
+def test_a_picture_with_more_than_8_bits_is_not_read_as_white(world: Path, tiny_vit: Path, kind: str) -> None:
+    import numpy as np
+    from PIL import Image
+
+    deep = Image.fromarray(np.linspace(0, 60000, 24 * 24).reshape(24, 24).astype(kind))
+    deep.save(world / "photos" / "red" / "deep.tif")
+    (note,) = read(world, tiny_vit).notes
+    assert "deep.tif' has more than 8 bits per pixel (mode " in note and note.endswith("save it with 8 bits.")
+
+
 def test_a_folder_without_pictures_is_refused(world: Path, tiny_vit: Path) -> None:
     (world / "empty").mkdir()
     with pytest.raises(

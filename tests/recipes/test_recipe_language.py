@@ -282,6 +282,19 @@ def test_wrong_messages_are_named_by_file_and_line(world: Path, model: Path) -> 
     assert "questions.jsonl, line 1 'answer': a list of messages is expected, but it holds 'it is" in said
 
 
+def test_what_a_message_says_outside_its_content_is_refused_or_named(world: Path, model: Path) -> None:
+    rows = chats()
+    rows[2]["messages"][1] = {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}
+    write_lines(world / "chats.jsonl", rows)
+    said = refusal(world, model, form(world, "messages"))
+    assert "chats.jsonl, line 3 'messages': message 2 has 'tool_calls', which are not read." in said
+    rows[2] = chats()[2]
+    rows[5]["messages"][1]["reasoning_content"] = "opposites"
+    write_lines(world / "chats.jsonl", rows)
+    notes = read(world, model, form(world, "messages")).notes
+    assert "Only 'role' and 'content' of the 'messages' are read, and not 'reasoning_content'." in notes
+
+
 def test_empty_prompts_and_completions_are_left_out_and_reported(world: Path, model: Path) -> None:
     rows = questions()
     rows[1]["question"], rows[2]["answer"] = " ", ""

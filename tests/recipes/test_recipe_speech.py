@@ -311,6 +311,15 @@ def test_a_clip_without_a_transcript_is_left_out_and_reported(world: Path, engli
     assert read(world, english).notes == ["1 row without text left out (manifest.csv, line 5)."]
 
 
+def test_a_clip_in_two_rows_is_not_both_trained_on_and_held_out(world: Path, english: Path) -> None:
+    whole = read(world, english)
+    lines = (world / "manifest.csv").read_text().splitlines()
+    (world / "manifest.csv").write_text("\n".join([*lines, *lines[1:4]]))
+    data = read(world, english)
+    assert (len(data.train), len(data.evaluation)) == (len(whole.train), len(whole.evaluation))
+    assert any("3 rows left out that repeat another's file" in note for note in data.notes)
+
+
 def test_long_clips_are_dropped_cut_or_refused(world: Path, english: Path) -> None:
     write_clip(world / "clips" / "00.wav", "low", 1.5)
     assert read(world, english).notes == [

@@ -14,10 +14,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import rankwise as rw
-from rankwise.recipes import RecipeError, Result, load_recipe, plan, train
+from rankwise.recipes import RecipeError, Result, load_recipe, plan, predict, train
 from rankwise.recipes.output import Output
 from rankwise.recipes.plan import total_steps
 from rankwise.recipes.recipe import TrainingSection
+from recipe_world import rows as sentences
 from recipe_world import save_tiny_model, write_recipe, write_table
 
 
@@ -210,6 +211,22 @@ def test_both_texts_of_a_pair_are_read(world: Path, tiny_model: Path) -> None:
         training__max_steps=150, training__learning_rate=0.02, training__per_device_train_batch_size=16,
     )  # fmt: skip
     assert result.after["accuracy"] > 0.9
+
+
+def test_a_second_text_that_is_a_number_is_refused_in_training_and_in_predictions(
+    world: Path, tiny_model: Path
+) -> None:
+    lines = [json.dumps({"text": text, "label": label, "other": "film"}) for text, label, _ in sentences(30)]
+    (world / "pairs.jsonl").write_text("\n".join(lines))
+    changes = {"data__train": str(world / "pairs.jsonl"), "data__text_pair": "other"}
+    result, _ = run(world, tiny_model, **changes)
+    (world / "pairs.jsonl").write_text("\n".join(lines).replace('"film"', "0"))
+    with pytest.raises(
+        RecipeError, match=r"pairs.jsonl, line 1 holds 0 in 'other', where a text is expected\."
+    ):
+        run(world, tiny_model, **changes, output=str(world / "other"))
+    with pytest.raises(RecipeError, match="holds 0 in 'other'"):
+        predict(result.folder, world / "pairs.jsonl", console=Console(quiet=True))
 
 
 def test_lora_trains_too(world: Path, tiny_model: Path) -> None:

@@ -63,6 +63,25 @@ def test_the_recipes_arguments_reach_transformers(
     assert getattr(found, "value", found) == value
 
 
+def test_incomplete_batches_are_dropped_in_training_only(world: Path, tiny_model: Path) -> None:
+    plain = ["training.per_device_eval_batch_size=8"]  # 12 examples are held out
+    dropping = [*plain, "training.dataloader_drop_last=true", f"output={world / 'dropping'}"]
+    found = [
+        train(load_recipe(write_recipe(world, tiny_model), each), console=Console(quiet=True))
+        for each in (plain, dropping)
+    ]
+    assert found[0].before == found[1].before
+    assert found[0].after == found[1].after
+
+
+def test_a_run_in_which_no_batch_would_be_complete_is_refused(world: Path, tiny_model: Path) -> None:
+    given = ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=49"]
+    with pytest.raises(
+        RecipeError, match="dataloader_drop_last: drops all 48 training examples, because a batch"
+    ):
+        plan(load_recipe(write_recipe(world, tiny_model), given))
+
+
 def test_a_schedule_of_the_learning_rate_gets_its_own_arguments(world: Path, tiny_model: Path) -> None:
     kind, kwargs = "training.lr_scheduler_type=cosine_with_min_lr", {"min_lr": 1e-5}
     found = arguments(world, tiny_model, kind, f"training.lr_scheduler_kwargs={json.dumps(kwargs)}")

@@ -204,8 +204,15 @@ def make_plan(
         memory: whether to estimate the memory, too. This takes seconds for a large model.
 
     Raises:
-        RecipeError: the schedule or the adapter does not fit the run or the model.
+        RecipeError: no batch is complete, or the schedule or the adapter does not fit the run or the model.
     """
+    batch = recipe.training.per_device_train_batch_size * processes
+    if recipe.training.others.get("dataloader_drop_last") and len(data.train) < batch:
+        raise refusal(
+            "training.dataloader_drop_last",
+            f"drops all {len(data.train)} training examples, because a batch takes {batch}. Take it out, or make "
+            "per_device_train_batch_size smaller.",
+        )
     total = total_steps(recipe.training, len(data.train), processes)
     if recipe.method == "adalora":
         recipe.schedule.resolve(total)  # refuses phases that do not fit, before anything is loaded

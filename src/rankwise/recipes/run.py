@@ -208,10 +208,11 @@ def _train(
     console.print(planned)
 
     # The model with its adapters, and the trainer.
-    from transformers import PrinterCallback, Trainer, set_seed
+    from transformers import PrinterCallback, set_seed
 
     from rankwise.recipes.best import KeepBest
     from rankwise.recipes.progress import KeepGoodCheckpoints, KeepResults, LiveProgress, StopWhenAsked
+    from rankwise.recipes.trainer import RecipeTrainer
 
     set_seed(recipe.training.seed)
     with console.status("loading the model"):
@@ -221,7 +222,7 @@ def _train(
         for_task, notes = task.trainer_arguments(recipe, data, processor, model)
     for note in notes:
         _say(console, note)
-    trainer_class = for_task.pop("trainer", Trainer)
+    trainer_class = for_task.pop("trainer", RecipeTrainer)
     arguments = training_arguments(recipe, planned.total_step, output.folder, trainer_class)
     claim()
     checkpoint = _checkpoint(output, console) if resume else None

@@ -59,7 +59,9 @@ def measure_time(recipe: BaseRecipe) -> Timing:
     Raises:
         RecipeError: the data or the adapter can't be used.
     """
-    from transformers import PrinterCallback, Trainer
+    from transformers import PrinterCallback
+
+    from rankwise.recipes.trainer import RecipeTrainer
 
     task = load_task(recipe.task)
     with quiet(), tempfile.TemporaryDirectory() as nowhere:
@@ -69,7 +71,7 @@ def measure_time(recipe: BaseRecipe) -> Timing:
         total = total_steps(recipe.training, len(data.train), processes())
         model, _ = attach(recipe, model, total)
         for_task, _ = task.trainer_arguments(recipe, data, processor, model)
-        trainer_class = for_task.pop("trainer", Trainer)
+        trainer_class = for_task.pop("trainer", RecipeTrainer)
         held_out = for_task["eval_dataset"]
         arguments = training_arguments(recipe, min(total, _STEPS + _FIRST), Path(nowhere), trainer_class)
         arguments.eval_strategy = arguments.save_strategy = "no"

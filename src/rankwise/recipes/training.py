@@ -38,6 +38,13 @@ NOT_TAKEN: Mapping[str, str] = {
     "save_only_model": "resuming needs whole checkpoints.",
     "batch_eval_metrics": "metrics are of all held-out examples together.",
     "eval_do_concat_batches": "metrics are of all held-out examples together.",
+    "enable_jit_checkpoint": "rankwise saves a checkpoint when a signal stops the run.",
+    "label_names": "the task names the labels.",
+    "prediction_loss_only": "metrics need the predictions.",
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        "the model is evaluated before training, too, and would then train in half precision. Use `bf16` or `fp16`.",
+    ),
     "parallelism_config": "a recipe can't hold such an object: train from Python.",
     **dict.fromkeys(
         (

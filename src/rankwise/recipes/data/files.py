@@ -117,6 +117,8 @@ def read_files(
         folder = path.parent if path else Path()
     elif (metadata := _metadata(path)) is not None:
         named = read_table(metadata, key, ["file_name", *columns[1:]], split, rest=rest)
+        if column in named.rows.column_names:
+            column = "file_name"  # the column of the wanted name is another one, which `rest` keeps
         table = Table(metadata, named.rows.rename_columns({"file_name": column}))
         folder = path
     elif _is_saved_dataset(path):

@@ -53,7 +53,13 @@ def _opened(source: str | bytes) -> Iterator[Any]:
 
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise PictureError(
+                    f"has more than 8 bits per pixel (mode {picture.mode}), and would become white: save it with 8 bits"
+                )
             yield picture
+    except PictureError:
+        raise
     except FileNotFoundError as error:
         raise PictureError("does not exist") from error
     except UnidentifiedImageError as error:

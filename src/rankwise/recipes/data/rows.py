@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -153,6 +155,30 @@ def rows_with_text(table: Table, column: str, notes: list[str], key: str = "data
     return rows
 
 
+def second_texts(table: Table, column: str, rows: Sequence[int]) -> list[str]:
+    """The second text of each of ``rows``. A missing one is empty.
+
+    Args:
+        table: the table.
+        column: the column with the second texts.
+        rows: the numbers of the rows.
+
+    Raises:
+        RecipeError: a value is not text.
+    """
+    values = table.rows[column]
+    wrong = [row for row in rows if not isinstance(values[row], str | None)]
+    raise_problems(
+        bad_rows(
+            "data.text_pair",
+            table,
+            wrong,
+            lambda row: f"holds {values[row]!r:.50} in {column!r}, where a text is expected",
+        )
+    )
+    return [values[row] or "" for row in rows]
+
+
 def listed_rows(table: Table, rows: Sequence[int]) -> str:
     """The places of the first of ``rows``: ``reviews.csv, line 7, reviews.csv, line 9, …``."""
     shown = ", ".join(table.where(row) for row in rows[:_MOST_SHOWN])
@@ -233,7 +259,7 @@ def hold_out(
     sets: Sequence[Any],
     notes: list[str],
     *,
-    text: Sequence[str] = (),
+    unique: str | Sequence[str],
     label: str | None = None,
 ) -> tuple[Any, Any]:
     """Choose the training and the held-out examples. The choice is the same on every machine.
@@ -242,7 +268,8 @@ def hold_out(
         data: the recipe's data section, which gives the sizes of both parts.
         sets: one dataset to split, or a training dataset and a held-out one.
         notes: the list to which a sentence about rows left out is added.
-        text: columns to compare. Of rows with equal values, only the first is used. Empty: keep all rows.
+        unique: the columns with the texts, or the name of the column with the files, as paths or contents. Of rows with
+            equal texts or the same file, only the first is used.
         label: the column whose values keep their proportions in both parts. None: a plain shuffle.
 
     Returns:
@@ -254,8 +281,8 @@ def hold_out(
     train = sets[0]
     if data._nothing_trains:
         return train.select([0]), train  # the trainer requires a training example, but does not use it
-    if len(sets) == 1 and text:
-        train = _without_repeats(train, text, notes)
+    if len(sets) == 1:
+        train = _without_repeats(train, unique, notes)
     order = mixed_order([0] * len(train) if label is None else list(train[label]), data.split_seed)
     if len(sets) == 2:
         if data.train_size is not None and data.train_size > len(train):
@@ -263,7 +290,7 @@ def hold_out(
                 "data.train_size", f"is {data.train_size}, but there are only {count_rows(len(train))}."
             )
         train = train.select(order[: data.train_size])
-        _note_repeats(train, sets[1], text, notes)
+        _note_repeats(train, sets[1], unique, notes)
         return train, sets[1]
     try:
         held_out = 0.1 if data.held_out is None else data.held_out
@@ -274,32 +301,40 @@ def hold_out(
     return train.select(order[:count]), train.select(sorted(order[len(order) - held :]))
 
 
-def _without_repeats(rows: Any, columns: Sequence[str], notes: list[str]) -> Any:
-    """Keep each text once, because a held-out repetition of a training text would measure nothing."""
-    first = {parts: row for row, parts in reversed(list(enumerate(_texts(rows, columns))))}
+def _without_repeats(rows: Any, unique: str | Sequence[str], notes: list[str]) -> Any:
+    """Keep each text or file once, because a held-out repetition of a training text would measure nothing."""
+    first = {parts: row for row, parts in reversed(list(enumerate(_compared(rows, unique))))}
     if len(first) < len(rows):
         repeats = count_rows(len(rows) - len(first))
+        what = "file" if isinstance(unique, str) else "text"
         notes.append(
-            f"{repeats} left out that repeat another's text, so that no text is both trained on and held out."
+            f"{repeats} left out that repeat another's {what}, so that no {what} is both trained on and held out."
         )
     return rows.select(sorted(first.values()))
 
 
-def _note_repeats(train: Any, held_out: Any, columns: Sequence[str], notes: list[str]) -> None:
+def _note_repeats(train: Any, held_out: Any, unique: str | Sequence[str], notes: list[str]) -> None:
     """Note how many held-out examples of a file of their own are trained on, too, because they measure nothing."""
-    if not columns:
-        return
-    trained = set(_texts(train, columns))
-    both = sum(parts in trained for parts in _texts(held_out, columns))
+    trained = set(_compared(train, unique))
+    both = sum(parts in trained for parts in _compared(held_out, unique))
     if both:
         notes.append(
             f"{both:,} of {count_rows(len(held_out))} in `eval` are trained on, too, which makes the result too good."
         )
 
 
-def _texts(rows: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """The values to compare of each row."""
-    return [tuple(map(_plain, parts)) for parts in zip(*(rows[column] for column in columns), strict=True)]
+def _compared(rows: Any, unique: str | Sequence[str]) -> list[Hashable]:
+    """The texts or the file of each row, to compare."""
+    if isinstance(unique, str):
+        return [_file(value) for value in rows[unique]]
+    return [tuple(map(_plain, parts)) for parts in zip(*(rows[column] for column in unique), strict=True)]
+
+
+def _file(value: Any) -> Hashable:
+    """A file's path or, of contents, their digest."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    return hashlib.sha256(value).digest() if isinstance(value, bytes) else os.path.normpath(str(value))
 
 
 def _plain(value: Any) -> str:

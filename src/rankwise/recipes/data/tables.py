@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import re
 import sys
@@ -28,6 +29,7 @@ SUFFIXES = {
     ".parquet": "parquet",
 }
 FOLDER_COLUMNS = ("text", "label")
+_JSON_HEAD = 1000  # lines of a JSON file that tell its columns, because a row may lack some
 
 
 @dataclass(frozen=True)
@@ -302,17 +304,19 @@ def _ragged_csv_line(path: Path) -> str | None:
 def _json_columns(path: Path) -> list[str] | None:
     if _is_json_array(path):
         return None
+    columns: dict[str, None] = {}
     with open(path, encoding="utf-8-sig") as file:
-        first = next((line for line in file if line.strip()), "")
-    if not first:
-        return []
-    try:
-        row = json.loads(first)
-    except ValueError:
-        return None  # an object over several lines, which only a whole read can parse
-    if not isinstance(row, dict):
-        raise ValueError("each line must be an object, such as {" + '"text": "…", "label": "…"}')
-    return list(row)
+        for line in itertools.islice((line for line in file if line.strip()), _JSON_HEAD):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return None  # an object over several lines, or a broken line: only a whole read can tell
+            if not isinstance(row, dict):
+                if columns:
+                    return None
+                raise ValueError("each line must be an object, such as {" + '"text": "…", "label": "…"}')
+            columns |= dict.fromkeys(row)
+    return list(columns)
 
 
 def _is_json_array(path: Path) -> bool:

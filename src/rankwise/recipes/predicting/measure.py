@@ -111,9 +111,10 @@ def evaluate(
         (2, ['accuracy', 'loss', 'macro_f1'])
     """
     from rich.console import Console
-    from transformers import PrinterCallback, Trainer
+    from transformers import PrinterCallback
 
     from rankwise.recipes.progress import LiveProgress
+    from rankwise.recipes.trainer import RecipeTrainer
 
     console = console or Console(stderr=True)
     size = [] if batch_size is None else [f"training.per_device_eval_batch_size={batch_size}"]
@@ -126,7 +127,7 @@ def evaluate(
             notes = list(data.notes)
             model = saved.model(processor, notes)
             for_task, more = task.trainer_arguments(saved.recipe, data, processor, model)
-        trainer_class = for_task.pop("trainer", Trainer)
+        trainer_class = for_task.pop("trainer", RecipeTrainer)
         seen = Keep(for_task["compute_metrics"])
         for_task["compute_metrics"] = seen
         metrics = task.metrics(saved.recipe)

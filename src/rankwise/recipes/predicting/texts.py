@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rankwise.recipes.data.rows import second_texts
 from rankwise.recipes.models import token_limit
 from rankwise.recipes.predicting.job import Job, likeliest
 
@@ -17,9 +18,8 @@ def columns(recipe: Any) -> dict[str, str]:
 def predict(job: Job) -> list[dict[str, Any] | None]:
     """The label, its probability and all labels' probabilities, for each row. In regression, the number."""
     data, rows = job.recipe.data, job.usable_texts(job.recipe.data.text)
-    kept = job.table.rows.select(rows)
-    texts = list(kept[data.text])
-    pairs = [] if data.text_pair is None else [[pair or "" for pair in kept[data.text_pair]]]
+    texts = list(job.table.rows.select(rows)[data.text])
+    pairs = [] if data.text_pair is None else [second_texts(job.table, data.text_pair, rows)]
     limit = token_limit(data.max_length, job.processor, job.model.config)
     encoded = job.processor(texts, *pairs, truncation=True, max_length=limit) if texts else {}
     examples = [{name: encoded[name][i] for name in encoded} for i in range(len(texts))]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rankwise.recipes.data.rows import bad_rows
+from rankwise.recipes.errors import raise_problems
 from rankwise.recipes.models import token_limit
 from rankwise.recipes.predicting.job import Job
-from rankwise.recipes.tasks.causal_lm.language import prompt_ids
+from rankwise.recipes.tasks.causal_lm.examples import chat_problem, template_error, turn
+from rankwise.recipes.tasks.causal_lm.language import end_of_prompt, prompt_ids
 
 _LENGTH = 1024
 
@@ -32,7 +35,13 @@ def predict(job: Job) -> list[dict[str, Any] | None]:
     tokens = job.max_new_tokens or recipe.sample_tokens
     limit = token_limit(recipe.data.max_length, tokenizer, job.model.config, _LENGTH)
     room = max(1, limit - tokens)
-    prompts = [_prompt(recipe, tokenizer, values[row])[-room:] for row in rows]
+    whole = _prompts(job, rows, values, column)
+    prompts = [end_of_prompt(tokenizer, ids, room) for ids in whole]
+    cut = sum(len(ids) > room for ids in whole)
+    if cut:
+        job.notes.append(
+            f"{cut:,} of {len(rows):,} prompts are longer than {room:,} tokens; the beginning of each is not read."
+        )
     ends = _ends(job.model, tokenizer)
 
     def of_batch(batch: list[list[int]]) -> Sequence[dict[str, Any]]:
@@ -50,17 +59,34 @@ def predict(job: Job) -> list[dict[str, Any] | None]:
     return job.spread(rows, job.run(prompts, [len(ids) for ids in prompts], of_batch))
 
 
-def _prompt(recipe: Any, tokenizer: Any, value: Any) -> list[int]:
-    """The tokens of a prompt. Those of a chat end where the assistant's last turn begins."""
-    if not recipe.data.is_chat:
-        return prompt_ids(tokenizer, value)
-    turns: list[Mapping[str, str]] = (
-        value if isinstance(value, list) else [{"role": "user", "content": value}]
-    )
-    if turns[-1]["role"] == "assistant" and len(turns) > 1:
-        turns = turns[:-1]
-    encoded = tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+def _prompts(job: Job, rows: Sequence[int], values: Sequence[Any], column: str) -> list[list[int]]:
+    """The tokens of each prompt. Those of a chat end where the assistant's last turn begins."""
+    data, tokenizer = job.recipe.data, job.processor
+    if not data.is_chat:
+        return [prompt_ids(tokenizer, values[row]) for row in rows]
+    prompts, wrong = [], {}
+    for row in rows:
+        turns = [turn("user", values[row])] if data.messages is None else _asked(values[row])
+        problem = chat_problem(turns)
+        if problem is not None:
+            wrong[row] = f"{column!r}: {problem}"
+            continue
+        read = [turn(each["role"], each["content"]) for each in turns]
+        try:
+            encoded = tokenizer.apply_chat_template(read, add_generation_prompt=True, return_dict=True)
+            prompts.append(list(encoded["input_ids"]))
+        except (ValueError, template_error()) as error:
+            wrong[row] = f"can't be rendered: {error}"
+    key = "data.messages" if data.messages is not None else "data.chat"
+    raise_problems(bad_rows(key, job.table, list(wrong), wrong.__getitem__))
+    return prompts
+
+
+def _asked(turns: Any) -> Any:
+    """A chat without the answer at its end."""
+    last = turns[-1] if isinstance(turns, list) and len(turns) > 1 else None
+    answered = isinstance(last, Mapping) and last.get("role") == "assistant"
+    return turns[:-1] if answered else turns
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

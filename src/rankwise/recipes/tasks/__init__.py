@@ -124,8 +124,8 @@ class Task(Protocol):
     ) -> tuple[dict[str, Any], list[str]]:
         """The arguments of Transformers' ``Trainer`` that depend on the task, and notes for the user.
 
-        These arguments are data, collator and metrics. The key ``trainer`` may hold a class to use instead of
-        ``Trainer``.
+        These arguments are data, collator and metrics. The key ``trainer`` may hold a subclass of
+        `rankwise.recipes.trainer.RecipeTrainer` to use instead of it.
         """
 
     @staticmethod

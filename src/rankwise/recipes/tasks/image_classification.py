@@ -116,7 +116,7 @@ def read_data(recipe: Recipe) -> TaskData:
             _examples(recipe, table, rows, label_numbers(table, rows, labels, names))
             for table, rows, labels in zip(tables, kept, words, strict=True)
         ]
-        train, evaluation = hold_out(data, sets, notes, label="labels")
+        train, evaluation = hold_out(data, sets, notes, unique="image", label="labels")
     return TaskData(train, evaluation, notes, names)
 
 

@@ -24,6 +24,7 @@ from rankwise.recipes.data.rows import (
     hold_out,
     read_tables,
     rows_with_text,
+    second_texts,
 )
 from rankwise.recipes.data.splits import shortest_first
 from rankwise.recipes.data.tables import Table, quiet_datasets
@@ -115,7 +116,7 @@ def read_data(recipe: Recipe) -> TaskData:
     ]
     text = ["text", "text_pair"] if recipe.data.text_pair is not None else ["text"]
     label = None if recipe.is_regression else "labels"
-    train, evaluation = hold_out(recipe.data, sets, notes, text=text, label=label)
+    train, evaluation = hold_out(recipe.data, sets, notes, unique=text, label=label)
     return TaskData(train, evaluation, notes, names)
 
 
@@ -146,7 +147,7 @@ def _examples(recipe: Recipe, table: Table, rows: Sequence[int], targets: Sequen
     kept = table.rows.select(rows)
     columns = {"text": kept[recipe.data.text], "labels": targets}
     if recipe.data.text_pair is not None:
-        columns["text_pair"] = [pair or "" for pair in kept[recipe.data.text_pair]]
+        columns["text_pair"] = second_texts(table, recipe.data.text_pair, rows)
     return datasets.Dataset.from_dict({name: list(column) for name, column in columns.items()})
 
 

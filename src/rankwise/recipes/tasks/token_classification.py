@@ -134,7 +134,7 @@ def read_data(recipe: Recipe) -> TaskData:
         _tokens(data, tokenizer, limit, table, _numbers(table, each, names), notes)
         for table, each in zip(tables, tags, strict=True)
     ]
-    train, evaluation = hold_out(data, sets, notes, text=["input_ids"])
+    train, evaluation = hold_out(data, sets, notes, unique=["input_ids"])
     return TaskData(train, evaluation, notes, names)
 
 

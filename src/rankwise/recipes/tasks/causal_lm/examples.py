@@ -32,6 +32,9 @@ from rankwise.recipes.tasks.causal_lm.language import (
     pack,
 )
 
+# The keys of a message that are read, and those that hold an answer outside its text.
+_READ, _CALLS = ("role", "content"), ("tool_calls", "function_call")
+
 
 class LanguageData(DataSection):
     """The data section of language models: a column of texts, columns of prompts and completions, or one of chats.
@@ -171,27 +174,38 @@ def _chats(table: Table, column: str, notes: list[str]) -> dict[int, list[Messag
     """The chats, by the numbers of their rows. A note lists rows without a chat."""
     chats: dict[int, list[Message]] = {}
     wrong, empty = {}, []
+    unread: dict[str, None] = {}
     for row, value in enumerate(table.rows[column]):
         if not value:
             empty.append(row)
-        elif (problem := _chat_problem(value)) is not None:
+        elif (problem := chat_problem(value)) is not None:
             wrong[row] = problem
         else:
             chats[row] = [{"role": turn["role"], "content": turn["content"]} for turn in value]
+            unread |= {key: None for turn in value for key, held in turn.items() if held and key not in _READ}
     raise_problems(bad_rows("data.messages", table, list(wrong), lambda row: f"{column!r}: {wrong[row]}"))
     if not chats:
         raise refusal("data.messages", f"no row of {table.place.name} has messages in {column!r}.")
     if empty:
         notes.append(f"{count_rows(len(empty))} without messages left out ({listed_rows(table, empty)}).")
+    if unread:
+        keys = ", ".join(map(repr, unread))
+        notes.append(f"Only 'role' and 'content' of the {column!r} are read, and not {keys}.")
     return chats
 
 
-def _chat_problem(value: Any) -> str | None:
+def chat_problem(value: Any) -> str | None:
     """The problem with a list of messages, or None."""
     if not isinstance(value, list):
         return f"a list of messages is expected, but it holds {value!r:.50}"
     for number, turn in enumerate(value, 1):
-        for key in ("role", "content"):
+        call = next((key for key in _CALLS if isinstance(turn, Mapping) and turn.get(key)), None)
+        if call is not None:
+            return (
+                f"message {number} has {call!r}, which are not read. Write the call into its 'content', in the model's "
+                "own form, or leave the chat out"
+            )
+        for key in _READ:
             if not isinstance(turn, Mapping) or not isinstance(turn.get(key), str):
                 return f"message {number} has no text under {key!r}"
     return None
@@ -261,7 +275,7 @@ def _encode(data: LanguageData, tokenizer: Any, limit: int, rows: Any, table: Ta
     for example in tracked(rows, "splitting texts into tokens", len(rows)):
         try:
             encoded[example["row"]] = encode(example)
-        except (ValueError, _template_error()) as error:
+        except (ValueError, template_error()) as error:
             wrong[example["row"]] = str(error)
     key = "data.chat" if data.chat else "data.messages"
     raise_problems(bad_rows(key, table, list(wrong), lambda row: f"can't be rendered: {wrong[row]}"))
@@ -290,7 +304,7 @@ def turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _template_error() -> type[Exception]:
+def template_error() -> type[Exception]:
     """The error that chat templates raise when they refuse a chat."""
     from jinja2 import TemplateError
 

@@ -52,9 +52,7 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, limit: int) 
     after = [*tokenizer(completion, add_special_tokens=False)["input_ids"], *_end(tokenizer)]
     is_cut = len(before) + len(after) > limit
     if is_cut:
-        first = before[:1] if before[0] == tokenizer.bos_token_id else []
-        room = max(limit - len(after), 1) - len(first)
-        before = first + before[len(before) - room :]
+        before = end_of_prompt(tokenizer, before, limit - len(after))
         after = after[: limit - len(before)]
     return Encoded(before + after, [False] * len(before) + [True] * len(after), is_cut)
 
@@ -131,6 +129,15 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """The tokens of a text to continue: with the beginning token, if the model has one, but without the end token."""
     ids = list(tokenizer(prompt)["input_ids"])
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def end_of_prompt(tokenizer: Any, ids: Sequence[int], room: int) -> list[int]:
+    """The last ``room`` tokens of a prompt, at least 1. The token that begins a text stays."""
+    ids = list(ids)
+    if len(ids) <= room:
+        return ids
+    first = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    return first + ids[len(ids) - max(room, 1) + len(first) :]
 
 
 def _end(tokenizer: Any) -> list[int]:

@@ -43,6 +43,7 @@ from rankwise.recipes.tasks.causal_lm.examples import (
 from rankwise.recipes.tasks.causal_lm.language import (
     Message,
     Prompt,
+    end_of_prompt,
     perplexity_metrics,
     prompt_ids,
     token_losses,
@@ -112,7 +113,7 @@ def read_data(recipe: Recipe) -> LanguageTaskData:
     notes = [note for table in tables for note in table.notes]
     sets = [read_examples(recipe.data, table, notes) for table in tables]
     columns = [name for name in sets[0].column_names if name != "row"]
-    parts = hold_out(recipe.data, sets, notes, text=columns)
+    parts = hold_out(recipe.data, sets, notes, unique=columns)
     tokens = [
         split_into_tokens(recipe.data, tokenizer, limit, part, table, notes)
         for part, table in zip(parts, (tables[0], tables[-1]), strict=True)
@@ -202,12 +203,12 @@ def _prompt(recipe: Recipe, tokenizer: Any, limit: int, row: Mapping[str, Any]) 
         return Prompt(tokenizer.decode(ids[:count], skip_special_tokens=True), ids[:count], rest.strip())
     if recipe.data.form == "prompt":
         ids = _prompt_ids(recipe, tokenizer, row["prompt"])
-        return Prompt(row["prompt"], ids[-room:], row["completion"].strip())
+        return Prompt(row["prompt"], end_of_prompt(tokenizer, ids, room), row["completion"].strip())
     turns = turns_of(row)
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
     asked = turns[:last] or turns[:1]
     expected = turns[last]["content"].strip() if 0 < last < len(turns) else None
-    return Prompt(asked[-1]["content"], _asked(tokenizer, asked)[-room:], expected)
+    return Prompt(asked[-1]["content"], end_of_prompt(tokenizer, _asked(tokenizer, asked), room), expected)
 
 
 def samples(recipe: Recipe, data: LanguageTaskData, processor: Any, model: Any) -> list[dict[str, str]]:

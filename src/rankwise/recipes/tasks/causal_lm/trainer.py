@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Trainer
+from rankwise.recipes.trainer import RecipeTrainer
 
 
-class LanguageTrainer(Trainer):
+class LanguageTrainer(RecipeTrainer):
     """Reports the loss per token over all held-out tokens. A mean over batches would count tokens differently."""
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

@@ -157,7 +157,7 @@ def read_data(recipe: Recipe) -> TaskData:
         tables = read_tables(recipe, functools.partial(read_files, KIND))
         notes = [note for table in tables for note in table.notes]
         sets = [_examples(recipe, table, config, tokenizer, notes) for table in tables]
-        train, evaluation = hold_out(recipe.data, sets, notes)
+        train, evaluation = hold_out(recipe.data, sets, notes, unique="audio")
     return TaskData(train, evaluation, notes)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainer
 
+from rankwise.recipes.trainer import RecipeTrainer
+
 
 class SpeechCollator:
     """Makes batches of clips.
@@ -36,7 +38,7 @@ class SpeechCollator:
         return {"input_features": found.input_features, "labels": padded}
 
 
-class SpeechTrainer(Seq2SeqTrainer):
+class SpeechTrainer(RecipeTrainer, Seq2SeqTrainer):
     """A trainer that generates in evaluation. When several processes evaluate, it counts each clip once."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
