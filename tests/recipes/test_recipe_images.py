@@ -137,6 +137,16 @@ def test_a_picture_in_two_rows_is_not_both_trained_on_and_held_out(world: Path, 
     assert "3 of 3 rows in `eval` are trained on, too, which makes the result too good." in notes
 
 
+def test_a_picture_under_two_names_is_not_both_trained_on_and_held_out(world: Path, tiny_vit: Path) -> None:
+    first = min((world / "photos" / "red").iterdir())
+    (world / "photos" / "green" / f"copy{first.suffix}").write_bytes(first.read_bytes())
+    changed = bytearray(first.read_bytes()) + b"0"
+    (world / "photos" / "green" / f"longer{first.suffix}").write_bytes(changed)
+    data = read(world, tiny_vit)
+    assert len(data.train) + len(data.evaluation) == COUNT + 1
+    assert any(note.startswith("1 row left out that repeat") for note in data.notes)
+
+
 def test_contents_of_pictures_are_compared_too(world: Path, tiny_vit: Path) -> None:
     import datasets
 

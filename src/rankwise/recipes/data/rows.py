@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import pydantic
 from pydantic import Field, PrivateAttr
 
+from rankwise.recipes.data.same import keys_of_rows
 from rankwise.recipes.data.splits import mixed_order, split_sizes
 from rankwise.recipes.data.tables import Table, column_problems, read_table
 from rankwise.recipes.errors import Problem, RecipeError, raise_problems, refusal
@@ -268,8 +267,8 @@ def hold_out(
         data: the recipe's data section, which gives the sizes of both parts.
         sets: one dataset to split, or a training dataset and a held-out one.
         notes: the list to which a sentence about rows left out is added.
-        unique: the columns with the texts, or the name of the column with the files, as paths or contents. Of rows with
-            equal texts or the same file, only the first is used.
+        unique: the columns with the texts, or the name of the column with the files, as `keys_of_rows` takes them. Of
+            rows with the same texts or the same file, only the first is used.
         label: the column whose values keep their proportions in both parts. None: a plain shuffle.
 
     Returns:
@@ -303,7 +302,8 @@ def hold_out(
 
 def _without_repeats(rows: Any, unique: str | Sequence[str], notes: list[str]) -> Any:
     """Keep each text or file once, because a held-out repetition of a training text would measure nothing."""
-    first = {parts: row for row, parts in reversed(list(enumerate(_compared(rows, unique))))}
+    (keys,) = keys_of_rows(unique, rows)
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
     if len(first) < len(rows):
         repeats = count_rows(len(rows) - len(first))
         what = "file" if isinstance(unique, str) else "text"
@@ -315,31 +315,13 @@ def _without_repeats(rows: Any, unique: str | Sequence[str], notes: list[str]) -
 
 def _note_repeats(train: Any, held_out: Any, unique: str | Sequence[str], notes: list[str]) -> None:
     """Note how many held-out examples of a file of their own are trained on, too, because they measure nothing."""
-    trained = set(_compared(train, unique))
-    both = sum(parts in trained for parts in _compared(held_out, unique))
+    keys, held = keys_of_rows(unique, train, held_out)
+    trained = set(keys)
+    both = sum(key in trained for key in held)
     if both:
         notes.append(
             f"{both:,} of {count_rows(len(held_out))} in `eval` are trained on, too, which makes the result too good."
         )
-
-
-def _compared(rows: Any, unique: str | Sequence[str]) -> list[Hashable]:
-    """The texts or the file of each row, to compare."""
-    if isinstance(unique, str):
-        return [_file(value) for value in rows[unique]]
-    return [tuple(map(_plain, parts)) for parts in zip(*(rows[column] for column in unique), strict=True)]
-
-
-def _file(value: Any) -> Hashable:
-    """A file's path or, of contents, their digest."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    return hashlib.sha256(value).digest() if isinstance(value, bytes) else os.path.normpath(str(value))
-
-
-def _plain(value: Any) -> str:
-    """A value to compare, without differences in white space."""
-    return " ".join(value.split()) if isinstance(value, str) else repr(value)
 
 
 def count_rows(count: int) -> str:
