@@ -14,7 +14,7 @@ from torch import Tensor
 from rankwise.attach.attachment import adapter_layers
 from rankwise.model.held import HoldsAdapters
 from rankwise.parallel import zero
-from rankwise.parallel.sharded import is_sharded
+from rankwise.parallel.sharded import is_sharded, put_back
 from rankwise.run.checkpoint import load_packed_state, packed_state
 from rankwise.run.run_tensors import BUFFERS, was_left_empty
 from rankwise.storage.names import EXTRA_STATE
@@ -31,6 +31,7 @@ class CarriesRun(HoldsAdapters):
         """
         controller = self._rankwise_controller
         state = packed_state(controller) if controller else torch.zeros(0, dtype=torch.int64)
+        put_back()
         return json.dumps(state.tolist()) if any(map(is_sharded, self.parameters())) else state
 
     def set_extra_state(self, state: Tensor | str) -> None:

@@ -22,8 +22,22 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def put_back() -> None:
+    """Put the sharded parameters of ``fully_shard`` back into their modules.
+
+    A forward pass without a backward pass, such as an evaluation, may leave whole copies in their place. The copies
+    have no gradients, no optimizer knows them, and changes of their values are lost.
+    """
+    fsdp, states = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "_composable_state"))
+    if fsdp is not None and states is not None:
+        for module in list(states._module_state_mapping):  # the model may be a part of the sharded module
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 def shared_out(model: nn.Module) -> bool:
     """Whether the model's parameters can be read only by all processes together."""
+    put_back()
     return any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
