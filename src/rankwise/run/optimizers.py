@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections.abc import Callable
@@ -53,7 +54,14 @@ class Optimizers:
         return self._counter.leader
 
     def known(self) -> list[Optimizer]:
-        """All optimizers that have stepped and still exist."""
+        """All optimizers that have stepped and still exist.
+
+        If none that holds factors has stepped, all that exist are asked: a resumed run may end before its first step,
+        and its optimizer has the state from before.
+        """
+        if not any(held for _, held in self._held.values()):
+            for optimizer in [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]:
+                self._held_by(optimizer)
         return list(self._held)
 
     def holds(self, optimizer: Optimizer, prunes: bool) -> bool:
