@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -190,3 +191,16 @@ def only_makes_state() -> bool:
     checkpoints: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
     makes_state = getattr(checkpoints, "_init_optim_state", None)
     return makes_state is not None and running(makes_state)
+
+
+def in_sharded_checkpoint() -> bool:
+    """Whether the caller runs inside ``torch.distributed.checkpoint``.
+
+    It loads a tensor only into one of the same size, but text of any length.
+    """
+    frame: FrameType | None = sys._getframe(1) if "torch.distributed.checkpoint" in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch.distributed.checkpoint."):
+            return True
+        frame = frame.f_back
+    return False
