@@ -59,10 +59,16 @@ class Optimizers:
         If none that holds factors has stepped, all that exist are asked: a resumed run may end before its first step,
         and its optimizer has the state from before.
         """
-        if not any(held for _, held in self._held.values()):
-            for optimizer in [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]:
-                self._held_by(optimizer)
-        return list(self._held)
+        if any(held for _, held in self._held.values()):
+            return list(self._held)
+        own = set(map(id, self._factors.all_parameters()))
+        found = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
+        holding = [
+            each for each in found if any(id(p) in own for g in each.param_groups for p in g["params"])
+        ]
+        return list(
+            {id(each.state): each for each in holding}.values()
+        )  # a wrapper shows the state of what it wraps
 
     def holds(self, optimizer: Optimizer, prunes: bool) -> bool:
         """Whether ``optimizer`` steps any factor of the adapter.
