@@ -62,13 +62,14 @@ class Optimizers:
         if any(held for _, held in self._held.values()):
             return list(self._held)
         own = set(map(id, self._factors.all_parameters()))
-        found = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
-        holding = [
-            each for each in found if any(id(p) in own for g in each.param_groups for p in g["params"])
-        ]
-        return list(
-            {id(each.state): each for each in holding}.values()
-        )  # a wrapper shows the state of what it wraps
+        found: dict[
+            int, Optimizer
+        ] = {}  # by their state, because a wrapper shows that of the optimizer in it
+        for each in gc.get_objects():
+            groups = getattr(each, "param_groups", ()) if issubclass(type(each), Optimizer) else ()
+            if any(id(parameter) in own for group in groups for parameter in group["params"]):
+                found[id(each.state)] = each
+        return list(found.values())
 
     def holds(self, optimizer: Optimizer, prunes: bool) -> bool:
         """Whether ``optimizer`` steps any factor of the adapter.
