@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -170,3 +171,24 @@ def test_ranks_that_an_optimizer_moves_by_itself_stay_off_from_the_next_cut_to_t
     before = model(x)
     ranks.end()
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("own_layers", [True, False], ids=["rankwise's", "PEFT's"])
+def test_a_run_that_is_finished_before_its_first_step_after_resuming_trains_on_as_if_undisturbed(
+    own_layers: bool,
+) -> None:
+    def begin() -> tuple[Any, ...]:
+        model, ranks = wide(own_layers)
+        return model, AdamW(trained(model), lr=1e-3), ranks
+
+    model, optimizer, ranks = begin()
+    losses(model, optimizer, 10)
+    saved = [copy.deepcopy(each.state_dict()) for each in (model, optimizer, ranks)]
+    ranks.finalize_ranks()
+    expected = losses(model, optimizer, 6)
+
+    resumed = begin()
+    for each, state in zip(resumed, saved, strict=True):
+        each.load_state_dict(state)
+    resumed[2].finalize_ranks()
+    assert losses(resumed[0], resumed[1], 6) == expected

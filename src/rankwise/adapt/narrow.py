@@ -19,13 +19,14 @@ from rankwise.parallel.optimizer_state import (
     forget_all_together,
     start_anew,
 )
-from rankwise.parallel.sharded import is_sharded
+from rankwise.parallel.sharded import is_sharded, put_back
 from rankwise.parallel.zero import partitioned
 from rankwise.run.pairs import KEYS
 
 
 def can_be_narrowed(pairs: Iterable[PeftPair]) -> bool:
     """Whether this process holds all factors whole, so that they can be narrowed."""
+    put_back()
     return not any(is_sharded(p) or partitioned(p) for pair in pairs for p in map(pair.parameter, KEYS))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise.adapt.lone_values import LoneValues
 from rankwise.adapt.narrow import can_be_narrowed, narrow
@@ -26,7 +26,8 @@ from rankwise.attach.unused_layers import check_fast_path
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_positive
 from rankwise.parallel.processes import many_processes
-from rankwise.run.checkpoint import load_packed_state, packed_state
+from rankwise.parallel.sharded import in_sharded_checkpoint
+from rankwise.run.checkpoint import as_text, from_text, load_packed_state, packed_state
 from rankwise.run.choice.principal import PrincipalChoice
 from rankwise.run.controller import Controller
 from rankwise.run.factors import Factors
@@ -377,19 +378,22 @@ class AdaptiveRanks:
 
     # Resuming from a checkpoint.
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as tensors on the CPU by name.
 
-        The model's and the optimizer's own states are not in it.
+        The model's and the optimizer's own states are not in it. For ``torch.distributed.checkpoint`` pass the handle
+        itself: inside it, one entry is text instead of a tensor, because it grows.
 
         Raises:
             ValueError: the run is over, so there is nothing to resume.
         """
         self._refuse_if_over()
         ends = torch.tensor(self._choice.end_scales, dtype=torch.float64)
-        return {**self._tensors.state_dict(), "run": packed_state(self._controller), "end_scales": ends}
+        run = packed_state(self._controller)
+        text = in_sharded_checkpoint()
+        return {**self._tensors.state_dict(), "run": as_text(run) if text else run, "end_scales": ends}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume the run that a state describes. Load the adapter's factors and the optimizer's state yourself.
 
         Args:
@@ -405,6 +409,7 @@ class AdaptiveRanks:
                 "This is not the state of a run on these layers. Pass the result of `state_dict()` of the interrupted "
                 "run, on a model with the same LoRA layers and ranks."
             )
+        packed = from_text(packed) if isinstance(packed, str) else packed
         before, mine = self._tensors.state_dict(), self._choice.end_scales
         self._tensors.load_state_dict(dict(state))
         try:

@@ -5,7 +5,6 @@ Scores and masks are buffers of the model. The step and the history are its extr
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 from rankwise.attach.attachment import adapter_layers
 from rankwise.model.held import HoldsAdapters
 from rankwise.parallel import zero
-from rankwise.parallel.sharded import is_sharded
-from rankwise.run.checkpoint import load_packed_state, packed_state
+from rankwise.parallel.sharded import in_sharded_checkpoint, is_sharded, put_back
+from rankwise.run.checkpoint import as_text, from_text, load_packed_state, packed_state
 from rankwise.run.run_tensors import BUFFERS, was_left_empty
 from rankwise.storage.names import EXTRA_STATE
 
@@ -26,12 +25,14 @@ class CarriesRun(HoldsAdapters):
     def get_extra_state(self) -> Tensor | str:
         """Return step and history of the run for ``state_dict``, as a tensor, which every file format takes.
 
-        With sharded parameters the result is a string. Sharded checkpoints load a tensor only into one of the same
-        size, and a history grows.
+        With sharded parameters and inside ``torch.distributed.checkpoint`` the result is a string. Sharded checkpoints
+        load a tensor only into one of the same size, and a history grows.
         """
         controller = self._rankwise_controller
         state = packed_state(controller) if controller else torch.zeros(0, dtype=torch.int64)
-        return json.dumps(state.tolist()) if any(map(is_sharded, self.parameters())) else state
+        put_back()
+        text = any(map(is_sharded, self.parameters())) or in_sharded_checkpoint()
+        return as_text(state) if text else state
 
     def set_extra_state(self, state: Tensor | str) -> None:
         """Restore the step and the history of the run.
@@ -43,10 +44,7 @@ class CarriesRun(HoldsAdapters):
             ValueError: ``state`` does not hold the state of a run.
         """
         if isinstance(state, str):
-            try:
-                state = torch.tensor(json.loads(state), dtype=torch.int64)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{state[:80]!r} is not the state of a run ({error}).") from None
+            state = from_text(state)
         if self._rankwise_controller is not None and state.numel():
             load_packed_state(self._rankwise_controller, state)
         for name in self.peft_config:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,8 +23,22 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def put_back() -> None:
+    """Put the sharded parameters of ``fully_shard`` back into their modules.
+
+    A forward pass without a backward pass, such as an evaluation, may leave whole copies in their place. The copies
+    have no gradients, no optimizer knows them, and changes of their values are lost.
+    """
+    fsdp, states = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "_composable_state"))
+    if fsdp is not None and states is not None:
+        for module in list(states._module_state_mapping):  # the model may be a part of the sharded module
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 def shared_out(model: nn.Module) -> bool:
     """Whether the model's parameters can be read only by all processes together."""
+    put_back()
     return any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
@@ -176,3 +191,16 @@ def only_makes_state() -> bool:
     checkpoints: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
     makes_state = getattr(checkpoints, "_init_optim_state", None)
     return makes_state is not None and running(makes_state)
+
+
+def in_sharded_checkpoint() -> bool:
+    """Whether the caller runs inside ``torch.distributed.checkpoint``.
+
+    It loads a tensor only into one of the same size, but text of any length.
+    """
+    frame: FrameType | None = sys._getframe(1) if "torch.distributed.checkpoint" in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch.distributed.checkpoint."):
+            return True
+        frame = frame.f_back
+    return False

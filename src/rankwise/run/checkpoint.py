@@ -6,6 +6,9 @@ The run's tensors hold the kept ranks and the statistics of gradients (see `rank
 
 from __future__ import annotations
 
+import json
+
+import torch
 from torch import Tensor
 
 from rankwise.run.controller import Controller
@@ -32,6 +35,23 @@ def run_state(controller: Controller) -> RunState:
 def packed_state(controller: Controller) -> Tensor:
     """Pack `run_state` into one int64 vector, for the model's extra state."""
     return run_state(controller).to_tensor()
+
+
+def as_text(packed: Tensor) -> str:
+    """The result of `packed_state` as text. A history grows, and a sharded checkpoint loads tensors of one size."""
+    return json.dumps(packed.tolist())
+
+
+def from_text(text: str) -> Tensor:
+    """Read the result of `as_text`.
+
+    Raises:
+        ValueError: ``text`` is something else.
+    """
+    try:
+        return torch.tensor(json.loads(text), dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{text[:80]!r} is not the state of a run ({error}).") from None
 
 
 def check_packed_state(controller: Controller, packed: Tensor) -> RunState:

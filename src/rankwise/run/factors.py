@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankwise.method.layout import TripletLayout
 from rankwise.parallel.holder import Holder, Measured, TensorHolder
+from rankwise.parallel.sharded import put_back
 from rankwise.parallel.zero import ZeroParts, partitioned, shape_of
 from rankwise.parallel.zero_holder import ZeroHolder
 from rankwise.run.pairs import KEYS, FactorPair, block_names
@@ -93,6 +94,7 @@ class Factors:
     @property
     def holder(self) -> Holder:
         """The object that currently reads and writes the factors."""
+        put_back()
         self.zero_parts()
         return self._zero_holder or TensorHolder(self.parameter)
 

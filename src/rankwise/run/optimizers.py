@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections.abc import Callable
@@ -53,8 +54,22 @@ class Optimizers:
         return self._counter.leader
 
     def known(self) -> list[Optimizer]:
-        """All optimizers that have stepped and still exist."""
-        return list(self._held)
+        """All optimizers that have stepped and still exist.
+
+        If none that holds factors has stepped, all that exist are asked: a resumed run may end before its first step,
+        and its optimizer has the state from before.
+        """
+        if any(held for _, held in self._held.values()):
+            return list(self._held)
+        own = set(map(id, self._factors.all_parameters()))
+        found: dict[
+            int, Optimizer
+        ] = {}  # by their state, because a wrapper shows that of the optimizer in it
+        for each in gc.get_objects():
+            groups = getattr(each, "param_groups", ()) if issubclass(type(each), Optimizer) else ()
+            if any(id(parameter) in own for group in groups for parameter in group["params"]):
+                found[id(each.state)] = each
+        return list(found.values())
 
     def holds(self, optimizer: Optimizer, prunes: bool) -> bool:
         """Whether ``optimizer`` steps any factor of the adapter.
