@@ -31,7 +31,7 @@ def put_back() -> None:
     """
     fsdp, states = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "_composable_state"))
     if fsdp is not None and states is not None:
-        for module in list(states._module_state_mapping):  # the model may be a part of the sharded module
+        for module in list(getattr(states, "_module_state_mapping", ())):  # of the whole process
             if isinstance(module, fsdp.FSDPModule):
                 module.reshard()
 

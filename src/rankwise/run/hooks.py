@@ -50,7 +50,8 @@ def stop_listening(listener: Listener) -> None:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     positional = len(args) > 1 and callable(args[1])
     closure = given = args[1] if positional else kwargs.get("closure")
-    put_back()
+    if _listeners:
+        put_back()
     for listener in list(_listeners):
         if listener.holds(optimizer) and not only_makes_state():
             closure = listener.before_step(optimizer, closure)

@@ -62,9 +62,8 @@ class Optimizers:
         if any(held for _, held in self._held.values()):
             return list(self._held)
         own = set(map(id, self._factors.all_parameters()))
-        found: dict[
-            int, Optimizer
-        ] = {}  # by their state, because a wrapper shows that of the optimizer in it
+        # By their state, because a wrapper shows the state of the optimizer in it.
+        found: dict[int, Optimizer] = {}
         for each in gc.get_objects():
             groups = getattr(each, "param_groups", ()) if issubclass(type(each), Optimizer) else ()
             if any(id(parameter) in own for group in groups for parameter in group["params"]):
