@@ -176,13 +176,16 @@ def test_merging_gives_the_same_output_and_unmerging_the_old_weight(name: str, a
             model.merge_adapter()
         assert torch.equal(model[0].weight, base[0].weight)
         return
+    if name == "linear-of-a-users-class":  # its forward pass would double a merged update, too
+        with pytest.raises(ValueError, match="Doubled is a linear layer by its class"):
+            model.merge_adapter()
+        return
     before = model(x)
     torch.testing.assert_close(
         model[0].delta_weight("default"), model[0].shape_like_weight(_delta(model[0], adalora))
     )
     model.merge_adapter()
-    if name != "linear-of-a-users-class":  # the user's forward pass doubles the merged update, too
-        torch.testing.assert_close(model(x), before, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(model(x), before, atol=1e-10, rtol=1e-10)
     merged = model[0].weight.clone()
     model.merge_adapter()
     assert torch.equal(model[0].weight, merged), "merging twice adds the update once"

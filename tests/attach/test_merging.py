@@ -85,3 +85,26 @@ def test_a_copy_is_not_put_in_place_of_a_module_that_shares_weights() -> None:
     with pytest.raises(ValueError, match="'head.*is shared with 'tied"):
         refuse_shared_copies(model, ["default"])
     refuse_shared_copies(model, [])
+
+
+class Cosine(nn.Linear):
+    """A linear layer of another weight than its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, nn.functional.normalize(self.weight), self.bias)
+
+
+class Standardized(nn.Conv2d):
+    """A convolution of another weight than its own, as BiT's are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize("layer", [Cosine(4, 4), Standardized(2, 2, 2), nn.Embedding(9, 4, max_norm=1.0)])
+def test_weights_that_a_layer_changes_before_it_uses_them_are_not_merged_into(layer: nn.Module) -> None:
+    before = copy.deepcopy(layer.state_dict())
+    model = rw.get_peft_model(nn.Sequential(layer), rw.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"'0': .*Keep the adapter unmerged"):
+        merge(model, ["default"], safe_merge=False)
+    assert all(torch.equal(layer.state_dict()[key], value) for key, value in before.items())

@@ -384,6 +384,52 @@ def test_a_linear_layer_that_computes_something_else_is_refused_and_left_out(cls
     torch.testing.assert_close(found, adapted["odd"](x))
 
 
+class Causal(nn.Conv1d):
+    """A convolution that pads its input, as Transformers' causal ones do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+class Doubled(nn.Conv1d):
+    """A convolution of another weight than its own, whose output has the plain one's shape."""
+
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return super()._conv_forward(x, 2 * weight, bias)
+
+
+class Positions(nn.Embedding):
+    """An embedding of positions, which looks up other rows than its input says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.arange(x.shape[1]).expand(x.shape))
+
+
+class Scaled(nn.Embedding):
+    """An embedding that multiplies its output, as Gemma's does."""
+
+    embed_scale = 5.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.embed_scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embedding_or_a_convolution_that_computes_something_else_is_refused(dtype: torch.dtype) -> None:
+    model = nn.ModuleDict({
+        "causal": Causal(3, 4, 3), "doubled": Doubled(3, 4, (3,), padding="same"),
+        "positions": Positions(9, 4), "scaled": Scaled(9, 4), "plain": nn.Embedding(9, 4),
+    }).to(dtype)  # fmt: skip
+    with torch.no_grad():
+        model["positions"].weight.mul_(1e-3)  # small numbers are told apart, too
+    with pytest.raises(ValueError, match="'causal' can't be adapted: Causal is a convolution by its class"):
+        find_targets(model, LoraConfig(target_modules=["causal"]))
+    with pytest.raises(ValueError, match=r"'positions'.*is an embedding by its class.*positions\.weight"):
+        find_targets(model, LoraConfig(target_modules=["positions"]))
+    fitting = ["doubled", "scaled", "plain"]
+    assert list(find_targets(model, LoraConfig(target_modules=fitting))) == fitting
+
+
 def test_all_linear_leaves_out_layers_whose_weight_another_module_has_so_that_merging_works() -> None:
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("one", "two", "free")})
     model["two"].weight = model["one"].weight

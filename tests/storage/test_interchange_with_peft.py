@@ -632,6 +632,33 @@ def test_saved_base_embeddings_travel(
             exchange.same(direction, "unmerged", case, _logits(adapted, case), _logits(loaded, case))
 
 
+@pytest.mark.parametrize("adalora", [False, True])
+def test_embeddings_that_are_multiplied_by_a_number_are_as_in_peft(tmp_path: Path, adalora: bool) -> None:
+    """Gemma, M2M100, mBART and others multiply the rows of their embedding by the root of its width."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding as OfTensor
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100ScaledWordEmbedding as OfFloat
+
+    torch.manual_seed(0)
+    base = nn.ModuleList([OfTensor(9, 4, 0, 3.0), OfFloat(9, 4, 0, 5.0)])
+    x = torch.tensor([[1, 2], [7, 1]])
+
+    def outputs(model: Any) -> list[Tensor]:
+        return [layer(x) for layer in model]
+
+    config: Any = rw.LoraConfig(r=2, target_modules=["0", "1"])
+    if adalora:
+        config = rw.AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["0", "1"])
+    ours = rw.get_peft_model(copy.deepcopy(base), config)
+    _randomise(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).base_model.model
+    found = outputs(ours)
+    for one, two in zip(found, outputs(theirs), strict=True):
+        torch.testing.assert_close(one, two)
+    for one, two in zip(found, outputs(ours.merge_and_unload()), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 class Padded(nn.Sequential):
     """Convolutions for which PEFT's unmerged and merged adapters differ."""
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from rankwise.attach.attachment import adapter_layers, saved_modules
 from rankwise.attach.targets import find_tied
+from rankwise.attach.unused_layers import why_unlike_its_class
 from rankwise.parallel.flattened import refuse_flattened
 from rankwise.parallel.sharded import shared_out
 
@@ -22,6 +23,10 @@ def merge(model: nn.Module, names: list[str], safe_merge: bool, for_good: bool =
     layers = {path: layer for path, layer in adapter_layers(model).items() if any(map(layer.acts, names))}
     _refuse_shared(model, layers)
     for path, layer in layers.items():
+        if reason := why_unlike_its_class(layer, same_numbers=True):
+            raise ValueError(
+                f"{path!r}: {reason}, so with a merged weight its output would be another. Keep the adapter unmerged."
+            )
         try:
             layer.check_merge(names, finite=safe_merge)
         except ValueError as error:

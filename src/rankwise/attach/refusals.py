@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from rankwise.adapters import adapters_for, in_all_linear, kinds_in_words
 from rankwise.attach.defaults import HEADS
 from rankwise.attach.matching import by_ends, by_letters, matcher, within
-from rankwise.attach.unused_layers import check_fast_path, why_ignored, why_unlike_linear
+from rankwise.attach.unused_layers import check_fast_path, why_ignored, why_unlike_its_class
 from rankwise.config import LoraConfig
 from rankwise.config.suggest import suggestion
 
@@ -66,7 +66,7 @@ def check_layer(model: nn.Module, path: str, module: nn.Module, config: LoraConf
         raise ValueError(_cannot_adapt(path, module, config))
     if any(isinstance(each, UninitializedParameter) for each in module.parameters(recurse=False)):
         raise ValueError(f"{path!r} has no shape yet: run the model once before it is adapted.")
-    reason = why_ignored(model, path, config) or why_unlike_linear(path, module, same_numbers=False)
+    reason = why_ignored(model, path, config) or _why_unlike(path, module, same_numbers=False)
     if reason:
         raise ValueError(f"{path!r} can't be adapted: {reason} Name it in `exclude_modules`.")
     check_fast_path(model, path)
@@ -86,7 +86,7 @@ def adaptable(
     for path, module in targets.items():
         if adapters_for(module) is None:
             continue
-        reason = why_ignored(model, path, config) or why_unlike_linear(path, module, same_numbers=True)
+        reason = why_ignored(model, path, config) or _why_unlike(path, module, same_numbers=True)
         if reason:
             left_out.setdefault(f"can't be adapted: {reason}", []).append(path)
         elif path in shared:
@@ -100,6 +100,18 @@ def adaptable(
             yield path, module
     for said, paths in left_out.items():
         warnings.warn(f"{some(paths)} {said} Left out.", UserWarning, stacklevel=3)
+
+
+def _why_unlike(path: str, module: nn.Module, same_numbers: bool) -> str | None:
+    """`why_unlike_its_class` as a reason not to adapt a layer."""
+    reason = why_unlike_its_class(module, same_numbers)
+    if reason is None:
+        return None
+    reason += ", to which an adapter's output can't be added."
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
+        return reason
+    name = path.rpartition(".")[2]
+    return f"{reason} `target_parameters=['{name}.weight']` adapts the weight itself."
 
 
 def _cannot_adapt(path: str, module: nn.Module, config: LoraConfig) -> str:

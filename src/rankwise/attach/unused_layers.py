@@ -1,7 +1,7 @@
 """Layers on which an adapter would do nothing, or would not do what it should.
 
-The parent of some layers reads their weight without calling them. Other layers are linear by their class, but their own
-forward computes something else.
+The parent of some layers reads their weight without calling them. Other layers are linear, or convolutions, or
+embeddings by their class, but their own forward computes something else.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import math
 import re
 import textwrap
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from rankwise.adapters.embedding import scale_of_embedding
 from rankwise.config import LoraConfig
 
 
@@ -64,47 +66,78 @@ def _has_fast_path(module: nn.Module) -> bool:
     return plain and bool(module.activation_relu_or_gelu)
 
 
-def why_unlike_linear(path: str, layer: nn.Module, same_numbers: bool) -> str | None:
-    """The reason why a layer of a linear class is not linear, or None: its class computes something else.
+def why_unlike_its_class(layer: nn.Module, same_numbers: bool) -> str | None:
+    """The reason why a linear layer, an embedding or a convolution is none, or None: its class computes something else.
 
-    Routers return choices of experts, and grouped layers multiply blocks. The layer is tried on a small input.
+    Routers return choices of experts, grouped layers multiply blocks, and embeddings of positions look up other rows
+    than their input says. The layer is tried on a small input.
 
     Args:
-        path: path of the layer.
         layer: any module.
-        same_numbers: whether the output must be that of a linear layer. False: its shape must be, so that an adapter's
-            output can be added to it.
+        same_numbers: whether the output must be that of the plain layer. False: if it has the same shape, an adapter's
+            output can be added to it. An embedding must always give the same numbers, because others mean other rows.
     """
     cls = _class_of(layer)
-    plain = cls.forward in (nn.Linear.forward, NonDynamicallyQuantizableLinear.forward)
-    weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) and not plain else None
+    weight = layer._parameters.get("weight")
     if weight is None or weight.is_meta or not weight.is_floating_point() or type(weight) is not nn.Parameter:
-        return None
-    if list(weight.shape) != [layer.out_features, layer.in_features]:  # packed, or sharded over processes
         return None
     before, was_training = torch.get_rng_state(), layer.training
     try:
         layer.training = False
         with torch.no_grad():
-            x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device)
-            x = x.view(2, weight.shape[1])
-            wanted = nn.functional.linear(x, weight, layer._parameters.get("bias"))
-            found = cls.forward(layer, x)
+            tried = _tried(layer, cls, weight)
+            if tried is None:
+                return None
+            kind, x, wanted = tried
+            try:
+                found = cls.forward(layer, x)
+            except Exception:  # the class may take another shape of input, or more inputs
+                found = None
         if isinstance(found, torch.Tensor) and found.shape == wanted.shape:
-            if not same_numbers or torch.allclose(
-                found.double(), wanted.double(), rtol=1e-2, atol=1e-2, equal_nan=True
+            numbers = wanted.double()
+            near = 1e-2 * float(numbers.abs().nan_to_num(0, 0, 0).max())
+            if not (same_numbers or isinstance(layer, nn.Embedding)) or torch.allclose(
+                found.double(), numbers, rtol=1e-2, atol=near, equal_nan=True
             ):
                 return None
-    except Exception:  # the class may take another shape of input, or more inputs
-        pass
     finally:
         layer.training = was_training
         torch.set_rng_state(before)
-    name = path.rpartition(".")[2]
-    return (
-        f"{cls.__name__} is a linear layer by its class, but computes something else with its weight, to which an "
-        f"adapter's output can't be added. `target_parameters=['{name}.weight']` adapts the weight itself."
-    )
+    return f"{cls.__name__} is {kind} by its class, but computes something else with its weight"
+
+
+def _tried(layer: Any, cls: Any, weight: nn.Parameter) -> tuple[str, torch.Tensor, torch.Tensor] | None:
+    """The kind of a layer in words, an input, and the plain layer's output for it.
+
+    None: the class computes as the plain layer, or the weight is packed or sharded over processes.
+    """
+    options: Any = {"dtype": weight.dtype, "device": weight.device}
+    if isinstance(layer, nn.Linear):
+        plain = cls.forward in (nn.Linear.forward, NonDynamicallyQuantizableLinear.forward)
+        if plain or list(weight.shape) != [layer.out_features, layer.in_features]:
+            return None
+        x = torch.linspace(-1, 1, 2 * weight.shape[1], **options).view(2, weight.shape[1])
+        return "a linear layer", x, nn.functional.linear(x, weight, layer._parameters.get("bias"))
+    if isinstance(layer, nn.Embedding):
+        plain = cls.forward is nn.Embedding.forward
+        if plain or list(weight.shape) != [layer.num_embeddings, layer.embedding_dim]:
+            return None
+        x = torch.tensor([[2, 0, 1]], device=weight.device) % len(weight)
+        return "an embedding", x, nn.functional.embedding(x, weight) * scale_of_embedding(layer)
+    for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(layer, base):
+            plain = cls.forward is base.forward and cls._conv_forward is base._conv_forward
+            channels = layer.in_channels
+            if plain or list(weight.shape) != [
+                layer.out_channels, channels // layer.groups, *layer.kernel_size
+            ]:  # fmt: skip
+                return None
+            edges = [0] * len(layer.stride) if isinstance(layer.padding, str) else layer.padding
+            sizes = zip(layer.kernel_size, layer.dilation, layer.stride, edges, strict=True)
+            size = [dilation * kernel + stride + edge + 1 for kernel, dilation, stride, edge in sizes]
+            x = torch.linspace(-1, 1, channels * math.prod(size), **options).view(1, channels, *size)
+            return "a convolution", x, base._conv_forward(layer, x, weight, layer._parameters.get("bias"))  # type: ignore
+    return None
 
 
 @functools.lru_cache(maxsize=512)
