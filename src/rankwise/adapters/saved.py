@@ -40,10 +40,10 @@ class SavedModule(InPlace, nn.Module):
         finally:
             self.modules_to_save = held
         _remove_saved_methods(made)
-        for parameter in made.parameters():
-            if widens and parameter.is_floating_point() and parameter.element_size() < 4:
-                parameter.data = parameter.data.float()
-            parameter.requires_grad_(False)
+        made.requires_grad_(False)
+        for values in (*made.parameters(), *made.buffers()):
+            if widens and values.is_floating_point() and values.element_size() < 4:
+                values.data = values.data.float()
         self.modules_to_save[name] = made
 
     @property
@@ -168,7 +168,8 @@ def restore_saved_module(module: SavedModule, name: str | None = None) -> None:
             own = module.get_parameter(key)
             own.data = parameter.data.to(own.dtype)
         for key, buffer in made.named_buffers():
-            module.get_buffer(key).data = buffer.data
+            held = module.get_buffer(key)
+            held.data = buffer.data.to(held.dtype)
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankwise.adapters import AdapterLayer, ParameterSlot, adapters_for, prepare_layer, restore_layer
 from rankwise.adapters.owner import SLOTS
 from rankwise.adapters.saved import SavedModule, prepare_saved_module, restore_saved_module
+from rankwise.attach.batch_norm import tell_of_running_averages
 from rankwise.attach.matching import names_of_exactly, pattern_value
 from rankwise.attach.new_heads import tell_of_new_heads
 from rankwise.attach.parameters import in_model_order, layer_at
@@ -129,6 +130,7 @@ def plan_attachment(model: nn.Module, config: LoraConfig, adapter: str) -> Attac
     targets = find_targets(model, config)
     heads = modules_to_save_paths(model, config)
     tell_of_new_heads(model, own_modules(model), config, heads, targets)
+    tell_of_running_averages(own_modules(model), config, heads)
     layers = {path: _start(layer, config, path) for path, layer in targets.items()}
     resolved = _resolved(model, config, targets, heads)
     biases = dict.fromkeys(bias_names(model, config.bias, list(targets), heads))
