@@ -236,6 +236,22 @@ def test_function_transforms_work(adalora: bool) -> None:
 
 
 @pytest.mark.parametrize("adalora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_traced_layer_computes_the_same_for_inputs_of_other_sizes(
+    dtype: torch.dtype, adalora: bool
+) -> None:
+    model, _, x = _adapted("linear", adalora)
+    model, x = model.to(dtype).eval(), x.detach().to(dtype)
+    model(x)
+    traced = torch.jit.trace(model, (x,))  # it traces twice, and compares
+    for other in (torch.randn(7, 6).to(dtype), torch.randn(2, 3, 6).to(dtype)):
+        torch.testing.assert_close(
+            traced(other), model(other), atol=1e-2 if dtype == torch.bfloat16 else 1e-6, rtol=2e-2
+        )
+
+
+@pytest.mark.parametrize("adalora", [False, True])
 def test_padding_entries_of_an_embedding_get_no_gradient(adalora: bool) -> None:
     model, _, x = _adapted("embedding-padding", adalora)
     model(x).square().sum().backward()

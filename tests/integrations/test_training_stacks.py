@@ -602,6 +602,16 @@ def test_hooks_put_on_and_off_while_an_adapter_is_there_keep_it_acting() -> None
     assert torch.equal(base(**batch).logits, llama()(**batch).logits)
 
 
+def test_factors_that_accelerate_has_offloaded_are_not_computed_with() -> None:
+    """Accelerate takes them away, and only brings back what belongs to modules that are called."""
+    accelerate = pytest.importorskip("accelerate")
+    model, batch = with_length(), token_batches(1)[0]
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for training in (False, True):
+        with pytest.raises(ValueError, match="Offload the base model first"):
+            model.train(training)(**batch)
+
+
 def test_a_head_that_trains_whole_can_be_one_that_accelerate_has_dispatched() -> None:
     accelerate = pytest.importorskip("accelerate")
     plain, options = bert(), {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}

@@ -212,8 +212,8 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def by_hand() -> bool:
-    """Whether derivatives may be written by hand: no compiler, ``torch.func`` or forward mode is at work."""
-    return not torch.compiler.is_compiling() and only_backward()
+    """Whether derivatives may be written by hand: no compiler, tracer, ``torch.func`` or forward mode is at work."""
+    return not torch.compiler.is_compiling() and not torch._C._is_tracing() and only_backward()
 
 
 def only_backward() -> bool:

@@ -193,10 +193,19 @@ class AdapterLayer(InPlace, nn.Module):
         return (A if E is None else A * E), B
 
     def acts(self, name: str) -> bool:
-        """Whether adapter ``name`` has any triplet here. At rank 0 the layer is its base layer."""
+        """Whether adapter ``name`` has any triplet here. At rank 0 the layer is its base layer.
+
+        Raises:
+            ValueError: the factors were offloaded.
+        """
         A = self.factor("lora_A", name)
         if A is None or not A.numel():
             return False
+        if A.is_meta and hasattr(self.lora_A, "_hf_hook"):
+            raise ValueError(
+                f"The factors of adapter {name!r} are not here: Accelerate has offloaded them, and only brings the "
+                "base weights back. Offload the base model first, and attach or load the adapter afterwards."
+            )
         if torch.compiler.is_compiling():
             if name not in self.lora_E:
                 return True

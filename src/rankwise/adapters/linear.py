@@ -171,8 +171,9 @@ class LinearAdapters(AdapterLayer):
                 added = F.linear(hidden * scaling, B.to(dtype))
                 return (output + added).to(output.dtype)  # rounded once
         hidden, width = hidden.to(output.dtype), output.shape[-1]
-        if torch.compiler.is_compiling():  # a compiler, which fuses this with the operations around it
-            if only_backward():
+        compiling = torch.compiler.is_compiling()
+        if compiling or torch._C._is_tracing():  # a compiler fuses this with the operations around it
+            if compiling and only_backward():
                 update: Tensor = ScaledUp.apply(hidden, B, scaling)  # type: ignore[no-untyped-call]
             else:
                 update = F.linear(hidden, B.to(output.dtype)) * scaling

@@ -71,7 +71,7 @@ class OncePerPass:
     """Mixin of adapted models: a call of the model is a pass."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler sees all layers at once anyway
+        if torch.compiler.is_compiling() or torch._C._is_tracing():  # they see all layers at once anyway
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with _pass(self):  # type: ignore[arg-type]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
