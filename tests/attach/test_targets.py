@@ -398,6 +398,13 @@ class Doubled(nn.Conv1d):
         return super()._conv_forward(x, 2 * weight, bias)
 
 
+class SameConv(nn.Conv2d):
+    """A convolution that computes the plain one in its own code."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight, self.bias)
+
+
 class Positions(nn.Embedding):
     """An embedding of positions, which looks up other rows than its input says."""
 
@@ -418,15 +425,17 @@ class Scaled(nn.Embedding):
 def test_an_embedding_or_a_convolution_that_computes_something_else_is_refused(dtype: torch.dtype) -> None:
     model = nn.ModuleDict({
         "causal": Causal(3, 4, 3), "doubled": Doubled(3, 4, (3,), padding="same"),
+        "same": SameConv(4, 4, (3, 2), padding=(2, 1), padding_mode="reflect", dilation=2, groups=2),
         "positions": Positions(9, 4), "scaled": Scaled(9, 4), "plain": nn.Embedding(9, 4),
     }).to(dtype)  # fmt: skip
     with torch.no_grad():
         model["positions"].weight.mul_(1e-3)  # small numbers are told apart, too
-    with pytest.raises(ValueError, match="'causal' can't be adapted: Causal is a convolution by its class"):
-        find_targets(model, LoraConfig(target_modules=["causal"]))
+    for name in ("causal", "doubled"):
+        with pytest.raises(ValueError, match=f"'{name}' can't be adapted: .* is a convolution by its class"):
+            find_targets(model, LoraConfig(target_modules=[name]))
     with pytest.raises(ValueError, match=r"'positions'.*is an embedding by its class.*positions\.weight"):
         find_targets(model, LoraConfig(target_modules=["positions"]))
-    fitting = ["doubled", "scaled", "plain"]
+    fitting = ["same", "scaled", "plain"]
     assert list(find_targets(model, LoraConfig(target_modules=fitting))) == fitting
 
 

@@ -74,8 +74,9 @@ def why_unlike_its_class(layer: nn.Module, same_numbers: bool) -> str | None:
 
     Args:
         layer: any module.
-        same_numbers: whether the output must be that of the plain layer. False: if it has the same shape, an adapter's
-            output can be added to it. An embedding must always give the same numbers, because others mean other rows.
+        same_numbers: whether a linear layer's output must be that of the plain layer. False: if it has the same shape,
+            an adapter's output can be added to it. Embeddings and convolutions must always give the same numbers:
+            other numbers mean other rows, or that PEFT computes the layer's adapters as another convolution, too.
     """
     cls = _class_of(layer)
     weight = layer._parameters.get("weight")
@@ -96,8 +97,10 @@ def why_unlike_its_class(layer: nn.Module, same_numbers: bool) -> str | None:
         if isinstance(found, torch.Tensor) and found.shape == wanted.shape:
             numbers = wanted.double()
             near = 1e-2 * float(numbers.abs().nan_to_num(0, 0, 0).max())
-            if not (same_numbers or isinstance(layer, nn.Embedding)) or torch.allclose(
-                found.double(), numbers, rtol=1e-2, atol=near, equal_nan=True
+            if (
+                isinstance(layer, nn.Linear)
+                and not same_numbers
+                or torch.allclose(found.double(), numbers, rtol=1e-2, atol=near, equal_nan=True)
             ):
                 return None
     finally:
