@@ -183,6 +183,19 @@ def test_autocast_gives_the_same_as_float32_up_to_rounding() -> None:
     assert (found - wanted).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_half_precision_weights_train_under_autocast(way: str) -> None:
+    """As in a Trainer with ``bf16=True`` and a model that was loaded in half precision."""
+    model = lora(tiny_moe(implementation=way).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model)
+        difference = (
+            model(some_tokens()).logits.float() - lora(tiny_moe(implementation=way))(some_tokens()).logits
+        )
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
+    assert difference.abs().max() < 0.05
+
+
 def test_adapters_switch_add_up_and_leave_the_model_as_it_was() -> None:
     base = tiny_moe()
     before, kind = base(some_tokens()).logits, type(base.model.layers[0].mlp.experts)
