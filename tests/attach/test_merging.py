@@ -48,6 +48,15 @@ def test_a_merged_weight_is_the_base_plus_scale_times_B_E_A(form: Any) -> None:
     torch.testing.assert_close(model(inputs), before, rtol=1e-12, atol=1e-12)
 
 
+def test_merging_inside_of_autocast_rounds_nothing() -> None:
+    model = adapted().float()
+    layer = adapter_layers(model)["0"]
+    expected = layer.weight.detach() + layer.delta_weight("default").detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        merge(model, ["default"], safe_merge=True)
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_only_the_named_adapters_are_merged() -> None:
     model = adapted()
     model.add_adapter("other", rw.LoraConfig(r=2, target_modules=["2"], init_lora_weights=False))

@@ -987,3 +987,28 @@ def test_a_trainers_run_that_ends_above_its_target_gives_a_warning(tmp_path: Pat
     with told() as messages:
         trainer.save_model(str(tmp_path / "final"))
     assert not messages, "it was told already"
+
+
+@pytest.mark.parametrize("form", ["principal", True])
+def test_a_step_inside_of_autocast_cuts_and_penalizes_in_full_precision(form: str | bool) -> None:
+    def trained(inside: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = rw.get_peft_model(
+            nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)),
+            rw.AdaLoraConfig(
+                init_r=6, target_r=3, total_step=8, tinit=1, tfinal=3, target_modules=["0", "2"],
+                init_lora_weights=form,
+            ),
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        x = torch.randn(16, 12)
+        for _ in range(8):
+            model(x).square().mean().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                optimizer.step()
+            optimizer.zero_grad()
+        return torch.cat(
+            [model[0].delta_weight("default"), model.orthogonal_penalty().expand(1, 12)]
+        ).detach()
+
+    assert torch.equal(trained(inside=True), trained(inside=False))

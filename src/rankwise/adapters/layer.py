@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapters.branch import WithoutAutocast
 from rankwise.adapters.inplace import InPlace
 from rankwise.parallel.ddp import keep_in_graph, note_use
 
@@ -329,8 +330,9 @@ class AdapterLayer(InPlace, nn.Module):
         weight = self.base_weight()
         wide = weight.dtype if weight.element_size() >= 4 else torch.float32
         moved = weight.to(wide)
-        for name in names:
-            moved = moved + sign * self.delta_weight(name).to(wide)
+        with WithoutAutocast(moved):
+            for name in names:
+                moved = moved + sign * self.delta_weight(name).to(wide)
         return moved.to(weight.dtype)
 
     def held_weight(self) -> nn.Parameter | None:

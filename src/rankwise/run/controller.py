@@ -6,13 +6,15 @@ cut if the schedule asks for one. A `Choice` decides which ranks are kept. `Fact
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rankwise.adapters.branch import WithoutAutocast
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_whole
 from rankwise.method.allocation import Budget, budget_with_reserved, choose
@@ -27,6 +29,20 @@ from rankwise.run.penalty import AddedPenalty
 from rankwise.run.state import AllocationState
 from rankwise.run.unreached import unreached_ranks
 from rankwise.run.warn_once import WarnOnce
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _without_autocast(method: _Method) -> _Method:
+    """Let a method of a `Controller` compute in the factors' dtype, also if the user steps inside of autocast."""
+
+    @functools.wraps(method)
+    def inside(self: Controller, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), WithoutAutocast(self.factors.mask):
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, inside)
+
 
 _UNUSED = 1  # statistics of a run that prunes nothing: some file formats confuse two empty tensors
 
@@ -201,7 +217,7 @@ class Controller:
         step = self.optimizers.begins(optimizer)
         return closure if step is None else self._penalty.add_before(step, optimizer, closure)
 
-    @torch.no_grad()
+    @_without_autocast
     def after_step(self, optimizer: Optimizer) -> None:
         """Observe the gradients. Then count the step and cut, unless `update_and_allocate` does that."""
         step, complete = self.optimizers.ended(optimizer)
@@ -212,7 +228,7 @@ class Controller:
         if complete:
             self._completed()
 
-    @torch.no_grad()
+    @_without_autocast
     def update_and_allocate(self, global_step: int) -> None:
         """Count a step and cut on the caller's request. From this call on, only such calls do so.
 
@@ -231,7 +247,7 @@ class Controller:
     def _observes_at(self, step: int) -> bool:
         return self.prunes and not self.fixed and bool(self.schedule and step < self.schedule.last_allocation)
 
-    @torch.no_grad()
+    @_without_autocast
     def _completed(self) -> None:
         self._heard = True
         if self.automatic:
@@ -292,7 +308,7 @@ class Controller:
         self.choice.apply(factors.mask, unchanged, final, self.optimizers.known())
         self.history.record(self.step, budget.ranks, factors.block_ranks())
 
-    @torch.no_grad()
+    @_without_autocast
     def finalize_ranks(self) -> None:
         """Bring the budget to its target now, and fix the choice."""
         if not self.fixed:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rankwise.adapters.branch import WithoutAutocast
 from rankwise.method.penalty import (
     in_blocks,
     orthogonality_gradients,
@@ -93,7 +94,8 @@ class AddedPenalty:
             own = [number for number in numbers if number in of_key]
             counts = [self._blocks[of_key.index(number)] for number in own]
             parts = in_blocks(step.values(own), counts, columns)
-            gradients = orthogonality_gradients(parts, columns, weight, 2 * sum(self._blocks))
+            with WithoutAutocast(self._factors.mask):
+                gradients = orthogonality_gradients(parts, columns, weight, 2 * sum(self._blocks))
             if own:
                 step.add_to_gradients(dict(zip(own, out_of_blocks(gradients, counts, columns), strict=True)))
         self._added_to = None
@@ -106,7 +108,8 @@ class AddedPenalty:
             in_blocks(self._factors.holder.whole(list(self._factors.numbers(key))), self._blocks, columns)
             for key, columns in _PENALIZED
         )
-        return orthogonality_penalty(A, B)
+        with WithoutAutocast(self._factors.mask):
+            return orthogonality_penalty(A, B)
 
     def _holds_it(self, gradient: Tensor) -> bool:
         """Whether the penalty is in the gradient already: nothing has changed since it was added."""
