@@ -175,7 +175,7 @@ class AdapterLayer(InPlace, nn.Module):
         parameters = held.__dict__["_parameters"]
         if name in parameters:
             return parameters[name]  # not `get`: under DeepSpeed, indexing gathers the parameter
-        return held[name] if name in held else None
+        return held[name] if name in held._keys else None
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A with E folded in, (k, d_in), and B, (d_out, k), of the k triplets that act."""
@@ -197,10 +197,7 @@ class AdapterLayer(InPlace, nn.Module):
         A = self.factor("lora_A", name)
         if A is None or not A.numel():
             return False
-        if torch.compiler.is_compiling():
-            if name not in self.lora_E:
-                return True
-        elif not self.kept:
+        if not self.kept or torch.compiler.is_compiling() and name not in self.lora_E:
             return True
         kept = self.kept.get(name, 1)
         return kept > 0 if isinstance(kept, int) else kept.numel() > 0
