@@ -796,6 +796,20 @@ def test_linalgerror_from_a_decomposition_in_the_middle_of_a_run(size: float) ->
         assert model.idle.lora_A["default"].isfinite().all() and model.idle.lora_B["default"].isfinite().all()
 
 
+def test_a_loaded_adapter_of_a_resnet_gives_other_results(tmp_path: Path) -> None:
+    def layers() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    with pytest.warns(UserWarning, match="'1' would change their running averages"):
+        adapted(layers(), whole=rw.LoraConfig(r=2, target_modules=["0"]))
+    model = adapted(layers(), whole=rw.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    x = torch.randn(16, 6)
+    model.train()(x)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(rw.PeftModel.from_pretrained(layers(), tmp_path)(x), model.eval()(x))
+
+
 def test_a_run_diverges_and_the_good_adapter_is_replaced_by_one_full_of_nan(tmp_path: Path) -> None:
     model = train(adapted(), steps=3)
     model.save_pretrained(tmp_path)

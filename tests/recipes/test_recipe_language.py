@@ -150,6 +150,21 @@ def test_only_the_assistants_turns_are_learned_each_with_its_end(tokenizer: Any,
     assert everything.ids == encoded.ids and all(everything.answer)
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "with generation marks"])
+def test_of_a_chat_that_the_assistant_begins_only_his_words_are_learned(
+    tokenizer: Any, template: str
+) -> None:
+    """Many templates put a system prompt of their own before the first turn."""
+    tokenizer.chat_template = "{{ '<|im_start|>system\nhelp.<|im_end|>\n' }}" + template
+    words = ["ask me.", "what is not hot?", "it is cold."]
+    turns = [
+        {"role": role, "content": each}
+        for role, each in zip(("assistant", "user", "assistant"), words, strict=True)
+    ]
+    encoded = encode_chat(tokenizer, turns, 64, answers_only=True)
+    assert learned(tokenizer, encoded) == "ask me.<|im_end|>it is cold.<|im_end|>"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_way_out(tokenizer: Any) -> None:
     """Some templates drop an assistant's reasoning once the next question follows."""
     tokenizer.chat_template = (

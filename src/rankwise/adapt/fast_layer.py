@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from rankwise.adapters.branch import add_up, by_hand, hidden_of
+from rankwise.adapters.branch import add_up, autocast_dtype, by_hand, hidden_of
 from rankwise.adapters.fused import How, Packed, adapted_linear, is_frozen
 from rankwise.adapters.inplace import InPlace
 from rankwise.adapters.linear import AUTOCAST
@@ -94,8 +94,7 @@ class FastLoraLayer(InPlace):
         """The layer's output with the adapter's update. None: PEFT's own forward is needed."""
         layer: Any = self
         name, base, A, B, rate, scaling = parts
-        kind, dtype = x.device.type, x.dtype
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        dtype, autocast = x.dtype, autocast_dtype(x)
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if not is_frozen(weight, bias):
             return None
@@ -152,7 +151,7 @@ def _is_bare(module: Any, kind: type | None = None) -> bool:
 
 def _is_whole(factor: Any) -> bool:
     """Whether a factor is an ordinary parameter, not a share of one."""
-    return type(factor) is nn.Parameter and factor.dtype in _FACTORS and not hasattr(factor, "ds_id")
+    return type(factor) is nn.Parameter and factor.dtype in _FACTORS and "ds_id" not in vars(factor)
 
 
 def _packed(base: Any, x: Tensor) -> Packed | None:

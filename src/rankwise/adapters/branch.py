@@ -28,6 +28,8 @@ _WORTH_CUTTING = 2**19  # multiplications, which take as long as the two views: 
 _WORTH_TURNING = 2**14  # numbers in the wide matrix, from which on `turns` saves time: measured on a CPU
 _FEW_COLUMNS = range(2, 16)  # ranks for which `turns` saves time: measured on a CPU
 _HAS_MKL = torch.backends.mkl.is_available()
+# Whether autocast is on for any device. This takes a fraction of the time that a tensor's own device takes.
+_some_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 Kept = int | Tensor | None  # which triplets act: the first n, those with these indices, all
 
@@ -139,12 +141,14 @@ class ScaledUp(torch.autograd.Function):
         narrow, rows = flat(hidden), flat(gradient)
         gradient_hidden = gradient_B = None
         if to_hidden:
-            gradient_hidden = scaled_product(rows, up, ctx.scaling, up[:1]).view(hidden.shape)
+            gradient_hidden = _scaled(rows, up, ctx.scaling, up[:1], _may_turn(rows, up.shape[1])).view(
+                hidden.shape
+            )
         if to_B and rows.is_cpu:
             # This takes less time than `rows.t() @ narrow`. If no cast follows, autograd copies it into B's layout.
             gradient_B = _turned_product(rows.t(), narrow, ctx.scaling)
         elif to_B:
-            gradient_B = scaled_product(rows.t(), narrow, ctx.scaling, up[:1])
+            gradient_B = _scaled(rows.t(), narrow, ctx.scaling, up[:1], turned=False)
         if gradient_B is not None and gradient_B.dtype != ctx.dtype:
             gradient_B = gradient_B.to(ctx.dtype, memory_format=torch.contiguous_format)
         return gradient_hidden, gradient_B, None
@@ -231,6 +235,14 @@ def results_are_kept() -> bool:
     return any(type(mode).__name__ in _KEEPERS for mode in _get_current_dispatch_mode_stack())
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on a tensor's device. None: it is off."""
+    if not _some_autocast():
+        return None
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 class WithoutAutocast:
     """Turn autocast off on a tensor's device, as ``torch.autocast(device, enabled=False)`` does.
 
@@ -300,13 +312,12 @@ def turns(wide: Tensor, rank: int) -> bool:
     In float32, MKL takes up to ten times as long for a result with few columns as for its transpose, which has few
     rows. In half precision, with other ranks and with small matrices, turning the product saves nothing.
     """
-    return (
-        (wide.numel() >= _WORTH_TURNING or torch.compiler.is_compiling())  # compilers may not know the size
-        and rank in _FEW_COLUMNS
-        and wide.dtype == torch.float32
-        and wide.is_cpu
-        and _HAS_MKL
-    )
+    return wide.numel() >= _WORTH_TURNING and _may_turn(wide, rank)
+
+
+def _may_turn(wide: Tensor, rank: int) -> bool:
+    """`turns` for a matrix of unknown size."""
+    return rank in _FEW_COLUMNS and wide.dtype == torch.float32 and wide.is_cpu and _HAS_MKL
 
 
 def product_down(rows: Tensor, A: Tensor) -> Tensor:
@@ -319,7 +330,11 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float, row: Tensor) -> 
 
     With beta=0, ``row`` may be any row of the result's width.
     """
-    if turns(left, right.shape[1]):
+    return _scaled(left, right, scaling, row, turns(left, right.shape[1]))
+
+
+def _scaled(left: Tensor, right: Tensor, scaling: float, row: Tensor, turned: bool) -> Tensor:
+    if turned:
         return _turned_product(left, right, scaling)
     return torch.addmm(row, left, right, beta=0, alpha=scaling)
 

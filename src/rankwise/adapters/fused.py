@@ -40,9 +40,9 @@ def is_frozen(weight: Tensor | None, bias: Tensor | None) -> bool:
 
     DeepSpeed ZeRO holds weights in pieces.
     """
-    if weight is None or weight.requires_grad or hasattr(weight, "ds_id"):
+    if weight is None or weight.requires_grad or "ds_id" in vars(weight):
         return False
-    return bias is None or not (bias.requires_grad or hasattr(bias, "ds_id"))
+    return bias is None or not (bias.requires_grad or "ds_id" in vars(bias))
 
 
 class Packed(NamedTuple):
@@ -114,15 +114,18 @@ class _AdaptedLinear(torch.autograd.Function):
                 saved_weight = weight.detach()  # type: ignore[union-attr]
         hidden, up = cast(hidden, output.dtype), cast(how.up, output.dtype)
         ctx.save_for_backward(x, A, E, B, saved_weight, hidden, mask, how.folded, how.gates, up)
-        ctx.kept, ctx.scaling, ctx.shape, ctx.in_place = how.kept, how.scaling, x.shape, True
-        ctx.upscale = 1 / (1 - how.rate) if how.rate < 1 else 0.0
+        ctx.kept, ctx.scaling = how.kept, how.scaling
+        if mask is not None:
+            ctx.shape, ctx.in_place = x.shape, True
+            ctx.upscale = 1 / (1 - how.rate) if how.rate < 1 else 0.0
         ctx.set_materialize_grads(False)
         if how.packed is not None:
             return add_up(output, hidden, up, how.kept, how.scaling, in_place=True)
         if results_are_kept():
             output = output.view(*x.shape[:-1], output.shape[1])
             return add_up(output, hidden, up, how.kept, how.scaling, in_place=False)
-        hidden, up = without_cut(hidden, up, 1, how.kept, output.numel())
+        if how.kept is not None:
+            hidden, up = without_cut(hidden, up, 1, how.kept, output.numel())
         output.addmm_(hidden, up.t(), alpha=how.scaling)
         # Detached, so that autograd sees a tensor, not a view: the following layers may change it in place.
         return output if x.dim() == 2 else output.view(*x.shape[:-1], output.shape[1]).detach()

@@ -176,7 +176,7 @@ class AdapterLayer(InPlace, nn.Module):
         parameters = held.__dict__["_parameters"]
         if name in parameters:
             return parameters[name]  # not `get`: under DeepSpeed, indexing gathers the parameter
-        return held[name] if name in held else None
+        return held[name] if name in held._keys else None
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A with E folded in, (k, d_in), and B, (d_out, k), of the k triplets that act."""
@@ -207,10 +207,7 @@ class AdapterLayer(InPlace, nn.Module):
                 f"The factors of adapter {name!r} are not here: Accelerate has offloaded them, and only brings the "
                 "base weights back. Offload the base model first, and attach or load the adapter afterwards."
             )
-        if torch.compiler.is_compiling():
-            if name not in self.lora_E:
-                return True
-        elif not self.kept:
+        if not self.kept or torch.compiler.is_compiling() and name not in self.lora_E:
             return True
         kept = self.kept.get(name, 1)
         return kept > 0 if isinstance(kept, int) else kept.numel() > 0

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.branch import Down, ScaledUp, Up, add_up, apply_of, by_hand, hidden_of, only_backward
+from rankwise.adapters.branch import (
+    Down,
+    ScaledUp,
+    Up,
+    add_up,
+    apply_of,
+    autocast_dtype,
+    by_hand,
+    hidden_of,
+    only_backward,
+)
 from rankwise.adapters.fused import How, Packed, adapted_linear, is_frozen
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.ready import ready, shared_cast
@@ -71,8 +81,7 @@ class LinearAdapters(AdapterLayer):
         names = self._active_unmerged()
         if not names or not self._by_hand(names):
             return super().forward(x, *args, **kwargs)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        dtype = autocast_dtype(x)
         acting = names if len(names) == 1 and self.acts(names[0]) else [n for n in names if self.acts(n)]
         if dtype is not None and acting and x.dtype != dtype:
             x = self._as_autocast_reads(x, dtype)

@@ -102,8 +102,12 @@ def _answers_by_prefix(tokenizer: Any, messages: Sequence[Message]) -> tuple[lis
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered(tokenizer, messages[:turn], add_generation_prompt=True) if turn else ""
         upto = _rendered(tokenizer, messages[: turn + 1])
+        before = (
+            _rendered(tokenizer, messages[:turn], add_generation_prompt=True)
+            if turn
+            else _before_first_answer(tokenizer, upto)
+        )
         if not (upto.startswith(before) and text.startswith(upto)):
             raise ValueError(
                 "the chat template changes earlier turns when one is added, so that the assistant's can't be told "
@@ -115,6 +119,17 @@ def _answers_by_prefix(tokenizer: Any, messages: Sequence[Message]) -> tuple[lis
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     answer = [any(first <= start < last for first, last in spans) for start, _ in encoded["offset_mapping"]]
     return encoded["input_ids"], answer
+
+
+def _before_first_answer(tokenizer: Any, first: str) -> str:
+    """The beginning of a chat's first turn, which is the assistant's, up to his words.
+
+    Templates can't render a chat without turns, so the text that announces an answer is taken from another chat.
+    """
+    asked = [{"role": "user", "content": "?"}]
+    announced = _rendered(tokenizer, asked, add_generation_prompt=True)[len(_rendered(tokenizer, asked)) :]
+    head, found, _ = first.partition(announced) if announced else ("", "", "")
+    return head + found if found else ""
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
