@@ -129,9 +129,8 @@ def _grouped_mm(x: Any, weight: Any, offs: Tensor | None = None, **options: Any)
     if not _is_sum(weight) or _is_sum(x) or x.dim() != 2 or offs is None or others:
         return NotImplemented
     output = _grouped(x, weight.base, offs)
-    left, right = _aligned(
-        weight.left.to(x.dtype), weight.right.to(x.dtype)
-    )  # autocast leaves this product alone
+    # Autocast does not cast for this product.
+    left, right = _aligned(weight.left.to(x.dtype), weight.right.to(x.dtype))
     return _added(output, _grouped(_grouped(x, left, offs), right, offs))
 
 
