@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -396,6 +397,31 @@ def test_overrides_that_would_exchange_labels_or_be_ignored_are_refused(
         assert code == 2 and said in " ".join(err.split())
 
 
+def test_keys_of_training_that_are_refused_by_now_do_not_keep_an_adapter_from_use(
+    reviews: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(reviews / "out", folder)
+    made = yaml.safe_load((folder / "recipe.yaml").read_text())
+    made["training"] |= {
+        "label_names": ["labels"],
+        "gone": 1,
+        "eval_strategy": "no",
+        "early_stopping_patience": 3,
+    }
+    made["adapter"]["gone"], made["schedule"]["tinit"] = 1, -1
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(made))
+    for words in (
+        ["predict", folder, reviews / "new.csv"],
+        ["evaluate", folder, reviews / "new.csv"],
+        ["export", folder, "--to", "merged", "-o", tmp_path / "merged"],
+    ):
+        code, _, said = call(*words)
+        assert code == 0, said
+    code, _, said = call("predict", folder, reviews / "new.csv", "training.gone=1")
+    assert code == 2 and "training.gone: unknown key" in said
+
+
 def test_a_sentence_longer_than_the_model_takes_gets_a_tag_for_every_word(tmp_path: Path, bert: Path) -> None:
     recipe, _ = tag_world(tmp_path, bert)
     trained(recipe)
@@ -629,3 +655,14 @@ def test_metrics_are_printed_and_written(reviews: Path, tmp_path: Path) -> None:
     assert "On 31 examples of" in out and "accuracy" in out
     metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
     assert metrics == pytest.approx(written_metrics(reviews), rel=1e-5)
+
+
+def test_metrics_are_printed_even_if_their_file_cannot_be_written(
+    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rankwise.files.atomic.write_file", full)
+    code, out, said = call("evaluate", reviews / "out", reviews / "new.csv", "-o", tmp_path / "m.json")
+    assert code == 2 and "No space left" in said and "On 31 examples of" in out and "accuracy" in out

@@ -6,10 +6,11 @@ import json
 import multiprocessing
 import random
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,28 @@ def test_a_trial_that_cannot_be_trained_is_noted_and_the_others_go_on(recipe: Pa
     assert failed and all("`init_r`=2" in (point.reason or "") for point in failed)
     assert all(point.values == {"adapter.init_r": 2, "adapter.target_r": 4} for point in failed)
     assert any(point.counts for point in outcome.points)
+
+
+def test_a_trial_that_a_full_disk_ends_is_tried_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rankwise.recipes.run.save", full)
+        code, _, said = call("sweep", recipe, "--over", RATE, "--trials", "1")
+        assert code == 2 and "the same command continues the sweep" in said
+    outcome = run(recipe, RATE, trials=1)
+    assert [point.state for point in outcome.points] == ["complete"]
+
+
+def test_a_storage_that_cannot_be_written_is_the_users_problem(recipe: Path, tmp_path: Path) -> None:
+    run(recipe, RATE, trials=1, beside="none", output=tmp_path / "swept")
+    with closing(sqlite3.connect(tmp_path / "swept" / "sweep.db", isolation_level=None)) as base:
+        base.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON trials BEGIN SELECT RAISE(FAIL, 'disk is full'); END"
+        )
+    with pytest.raises(RecipeError, match="can't be read or written: disk is full"):
+        run(recipe, RATE, trials=2, beside="none", output=tmp_path / "swept")
 
 
 @pytest.mark.parametrize(

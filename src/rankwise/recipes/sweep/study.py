@@ -11,7 +11,8 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,25 @@ def _storage(url: str) -> Any:
             heartbeat_interval=_HEARTBEAT,
             grace_period=_GRACE,
         )
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn an error of the storage's database into a `RecipeError` that says what to do."""
+    import sqlalchemy.exc
+
+    try:
+        yield
+    except Exception as error:
+        inner: BaseException | None = error
+        while inner is not None and not isinstance(inner, sqlalchemy.exc.DBAPIError):
+            inner = inner.__cause__ or inner.__context__
+        if inner is None:
+            raise
+        raise RecipeError(
+            f"The storage of the sweep can't be read or written: {inner.orig}. Set that right (free space on the disk, "
+            "or allow writing). Finished trials are kept: the same command continues the sweep."
+        ) from error
 
 
 def open_study(
