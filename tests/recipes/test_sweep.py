@@ -24,7 +24,7 @@ from rankwise.recipes import RecipeError, load_recipe
 from rankwise.recipes.sweep import Outcome, parse_dimension, sweep
 from rankwise.recipes.sweep.outcome import Point
 from rankwise.recipes.sweep.space import beside_overrides, override, usual_dimensions
-from rankwise.recipes.sweep.study import open_storage
+from rankwise.recipes.sweep.study import open_storage, runner
 from recipe_world import write_recipe, write_table
 
 optuna = pytest.importorskip("optuna")
@@ -269,6 +269,19 @@ def test_a_trial_that_cannot_be_trained_is_noted_and_the_others_go_on(recipe: Pa
     assert failed and all("`init_r`=2" in (point.reason or "") for point in failed)
     assert all(point.values == {"adapter.init_r": 2, "adapter.target_r": 4} for point in failed)
     assert any(point.counts for point in outcome.points)
+
+
+def test_a_sweep_is_not_deleted_while_another_process_runs_it(recipe: Path, tmp_path: Path) -> None:
+    run(recipe, RATE, trials=1, beside="none", output=tmp_path / "swept")
+    study = optuna.load_study(study_name="swept", storage=f"sqlite:///{tmp_path / 'swept' / 'sweep.db'}")
+    trial = study.ask()
+    trial.set_user_attr("runner", runner())  # of this process, which lives
+    with pytest.raises(RecipeError, match="Another process is running a trial of the sweep 'swept'"):
+        run(recipe, RATE, trials=1, beside="none", output=tmp_path / "swept", overwrite=True)
+    assert (tmp_path / "swept" / "trials" / "adalora-0" / "adapter_config.json").is_file()
+    trial.set_user_attr("runner", {**runner(), "began": 0.0})  # of a process that is gone
+    outcome = run(recipe, RATE, trials=1, beside="none", output=tmp_path / "swept", overwrite=True)
+    assert [point.state for point in outcome.points] == ["complete"]
 
 
 def test_a_trial_that_a_full_disk_ends_is_tried_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

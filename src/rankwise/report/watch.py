@@ -58,12 +58,17 @@ def read_run_now(folder: str | os.PathLike[str]) -> RunNow:
     """Read a run's state from its output folder: that of ``rankwise train``, or of any trainer with checkpoints.
 
     Raises:
-        ValueError: the folder does not exist, or holds nothing of a run.
+        ValueError: the folder does not exist, holds nothing of a run, or holds a sweep.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(
             f"There is no folder {folder}. Give the run's output folder, once the run has begun."
+        )
+    if (folder / "sweep.json").is_file():
+        raise ValueError(
+            f"{folder} holds a sweep, whose command shows its trials. To watch one of them, give its folder in "
+            f"{folder / 'trials'}."
         )
     results = json_object(folder / RESULTS)
     checkpoint = _newest_checkpoint(folder)

@@ -121,12 +121,20 @@ def open_study(
         overwrite: whether to delete an earlier study of this name.
 
     Raises:
-        RecipeError: the study belongs to a sweep with other settings or other data.
+        RecipeError: the study belongs to a sweep with other settings or other data, or is to be deleted while
+            another process runs a trial of it.
     """
     import optuna
 
     names = [each.study_name for each in optuna.get_all_study_summaries(storage)]
     if overwrite and name in names:
+        earlier = optuna.load_study(study_name=name, storage=storage)
+        try_again(earlier)
+        if running(earlier):
+            raise RecipeError(
+                f"Another process is running a trial of the sweep {name!r}, which --overwrite would delete. Wait for "
+                "its end or stop it; or choose another --study or -o."
+            )
         optuna.delete_study(study_name=name, storage=storage)
         names.remove(name)
     study = optuna.create_study(
