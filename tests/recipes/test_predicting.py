@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from io import StringIO
@@ -630,6 +631,19 @@ def test_files_that_cannot_be_written_or_read_are_reported_before_anything_runs(
         code, _, said = call(*words)
         assert code == 2 and message in said, f"{words}: {said}"
     assert taken.read_text() == "mine"
+
+
+def test_a_read_only_folder_is_reported_before_anything_runs(
+    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    can = os.access
+    # The tests may run as a user who can write everywhere.
+    monkeypatch.setattr("os.access", lambda path, *more: Path(path) != tmp_path and can(path, *more))
+    monkeypatch.setattr(
+        "rankwise.recipes.predicting.predict.predict", lambda *_, **__: pytest.fail("It ran.")
+    )
+    code, _, said = call("predict", reviews / "out", reviews / "new.csv", "-o", tmp_path / "p.csv")
+    assert code == 2 and "p.csv: can't be written:" in said and "is read-only. Give another place." in said
 
 
 def test_a_model_without_a_tokenizer_is_named_with_the_remedy(
