@@ -105,16 +105,26 @@ def test_an_internal_error_gives_a_traceback_and_exit_code_1(
     assert "Traceback" in err and "RuntimeError: a bug" in err and "fault of rankwise" in err
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(28, "No space left on device", "adapter_model.safetensors"),
+            "on device: adapter_model.safetensors",
+        ),
+        (Exception("No space left on device (os error 28)"), "on device (os error 28)"),  # of tokenizers
+    ],
+)
 def test_a_full_disk_is_reported_as_the_users_problem(
-    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     def full(*args: object) -> None:
-        raise OSError(28, "No space left on device", "adapter_model.safetensors")
+        raise error
 
     monkeypatch.setattr("rankwise.recipes.run.save", full)
     code, _, err = call("train", write_recipe(world, tiny_model))
     assert code == 2
-    assert "No space left on device: adapter_model.safetensors. Complete checkpoints are kept" in err
+    assert f"No space left {said}. Complete checkpoints are kept" in err
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from io import StringIO
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -396,6 +398,31 @@ def test_overrides_that_would_exchange_labels_or_be_ignored_are_refused(
         assert code == 2 and said in " ".join(err.split())
 
 
+def test_keys_of_training_that_are_refused_by_now_do_not_keep_an_adapter_from_use(
+    reviews: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(reviews / "out", folder)
+    made = yaml.safe_load((folder / "recipe.yaml").read_text())
+    made["training"] |= {
+        "label_names": ["labels"],
+        "gone": 1,
+        "eval_strategy": "no",
+        "early_stopping_patience": 3,
+    }
+    made["adapter"]["gone"], made["schedule"]["tinit"] = 1, -1
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(made))
+    for words in (
+        ["predict", folder, reviews / "new.csv"],
+        ["evaluate", folder, reviews / "new.csv"],
+        ["export", folder, "--to", "merged", "-o", tmp_path / "merged"],
+    ):
+        code, _, said = call(*words)
+        assert code == 0, said
+    code, _, said = call("predict", folder, reviews / "new.csv", "training.gone=1")
+    assert code == 2 and "training.gone: unknown key" in said
+
+
 def test_a_sentence_longer_than_the_model_takes_gets_a_tag_for_every_word(tmp_path: Path, bert: Path) -> None:
     recipe, _ = tag_world(tmp_path, bert)
     trained(recipe)
@@ -606,6 +633,19 @@ def test_files_that_cannot_be_written_or_read_are_reported_before_anything_runs(
     assert taken.read_text() == "mine"
 
 
+def test_a_read_only_folder_is_reported_before_anything_runs(
+    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    can = os.access
+    # The tests may run as a user who can write everywhere.
+    monkeypatch.setattr("os.access", lambda path, *more: Path(path) != tmp_path and can(path, *more))
+    monkeypatch.setattr(
+        "rankwise.recipes.predicting.predict.predict", lambda *_, **__: pytest.fail("It ran.")
+    )
+    code, _, said = call("predict", reviews / "out", reviews / "new.csv", "-o", tmp_path / "p.csv")
+    assert code == 2 and "p.csv: can't be written:" in said and "is read-only. Give another place." in said
+
+
 def test_a_model_without_a_tokenizer_is_named_with_the_remedy(
     reviews: Path, bert: Path, tmp_path: Path
 ) -> None:
@@ -629,3 +669,14 @@ def test_metrics_are_printed_and_written(reviews: Path, tmp_path: Path) -> None:
     assert "On 31 examples of" in out and "accuracy" in out
     metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
     assert metrics == pytest.approx(written_metrics(reviews), rel=1e-5)
+
+
+def test_metrics_are_printed_even_if_their_file_cannot_be_written(
+    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rankwise.files.atomic.write_file", full)
+    code, out, said = call("evaluate", reviews / "out", reviews / "new.csv", "-o", tmp_path / "m.json")
+    assert code == 2 and "No space left" in said and "On 31 examples of" in out and "accuracy" in out

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from language_world import (
     CHAT_TEMPLATE,
@@ -25,7 +26,7 @@ from language_world import (
     write_language_recipe,
     write_lines,
 )
-from rankwise.recipes import RecipeError, Result, load_recipe, train
+from rankwise.recipes import RecipeError, Result, load_recipe, plan, train
 from rankwise.recipes.tasks import load_task
 from rankwise.recipes.tasks.causal_lm.language import (
     encode_chat,
@@ -35,6 +36,7 @@ from rankwise.recipes.tasks.causal_lm.language import (
     perplexity_metrics,
     token_losses,
 )
+from recipe_world import save_tiny_model, write_table
 
 
 @pytest.fixture(scope="module")
@@ -361,6 +363,23 @@ def test_recipes_that_contradict_themselves_are_refused(
 def test_more_tokens_than_the_model_takes_are_refused(world: Path, model: Path) -> None:
     said = refusal(world, model, {**form(world, "pairs"), "max_length": 100})
     assert "data.max_length: is 100, but the model takes at most 64 tokens" in said
+
+
+def test_an_encoder_which_sees_the_tokens_to_predict_is_refused(tmp_path: Path) -> None:
+    write_table(tmp_path / "reviews.csv")
+    data = {"train": str(tmp_path / "reviews.csv"), "text": "text", "max_length": 16}
+    for kind, decodes in (("encoder", False), ("decoder", True)):
+        model = save_tiny_model(tmp_path / kind, is_decoder=decodes)
+        tokenizer = AutoTokenizer.from_pretrained(model, eos_token="[UNK]")
+        tokenizer.save_pretrained(model)
+        recipe = load_recipe(write_language_recipe(tmp_path, model, data))
+        if decodes:
+            assert plan(recipe).architecture == "BertLMHeadModel"
+        else:
+            with pytest.raises(
+                RecipeError, match=r"is an encoder \(bert\), whose tokens see those that follow"
+            ):
+                plan(recipe)
 
 
 def test_a_model_without_a_chat_template_is_refused_for_chats(world: Path) -> None:

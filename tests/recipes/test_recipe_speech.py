@@ -78,6 +78,14 @@ def test_every_kind_of_file_gives_the_same_sound(
     assert np.allclose(audio.decode(file.read_bytes(), 16000, 30.0), found)
 
 
+def test_channels_of_opposite_sign_do_not_silence_each_other(tmp_path: Path) -> None:
+    import soundfile
+
+    tone = (0.5 * np.sin(np.arange(8000) / 8)).astype(np.float32)
+    soundfile.write(tmp_path / "clip.wav", np.stack([tone, -tone], axis=1), 16000)
+    assert np.abs(audio.decode(str(tmp_path / "clip.wav"), 16000, 30.0)).max() == pytest.approx(0.5, abs=0.01)
+
+
 def test_only_as_much_as_is_wanted_is_read(tmp_path: Path) -> None:
     file = write_clip(tmp_path / "clip.wav", "low", 2.0, 8000)
     assert len(audio.decode(str(file), 16000, 0.5)) == pytest.approx(8000, abs=4)

@@ -129,6 +129,32 @@ def test_a_wrong_argument_is_refused_before_anything_is_read(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (
+            ["eval_strategy=steps", "eval_steps=2", "eval_delay=7"],
+            "eval_delay: is 7 steps, but the run has 6,",
+        ),
+        (["eval_delay=3"], "eval_delay: is 3 epochs, but the run has 2,"),
+        (["eval_strategy=steps", "eval_steps=2", "eval_delay=6"], None),
+        (["eval_delay=2"], None),
+        (["eval_strategy=no", "eval_delay=9"], None),
+    ],
+)
+def test_a_first_evaluation_after_the_end_is_refused(
+    world: Path, tiny_model: Path, overrides: list[str], said: str | None
+) -> None:
+    given = ["~training.max_steps", "training.num_train_epochs=2", "training.per_device_train_batch_size=16"]
+    recipe = write_recipe(world, tiny_model, schedule=None)
+    recipe = load_recipe(recipe, [*given, *(f"training.{each}" for each in overrides)])
+    if said is None:
+        assert plan(recipe).total_step == 6
+    else:
+        with pytest.raises(RecipeError, match=said):
+            plan(recipe)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
         (["training.early_stopping_patience=2", "training.eval_strategy=no"], "has no effect with eval_strategy: no"),
         (
             ["training.early_stopping_patience=2", "training.load_best_model_at_end=false"],

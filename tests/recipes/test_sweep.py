@@ -6,10 +6,11 @@ import json
 import multiprocessing
 import random
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rankwise.recipes import RecipeError, load_recipe
 from rankwise.recipes.sweep import Outcome, parse_dimension, sweep
 from rankwise.recipes.sweep.outcome import Point
 from rankwise.recipes.sweep.space import beside_overrides, override, usual_dimensions
-from rankwise.recipes.sweep.study import open_storage
+from rankwise.recipes.sweep.study import open_storage, runner
 from recipe_world import write_recipe, write_table
 
 optuna = pytest.importorskip("optuna")
@@ -268,6 +269,41 @@ def test_a_trial_that_cannot_be_trained_is_noted_and_the_others_go_on(recipe: Pa
     assert failed and all("`init_r`=2" in (point.reason or "") for point in failed)
     assert all(point.values == {"adapter.init_r": 2, "adapter.target_r": 4} for point in failed)
     assert any(point.counts for point in outcome.points)
+
+
+def test_a_sweep_is_not_deleted_while_another_process_runs_it(recipe: Path, tmp_path: Path) -> None:
+    run(recipe, RATE, trials=1, beside="none", output=tmp_path / "swept")
+    study = optuna.load_study(study_name="swept", storage=f"sqlite:///{tmp_path / 'swept' / 'sweep.db'}")
+    trial = study.ask()
+    trial.set_user_attr("runner", runner())  # of this process, which lives
+    with pytest.raises(RecipeError, match="Another process is running a trial of the sweep 'swept'"):
+        run(recipe, RATE, trials=1, beside="none", output=tmp_path / "swept", overwrite=True)
+    assert (tmp_path / "swept" / "trials" / "adalora-0" / "adapter_config.json").is_file()
+    trial.set_user_attr("runner", {**runner(), "began": 0.0})  # of a process that is gone
+    outcome = run(recipe, RATE, trials=1, beside="none", output=tmp_path / "swept", overwrite=True)
+    assert [point.state for point in outcome.points] == ["complete"]
+
+
+def test_a_trial_that_a_full_disk_ends_is_tried_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rankwise.recipes.run.save", full)
+        code, _, said = call("sweep", recipe, "--over", RATE, "--trials", "1")
+        assert code == 2 and "the same command continues the sweep" in said
+    outcome = run(recipe, RATE, trials=1)
+    assert [point.state for point in outcome.points] == ["complete"]
+
+
+def test_a_storage_that_cannot_be_written_is_the_users_problem(recipe: Path, tmp_path: Path) -> None:
+    run(recipe, RATE, trials=1, beside="none", output=tmp_path / "swept")
+    with closing(sqlite3.connect(tmp_path / "swept" / "sweep.db", isolation_level=None)) as base:
+        base.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON trials BEGIN SELECT RAISE(FAIL, 'disk is full'); END"
+        )
+    with pytest.raises(RecipeError, match="can't be read or written: disk is full"):
+        run(recipe, RATE, trials=2, beside="none", output=tmp_path / "swept")
 
 
 @pytest.mark.parametrize(

@@ -107,3 +107,18 @@ def test_a_long_history_is_thinned_but_keeps_its_ends() -> None:
     thin = _thinned(records)
     assert len(thin) == 1500 and thin[0] == records[0] and thin[-1] == records[-1]
     assert len({record.step for record in thin}) == 1500
+
+
+def test_a_picture_on_a_full_disk_leaves_the_old_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "ranks.png"
+    rank_heatmap({"layers.0.q_proj": 4}, path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="Could not save to .*ranks.png: the disk is full"):
+        rank_heatmap({"layers.0.q_proj": 2}, path)
+    assert path.read_bytes() == before

@@ -94,6 +94,23 @@ def test_a_folder_without_a_run_gives_exit_code_2(tmp_path: Path) -> None:
         assert code == 2 and said in err and out == ""
 
 
+def test_watching_ends_with_a_run_that_was_stopped_or_has_diverged(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"finished": false, "steps": 7}')
+    lock = tmp_path / ".rankwise-training"
+    lock.touch()
+    assert not read_run_now(tmp_path).stopped  # a process may be training
+    lock.unlink()
+    code, out, _ = call("watch", tmp_path)
+    assert code == 0 and "stopped, written" in out
+
+
+def test_a_sweep_is_not_taken_for_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    for name in ("sweep.json", "recipe.yaml"):
+        (tmp_path / name).write_text("{}")
+    code, out, err = call("watch", tmp_path)
+    assert code == 2 and "holds a sweep" in err and out == ""
+
+
 def test_a_run_that_has_only_begun_is_waited_for(world: Path) -> None:
     (world / "out").mkdir()
     (world / "out" / "recipe.yaml").write_text("model: x")

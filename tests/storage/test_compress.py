@@ -278,6 +278,24 @@ def test_a_users_mistake_gives_a_message_and_exit_code_2_and_nothing_is_written(
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
 
+def test_a_model_without_rankwises_layers_and_a_name_of_a_dtype_are_refused(tmp_path: Path) -> None:
+    of_peft = peft.get_peft_model(Body(), peft.LoraConfig(target_modules=TARGETS))
+    for model in (of_peft, Body()):
+        for use in (
+            lambda model: rw.compress_adapter(tmp_path / "out", model, rank=1),
+            lambda model: rw.compression_curve(model),
+            lambda model: rw.save_as_lora(tmp_path / "out", model),
+            lambda model: rw.export_adapter(tmp_path / "out", model, "vllm"),
+        ):
+            with pytest.raises(
+                TypeError, match=r"this is a .*save_pretrained\(folder\)`, and give the folder"
+            ):
+                use(model)
+    own = rw.get_peft_model(Body(), rw.LoraConfig(target_modules=TARGETS))
+    with pytest.raises(ValueError, match="must be floating point, such as torch.bfloat16, but is 'bfloat16'"):
+        rw.save_as_lora(tmp_path / "out", own, dtype="bfloat16")  # type: ignore[arg-type]
+
+
 def test_an_adapter_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     model = rw.get_peft_model(Body(), rw.LoraConfig(r=2, target_modules=["wide"]))
     with pytest.raises(ValueError, match="changes nothing"):

@@ -56,8 +56,6 @@ def evaluate(
         found = measure(adapter, file, overrides or (), recipe=recipe, batch_size=batch_size, console=console)
         say_notes(console, found.notes)
         text = json.dumps(found.to_dict(), indent=2)
-        if out is not None:
-            write_file(out, f"{text}\n")
     if as_json:
         print(text)
     else:
@@ -68,8 +66,11 @@ def evaluate(
         for part in lines(found.details) if found.details else ():
             console.print(part, markup=False, highlight=False)
         say_notes(console, sample_lines([{**each, "after": each["written"]} for each in found.samples]))
-    if plot is not None:  # last, so that an error here loses none of the measurements
-        with failures(ValueError):
+    # Files come last, so that an error here loses none of the measurements.
+    with failures(ValueError):
+        if out is not None:
+            write_file(out, f"{text}\n")
+        if plot is not None:
             if found.details is None:
                 raise RecipeError("This task has no picture: --plot is for labels and numbers.")
             save_plot(found.details, plot)

@@ -12,7 +12,6 @@ Exit codes:
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 import traceback
@@ -24,9 +23,6 @@ from rankwise.files.streams import discard
 MEND, FAULT = 2, 1
 EXTRAS = 'pip install "rankwise[train,report]"'
 _EXTRA_OF = dict.fromkeys(("optuna", "psutil", "sqlalchemy"), 'pip install "rankwise[sweep]"')
-
-
-_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -63,13 +59,15 @@ def failures(*mendable: type[Exception], kept: str = "") -> Iterator[None]:
 
 def _unwritten_message(error: Exception, kept: str) -> str | None:
     """Return the message for a file that could not be written, or None if the error is another one."""
-    from rankwise.files.explain import is_of_torch_save
+    from rankwise.files.explain import NOT_WRITTEN, errno_of, is_of_torch_save
 
-    if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
+    if isinstance(error, OSError) and error.errno in NOT_WRITTEN:
         where = f": {error.filename}" if error.filename else ""
         said = f"{error.strerror}{where}".rstrip(".")
     elif is_of_torch_save(error):
         said = f"A file could not be written ({error}): the disk is probably full"
+    elif not isinstance(error, OSError) and errno_of(error) in NOT_WRITTEN:
+        said = str(error).rstrip(".")
     else:
         return None
     return f"{said}. {kept}".strip()

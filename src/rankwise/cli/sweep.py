@@ -108,7 +108,7 @@ def sweep(
     within a tolerance of the best. It writes a recipe that repeats this adapter's run. After Ctrl-C, the same command
     resumes the sweep.
     """
-    with failures():
+    with failures(kept="Finished trials are kept: the same command continues the sweep."):
         from rankwise.recipes.console import lasting_console
         from rankwise.recipes.sweep import sweep as run
 

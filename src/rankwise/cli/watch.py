@@ -39,14 +39,14 @@ def watch(
 
         console = Console()
         now = read_run_now(folder)
-        if once or now.finished:
+        if once or now.finished or now.stopped:
             console.print(_view(now))
             return
         if not console.is_terminal:
             _print_changes(console, folder, every)
             return
         with Live(_view(now), console=console, refresh_per_second=4) as live:
-            while not now.finished:
+            while not (now.finished or now.stopped):
                 time.sleep(every)
                 now = read_run_now(folder)
                 live.update(_view(now))
@@ -58,10 +58,11 @@ def _print_changes(console: Console, folder: Path, every: float) -> None:
     shown = None
     while True:
         now = read_run_now(folder)
-        if (now.step, now.finished) != shown:
+        state = (now.step, now.finished, now.stopped)
+        if state != shown:
             console.print(now.line(), highlight=False, soft_wrap=True)
-            shown = (now.step, now.finished)
-        if now.finished:
+            shown = state
+        if now.finished or now.stopped:
             console.print("", _view(now), sep="\n")
             return
         time.sleep(every)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from rankwise.files.stage import PREFIX, HeldError
 
+# The system's numbers of errors that say that a file can't be written, whatever is in it.
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
@@ -19,7 +22,7 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = _errno_of(error)
+        number = errno_of(error)
         if number is None:
             raise
         kept = "The previous version there is whole." if existed else "Nothing was written there."
@@ -35,12 +38,13 @@ def is_of_torch_save(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and in_writer
 
 
-def _errno_of(error: Exception) -> int | None:
+def errno_of(error: Exception) -> int | None:
+    """The system's number of an error in writing, or None if the error is another one."""
     if isinstance(error, OSError):
         return error.errno or errno.EIO
     if is_of_torch_save(error):
         return errno.ENOSPC
-    # safetensors writes in Rust, and keeps only the text of the system's error.
+    # safetensors and tokenizers write in Rust, and keep only the text of the system's error.
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found.group(1)) if found else None
 

@@ -13,6 +13,10 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
+# The name of a file that exists and is locked while `rankwise train` trains into its folder. A process that is killed
+# leaves it behind.
+TRAINING = ".rankwise-training"
+
 
 def open_lock(path: Path) -> int:
     """Open a lock file. It is created if it does not exist."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.recipes.tasks import TaskData, load_task
+from rankwise.report.plots import write_figure
 
 MISTAKES = 10  # the most mistakes that are listed
 _POINTS = 500  # the most points in a scatter plot
@@ -221,5 +222,5 @@ def save_plot(details: Details, path: Path) -> None:
     else:
         raise ValueError("Speech recognition has no picture: --plot is for labels and numbers.")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path, dpi=150)
     plt.close(figure)

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from rankwise.files.atomic import write_file
-from rankwise.files.locks import lock_file
+from rankwise.files.locks import TRAINING, lock_file
 from rankwise.recipes.errors import RecipeError
 from rankwise.recipes.places import find_place
 from rankwise.recipes.recipe import BaseRecipe
@@ -45,7 +45,6 @@ _OF_WHOLE_MODELS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_LOCK = ".rankwise-training"  # exists and is locked while a process trains into the folder
 # Files of an earlier run, which --overwrite removes. Other files in the folder stay.
 _OWN_FILES = (_RECIPE, _RESULTS, "config.json", *(name for name in OWNED if name != PICKLE_NAME))
 
@@ -133,7 +132,7 @@ class Output:
                 into it since.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with lock_file(self.folder / _LOCK) as free:
+        with lock_file(self.folder / TRAINING) as free:
             if not free:
                 raise RecipeError(
                     f"Another process is training into the output folder {str(self.folder)!r}; `rankwise watch` shows "

@@ -204,7 +204,8 @@ def make_plan(
         memory: whether to estimate the memory, too. This takes seconds for a large model.
 
     Raises:
-        RecipeError: no batch is complete, or the schedule or the adapter does not fit the run or the model.
+        RecipeError: no batch is complete, no evaluation comes before the end, or the schedule or the adapter does not
+            fit the run or the model.
     """
     batch = recipe.training.per_device_train_batch_size * processes
     if recipe.training.others.get("dataloader_drop_last") and len(data.train) < batch:
@@ -214,6 +215,7 @@ def make_plan(
             "per_device_train_batch_size smaller.",
         )
     total = total_steps(recipe.training, len(data.train), processes)
+    _check_delay(recipe, total, steps_in_an_epoch(recipe.training, len(data.train), processes))
     if recipe.method == "adalora":
         recipe.schedule.resolve(total)  # refuses phases that do not fit, before anything is loaded
     model = load_task(recipe.task).new_model(recipe, data, processor, weights=False)
@@ -247,6 +249,22 @@ def make_plan(
         notes=tuple(data.notes),
         memory=_memory(recipe, model, processes) if memory else None,
     )
+
+
+def _check_delay(recipe: BaseRecipe, total: int, epoch: int) -> None:
+    """Refuse a delay of the first evaluation beyond the run's end: no adapter would be the best, and none stop it."""
+    training = recipe.training
+    delay, unit = training.others.get("eval_delay") or 0, "steps"
+    length: float = total
+    if training.evaluates == "epoch":
+        length, unit = round(total / epoch, 2), "epochs"
+    if training.evaluates != "no" and delay > length:
+        raise refusal(
+            "training.eval_delay",
+            f"is {delay:g} {unit}, but the run has {length:g}, so nothing would be evaluated during training. Make it "
+            "smaller, or set eval_strategy: no.",
+            str(recipe.source),
+        )
 
 
 def memory_plan(recipe: BaseRecipe, processes: int = 1) -> Memory:

@@ -6,11 +6,14 @@ stays unchanged.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.files.atomic import write_file
 from rankwise.report.grid import (
     RankGrid,
     grid_position,
@@ -341,4 +344,22 @@ def _scale(figure: Figure, axes: Sequence[Axes], largest: int, zero: bool) -> No
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     # the line below a narrow grid is wider than the grid
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
+    write_figure(figure, path, bbox_inches="tight", pad_inches=0.1)
+
+
+def write_figure(figure: Figure, path: str | os.PathLike[str], **options: Any) -> None:
+    """Write a figure as a file: whole, or not at all.
+
+    Args:
+        figure: the figure.
+        path: the file to write. Its extension selects the format; without one, it is ``.png``.
+        options: options of matplotlib's ``savefig``.
+
+    Raises:
+        ValueError: matplotlib does not know the file's extension.
+        OSError: the file could not be written. An old file has not changed then.
+    """
+    place = Path(path) if Path(path).suffix else Path(f"{path}.png")
+    content = io.BytesIO()
+    figure.savefig(content, format=place.suffix[1:], **options)
+    write_file(place, content.getvalue())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.config import CONFIG_NAME
+from rankwise.files.locks import TRAINING
 from rankwise.report.inspect import inspect_adapter
 from rankwise.report.runs import json_object, read_log
 from rankwise.run.summary import LayerRank, RankSummary
@@ -30,6 +31,7 @@ class RunNow:
         finished: whether the run is finished.
         source: the file or folder that this was read from.
         age: the seconds since the source was written.
+        stopped: whether `rankwise train` has left the run unfinished: after Ctrl-C, or because it diverged.
     """
 
     step: int
@@ -39,6 +41,7 @@ class RunNow:
     finished: bool
     source: Path
     age: float
+    stopped: bool = False
 
     def line(self) -> str:
         """Summarize the state in one line: step, losses, budget, age."""
@@ -51,22 +54,32 @@ class RunNow:
         ]
         if "budget" in last:
             parts.append(f"budget {last['budget']:,.0f}")
-        return ", ".join([*parts, "finished" if self.finished else f"written {_ago(self.age)}"])
+        written = f"written {_ago(self.age)}"
+        state = "finished" if self.finished else f"stopped, {written}" if self.stopped else written
+        return ", ".join([*parts, state])
 
 
 def read_run_now(folder: str | os.PathLike[str]) -> RunNow:
     """Read a run's state from its output folder: that of ``rankwise train``, or of any trainer with checkpoints.
 
     Raises:
-        ValueError: the folder does not exist, or holds nothing of a run.
+        ValueError: the folder does not exist, holds nothing of a run, or holds a sweep.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(
             f"There is no folder {folder}. Give the run's output folder, once the run has begun."
         )
+    if (folder / "sweep.json").is_file():
+        raise ValueError(
+            f"{folder} holds a sweep, whose command shows its trials. To watch one of them, give its folder in "
+            f"{folder / 'trials'}."
+        )
+    # Before the results: a run that ends between the two is finished.
+    idle = not (folder / TRAINING).exists()
     results = json_object(folder / RESULTS)
     checkpoint = _newest_checkpoint(folder)
+    stopped = idle and results.get("finished") is False
     step = results.get("steps")
     own = isinstance(step, int) and (checkpoint is None or step >= (checkpoint_step(checkpoint) or 0))
     if own and (ranks := _summary(results.get("ranks"))) is not None:
@@ -78,13 +91,14 @@ def read_run_now(folder: str | os.PathLike[str]) -> RunNow:
             results.get("finished") is True,
             folder / RESULTS,
             _age(folder / RESULTS),
+            stopped,
         )
     if checkpoint is not None:
-        return _of_adapter(checkpoint, finished=False)
+        return _of_adapter(checkpoint, finished=False, stopped=stopped)
     if (folder / CONFIG_NAME).is_file():
         return _of_adapter(folder, finished=True)
     if results or (folder / "recipe.yaml").is_file():
-        return RunNow(0, None, None, [], False, folder, _age(folder))
+        return RunNow(0, None, None, [], False, folder, _age(folder), stopped)
     raise ValueError(
         f"{folder} holds nothing of a run: it has no {RESULTS} of `rankwise train`, no checkpoint and no adapter. Give "
         "the `output` of a recipe, or a trainer's `output_dir` that has a checkpoint."
@@ -102,13 +116,13 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=whole.__getitem__, default=None)
 
 
-def _of_adapter(folder: Path, finished: bool) -> RunNow:
+def _of_adapter(folder: Path, finished: bool, stopped: bool = False) -> RunNow:
     report = inspect_adapter(folder)
     state = json_object(folder / "trainer_state.json")
     records = report.history.records if report.history is not None else []
     step = _whole(state.get("global_step")) or (records[-1].step if records else 0)
     log, total = read_log(state.get("log_history")), _whole(state.get("max_steps"))
-    return RunNow(step, total, report.summary(), log, finished, folder, _age(folder))
+    return RunNow(step, total, report.summary(), log, finished, folder, _age(folder), stopped)
 
 
 def _summary(data: Any) -> RankSummary | None:

@@ -144,8 +144,8 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Te
 another. Write it with dtype torch.bfloat16 or torch.float32.
     """
     dtype = dtype or tensor.dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"`dtype` must be floating point, such as torch.bfloat16, but is {dtype}.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be floating point, such as torch.bfloat16, but is {dtype!r}.")
     if not is_finite(tensor):
         raise ValueError(
             f"{name} holds NaN or infinite values: the run has diverged. Use an earlier checkpoint."

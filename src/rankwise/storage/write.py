@@ -212,8 +212,14 @@ def read_model_adapter(model: Any, adapter: str) -> AdapterFile:
     """The result that `read_adapter` would give for an adapter of ``model`` that has just been saved.
 
     Raises:
+        TypeError: ``model`` is no `rankwise.PeftModel`.
         ValueError: the model has no such adapter.
     """
+    if not hasattr(model, "_controller_of"):
+        raise TypeError(
+            "An adapter is a folder, or a model of `rankwise.get_peft_model` or `rankwise.PeftModel`, but this is a "
+            f"{type(model).__name__}. Save a model of PEFT with `model.save_pretrained(folder)`, and give the folder."
+        )
     if adapter not in model.peft_config:
         raise ValueError(f"There is no adapter {adapter!r}; the model has {sorted(model.peft_config)}.")
     config, controller = model.peft_config[adapter], model._controller_of(adapter)

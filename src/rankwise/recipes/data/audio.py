@@ -62,7 +62,12 @@ def decode(source: str | bytes, rate: int, longest: float) -> NDArray[float32]:
         raise AudioError(_reason(source, error)) from error
     if not len(channels):
         raise AudioError("holds no sound")
-    mono: NDArray[float32] = soxr.resample(channels.mean(axis=1), found, rate)
+    mixed = channels.mean(axis=1)
+    if abs(mixed).max() < 0.01 * abs(channels).max():
+        mixed = channels[
+            :, 0
+        ]  # the other channel is the same sound with its sign turned, and would silence it
+    mono: NDArray[float32] = soxr.resample(mixed, found, rate)
     return mono
 
 

@@ -33,6 +33,9 @@ _TASK_OF_CLASS = {
 }
 # Keys of the data section that choose training rows, which have no meaning where nothing trains.
 _ABOUT_TRAINING = ("eval", "held_out", "train_size", "eval_split", "subset", "train_split")
+# Keys of the section ``training`` that matter where nothing trains. The others were checked when the run began, and
+# rules may have become stricter since.
+_NOT_ABOUT_TRAINING = ("per_device_eval_batch_size", "seed", "bf16", "fp16", "use_cpu")
 _WITH_LABELS = ("text-classification", "token-classification", "image-classification")
 
 
@@ -118,6 +121,11 @@ def open_adapter(
     path = Path(recipe) if recipe is not None else folder / _RECIPE
     if recipe is not None or path.is_file():
         data, lines = read_recipe(path)
+        if recipe is None:
+            of_run: Any = data.get("training") or {}
+            data["training"] = {key: of_run[key] for key in _NOT_ABOUT_TRAINING if key in of_run}
+            for key in ("adapter", "schedule"):
+                data.pop(key, None)
     else:
         path = folder / _CONFIG
         data, lines = _recipe_of_config(folder, config, overrides), {}

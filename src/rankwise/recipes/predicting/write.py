@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def check_free(
         raise refusal(name, f"its ending says the format: give {', '.join(endings)}.")
     if not path.parent.is_dir():
         raise refusal(name, f"there is no folder {str(path.parent)!r}. Make it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise refusal(name, f"can't be written: {str(path.parent)!r} is read-only. Give another place.")
     if path.is_dir():
         raise refusal(name, "is a folder. Give the name of a file.")
     if any(path.exists() and Path(read).exists() and path.samefile(read) for read in reads):

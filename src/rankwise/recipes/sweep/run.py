@@ -17,6 +17,7 @@ import yaml
 from transformers import TrainerCallback
 
 from rankwise.files.atomic import write_file
+from rankwise.files.explain import NOT_WRITTEN, errno_of
 from rankwise.recipes.console import lasting_console
 from rankwise.recipes.data.identity import facts_of
 from rankwise.recipes.errors import RecipeError, did_you_mean, refusal
@@ -118,8 +119,9 @@ def sweep(
         output,
         console or lasting_console(),
     )
-    started.open(storage, name, sampler, pruner, overwrite)
-    return started.run()
+    with studies.explained():
+        started.open(storage, name, sampler, pruner, overwrite)
+        return started.run()
 
 
 class _Sweep:
@@ -282,6 +284,8 @@ class _Sweep:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         except Exception as error:
+            if errno_of(error) in NOT_WRITTEN:
+                raise  # without a reason, so that the trial is tried again once the disk has space
             trial.set_user_attr("reason", (" ".join(str(error).split()) or type(error).__name__)[:500])
             if not isinstance(error, (RecipeError, RuntimeError, ValueError, OSError)):
                 raise  # a fault of rankwise

@@ -11,7 +11,8 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,25 @@ def _storage(url: str) -> Any:
         )
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn an error of the storage's database into a `RecipeError` that says what to do."""
+    import sqlalchemy.exc
+
+    try:
+        yield
+    except Exception as error:
+        inner: BaseException | None = error
+        while inner is not None and not isinstance(inner, sqlalchemy.exc.DBAPIError):
+            inner = inner.__cause__ or inner.__context__
+        if inner is None:
+            raise
+        raise RecipeError(
+            f"The storage of the sweep can't be read or written: {inner.orig}. Set that right (free space on the disk, "
+            "or allow writing). Finished trials are kept: the same command continues the sweep."
+        ) from error
+
+
 def open_study(
     storage: Any,
     name: str,
@@ -101,12 +121,20 @@ def open_study(
         overwrite: whether to delete an earlier study of this name.
 
     Raises:
-        RecipeError: the study belongs to a sweep with other settings or other data.
+        RecipeError: the study belongs to a sweep with other settings or other data, or is to be deleted while
+            another process runs a trial of it.
     """
     import optuna
 
     names = [each.study_name for each in optuna.get_all_study_summaries(storage)]
     if overwrite and name in names:
+        earlier = optuna.load_study(study_name=name, storage=storage)
+        try_again(earlier)
+        if running(earlier):
+            raise RecipeError(
+                f"Another process is running a trial of the sweep {name!r}, which --overwrite would delete. Wait for "
+                "its end or stop it; or choose another --study or -o."
+            )
         optuna.delete_study(study_name=name, storage=storage)
         names.remove(name)
     study = optuna.create_study(

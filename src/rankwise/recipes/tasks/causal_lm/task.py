@@ -18,7 +18,7 @@ from pydantic import Field
 
 from rankwise.recipes.data.rows import RowsRecipe, check_sources, hold_out, read_tables
 from rankwise.recipes.data.splits import shortest_first
-from rankwise.recipes.errors import Problem
+from rankwise.recipes.errors import Problem, refusal
 from rankwise.recipes.memory.batches import text_batch
 from rankwise.recipes.models import (
     load_model,
@@ -130,9 +130,24 @@ def processor(recipe: Recipe) -> Any:
 
 
 def new_model(recipe: Recipe, data: TaskData, processor: Any, *, weights: bool) -> Any:
-    """The language model. It gets no new head."""
-    config = padding_config(recipe, processor)
-    return load_model(recipe, "AutoModelForCausalLM", config, weights=weights)
+    """The language model. It gets no new head.
+
+    Raises:
+        RecipeError: the model is an encoder. Its tokens see those that follow, which are the ones to predict.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    model = load_model(recipe, "AutoModelForCausalLM", padding_config(recipe, processor), weights=weights)
+    config = model.config
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+        raise refusal(
+            "model",
+            f"{recipe.model!r} is an encoder ({config.model_type}), whose tokens see those that follow. So it can't "
+            "learn to continue texts. Choose a model that was trained to, such as HuggingFaceTB/SmolLM2-135M.",
+            str(recipe.source),
+        )
+    return model
 
 
 def largest_batch(recipe: Recipe, config: Any) -> Mapping[str, Tensor]:
