@@ -64,9 +64,8 @@ def decode(source: str | bytes, rate: int, longest: float) -> NDArray[float32]:
         raise AudioError("holds no sound")
     mixed = channels.mean(axis=1)
     if abs(mixed).max() < 0.01 * abs(channels).max():
-        mixed = channels[
-            :, 0
-        ]  # the other channel is the same sound with its sign turned, and would silence it
+        # The channels are the same sound with opposite signs, so that their mean would be silence.
+        mixed = channels[:, 0]
     mono: NDArray[float32] = soxr.resample(mixed, found, rate)
     return mono
 
