@@ -24,7 +24,7 @@ class LoneValues:
         model: the PEFT model with the adapter. None: other layers, of which nothing is noticed.
         adapter: the adapter's name.
         pairs: a function that gives the adapter's factors, or nothing if its run is over.
-        waits_for_a_step: a function that says whether forward passes and saves do not count as use now.
+        waits_for_a_step: a function that says whether saves do not count as use now.
         warn: a function that gives each warning once.
     """
 
@@ -54,10 +54,14 @@ class LoneValues:
             return
         if any(prefix + pair.name_of_A in state for pair in pairs):
             self._loaded = "values"
-            self._forward_hook = pairs[0].layer.register_forward_pre_hook(self._values_go)
+            self._forward_hook = pairs[0].layer.register_forward_pre_hook(self._values_compute)
+
+    def _values_compute(self, *unused: Any) -> None:
+        """Called before a forward pass."""
+        self.used()
 
     def _values_go(self, *unused: Any) -> None:
-        """Called before a forward pass or a save."""
+        """Called before a save."""
         if self._loaded == "values" and not self._waits_for_a_step():
             self.used()
 
