@@ -6,12 +6,15 @@ cut if the schedule asks for one. A `Choice` decides which ranks are kept. `Fact
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_whole
@@ -28,6 +31,7 @@ from rankwise.run.state import AllocationState
 from rankwise.run.unreached import unreached_ranks
 from rankwise.run.warn_once import WarnOnce
 
+_AVERAGE = AveragedModel.__init__.__code__
 _UNUSED = 1  # statistics of a run that prunes nothing: some file formats confuse two empty tensors
 
 
@@ -81,8 +85,15 @@ class Controller:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if not self._stopped:
-            listen(self)
+        if self._stopped:
+            return
+        listen(self)
+        if _copies_for_an_average() and self.prunes and not self.fixed:
+            self.warn(
+                "`AveragedModel` copies the model while its ranks adapt. The copy keeps its present scale and ranks, "
+                "and a later cut rotates the model's directions, so an average with later values means nothing. Make "
+                '`AveragedModel(model)` once `allocation_state.phase` is "final".'
+            )
 
     # Budget and schedule.
 
@@ -338,3 +349,11 @@ class Controller:
     def penalty(self) -> Tensor:
         """The current orthogonality penalty without its weight, a 0-dim tensor."""
         return self._penalty.value()
+
+
+def _copies_for_an_average() -> bool:
+    """Whether this is called while PyTorch's `AveragedModel` copies a model."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _AVERAGE:
+        frame = frame.f_back
+    return frame is not None
