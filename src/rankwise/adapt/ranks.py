@@ -493,4 +493,4 @@ class AdaptiveRanks:
             self._tensors.follow(stay[0].device)
         self._in_the_end = in_the_end
         self._controller.stop()
-        self._lone_values.stop()
+        self._lone_values.end(self._model, stay)
