@@ -20,6 +20,7 @@ from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_whole
 from rankwise.method.allocation import Budget, budget_with_reserved, choose
 from rankwise.method.schedule import BudgetSchedule, Phase
+from rankwise.parallel.ddp import steps_alone
 from rankwise.run.choice.choice import Choice
 from rankwise.run.factors import Factors
 from rankwise.run.history import RankHistory
@@ -193,8 +194,8 @@ class Controller:
             The closure that the optimizer must use; None if there was none.
 
         Raises:
-            ValueError: the length of the run is unknown, a backward pass is under way, or the optimizer can't be
-                combined with the penalty.
+            ValueError: the length of the run is unknown, a backward pass is under way, each process steps alone, or the
+                optimizer can't be combined with the penalty.
         """
         if self.schedule is None and self.automatic and self.prunes and not self.fixed:
             raise ValueError(
@@ -205,6 +206,12 @@ class Controller:
             raise ValueError(
                 "An optimizer steps inside the backward pass. A cut there would change factors that the rest of the "
                 "pass reads: call `optimizer.step()` after `loss.backward()`."
+            )
+        if self.prunes and not self.fixed and not self.step and steps_alone(self.factors.all_parameters()):
+            raise ValueError(
+                "An optimizer steps while `no_sync` of DistributedDataParallel is on, as with local SGD. Each process "
+                "would cut other ranks and rotate its layers in another way, so averages of their values would mean "
+                "nothing. Step outside of `no_sync`."
             )
         self._penalty.refuse_unfit(optimizer)
         if self.optimizers.overdue(optimizer):
