@@ -392,9 +392,7 @@ def test_resuming_after_the_layers_were_narrowed_is_refused_and_says_what_to_do(
     callback = rw.AdaptRanks(target_r=2, **PHASES)
     trainer = trainer_for(tmp_path, callback, save_strategy="steps", save_steps=4)
     trainer.train()
-    with pytest.raises(
-        ValueError, match=r"checkpoint-\d was written before .* narrowed.*attach the adapter anew"
-    ):
+    with pytest.raises(ValueError, match=r"narrowed when the run ended.*attach the adapter anew"):
         trainer.train(resume_from_checkpoint=True)
 
 

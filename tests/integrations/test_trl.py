@@ -78,6 +78,15 @@ def test_with_the_right_reference_preferences_start_at_no_difference_and_train(
     assert model.allocation_state.reached_target
 
 
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_reference_that_follows_a_model_whose_ranks_adapt_is_refused(kind: str, tmp_path: Path) -> None:
+    model = continued()
+    with pytest.raises(ValueError, match=r"sync_ref_model=False.*rankwise\.LoraConfig"):
+        trl_trainer(kind, tmp_path, model, ref_model=copy.deepcopy(model), sync_ref_model=True)
+    fixed = rw.get_peft_model(llama(), rw.LoraConfig(r=4, target_modules=TARGETS))
+    trl_trainer(kind, tmp_path, fixed, ref_model=copy.deepcopy(fixed), sync_ref_model=True)
+
+
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_without_a_kl_term_no_reference_is_needed(kind: str, tmp_path: Path) -> None:
     model = continued()

@@ -223,6 +223,20 @@ def test_ddp_of_one_process_reaches_a_convolution_at_rank_0(process_group: None)
     assert model.rank_history.records[-1].ranks == [0, 2]
 
 
+def test_steps_inside_no_sync_are_refused_and_gradients_may_be_accumulated_there(process_group: None):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    config = rw.AdaLoraConfig(init_r=2, target_r=1, total_step=6, target_modules=["0", "2"])
+    model = rw.get_peft_model(model, config)
+    wrapped, optimizer = DistributedDataParallel(model), torch.optim.AdamW(model.parameters(), lr=0.1)
+    with wrapped.no_sync():
+        wrapped(torch.randn(3, 4)).square().sum().backward()
+        with pytest.raises(ValueError, match=r"local SGD.*outside of `no_sync`"):
+            optimizer.step()
+    wrapped(torch.randn(3, 4)).square().sum().backward()
+    optimizer.step()
+    assert model.allocation_state.step == 1
+
+
 def test_processes_with_experts_that_no_token_reaches_give_the_run_of_one(once: Any):
     outcome = once("ddp.py")
     alone = outcome["experts, alone"]

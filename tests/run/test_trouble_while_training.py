@@ -304,6 +304,18 @@ def test_a_step_without_any_gradient_in_the_adapter_is_reported_once() -> None:
     assert "no adapter parameter has a gradient" in message
 
 
+@pytest.mark.parametrize(("start", "decisive"), [("principal", "lora_B"), (True, "lora_E")])
+def test_a_decisive_factor_that_is_frozen_in_all_layers_is_named(start: Any, decisive: str) -> None:
+    model = adapted(init_lora_weights=start)
+    for name, parameter in model.named_parameters():
+        if f".{decisive}." in name:
+            torch.nn.init.ones_(parameter.requires_grad_(False))
+    with told() as messages:
+        train(model, adamw(model))
+    assert model.allocation_state.budget == model.allocation_state.initial
+    assert [decisive in each and "none is cut" in each for each in messages] == [True]
+
+
 # --- optimizers ----------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Notices values that are loaded into an adapter whose ranks adapt, without the state of the run that made them.
 
-The scale and the ranks change in a run, and belong to that state.
+The scale and the ranks change in a run, and belong to that state. Once the run is over, values with other ranks are
+refused.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from rankwise.adapt.peft_pairs import PeftPair
+from rankwise.run.pairs import FactorsGone
 
 
 class LoneValues:
@@ -24,7 +26,7 @@ class LoneValues:
         model: the PEFT model with the adapter. None: other layers, of which nothing is noticed.
         adapter: the adapter's name.
         pairs: a function that gives the adapter's factors, or nothing if its run is over.
-        waits_for_a_step: a function that says whether forward passes and saves do not count as use now.
+        waits_for_a_step: a function that says whether saves do not count as use now.
         warn: a function that gives each warning once.
     """
 
@@ -42,6 +44,7 @@ class LoneValues:
         self._loaded: str | None = None
         self._forward_hook: RemovableHandle | None = None  # set while it is "values"
         self._hooks: list[RemovableHandle] = []
+        self._narrowed: Sequence[PeftPair] = ()  # the layers, once the run is over
         if model is not None:
             self._hooks.append(model.register_load_state_dict_pre_hook(self._values_come))
             self._hooks.append(model.register_state_dict_pre_hook(self._values_go))
@@ -54,10 +57,14 @@ class LoneValues:
             return
         if any(prefix + pair.name_of_A in state for pair in pairs):
             self._loaded = "values"
-            self._forward_hook = pairs[0].layer.register_forward_pre_hook(self._values_go)
+            self._forward_hook = pairs[0].layer.register_forward_pre_hook(self._values_compute)
+
+    def _values_compute(self, *unused: Any) -> None:
+        """Called before a forward pass."""
+        self.used()
 
     def _values_go(self, *unused: Any) -> None:
-        """Called before a forward pass or a save."""
+        """Called before a save."""
         if self._loaded == "values" and not self._waits_for_a_step():
             self.used()
 
@@ -84,8 +91,37 @@ class LoneValues:
             self._forward_hook.remove()
         self._forward_hook = None
 
+    def end(self, model: nn.Module, narrowed: Sequence[PeftPair]) -> None:
+        """From now on, refuse values that have other ranks than the layers, with the reason.
+
+        Args:
+            model: the PEFT model with the adapter.
+            narrowed: the factors of the layers that still hold the adapter.
+        """
+        self.stop()
+        self._narrowed = narrowed
+        self._hooks.append(model.register_load_state_dict_pre_hook(self._earlier_values_come))
+
+    def _earlier_values_come(
+        self, model: nn.Module, state: Mapping[str, Any], prefix: str, *unused: Any
+    ) -> None:
+        """Called before a state dictionary is loaded. PyTorch would refuse it, too, but could not say why."""
+        for pair in self._narrowed:
+            try:
+                own = pair.parameter("A")
+            except FactorsGone:
+                continue
+            came = state.get(prefix + pair.name_of_A)
+            if came is not None and came.shape != own.shape:
+                raise ValueError(
+                    f"These values of adapter {self._adapter!r} have other ranks than its layers, which were narrowed "
+                    f"when the run ended: A of {pair.path!r} is {tuple(own.shape)} here and {tuple(came.shape)} there. "
+                    "To go back to an earlier point of the run, load the base model, attach the adapter anew, call "
+                    "`adapt_ranks`, and load the values together with the state of their run."
+                )
+
     def stop(self) -> None:
         """Forget what was loaded, and notice nothing from now on."""
         self.forget()
-        for hook in self._hooks:
-            hook.remove()
+        while self._hooks:
+            self._hooks.pop().remove()

@@ -384,10 +384,10 @@ class AdaptiveRanks:
         The model's and the optimizer's own states are not in it. For ``torch.distributed.checkpoint`` pass the handle
         itself: inside it, one entry is text instead of a tensor, because it grows.
 
-        Raises:
-            ValueError: the run is over, so there is nothing to resume.
+        The state of a run that is over is empty, so that the last checkpoint of a loop can be written as the others.
         """
-        self._refuse_if_over()
+        if self.is_over:
+            return {}
         ends = torch.tensor(self._choice.end_scales, dtype=torch.float64)
         run = packed_state(self._controller)
         text = in_sharded_checkpoint()
@@ -400,9 +400,14 @@ class AdaptiveRanks:
             state: result of `state_dict`.
 
         Raises:
-            ValueError: the state is damaged or belongs to another run, or this run is over.
+            ValueError: the state is damaged or belongs to another run, or either run is over.
         """
         self._refuse_if_over()
+        if not state:
+            raise ValueError(
+                "This is the state of a run that was over, so there is nothing to resume. Its layers may be narrowed: "
+                "load its adapter as it was saved, without `adapt_ranks`."
+            )
         ends, packed = state.get("end_scales"), state.get("run")
         if ends is None or packed is None or len(ends) != len(self._choice.end_scales):
             raise ValueError(
@@ -488,4 +493,4 @@ class AdaptiveRanks:
             self._tensors.follow(stay[0].device)
         self._in_the_end = in_the_end
         self._controller.stop()
-        self._lone_values.stop()
+        self._lone_values.end(self._model, stay)

@@ -207,7 +207,10 @@ class AdapterLayer(InPlace, nn.Module):
                 f"The factors of adapter {name!r} are not here: Accelerate has offloaded them, and only brings the "
                 "base weights back. Offload the base model first, and attach or load the adapter afterwards."
             )
-        if not self.kept or torch.compiler.is_compiling() and name not in self.lora_E:
+        if torch.compiler.is_compiling():
+            if name not in self.lora_E:
+                return True  # without a look at `kept`, on which the compiler would depend
+        elif not self.kept:
             return True
         kept = self.kept.get(name, 1)
         return kept > 0 if isinstance(kept, int) else kept.numel() > 0

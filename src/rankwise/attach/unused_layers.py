@@ -114,18 +114,18 @@ def _tried(layer: Any, cls: Any, weight: nn.Parameter) -> tuple[str, torch.Tenso
 
     None: the class computes as the plain layer, or the weight is packed or sharded over processes.
     """
-    options: Any = {"dtype": weight.dtype, "device": weight.device}
+    dtype, device = weight.dtype, weight.device
     if isinstance(layer, nn.Linear):
         plain = cls.forward in (nn.Linear.forward, NonDynamicallyQuantizableLinear.forward)
         if plain or list(weight.shape) != [layer.out_features, layer.in_features]:
             return None
-        x = torch.linspace(-1, 1, 2 * weight.shape[1], **options).view(2, weight.shape[1])
+        x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=dtype, device=device).view(2, weight.shape[1])
         return "a linear layer", x, nn.functional.linear(x, weight, layer._parameters.get("bias"))
     if isinstance(layer, nn.Embedding):
         plain = cls.forward is nn.Embedding.forward
         if plain or list(weight.shape) != [layer.num_embeddings, layer.embedding_dim]:
             return None
-        x = torch.tensor([[2, 0, 1]], device=weight.device) % len(weight)
+        x = torch.tensor([[2, 0, 1]], dtype=torch.int64, device=device) % len(weight)
         return "an embedding", x, nn.functional.embedding(x, weight) * scale_of_embedding(layer)
     for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         if isinstance(layer, base):
@@ -138,7 +138,9 @@ def _tried(layer: Any, cls: Any, weight: nn.Parameter) -> tuple[str, torch.Tenso
             edges = [0] * len(layer.stride) if isinstance(layer.padding, str) else layer.padding
             sizes = zip(layer.kernel_size, layer.dilation, layer.stride, edges, strict=True)
             size = [dilation * kernel + stride + edge + 1 for kernel, dilation, stride, edge in sizes]
-            x = torch.linspace(-1, 1, channels * math.prod(size), **options).view(1, channels, *size)
+            x = torch.linspace(-1, 1, channels * math.prod(size), dtype=dtype, device=device).view(
+                1, channels, *size
+            )
             return "a convolution", x, base._conv_forward(layer, x, weight, layer._parameters.get("bias"))  # type: ignore
     return None
 

@@ -124,19 +124,8 @@ def _resuming(original: Callable[..., None]) -> Callable[..., None]:
         given = {} if model is None else {"model": model}
         target = next(iter(args), model)
         target = self.model if target is None else target
-        if _load(self, resume_from_checkpoint, target):
-            return
-        try:
+        if not _load(self, resume_from_checkpoint, target):
             original(self, resume_from_checkpoint, *args, **given, **kwargs)
-        except RuntimeError as error:
-            run = run_of(target)
-            if not isinstance(run, AdaptiveRanks) or not run.is_over or "size mismatch" not in str(error):
-                raise
-            raise ValueError(
-                f"{resume_from_checkpoint} was written before the run of adaptive ranks ended. The layers have "
-                "been narrowed since, and have fewer ranks. To resume from it, load the base model and attach the "
-                "adapter anew, as before the first training."
-            ) from None
 
     return _load_from_checkpoint
 

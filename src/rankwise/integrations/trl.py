@@ -35,8 +35,9 @@ def check_new_trainer(model: Any) -> bool:
         Whether the caller gave the trainer a reference model.
 
     Raises:
-        ValueError: the trainer is about to load a bare base model as the reference of an adapted model; or PEFT has
-            added an adapter to an adapted model, so that rankwise's adapter does not train.
+        ValueError: the trainer is about to load a bare base model as the reference of an adapted model; it would mix
+            the values of a model whose ranks adapt into its reference; or PEFT has added an adapter to an adapted
+            model, so that rankwise's adapter does not train.
     """
     adapted = own_model(model)
     if adapted is None:
@@ -45,6 +46,13 @@ def check_new_trainer(model: Any) -> bool:
         raise ValueError(f"{FROZEN_BY_PEFT} {_ROAD}")
     frames = [frame for frame in _constructors() if "trainer" in frame.f_globals.get("__name__", "")]
     given = any(frame.f_locals.get("ref_model") is not None for frame in frames)
+    mixes = any(getattr(frame.f_locals.get("args"), "sync_ref_model", False) for frame in frames)
+    if mixes and adapted.allocation_state is not None:
+        raise ValueError(
+            "`sync_ref_model=True` mixes the model's factors into those of its reference. But a cut rotates the "
+            "model's directions and changes its scale, so the mixture would mean nothing. Set `sync_ref_model=False`, "
+            "or use `rankwise.LoraConfig`, whose ranks are fixed."
+        )
     for frame in frames:
         if not given and _LOADS_A_REFERENCE.issubset(frame.f_code.co_names):
             _check_reference(frame.f_locals)

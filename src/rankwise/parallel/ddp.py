@@ -13,6 +13,7 @@ the backward pass has reached all parameters.
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -94,6 +95,21 @@ def _tensors(output: Any) -> Iterable[Tensor]:
 
     tensors: Iterable[Tensor] = _find_tensors(output)
     return tensors
+
+
+def steps_alone(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether this process is about to step with gradients of its own, because ``no_sync`` of DDP is on.
+
+    Local SGD does so: the processes train apart, and average their values now and then.
+    """
+    if not many_processes():
+        return False
+    own = set(map(id, parameters))
+    wrappers = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    return any(
+        not each.require_backward_grad_sync and any(id(p) in own for p in each.parameters())
+        for each in wrappers
+    )
 
 
 def _inside_reentrant_checkpoint() -> bool:

@@ -13,12 +13,15 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from rankwise.adapters.branch import WithoutAutocast
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_whole
 from rankwise.method.allocation import Budget, budget_with_reserved, choose
 from rankwise.method.schedule import BudgetSchedule, Phase
+from rankwise.parallel.ddp import steps_alone
+from rankwise.parallel.processes import running
 from rankwise.run.choice.choice import Choice
 from rankwise.run.factors import Factors
 from rankwise.run.history import RankHistory
@@ -97,8 +100,15 @@ class Controller:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if not self._stopped:
-            listen(self)
+        if self._stopped:
+            return
+        listen(self)
+        if running(AveragedModel.__init__) and self.prunes and not self.fixed:
+            self.warn(
+                "`AveragedModel` copies the model while its ranks adapt. The copy keeps its present scale and ranks, "
+                "and a later cut rotates the model's directions, so an average with later values means nothing. Make "
+                '`AveragedModel(model)` once `allocation_state.phase` is "final".'
+            )
 
     # Budget and schedule.
 
@@ -198,8 +208,8 @@ class Controller:
             The closure that the optimizer must use; None if there was none.
 
         Raises:
-            ValueError: the length of the run is unknown, a backward pass is under way, or the optimizer can't be
-                combined with the penalty.
+            ValueError: the length of the run is unknown, a backward pass is under way, each process steps alone, or the
+                optimizer can't be combined with the penalty.
         """
         if self.schedule is None and self.automatic and self.prunes and not self.fixed:
             raise ValueError(
@@ -210,6 +220,12 @@ class Controller:
             raise ValueError(
                 "An optimizer steps inside the backward pass. A cut there would change factors that the rest of the "
                 "pass reads: call `optimizer.step()` after `loss.backward()`."
+            )
+        if self.prunes and not self.fixed and not self.step and steps_alone(self.factors.all_parameters()):
+            raise ValueError(
+                "An optimizer steps while `no_sync` of DistributedDataParallel is on, as with local SGD. Each process "
+                "would cut other ranks and rotate its layers in another way, so averages of their values would mean "
+                "nothing. Step outside of `no_sync`."
             )
         self._penalty.refuse_unfit(optimizer)
         if self.optimizers.overdue(optimizer):

@@ -26,17 +26,24 @@ class GradientChecks:
         self._warned_of_skipped = False
 
     def frozen(self) -> list[bool]:
-        """For each layer, whether it does not train and therefore keeps its ranks."""
-        return [not trains for trains in self._factors.trains(self._decisive)]
+        """For each layer, whether it does not train and therefore keeps its ranks. Warns if that is so for all."""
+        frozen = [not trains for trains in self._factors.trains(self._decisive)]
+        if all(frozen):
+            self._warn(
+                f"lora_{self._decisive} is frozen in all layers, so all layers keep their ranks, and none is cut. "
+                f"Ranks adapt in layers whose lora_{self._decisive} trains."
+            )
+        return frozen
 
     def has_gradients(self, step: Step, numbers: Sequence[int]) -> bool:
         """Whether any of the factors ``numbers``, in layer order, has a gradient in ``step``. Warns if not."""
         has = step.has_gradients(numbers)
         if not any(has):
-            self._warn(
-                "An optimizer stepped, but no adapter parameter has a gradient, so it does not train. If this "
-                "goes on, the adapter does not take part in the loss."
-            )
+            if not all(self.frozen()):
+                self._warn(
+                    "An optimizer stepped, but no adapter parameter has a gradient, so it does not train. If this "
+                    "goes on, the adapter does not take part in the loss."
+                )
         elif self._idle:
             count = len(self._factors.pairs)
             self._idle -= {n % count for n, one_has in enumerate(has) if one_has}
