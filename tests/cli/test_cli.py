@@ -149,6 +149,24 @@ def test_a_checkpoint_that_can_not_be_written_is_the_users_problem_and_the_run_r
     assert code == 0, err
 
 
+def test_an_adapter_that_can_not_be_written_in_the_end_is_saved_elsewhere(
+    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk stops the first file of the output folder. Here a folder is in the place of that file."""
+    places = world / "elsewhere"
+    places.mkdir()
+    (world / "out" / "tokenizer.json" / "taken").mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(places))
+    code, out, _ = call("train", write_recipe(world, tiny_model))
+    assert code != 0
+    (place,) = places.glob("rankwise-adapter-*")
+    said = f"{world / 'out'} can't be written, so the trained adapter was saved in {place}."
+    assert said in " ".join(out.split())
+    assert (place / "adapter_model.safetensors").is_file()
+    code, out, err = call("inspect", place)
+    assert code == 0 and "encoder.layer.0.attention.self.query" in out
+
+
 def test_a_missing_extra_is_named_with_its_install_command(
     world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

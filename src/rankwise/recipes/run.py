@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.files.explain import errno_of
 from rankwise.recipes.card import card_of
 from rankwise.recipes.console import lasting_console
 from rankwise.recipes.data.identity import facts_of, what_changed
@@ -273,7 +275,7 @@ def _train(
         # Save the adapter before anything else can go wrong, unless the run may have diverged.
         in_doubt = looks_diverged(loss_before, log)
         if not in_doubt and is_main_process():
-            _save_finite(model, processor, output, trainer, before)
+            _save_finite(model, processor, output, trainer, before, console)
         if best is not None and best.examples == len(held_out) and keep.prediction is not None:
             # The best evaluation already measured this adapter on all held-out examples.
             after, prediction = dict(best.metrics), keep.prediction
@@ -282,7 +284,7 @@ def _train(
         if has_diverged(loss_before, after.get("loss"), log):
             raise _diverged(output, trainer, before, after)
         if in_doubt and is_main_process():
-            _save_finite(model, processor, output, trainer, before)
+            _save_finite(model, processor, output, trainer, before, console)
         behind = details_of(recipe, data, processor, held_out, prediction)
         seconds = time.monotonic() - started
         if compare:
@@ -309,12 +311,23 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 
 
 def _save_finite(
-    model: Any, processor: Any, output: Output, trainer: Any, before: Mapping[str, float] | None
+    model: Any,
+    processor: Any,
+    output: Output,
+    trainer: Any,
+    before: Mapping[str, float] | None,
+    console: Console,
 ) -> None:
     try:
         save(model, processor, output.folder)
     except NotFiniteError as error:
         raise _diverged(output, trainer, before) from error
+    except Exception as error:
+        if errno_of(error) is not None:  # the output folder can't be written, but another place may be
+            place = tempfile.mkdtemp(prefix="rankwise-adapter-")
+            model.save_pretrained(place, training_state=False)
+            _say(console, f"{output.folder} can't be written, so the trained adapter was saved in {place}.")
+        raise
 
 
 def _diverged(
