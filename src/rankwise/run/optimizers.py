@@ -57,9 +57,9 @@ class Optimizers:
         """All optimizers that have stepped and still exist.
 
         If none that holds factors has stepped, all that exist are asked: a resumed run may end before its first step,
-        and its optimizer has the state from before.
+        and its optimizer has the state from before. Under ZeRO, no optimizer holds whole factors.
         """
-        if any(held for _, held in self._held.values()):
+        if any(held for _, held in self._held.values()) or self._factors.zero_parts() is not None:
             return list(self._held)
         own = set(map(id, self._factors.all_parameters()))
         # By their state, because a wrapper shows the state of the optimizer in it.
