@@ -271,6 +271,7 @@ def test_a_trial_that_cannot_be_trained_is_noted_and_the_others_go_on(recipe: Pa
     assert any(point.counts for point in outcome.points)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_not_deleted_while_another_process_runs_it(recipe: Path, tmp_path: Path) -> None:
     run(recipe, RATE, trials=1, beside="none", output=tmp_path / "swept")
     study = optuna.load_study(study_name="swept", storage=f"sqlite:///{tmp_path / 'swept' / 'sweep.db'}")
@@ -284,6 +285,7 @@ def test_a_sweep_is_not_deleted_while_another_process_runs_it(recipe: Path, tmp_
     assert [point.state for point in outcome.points] == ["complete"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_a_full_disk_ends_is_tried_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
@@ -296,6 +298,7 @@ def test_a_trial_that_a_full_disk_ends_is_tried_again(recipe: Path, monkeypatch:
     assert [point.state for point in outcome.points] == ["complete"]
 
 
+@pytest.mark.slow
 def test_a_storage_that_cannot_be_written_is_the_users_problem(recipe: Path, tmp_path: Path) -> None:
     run(recipe, RATE, trials=1, beside="none", output=tmp_path / "swept")
     with closing(sqlite3.connect(tmp_path / "swept" / "sweep.db", isolation_level=None)) as base:
