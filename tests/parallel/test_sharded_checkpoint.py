@@ -9,6 +9,8 @@ import pytest
 import torch
 from test_whole_copies import BATCHES, adapted, process_group, sharded  # noqa: F401
 
+from one_run import train
+
 CASES = [("rankwise", False), ("rankwise", True), ("peft", False), ("peft", True)]
 
 
@@ -16,17 +18,6 @@ def begin(library: str, shards: bool) -> tuple[Any, torch.optim.Optimizer, Any]:
     model, ranks = adapted(library)
     wrapped = sharded(model) if shards else model
     return wrapped, torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2), ranks
-
-
-def losses(model: Any, optimizer: torch.optim.Optimizer, data: list[dict[str, torch.Tensor]]) -> list[float]:
-    found = []
-    for batch in data:
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
 
 
 @pytest.mark.parametrize(("library", "shards"), CASES)
@@ -41,14 +32,14 @@ def test_a_run_resumes_from_a_sharded_checkpoint_of_whole_parameters(
         return states if library == "rankwise" else {**states, "ranks": ranks}
 
     model, optimizer, ranks = begin(library, False)
-    losses(model, optimizer, BATCHES[:5])
+    train(model, optimizer, BATCHES[:5])
     dcp.save(held(model, optimizer, ranks), checkpoint_id=tmp_path)
-    expected = losses(model, optimizer, BATCHES[5:])
+    expected = train(model, optimizer, BATCHES[5:])
 
     model, optimizer, its_ranks = begin(library, shards)
     inner = model.model if shards else model
     states = held(inner, optimizer, its_ranks)
     dcp.load(states, checkpoint_id=tmp_path)
     set_state_dict(inner, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
-    assert losses(model, optimizer, BATCHES[5:]) == pytest.approx(expected, abs=1e-5)
+    assert train(model, optimizer, BATCHES[5:]) == pytest.approx(expected, abs=1e-5)
     assert its_ranks.rank_history == ranks.rank_history

@@ -7,7 +7,6 @@ reference for an adapter that is trained further, and it takes the memory of a s
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import trainer as transformers_trainer
 from rankwise.adapters import AdapterLayer
 from rankwise.config import LoraConfig
 from rankwise.integrations.common import own_model
+from rankwise.parallel.processes import callers
 from rankwise.run.under_peft import FROZEN_BY_PEFT, parameters_of_peft
 
 _LOADS_A_REFERENCE = frozenset({"ref_model", "create_model_from_path"})  # names in constructors that load one
@@ -120,23 +120,19 @@ def check_reference_in_use(model: Any, given: bool) -> None:
 
 def _constructors() -> Iterator[FrameType]:
     """The frames of the constructors of the trainer that is being made, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         if frame.f_code.co_name == "__init__":
             if isinstance(frame.f_locals.get("self"), transformers_trainer.Trainer):
                 yield frame
-        frame = frame.f_back
 
 
 def _trainers() -> Iterator[Any]:
     """The trainers whose methods are running now."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         if "self" in frame.f_code.co_varnames and isinstance(
             own := frame.f_locals.get("self"), transformers_trainer.Trainer
         ):
             yield own
-        frame = frame.f_back
 
 
 def explain_foreign_configurations() -> None:

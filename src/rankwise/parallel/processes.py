@@ -44,9 +44,14 @@ def all_wait_for_this() -> Iterator[None]:
             raise OSError(f"Process {number} failed: {message}")
 
 
+def callers() -> Iterator[FrameType]:
+    """The frames of the functions that are running now, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def running(function: Any) -> bool:
     """Whether the caller runs inside ``function``, at any depth."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not function.__code__:
-        frame = frame.f_back
-    return frame is not None
+    return any(frame.f_code is function.__code__ for frame in callers())

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.parallel import zero
-from rankwise.parallel.processes import running
+from rankwise.parallel.processes import callers, running
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -198,9 +197,6 @@ def in_sharded_checkpoint() -> bool:
 
     It loads a tensor only into one of the same size, but text of any length.
     """
-    frame: FrameType | None = sys._getframe(1) if "torch.distributed.checkpoint" in sys.modules else None
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("torch.distributed.checkpoint."):
-            return True
-        frame = frame.f_back
-    return False
+    return "torch.distributed.checkpoint" in sys.modules and any(
+        frame.f_globals.get("__name__", "").startswith("torch.distributed.checkpoint.") for frame in callers()
+    )
