@@ -18,11 +18,13 @@ from rankwise.adapters.inplace import InPlace
 from rankwise.adapters.linear import AUTOCAST
 from rankwise.adapters.quantized import (
     computes_in,
-    dense_4_bit,
-    dense_8_bit,
+    hold_4_bit,
+    hold_8_bit,
     is_of_bitsandbytes,
     packs_4_bit,
     packs_8_bit,
+    unpack_4_bit,
+    unpack_8_bit,
 )
 from rankwise.adapters.ready import ready, shared_cast
 
@@ -118,7 +120,6 @@ class FastLoraLayer(InPlace):
                 return None
             if casts:
                 x = shared_cast(x, autocast)  # type: ignore[arg-type]
-                packed = packed and _packed(base, x)
             folded, _ = ready(layer, name, "lora_A", A, None, x.dtype)
             up, _ = ready(layer, name, "lora_B", B, None, x.dtype if packed else autocast or weight.dtype)
             how = How(None, folded, None, up, scaling, rate, autocast, packed)
@@ -163,7 +164,7 @@ def _packed(base: Any, x: Tensor) -> Packed | None:
         repacks = base.support_avx512bf16_for_cpu if hasattr(base, "support_avx512bf16_for_cpu") else False
         if not packs_4_bit(base, x) or (repacks and not base.training):  # evaluation uses another layout
             return None
-        return Packed(base.forward, lambda: dense_4_bit(base, x.dtype))
+        return Packed(base, base.forward, hold_4_bit, unpack_4_bit)
     if cls.__name__ == "Linear8bitLt" and packs_8_bit(base, x):
-        return Packed(base.forward, lambda: dense_8_bit(base, x.dtype))
+        return Packed(base, base.forward, hold_8_bit, unpack_8_bit)
     return None

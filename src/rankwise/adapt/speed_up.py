@@ -10,7 +10,7 @@ from torch import nn
 from rankwise.adapt.fast_layer import FastLoraLayer
 from rankwise.adapt.peft_pairs import lora_layers
 from rankwise.adapters.inplace import InPlace, add_methods, has_forward_of_its_own, remove_methods
-from rankwise.adapters.ready import OncePerPass
+from rankwise.adapters.ready import OncePerPass, forget
 
 _KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
 _INNER = ("module", "_orig_mod")  # the attributes in which DDP and torch.compile keep the wrapped model
@@ -102,6 +102,7 @@ class SpedUp:
         """
         for each in self._fast():
             remove_methods(each)
+        forget(self._model)
 
     def _fast(self) -> Iterator[Any]:
         for layer in self._layers:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.branch import (
@@ -38,9 +38,11 @@ from rankwise.adapters.branch import (
 def is_frozen(weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether a base layer has a weight that is here as a whole, and neither the weight nor the bias trains.
 
-    DeepSpeed ZeRO holds weights in pieces.
+    DeepSpeed ZeRO holds weights in pieces. A packed weight has a class of its own, and never trains.
     """
-    if weight is None or weight.requires_grad or "ds_id" in vars(weight):
+    if weight is None or "ds_id" in vars(weight):
+        return False
+    if type(weight) is nn.Parameter and weight.requires_grad:  # a packed weight takes long to answer
         return False
     return bias is None or not (bias.requires_grad or "ds_id" in vars(bias))
 
@@ -49,13 +51,17 @@ class Packed(NamedTuple):
     """A base layer whose weight is packed: there is no dense weight to save.
 
     Args:
-        forward: the base layer's own.
-        dense: returns the function that makes the dense weight, (d_out, d_in), in the backward pass. It is called
-            after ``forward``, which may repack the weight.
+        layer: the base layer.
+        forward: its own.
+        hold: ``hold(layer, dtype)`` returns what ``unpack`` needs for an input of this dtype. It is called after
+            ``forward``, which may repack the weight.
+        unpack: makes the dense weight, (d_out, d_in), in the backward pass.
     """
 
+    layer: Any
     forward: Callable[[Tensor], Tensor]
-    dense: Callable[[], Callable[[], Tensor]]
+    hold: Callable[[Any, torch.dtype], tuple[Any, ...]]
+    unpack: Callable[..., Tensor]
 
 
 class How(NamedTuple):
@@ -101,10 +107,14 @@ class _AdaptedLinear(torch.autograd.Function):
             hidden, mask = hidden_of(x, how.folded, how.rate)
         else:
             hidden = product_down(rows, how.folded)
-        saved_weight = ctx.dense = None
+        saved_weight = ctx.packed = None
         if how.packed is not None:
-            output = how.packed.forward(x)
-            ctx.dense = how.packed.dense() if ctx.needs_input_grad[0] else None
+            layer, forward, hold, unpack = how.packed
+            # A packed weight is a subclass of Tensor. Without the subclass's own handling, its use takes less time.
+            with torch._C.DisableTorchFunctionSubclass():
+                output = flat(forward(x))
+                if ctx.needs_input_grad[0]:
+                    ctx.packed = unpack, hold(layer, x.dtype)
         else:
             if how.dtype is not None:
                 weight = cast(weight, how.dtype)  # type: ignore[arg-type]
@@ -119,8 +129,6 @@ class _AdaptedLinear(torch.autograd.Function):
             ctx.shape, ctx.in_place = x.shape, True
             ctx.upscale = 1 / (1 - how.rate) if how.rate < 1 else 0.0
         ctx.set_materialize_grads(False)
-        if how.packed is not None:
-            return add_up(output, hidden, up, how.kept, how.scaling, in_place=True)
         if results_are_kept():
             output = output.view(*x.shape[:-1], output.shape[1])
             return add_up(output, hidden, up, how.kept, how.scaling, in_place=False)
@@ -128,7 +136,9 @@ class _AdaptedLinear(torch.autograd.Function):
             hidden, up = without_cut(hidden, up, 1, how.kept, output.numel())
         output.addmm_(hidden, up.t(), alpha=how.scaling)
         # Detached, so that autograd sees a tensor, not a view: the following layers may change it in place.
-        return output if x.dim() == 2 else output.view(*x.shape[:-1], output.shape[1]).detach()
+        if x.dim() == 2 and not output._is_view():
+            return output
+        return output.view(*x.shape[:-1], output.shape[1]).detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
@@ -138,8 +148,9 @@ class _AdaptedLinear(torch.autograd.Function):
         x, A, E, B, weight, hidden, mask, folded, gates, up = ctx.saved_tensors
         to_x, to_A, to_E, to_B = ctx.needs_input_grad[:4]
         rows = flat(gradient)
-        if ctx.dense is not None:
-            weight = ctx.dense()
+        if ctx.packed is not None:
+            unpack, held = ctx.packed
+            weight = unpack(*held)
         if torch.is_grad_enabled():  # for a second derivative
 
             def output(x: Tensor, A: Tensor, E: Tensor | None, B: Tensor) -> Tensor:

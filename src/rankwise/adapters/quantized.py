@@ -7,7 +7,6 @@ packings merging is refused, and the message says what to do instead.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class Bnb4bitAdapters(LinearAdapters):
         return self.makes_new_tensors and packs_4_bit(self, x)
 
     def _packed(self, x: Tensor) -> Packed:
-        return Packed(self.base_forward, lambda: dense_4_bit(self, x.dtype))
+        return Packed(self, self.base_forward, hold_4_bit, unpack_4_bit)
 
     def base_weight(self) -> Tensor:
         import bitsandbytes
@@ -94,7 +93,7 @@ class Bnb8bitAdapters(LinearAdapters):
         return self.makes_new_tensors and packs_8_bit(self, x)
 
     def _packed(self, x: Tensor) -> Packed:
-        return Packed(self.base_forward, lambda: dense_8_bit(self, x.dtype))
+        return Packed(self, self.base_forward, hold_8_bit, unpack_8_bit)
 
     def base_weight(self) -> Tensor:
         import bitsandbytes
@@ -190,17 +189,22 @@ def computes_in(layer: Any, dtype: torch.dtype | None) -> bool:
     return bool(getattr(layer, "compute_type_is_set", False)) and layer.compute_dtype == dtype
 
 
-def dense_4_bit(layer: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Return a function that makes the dense weight of a ``Linear4bit``, whose last input has ``dtype``."""
+def hold_4_bit(layer: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What `unpack_4_bit` needs of a ``Linear4bit`` whose last input has ``dtype``."""
+    weight = layer._parameters["weight"]
+    return weight.data, weight.quant_state, layer.compute_dtype or dtype
+
+
+def unpack_4_bit(data: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """The dense weight of a ``Linear4bit``, (d_out, d_in), in ``dtype``."""
     from bitsandbytes.functional import dequantize_4bit
 
-    weight = layer._parameters["weight"]
-    data, state, computes = weight.data, weight.quant_state, layer.compute_dtype or dtype
-    if computes in _UNPACKED and state.dtype != computes:
+    if dtype in _UNPACKED and state.dtype != dtype:
         # It is unpacked in this dtype at once. Otherwise the whole dense weight would be cast.
         known, state = vars(state), object.__new__(type(state))  # in a tenth of the time of copy.copy
-        vars(state).update(known, dtype=computes)
-    return lambda: dequantize_4bit(data, state).to(computes)
+        vars(state).update(known, dtype=dtype)
+    dense: Tensor = dequantize_4bit(data, state)
+    return dense.to(dtype)
 
 
 def packs_8_bit(layer: Any, x: Tensor) -> bool:
@@ -215,10 +219,14 @@ def packs_8_bit(layer: Any, x: Tensor) -> bool:
     )
 
 
-def dense_8_bit(layer: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Return a function that makes the dense weight of a ``Linear8bitLt``, whose last input has ``dtype``."""
-    whole, scales = layer.state.CB, layer.state.SCB
-    return lambda: whole.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+def hold_8_bit(layer: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What `unpack_8_bit` needs of a ``Linear8bitLt`` whose last input has ``dtype``."""
+    return layer.state.CB, layer.state.SCB, dtype
+
+
+def unpack_8_bit(whole: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dense weight of a ``Linear8bitLt``, (d_out, d_in), in ``dtype``."""
+    return whole.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
 
 
 # On CPUs with AVX512-BF16, bitsandbytes changes the layout of 4-bit weights in evaluation. No gradient flows through

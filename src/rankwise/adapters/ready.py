@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,35 +35,107 @@ if TYPE_CHECKING:
 # where E trains. All gradients are then 0 there without further work.
 Ready = tuple[Tensor, Tensor | None]
 
-# The use of a factor: the layer's id, the adapter, "lora_A" or "lora_B", the dtype, and whether the adapter has gates.
-Use = tuple[int, str, str, torch.dtype, bool]
-Uses = dict[Use, "AdapterLayer"]
+
+class _Factor(NamedTuple):
+    """A factor that a pass uses.
+
+    Args:
+        layer: the layer that holds it.
+        adapter: the adapter's name.
+        key: "lora_A" or "lora_B".
+        dtype: the dtype in which the layer computes.
+        gated: whether the adapter has gates.
+    """
+
+    layer: AdapterLayer
+    adapter: str
+    key: str
+    dtype: torch.dtype
+    gated: bool
+
+    def parameter(self) -> Any:
+        """The factor as it is now. None: the layer's adapters have been removed."""
+        layer = self.layer
+        return layer.factor(self.key, self.adapter) if hasattr(type(layer), "factor") else None
+
+
+class _Group(NamedTuple):
+    """Factors of one shape, device and dtype, which are cast to one dtype together.
+
+    Args:
+        shape: of each factor.
+        device: of each factor.
+        source: the dtype of each factor.
+        dtype: the dtype in which they are needed.
+        gated: whether their adapters have gates.
+        factors: where each is.
+        parameters: each factor.
+        facts: what `_facts` returned for each.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    source: torch.dtype
+    dtype: torch.dtype
+    gated: bool
+    factors: list[_Factor]
+    parameters: list[Tensor]
+    facts: list[tuple[int, int]]
+
+    def fits(self) -> bool:
+        """Whether the parameters have the data that they had when the group was made, and their layers the gates."""
+        if list(map(_facts, self.parameters)) != self.facts:
+            return False
+        pairs = zip(self.factors, self.parameters, strict=True)
+        return not self.gated or all(factor.parameter() is parameter for factor, parameter in pairs)
 
 
 class _Pass:
     """The state of one forward pass of a model.
 
     Args:
-        uses: the factors to prepare: those that the model's last pass used.
+        groups: the factors to prepare: those that the model's last pass used.
     """
 
-    def __init__(self, uses: Uses) -> None:
-        whole: dict[Use, Tensor] = {}
-        for use, layer in uses.items():
-            _, adapter, key, *_ = use
-            # The layer's adapters may have been removed since.
-            parameter = layer.factor(key, adapter) if hasattr(type(layer), "factor") else None
-            if type(parameter) is nn.Parameter and not (parameter.is_meta or hasattr(parameter, "ds_id")):
-                whole[use] = parameter
-        made, gates = _prepared(whole, uses)
-        # With the places of the numbers: hooks that offload a model exchange them in the middle of a pass.
-        self.made = {use: (each, each.data_ptr(), (made[use], gates.get(use))) for use, each in whole.items()}
-        self.used: Uses = {}
+    def __init__(self, groups: list[_Group]) -> None:
+        if not all(group.fits() for group in groups):
+            groups = _grouped(factor for group in groups for factor in group.factors)
+        self._groups = groups
+        self._made, self._gates = _prepared(groups)
+        owners = (factor.layer for group in groups for factor in group.factors)
+        self._owners = dict(zip(self._made, owners, strict=True))
+        facts = (each for group in groups for each in group.facts)
+        self._facts = dict(zip(self._made, facts, strict=True))
+        self._used: set[int] = set()  # the ids of those prepared factors that were used
+        self._others: dict[int, _Factor] = {}  # what the pass used besides
         self.cast: tuple[Any, ...] | None = None  # the last input that was cast: see `shared_cast`
+
+    def find(
+        self, layer: AdapterLayer, adapter: str, key: str, parameter: Tensor, gated: bool, dtype: torch.dtype
+    ) -> Ready | None:
+        """A prepared factor. None: the layer has to prepare it. Either way the next pass will prepare it."""
+        place = id(parameter)
+        made = self._made.get(place)
+        if made is None or made.dtype != dtype:
+            self._others[place] = _Factor(layer, adapter, key, dtype, gated)
+            return None
+        self._used.add(place)
+        # Hooks that offload a model exchange the numbers in the middle of a pass.
+        if self._facts[place] != _facts(parameter) or self._owners[place] is not layer:
+            return None
+        return made, self._gates.get(place)
+
+    def groups(self) -> list[_Group]:
+        """The factors that the pass has used."""
+        if not self._others and len(self._used) == len(self._made):
+            return self._groups
+        prepared = zip(self._made, (each for group in self._groups for each in group.factors), strict=True)
+        used = [factor for place, factor in prepared if place in self._used and place not in self._others]
+        return _grouped([*used, *self._others.values()])
 
 
 _now = threading.local()  # .current: this thread's pass, or None
-_last: WeakKeyDictionary[nn.Module, Uses] = WeakKeyDictionary()  # the uses in a model's last pass
+_last: WeakKeyDictionary[nn.Module, list[_Group]] = WeakKeyDictionary()  # the factors of a model's last pass
 _acting = WeakIdKeyDictionary()  # E -> the triplets that act, and the result of `_acts`
 
 
@@ -79,13 +151,18 @@ class OncePerPass:
 
 @contextmanager
 def _pass(model: nn.Module) -> Iterator[None]:
-    around, own = getattr(_now, "current", None), _Pass(_last.get(model, {}))
+    around, own = getattr(_now, "current", None), _Pass(_last.get(model, []))
     _now.current = own
     try:
         yield
-        _last[model] = own.used
+        _last[model] = own.groups()
     finally:
         _now.current = around
+
+
+def forget(model: nn.Module) -> None:
+    """Let go of the factors that a model used, when it loses its adapters."""
+    _last.pop(model, None)
 
 
 def ready(
@@ -104,15 +181,17 @@ def ready(
     as_it_is = E is None or key == "lora_B" and not (E.requires_grad and adapter in layer.kept)
     if as_it_is and parameter.dtype == dtype:
         return parameter, None
-    use = (id(layer), adapter, key, dtype, E is not None)
     current: _Pass | None = getattr(_now, "current", None)
     if current is not None and not results_are_kept():
-        current.used[use] = layer
-        found = current.made.get(use)
-        if found is not None and found[0] is parameter and found[1] == parameter.data_ptr():
-            return found[2]
-    made, gates = _prepared({use: parameter}, {use: layer})
-    return made[use], gates.get(use)
+        found = current.find(layer, adapter, key, parameter, E is not None, dtype)
+        if found is not None:
+            return found
+    if as_it_is:
+        return parameter.detach().to(dtype), None
+    kind = parameter.shape, parameter.device, parameter.dtype, dtype, True
+    alone = _Group(*kind, [_Factor(layer, adapter, key, dtype, gated=True)], [parameter], [])
+    made, gates = _prepared([alone])
+    return made[id(parameter)], gates.get(id(parameter))
 
 
 def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,47 +212,72 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
+def _is_whole(parameter: Any) -> bool:
+    """Whether a factor is an ordinary parameter that is here, not a share of one."""
+    return type(parameter) is nn.Parameter and not (parameter.is_meta or "ds_id" in vars(parameter))
+
+
+def _facts(parameter: Tensor) -> tuple[int, int]:
+    """What changes if a parameter's data are exchanged: where its first number is, and how many it has."""
+    return parameter.data_ptr(), parameter.numel()
+
+
+def _grouped(factors: Iterable[_Factor]) -> list[_Group]:
+    """Those factors that are here as a whole, in groups. A factor that several layers share is the first layer's."""
+    groups: dict[Any, _Group] = {}
+    seen = set()
+    for factor in factors:
+        parameter = factor.parameter()
+        if _is_whole(parameter) and id(parameter) not in seen:
+            seen.add(id(parameter))
+            kind = parameter.shape, parameter.device, parameter.dtype, factor.dtype, factor.gated
+            group = groups.setdefault(kind, _Group(*kind, [], [], []))
+            group.factors.append(factor)
+            group.parameters.append(parameter)
+            group.facts.append(_facts(parameter))
+    return list(groups.values())
+
+
 @torch.no_grad()
-def _prepared(factors: dict[Use, Tensor], layers: Uses) -> tuple[dict[Use, Tensor], dict[Use, Tensor]]:
-    """Prepare factors, all together in a few operations. Returns them, and the gates of every A that has gates."""
-    made = dict(factors)
-    gates = _fold_gates(made, layers)
-    alike: dict[Any, list[Use]] = {}
-    for use, factor in made.items():
-        if factor.dtype != use[3]:
-            alike.setdefault((factor.shape, factor.device, factor.dtype, use[3]), []).append(use)
-    for (shape, device, _, dtype), uses in alike.items():
-        copies = torch.empty(len(uses), *shape, dtype=dtype, device=device).unbind()
-        torch._foreach_copy_(copies, [made[use] for use in uses])
-        made.update(zip(uses, copies, strict=True))
+def _prepared(groups: list[_Group]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Prepare factors in a few operations for each group. Returns them and every A's gates, by the parameters' ids."""
+    made = {id(each): each for group in groups for each in group.parameters}
+    gates = _fold_gates(made, groups)
+    for shape, device, source, dtype, _, _, parameters, _ in groups:
+        if source != dtype:
+            copies = torch.empty(len(parameters), *shape, dtype=dtype, device=device).unbind()
+            places = list(map(id, parameters))
+            torch._foreach_copy_(copies, [made[place] for place in places])
+            made.update(zip(places, copies, strict=True))
     return made, gates
 
 
-def _fold_gates(factors: dict[Use, Tensor], layers: Uses) -> dict[Use, Tensor]:
+def _fold_gates(made: dict[int, Tensor], groups: list[_Group]) -> dict[int, Tensor]:
     """Exchange every A for A with the gates folded in, and B for B with columns of 0. Returns every A's gates."""
     gates, acts, cut = {}, {}, {}
-    for use in factors:
-        _, adapter, key, _, gated = use
-        layer = layers[use]
-        E = layer.factor("lora_E", adapter) if gated else None
+    gated = [group for group in groups if group.gated]
+    factors = [factor for group in gated for factor in group.factors]
+    places = [id(parameter) for group in gated for parameter in group.parameters]
+    for place, (layer, adapter, key, _, _) in zip(places, factors, strict=True):
+        E = layer.factor("lora_E", adapter)
         if E is None:
             continue
         kept = layer.kept.get(adapter)
         if key == "lora_A":
-            gates[use] = E
+            gates[place] = E
             if kept is not None:
-                acts[use] = _acts(kept, E)
+                acts[place] = _acts(kept, E)
         elif kept is not None and E.requires_grad:
-            cut[use] = _acts(kept, E).T
+            cut[place] = _acts(kept, E).T
     _multiply(gates, acts)
-    _multiply(factors, {**gates, **cut})
+    _multiply(made, {**gates, **cut})
     return gates
 
 
-def _multiply(values: dict[Use, Tensor], by: Mapping[Use, Tensor]) -> None:
+def _multiply(values: dict[int, Tensor], by: dict[int, Tensor]) -> None:
     """Multiply those values for which ``by`` has a number, all in one operation."""
     if by:
-        products = torch._foreach_mul([values[use] for use in by], list(by.values()))
+        products = torch._foreach_mul([values[place] for place in by], list(by.values()))
         values.update(zip(by, products, strict=True))
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from rankwise.adapters import ParameterSlot
 from rankwise.adapters.inplace import remove_methods
 from rankwise.adapters.quantized import release_layout
+from rankwise.adapters.ready import forget
 from rankwise.attach.attachment import adapter_layers, detach_all, saved_modules
 from rankwise.config import LoraConfig
 from rankwise.run.controller import Controller
@@ -130,4 +131,5 @@ class HoldsAdapters(nn.Module):
         if inner is not None:
             inner.__dict__.pop("update_and_allocate", None)
         remove_methods(self)
+        forget(self)
         return self
