@@ -122,8 +122,10 @@ class FastLoraLayer(InPlace):
                 x = shared_cast(x, autocast)  # type: ignore[arg-type]
             folded, _ = ready(layer, name, "lora_A", A, None, x.dtype)
             up, _ = ready(layer, name, "lora_B", B, None, x.dtype if packed else autocast or weight.dtype)
-            how = How(None, folded, None, up, scaling, rate, autocast, packed)
-            output: Tensor = adapted_linear(x, A, None, B, *((None, None) if packed else (weight, bias)), how)
+            how = How(
+                packed or weight, None if packed else bias, None, folded, None, up, scaling, rate, autocast
+            )
+            output: Tensor = adapted_linear(x, A, None, B, how)
         else:
             if casts:
                 x = shared_cast(x, autocast)  # type: ignore[arg-type]

@@ -239,7 +239,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of autocast on a tensor's device. None: it is off."""
     if not _some_autocast():
         return None
-    kind = x.device.type
+    kind = "cpu" if x.is_cpu else x.device.type  # the first question takes a fraction of the second's time
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 

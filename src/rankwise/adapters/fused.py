@@ -65,9 +65,11 @@ class Packed(NamedTuple):
 
 
 class How(NamedTuple):
-    """The branch's inputs that get no gradients.
+    """The inputs that get no gradients.
 
     Args:
+        weight: the base layer's, (d_out, d_in), or the layer itself if its weight is packed.
+        bias: the base layer's, (d_out,), or None.
         kept: which triplets act.
         folded: A with the gates folded in, (r, d_in), in the dtype of the input.
         gates: the gates of A, as `gates_of` returns them.
@@ -75,9 +77,10 @@ class How(NamedTuple):
         scaling: the scale of the branch.
         rate: the rate of dropout.
         dtype: the dtype in which autocast computes the base layer. None: no autocast.
-        packed: the base layer, if its weight is packed.
     """
 
+    weight: Tensor | Packed
+    bias: Tensor | None
     kept: Kept
     folded: Tensor
     gates: Tensor | None
@@ -85,43 +88,34 @@ class How(NamedTuple):
     scaling: float
     rate: float
     dtype: torch.dtype | None
-    packed: Packed | None = None
 
 
 class _AdaptedLinear(torch.autograd.Function):
     """``x W^T + bias + scaling * (dropout(x) (A * E)^T) B^T``; gradients go to x, A, E and B."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        E: Tensor | None,
-        B: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        how: How,
-    ) -> Tensor:
-        rows, mask = flat(x), None
+    def forward(ctx: Any, x: Tensor, A: Tensor, E: Tensor | None, B: Tensor, how: How) -> Tensor:
+        rows, mask, weight = flat(x), None, how.weight
         if how.rate or how.dtype not in (None, x.dtype):
             hidden, mask = hidden_of(x, how.folded, how.rate)
         else:
             hidden = product_down(rows, how.folded)
         saved_weight = ctx.packed = None
-        if how.packed is not None:
-            layer, forward, hold, unpack = how.packed
+        if type(weight) is Packed:
+            layer, forward, hold, unpack = weight
             # A packed weight is a subclass of Tensor. Without the subclass's own handling, its use takes less time.
             with torch._C.DisableTorchFunctionSubclass():
                 output = flat(forward(x))
                 if ctx.needs_input_grad[0]:
                     ctx.packed = unpack, hold(layer, x.dtype)
         else:
+            # Detached, so that it stays the same if the parameter's data are exchanged before the backward pass.
+            dense: Tensor = weight.detach()  # type: ignore[union-attr]
             if how.dtype is not None:
-                weight = cast(weight, how.dtype)  # type: ignore[arg-type]
-            output = F.linear(rows, weight, bias)  # type: ignore[arg-type]
+                dense = cast(dense, how.dtype)
+            output = F.linear(rows, dense, how.bias)
             if ctx.needs_input_grad[0]:
-                # Detached, so that it stays the same if the parameter's data are exchanged before the backward pass.
-                saved_weight = weight.detach()  # type: ignore[union-attr]
+                saved_weight = dense
         hidden, up = cast(hidden, output.dtype), cast(how.up, output.dtype)
         ctx.save_for_backward(x, A, E, B, saved_weight, hidden, mask, how.folded, how.gates, up)
         ctx.kept, ctx.scaling = how.kept, how.scaling
@@ -142,9 +136,8 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
-        nothing = (None,) * 3
         if gradient is None:
-            return (None,) * 4 + nothing
+            return (None,) * 5
         x, A, E, B, weight, hidden, mask, folded, gates, up = ctx.saved_tensors
         to_x, to_A, to_E, to_B = ctx.needs_input_grad[:4]
         rows = flat(gradient)
@@ -158,7 +151,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 added = composed_update(ctx, hidden.to(rows.dtype), B)
                 return added if weight is None else added + flat(x).to(rows.dtype) @ weight.to(rows.dtype).T
 
-            return *differentiated(output, (x, A, E, B), (to_x, to_A, to_E, to_B), rows), *nothing
+            return *differentiated(output, (x, A, E, B), (to_x, to_A, to_E, to_B), rows), None
         from_hidden = scaled_product(rows, up, ctx.scaling, hidden)
         gradient_B = gradient_of_B(rows, hidden, ctx.scaling, up) if to_B else None
         from_hidden = cast(from_hidden, x.dtype)
@@ -172,8 +165,8 @@ class _AdaptedLinear(torch.autograd.Function):
                 gradient_x = add_share(ctx, gradient_x, from_hidden, folded, mask)
         if gates is None and mask is None and E is None:  # plain LoRA
             gradient_A = torch.mm(from_hidden.t(), flat(x)) if to_A else None
-            return gradient_x, gradient_A, None, gradient_B, *nothing
-        return gradient_x, *factor_gradients(ctx, from_hidden, x, A, gates, mask), gradient_B, *nothing
+            return gradient_x, gradient_A, None, gradient_B, None
+        return gradient_x, *factor_gradients(ctx, from_hidden, x, A, gates, mask), gradient_B, None
 
 
 adapted_linear = apply_of(_AdaptedLinear)

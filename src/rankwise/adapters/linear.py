@@ -144,9 +144,9 @@ class LinearAdapters(AdapterLayer):
         goes_up = x.dtype if packed else autocast or weight.dtype
         folded, gates = ready(self, name, "lora_A", A, E, x.dtype)
         up, _ = ready(self, name, "lora_B", B, E, goes_up)
-        how = How(kept, folded, gates, up, self.scaling[name], rate, autocast, packed)
-        bias = self._parameters.get("bias")
-        output: Tensor = adapted_linear(x, A, E, B, *((None, None) if packed else (weight, bias)), how)
+        bias = None if packed else self._parameters.get("bias")
+        how = How(packed or weight, bias, kept, folded, gates, up, self.scaling[name], rate, autocast)
+        output: Tensor = adapted_linear(x, A, E, B, how)
         return output
 
     def _down(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -101,11 +101,17 @@ class _Pass:
         if not all(group.fits() for group in groups):
             groups = _grouped(factor for group in groups for factor in group.factors)
         self._groups = groups
-        self._made, self._gates = _prepared(groups)
-        owners = (factor.layer for group in groups for factor in group.factors)
-        self._owners = dict(zip(self._made, owners, strict=True))
-        facts = (each for group in groups for each in group.facts)
-        self._facts = dict(zip(self._made, facts, strict=True))
+        made, gates = _prepared(groups)
+        owners = [
+            (factor.layer, facts[0])
+            for group in groups
+            for factor, facts in zip(group.factors, group.facts, strict=True)
+        ]
+        # By the parameter's id: the layer, where the parameter's data were, and the prepared factor.
+        self._made = {
+            place: (layer, pointer, (factor, gates.get(place)))
+            for (place, factor), (layer, pointer) in zip(made.items(), owners, strict=True)
+        }
         self._used: set[int] = set()  # the ids of those prepared factors that were used
         self._others: dict[int, _Factor] = {}  # what the pass used besides
         self.cast: tuple[Any, ...] | None = None  # the last input that was cast: see `shared_cast`
@@ -116,14 +122,13 @@ class _Pass:
         """A prepared factor. None: the layer has to prepare it. Either way the next pass will prepare it."""
         place = id(parameter)
         made = self._made.get(place)
-        if made is None or made.dtype != dtype:
+        if made is None or made[2][0].dtype != dtype:
             self._others[place] = _Factor(layer, adapter, key, dtype, gated)
             return None
         self._used.add(place)
-        # Hooks that offload a model exchange the numbers in the middle of a pass.
-        if self._facts[place] != _facts(parameter) or self._owners[place] is not layer:
-            return None
-        return made, self._gates.get(place)
+        owner, pointer, factor = made
+        # Hooks that offload a model exchange the data in the middle of a pass.
+        return factor if owner is layer and pointer == parameter.data_ptr() else None
 
     def groups(self) -> list[_Group]:
         """The factors that the pass has used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import weakref
@@ -106,9 +107,9 @@ class Optimizers:
         return overdue
 
     def now(self) -> TensorStep:
-        """The current gradients of all factors, as a step."""
+        """The current gradients of all factors, as a step. It looks each factor up once."""
         count = len(self._factors.keys) * len(self._factors.pairs)
-        return TensorStep(self._factors.parameter, range(count))
+        return TensorStep(functools.cache(self._factors.parameter), range(count))
 
     def ended(self, optimizer: Optimizer) -> tuple[Step | None, bool]:
         """Report that ``optimizer`` has stepped.
