@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -652,6 +654,30 @@ def test_a_model_may_lose_its_adapters_and_get_others_between_two_passes(first: 
             model(x)
         model = model.unload()
     assert torch.equal(model(x), base)
+
+
+def test_the_memory_of_factors_is_free_after_unloading() -> None:
+    model = layer_of(torch.bfloat16)
+    model(torch.randn(3, 6).bfloat16())
+    B = weakref.ref(model[0].lora_B["default"])
+    base = model.unload()
+    gc.collect()
+    assert B() is None and type(base[0]) is nn.Linear
+
+
+def test_a_factor_that_two_layers_share_acts_with_the_gates_of_each() -> None:
+    config = rw.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=100, tfinal=10, target_modules=["0", "1"], init_lora_weights=True
+    )
+    model = rw.get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).bfloat16(), config)
+    x = torch.randn(3, 6).bfloat16()
+    for n, layer in enumerate(model):
+        nn.init.normal_(layer.lora_B["default"])
+        nn.init.constant_(layer.lora_E["default"], n + 1.0)
+    model[1].lora_A["default"] = model[0].lora_A["default"]
+    alone = model[1](model[0](x))  # without a pass of the whole model, each layer prepares its own factors
+    for _ in range(3):
+        assert torch.equal(model(x), alone)
 
 
 def test_a_failed_pass_leaves_nothing_behind() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapters.branch import cast
 from rankwise.adapters.fused import Packed
 from rankwise.adapters.layer import cant_merge_into
 from rankwise.adapters.linear import LinearAdapters
@@ -203,8 +204,7 @@ def unpack_4_bit(data: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
         # It is unpacked in this dtype at once. Otherwise the whole dense weight would be cast.
         known, state = vars(state), object.__new__(type(state))  # in a tenth of the time of copy.copy
         vars(state).update(known, dtype=dtype)
-    dense: Tensor = dequantize_4bit(data, state)
-    return dense.to(dtype)
+    return cast(dequantize_4bit(data, state), dtype)
 
 
 def packs_8_bit(layer: Any, x: Tensor) -> bool:
