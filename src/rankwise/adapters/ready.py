@@ -83,7 +83,10 @@ class _Group(NamedTuple):
     facts: list[tuple[int, int]]
 
     def fits(self) -> bool:
-        """Whether the parameters have the data that they had when the group was made, and their layers the gates."""
+        """Whether the parameters have the data that they had when the group was made.
+
+        A parameter whose adapter has gates must still be its layer's, because the layer has the gates.
+        """
         if list(map(_facts, self.parameters)) != self.facts:
             return False
         pairs = zip(self.factors, self.parameters, strict=True)
@@ -102,16 +105,12 @@ class _Pass:
             groups = _grouped(factor for group in groups for factor in group.factors)
         self._groups = groups
         made, gates = _prepared(groups)
-        owners = [
-            (factor.layer, facts[0])
-            for group in groups
-            for factor, facts in zip(group.factors, group.facts, strict=True)
-        ]
-        # By the parameter's id: the layer, where the parameter's data were, and the prepared factor.
-        self._made = {
-            place: (layer, pointer, (factor, gates.get(place)))
-            for (place, factor), (layer, pointer) in zip(made.items(), owners, strict=True)
-        }
+        # By the parameter's id: the layer, where the parameter's data are, and the prepared factor.
+        self._made: dict[int, tuple[AdapterLayer, int, Ready]] = {}
+        for _, _, _, _, _, factors, parameters, facts in groups:
+            for factor, parameter, (pointer, _) in zip(factors, parameters, facts, strict=True):
+                place = id(parameter)
+                self._made[place] = factor.layer, pointer, (made[place], gates.get(place))
         self._used: set[int] = set()  # the ids of those prepared factors that were used
         self._others: dict[int, _Factor] = {}  # what the pass used besides
         self.cast: tuple[Any, ...] | None = None  # the last input that was cast: see `shared_cast`
