@@ -217,7 +217,12 @@ class AdaptiveRanks:
         self._choice.start()
         self._sync()
         self._lone_values = LoneValues(
-            model, adapter, self._pairs_of_the_run, self._waits_for_a_step, self._controller.warn
+            model,
+            adapter,
+            self._pairs_of_the_run,
+            self._waits_for_a_step,
+            self._controller.warn,
+            self._tell_if_unseen,
         )
 
     # Reading the ranks.
@@ -388,7 +393,7 @@ class AdaptiveRanks:
         """
         if self.is_over:
             return {}
-        ends = torch.tensor(self._choice.end_scales, dtype=torch.float64)
+        ends = torch.tensor(self._choice.end_scales, dtype=torch.float64, device="cpu")
         run = packed_state(self._controller)
         text = in_sharded_checkpoint()
         return {**self._tensors.state_dict(), "run": as_text(run) if text else run, "end_scales": ends}
@@ -438,6 +443,10 @@ class AdaptiveRanks:
     def _pairs_of_the_run(self) -> list[PeftPair]:
         return [] if self.is_over else self._peft_pairs()
 
+    def _tell_if_unseen(self) -> None:
+        if not self.is_over and self._lone_values.are_from_here:
+            self._controller.warn_if_unseen()
+
     def _waits_for_a_step(self) -> bool:
         """Whether values may lack the state of their run until the next step.
 
@@ -448,7 +457,8 @@ class AdaptiveRanks:
     def _warn_of_scales(self, mine: Sequence[float], ends: Sequence[float]) -> None:
         """Warn if the configuration gives other scales than the loaded run has, now or at its end."""
         now = [pair.scale for pair in self._controller.factors.pairs]  # those of an adapter saved in mid-run
-        if not any(torch.allclose(torch.tensor(mine), torch.tensor(each)) for each in (ends, now)):
+        alike = functools.partial(math.isclose, rel_tol=1e-5)
+        if not any(all(map(alike, mine, each)) for each in (ends, now)):
             self._controller.warn(
                 f"The run keeps the scale that it began with, {ends[0]:g} in the first layer at the end. "
                 f"`lora_alpha` and `r` here give {mine[0]:g}, which is not used."
