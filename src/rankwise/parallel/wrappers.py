@@ -1,8 +1,10 @@
-"""Module names that ``torch.compile``, ``checkpoint_wrapper`` and FSDP insert into paths, and their removal."""
+"""Wrappers around modules: the names that they insert into paths, and those that an adapter must be attached before."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+
+from torch import nn
 
 WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
 
@@ -16,3 +18,31 @@ def without(name: str, parts: Collection[str] = WRAPPERS) -> str:
     """
     *owners, last = name.split(".")
     return ".".join([*(part for part in owners if part not in parts), last])
+
+
+_ENGINES = ("DistributedDataParallel", "DeepSpeedEngine")
+_SHARDING = ("FullyShardedDataParallel", "FSDPModule")
+
+
+def refuse_wrapped(model: nn.Module, layers: Iterable[str], attached: bool = False) -> None:
+    """Refuse to train adapters of ``layers``, by path, that are in a wrapper which averages gradients over processes.
+
+    Args:
+        model: the model that has, or gets, the adapter.
+        layers: paths of the adapted layers.
+        attached: whether the adapter is attached already. It may then have been sharded with the model.
+
+    Raises:
+        ValueError: a layer is in such a wrapper, which knows only the parameters that it has found when it was made.
+    """
+    paths, kinds = list(layers), _ENGINES if attached else (*_ENGINES, *_SHARDING)
+    for name, module in model.named_modules():
+        kind = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in kinds), None)
+        inside = f"{without(name)}." if name else ""
+        if kind is not None and any(path.startswith(inside) for path in paths):
+            where = repr(name) if name else "The model"
+            raise ValueError(
+                f"{where} is in {kind} already, which would not average the gradients of an adapter "
+                "that is attached later, so that every process would train another adapter. Attach the adapter first, "
+                "and wrap or shard the model afterwards."
+            )
