@@ -18,6 +18,11 @@ import rankwise as rw
 LORA = rw.LoraConfig(r=2, target_modules=["0"])
 ADALORA = rw.AdaLoraConfig(init_r=4, target_r=2, total_step=20, target_modules=["0"])
 REFUSED = "already, which would not average the gradients of an adapter"
+WRAPPERS = {
+    "DistributedDataParallel": (DistributedDataParallel, REFUSED),
+    "FSDP2": (fully_shard, REFUSED),
+    "DataParallel": (nn.DataParallel, "fit no other model"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +41,12 @@ def partly_wrapped() -> nn.Module:
 
 
 @pytest.mark.parametrize("config", [LORA, ADALORA])
-@pytest.mark.parametrize("wrap", [lambda: DistributedDataParallel(layers()), lambda: fully_shard(layers())])
-def test_an_adapter_is_refused_that_comes_after_the_wrapper(config: Any, wrap: Any) -> None:
-    model = wrap()
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_an_adapter_is_refused_that_comes_after_the_wrapper(config: Any, wrapper: str) -> None:
+    wrap, why = WRAPPERS[wrapper]
+    model: Any = wrap(layers())
     kind = type(model)
-    with pytest.raises(ValueError, match=REFUSED):
+    with pytest.raises(ValueError, match=why):
         rw.get_peft_model(model, config)
     assert type(model) is kind and not hasattr(model, "peft_config")
     assert not any("lora_" in name for name, _ in model.named_parameters())

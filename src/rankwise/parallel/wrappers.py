@@ -22,6 +22,14 @@ def without(name: str, parts: Collection[str] = WRAPPERS) -> str:
 
 _ENGINES = ("DistributedDataParallel", "DeepSpeedEngine")
 _SHARDING = ("FullyShardedDataParallel", "FSDPModule")
+_NO_AVERAGES = (
+    "which would not average the gradients of an adapter that is attached later, so that every process would train "
+    "another adapter. Attach the adapter first, and wrap or shard the model afterwards."
+)
+_NAMED = (
+    "whose name would be in the names of the adapter's layers, so that its file would fit no other model. Attach the "
+    "adapter to the model inside (`.module`), and wrap the model afterwards."
+)
 
 
 def refuse_wrapped(model: nn.Module, layers: Iterable[str], attached: bool = False) -> None:
@@ -33,16 +41,15 @@ def refuse_wrapped(model: nn.Module, layers: Iterable[str], attached: bool = Fal
         attached: whether the adapter is attached already. It may then have been sharded with the model.
 
     Raises:
-        ValueError: a layer is in such a wrapper, which knows only the parameters that it has found when it was made.
+        ValueError: a layer is in such a wrapper, which knows only the parameters that it has found when it was made;
+            or in ``DataParallel``.
     """
-    paths, kinds = list(layers), _ENGINES if attached else (*_ENGINES, *_SHARDING)
+    reasons = dict.fromkeys(_ENGINES, _NO_AVERAGES)
+    if not attached:
+        reasons |= {**dict.fromkeys(_SHARDING, _NO_AVERAGES), "DataParallel": _NAMED}
+    paths = list(layers)
     for name, module in model.named_modules():
-        kind = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in kinds), None)
+        kind = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in reasons), None)
         inside = f"{without(name)}." if name else ""
         if kind is not None and any(path.startswith(inside) for path in paths):
-            where = repr(name) if name else "The model"
-            raise ValueError(
-                f"{where} is in {kind} already, which would not average the gradients of an adapter "
-                "that is attached later, so that every process would train another adapter. Attach the adapter first, "
-                "and wrap or shard the model afterwards."
-            )
+            raise ValueError(f"{repr(name) if name else 'The model'} is in {kind} already, {reasons[kind]}")
