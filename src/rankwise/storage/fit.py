@@ -42,7 +42,8 @@ def fit_all(
     """The layers, modules saved in full and single parameters in the file. All have been checked to fit the model."""
     modules = {plain_name(path): module for path, module in own_modules(model).items()}
     modules |= _slots(model, config, file)
-    _check_all_layers(model, config, file)
+    if all(path in modules for path in file.factors):  # otherwise `_fit` reports the first that is not
+        _check_all_layers(model, config, file)
     layers = {path: _fit(modules, path, factors, config, file) for path, factors in file.factors.items()}
     heads: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
