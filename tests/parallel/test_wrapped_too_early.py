@@ -72,11 +72,10 @@ def test_only_layers_inside_of_the_wrapper_are_refused() -> None:
     rw.get_peft_model(partly_wrapped(), rw.LoraConfig(r=2, target_modules=["head.0"]))
 
 
-def test_ranks_of_pefts_adapter_are_not_adapted_if_it_came_after_the_wrapper() -> None:
-    late = peft.get_peft_model(
-        DistributedDataParallel(layers()), peft.LoraConfig(r=4, target_modules=["module.0"])
-    )
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
+def test_ranks_of_pefts_adapter_are_not_adapted_if_it_came_after_the_wrapper(wrap: Any) -> None:
+    late = peft.get_peft_model(wrap(layers()), peft.LoraConfig(r=4, target_modules=r".*\b0"))
     with pytest.raises(ValueError, match=REFUSED):
         rw.adapt_ranks(late, total_step=20)
     early = peft.get_peft_model(layers(), peft.LoraConfig(r=4, target_modules=["0"]))
-    rw.adapt_ranks(DistributedDataParallel(early), total_step=20)
+    rw.adapt_ranks(wrap(early), total_step=20)

@@ -26,7 +26,7 @@ from rankwise.attach.unused_layers import check_fast_path
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_positive
 from rankwise.parallel.processes import many_processes
-from rankwise.parallel.sharded import in_sharded_checkpoint
+from rankwise.parallel.sharded import in_sharded_checkpoint, is_sharded, put_back
 from rankwise.parallel.wrappers import refuse_wrapped
 from rankwise.run.checkpoint import as_text, from_text, load_packed_state, packed_state
 from rankwise.run.choice.principal import PrincipalChoice
@@ -133,7 +133,8 @@ def check_adaptable(model: Any, adapter: str | None, target_r: float | None) -> 
     name = chosen_adapter(model, adapter)
     pairs = peft_pairs(model, name)
     check_adapter(model.peft_config[name], name, pairs)
-    refuse_wrapped(model, [pair.name for pair in pairs], attached=True)
+    put_back()
+    refuse_wrapped(model, [p.name for p in pairs if not is_sharded(p.parameter("A"))], attached=True)
     for pair in pairs:
         check_fast_path(model, pair.name)
     check_target(target_r, Factors(pairs, OwnTensors(lambda: torch.device("cpu"))))

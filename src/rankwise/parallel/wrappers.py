@@ -20,8 +20,7 @@ def without(name: str, parts: Collection[str] = WRAPPERS) -> str:
     return ".".join([*(part for part in owners if part not in parts), last])
 
 
-_ENGINES = ("DistributedDataParallel", "DeepSpeedEngine")
-_SHARDING = ("FullyShardedDataParallel", "FSDPModule")
+_AVERAGES = ("DistributedDataParallel", "DeepSpeedEngine", "FullyShardedDataParallel", "FSDPModule")
 _NO_AVERAGES = (
     "which would not average the gradients of an adapter that is attached later, so that every process would train "
     "another adapter. Attach the adapter first, and wrap or shard the model afterwards."
@@ -38,15 +37,13 @@ def refuse_wrapped(model: nn.Module, layers: Iterable[str], attached: bool = Fal
     Args:
         model: the model that has, or gets, the adapter.
         layers: paths of the adapted layers.
-        attached: whether the adapter is attached already. It may then have been sharded with the model.
+        attached: whether the adapter is attached already. ``DataParallel`` is then accepted.
 
     Raises:
         ValueError: a layer is in such a wrapper, which knows only the parameters that it has found when it was made;
             or in ``DataParallel``.
     """
-    reasons = dict.fromkeys(_ENGINES, _NO_AVERAGES)
-    if not attached:
-        reasons |= {**dict.fromkeys(_SHARDING, _NO_AVERAGES), "DataParallel": _NAMED}
+    reasons = dict.fromkeys(_AVERAGES, _NO_AVERAGES) | ({} if attached else {"DataParallel": _NAMED})
     paths = list(layers)
     for name, module in model.named_modules():
         kind = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in reasons), None)
