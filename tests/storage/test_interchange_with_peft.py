@@ -730,6 +730,18 @@ def test_an_adapter_of_another_kind_of_model_is_refused_for_that_reason(
         rw.PeftModel.from_pretrained(llama(), tmp_path)
 
 
+def test_layers_that_a_file_holds_but_its_configuration_does_not_select_are_reported(tmp_path: Path) -> None:
+    config = rw.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    rw.get_peft_model(llama(), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": ["q_proj"]}))
+    with pytest.warns(
+        UserWarning, match=r"adapts 'model.layers.0.mlp.up_proj' and more, which .* PEFT leaves"
+    ):
+        loaded = rw.PeftModel.from_pretrained(llama(), tmp_path)
+    assert len(loaded.targeted_module_names) == 4
+
+
 def test_rankwise_reads_pefts_pickled_files(tmp_path: Path) -> None:
     case = LORA[0]
     theirs = case.adapted(peft)
