@@ -621,6 +621,30 @@ def test_a_run_that_is_over_says_nothing_of_values_that_fit() -> None:
     assert not messages and not model._state_dict_pre_hooks
 
 
+def test_steps_that_no_optimizer_took_are_reported_on_saving(tmp_path: Path) -> None:
+    def save(model: Any) -> list[str]:
+        with told() as messages:
+            model.save_pretrained(tmp_path)
+        return messages
+
+    model = with_lora("linear")
+    ranks = rw.adapt_ranks(model, total_step=STEPS)
+    assert not save(model)
+    x, y = examples("linear")
+    (model(x) - y).square().mean().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    (message,) = save(model)
+    assert "No rank was cut" in message and "`ranks.update_and_allocate(step)`" in message
+    assert ranks.allocation_state.step == 0
+    trained = with_lora("linear")
+    train(trained, "linear", 2)
+    rw.adapt_ranks(trained, total_step=STEPS)
+    assert not save(trained), "these values are from before the run"
+
+
 def test_a_script_that_cuts_by_hand_keeps_control() -> None:
     runs = []
     for by_hand in (False, True):

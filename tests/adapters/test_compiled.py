@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +123,23 @@ def test_a_compiled_derivative_in_forward_mode_is_the_uncompiled_one() -> None:
             return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction))).tangent
 
     torch.testing.assert_close(torch.compile(along, backend="eager")(x), along(x))
+
+
+def test_a_model_that_is_compiled_before_the_adapter_is_attached_has_a_run_too(tmp_path: Path) -> None:
+    config = rw.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=6, tinit=1, tfinal=2, target_modules=["q_proj"]
+    )
+    found = []
+    for compiled in (False, True):
+        base = torch.compile(llama(), backend="eager") if compiled else llama()
+        torch.manual_seed(0)
+        model = rw.get_peft_model(base, config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for batch in token_batches(6):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(tmp_path / str(compiled))
+        loaded = rw.PeftModel.from_pretrained(llama(), tmp_path / str(compiled))
+        found.append((loaded(**batch).logits, model.rank_summary().total_rank))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)

@@ -522,6 +522,15 @@ def test_unknown_architecture_is_refused_with_its_linear_layers() -> None:
         find_targets(model, LoraConfig())
 
 
+def test_a_model_without_linear_layers_is_refused_for_that_reason() -> None:
+    model = nn.Sequential(nn.LSTM(4, 4))
+    with pytest.raises(ValueError, match=r"`target_modules`='all-linear' finds no layer.* no linear layer"):
+        find_targets(model, LoraConfig(target_modules="all-linear"))
+    for config in (LoraConfig(), LoraConfig(target_modules=["up"])):
+        with pytest.raises(ValueError, match=r"The model has no linear layers\.$"):
+            find_targets(model, config)
+
+
 def test_pattern_that_matches_no_adapted_layer_is_reported() -> None:
     config = LoraConfig(target_modules=["q_proj"], rank_pattern={"v_proj": 4})
     with pytest.warns(UserWarning, match=r"`rank_pattern` has 'v_proj'"):

@@ -116,6 +116,16 @@ def loaded_with_layers_at_rank_0() -> dict[str, Any]:
     return {"losses": mean(losses), "at rank 0": at_rank_0}
 
 
+def compiled(outside: bool) -> dict[str, Any]:
+    """With ``torch.compile`` outside of DDP, or inside of it."""
+    model = adapted()
+    if outside:
+        forward = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+    else:
+        forward = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+    return of_run(model, train(forward, optimizer_for(model), batches(RANK, 2)))
+
+
 def unused_layers_stay_allowed() -> dict[str, Any]:
     """With find_unused_parameters=True, leaving a layer out of a forward pass is not an error."""
     model = adapted()
@@ -133,6 +143,8 @@ for reentrant, other in itertools.product([False, True], repeat=2):
     cases[f"no_sync, re-entrant {reentrant}, find_unused {other}"] = functools.partial(
         accumulating, reentrant, other
     )
+cases["compiled outside"] = functools.partial(compiled, True)
+cases["compiled inside"] = functools.partial(compiled, False)
 cases["static_graph"] = functools.partial(static_graph, False)
 cases["static_graph, re-entrant"] = functools.partial(static_graph, True)
 cases["inside another module"] = inside_another_module

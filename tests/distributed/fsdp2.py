@@ -70,6 +70,12 @@ def wrapped_checkpoints() -> dict[str, Any]:
     return result
 
 
+def compiled() -> dict[str, Any]:
+    model = sharded(adapted())
+    forward = torch.compile(model, backend="aot_eager")
+    return of_run(model, train(forward, optimizer_for(model), batches(RANK, 2)))
+
+
 def hybrid() -> dict[str, Any]:
     return whole_run(adapted(), init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards")))
 
@@ -173,6 +179,7 @@ def failing_to_write() -> dict[str, Any]:
 cases: dict[str, Any] = {
     "float32": float32,
     "hybrid": hybrid,
+    "compiled": compiled,
     "accumulated": accumulated,
     "half-precision base": half_precision_base,
     "checkpoint_wrapper": wrapped_checkpoints,

@@ -68,7 +68,7 @@ def test_training_an_adapter_that_was_loaded_for_inference_is_reported(adalora: 
     own = rw.AdaLoraConfig(target_modules=["0"], init_r=4, target_r=2, total_step=20) if adalora else lora()
     rw.get_peft_model(layers(), own).save_pretrained(tmp_path)
     frozen = rw.PeftModel.from_pretrained(layers(), tmp_path)
-    with pytest.warns(UserWarning, match=r"Nothing of this model trains.*is_trainable=True"):
+    with pytest.warns(UserWarning, match=r"Nothing of this model trains.*is_trainable=True\)`\.$"):
         assert frozen.train() is frozen and frozen.training
     with pytest.raises(RuntimeError, match="element 0"):
         frozen(torch.ones(2, 4)).sum().backward()
@@ -78,3 +78,14 @@ def test_training_an_adapter_that_was_loaded_for_inference_is_reported(adalora: 
         frozen.train(False)
         rw.PeftModel.from_pretrained(layers(), tmp_path, is_trainable=True).train()
         rw.get_peft_model(layers(), lora()).train()
+
+
+def test_an_idle_adapter_that_could_train_is_named_where_the_active_one_cannot(tmp_path: Path) -> None:
+    model = rw.get_peft_model(layers(), lora())
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "old")
+    model.set_adapter("old")
+    with pytest.warns(
+        UserWarning, match=r"active adapters \['old'\] .* activate 'default' with `set_adapter`"
+    ):
+        model.train()

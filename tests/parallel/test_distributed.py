@@ -139,6 +139,8 @@ def test_ddp_with_checkpointing_is_one_process_with_the_whole_batch(
         "gradients are views of buckets",
         "static_graph",
         "static_graph, re-entrant",
+        "compiled outside",
+        "compiled inside",
         "inside another module",
         "ZeroRedundancyOptimizer",
         *(f"no_sync, re-entrant {one}, find_unused {two}" for one in (False, True) for two in (False, True)),
@@ -257,7 +259,7 @@ def test_processes_with_experts_that_no_token_reaches_give_the_run_of_one(once: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["float32", "hybrid", "accumulated", "checkpoint_wrapper"])
+@pytest.mark.parametrize("case", ["float32", "hybrid", "accumulated", "checkpoint_wrapper", "compiled"])
 def test_fsdp2_is_one_process_with_the_whole_batch(once: Any, alone: dict[str, Any], case: str):
     same_run(alone, once("fsdp2.py")[case])
 

@@ -69,6 +69,28 @@ def test_a_run_goes_on_after_its_values_were_taken_and_given_back() -> None:
         assert torch.allclose(rw.get_peft_model_state_dict(exchanged)[name], value, atol=1e-6)
 
 
+def test_values_of_a_run_in_which_layers_are_at_rank_0_come_back_and_none_may_be_missing() -> None:
+    config = rw.AdaLoraConfig(
+        init_r=4, target_r=0.5, total_step=6, tinit=1, tfinal=2, target_modules=["up", "head"]
+    )
+    model = rw.get_peft_model(layers(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    for _ in range(6):
+        model["head"](torch.tanh(model["up"](x))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors = rw.get_peft_model_state_dict(model)
+    assert len(tensors) == 2, "one of the two layers is at rank 0"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rw.set_peft_model_state_dict(model, tensors)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    whole = rw.get_peft_model(layers(), config)
+    part = dict(list(rw.get_peft_model_state_dict(whole).items())[:2])
+    with pytest.raises(ValueError, match="has no tensors of"):
+        rw.set_peft_model_state_dict(whole, part)
+
+
 def test_values_that_do_not_fit_are_refused_and_nothing_changes() -> None:
     model = rw.get_peft_model(layers(), CONFIGS["lora"])
     before = rw.get_peft_model_state_dict(model)

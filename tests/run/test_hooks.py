@@ -73,3 +73,17 @@ def test_the_step_is_taken_with_the_closure_that_a_listener_gives_in_place_of_it
     assert loss == "the listener's"
     stop_listening(mine)
     assert optimizer.step(lambda: "its own") == "its own"
+
+
+def test_a_compiled_step_calls_listeners_out_of_the_compilers_sight(optimizer: Any) -> None:
+    seen = []
+
+    class Looks(Recorder):
+        def after_step(self, optimizer: Any) -> None:
+            seen.append(torch.compiler.is_compiling())
+            super().after_step(optimizer)
+
+    mine = Looks(optimizer)
+    listen(mine)
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+    assert mine.heard == [("before", 5.0), ("after", 4.0)] and seen == [False]

@@ -833,6 +833,23 @@ def saved_ranks(folder: Path) -> int:
     return int(loaded.rank_summary().total_rank)
 
 
+@pytest.mark.parametrize("paper", [True, False])
+def test_steps_that_no_optimizer_took_are_reported_on_saving(paper: bool, tmp_path: Path) -> None:
+    model = adapted(init_lora_weights=True if paper else "principal")
+    with told() as messages:
+        model.save_pretrained(tmp_path)  # an adapter that has not trained
+        for step in range(1, 3):
+            loss_of(model, step).backward()
+            with torch.no_grad():
+                for parameter in trainable(model):
+                    parameter -= 0.1 * parameter.grad
+            model.zero_grad()
+        model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)
+    (message,) = messages
+    assert "No rank was cut" in message and "`model.update_and_allocate(step)`" in message
+
+
 def test_a_run_that_ends_early_gives_a_warning_on_saving_and_is_finished_by_one_call(tmp_path: Path) -> None:
     model = adapted()
     train(model, adamw(model), steps=range(1, 5))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rankwise as rw
@@ -699,6 +700,46 @@ def test_the_first_of_several_patterns_counts_also_after_saving(
     ours.save_pretrained(tmp_path)
     torch.testing.assert_close(_logits(_rankwise_loads(tmp_path, case), case), _logits(ours, case))
     _check_loaded_by_peft(ours, case, tmp_path, exchange, monkeypatch)
+
+
+@pytest.mark.parametrize("adalora", [False, True])
+def test_a_file_of_peft_with_the_compilers_names_fits_the_plain_model(adalora: bool, tmp_path: Path) -> None:
+    """PEFT keeps ``_orig_mod`` in the names, and then finds none of the layers in a model that is not compiled."""
+    options: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"]}
+    config = peft.AdaLoraConfig(total_step=10, **options) if adalora else peft.LoraConfig(**options)
+    model = peft.get_peft_model(torch.compile(llama(), backend="eager"), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.2)
+        expected = model.eval()(TOKENS).logits
+    model.save_pretrained(tmp_path)
+    assert any("_orig_mod" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    loaded = rw.PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(loaded(TOKENS).logits, expected, rtol=1e-4, atol=SINGLE)
+
+
+@pytest.mark.parametrize("adalora", [False, True])
+def test_an_adapter_of_another_kind_of_model_is_refused_for_that_reason(
+    adalora: bool, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"target_modules": ["query"]}
+    config = rw.AdaLoraConfig(total_step=10, **options) if adalora else rw.LoraConfig(**options)
+    rw.get_peft_model(bert(), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapts 'bert\..*', which the model does not have"):
+        rw.PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_layers_that_a_file_holds_but_its_configuration_does_not_select_are_reported(tmp_path: Path) -> None:
+    config = rw.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    rw.get_peft_model(llama(), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": ["q_proj"]}))
+    with pytest.warns(
+        UserWarning, match=r"adapts 'model.layers.0.mlp.up_proj' and more, which .* PEFT leaves"
+    ):
+        loaded = rw.PeftModel.from_pretrained(llama(), tmp_path)
+    assert len(loaded.targeted_module_names) == 4
 
 
 def test_rankwise_reads_pefts_pickled_files(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class LoneValues:
         pairs: a function that gives the adapter's factors, or nothing if its run is over.
         waits_for_a_step: a function that says whether saves do not count as use now.
         warn: a function that gives each warning once.
+        before_save: a function that is called before each save.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class LoneValues:
         pairs: Callable[[], Sequence[PeftPair]],
         waits_for_a_step: Callable[[], bool],
         warn: Callable[[str], None],
+        before_save: Callable[[], None],
     ) -> None:
+        self._before_save = before_save
         self._adapter, self._pairs = adapter, pairs
         self._waits_for_a_step, self._warn = waits_for_a_step, warn
         # What was loaded since the last step: "values" if it was only factors, "state" if it was the state of a run.
@@ -65,6 +68,7 @@ class LoneValues:
 
     def _values_go(self, *unused: Any) -> None:
         """Called before a save."""
+        self._before_save()
         if self._loaded == "values" and not self._waits_for_a_step():
             self.used()
 
@@ -78,6 +82,11 @@ class LoneValues:
                 "Or load the adapter into a fresh base model."
             )
         self.forget()
+
+    @property
+    def are_from_here(self) -> bool:
+        """Whether nothing was loaded since the last step."""
+        return self._loaded is None
 
     def state_came(self) -> None:
         """Note that the state of the run was loaded."""

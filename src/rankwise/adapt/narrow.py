@@ -90,7 +90,7 @@ def _acts_without_ranks(model: Any, pair: PeftPair) -> bool:
 def _narrow_layer(pair: PeftPair, kept: Tensor, rank: int, optimizers: Sequence[Optimizer]) -> None:
     front = (~kept.view(pair.blocks, -1)).to(torch.int8).argsort(dim=1, stable=True)[:, :rank]
     size = kept.numel() // pair.blocks
-    chosen = (front + torch.arange(pair.blocks)[:, None] * size).flatten()
+    chosen = (front + torch.arange(pair.blocks, device="cpu")[:, None] * size).flatten()
 
     def narrowed(key: str, values: Tensor, shape: torch.Size) -> Tensor:
         rows = pair.rows(key, values)[chosen.to(values.device)]

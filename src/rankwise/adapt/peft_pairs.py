@@ -87,7 +87,7 @@ class PeftPair(FactorPair):
         """The order that sorts the ranks by block. In a stack of experts B is laid out by rank, then by expert."""
         if key != "B" or self.blocks == 1:
             return None
-        return torch.arange(ranks).view(-1, self.blocks).T.flatten()
+        return torch.arange(ranks, device="cpu").view(-1, self.blocks).T.flatten()
 
     def base_weight(self) -> Tensor | None:
         weight = getattr(self.layer.get_base_layer(), "weight", None)

@@ -26,7 +26,8 @@ from rankwise.attach.unused_layers import check_fast_path
 from rankwise.config import AdaLoraConfig
 from rankwise.config.checks import check_positive
 from rankwise.parallel.processes import many_processes
-from rankwise.parallel.sharded import in_sharded_checkpoint
+from rankwise.parallel.sharded import in_sharded_checkpoint, is_sharded, put_back
+from rankwise.parallel.wrappers import refuse_wrapped
 from rankwise.run.checkpoint import as_text, from_text, load_packed_state, packed_state
 from rankwise.run.choice.principal import PrincipalChoice
 from rankwise.run.controller import Controller
@@ -132,6 +133,8 @@ def check_adaptable(model: Any, adapter: str | None, target_r: float | None) -> 
     name = chosen_adapter(model, adapter)
     pairs = peft_pairs(model, name)
     check_adapter(model.peft_config[name], name, pairs)
+    put_back()
+    refuse_wrapped(model, [p.name for p in pairs if not is_sharded(p.parameter("A"))], attached=True)
     for pair in pairs:
         check_fast_path(model, pair.name)
     check_target(target_r, Factors(pairs, OwnTensors(lambda: torch.device("cpu"))))
@@ -217,7 +220,12 @@ class AdaptiveRanks:
         self._choice.start()
         self._sync()
         self._lone_values = LoneValues(
-            model, adapter, self._pairs_of_the_run, self._waits_for_a_step, self._controller.warn
+            model,
+            adapter,
+            self._pairs_of_the_run,
+            self._waits_for_a_step,
+            self._controller.warn,
+            self._tell_if_unseen,
         )
 
     # Reading the ranks.
@@ -388,7 +396,7 @@ class AdaptiveRanks:
         """
         if self.is_over:
             return {}
-        ends = torch.tensor(self._choice.end_scales, dtype=torch.float64)
+        ends = torch.tensor(self._choice.end_scales, dtype=torch.float64, device="cpu")
         run = packed_state(self._controller)
         text = in_sharded_checkpoint()
         return {**self._tensors.state_dict(), "run": as_text(run) if text else run, "end_scales": ends}
@@ -438,6 +446,10 @@ class AdaptiveRanks:
     def _pairs_of_the_run(self) -> list[PeftPair]:
         return [] if self.is_over else self._peft_pairs()
 
+    def _tell_if_unseen(self) -> None:
+        if not self.is_over and self._lone_values.are_from_here:
+            self._controller.warn_if_unseen()
+
     def _waits_for_a_step(self) -> bool:
         """Whether values may lack the state of their run until the next step.
 
@@ -448,7 +460,8 @@ class AdaptiveRanks:
     def _warn_of_scales(self, mine: Sequence[float], ends: Sequence[float]) -> None:
         """Warn if the configuration gives other scales than the loaded run has, now or at its end."""
         now = [pair.scale for pair in self._controller.factors.pairs]  # those of an adapter saved in mid-run
-        if not any(torch.allclose(torch.tensor(mine), torch.tensor(each)) for each in (ends, now)):
+        alike = functools.partial(math.isclose, rel_tol=1e-5)
+        if not any(all(map(alike, mine, each)) for each in (ends, now)):
             self._controller.warn(
                 f"The run keeps the scale that it began with, {ends[0]:g} in the first layer at the end. "
                 f"`lora_alpha` and `r` here give {mine[0]:g}, which is not used."

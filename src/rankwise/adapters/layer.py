@@ -218,14 +218,14 @@ class AdapterLayer(InPlace, nn.Module):
     def block_ranks(self, name: str) -> list[int]:
         """The number of triplets of adapter ``name`` that act in each of the layer's `blocks`."""
         kept = self.kept_ranks_of_stack(name)
-        acts = torch.ones(len(self.lora_A[name]), dtype=torch.bool) if kept is None else kept
+        acts = torch.ones(len(self.lora_A[name]), dtype=torch.bool, device="cpu") if kept is None else kept
         return [int(part.sum()) for part in acts.tensor_split(self.blocks(self))]
 
     def kept_ranks_of_stack(self, name: str) -> Tensor | None:
         """The mask of acting triplets, (r,), bool, on the CPU. None: all act, or the layer is one block."""
         if self.blocks(self) == 1 or name not in self.kept:
             return None
-        mask = torch.zeros(len(self.lora_A[name]), dtype=torch.bool)
+        mask = torch.zeros(len(self.lora_A[name]), dtype=torch.bool, device="cpu")
         kept = self.kept[name]
         mask[slice(kept) if isinstance(kept, int) else kept.cpu()] = True
         return mask

@@ -194,17 +194,17 @@ class ParameterAdapters(AdapterLayer):
         """The indices of the kept triplets, padded to (n, k), and a mask, (n, k, 1), that is False for the padding."""
         kept = self.kept[name]
         if isinstance(kept, int):  # one matrix, whose first triplets these are
-            kept = self.kept[name] = torch.arange(kept)
+            kept = self.kept[name] = torch.arange(kept, device="cpu")
         known = self._places.get(name)
         if known is None or known[0] is not kept or known[1].device != self.lora_A[name].device:
             rank = len(self.lora_A[name]) // self.matrices
-            mask = torch.zeros(self.matrices * rank, dtype=torch.bool)
+            mask = torch.zeros(self.matrices * rank, dtype=torch.bool, device="cpu")
             mask[kept.cpu()] = True
             mask = mask.view(self.matrices, rank)
             front = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
                 :, : int(mask.sum(1).max())
             ]
-            places = front + torch.arange(self.matrices)[:, None] * rank
+            places = front + torch.arange(self.matrices, device="cpu")[:, None] * rank
             device = self.lora_A[name].device
             known = self._places[name] = (
                 kept, places.to(device), mask.gather(1, front)[..., None].to(device),

@@ -146,6 +146,8 @@ def nothing_found(
         why += [f"the modules that train in full ({some(saved)})"] if saved else []
         left = f"{' and '.join(why)} leave nothing of it" if why else "nothing of it can be adapted"
         return f"`target_modules` ({shown}) matches {some(matched)}, but {left}."
+    if not names:  # those of "all-linear"
+        return f"`target_modules`={config.target_modules!r} finds no layer: the model has no linear layer to adapt."
     if any(map(matcher(names), modules)):
         return (
             f"`target_modules` ({shown}) matches layers, but none in `layers_to_transform`="
@@ -156,7 +158,7 @@ def nothing_found(
     else:
         what = f"{shown} matches no module of the model"
         hints = "".join(nearest_name(name, modules) for name in names[:4])
-    return f"`target_modules`: {what}.{hints} Its linear layers are called {linear_names(modules)}."
+    return f"`target_modules`: {what}.{hints} {linear_names(modules)}"
 
 
 def nearest_name(name: str, paths: Iterable[str]) -> str:
@@ -166,9 +168,10 @@ def nearest_name(name: str, paths: Iterable[str]) -> str:
 
 
 def linear_names(modules: Mapping[str, nn.Module], most: int = 12) -> str:
-    """The names of the model's linear layers, the most frequent first."""
+    """Say how the model's linear layers are called, the most frequent name first."""
     counts = Counter(path.rpartition(".")[2] for path, module in modules.items() if in_all_linear(module))
-    return ", ".join(name for name, _ in counts.most_common(most)) or "nothing: it has none"
+    names = ", ".join(name for name, _ in counts.most_common(most))
+    return f"Its linear layers are called {names}." if names else "The model has no linear layers."
 
 
 def some(names: list[str], most: int = 6) -> str:

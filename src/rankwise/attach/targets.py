@@ -228,7 +228,7 @@ def _target_names(model: nn.Module, config: LoraConfig) -> tuple[list[str] | str
         about = f"the architecture {kind!r}" if kind else "a model without `config.model_type`"
         raise ValueError(
             f"There are no default targets for {about}: set `target_modules`, for example to "
-            f"'all-linear' or to some of its linear layers: {linear_names(own_modules(model))}."
+            f"'all-linear' or to some of its layers. {linear_names(own_modules(model))}"
         )
     return known[kind], False
 

@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 from torch import nn
 from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -185,8 +184,6 @@ def _load(ranks: AdaptiveRanks, callbacks: Any, source: str) -> None:
             "`PeftModel.from_pretrained(..., is_trainable=True)`, and train without `resume_from_checkpoint`."
         )
     try:
-        ranks.load_state_dict(
-            {name: torch.as_tensor(each) for name, each in load(base64.b64decode(packed)).items()}
-        )
+        ranks.load_state_dict(load(base64.b64decode(packed)))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None

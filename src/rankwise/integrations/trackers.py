@@ -98,7 +98,7 @@ def _to_tensorboard(callback: Any) -> Sender:
         writer = callback.tb_writer
         if writer is None:
             return
-        writer.add_histogram(f"{_NAME}/histogram", torch.tensor(ranks), step)
+        writer.add_histogram(f"{_NAME}/histogram", torch.tensor(ranks, device="cpu"), step)
         if picture is not None:
             width, height = picture.size
             pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)

@@ -37,7 +37,11 @@ def orthogonality_penalty(A: Sequence[Tensor], B: Sequence[Tensor]) -> Tensor:
     """
     norms = [_norm(stack, False) for stack, _ in _stacks(A)]
     norms += [_norm(stack, True) for stack, _ in _stacks(B)]
-    return torch.cat(norms).sum() / (len(A) + len(B)) if norms else torch.zeros((), dtype=torch.float32)
+    return (
+        torch.cat(norms).sum() / (len(A) + len(B))
+        if norms
+        else torch.zeros((), dtype=torch.float32, device="cpu")
+    )
 
 
 def orthogonality_gradients(

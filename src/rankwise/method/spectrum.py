@@ -131,7 +131,7 @@ def effective_rank(singular_values: Sequence[float]) -> float:
         >>> effective_rank([3.0, 0.0]), round(effective_rank([2.0, 2.0, 2.0]), 6), effective_rank([0.0])
         (1.0, 3.0, 0.0)
     """
-    values = torch.tensor(singular_values, dtype=torch.float64)
+    values = torch.tensor(singular_values, dtype=torch.float64, device="cpu")
     if not values.any():
         return 0.0
     shares = values / values.max()

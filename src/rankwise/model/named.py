@@ -26,6 +26,7 @@ from rankwise.attach.precision import in_base_dtype
 from rankwise.config import AdaLoraConfig, LoraConfig
 from rankwise.model.merged import MergesAdapters
 from rankwise.model.options import check_attach_options
+from rankwise.parallel.wrappers import refuse_wrapped
 from rankwise.run.own import own_controller
 from rankwise.run.run_tensors import BUFFERS
 
@@ -170,6 +171,8 @@ class NamesAdapters(MergesAdapters):
                 f"The AdaLoRA adapter {self._rankwise_controller.adapter!r} trains already, and only one can. "
                 f"Add {name!r} with `inference_mode=True`, or delete the other first."
             )
+        if not config.inference_mode:
+            refuse_wrapped(self, attachment.layers)
         self._refuse_shared_biases(name, config)
         refuse_overlap(self, attachment)
         self._check_in_place()

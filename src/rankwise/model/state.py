@@ -29,7 +29,7 @@ class CarriesRun(HoldsAdapters):
         load a tensor only into one of the same size, and a history grows.
         """
         controller = self._rankwise_controller
-        state = packed_state(controller) if controller else torch.zeros(0, dtype=torch.int64)
+        state = packed_state(controller) if controller else torch.zeros(0, dtype=torch.int64, device="cpu")
         put_back()
         text = any(map(is_sharded, self.parameters())) or in_sharded_checkpoint()
         return as_text(state) if text else state

@@ -30,11 +30,12 @@ class TellsOfNoTraining(HoldsAdapters):
         """
         super().train(mode)
         if mode and self.peft_config and not any(p.requires_grad for p in self.parameters()):
+            idle = sorted(self._rankwise_to_train - set(self.active_adapters))
+            activate = f", or activate {idle[0]!r} with `set_adapter`" if idle else ""
             warnings.warn(
-                f"Nothing of this model trains: the adapters {sorted(self.peft_config)} are for inference, so "
-                "`backward()` "
-                "will fail. To continue training one, load it with `PeftModel.from_pretrained(model, folder, "
-                "is_trainable=True)`.",
+                f"Nothing of this model trains: the active adapters {self.active_adapters} are for inference, so "
+                "`backward()` will fail. To continue training one, load it with `PeftModel.from_pretrained(model, "
+                f"folder, is_trainable=True)`{activate}.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_FRAMES = 12  # the most frames between DeepSpeed's call of an optimizer's step and a hook of that step
+_FRAMES = 14  # the most frames between DeepSpeed's call of an optimizer's step and a hook of that step
 _GROUPS_AND_VECTORS = (  # attributes of the ZeRO optimizers: lists of parameters, and the vector of each list
     ("bit16_groups", "single_partition_of_fp32_groups"),  # stages 1 and 2
     ("fp16_groups", "fp32_partitioned_groups_flat"),  # stage 3, of any precision

@@ -105,10 +105,10 @@ class ZeroStep:
         if measured.blocks == 1:
             return squares.sum().view(1)
         ranks = self._parts.shape(piece.number)[1]
-        order = torch.arange(ranks) if measured.order is None else measured.order.cpu()
-        block_of = torch.empty(ranks, dtype=torch.int64)
-        block_of[order] = torch.arange(ranks) * measured.blocks // ranks
-        columns = torch.arange(piece.start, piece.start + len(squares)) % ranks
+        order = torch.arange(ranks, device="cpu") if measured.order is None else measured.order.cpu()
+        block_of = torch.empty(ranks, dtype=torch.int64, device="cpu")
+        block_of[order] = torch.arange(ranks, device="cpu") * measured.blocks // ranks
+        columns = torch.arange(piece.start, piece.start + len(squares), device="cpu") % ranks
         blocks = block_of[columns].to(squares.device)
         return squares.new_zeros(measured.blocks).index_add_(0, blocks, squares)
 

@@ -49,7 +49,7 @@ def from_text(text: str) -> Tensor:
         ValueError: ``text`` is something else.
     """
     try:
-        return torch.tensor(json.loads(text), dtype=torch.int64)
+        return torch.tensor(json.loads(text), dtype=torch.int64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{text[:80]!r} is not the state of a run ({error}).") from None
 

@@ -22,6 +22,7 @@ from rankwise.method.allocation import Budget, budget_with_reserved, choose
 from rankwise.method.schedule import BudgetSchedule, Phase
 from rankwise.parallel.ddp import steps_alone
 from rankwise.parallel.processes import running
+from rankwise.parallel.sharded import local
 from rankwise.run.choice.choice import Choice
 from rankwise.run.factors import Factors
 from rankwise.run.history import RankHistory
@@ -78,6 +79,7 @@ class Controller:
         self._heard = False  # hooks have reported a step, so steps are observed without a call by hand
         self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
         self.finished_by = "model.finalize_ranks()"  # the call that a warning recommends to the user
+        self._began_at_zero = not self._has_values()
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
 
@@ -169,6 +171,7 @@ class Controller:
 
     def warn_if_unfinished(self) -> None:
         """Warn, once per step, that the budget has not reached its target yet, in case the run ends here."""
+        self.warn_if_unseen()
         if self.fixed or not self.prunes or not self.step or self.reached_target:
             return
         self.warn(
@@ -176,6 +179,23 @@ class Controller:
             f"schedule reaches at step {self.schedule.last_allocation if self.schedule else '?'}. If training ends "
             f"here, call `{self.finished_by}`, which brings it to the target, and save (again)."
         )
+
+    def warn_if_unseen(self) -> None:
+        """Warn, once, if values have changed without any step of an optimizer, so that no rank was cut."""
+        if self.step or self.fixed or not self.prunes or not self._began_at_zero or not self._has_values():
+            return
+        call = self.finished_by.replace("finalize_ranks()", "update_and_allocate(step)")
+        self.warn(
+            "No rank was cut: the adapter's values have changed since its run began, but no step of a "
+            "`torch.optim.Optimizer` that holds them was seen. If your loop changes them in another way, call "
+            f"`{call}` after each step, before the gradients are set to zero."
+        )
+
+    def _has_values(self) -> bool:
+        """Whether this process holds a number other than 0 in the factors that start at 0."""
+        kind = "E" if "E" in self.factors.keys else None
+        own = (local(pair.parameter(kind or pair.starts_at_zero)).detach() for pair in self.factors.pairs)
+        return any(bool(each.any()) for each in own if not each.is_meta)
 
     @property
     def reached_target(self) -> bool:

@@ -102,7 +102,9 @@ class RankHistory:
             raise ValueError(f"Ranks must be at least 0, but step {step} has {min(whole)}.")
         self._forget_from(step)
         if self._pending:
-            self._pending.append((int(step), int(budget), torch.tensor(whole, dtype=torch.int32)))
+            self._pending.append(
+                (int(step), int(budget), torch.tensor(whole, dtype=torch.int32, device="cpu"))
+            )
         else:
             self._records.append(RankRecord(int(step), int(budget), whole))
 
@@ -201,7 +203,7 @@ class RankHistory:
         flat = [_LAYOUT, len(self.layers), len(self.records)]
         for record in self._records:
             flat += [record.step, record.budget, *record.ranks]
-        return torch.tensor(flat, dtype=torch.int64)
+        return torch.tensor(flat, dtype=torch.int64, device="cpu")
 
     @classmethod
     def from_tensor(cls, layers: Sequence[str], tensor: torch.Tensor) -> RankHistory:

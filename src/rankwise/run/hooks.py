@@ -6,10 +6,12 @@ step: under gradient accumulation, under a GradScaler that skips steps, and in t
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -39,6 +41,7 @@ _listeners: weakref.WeakSet[Any] = weakref.WeakSet()  # of Listener
 
 def listen(listener: Listener) -> None:
     """Call ``listener`` back from now on, as long as it exists."""
+    _register()
     _listeners.add(listener)
 
 
@@ -68,5 +71,11 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             listener.after_step(optimizer)
 
 
-register_optimizer_step_pre_hook(_before)
-register_optimizer_step_post_hook(_after)
+@functools.cache
+def _register() -> None:
+    """Register the hooks, so that ``torch.compile`` of a step does not compile the listeners.
+
+    This is done late, because it imports the compiler. Every optimizer does so, too, when it is made.
+    """
+    register_optimizer_step_pre_hook(torch.compiler.disable(_before))
+    register_optimizer_step_post_hook(torch.compiler.disable(_after))

@@ -55,7 +55,7 @@ class OwnPair(FactorPair):
     def acting(self) -> Tensor:
         """The ranks that the forward pass uses, (ranks,), bool, on the CPU."""
         kept = self.layer.kept_ranks_of_stack(self.adapter)
-        return torch.ones(len(self.parameter("A")), dtype=torch.bool) if kept is None else kept
+        return torch.ones(len(self.parameter("A")), dtype=torch.bool, device="cpu") if kept is None else kept
 
     def widen(self) -> None:
         """Use all ranks in the forward pass again."""

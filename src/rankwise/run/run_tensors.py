@@ -122,7 +122,8 @@ class ModelBuffers(RunTensors):
         self.model.register_buffer(f"rankwise_{name}", value)
 
     def _held(self, name: str) -> Tensor:
-        return self.model.get_buffer(f"rankwise_{name}")
+        held: Any = self.model._buffers[f"rankwise_{name}"]  # a compiled model looks for attributes elsewhere
+        return held  # type: ignore[no-any-return]
 
     def remove(self) -> None:
         for name in BUFFERS:

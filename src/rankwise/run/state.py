@@ -110,10 +110,14 @@ class RunState:
         leader = -1 if self.leader is None else self.leader
         whole = [_LAYOUT, self.step, self.fixed, self.automatic, leader]
         whole += [plan.tinit, plan.tfinal, plan.total_step, plan.deltaT] if plan else [0] * 4
-        bits = torch.tensor([float(value) for value in vars(self.weights).values()], dtype=torch.float64)
-        head = torch.tensor([*whole, _packed_rank(self.target_r), _FORMS.index(self.form)], dtype=torch.int64)
-        scales = torch.tensor(self.scales, dtype=torch.float64).view(torch.int64)
-        count = torch.tensor([len(scales)], dtype=torch.int64)
+        bits = torch.tensor(
+            [float(value) for value in vars(self.weights).values()], dtype=torch.float64, device="cpu"
+        )
+        head = torch.tensor(
+            [*whole, _packed_rank(self.target_r), _FORMS.index(self.form)], dtype=torch.int64, device="cpu"
+        )
+        scales = torch.tensor(self.scales, dtype=torch.float64, device="cpu").view(torch.int64)
+        count = torch.tensor([len(scales)], dtype=torch.int64, device="cpu")
         return torch.cat([head, bits.view(torch.int64), count, scales, self.history.to_tensor()])
 
     @classmethod
@@ -221,8 +225,12 @@ class RunState:
 def _packed_rank(rank: float) -> int:
     if rank == int(rank):
         return int(rank)
-    return -int(torch.tensor([rank], dtype=torch.float64).view(torch.int64))
+    return -int(torch.tensor([rank], dtype=torch.float64, device="cpu").view(torch.int64))
 
 
 def _rank(packed: int) -> float:
-    return packed if packed > 0 else float(torch.tensor([-packed], dtype=torch.int64).view(torch.float64))
+    return (
+        packed
+        if packed > 0
+        else float(torch.tensor([-packed], dtype=torch.int64, device="cpu").view(torch.float64))
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 from rankwise.adapters import AdapterLayer
 from rankwise.attach.matching import pattern_value
 from rankwise.config import CONFIG_NAME, AdaLoraConfig, LoraConfig
+from rankwise.parallel.wrappers import without
 from rankwise.run.history import RankHistory
 from rankwise.run.pairs import block_names
 from rankwise.storage.contents import sort_by_use
@@ -91,4 +92,4 @@ def without_E(config: LoraConfig) -> bool:
 def kept_by_pattern(config: LoraConfig) -> dict[str, list[bool]]:
     """AdaLoRA's `rank_pattern`, by module path."""
     pattern = (config.rank_pattern or {}) if isinstance(config, AdaLoraConfig) else {}
-    return {key.removesuffix(".lora_E").removeprefix(PREFIX): kept for key, kept in pattern.items()}
+    return {without(key.removesuffix(".lora_E").removeprefix(PREFIX)): kept for key, kept in pattern.items()}

@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 from rankwise.adapters import KINDS, AdapterLayer, factor_name
 from rankwise.config import CONFIG_NAME
+from rankwise.parallel.wrappers import without
 from rankwise.storage.names import PREFIX
 
 _RAW = re.compile(r".+\.lora_(embedding_)?[ABE]\.(?!weight$|bias$)[^.]+(\.weight)?")
@@ -51,7 +52,7 @@ def sort_by_use(source: str, tensors: Mapping[str, T]) -> Contents[T]:
     """
     contents: Contents[T] = Contents()
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = without(key.removeprefix(PREFIX))  # PEFT keeps the names that `torch.compile` inserts
         found = factor_name(name)
         if found is None and _RAW.fullmatch(name):
             raise ValueError(

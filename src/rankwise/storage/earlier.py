@@ -58,7 +58,7 @@ def _matrices(file: AdapterFile, path: str, config: AdaLoraConfig) -> list[Updat
     matrices = matrices_of(file, path)
     B, scale = _folded(B, E, config)
     kind = file.kinds[path] if matrices is None else ParameterAdapters
-    kept = torch.tensor(kept_by_pattern(config).get(path, [True] * len(A)), dtype=torch.bool)
+    kept = torch.tensor(kept_by_pattern(config).get(path, [True] * len(A)), dtype=torch.bool, device="cpu")
     counts = kept.view(matrices or 1, -1).sum(1).tolist()
     parts = zip(A.split(counts), B.split(counts, dim=1), E.flatten().split(counts), strict=True)
     return [Update(a[e != 0], b[:, e != 0], kind, scale=scale) for a, b, e in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -42,7 +43,8 @@ def fit_all(
     """The layers, modules saved in full and single parameters in the file. All have been checked to fit the model."""
     modules = {plain_name(path): module for path, module in own_modules(model).items()}
     modules |= _slots(model, config, file)
-    _check_all_layers(model, config, file)
+    if all(path in modules for path in file.factors):  # otherwise `_fit` reports the first that is not
+        _check_all_layers(model, modules, config, file)
     layers = {path: _fit(modules, path, factors, config, file) for path, factors in file.factors.items()}
     heads: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
@@ -114,19 +116,34 @@ def _fit_rest(
         check_finite(file.source, name, tensor.to(own[name].dtype))
 
 
-def _check_all_layers(model: nn.Module, config: LoraConfig, file: AdapterFile) -> None:
-    """Refuse a file that lacks a layer that `target_modules` selects, if these layers can be determined."""
+def _check_all_layers(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, file: AdapterFile
+) -> None:
+    """Refuse a file that lacks a layer that `target_modules` selects, if these layers can be determined.
+
+    Warns:
+        UserWarning: the file has a layer that is not selected.
+    """
     if config.target_modules is None:
         return
     try:
         targets = find_targets(model, replace(config, inference_mode=True))
     except (TypeError, ValueError):  # some selected layers can't be adapted: the file tells which ones were
         return
-    for path in map(plain_name, targets):
+    selected = [plain_name(path) for path in targets]
+    for path in selected:
         if path not in file.factors:
             raise ValueError(
                 f"{file.source} has no tensors of {path!r}, which {CONFIG_NAME} names in `target_modules`."
             )
+    more = [path for path in modules if path in file.factors and path not in selected]
+    if more:
+        warnings.warn(
+            f"{file.source} adapts {more[0]!r}{' and more' if len(more) > 1 else ''}, which {CONFIG_NAME} does not "
+            "select. rankwise loads all layers that a file holds; PEFT leaves such layers out.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _check_all_heads(

@@ -119,6 +119,8 @@ class _Taken:
             factors[name], ranks[name], alphas[name] = self._stacked(name, sources)
             kinds[name] = self.file.kinds[next(path for each in sources.values() for path in each.values())]
         slots = [name for name in self.own if name in factors and name not in self.modules]
+        if not slots and self.modules.keys().isdisjoint(factors):
+            return  # an adapter of another model, which the reader will report
         self.file.factors = {path: factors[path] for path in [*self.modules, *slots] if path in factors}
         self.file.factors |= factors  # layers that the model lacks, which the reader will report
         self.file.kinds = {path: kinds[path] for path in self.file.factors}

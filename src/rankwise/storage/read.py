@@ -166,7 +166,7 @@ def _check_same_run(file: AdapterFile) -> None:
                 tensor = stacked_columns(tensor, max(len(factors["A"]) // rank, 1))
             whole = (file.training or {}).get(f"{path}.lora_{name}")
             if whole is not None and whole.dim() == 2 and path in pattern:
-                kept = torch.tensor(pattern[path])
+                kept = torch.tensor(pattern[path], device="cpu")
                 whole = whole[:, kept[: whole.shape[1]]] if name == "B" else whole[kept[: whole.shape[0]]]
             if whole is None or whole.dim() != 2 or not torch.equal(whole, tensor.flatten(1)):
                 raise ValueError(

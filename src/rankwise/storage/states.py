@@ -43,4 +43,6 @@ def load_file_tensors(
     config, _ = adapter_content(model, adapter, model.peft_config[adapter], controller, state)
     file = sort_tensors("The state dictionary", config, tensors)
     check_factors(file)
+    if controller is not None:
+        file.history = controller.history  # it names the layers at rank 0, which have no tensors
     prepare_values(model, adapter, file, controller, takes_choice=False)()

@@ -184,7 +184,9 @@ def _unstacked(file: AdapterFile, path: str, matrices: int) -> list[Update]:
     A, B = own["A"], own["B"]
     if "E" in own:
         A = _scaled(A, own["E"] * base_scaling(config, path, config.init_r))  # type: ignore[attr-defined]
-        kept = torch.tensor(kept_by_pattern(config).get(path, [True] * len(A))).view(matrices, -1)
+        kept = torch.tensor(kept_by_pattern(config).get(path, [True] * len(A)), device="cpu").view(
+            matrices, -1
+        )
         counts = kept.sum(1).tolist()
     else:
         rank = pattern_value(config.rank_pattern or {}, path, config.r)

@@ -66,9 +66,9 @@ def _stacked(factors: Factors, kept: Sequence[bool], config: LoraConfig, trainab
 
     For training, this is the rank at the start of the run. Otherwise it is the smallest rank that suffices.
     """
-    rows = torch.tensor(kept).view(-1, config.init_r)  # type: ignore[attr-defined]
+    rows = torch.tensor(kept, device="cpu").view(-1, config.init_r)  # type: ignore[attr-defined]
     if not trainable:
-        rows = torch.arange(int(rows.sum(1).max())) < rows.sum(1, keepdim=True)
+        rows = torch.arange(int(rows.sum(1).max()), device="cpu") < rows.sum(1, keepdim=True)
     flat = rows.flatten()
     made = [_spread(value, is_B, flat) for value, is_B in ((factors.A, False), (factors.B, True))]
     E = None if factors.E is None else _spread(factors.E, False, flat)
@@ -155,7 +155,7 @@ def _with_first_ranks(
     """
     A, B = (parameter.detach() for parameter in (layer.lora_A[adapter], layer.lora_B[adapter]))
     blocks = layer.blocks(layer)
-    kept = torch.zeros(blocks, len(A) // blocks, dtype=torch.bool)
+    kept = torch.zeros(blocks, len(A) // blocks, dtype=torch.bool, device="cpu")
     if factors is None:
         scale = base_scaling(file.config, "", file.config.r)
         return Factors(torch.zeros_like(A), torch.zeros_like(B), None, scale), kept.flatten()
@@ -218,10 +218,10 @@ def _places(layer: AdapterLayer, adapter: str, path: str, factors: Factors, file
             f"rank), than the one that is attached: {path!r} has the scale {factors.scaling:.6g} there, and "
             f"{layer.scaling[adapter]:.6g} here. Attach it with the configuration that it was saved with."
         )
-    places = torch.zeros(held, dtype=torch.bool)
+    places = torch.zeros(held, dtype=torch.bool, device="cpu")
     listed = kept_by_pattern(file.config).get(path)
     if listed is not None and rank < held:
-        places[: len(listed)] = torch.tensor(listed[:held], dtype=torch.bool)
+        places[: len(listed)] = torch.tensor(listed[:held], dtype=torch.bool, device="cpu")
     else:
         places[:rank] = True
     if rank > held or int(places.sum()) != rank or (factors.E is None and rank < held):

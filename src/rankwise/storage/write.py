@@ -151,7 +151,7 @@ def _kept_matrices(
     """The ``kept`` ranks, (ranks,), bool, of each matrix in a layer; if None, the ranks that the layer uses."""
     A, B = (_whole(state[f"{path}.lora_{key}.{adapter}"]) for key in "AB")
     if kept is None:
-        kept = torch.zeros(len(A), dtype=torch.bool)
+        kept = torch.zeros(len(A), dtype=torch.bool, device="cpu")
         acting = layer.kept.get(adapter, len(A))
         kept[slice(acting) if isinstance(acting, int) else acting.cpu()] = True
     kernel = tuple(getattr(layer, "kernel_size", ()))
@@ -287,7 +287,7 @@ def _filled_up(mask: Tensor, blocks: int, init_r: int) -> list[bool]:
 def portable(value: Tensor | str) -> Tensor:
     """An entry of a state dictionary for a file: whole, on the CPU, and in memory of its own."""
     if isinstance(value, str):  # the extra state of a sharded model
-        return torch.tensor(json.loads(value), dtype=torch.int64)
+        return torch.tensor(json.loads(value), dtype=torch.int64, device="cpu")
     return _whole(value).clone()
 
 
