@@ -211,6 +211,22 @@ def test_trainer_that_restores_callbacks_from_the_checkpoint_resumes_too(whole: 
     assert_same(resumed.model, trainer.model)
 
 
+@pytest.mark.parametrize("steps", [6, 12])
+def test_a_run_resumed_with_another_number_of_steps_keeps_its_schedule_and_says_so(
+    steps: int, whole: Any, tmp_path: Path
+) -> None:
+    _, callback, folder = whole
+    again = rw.AdaptRanks(target_r=2, **PHASES)
+    resumed = trainer_for(tmp_path, again, max_steps=steps)
+    with told() as messages:
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    wanted = f"total_step=8, but this Trainer runs {steps} optimizer steps. The run is at step 4 and keeps"
+    assert [each for each in messages if wanted in each]
+    assert not [each for each in messages if "Leave `total_step` out" in each]
+    assert ranks_of(again).allocation_state.step == steps and ranks_of(again).is_over
+    assert ranks_of(again).rank_history == ranks_of(callback).rank_history
+
+
 @pytest.mark.parametrize("step", [1, 4, 7])
 def test_a_checkpoint_of_every_phase_is_an_adapter_that_peft_loads(step: int, whole: Any) -> None:
     folder = whole[2] / f"checkpoint-{step}"

@@ -18,7 +18,7 @@ from rankwise.adapt.peft_pairs import lora_model
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
 from rankwise.adapt.refusals import check_model, check_trains, chosen_adapter
 from rankwise.config import AdaLoraConfig
-from rankwise.integrations.common import own_model
+from rankwise.integrations.common import fit_total_step, own_model
 from rankwise.integrations.transformers import add_metrics, install
 from rankwise.storage.names import HISTORY_NAME
 
@@ -104,7 +104,8 @@ class AdaptRanks(TrainerCallback, ExportableState):
                 found, chosen_adapter(found, self._settings["adapter"]) if ranks is None else ranks.adapter
             )
         if ranks is None:
-            ranks = adapt_ranks(target, total_step=state.max_steps, **self._settings)
+            length = None if state.global_step else state.max_steps  # a checkpoint brings its own
+            ranks = adapt_ranks(target, total_step=length, **self._settings)
         elif not state.global_step:
             # A trainer has given up an attempt, for example because its batch was too large.
             ranks.begin_anew(state.max_steps)
@@ -112,6 +113,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
         self.ranks = ranks
         if state.global_step:
             _load(ranks, state.stateful_callbacks, f"The checkpoint of step {state.global_step}")
+            fit_total_step(ranks, state.max_steps, "Trainer")
         state.stateful_callbacks.setdefault(type(self).__name__, {})
 
     def _handle_of(self, model: Any) -> AdaptiveRanks | None:
