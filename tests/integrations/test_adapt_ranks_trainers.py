@@ -382,6 +382,21 @@ def test_a_run_that_stops_early_says_how_to_finish_it(tmp_path: Path) -> None:
     assert_loads_in_peft(trainer.model, tmp_path / "saved", llama())
 
 
+def test_a_run_of_a_command_that_stops_early_is_saved_and_the_message_names_a_command(tmp_path: Path) -> None:
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    from rankwise.integrations.ms_swift import AdaptRanks
+
+    stop = EarlyStoppingCallback(2)
+    trainer = trainer_for_best(tmp_path, TrainerCallback(), lambda call: 0.0, callbacks=[stop])
+    trainer.add_callback(AdaptRanks.for_trainer(trainer, target_r=2, **PHASES))
+    with told() as messages:
+        trainer.train()
+    (message,) = [each for each in messages if "budget" in each]
+    assert "`rankwise compress ADAPTER --rank 2 -o OUT`" in message and "callback" not in message
+    assert_loads_in_peft(trainer.model, tmp_path, llama())
+
+
 def test_accumulated_steps_count_once(tmp_path: Path) -> None:
     callback = rw.AdaptRanks(target_r=2, **PHASES)
     trainer = trainer_for(tmp_path, callback, gradient_accumulation_steps=2, per_device_train_batch_size=2)

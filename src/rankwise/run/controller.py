@@ -47,6 +47,16 @@ def _without_autocast(method: _Method) -> _Method:
     return cast(_Method, inside)
 
 
+def by_call(handle: str) -> str:
+    """What a warning recommends for a run that has ended early, if the user can call methods of ``handle``."""
+    return f"call `{handle}.finalize_ranks()`, which brings it to the target, and save (again)."
+
+
+def by_command(target_r: float) -> str:
+    """What a warning recommends for a run that has ended early, if a command runs it."""
+    return f"run `rankwise compress ADAPTER --rank {target_r:g} -o OUT`, which brings the saved adapter to the target."
+
+
 _UNUSED = 1  # statistics of a run that prunes nothing: some file formats confuse two empty tensors
 
 
@@ -77,7 +87,7 @@ class Controller:
         self._stopped = False
         self._heard = False  # hooks have reported a step, so steps are observed without a call by hand
         self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
-        self.finished_by = "model.finalize_ranks()"  # the call that a warning recommends to the user
+        self.finished_by = by_call("model")  # what a warning recommends to the user
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
 
@@ -174,7 +184,7 @@ class Controller:
         self.warn(
             f"At step {self.step} the budget is {self._budget()} ranks; its target is {self.target}, which the "
             f"schedule reaches at step {self.schedule.last_allocation if self.schedule else '?'}. If training ends "
-            f"here, call `{self.finished_by}`, which brings it to the target, and save (again)."
+            f"here, {self.finished_by}"
         )
 
     @property
