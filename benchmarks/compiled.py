@@ -33,25 +33,27 @@ def compiled(asked: argparse.Namespace, setting: Setting) -> None:
         for name, attach in MAIN.items():
             torch._dynamo.reset()
             trainings[name] = training_of(attach, model, chosen)
-            counts[name] = kernels(trainings[name])
+            counts[name] = kernels(trainings[name], prunes=name.endswith("pruning"))
         seconds = _seconds(trainings, asked.rounds)
         for name in MAIN:
             ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[FLOOR], strict=True))
             print(f"| {name} | {ratio:.3f} | {counts[name][0]} | {counts[name][1]} |", flush=True)
 
 
-def kernels(training: Training) -> tuple[int, int]:
+def kernels(training: Training, prunes: bool = False) -> tuple[int, int]:
     """Compile a training, and count the kernels that a forward and backward pass calls, and the products in them.
 
-    The first cut changes the scale, and the compiler starts again. The counts are those of the step after it.
+    If the training ``prunes``, its first cut changes the scale, and the model is compiled once more. The counts are
+    those of the step after the cut.
     """
 
-    def until_a_cut() -> None:
-        for _ in range(STEPS_TO_A_CUT + 1):
+    def steps() -> None:
+        for _ in range(STEPS_TO_A_CUT + 1 if prunes else 1):
             training.step()
 
-    _, sources = run_and_get_code(until_a_cut)
-    calls = [call for source in sources[-2:] for call in _CALL.findall(source)]
+    _, sources = run_and_get_code(steps)
+    latest = sources[len(sources) // 2 :] if prunes else sources
+    calls = [call for source in latest for call in _CALL.findall(source)]
     return len(calls), sum(bool(_PRODUCT.search(call)) for call in calls)
 
 
