@@ -46,7 +46,9 @@ def test_summary_of_a_loaded_adapter_and_of_plain_lora(tmp_path: Path) -> None:
     assert [(row.rank, row.init_r) for row in plain.layers] == [(5, 5), (2, 2)]
 
 
-@pytest.mark.parametrize("options", [{"target_r": 0.5, "init_r": 2}, {"target_r": 1, "init_lora_weights": True}])
+@pytest.mark.parametrize(
+    "options", [{"target_r": 0.5, "init_r": 2}, {"target_r": 1, "init_lora_weights": True}]
+)
 def test_an_adapter_that_is_loaded_and_saved_again_keeps_its_history(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -59,4 +61,6 @@ def test_an_adapter_that_is_loaded_and_saved_again_keeps_its_history(
         loaded.save_pretrained(tmp_path)  # replaces the folder's files
     again = rw.PeftModel.from_pretrained(block(), tmp_path)
     assert again.rank_history.records == model.rank_history.records
-    assert [row.rank for row in again.rank_summary().layers] == [row.rank for row in model.rank_summary().layers]
+    assert [row.rank for row in again.rank_summary().layers] == [
+        row.rank for row in model.rank_summary().layers
+    ]

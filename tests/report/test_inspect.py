@@ -289,7 +289,7 @@ def test_the_report_reads_well_in_a_terminal(own: Path) -> None:
 
 
 def test_layers_that_are_named_by_whole_paths_are_not_listed_twice(tmp_path: Path) -> None:
-    """Adapters with layers at rank 0 name all others. In a model of 30 blocks they would push the rank off the screen."""
+    """An adapter with a layer at rank 0 names all others: 200 lines before the rank, in a model of 30 blocks."""
     paths = sorted(path for path, module in llama().named_modules() if isinstance(module, nn.Linear))[-9:]
     for targets, said in ((paths[:8], f"{paths[0]}, "), (paths, "9 layers, each named by its whole path")):
         rw.get_peft_model(llama(), rw.LoraConfig(r=2, target_modules=targets)).save_pretrained(tmp_path / "a")

@@ -22,6 +22,11 @@ from rankwise.model.shared import SharesAdapters
 from rankwise.model.state import CarriesRun
 from rankwise.model.untrained import TellsOfNoTraining, watch
 
+_OF_ANOTHER_LIBRARY = (
+    " of another library. Import it from rankwise, where its fields have PEFT's names. Or keep PEFT's layers: "
+    "`peft.get_peft_model(model, peft.LoraConfig(...))` and `rankwise.adapt_ranks(model)`."
+)
+
 
 class PeftModel(InPlace, TakesRows, TellsOfNoTraining, OncePerPass, SharesAdapters, CarriesRun):
     """The methods of an adapted model, with PEFT's names. `get_peft_model` adds them to the model's class.
@@ -187,12 +192,9 @@ def get_peft_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, but is a {type(model).__name__}.")
     if not isinstance(peft_config, LoraConfig):
-        wrong = f"`peft_config` must be rankwise's LoraConfig or AdaLoraConfig, but is {type(peft_config).__name__}"
-        if not hasattr(peft_config, "peft_type"):
-            raise TypeError(f"{wrong}.")
         raise TypeError(
-            f"{wrong} of another library. Import it from rankwise, where its fields have PEFT's names. Or keep PEFT's "
-            "layers: `peft.get_peft_model(model, peft.LoraConfig(...))` and `rankwise.adapt_ranks(model)`."
+            f"`peft_config` must be rankwise's LoraConfig or AdaLoraConfig, but is a {type(peft_config).__name__}"
+            f"{_OF_ANOTHER_LIBRARY if hasattr(peft_config, 'peft_type') else '.'}"
         )
     widens = check_attach_options("get_peft_model", options)
     check_compute_dtype(adapter_compute_dtype)
