@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
+STEPS_TO_A_CUT = 11  # with the schedules below
 LONG = 1_000_000  # optimizer steps: a schedule that stays in its phase throughout the measurement
 
 

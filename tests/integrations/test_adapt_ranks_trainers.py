@@ -211,6 +211,22 @@ def test_trainer_that_restores_callbacks_from_the_checkpoint_resumes_too(whole: 
     assert_same(resumed.model, trainer.model)
 
 
+@pytest.mark.parametrize("steps", [6, 12])
+def test_a_run_resumed_with_another_number_of_steps_keeps_its_schedule_and_says_so(
+    steps: int, whole: Any, tmp_path: Path
+) -> None:
+    _, callback, folder = whole
+    again = rw.AdaptRanks(target_r=2, **PHASES)
+    resumed = trainer_for(tmp_path, again, max_steps=steps)
+    with told() as messages:
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    wanted = f"total_step=8, but this Trainer runs {steps} optimizer steps. The run is at step 4 and keeps"
+    assert [each for each in messages if wanted in each]
+    assert not [each for each in messages if "Leave `total_step` out" in each]
+    assert ranks_of(again).allocation_state.step == steps and ranks_of(again).is_over
+    assert ranks_of(again).rank_history == ranks_of(callback).rank_history
+
+
 @pytest.mark.parametrize("step", [1, 4, 7])
 def test_a_checkpoint_of_every_phase_is_an_adapter_that_peft_loads(step: int, whole: Any) -> None:
     folder = whole[2] / f"checkpoint-{step}"
@@ -364,6 +380,21 @@ def test_a_run_that_stops_early_says_how_to_finish_it(tmp_path: Path) -> None:
     assert ranks_of(callback).is_over and ranks_of(callback).allocation_state.reached_target
     trainer.save_model(str(tmp_path / "saved"))
     assert_loads_in_peft(trainer.model, tmp_path / "saved", llama())
+
+
+def test_a_run_of_a_command_that_stops_early_is_saved_and_the_message_names_a_command(tmp_path: Path) -> None:
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    from rankwise.integrations.ms_swift import AdaptRanks
+
+    stop = EarlyStoppingCallback(2)
+    trainer = trainer_for_best(tmp_path, TrainerCallback(), lambda call: 0.0, callbacks=[stop])
+    trainer.add_callback(AdaptRanks.for_trainer(trainer, target_r=2, **PHASES))
+    with told() as messages:
+        trainer.train()
+    (message,) = [each for each in messages if "budget" in each]
+    assert "`rankwise compress ADAPTER --rank 2 -o OUT`" in message and "callback" not in message
+    assert_loads_in_peft(trainer.model, tmp_path, llama())
 
 
 def test_accumulated_steps_count_once(tmp_path: Path) -> None:

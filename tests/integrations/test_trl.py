@@ -94,6 +94,12 @@ def test_without_a_kl_term_no_reference_is_needed(kind: str, tmp_path: Path) -> 
     assert model.allocation_state.reached_target
 
 
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_parameters_that_vllm_has_no_names_for_are_not_sent_to_it(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no names of rankwise's own layers.*rankwise\.AdaptRanks"):
+        trl_trainer(kind, tmp_path, continued(), beta=0.0, use_vllm=True)
+
+
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_trainers_without_a_reference_take_the_model(kind: str, tmp_path: Path) -> None:
     model = continued(kind)

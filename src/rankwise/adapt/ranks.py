@@ -214,7 +214,7 @@ class AdaptiveRanks:
         self._choice = PrincipalChoice(factors, config.target_r, rslora, [pair.scale for pair in pairs], warn)
         self._controller = Controller(adapter, factors, self._choice, config, warn)
         self._controller.changed = self._after_step
-        self._controller.finished_by = "ranks.finalize_ranks()"
+        self._controller.handle = "ranks"
         # The number of cuts, and whether the choice was final, when the configuration was last written.
         self._written = (0, False)
         self._choice.start()
@@ -284,15 +284,15 @@ class AdaptiveRanks:
 
     # Controlling the run.
 
-    def leave_the_end_to(self, trainer: bool = True, handle: str = "ranks") -> None:
+    def leave_the_end_to(self, trainer: bool = True, handle: str | None = "ranks") -> None:
         """Let a trainer end the run with `end`. Until then checkpoints have the ranks of the start.
 
         Args:
             trainer: whether a trainer ends the run.
-            handle: expression by which the user finds this object, for warnings.
+            handle: expression by which the user finds this object, for warnings. None: the user can call nothing.
         """
         self._narrow_when_over = not trainer
-        self._controller.finished_by = f"{handle}.finalize_ranks()"
+        self._controller.handle = handle
 
     @torch.inference_mode(False)
     def end(self) -> None:

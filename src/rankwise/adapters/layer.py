@@ -36,6 +36,7 @@ class AdapterLayer(InPlace, nn.Module):
     dropout_rate: dict[str, float]
     # The triplets that act, once some were cut for good: the first n, or those with these indices.
     kept: dict[str, int | Tensor]
+    moved: set[str]  # the adapters whose scale has changed since they were attached
     adapter_compute_dtype: dict[str, torch.dtype]  # if it differs from the dtypes of input and output
     active_adapters: list[str]
     merged_adapters: list[str]
@@ -51,7 +52,7 @@ class AdapterLayer(InPlace, nn.Module):
     base_in_file: ClassVar[bool] = False  # whether a file may also hold the base weight
 
     _own_attributes: ClassVar[tuple[str, ...]] = (
-        *("lora_A", "lora_B", "lora_E", "scaling", "dropout_rate", "kept", "adapter_compute_dtype"),
+        *("lora_A", "lora_B", "lora_E", "scaling", "dropout_rate", "kept", "moved", "adapter_compute_dtype"),
         *("active_adapters", "merged_adapters", "adapters_enabled", "before_merge"),
     )
 
@@ -60,6 +61,7 @@ class AdapterLayer(InPlace, nn.Module):
         for name in ("lora_A", "lora_B", "lora_E"):
             setattr(self, name, nn.ParameterDict())
         self.scaling, self.dropout_rate, self.kept, self.adapter_compute_dtype = {}, {}, {}, {}
+        self.moved = set()
         self.active_adapters, self.merged_adapters = [], []
         self.adapters_enabled = True
         self.before_merge = None
@@ -159,6 +161,7 @@ class AdapterLayer(InPlace, nn.Module):
         factors = (self.lora_A, self.lora_B, self.lora_E)
         for held in (*factors, self.scaling, self.dropout_rate, self.kept, self.adapter_compute_dtype):
             held.pop(name) if name in held else None
+        self.moved.discard(name)
         if name in self.active_adapters:
             self.active_adapters.remove(name)
 

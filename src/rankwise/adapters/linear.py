@@ -182,7 +182,8 @@ class LinearAdapters(AdapterLayer):
         hidden, width = hidden.to(output.dtype), output.shape[-1]
         compiling = torch.compiler.is_compiling()
         if compiling or torch._C._is_tracing():  # a compiler fuses this with the operations around it
-            if compiling and only_backward():
+            # A scale that has moved will move again, and `ScaledUp` is compiled for one scale.
+            if compiling and only_backward() and name not in self.moved:
                 update: Tensor = ScaledUp.apply(hidden, B, scaling)  # type: ignore[no-untyped-call]
             else:
                 update = F.linear(hidden, B.to(output.dtype)) * scaling

@@ -17,7 +17,7 @@ from rankwise.adapt.peft_pairs import lora_model
 from rankwise.adapt.ranks import HANDLES, AdaptiveRanks, adapt_ranks, check_adaptable
 from rankwise.adapt.refusals import check_model, check_trains, chosen_adapter
 from rankwise.config import AdaLoraConfig
-from rankwise.integrations.common import own_model
+from rankwise.integrations.common import fit_total_step, own_model
 from rankwise.integrations.transformers import add_metrics, install
 from rankwise.storage.names import HISTORY_NAME
 
@@ -72,6 +72,7 @@ class AdaptRanks(TrainerCallback, ExportableState):
         rank = 1 if target_r is None else target_r
         AdaLoraConfig(target_r=rank, tinit=tinit, tfinal=tfinal, deltaT=deltaT)  # refuses impossible numbers
         self.ranks: AdaptiveRanks | None = None  # the handle on the run, once training has begun
+        self._by_command = False  # whether a command runs the trainer, so that no script can call the handle
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Refuse an adapter that cannot be adapted as soon as the trainer is made."""
@@ -103,14 +104,16 @@ class AdaptRanks(TrainerCallback, ExportableState):
                 found, chosen_adapter(found, self._settings["adapter"]) if ranks is None else ranks.adapter
             )
         if ranks is None:
-            ranks = adapt_ranks(target, total_step=state.max_steps, **self._settings)
+            length = None if state.global_step else state.max_steps  # a checkpoint brings its own
+            ranks = adapt_ranks(target, total_step=length, **self._settings)
         elif not state.global_step:
             # A trainer has given up an attempt, for example because its batch was too large.
             ranks.begin_anew(state.max_steps)
-        ranks.leave_the_end_to(trainer=True, handle="callback.ranks")
+        ranks.leave_the_end_to(trainer=True, handle=None if self._by_command else "callback.ranks")
         self.ranks = ranks
         if state.global_step:
             _load(ranks, state.stateful_callbacks, f"The checkpoint of step {state.global_step}")
+            fit_total_step(ranks, state.max_steps, "Trainer")
         state.stateful_callbacks.setdefault(type(self).__name__, {})
 
     def _handle_of(self, model: Any) -> AdaptiveRanks | None:
@@ -171,6 +174,12 @@ class AdaptRanks(TrainerCallback, ExportableState):
             return {"args": self._settings, "attributes": {}}
         packed = base64.b64encode(save(self.ranks.state_dict())).decode("ascii")
         return {"args": self._settings, "attributes": {"run": packed}}
+
+
+def for_command(callback: AdaptRanks) -> AdaptRanks:
+    """Prepare a callback for a trainer that a command runs, and return it."""
+    callback._by_command = True
+    return callback
 
 
 def _load(ranks: AdaptiveRanks, callbacks: Any, source: str) -> None:

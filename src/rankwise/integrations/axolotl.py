@@ -51,9 +51,9 @@ class AdaptiveRanks(_Plugin):
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
         """Return the callback for the trainer that is about to be made."""
-        from rankwise.integrations.adapt_ranks import AdaptRanks
+        from rankwise.integrations.adapt_ranks import AdaptRanks, for_command
 
-        return [AdaptRanks(**check_configuration(dict(cfg)))]
+        return [for_command(AdaptRanks(**check_configuration(dict(cfg))))]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Check that the trainer has the callback.

@@ -62,16 +62,20 @@ def own_model(model: Any) -> Any:
 
 
 def fit_total_step(run: Run, steps: int, who: str) -> None:
-    """Set ``total_step`` to ``steps`` if it was left out. Warn if it differs from the ``steps`` that ``who`` runs."""
+    """Set ``total_step`` to ``steps`` if it was left out. Warn if it differs from the ``steps`` that ``who`` runs.
+
+    A resumed run has the ``total_step`` of its checkpoint.
+    """
     where = run.allocation_state
     if where is None:
         return
     if where.total_step is None:
         run.set_total_step(steps)
     elif where.total_step != steps:
+        begun = f"The run is at step {where.step} and keeps the schedule that it began with."
         warnings.warn(
             f"The schedule is made for total_step={where.total_step}, but this {who} runs {steps} optimizer steps. "
-            "Leave `total_step` out to have it fitted.",
+            f"{begun if where.step else 'Leave `total_step` out to have it fitted.'}",
             stacklevel=3,
         )
 

@@ -51,9 +51,9 @@ def run_exp(args: dict[str, Any], callbacks: list[Any] | None = None) -> None:
     if KEY in args:
         options = check_configuration(args)
         del args[KEY]
-        from rankwise.integrations.adapt_ranks import AdaptRanks
+        from rankwise.integrations.adapt_ranks import AdaptRanks, for_command
 
-        callbacks.append(AdaptRanks(**options))
+        callbacks.append(for_command(AdaptRanks(**options)))
     tuner.run_exp(args, callbacks)
 
 

@@ -30,7 +30,7 @@ _PLACE = "`adapt_ranks` in the plugin of ms-swift"
 class AdaptRanks(callback.AdaptRanks):
     """`rankwise.AdaptRanks` for ms-swift, which saves no adapter after the last step.
 
-    When training ends, the narrowed adapter is saved in the run's folder, next to the checkpoints.
+    When training ends, the adapter is saved in the run's folder, next to the checkpoints.
     """
 
     _trainer: Any = None
@@ -40,12 +40,13 @@ class AdaptRanks(callback.AdaptRanks):
         """Make the callback for one of ms-swift's trainers."""
         made = cls(**settings)
         made._trainer = trainer
+        callback.for_command(made)
         return made
 
     def on_train_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Narrow the layers to the ranks that are left, and save the adapter."""
         super().on_train_end(args, state, control, **unused)
-        if self._trainer is not None and self.ranks is not None and self.ranks.is_over:
+        if self._trainer is not None and self.ranks is not None:
             self._trainer.save_model(args.output_dir)
 
 

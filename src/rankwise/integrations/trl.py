@@ -36,8 +36,8 @@ def check_new_trainer(model: Any) -> bool:
 
     Raises:
         ValueError: the trainer is about to load a bare base model as the reference of an adapted model; it would mix
-            the values of a model whose ranks adapt into its reference; or PEFT has added an adapter to an adapted
-            model, so that rankwise's adapter does not train.
+            the values of a model whose ranks adapt into its reference; it would send the parameters of rankwise's
+            layers to vLLM; or PEFT has added an adapter to an adapted model, so that rankwise's adapter does not train.
     """
     adapted = own_model(model)
     if adapted is None:
@@ -52,6 +52,11 @@ def check_new_trainer(model: Any) -> bool:
             "`sync_ref_model=True` mixes the model's factors into those of its reference. But a cut rotates the "
             "model's directions and changes its scale, so the mixture would mean nothing. Set `sync_ref_model=False`, "
             "or use `rankwise.LoraConfig`, whose ranks are fixed."
+        )
+    if any(getattr(frame.f_locals.get("args"), "use_vllm", False) for frame in frames):
+        raise ValueError(
+            "`use_vllm=True` sends every parameter of the model to vLLM under its name, and vLLM knows no names of "
+            f"rankwise's own layers. {_ROAD} Or set `use_vllm=False`."
         )
     for frame in frames:
         if not given and _LOADS_A_REFERENCE.issubset(frame.f_code.co_names):

@@ -78,7 +78,9 @@ class Controller:
         self._stopped = False
         self._heard = False  # hooks have reported a step, so steps are observed without a call by hand
         self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
-        self.finished_by = "model.finalize_ranks()"  # the call that a warning recommends to the user
+        self.handle: str | None = (
+            "model"  # the name by which the user calls methods of the run; None: a command runs it
+        )
         self._began_at_zero = not self._has_values()
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
@@ -174,21 +176,30 @@ class Controller:
         self.warn_if_unseen()
         if self.fixed or not self.prunes or not self.step or self.reached_target:
             return
+        if self.handle:
+            finish = (
+                f"call `{self.handle}.finalize_ranks()`, which brings it to the target, and save (again)."
+            )
+        else:
+            rank = f"{self.config.target_r:g}"
+            finish = (
+                f"run `rankwise compress ADAPTER --rank {rank} -o OUT`, which brings the saved adapter to it."
+            )
         self.warn(
             f"At step {self.step} the budget is {self._budget()} ranks; its target is {self.target}, which the "
             f"schedule reaches at step {self.schedule.last_allocation if self.schedule else '?'}. If training ends "
-            f"here, call `{self.finished_by}`, which brings it to the target, and save (again)."
+            f"here, {finish}"
         )
 
     def warn_if_unseen(self) -> None:
         """Warn, once, if values have changed without any step of an optimizer, so that no rank was cut."""
         if self.step or self.fixed or not self.prunes or not self._began_at_zero or not self._has_values():
             return
-        call = self.finished_by.replace("finalize_ranks()", "update_and_allocate(step)")
+        call = f"call `{self.handle}.update_and_allocate(step)` after each step, before the gradients are set to zero."
         self.warn(
             "No rank was cut: the adapter's values have changed since its run began, but no step of a "
-            "`torch.optim.Optimizer` that holds them was seen. If your loop changes them in another way, call "
-            f"`{call}` after each step, before the gradients are set to zero."
+            "`torch.optim.Optimizer` that holds them was seen. If your loop changes them in another way, "
+            f"{call if self.handle else 'its ranks cannot adapt.'}"
         )
 
     def _has_values(self) -> bool:

@@ -37,7 +37,9 @@ class OwnPair(FactorPair):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        self.layer.scaling[self.adapter] = value
+        if value != self.scale:
+            self.layer.scaling[self.adapter] = value
+            self.layer.moved.add(self.adapter)
 
     def base_weight(self) -> Tensor | None:
         return self.layer._parameters.get("weight")
