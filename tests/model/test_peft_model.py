@@ -282,7 +282,7 @@ def test_anything_but_a_model_and_a_configuration_is_refused(wrong: Any) -> None
 def test_a_model_or_configuration_of_peft_is_refused_by_name() -> None:
     peft = pytest.importorskip("peft")
     theirs = peft.LoraConfig(target_modules=["first"])
-    with pytest.raises(TypeError, match="another library"):
+    with pytest.raises(TypeError, match="of another library. Import it from rankwise"):
         rw.get_peft_model(block(), theirs)
     with pytest.raises(ValueError, match="PEFT"):
         rw.get_peft_model(peft.get_peft_model(block(), theirs), lora())

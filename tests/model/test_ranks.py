@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import rankwise as rw
 from block_world import adalora, block, lora, train
@@ -41,3 +44,23 @@ def test_summary_of_a_loaded_adapter_and_of_plain_lora(tmp_path: Path) -> None:
     assert loaded.allocation_state is None
     plain = rw.get_peft_model(block(), lora(rank_pattern={"first": 5})).rank_summary()
     assert [(row.rank, row.init_r) for row in plain.layers] == [(5, 5), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_r": 0.5, "init_r": 2}, {"target_r": 1, "init_lora_weights": True}]
+)
+def test_an_adapter_that_is_loaded_and_saved_again_keeps_its_history(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Without it, nothing names the layers that ended at rank 0."""
+    model = rw.get_peft_model(block(), adalora(**options))
+    train(model, 12)
+    model.save_pretrained(tmp_path)
+    for is_trainable in (False, "init_lora_weights" not in options):
+        loaded = rw.PeftModel.from_pretrained(block(), tmp_path, is_trainable=is_trainable)
+        loaded.save_pretrained(tmp_path)  # replaces the folder's files
+    again = rw.PeftModel.from_pretrained(block(), tmp_path)
+    assert again.rank_history.records == model.rank_history.records
+    assert [row.rank for row in again.rank_summary().layers] == [
+        row.rank for row in model.rank_summary().layers
+    ]

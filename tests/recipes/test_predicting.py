@@ -624,7 +624,10 @@ def test_files_that_cannot_be_written_or_read_are_reported_before_anything_runs(
             "Give the predictions another name, with --column NAME",
         ),
         (["predict", out, new, "model=/nowhere"], "there is no file or folder '/nowhere'"),
-        (["evaluate", out, table, "data.text=review"], "other.csv has no column 'label'"),
+        (
+            ["evaluate", out, table, "data.text=review"],
+            "other.csv has no column 'label'; it has review, prediction. Name the column: data.label=NAME",
+        ),
         (["evaluate", out, new, "-o", tmp_path / "m.csv"], "give .json"),
     ]
     for words, message in wrong:

@@ -153,6 +153,18 @@ def test_numbers_that_differ_are_learned_as_numbers(tmp_path: Path) -> None:
     assert recipe.problem_type == "regression"
 
 
+def test_ratings_that_repeat_in_a_long_table_are_learned_as_numbers(tmp_path: Path) -> None:
+    """Averages of a few people's ratings repeat: 1,417 of them are no labels."""
+    for name in ("rating", "how funny"):
+        lines = [f"{text} at {at},{at % 40 / 8 - 2:.3f}" for at, (text, _, _) in enumerate(rows(200))]
+        (tmp_path / "rated.csv").write_text("\n".join([f"text,{name}", *lines]))
+        code, out, err = call("init", tmp_path / "rated.csv", "-o", tmp_path / "r.yaml", "--overwrite")
+        assert code == 0, err
+        recipe: Any = load_recipe(tmp_path / "r.yaml")
+        assert (recipe.data.label, recipe.problem_type) == (name, "regression")
+        assert "40 different numbers" in out
+
+
 def test_the_recipe_trains_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data and recipe are in different folders, and the recipe finds the data from anywhere."""
     model = save_tiny_model(tmp_path / "model")

@@ -288,6 +288,15 @@ def test_the_report_reads_well_in_a_terminal(own: Path) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_layers_that_are_named_by_whole_paths_are_not_listed_twice(tmp_path: Path) -> None:
+    """An adapter with a layer at rank 0 names all others: 200 lines before the rank, in a model of 30 blocks."""
+    paths = sorted(path for path, module in llama().named_modules() if isinstance(module, nn.Linear))[-9:]
+    for targets, said in ((paths[:8], f"{paths[0]}, "), (paths, "9 layers, each named by its whole path")):
+        rw.get_peft_model(llama(), rw.LoraConfig(r=2, target_modules=targets)).save_pretrained(tmp_path / "a")
+        assert re.search(f"adapts *{re.escape(said)}", printed(tmp_path / "a"))
+        assert inspect_adapter(tmp_path / "a").to_dict()["target_modules"] == sorted(targets)
+
+
 def test_experts_are_listed_among_the_adapted_layers(tmp_path: Path) -> None:
     for targets, said in ((["q_proj"], "q_proj; parameters "), ([], "parameters ")):
         config = rw.LoraConfig(r=2, target_modules=targets, target_parameters=EXPERTS)

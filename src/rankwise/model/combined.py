@@ -91,7 +91,8 @@ class CombinesAdapters(NamesAdapters):
             held = [name for name in names if name in module.modules_to_save]
             if len(held) > 1:
                 raise ValueError(
-                    f"The adapters {held} can't be combined: each has a copy of {path!r} in `modules_to_save`."
+                    f"The adapters {held} can't be combined: each has a copy of {path!r} in `modules_to_save`, "
+                    "and at most one of them may."
                 )
             if held:
                 state = module.modules_to_save[held[0]].state_dict()

@@ -22,6 +22,11 @@ from rankwise.model.shared import SharesAdapters
 from rankwise.model.state import CarriesRun
 from rankwise.model.untrained import TellsOfNoTraining, watch
 
+_OF_ANOTHER_LIBRARY = (
+    " of another library. Import it from rankwise, where its fields have PEFT's names. Or keep PEFT's layers: "
+    "`peft.get_peft_model(model, peft.LoraConfig(...))` and `rankwise.adapt_ranks(model)`."
+)
+
 
 class PeftModel(InPlace, TakesRows, TellsOfNoTraining, OncePerPass, SharesAdapters, CarriesRun):
     """The methods of an adapted model, with PEFT's names. `get_peft_model` adds them to the model's class.
@@ -188,8 +193,8 @@ def get_peft_model(
         raise TypeError(f"`model` must be a torch.nn.Module, but is a {type(model).__name__}.")
     if not isinstance(peft_config, LoraConfig):
         raise TypeError(
-            f"`peft_config` must be a rankwise LoraConfig or AdaLoraConfig, but is a {type(peft_config).__name__}"
-            f"{' of another library' if hasattr(peft_config, 'peft_type') else ''}."
+            f"`peft_config` must be rankwise's LoraConfig or AdaLoraConfig, but is a {type(peft_config).__name__}"
+            f"{_OF_ANOTHER_LIBRARY if hasattr(peft_config, 'peft_type') else '.'}"
         )
     widens = check_attach_options("get_peft_model", options)
     check_compute_dtype(adapter_compute_dtype)

@@ -146,7 +146,10 @@ class StoresAdapters(NamesAdapters):
                 training_state = checkpoint and storage.trains_more(self, name)
         place = folder if name == "default" else folder / name
         config = self.peft_config[name]
-        storage.write_adapter(place, self, name, config, controller, state, training_state, more, as_pickle)
+        history = self._rankwise_histories.get(name)
+        storage.write_adapter(
+            place, self, name, config, controller, state, training_state, more, as_pickle, history
+        )
 
     def load_adapter(
         self,

@@ -243,7 +243,8 @@ def _labelled(columns: Mapping[str, Sequence[Any]]) -> Guess | None:
         return Guess(
             "text-classification", {"text": text, "label": label}, [*why, _said_of_labels(label, rest[label])]
         )
-    number = next((name for name in _named(rest, (*_LABELS, *_NUMBERS)) if _is_number(rest[name])), None)
+    named = [name for name in _named(rest, (*_LABELS, *_NUMBERS)) if _is_number(rest[name])]
+    number = next(iter(named), None) or next((name for name in rest if _has_fractions(rest[name])), None)
     if number is not None:
         why.append(f"{number!r} holds {len(set(rest[number])):,} different numbers to learn.")
         return Guess(
@@ -319,12 +320,15 @@ def _is_text(values: Sequence[Any]) -> bool:
 
 
 def _few(values: Sequence[Any]) -> bool:
-    """Whether a column may hold labels: two or more values, each repeated at least three times on average."""
+    """Whether a column may hold labels: two or more values, each repeated at least three times on average.
+
+    Numbers with fractions are no labels. In a long table such values repeat, too.
+    """
     plain = [value for value in values if value is not None]
     if any(isinstance(value, (list, dict)) for value in plain):
         return False
     count = len(set(map(str, plain)))
-    return 2 <= count <= len(plain) / 3
+    return 2 <= count <= len(plain) / 3 and not _has_fractions(values)
 
 
 def _is_number(values: Sequence[Any]) -> bool:
@@ -334,6 +338,10 @@ def _is_number(values: Sequence[Any]) -> bool:
         return len(set(map(float, numbers))) > 1 and all(float(value) == float(value) for value in numbers)
     except (TypeError, ValueError):
         return False
+
+
+def _has_fractions(values: Sequence[Any]) -> bool:
+    return _is_number(values) and not all(float(value).is_integer() for value in values if value is not None)
 
 
 # --- the recipe --------------------------------------------------------------------------------------------------

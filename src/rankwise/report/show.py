@@ -130,6 +130,12 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
 def _targets_line(report: AdapterReport) -> str:
     targets, parameters = report.target_modules, report.target_parameters
     modules = ", ".join(targets) if isinstance(targets, list) else targets
+    if (
+        isinstance(targets, list)
+        and len(targets) > 8
+        and {each.path for each in report.layers} >= set(targets)
+    ):
+        modules = f"{len(targets)} layers, each named by its whole path"
     if not parameters:
         return modules or "the architecture's defaults"
     return "; ".join(filter(None, (modules, f"parameters {', '.join(parameters)}")))

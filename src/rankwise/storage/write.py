@@ -27,6 +27,7 @@ from rankwise.files.tensors import write_tensor_file
 from rankwise.parallel import zero
 from rankwise.parallel.sharded import gather
 from rankwise.run.controller import Controller
+from rankwise.run.history import RankHistory
 from rankwise.run.own import kept_ranks
 from rankwise.storage.adapter_file import AdapterFile, sort_tensors, without_E
 from rankwise.storage.contents import named_by_use
@@ -57,6 +58,7 @@ def write_adapter(
     training_state: bool = False,
     more: Mapping[str, str] | None = None,
     as_pickle: bool = False,
+    history: RankHistory | None = None,
 ) -> None:
     """Write an adapter folder, atomically.
 
@@ -71,6 +73,7 @@ def write_adapter(
         more: the names of base parameters to write as well, with their names in the file; see
             `rankwise.storage.embeddings`.
         as_pickle: whether to write the adapter's tensors as PyTorch's pickle instead of safetensors.
+        history: the history of an adapter that was loaded and has no controller.
 
     Raises:
         OSError: the folder can't be written. Its previous contents are then unchanged.
@@ -88,14 +91,17 @@ def write_adapter(
     others = {name: each for name, each in own.items() if name not in factors}
     refuse_broken(folder, model, adapter, {**others, **tensors})
 
+    if controller:
+        history = controller.history
+
     def write(temporary: Path) -> None:
         if as_pickle:
             torch.save(tensors, temporary / PICKLE_NAME)
         else:
             write_tensor_file(temporary / WEIGHTS_NAME, tensors)
         saved_config.save_pretrained(temporary)
-        if controller:
-            controller.history.save(temporary / HISTORY_NAME)
+        if history is not None:
+            history.save(temporary / HISTORY_NAME)
         if training_state:
             write_tensor_file(temporary / TRAINING_STATE_NAME, own)
         if controller and without_E(config):

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from rankwise.recipes.data.conll import is_conll, read_conll
 from rankwise.recipes.data.files import Kind, files_problems, read_files, shown_path
 from rankwise.recipes.data.tables import Table, column_problems, quiet_datasets, read_table, read_text_files
-from rankwise.recipes.errors import Problem, RecipeError, raise_problems, refusal
+from rankwise.recipes.errors import RecipeError, raise_problems, refusal
 from rankwise.recipes.models import quiet
 from rankwise.recipes.places import find_place
 from rankwise.recipes.predicting import files, texts, words, writing
 from rankwise.recipes.predicting.job import Job
-from rankwise.recipes.predicting.saved import SavedAdapter, open_adapter
+from rankwise.recipes.predicting.saved import SavedAdapter, name_columns, open_adapter
 from rankwise.recipes.preparing import preparing
 from rankwise.recipes.tasks import load_task
 from rankwise.recipes.training import device_of
@@ -163,7 +163,7 @@ def _read(saved: SavedAdapter, way: _Way) -> tuple[Table, dict[str, Sequence[Any
     wanted = way.columns(recipe)
     source = (place, "FILE", list(wanted.values()), recipe.data.train_split, recipe.data.subset)
     if way.kind is not None:
-        raise_problems(_mended(files_problems(way.kind, place, "FILE", wanted)))
+        raise_problems(name_columns(files_problems(way.kind, place, "FILE", wanted)))
         table = read_files(way.kind, *source, rest=True)
         first, *rest = table.rows.column_names
         names = [_file_name(value, row, table) for row, value in enumerate(table.rows[first])]
@@ -174,19 +174,9 @@ def _read(saved: SavedAdapter, way: _Way) -> tuple[Table, dict[str, Sequence[Any
     if recipe.task == "token-classification" and is_conll(place):
         table = read_conll(place, "FILE", recipe.data.tokens, recipe.data.tags)
     else:
-        raise_problems(_mended(column_problems(place, "FILE", wanted)))
+        raise_problems(name_columns(column_problems(place, "FILE", wanted)))
         table = read_table(*source, rest=True)
     return table, {name: list(table.rows[name]) for name in table.rows.column_names}
-
-
-def _mended(problems: Any) -> list[Problem]:
-    """Add to problems about columns the argument that names another column."""
-    return [
-        Problem(each.where, f"{each.message} Name the column: {each.where}=NAME")
-        if each.where.startswith("data.")
-        else each
-        for each in problems
-    ]
 
 
 def _file_name(value: Any, row: int, table: Table) -> str:

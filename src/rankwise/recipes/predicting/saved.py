@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,13 @@ def open_adapter(
     labels = _labels(folder, data) if data.get("task") in _WITH_LABELS else None
     if labels is not None:
         data["data"]["labels"] = labels
-    made = check_recipe(data, lines, path, overrides, data_needed=truth_needed)
+    try:
+        made = check_recipe(data, lines, path, overrides, data_needed=truth_needed)
+    except RecipeError as error:
+        # PEFT's configuration holds no key of a recipe, so nothing in it could be mended.
+        raise RecipeError(
+            name_columns(error.problems), None if path.name == _CONFIG else error.source
+        ) from None
     own: Any = made
     own.data._nothing_trains = True
     chosen = getattr(own.data, "labels", None)
@@ -145,6 +151,16 @@ def open_adapter(
     if problem is not None and problem.where != "training.fp16":  # half precision is for training
         raise RecipeError([problem], str(path))
     return SavedAdapter(folder, made, names, is_own=(folder / _RECIPE).is_file())
+
+
+def name_columns(problems: Iterable[Problem]) -> list[Problem]:
+    """Add to problems about missing columns the argument that names another column."""
+    return [
+        Problem(each.where, f"{each.message} Name the column: {each.where.split()[-1]}=NAME")
+        if "has no column" in each.message
+        else each
+        for each in problems
+    ]
 
 
 def _labels_problem(known: Sequence[str] | None, given: Sequence[str] | None) -> Problem | None:
