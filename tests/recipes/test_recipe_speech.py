@@ -454,6 +454,19 @@ def test_half_precision_weights_train_and_write(world: Path, english: Path) -> N
     assert {tensor.dtype for tensor in tensors(result.folder).values()} == {torch.float32}
 
 
+def test_label_smoothing_trains_and_leaves_the_held_out_loss_alone(world: Path, english: Path) -> None:
+    def trained(factor: float) -> Any:
+        short = [
+            "training.max_steps=4",
+            f"training.label_smoothing_factor={factor}",
+            f"output={world / str(factor)}",
+        ]
+        return train(load_recipe(write_speech_recipe(world, english), short), console=Console(quiet=True))
+
+    plain, smoothed = trained(0.0), trained(0.2)
+    assert smoothed.before == plain.before and smoothed.after["loss"] != plain.after["loss"]
+
+
 def test_memory_is_estimated_for_the_window_without_any_data(world: Path, english: Path) -> None:
     recipe = write_speech_recipe(world, english, data__train="nowhere/manifest.csv")
     found = plan_memory(load_recipe(recipe, data_needed=False))

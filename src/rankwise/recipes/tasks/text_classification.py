@@ -88,10 +88,12 @@ class Recipe(RowsRecipe):
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """The problems of a recipe: missing files, columns or model, or labels in regression."""
+    """The problems of a recipe: missing files, columns or model, or settings for labels in regression."""
     yield from check_sources(recipe)
     if recipe.is_regression and recipe.data.labels:
         yield Problem("data.labels", "is for classification; in regression the label is a number.")
+    if recipe.is_regression and recipe.training.others.get("label_smoothing_factor"):
+        yield Problem("training.label_smoothing_factor", "is for classification; a number can't be smoothed.")
 
 
 def read_data(recipe: Recipe) -> TaskData:
