@@ -10,6 +10,8 @@ from transformers import Trainer
 class RecipeTrainer(Trainer):
     """Evaluates all examples. ``dataloader_drop_last`` and ``label_smoothing_factor`` apply to training only."""
 
+    label_smoother: Any  # None: the loss is the model's own
+
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of an evaluation, with the last one, which may be smaller."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False

@@ -231,7 +231,7 @@ def spectra(run: Run) -> Figure | None:
     step = -(-len(paths) // _MOST_LINES) or 1
     kinds = list(dict.fromkeys(_kind(path) for path in paths))
     names, seen = _short_names(kinds), set[str]()
-    data = []
+    data: list[dict[str, Any]] = []
     for path in paths[::step]:
         kind = _kind(path)
         number = kinds.index(kind)

@@ -193,7 +193,9 @@ def trainer_arguments(
     length = token_limit(recipe.data.max_length, processor, model.config)
     train, cut_in_train = _tokens(data.train, processor, length)
     evaluation, cut_in_evaluation = _tokens(data.evaluation, processor, length)
-    cut, all_rows = cut_in_train + cut_in_evaluation, len(train) + len(evaluation)
+    cut, all_rows = cut_in_evaluation, len(evaluation)
+    if not recipe.data._nothing_trains:
+        cut, all_rows = cut + cut_in_train, all_rows + len(train)
     notes = (
         [f"{cut:,} of {all_rows:,} texts reach {length} tokens; the rest of each is not read."] if cut else []
     )
