@@ -660,6 +660,13 @@ def test_a_model_without_a_tokenizer_is_named_with_the_remedy(
     assert str(model) in err and "tokenizer.json" in err and err.strip().endswith("into that folder.")
 
 
+def test_the_note_about_long_texts_counts_each_text_once(reviews: Path) -> None:
+    measured = evaluate(
+        reviews / "out", reviews / "new.csv", ["data.max_length=4"], console=Console(quiet=True)
+    )
+    assert any(note.startswith("31 of 31 texts reach 4 tokens") for note in measured.notes)
+
+
 def test_a_label_that_the_adapter_does_not_know_is_named(reviews: Path, tmp_path: Path) -> None:
     (tmp_path / "new.csv").write_text("text,label\ngood film,positive\nbad film,horrible\n")
     with pytest.raises(RecipeError, match="line 3 has the unknown label 'horrible'"):

@@ -135,6 +135,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(world: Path)
         ("training.optim_args=abc", "training.optim_args: must be text such as"),
         ("training.label_smoothing_factor=-1", "label_smoothing_factor: must be at least 0"),
         ("training.label_smoothing_factor=.nan", "label_smoothing_factor: must be at least 0"),
+        ("training.dataloader_persistent_workers=true", "needs dataloader_num_workers of 1 or more"),
         ("training.train_sampling_strategy=length", "must be one of random, sequential"),
     ],
 )

@@ -176,6 +176,12 @@ def test_repeated_texts_are_never_both_trained_on_and_held_out(world: Path) -> N
     assert any("left out that repeat another's text" in note for note in data.notes)
 
 
+def test_too_few_rows_after_repeats_were_left_out_are_explained(world: Path) -> None:
+    (world / "reviews.csv").write_text("text,label\n" + "same,a\nsame,b\n" * 9)
+    said = message(world)
+    assert "17 rows left out that repeat another's text" in said and "There is 1 row" in said
+
+
 def test_a_column_may_begin_in_a_later_line_of_json(world: Path) -> None:
     lines = [
         {"text": "a b", "label": "x"},

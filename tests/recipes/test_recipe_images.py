@@ -172,6 +172,12 @@ def test_a_picture_with_more_than_8_bits_is_not_read_as_white(world: Path, tiny_
     assert "deep.tif' has more than 8 bits per pixel (mode " in note and note.endswith("save it with 8 bits.")
 
 
+def test_pictures_cannot_be_grouped_by_length(world: Path, tiny_vit: Path) -> None:
+    given = ["training.train_sampling_strategy=group_by_length"]
+    with pytest.raises(RecipeError, match="training.train_sampling_strategy: group_by_length is for texts"):
+        load_recipe(write_image_recipe(world, tiny_vit), given)
+
+
 def test_a_folder_without_pictures_is_refused(world: Path, tiny_vit: Path) -> None:
     (world / "empty").mkdir()
     with pytest.raises(

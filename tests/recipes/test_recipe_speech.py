@@ -86,6 +86,17 @@ def test_channels_of_opposite_sign_do_not_silence_each_other(tmp_path: Path) -> 
     assert np.abs(audio.decode(str(tmp_path / "clip.wav"), 16000, 30.0)).max() == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    """One such clip makes the loss of all held-out clips NaN."""
+    soundfile = pytest.importorskip("soundfile")
+    samples = np.full(100, 0.1, np.float32)
+    samples[50] = value
+    soundfile.write(tmp_path / "broken.wav", samples, 16000, subtype="FLOAT")
+    with pytest.raises(audio.AudioError, match="holds samples that are NaN or infinite"):
+        audio.decode(str(tmp_path / "broken.wav"), 16000, 1.0)
+
+
 def test_only_as_much_as_is_wanted_is_read(tmp_path: Path) -> None:
     file = write_clip(tmp_path / "clip.wav", "low", 2.0, 8000)
     assert len(audio.decode(str(file), 16000, 0.5)) == pytest.approx(8000, abs=4)
@@ -452,6 +463,19 @@ def test_half_precision_weights_train_and_write(world: Path, english: Path) -> N
     result, _ = run(world, english, dtype="bfloat16", training__max_steps=3)
     assert result.after["loss"] < 100
     assert {tensor.dtype for tensor in tensors(result.folder).values()} == {torch.float32}
+
+
+def test_label_smoothing_trains_and_leaves_the_held_out_loss_alone(world: Path, english: Path) -> None:
+    def trained(factor: float) -> Any:
+        short = [
+            "training.max_steps=4",
+            f"training.label_smoothing_factor={factor}",
+            f"output={world / str(factor)}",
+        ]
+        return train(load_recipe(write_speech_recipe(world, english), short), console=Console(quiet=True))
+
+    plain, smoothed = trained(0.0), trained(0.2)
+    assert smoothed.before == plain.before and smoothed.after["loss"] != plain.after["loss"]
 
 
 def test_memory_is_estimated_for_the_window_without_any_data(world: Path, english: Path) -> None:

@@ -74,6 +74,24 @@ def test_incomplete_batches_are_dropped_in_training_only(world: Path, tiny_model
     assert found[0].after == found[1].after
 
 
+def test_label_smoothing_does_not_change_the_held_out_loss(world: Path, tiny_model: Path) -> None:
+    given = ["training.label_smoothing_factor=0.3", "training.eval_steps=5"]
+    smoothed, plain = (
+        train(load_recipe(write_recipe(world, tiny_model), each), console=Console(quiet=True))
+        for each in (given, [f"output={world / 'plain'}"])
+    )
+    assert smoothed.before == plain.before
+    logged = json.loads((smoothed.folder / "results.json").read_text(encoding="utf-8"))["log"]
+    last = [entry["eval_loss"] for entry in logged if "eval_loss" in entry][-1]
+    assert smoothed.after["loss"] == last < max(entry["loss"] for entry in logged if "loss" in entry)
+
+
+def test_label_smoothing_is_refused_in_regression(world: Path, tiny_model: Path) -> None:
+    given = ["problem_type=regression", "data.label=rating", "training.label_smoothing_factor=0.1"]
+    with pytest.raises(RecipeError, match="training.label_smoothing_factor: is for classification"):
+        load_recipe(write_recipe(world, tiny_model), given)
+
+
 def test_a_run_in_which_no_batch_would_be_complete_is_refused(world: Path, tiny_model: Path) -> None:
     given = ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=49"]
     with pytest.raises(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import signal
 import sqlite3
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from command_world import running, wait_for_line
@@ -195,6 +197,22 @@ def test_a_sweep_that_is_stopped_and_started_again_ends_with_the_same_trials(
     after = finished_trials(storage)
     assert before.items() <= after.items() and len(after) == total
     assert sum(point.method == "lora" for point in outcome.points) == 2
+
+
+def test_a_signal_in_the_last_step_of_a_trial_stops_the_sweep(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial is finished, because nothing but its result is missing."""
+
+    class Signals(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == state.max_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("rankwise.recipes.sweep.run._Follow", lambda *args: Signals())
+    outcome = run(recipe, RATE, trials=3)
+    assert outcome.interrupted == signal.SIGTERM
+    assert [point.state for point in outcome.points] == ["complete"]
 
 
 def finished_trials(storage: Any) -> dict[str, float]:

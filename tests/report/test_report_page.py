@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import rankwise as rw
 from browser import chromium
 from expert_world import EXPERTS, some_tokens, tiny_moe
+from rankwise.report import figures
 from rankwise.report.grid import rank_colour
 from rankwise.report.html import render_report, write_report
 from rankwise.report.spectra import update_spectra
@@ -174,6 +175,25 @@ def test_names_from_files_are_text_and_never_markup(trained: Path, tmp_path: Pat
     (folder / "recipe.yaml").write_text("# </pre><script>alert(3)</script>")
     page = render_report([folder])
     assert "<img src=x" not in page and "alert(2)</script>" not in page and "alert(3)</script>" not in page
+
+
+def test_long_names_leave_room_for_the_picture(tmp_path: Path) -> None:
+    name = "a_long_name_that_somebody_chose_for_a_layer_" * 4
+    model = nn.ModuleDict(
+        {str(at): nn.ModuleDict({f"{name}{n}": nn.Linear(4, 4) for n in "ab"}) for at in range(2)}
+    )
+    rw.get_peft_model(model, rw.LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
+    drawn = data_of(render_report([tmp_path]))["figures"]
+    heat_map = next(each for each in drawn.values() if each["data"][0]["type"] == "heatmap")
+    assert [title[-1] for title in heat_map["layout"]["xaxis"]["ticktext"]] == ["a", "b"]
+    assert heat_map["layout"]["height"] < 400
+
+
+def test_an_axis_of_a_narrow_range_has_ticks() -> None:
+    """A logarithmic axis with ticks at 1, 2 and 5 would have none between 0.21 and 0.49."""
+    assert "dtick" not in figures._log_axis([0.21, 0.49], "~g")
+    assert figures._log_axis([0.01, 0.49], "~g")["dtick"] == "D2"
+    assert figures._log_axis([], "~g")["type"] == "log"
 
 
 class Mixed(nn.Module):

@@ -66,6 +66,7 @@ class Result:
         kept_parameters: the number of these parameters that the adapter keeps after pruning.
         samples: texts that the model wrote before and after, for tasks in which it writes.
         best: the evaluation of the adapter that was kept. None: the adapter of the last step was kept.
+        late_signal: the number of a signal that came in the last step, so that the run was finished, or None.
 
     Example:
         >>> result = Result(Path("output/reviews"), None, {"loss": 0.7}, {"loss": 0.4}, 100_000, 60_000)
@@ -81,6 +82,7 @@ class Result:
     kept_parameters: int
     samples: Sequence[Sample] = ()
     best: Best | None = None
+    late_signal: int | None = None
 
 
 def plan(recipe: BaseRecipe) -> Plan:
@@ -292,7 +294,8 @@ def _train(
 
     trainable, _ = model.get_nb_trainable_parameters()
     kept = trainable - factor_parameters(model) + model.rank_summary().parameters
-    result = Result(output.folder, None, before or {}, after, trainable, kept, samples, best)
+    late = interruption.number
+    result = Result(output.folder, None, before or {}, after, trainable, kept, samples, best, late)
     if is_main_process():
         _write_final_results(output, trainer, result, metrics, seconds, behind, examples)
         facts = card_of(recipe, metrics, result.before, after, len(data.evaluation), steps, best)

@@ -221,6 +221,11 @@ def run_problems(recipe: BaseRecipe, metrics: Sequence[Metric]) -> Iterator[Prob
     problem = _schedule_problem(training)
     if problem is not None:
         yield problem
+    if training.others.get("dataloader_persistent_workers") and training.dataloader_num_workers == 0:
+        yield Problem(
+            "training.dataloader_persistent_workers",
+            "needs dataloader_num_workers of 1 or more, and it is 0.",
+        )
     fields = argument_fields(recipe, 1, Path(tempfile.gettempdir()), TrainingArguments)
     fields |= {"report_to": "none"}  # the tracker may not be installed here
     try:

@@ -50,7 +50,7 @@ def heatmap(run: Run, grid: RankGrid, largest: int, scale: bool) -> tuple[Figure
     rows, columns = range(len(grid.rows)), range(len(grid.columns))
     cells = [[index[grid.cells[r, c].path] if (r, c) in grid.cells else -1 for c in columns] for r in rows]
     ranks = run.records[-1].ranks
-    titles = short_kinds(grid.columns)
+    titles = [shorten(title, _LONGEST_LABEL) for title in short_kinds(grid.columns)]
     small = len(grid.columns) > 24 or len(grid.rows) > 64
     row = _ROW if not small else max(3, min(_ROW, 1200 // len(grid.rows)))
     trace = {
@@ -205,7 +205,7 @@ def sweep(sweep: Sweep) -> Figure | None:
     data.insert(0, _line("frontier", x, y, {"shape": "hv", "color": "#8a8f95", "width": 1.5, "dash": "dot"}))
     figure = _chart(data if done else [], "parameters of the adapter", sweep.title)
     if figure is not None:
-        figure["layout"]["xaxis"] |= {"type": "log", "dtick": "D2", "tickformat": "~s"}
+        figure["layout"]["xaxis"] |= _log_axis([trial["parameters"] for trial in done], "~s")
     return figure
 
 
@@ -231,7 +231,7 @@ def spectra(run: Run) -> Figure | None:
     step = -(-len(paths) // _MOST_LINES) or 1
     kinds = list(dict.fromkeys(_kind(path) for path in paths))
     names, seen = _short_names(kinds), set[str]()
-    data = []
+    data: list[dict[str, Any]] = []
     for path in paths[::step]:
         kind = _kind(path)
         number = kinds.index(kind)
@@ -252,7 +252,8 @@ def spectra(run: Run) -> Figure | None:
             }
         )
         seen.add(kind)
-    figure = _chart(data, "singular value", "size", yaxis={"type": "log", "dtick": "D2", "tickformat": "~g"})
+    drawn = [value for line in data for value in line["y"] if value]
+    figure = _chart(data, "singular value", "size", yaxis=_log_axis(drawn, "~g"))
     if figure is not None:
         figure["layout"]["xaxis"] |= {"tickformat": "d", "rangemode": "tozero", "tick0": 1}
         longest = max(len(values) for values in run.spectra.values())
@@ -307,7 +308,8 @@ def _kind(path: str) -> str:
 
 def _short_names(kinds: Iterable[str]) -> dict[str, str]:
     given = list(kinds)
-    return {kind: _plain(short) for kind, short in zip(given, short_kinds(given), strict=True)}
+    short = [_plain(shorten(name, 2 * _LONGEST_LABEL)) for name in short_kinds(given)]
+    return dict(zip(given, short, strict=True))
 
 
 def _line(name: str, x: Sequence[Any], y: Sequence[Any], line: dict[str, Any]) -> dict[str, Any]:
@@ -341,6 +343,12 @@ def _ticks(names: Sequence[str], **more: Any) -> dict[str, Any]:
     shown = range(0, len(names), every)
     axis = {"tickvals": list(shown), "ticktext": [names[at] for at in shown], "automargin": True}
     return {**axis, "fixedrange": True, "showgrid": False, "zeroline": False, **more}
+
+
+def _log_axis(values: Sequence[float], tickformat: str) -> dict[str, Any]:
+    """A logarithmic axis with ticks at 1, 2 and 5. A narrow range may hold none of them, so its axis is linear."""
+    narrow = len(values) > 0 and max(values) < 5 * min(values)
+    return {"tickformat": tickformat} if narrow else {"type": "log", "dtick": "D2", "tickformat": tickformat}
 
 
 def _colour(number: int) -> str:

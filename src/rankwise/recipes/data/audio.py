@@ -49,8 +49,9 @@ def decode(source: str | bytes, rate: int, longest: float) -> NDArray[float32]:
         The samples in [-1, 1], shape (n,), float32.
 
     Raises:
-        AudioError: the file can't be decoded.
+        AudioError: the file can't be decoded, or holds samples that are NaN or infinite.
     """
+    import numpy as np
     import soundfile
     import soxr
 
@@ -62,6 +63,8 @@ def decode(source: str | bytes, rate: int, longest: float) -> NDArray[float32]:
         raise AudioError(_reason(source, error)) from error
     if not len(channels):
         raise AudioError("holds no sound")
+    if not np.isfinite(channels).all():
+        raise AudioError("holds samples that are NaN or infinite")
     mixed = channels.mean(axis=1)
     if abs(mixed).max() < 0.01 * abs(channels).max():
         # The channels are the same sound with opposite signs, so that their mean would be silence.

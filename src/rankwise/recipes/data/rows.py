@@ -280,6 +280,7 @@ def hold_out(
     train = sets[0]
     if data._nothing_trains:
         return train.select([0]), train  # the trainer requires a training example, but does not use it
+    known = len(notes)
     if len(sets) == 1:
         train = _without_repeats(train, unique, notes)
     order = mixed_order([0] * len(train) if label is None else list(train[label]), data.split_seed)
@@ -296,7 +297,7 @@ def hold_out(
         count, held = split_sizes(len(train), held_out, data.train_size)
     except ValueError as error:
         key = "data.train_size" if data.train_size else "data.held_out"
-        raise refusal(key, str(error)) from error
+        raise refusal(key, " ".join([*notes[known:], str(error)])) from error
     return train.select(order[:count]), train.select(sorted(order[len(order) - held :]))
 
 

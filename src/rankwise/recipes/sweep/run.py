@@ -166,6 +166,7 @@ class _Sweep:
             self.methods.append("lora")
         self.studies: dict[str, Study] = {}
         self.now: dict[str, str] = {}  # the progress of running trials, by name
+        self.signal: int | None = None  # the signal that came in the last step of a trial
         self._refresh: Callable[[], None] = lambda: None
 
     def open(self, storage: str | None, name: str | None, sampler: str, pruner: str, overwrite: bool) -> None:
@@ -226,6 +227,8 @@ class _Sweep:
         with self._shown():
             failures = 0
             while (method := self._next()) is not None:
+                if self.signal is not None:
+                    return self._done(self.signal)
                 if method == "":
                     time.sleep(_WAIT)
                     continue
@@ -295,6 +298,7 @@ class _Sweep:
             gc.collect()  # frees the model, which refers to itself
         if result.interrupted is not None:
             raise Interrupted(result.interrupted)
+        self.signal = result.late_signal
         trial.set_user_attr("seconds", round(time.monotonic() - began, 1))
         trial.set_user_attr("parameters", result.kept_parameters)
         value = float(result.after[self.metric.key])

@@ -98,6 +98,11 @@ def check(recipe: Recipe) -> Iterator[Problem]:
     if importlib.util.find_spec("PIL") is None:
         yield Problem("task", 'needs Pillow. Install the extra `vision`: pip install ".[vision]"')
     yield from check_sources(recipe, functools.partial(files_problems, KIND))
+    sampling = recipe.training.others.get("train_sampling_strategy")
+    if sampling in ("group_by_length", "batch_rebalance"):
+        yield Problem(
+            "training.train_sampling_strategy", f"{sampling} is for texts: pictures have no length."
+        )
 
 
 def read_data(recipe: Recipe) -> TaskData:

@@ -88,10 +88,12 @@ class Recipe(RowsRecipe):
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """The problems of a recipe: missing files, columns or model, or labels in regression."""
+    """The problems of a recipe: missing files, columns or model, or settings for labels in regression."""
     yield from check_sources(recipe)
     if recipe.is_regression and recipe.data.labels:
         yield Problem("data.labels", "is for classification; in regression the label is a number.")
+    if recipe.is_regression and recipe.training.others.get("label_smoothing_factor"):
+        yield Problem("training.label_smoothing_factor", "is for classification; a number can't be smoothed.")
 
 
 def read_data(recipe: Recipe) -> TaskData:
@@ -191,7 +193,9 @@ def trainer_arguments(
     length = token_limit(recipe.data.max_length, processor, model.config)
     train, cut_in_train = _tokens(data.train, processor, length)
     evaluation, cut_in_evaluation = _tokens(data.evaluation, processor, length)
-    cut, all_rows = cut_in_train + cut_in_evaluation, len(train) + len(evaluation)
+    cut, all_rows = cut_in_evaluation, len(evaluation)
+    if not recipe.data._nothing_trains:
+        cut, all_rows = cut + cut_in_train, all_rows + len(train)
     notes = (
         [f"{cut:,} of {all_rows:,} texts reach {length} tokens; the rest of each is not read."] if cut else []
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainer
+from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
 from rankwise.recipes.trainer import RecipeTrainer
 
@@ -40,6 +41,14 @@ class SpeechCollator:
 
 class SpeechTrainer(RecipeTrainer, Seq2SeqTrainer):
     """A trainer that generates in evaluation. When several processes evaluate, it counts each clip once."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Label smoothing takes the labels from the inputs. The decoder still needs them, shifted by one token."""
+        if self.label_smoother is not None:
+            config = self.accelerator.unwrap_model(model).config
+            shifted = shift_tokens_right(inputs["labels"], config.pad_token_id, config.decoder_start_token_id)
+            inputs = {**inputs, "decoder_input_ids": shifted}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, without the examples that were repeated to fill the last batch."""
