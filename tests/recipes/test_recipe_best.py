@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from rankwise.recipes import RecipeError, Result, evaluate, load_recipe, train
-from rankwise.recipes.best import best_folders, ranks_are_final
+from rankwise.recipes.best import KeepBest, best_folders, ranks_are_final
 from rankwise.report import inspect_adapter, render_terminal
 from recipe_world import write_recipe, write_table
 
@@ -141,6 +141,22 @@ def test_early_stopping_counts_only_evaluations_after_the_ranks_are_final(
     assert results["steps"] == final[0] + 3 * EVERY < STEPS
     assert "Stopping: no better loss than at step" in said
     assert result.interrupted is None
+
+
+def test_early_stopping_counts_no_earlier_evaluation_if_the_first_with_final_ranks_gives_no_number(
+    world: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = KeepBest.on_evaluate
+
+    def without_a_number(self: KeepBest, args: Any, state: Any, control: Any, **more: Any) -> Any:
+        if state.global_step == 20:  # the first with final ranks
+            more["metrics"]["eval_accuracy"] = float("nan")
+        return original(self, args, state, control, **more)
+
+    monkeypatch.setattr(KeepBest, "on_evaluate", without_a_number)
+    by_accuracy = {"training__metric_for_best_model": "accuracy", "training__early_stopping_patience": 3}
+    _, _, results = run(world, tiny_model, **by_accuracy)
+    assert results["best"]["step"] >= 20 + EVERY
 
 
 def test_of_a_metric_that_should_grow_the_largest_value_is_the_best(world: Path, tiny_model: Path) -> None:

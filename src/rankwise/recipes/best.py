@@ -116,10 +116,10 @@ class KeepBest(TrainerCallback):
                     _keep(self.folder, self.best, adapted)
                 except OSError as error:  # a full disk must not end the run
                     self._give_up(error)
-        elif self.patience is not None and self._waited(state) >= self.patience:
+        elif self.patience is not None and (waited := self._waited(state, adapted)) >= self.patience:
             self.stopped = control.should_training_stop = True
             at = "" if self.best is None else f" than at step {self.best.step:,}"
-            self._say(f"Stopping: no better {self.metric}{at} in {self._waited(state)} evaluations.")
+            self._say(f"Stopping: no better {self.metric}{at} in {waited} evaluations.")
         return control
 
     def bring_back(self, model: Any, last_step: int) -> Best | None:
@@ -143,13 +143,17 @@ class KeepBest(TrainerCallback):
     def _better(self, value: float, than: float) -> bool:
         return value > than if self.greater else value < than
 
-    def _waited(self, state: Any) -> int:
-        """The number of evaluations since the best one, by the trainer's log. A resumed run keeps this log."""
-        since = 0 if self.best is None else self.best.step
+    def _waited(self, state: Any, adapted: Any) -> int:
+        """The number of evaluations since the best one, by the trainer's log. A resumed run keeps this log.
+
+        If no evaluation has given a finite value yet, it counts those since the last cut.
+        """
+        history = getattr(adapted, "rank_history", None)
+        final = history.records[-1].step if history else 0
         logged = [entry["step"] for entry in state.log_history if f"eval_{self.metric}" in entry]
-        if self.best is None:  # no evaluation gave a finite value yet
-            return len(logged)
-        return sum(step > since for step in logged)
+        if self.best is None:
+            return sum(step >= max(final, 1) for step in logged)
+        return sum(step > self.best.step for step in logged)
 
 
 def ranks_are_final(adapted: Any) -> bool:
