@@ -173,8 +173,8 @@ class AdaptiveRanks:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
         >>> model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2"]))
         >>> ranks = rw.adapt_ranks(model, target_r=2, total_step=20)
-        >>> ranks.adapter, ranks.allocation_state.budget, ranks.is_over
-        ('default', 8, False)
+        >>> ranks
+        AdaptiveRanks('default', phase='pruning', step=0, budget=8, target=4)
         >>> ranks.finalize_ranks()
         >>> ranks.is_over, ranks.rank_summary().total_rank <= 4
         (True, True)
@@ -229,6 +229,13 @@ class AdaptiveRanks:
         )
 
     # Reading the ranks.
+
+    def __repr__(self) -> str:
+        now = self.allocation_state
+        return (
+            f"AdaptiveRanks({self.adapter!r}, phase={now.phase!r}, step={now.step}, budget={now.budget}, "
+            f"target={now.target})"
+        )
 
     @property
     def adapter(self) -> str:
