@@ -41,15 +41,12 @@ def counts(attach: Callable[..., Training], precision: str, prunes: bool = False
 @needs_compiler
 @pytest.mark.parametrize(("precision", "casts"), [("float32", 0), ("float32, autocast", 0), ("bfloat16", 4)])
 def test_a_compiled_model_has_at_most_as_many_kernels_as_pefts(precision: str, casts: int) -> None:
-    """With a bfloat16 base, kernels of their own cast factors and gradients. PEFT computes in float32 there.
-
-    After a cut the scale is a number that may change. Some layers then have a kernel that casts this one number.
-    """
+    """With a bfloat16 base, kernels of their own cast factors and gradients. PEFT computes in float32 there."""
     theirs, their_products = counts(peft_lora, precision)
-    for attach, prunes, scalars in ((rankwise_lora, False, 0), (rankwise_adalora, True, 3)):
+    for attach, prunes in ((rankwise_lora, False), (rankwise_adalora, True)):
         ours, products = counts(attach, precision, prunes)
         assert 0 < products <= their_products
-        assert ours <= theirs + casts * len(MODEL.targets) + scalars
+        assert ours <= theirs + casts * len(MODEL.targets)
 
 
 def step(precision: str, compiled: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

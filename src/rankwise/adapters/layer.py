@@ -36,7 +36,8 @@ class AdapterLayer(InPlace, nn.Module):
     dropout_rate: dict[str, float]
     # The triplets that act, once some were cut for good: the first n, or those with these indices.
     kept: dict[str, int | Tensor]
-    moved: set[str]  # the adapters whose scale has changed since they were attached
+    # The scales, 0-dim and float32 on the CPU, of those adapters whose scale has changed: compilers see it change.
+    changed_scale: dict[str, Tensor]
     adapter_compute_dtype: dict[str, torch.dtype]  # if it differs from the dtypes of input and output
     active_adapters: list[str]
     merged_adapters: list[str]
@@ -52,7 +53,16 @@ class AdapterLayer(InPlace, nn.Module):
     base_in_file: ClassVar[bool] = False  # whether a file may also hold the base weight
 
     _own_attributes: ClassVar[tuple[str, ...]] = (
-        *("lora_A", "lora_B", "lora_E", "scaling", "dropout_rate", "kept", "moved", "adapter_compute_dtype"),
+        *(
+            "lora_A",
+            "lora_B",
+            "lora_E",
+            "scaling",
+            "dropout_rate",
+            "kept",
+            "changed_scale",
+            "adapter_compute_dtype",
+        ),
         *("active_adapters", "merged_adapters", "adapters_enabled", "before_merge"),
     )
 
@@ -61,7 +71,7 @@ class AdapterLayer(InPlace, nn.Module):
         for name in ("lora_A", "lora_B", "lora_E"):
             setattr(self, name, nn.ParameterDict())
         self.scaling, self.dropout_rate, self.kept, self.adapter_compute_dtype = {}, {}, {}, {}
-        self.moved = set()
+        self.changed_scale = {}
         self.active_adapters, self.merged_adapters = [], []
         self.adapters_enabled = True
         self.before_merge = None
@@ -159,9 +169,15 @@ class AdapterLayer(InPlace, nn.Module):
     def remove_adapter(self, name: str) -> None:
         """Forget adapter ``name``; it must not be merged."""
         factors = (self.lora_A, self.lora_B, self.lora_E)
-        for held in (*factors, self.scaling, self.dropout_rate, self.kept, self.adapter_compute_dtype):
+        settings = (
+            self.scaling,
+            self.changed_scale,
+            self.dropout_rate,
+            self.kept,
+            self.adapter_compute_dtype,
+        )
+        for held in (*factors, *settings):
             held.pop(name) if name in held else None
-        self.moved.discard(name)
         if name in self.active_adapters:
             self.active_adapters.remove(name)
 

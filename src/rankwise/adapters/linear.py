@@ -183,10 +183,13 @@ class LinearAdapters(AdapterLayer):
         compiling = torch.compiler.is_compiling()
         if compiling or torch._C._is_tracing():  # a compiler fuses this with the operations around it
             # A scale that has moved will move again, and `ScaledUp` is compiled for one scale.
-            if compiling and only_backward() and name not in self.moved:
+            moves = compiling and name in self.changed_scale
+            if compiling and only_backward() and not moves:
                 update: Tensor = ScaledUp.apply(hidden, B, scaling)  # type: ignore[no-untyped-call]
             else:
-                update = F.linear(hidden, B.to(output.dtype)) * scaling
+                update = F.linear(hidden, B.to(output.dtype)) * (
+                    self.changed_scale[name] if moves else scaling
+                )
             return output + update
         added = torch.addmm(
             output.reshape(-1, width), hidden.reshape(-1, B.shape[1]), B.to(output.dtype).T, alpha=scaling

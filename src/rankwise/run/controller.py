@@ -243,7 +243,9 @@ class Controller:
                 optimizer can't be combined with the penalty.
         """
         if self.schedule is None and self.automatic and self.prunes and not self.fixed:
-            trainers = " In Transformers' trainers use the callback `rankwise.AdaptRanks`, which knows the length."
+            trainers = (
+                " In Transformers' trainers use the callback `rankwise.AdaptRanks`, which knows the length."
+            )
             raise ValueError(
                 "The length of the run is not known: pass `total_step`, or call `set_total_step(n)` with the number of "
                 f"optimizer steps before the first one.{trainers if self.handle == 'ranks' else ''}"

@@ -39,7 +39,10 @@ class OwnPair(FactorPair):
     def scale(self, value: float) -> None:
         if value != self.scale:
             self.layer.scaling[self.adapter] = value
-            self.layer.moved.add(self.adapter)
+            with torch.inference_mode(False):
+                self.layer.changed_scale[self.adapter] = torch.tensor(
+                    value, dtype=torch.float32, device="cpu"
+                )
 
     def base_weight(self) -> Tensor | None:
         return self.layer._parameters.get("weight")
