@@ -36,7 +36,7 @@ class AdapterLayer(InPlace, nn.Module):
     dropout_rate: dict[str, float]
     # The triplets that act, once some were cut for good: the first n, or those with these indices.
     kept: dict[str, int | Tensor]
-    # The scales, 0-dim and float32 on the CPU, of those adapters whose scale has changed: compilers see it change.
+    # For compilers: the scales of those adapters whose scale has changed, 0-dim and float32, on the CPU.
     changed_scale: dict[str, Tensor]
     adapter_compute_dtype: dict[str, torch.dtype]  # if it differs from the dtypes of input and output
     active_adapters: list[str]
@@ -53,17 +53,8 @@ class AdapterLayer(InPlace, nn.Module):
     base_in_file: ClassVar[bool] = False  # whether a file may also hold the base weight
 
     _own_attributes: ClassVar[tuple[str, ...]] = (
-        *(
-            "lora_A",
-            "lora_B",
-            "lora_E",
-            "scaling",
-            "dropout_rate",
-            "kept",
-            "changed_scale",
-            "adapter_compute_dtype",
-        ),
-        *("active_adapters", "merged_adapters", "adapters_enabled", "before_merge"),
+        *("lora_A", "lora_B", "lora_E", "scaling", "changed_scale", "dropout_rate", "kept"),
+        *("adapter_compute_dtype", "active_adapters", "merged_adapters", "adapters_enabled", "before_merge"),
     )
 
     def prepare(self) -> None:
@@ -169,14 +160,8 @@ class AdapterLayer(InPlace, nn.Module):
     def remove_adapter(self, name: str) -> None:
         """Forget adapter ``name``; it must not be merged."""
         factors = (self.lora_A, self.lora_B, self.lora_E)
-        settings = (
-            self.scaling,
-            self.changed_scale,
-            self.dropout_rate,
-            self.kept,
-            self.adapter_compute_dtype,
-        )
-        for held in (*factors, *settings):
+        numbers = (self.scaling, self.changed_scale, self.dropout_rate)
+        for held in (*factors, *numbers, self.kept, self.adapter_compute_dtype):
             held.pop(name) if name in held else None
         if name in self.active_adapters:
             self.active_adapters.remove(name)
