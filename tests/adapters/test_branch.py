@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import io
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -663,6 +664,76 @@ def test_the_memory_of_factors_is_free_after_unloading() -> None:
     base = model.unload()
     gc.collect()
     assert B() is None and type(base[0]) is nn.Linear
+
+
+def test_the_memory_of_factors_is_free_after_their_adapter_is_deleted() -> None:
+    model = layer_of(torch.bfloat16)
+    model.add_adapter("other", rw.LoraConfig(r=2, target_modules=["0"]))
+    model.set_adapter("other")
+    for _ in range(2):
+        model(torch.randn(3, 6).bfloat16())
+    B = weakref.ref(model[0].lora_B["other"])
+    model.delete_adapter("other")
+    gc.collect()
+    assert B() is None
+
+
+def test_the_memory_of_a_model_is_free_though_a_hook_of_its_layer_holds_it() -> None:
+    model = layer_of(torch.bfloat16)
+    model[0].register_forward_hook(lambda *_, model=model: None)
+    for _ in range(2):
+        model(torch.randn(3, 6).bfloat16())
+    held = weakref.ref(model)
+    del model
+    gc.collect()
+    assert held() is None
+
+
+def test_copies_and_pickles_of_a_model_do_not_hold_what_its_last_pass_used() -> None:
+    model, x = layer_of(torch.bfloat16), torch.randn(3, 6).bfloat16()
+    expected = [model(x) for _ in range(2)][0]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert not other._rankwise_last_pass
+        torch.testing.assert_close(other(x), expected)
+        model[0].lora_B["default"].data.neg_()
+        torch.testing.assert_close(other(x), expected)
+        model[0].lora_B["default"].data.neg_()
+
+
+def test_a_factor_that_two_adapters_of_a_layer_share_acts_with_the_gates_of_each() -> None:
+    config = replace(FORMS[1], inference_mode=True)
+    model, x = (
+        rw.get_peft_model(nn.Sequential(nn.Linear(6, 6)).bfloat16(), config),
+        torch.randn(3, 6).bfloat16(),
+    )
+    model.add_adapter("other", config)
+    layer = model[0]
+    nn.init.normal_(layer.lora_B["default"])
+    layer.lora_A["other"], layer.lora_B["other"] = layer.lora_A["default"], layer.lora_B["default"]
+    nn.init.constant_(layer.lora_E["default"], 1.0)
+    nn.init.constant_(layer.lora_E["other"], -2.0)
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        alone = layer(x)  # without a pass of the whole model, the layer prepares its own factors
+        for _ in range(2):
+            assert torch.equal(model(x), alone)
+
+
+def test_gates_that_a_layer_gets_between_two_passes_act_at_once() -> None:
+    model, x = (
+        rw.get_peft_model(nn.Sequential(nn.Linear(6, 6)).bfloat16(), FORMS[0]),
+        torch.randn(3, 6).bfloat16(),
+    )
+    for _ in range(2):
+        plain = model(x)
+    model[0].lora_E["default"] = nn.Parameter(torch.full((4, 1), -3.0))
+    alone = model[0](x)
+    assert not torch.equal(alone, plain)
+    for _ in range(2):
+        assert torch.equal(model(x), alone)
 
 
 def test_a_factor_that_two_layers_share_acts_with_the_gates_of_each() -> None:
