@@ -34,6 +34,14 @@ PRECISIONS = {
 }
 
 
+FORMS = [
+    rw.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False),
+    rw.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=100, tfinal=10, target_modules=["0"], init_lora_weights=True
+    ),
+]
+
+
 # --- costs ---------------------------------------------------------------------------------------------------------
 
 
@@ -503,6 +511,29 @@ def test_selective_checkpointing_may_keep_what_any_operation_makes(adapted: str,
         assert (one - other).norm() < 0.02 * other.norm()
 
 
+@pytest.mark.parametrize("kept", ["", "copy"], ids=["everything", "copies"])
+@pytest.mark.parametrize("form", [0, 1], ids=["plain", "gates"])
+def test_selective_checkpointing_of_a_whole_model_gives_the_same_gradients(form: int, kept: str) -> None:
+    """Its two passes need the same operations, whatever the model's last pass has used."""
+
+    def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saves = kept in str(operation)
+        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).bfloat16()
+    model = rw.get_peft_model(layers, replace(FORMS[form], target_modules=["0", "1"]))
+    x, contexts = (
+        torch.randn(9, 6).bfloat16(),
+        functools.partial(create_selective_checkpoint_contexts, policy),
+    )
+    for layer in model:
+        nn.init.normal_(layer.lora_B["default"])
+    for _ in range(2):  # nothing is prepared for the first pass
+        made = gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts))
+        torch.testing.assert_close(made, gradients(model, x), rtol=0, atol=0)
+
+
 def test_dropout_saves_only_its_input_and_its_mask() -> None:
     model, x = layer_of(torch.float32, lora_dropout=0.4).train(), torch.randn(500, 6, requires_grad=True)
     saved: dict[int, Tensor] = {}
@@ -617,14 +648,6 @@ def test_a_changed_factor_acts_at_once_however_it_was_changed(how: str) -> None:
     exact = model[0].base_forward(x) + model[0].scaling["default"] * x.float() @ (B @ (E * A)).T
     torch.testing.assert_close(after.float(), exact, atol=0.3, rtol=0.05)
     assert (after - before).norm() > 0.1 * before.norm()
-
-
-FORMS = [
-    rw.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False),
-    rw.AdaLoraConfig(
-        init_r=4, target_r=2, total_step=100, tfinal=10, target_modules=["0"], init_lora_weights=True
-    ),
-]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=["plain", "gates"])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rankwise.adapters.branch import Kept, gates_of, results_are_kept
+from rankwise.adapters.branch import Kept, cast, gates_of, results_are_kept
 
 if TYPE_CHECKING:
     from rankwise.adapters.layer import AdapterLayer
@@ -159,7 +159,9 @@ class OncePerPass:
     """Mixin of adapted models: a call of the model is a pass."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._is_tracing():  # they see all layers at once anyway
+        # Compilers and tracers see all layers at once anyway. Selective checkpointing needs the same operations in both
+        # passes, but the second would prepare what the first has used.
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or results_are_kept():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with _pass(self):  # type: ignore[arg-type]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -207,10 +209,10 @@ def ready(
             return found
     if as_it_is:
         return parameter.detach().to(dtype), None
-    kind = parameter.shape, parameter.device, parameter.dtype, dtype, True
-    alone = _Group(*kind, [_Factor(layer, adapter, key, dtype, gated=True)], [parameter], [])
-    made, gates = _prepared([alone])
-    return made[id(parameter)], gates.get(id(parameter))
+    factor = _Factor(layer, adapter, key, parameter.dtype, gated=True)
+    kind = parameter.shape, parameter.device, parameter.dtype, parameter.dtype, True
+    made, gates = _prepared([_Group(*kind, [factor], [parameter], [])])
+    return cast(made[id(parameter)], dtype), gates.get(id(parameter))
 
 
 def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
