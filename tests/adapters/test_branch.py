@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import io
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,14 @@ PRECISIONS = {
     "float32, autocast": (torch.float32, True),
     "bfloat16, autocast": (torch.bfloat16, True),
 }
+
+
+FORMS = [
+    rw.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False),
+    rw.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=100, tfinal=10, target_modules=["0"], init_lora_weights=True
+    ),
+]
 
 
 # --- costs ---------------------------------------------------------------------------------------------------------
@@ -502,6 +511,29 @@ def test_selective_checkpointing_may_keep_what_any_operation_makes(adapted: str,
         assert (one - other).norm() < 0.02 * other.norm()
 
 
+@pytest.mark.parametrize("kept", ["", "copy"], ids=["everything", "copies"])
+@pytest.mark.parametrize("form", [0, 1], ids=["plain", "gates"])
+def test_selective_checkpointing_of_a_whole_model_gives_the_same_gradients(form: int, kept: str) -> None:
+    """Its two passes need the same operations, whatever the model's last pass has used."""
+
+    def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saves = kept in str(operation)
+        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).bfloat16()
+    model = rw.get_peft_model(layers, replace(FORMS[form], target_modules=["0", "1"]))
+    x, contexts = (
+        torch.randn(9, 6).bfloat16(),
+        functools.partial(create_selective_checkpoint_contexts, policy),
+    )
+    for layer in model:
+        nn.init.normal_(layer.lora_B["default"])
+    for _ in range(2):  # nothing is prepared for the first pass
+        made = gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts))
+        torch.testing.assert_close(made, gradients(model, x), rtol=0, atol=0)
+
+
 def test_dropout_saves_only_its_input_and_its_mask() -> None:
     model, x = layer_of(torch.float32, lora_dropout=0.4).train(), torch.randn(500, 6, requires_grad=True)
     saved: dict[int, Tensor] = {}
@@ -618,14 +650,6 @@ def test_a_changed_factor_acts_at_once_however_it_was_changed(how: str) -> None:
     assert (after - before).norm() > 0.1 * before.norm()
 
 
-FORMS = [
-    rw.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False),
-    rw.AdaLoraConfig(
-        init_r=4, target_r=2, total_step=100, tfinal=10, target_modules=["0"], init_lora_weights=True
-    ),
-]
-
-
 @pytest.mark.parametrize("form", FORMS, ids=["plain", "gates"])
 def test_factors_that_a_hook_exchanges_when_the_pass_has_begun_act_at_once(form: Any) -> None:
     """Accelerate's hooks move a model to the GPU there, and its parameters stay the same objects."""
@@ -663,6 +687,76 @@ def test_the_memory_of_factors_is_free_after_unloading() -> None:
     base = model.unload()
     gc.collect()
     assert B() is None and type(base[0]) is nn.Linear
+
+
+def test_the_memory_of_factors_is_free_after_their_adapter_is_deleted() -> None:
+    model = layer_of(torch.bfloat16)
+    model.add_adapter("other", rw.LoraConfig(r=2, target_modules=["0"]))
+    model.set_adapter("other")
+    for _ in range(2):
+        model(torch.randn(3, 6).bfloat16())
+    B = weakref.ref(model[0].lora_B["other"])
+    model.delete_adapter("other")
+    gc.collect()
+    assert B() is None
+
+
+def test_the_memory_of_a_model_is_free_though_a_hook_of_its_layer_holds_it() -> None:
+    model = layer_of(torch.bfloat16)
+    model[0].register_forward_hook(lambda *_, model=model: None)
+    for _ in range(2):
+        model(torch.randn(3, 6).bfloat16())
+    held = weakref.ref(model)
+    del model
+    gc.collect()
+    assert held() is None
+
+
+def test_copies_and_pickles_of_a_model_do_not_hold_what_its_last_pass_used() -> None:
+    model, x = layer_of(torch.bfloat16), torch.randn(3, 6).bfloat16()
+    expected = [model(x) for _ in range(2)][0]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert not other._rankwise_last_pass
+        torch.testing.assert_close(other(x), expected)
+        model[0].lora_B["default"].data.neg_()
+        torch.testing.assert_close(other(x), expected)
+        model[0].lora_B["default"].data.neg_()
+
+
+def test_a_factor_that_two_adapters_of_a_layer_share_acts_with_the_gates_of_each() -> None:
+    config = replace(FORMS[1], inference_mode=True)
+    model, x = (
+        rw.get_peft_model(nn.Sequential(nn.Linear(6, 6)).bfloat16(), config),
+        torch.randn(3, 6).bfloat16(),
+    )
+    model.add_adapter("other", config)
+    layer = model[0]
+    nn.init.normal_(layer.lora_B["default"])
+    layer.lora_A["other"], layer.lora_B["other"] = layer.lora_A["default"], layer.lora_B["default"]
+    nn.init.constant_(layer.lora_E["default"], 1.0)
+    nn.init.constant_(layer.lora_E["other"], -2.0)
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        alone = layer(x)  # without a pass of the whole model, the layer prepares its own factors
+        for _ in range(2):
+            assert torch.equal(model(x), alone)
+
+
+def test_gates_that_a_layer_gets_between_two_passes_act_at_once() -> None:
+    model, x = (
+        rw.get_peft_model(nn.Sequential(nn.Linear(6, 6)).bfloat16(), FORMS[0]),
+        torch.randn(3, 6).bfloat16(),
+    )
+    for _ in range(2):
+        plain = model(x)
+    model[0].lora_E["default"] = nn.Parameter(torch.full((4, 1), -3.0))
+    alone = model[0](x)
+    assert not torch.equal(alone, plain)
+    for _ in range(2):
+        assert torch.equal(model(x), alone)
 
 
 def test_a_factor_that_two_layers_share_acts_with_the_gates_of_each() -> None:

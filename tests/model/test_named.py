@@ -123,7 +123,7 @@ def test_adapters_that_treat_a_module_differently_are_refused(
 ) -> None:
     rw.get_peft_model(block(), lora(**second)).save_pretrained(tmp_path)
     model = rw.get_peft_model(block(), lora(**first))
-    before, expected = snapshot(model), model(X)
+    expected, before = model(X), snapshot(model)
     with pytest.raises(ValueError, match="'second'.*modules_to_save"):
         model.add_adapter("second", lora(**second))
     with pytest.raises(ValueError):

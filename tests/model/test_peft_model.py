@@ -96,6 +96,18 @@ def test_copies_compute_the_same_and_train_on_their_own(way: str, steps: int, tm
     assert other.unload() is other and type(other) is Block
 
 
+def test_a_pickle_of_an_earlier_version_trains_deletes_and_unloads() -> None:
+    """Earlier versions did not note which scales have moved."""
+    model = rw.get_peft_model(block(), adalora(target_r=1))
+    del model.body.first.moved
+    other = pickle.loads(pickle.dumps(model))
+    train(other, 12)
+    assert other.body.first.moved == {"default"}
+    other.add_adapter("other", rw.LoraConfig(r=2, target_modules=["first"]))
+    other.delete_adapter("other")
+    assert type(other.unload()) is Block
+
+
 def test_a_copied_transformers_model_finds_its_own_controller() -> None:
     model = rw.get_peft_model(llama(), adalora(target_modules=["q_proj", "v_proj"]))
     other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
@@ -225,7 +237,7 @@ def test_a_configuration_that_does_not_fit_leaves_the_model_as_it_was(
     if adapted:
         rw.get_peft_model(model, lora())
         model.head.weight.requires_grad_(True)
-    before, expected = snapshot(model), model(X)
+    expected, before = model(X), snapshot(model)
     for config in (rw.LoraConfig(**options), rw.AdaLoraConfig(total_step=9, **options)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -245,7 +257,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
     if adapted:
         rw.get_peft_model(model, lora(target_modules=["second"]))
     model.head.weight.requires_grad_(True)
-    before, expected = snapshot(model), model(X)
+    expected, before = model(X), snapshot(model)
     original, calls = AdapterLayer.add_adapter, []
 
     def add_adapter(self: Any, *args: Any) -> None:

@@ -72,6 +72,10 @@ class AdapterLayer(InPlace, nn.Module):
         for name in AdapterLayer._own_attributes:  # the layer may already have its own class again
             delattr(self, name)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a pickle or a copy. A pickle of an earlier version has no `moved`."""
+        super().__setstate__({"moved": set(), **state})  # type: ignore[no-untyped-call]
+
     # Facts about a kind of base layer.
 
     @classmethod

@@ -18,13 +18,12 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rankwise.adapters.branch import Kept, gates_of, results_are_kept
+from rankwise.adapters.branch import Kept, cast, gates_of, results_are_kept
 
 if TYPE_CHECKING:
     from rankwise.adapters.layer import AdapterLayer
@@ -93,6 +92,17 @@ class _Group(NamedTuple):
         return not self.gated or all(factor.parameter() is parameter for factor, parameter in pairs)
 
 
+class _Groups(list[_Group]):
+    """The factors that a model's last pass used.
+
+    The model itself holds them, because they may lead to the model: a hook of a layer may hold it. From elsewhere they
+    would keep it in memory. Copies and pickles of the model begin without them.
+    """
+
+    def __reduce__(self) -> Any:
+        return list, ()
+
+
 class _Pass:
     """The state of one forward pass of a model.
 
@@ -100,17 +110,17 @@ class _Pass:
         groups: the factors to prepare: those that the model's last pass used.
     """
 
-    def __init__(self, groups: list[_Group]) -> None:
+    def __init__(self, groups: _Groups) -> None:
         if not all(group.fits() for group in groups):
             groups = _grouped(factor for group in groups for factor in group.factors)
         self._groups = groups
         made, gates = _prepared(groups)
-        # By the parameter's id: the layer, where the parameter's data are, and the prepared factor.
-        self._made: dict[int, tuple[AdapterLayer, int, Ready]] = {}
-        for _, _, _, _, _, factors, parameters, facts in groups:
-            for factor, parameter, (pointer, _) in zip(factors, parameters, facts, strict=True):
+        # By the parameter's id: the layer, the adapter, whether it has gates, where the data are, and the factor.
+        self._made: dict[int, tuple[AdapterLayer, str, bool, int, Ready]] = {}
+        for _, _, _, _, gated, factors, parameters, facts in groups:
+            for (layer, adapter, *_), parameter, (pointer, _) in zip(factors, parameters, facts, strict=True):
                 place = id(parameter)
-                self._made[place] = factor.layer, pointer, (made[place], gates.get(place))
+                self._made[place] = layer, adapter, gated, pointer, (made[place], gates.get(place))
         self._used: set[int] = set()  # the ids of those prepared factors that were used
         self._others: dict[int, _Factor] = {}  # what the pass used besides
         self.cast: tuple[Any, ...] | None = None  # the last input that was cast: see `shared_cast`
@@ -121,15 +131,17 @@ class _Pass:
         """A prepared factor. None: the layer has to prepare it. Either way the next pass will prepare it."""
         place = id(parameter)
         made = self._made.get(place)
-        if made is None or made[2][0].dtype != dtype:
+        if made is None or made[4][0].dtype != dtype or made[2] != gated:
             self._others[place] = _Factor(layer, adapter, key, dtype, gated)
             return None
         self._used.add(place)
-        owner, pointer, factor = made
-        # Hooks that offload a model exchange the data in the middle of a pass.
-        return factor if owner is layer and pointer == parameter.data_ptr() else None
+        owner, name, _, pointer, factor = made
+        # Layers and adapters that share a parameter have gates of their own. Hooks that offload a model exchange the
+        # data in the middle of a pass.
+        fits = owner is layer and name == adapter and pointer == parameter.data_ptr()
+        return factor if fits else None
 
-    def groups(self) -> list[_Group]:
+    def groups(self) -> _Groups:
         """The factors that the pass has used."""
         if not self._others and len(self._used) == len(self._made):
             return self._groups
@@ -139,7 +151,7 @@ class _Pass:
 
 
 _now = threading.local()  # .current: this thread's pass, or None
-_last: WeakKeyDictionary[nn.Module, list[_Group]] = WeakKeyDictionary()  # the factors of a model's last pass
+_LAST = "_rankwise_last_pass"  # the attribute in which a model holds its `_Groups`
 _acting = WeakIdKeyDictionary()  # E -> the triplets that act, and the result of `_acts`
 
 
@@ -147,7 +159,9 @@ class OncePerPass:
     """Mixin of adapted models: a call of the model is a pass."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._is_tracing():  # they see all layers at once anyway
+        # Compilers and tracers see all layers at once anyway. Selective checkpointing needs the same operations in both
+        # passes, but the second would prepare what the first has used.
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or results_are_kept():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with _pass(self):  # type: ignore[arg-type]
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -155,18 +169,21 @@ class OncePerPass:
 
 @contextmanager
 def _pass(model: nn.Module) -> Iterator[None]:
-    around, own = getattr(_now, "current", None), _Pass(_last.get(model, []))
+    held = vars(model)
+    # A replica of nn.DataParallel holds the groups of the model, whose factors it does not use.
+    used = None if "_is_replica" in held else held.get(_LAST)
+    around, own = getattr(_now, "current", None), _Pass(used or _Groups())
     _now.current = own
     try:
         yield
-        _last[model] = own.groups()
+        held[_LAST] = own.groups()
     finally:
         _now.current = around
 
 
 def forget(model: nn.Module) -> None:
-    """Let go of the factors that a model used, when it loses its adapters."""
-    _last.pop(model, None)
+    """Let go of the factors that a model used, when it loses adapters."""
+    vars(model).pop(_LAST, None)
 
 
 def ready(
@@ -192,10 +209,10 @@ def ready(
             return found
     if as_it_is:
         return parameter.detach().to(dtype), None
-    kind = parameter.shape, parameter.device, parameter.dtype, dtype, True
-    alone = _Group(*kind, [_Factor(layer, adapter, key, dtype, gated=True)], [parameter], [])
-    made, gates = _prepared([alone])
-    return made[id(parameter)], gates.get(id(parameter))
+    factor = _Factor(layer, adapter, key, parameter.dtype, gated=True)
+    kind = parameter.shape, parameter.device, parameter.dtype, parameter.dtype, True
+    made, gates = _prepared([_Group(*kind, [factor], [parameter], [])])
+    return cast(made[id(parameter)], dtype), gates.get(id(parameter))
 
 
 def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -226,7 +243,7 @@ def _facts(parameter: Tensor) -> tuple[int, int]:
     return parameter.data_ptr(), parameter.numel()
 
 
-def _grouped(factors: Iterable[_Factor]) -> list[_Group]:
+def _grouped(factors: Iterable[_Factor]) -> _Groups:
     """Those factors that are here as a whole, in groups. A factor that several layers share is the first layer's."""
     groups: dict[Any, _Group] = {}
     seen = set()
@@ -239,7 +256,7 @@ def _grouped(factors: Iterable[_Factor]) -> list[_Group]:
             group.factors.append(factor)
             group.parameters.append(parameter)
             group.facts.append(_facts(parameter))
-    return list(groups.values())
+    return _Groups(groups.values())
 
 
 @torch.no_grad()

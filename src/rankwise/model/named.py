@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from rankwise.adapters.quantized import hold_layout
+from rankwise.adapters.ready import forget
 from rankwise.attach.attachment import (
     Attachment,
     adapter_layers,
@@ -141,6 +142,7 @@ class NamesAdapters(MergesAdapters):
         if self._controller_of(adapter_name) is not None:
             self._drop_controller()
         detach(self, adapter_name)
+        forget(self)
         del self.peft_config[adapter_name]
         self._note_places()
         self._rankwise_histories.pop(adapter_name, None)
