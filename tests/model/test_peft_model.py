@@ -97,12 +97,14 @@ def test_copies_compute_the_same_and_train_on_their_own(way: str, steps: int, tm
 
 
 def test_a_pickle_of_an_earlier_version_trains_deletes_and_unloads() -> None:
-    """Earlier versions did not note which scales have moved."""
+    """Earlier versions did not note which scales have changed."""
     model = rw.get_peft_model(block(), adalora(target_r=1))
-    del model.body.first.moved
+    del model.body.first.changed_scale
     other = pickle.loads(pickle.dumps(model))
     train(other, 12)
-    assert other.body.first.moved == {"default"}
+    assert float(other.body.first.changed_scale["default"]) == pytest.approx(
+        other.body.first.scaling["default"]
+    )
     other.add_adapter("other", rw.LoraConfig(r=2, target_modules=["first"]))
     other.delete_adapter("other")
     assert type(other.unload()) is Block

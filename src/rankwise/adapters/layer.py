@@ -73,8 +73,8 @@ class AdapterLayer(InPlace, nn.Module):
             delattr(self, name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of a pickle or a copy. A pickle of an earlier version has no `moved`."""
-        super().__setstate__({"moved": set(), **state})  # type: ignore[no-untyped-call]
+        """Take the state of a pickle or a copy. A pickle of an earlier version has no `changed_scale`."""
+        super().__setstate__({"changed_scale": {}, **state})  # type: ignore[no-untyped-call]
 
     # Facts about a kind of base layer.
 

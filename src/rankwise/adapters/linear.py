@@ -182,13 +182,13 @@ class LinearAdapters(AdapterLayer):
         hidden, width = hidden.to(output.dtype), output.shape[-1]
         compiling = torch.compiler.is_compiling()
         if compiling or torch._C._is_tracing():  # a compiler fuses this with the operations around it
-            # A scale that has moved will move again, and `ScaledUp` is compiled for one scale.
-            moves = compiling and name in self.changed_scale
-            if compiling and only_backward() and not moves:
+            # A scale that has changed will change again, and `ScaledUp` is compiled for one scale.
+            changes = compiling and name in self.changed_scale
+            if compiling and only_backward() and not changes:
                 update: Tensor = ScaledUp.apply(hidden, B, scaling)  # type: ignore[no-untyped-call]
             else:
                 update = F.linear(hidden, B.to(output.dtype)) * (
-                    self.changed_scale[name] if moves else scaling
+                    self.changed_scale[name] if changes else scaling
                 )
             return output + update
         added = torch.addmm(
