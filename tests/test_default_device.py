@@ -5,7 +5,6 @@ The default device here is "meta", on which no value can be read.
 
 from __future__ import annotations
 
-import ast
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,16 @@ import torch
 
 import lora_world
 import rankwise as rw
-from test_default_dtype import FORMS, MAKES, PACKAGE, TARGETS, Block, batches, config_of, files, state_of
+from test_default_dtype import (
+    FORMS,
+    TARGETS,
+    Block,
+    batches,
+    config_of,
+    files,
+    state_of,
+    tensors_made_without,
+)
 
 
 @contextmanager
@@ -98,37 +106,9 @@ def test_a_run_on_pefts_layers_ends_the_same_under_another_default_device(name: 
 
 # --- code that would bring the fault back ----------------------------------------------------------------------------
 
-# The command line's own scripts never change the default device.
-SCRIPTS = {"recipes", "cli", "report"}
-# `options` contain a device. Empty tensors hold no values. DDP only looks for the graph behind its tensor.
-FINE = {
-    "method/penalty.py": ["torch.empty(0)"],
-    "method/spectrum.py": ["torch.randn(d_in", "torch.zeros(d_out"],
-    "adapters/summed.py": ["torch.empty(0)"],
-    "parallel/sharded.py": ["torch.empty(0)"],
-    "parallel/ddp.py": ["torch.zeros(())"],
-    "attach/attachment.py": ["torch.empty(shape_A", "torch.empty(shape_B", "torch.empty(len(A), 1"],
-}
-
-
-def makes_a_tensor_on_the_default_device(call: ast.Call) -> bool:
-    function = call.func
-    if not (isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)):
-        return False
-    makes = function.value.id == "torch" and function.attr in MAKES
-    return makes and not any(keyword.arg == "device" for keyword in call.keywords)
+SCRIPTS = {"recipes", "cli", "report"}  # the command line's own scripts never change the default device
 
 
 def test_no_tensor_is_made_on_the_default_device() -> None:
-    found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).as_posix()
-        if name.split("/")[0] in SCRIPTS:
-            continue
-        source = path.read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Call) and makes_a_tensor_on_the_default_device(node):
-                text = ast.get_source_segment(source, node) or ""
-                if not any(text.startswith(each) for each in FINE.get(name, ())):
-                    found.append(f"{name}:{node.lineno}: {text}")
+    found = [where for name, _, where in tensors_made_without("device") if name.split("/")[0] not in SCRIPTS]
     assert not found, "Give these a device."
