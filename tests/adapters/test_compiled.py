@@ -113,6 +113,33 @@ def test_twenty_cuts_compile_a_model_once_more_at_most(
     assert len(model.rank_history) > 15 and len(graphs) <= 2
 
 
+@pytest.mark.parametrize("precision", ["float32", "float32, autocast", "bfloat16"])
+def test_a_compiled_step_after_a_cut_has_the_gradients_of_an_uncompiled_one(precision: str) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    base = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)).to(dtype)
+    config = rw.AdaLoraConfig(target_r=2, init_r=4, target_modules=["0", "2"], total_step=10, tinit=1)
+    model = rw.get_peft_model(base, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, first = torch.randn(8, 16, dtype=dtype), model[0].scaling["default"]
+
+    def gradients(forward: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled="autocast" in precision):
+            output = forward(x)
+        output.float().square().mean().backward()
+        return [each.grad.clone() for each in model.parameters() if each.grad is not None]
+
+    for _ in range(6):
+        gradients(model)
+        optimizer.step()
+    assert model[0].scaling["default"] != first
+    bound = 1e-5 if precision == "float32" else 3e-2
+    compiled = gradients(torch.compile(model, backend="aot_eager"))
+    for one, other in zip(compiled, gradients(model), strict=True):
+        assert (one - other).norm() <= bound * other.norm()
+
+
 def test_no_compiled_step_multiplies_a_wide_gradient_by_the_scaling() -> None:
     """Only tensors of the adapter's rank are, as a factor of a matrix product."""
     made: list[torch.fx.GraphModule] = []

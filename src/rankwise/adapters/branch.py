@@ -123,22 +123,24 @@ class Up(torch.autograd.Function):
 class ScaledUp(torch.autograd.Function):
     """``scaling * hidden B^T`` (..., d_out) in hidden's dtype, for compilers.
 
-    The backward pass multiplies narrow tensors by the scaling. The derivatives that a compiler finds by itself multiply
-    the wide gradient, and hold the product as a second wide tensor.
+    If the scaling is a number, the backward pass multiplies narrow tensors by it, within their products. The
+    derivatives that a compiler finds by itself multiply the wide gradient, and hold the product as a second wide
+    tensor. If the scaling is a 0-dim tensor, the wide gradient is multiplied here, too.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, B: Tensor, scaling: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:
         up = B.to(hidden.dtype)
-        ctx.save_for_backward(hidden, up)
-        ctx.scaling, ctx.dtype = scaling, B.dtype
+        is_tensor = isinstance(scaling, Tensor)
+        ctx.save_for_backward(hidden, up, scaling if is_tensor else None)
+        ctx.scaling, ctx.dtype = None if is_tensor else scaling, B.dtype
         return F.linear(hidden, up) * scaling
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, up = ctx.saved_tensors
+        hidden, up, scaling = ctx.saved_tensors
         to_hidden, to_B = ctx.needs_input_grad[:2]
-        narrow, rows = flat(hidden), flat(gradient)
+        narrow, rows = flat(hidden), flat(gradient if scaling is None else gradient * scaling)
         gradient_hidden = gradient_B = None
         if to_hidden:
             gradient_hidden = _scaled(rows, up, ctx.scaling, up[:1], _may_turn(rows, up.shape[1])).view(
@@ -333,14 +335,18 @@ def scaled_product(left: Tensor, right: Tensor, scaling: float, row: Tensor) -> 
     return _scaled(left, right, scaling, row, turns(left, right.shape[1]))
 
 
-def _scaled(left: Tensor, right: Tensor, scaling: float, row: Tensor, turned: bool) -> Tensor:
+def _scaled(left: Tensor, right: Tensor, scaling: float | None, row: Tensor, turned: bool) -> Tensor:
     if turned:
         return _turned_product(left, right, scaling)
+    if scaling is None:
+        return left @ right
     return torch.addmm(row, left, right, beta=0, alpha=scaling)
 
 
-def _turned_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+def _turned_product(left: Tensor, right: Tensor, scaling: float | None) -> Tensor:
     wide = left.t()
+    if scaling is None:
+        return (right.t() @ wide).t()
     return torch.addmm(wide[:1], right.t(), wide, beta=0, alpha=scaling).t()
 
 

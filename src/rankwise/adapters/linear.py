@@ -182,14 +182,12 @@ class LinearAdapters(AdapterLayer):
         hidden, width = hidden.to(output.dtype), output.shape[-1]
         compiling = torch.compiler.is_compiling()
         if compiling or torch._C._is_tracing():  # a compiler fuses this with the operations around it
-            # A scale that has changed will change again, and `ScaledUp` is compiled for one scale.
-            changes = compiling and name in self.changed_scale
-            if compiling and only_backward() and not changes:
-                update: Tensor = ScaledUp.apply(hidden, B, scaling)  # type: ignore[no-untyped-call]
+            if compiling and only_backward():
+                # A scale that has changed will change again. As a number, it would be compiled anew each time.
+                scale = self.changed_scale.get(name, scaling)
+                update: Tensor = ScaledUp.apply(hidden, B, scale)  # type: ignore[no-untyped-call]
             else:
-                update = F.linear(hidden, B.to(output.dtype)) * (
-                    self.changed_scale[name] if changes else scaling
-                )
+                update = F.linear(hidden, B.to(output.dtype)) * scaling
             return output + update
         added = torch.addmm(
             output.reshape(-1, width), hidden.reshape(-1, B.shape[1]), B.to(output.dtype).T, alpha=scaling
