@@ -26,9 +26,9 @@ from rankwise.adapters.quantized import (
     unpack_4_bit,
     unpack_8_bit,
 )
-from rankwise.adapters.ready import ready, shared_cast
+from rankwise.adapters.ready import is_whole, ready, shared_cast
 
-_FACTORS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes
+_FACTORS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # dtypes
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -87,7 +87,9 @@ class FastLoraLayer(InPlace):
         A, B = down._parameters.get("weight"), up._parameters.get("weight")
         if down._parameters.get("bias") is not None or up._parameters.get("bias") is not None:
             return None
-        if not (_is_whole(A) and _is_whole(B) and A.numel() and type(scaling) in (float, int)):
+        if not (is_whole(A) and is_whole(B) and {A.dtype, B.dtype} <= _FACTORS):
+            return None
+        if not (A.numel() and type(scaling) in (float, int)):
             return None
         rate = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         return _Parts(name, base, A, B, rate, scaling)
@@ -122,9 +124,7 @@ class FastLoraLayer(InPlace):
                 x = shared_cast(x, autocast)  # type: ignore[arg-type]
             folded, _ = ready(layer, name, "lora_A", A, None, x.dtype)
             up, _ = ready(layer, name, "lora_B", B, None, x.dtype if packed else autocast or weight.dtype)
-            how = How(
-                packed or weight, None if packed else bias, None, folded, None, up, scaling, rate, autocast
-            )
+            how = How(packed or weight, bias, None, folded, None, up, scaling, rate, autocast)
             output: Tensor = adapted_linear(x, A, None, B, how)
         else:
             if casts:
@@ -150,11 +150,6 @@ def _is_bare(module: Any, kind: type | None = None) -> bool:
         and held.get("_compiled_call_impl") is None
         and not any(map(held.__getitem__, _HOOKS))
     )
-
-
-def _is_whole(factor: Any) -> bool:
-    """Whether a factor is an ordinary parameter, not a share of one."""
-    return type(factor) is nn.Parameter and factor.dtype in _FACTORS and "ds_id" not in vars(factor)
 
 
 def _packed(base: Any, x: Tensor) -> Packed | None:

@@ -69,7 +69,7 @@ class How(NamedTuple):
 
     Args:
         weight: the base layer's, (d_out, d_in), or the layer itself if its weight is packed.
-        bias: the base layer's, (d_out,), or None.
+        bias: the base layer's, (d_out,), or None. A packed layer adds its own.
         kept: which triplets act.
         folded: A with the gates folded in, (r, d_in), in the dtype of the input.
         gates: the gates of A, as `gates_of` returns them.

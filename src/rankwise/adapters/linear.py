@@ -144,7 +144,7 @@ class LinearAdapters(AdapterLayer):
         goes_up = x.dtype if packed else autocast or weight.dtype
         folded, gates = ready(self, name, "lora_A", A, E, x.dtype)
         up, _ = ready(self, name, "lora_B", B, E, goes_up)
-        bias = None if packed else self._parameters.get("bias")
+        bias = self._parameters.get("bias")
         how = How(packed or weight, bias, kept, folded, gates, up, self.scaling[name], rate, autocast)
         output: Tensor = adapted_linear(x, A, E, B, how)
         return output

@@ -233,7 +233,7 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def _is_whole(parameter: Any) -> bool:
+def is_whole(parameter: Any) -> bool:
     """Whether a factor is an ordinary parameter that is here, not a share of one."""
     return type(parameter) is nn.Parameter and not (parameter.is_meta or "ds_id" in vars(parameter))
 
@@ -249,7 +249,7 @@ def _grouped(factors: Iterable[_Factor]) -> _Groups:
     seen = set()
     for factor in factors:
         parameter = factor.parameter()
-        if _is_whole(parameter) and id(parameter) not in seen:
+        if is_whole(parameter) and id(parameter) not in seen:
             seen.add(id(parameter))
             kind = parameter.shape, parameter.device, parameter.dtype, factor.dtype, factor.gated
             group = groups.setdefault(kind, _Group(*kind, [], [], []))

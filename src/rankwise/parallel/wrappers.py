@@ -7,6 +7,15 @@ from collections.abc import Collection, Iterable
 from torch import nn
 
 WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
+_AVERAGES = ("DistributedDataParallel", "DeepSpeedEngine", "FullyShardedDataParallel", "FSDPModule")
+_NO_AVERAGES = (
+    "which would not average the gradients of an adapter that is attached later, so that every process would train "
+    "another adapter. Attach the adapter first, and wrap or shard the model afterwards."
+)
+_NAMED = (
+    "whose name would be in the names of the adapter's layers, so that its file would fit no other model. Attach the "
+    "adapter to the model inside (`.module`), and wrap the model afterwards."
+)
 
 
 def without(name: str, parts: Collection[str] = WRAPPERS) -> str:
@@ -18,17 +27,6 @@ def without(name: str, parts: Collection[str] = WRAPPERS) -> str:
     """
     *owners, last = name.split(".")
     return ".".join([*(part for part in owners if part not in parts), last])
-
-
-_AVERAGES = ("DistributedDataParallel", "DeepSpeedEngine", "FullyShardedDataParallel", "FSDPModule")
-_NO_AVERAGES = (
-    "which would not average the gradients of an adapter that is attached later, so that every process would train "
-    "another adapter. Attach the adapter first, and wrap or shard the model afterwards."
-)
-_NAMED = (
-    "whose name would be in the names of the adapter's layers, so that its file would fit no other model. Attach the "
-    "adapter to the model inside (`.module`), and wrap the model afterwards."
-)
 
 
 def refuse_wrapped(model: nn.Module, layers: Iterable[str], attached: bool = False) -> None:

@@ -148,12 +148,13 @@ class KeepBest(TrainerCallback):
 
         If no evaluation has given a finite value yet, it counts those since the last cut.
         """
-        history = getattr(adapted, "rank_history", None)
-        final = history.records[-1].step if history else 0
-        logged = [entry["step"] for entry in state.log_history if f"eval_{self.metric}" in entry]
-        if self.best is None:
-            return sum(step >= max(final, 1) for step in logged)
-        return sum(step > self.best.step for step in logged)
+        if self.best is not None:
+            since = self.best.step
+        else:
+            history = getattr(adapted, "rank_history", None)
+            since = max(history.records[-1].step - 1, 0) if history else 0
+        logged = (entry["step"] for entry in state.log_history if f"eval_{self.metric}" in entry)
+        return sum(step > since for step in logged)
 
 
 def ranks_are_final(adapted: Any) -> bool:

@@ -78,9 +78,8 @@ class Controller:
         self._stopped = False
         self._heard = False  # hooks have reported a step, so steps are observed without a call by hand
         self.changed: Callable[[], None] | None = None  # called when scales or ranks may have changed
-        self.handle: str | None = (
-            "model"  # the name by which the user calls methods of the run; None: a command runs it
-        )
+        # The name by which the user calls methods of the run, for warnings. None: a command runs it.
+        self.handle: str | None = "model"
         self._began_at_zero = not self._has_values()
         factors.tensors.create(choice.entries if self.prunes else _UNUSED, self.initial)
         listen(self)
